@@ -1,0 +1,423 @@
+"""The one door to a language model: read at a site, edit at a site, generate.
+
+Nobody else knows a hook's name. A model that passed `load_model` has been checked: at every layer
+what attention and the MLP add makes up the step of the residual stream, and an edit at every site
+reaches the logits.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from flowhelpers.features import MODULES, Site, suggestion
+
+HOOKS = {
+    "res": "blocks.{layer}.hook_resid_post",
+    "mlp": "blocks.{layer}.hook_mlp_out",
+    "att": "blocks.{layer}.hook_attn_out",
+}
+RESID_PRE = "blocks.{layer}.hook_resid_pre"
+
+Activations = Float[Tensor, "batch position d_model"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change to the stream at one site.
+
+    Attributes:
+        site: Where.
+        change: From the activations at the site, `[batch, position, d_model]`, to the new ones.
+    """
+
+    site: Site
+    change: Callable[[Activations], Activations]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model behind named sites.
+
+    Attributes:
+        name: What it was loaded from.
+        bridge: TransformerLens's view of the Hugging Face model; use the functions of this module.
+        layers: Number of layers.
+        d_model: Width of the residual stream.
+    """
+
+    name: str
+    bridge: Any
+    layers: int
+    d_model: int
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's Hugging Face tokenizer."""
+        return self.bridge.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.bridge.W_E.device
+
+    @property
+    def unembedding(self) -> Float[Tensor, "d_model vocabulary"]:
+        """The matrix from the final norm's output to logits."""
+        return self.bridge.W_U
+
+    def sites(self) -> list[Site]:
+        """Every site, in the order in which the stream passes them."""
+        return [
+            Site(layer, module) for layer in range(self.layers) for module in ("att", "mlp", "res")
+        ]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of texts as tokens, `<bos>` first, padded on the right.
+
+    Attributes:
+        ids: Token ids.
+        is_text: True at tokens of the text; False at BOS, padding and other special tokens.
+    """
+
+    ids: Int[Tensor, "batch position"]
+    is_text: Bool[Tensor, "batch position"]
+
+
+def load_model(
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Model:
+    """Load a Hugging Face model, by folder or by name, and check that its sites can be trusted.
+
+    Args:
+        name: A local folder or a hub name.
+        device: Torch device.
+        dtype: Type of the weights.
+        revision: Revision on the hub.
+
+    Raises:
+        ValueError: If the model's sites do not add up or an edit does not reach the logits.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        weights = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, revision=revision, attn_implementation="eager"
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return wrap_model(weights.to(device), tokenizer, name, TransformerBridge)
+
+
+def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None) -> Model:
+    """Put a loaded Hugging Face model behind the door, and check it."""
+    if bridge_class is None:
+        from transformer_lens.model_bridge import TransformerBridge as bridge_class
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bridge = bridge_class.boot_transformers(
+            name, hf_model=weights.eval(), tokenizer=tokenizer, device=weights.device
+        )
+        # Until compatibility mode is on, a hook on an alias such as hook_resid_post never fires.
+        bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+    for parameter in bridge.parameters():
+        parameter.requires_grad_(False)
+    model = Model(name, bridge, bridge.cfg.n_layers, bridge.cfg.d_model)
+    check_sites(model)
+    return model
+
+
+def hook_name(model: Model, site: Site) -> str:
+    """The name of the hook at a site.
+
+    Raises:
+        ValueError: If the model has no such layer or module.
+    """
+    if site.module not in MODULES:
+        raise ValueError(f"unknown module {site.module!r}{suggestion(site.module, MODULES)}")
+    if not 0 <= site.layer < model.layers:
+        raise ValueError(f"no layer {site.layer} in {model.name}: expected 0 to {model.layers - 1}")
+    return HOOKS[site.module].format(layer=site.layer)
+
+
+def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = None) -> Tokens:
+    """Texts to token ids with exactly one BOS in front, padded on the right.
+
+    Args:
+        model: The model whose tokenizer is used.
+        texts: One text or several.
+        max_tokens: Cut each text to so many tokens, BOS included.
+
+    Raises:
+        ValueError: If there is no text at all.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts:
+        raise ValueError("no text given: expected a text or a list of texts")
+    tokenizer = model.tokenizer
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        bos = tokenizer.eos_token_id
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [[bos, *row][:max_tokens] for row in rows]
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), tokenizer.pad_token_id or bos)
+    is_text = torch.zeros((len(rows), length), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        is_text[i, 1 : len(row)] = True
+    special = torch.tensor(sorted(tokenizer.all_special_ids))
+    return Tokens(ids.to(model.device), (is_text & ~torch.isin(ids, special)).to(model.device))
+
+
+def token_strings(model: Model, ids: Iterable[int]) -> list[str]:
+    """Each token id as the text it stands for."""
+    return [model.tokenizer.decode([int(i)]) for i in ids]
+
+
+@torch.no_grad()
+def run(
+    model: Model,
+    ids: Int[Tensor, "batch position"],
+    read: Iterable[Site] = (),
+    edits: Sequence[Edit] = (),
+    stop_after: int | None = None,
+) -> tuple[Float[Tensor, "batch position vocabulary"] | None, dict[Site, Activations]]:
+    """One forward pass: edits applied, sites read (after their edits).
+
+    Args:
+        model: The model; its own state is the same before and after.
+        ids: Token ids.
+        read: Sites whose activations are returned.
+        edits: Changes to the stream, in order where they share a site.
+        stop_after: Stop once this layer is done; there are no logits then.
+
+    Returns:
+        Logits, or None with `stop_after`, and the activations by site.
+
+    Raises:
+        ValueError: If a site does not exist.
+        RuntimeError: If an edit or a reading was never reached.
+    """
+    kept: dict[Site, Activations] = {}
+
+    def keep(site: Site) -> Edit:
+        def change(activations: Activations) -> Activations:
+            kept[site] = activations.detach().clone()
+            return activations
+
+        return Edit(site, change)
+
+    readings = [keep(site) for site in read]
+    if stop_after is not None and stop_after < model.layers - 1:
+        late = [e.site for e in (*edits, *readings) if e.site.layer > stop_after]
+        if late:
+            raise ValueError(f"{late[0]} lies after layer {stop_after}, where the pass stops")
+    with editing(model, [*edits, *readings]):
+        if stop_after is None:
+            logits = model.bridge(ids, return_type="logits")
+        else:
+            # The bridge stops before a layer, and only `run_with_hooks` takes the argument.
+            stop = stop_after + 1 if stop_after + 1 < model.layers else None
+            model.bridge.run_with_hooks(
+                ids, return_type=None, stop_at_layer=stop, reset_hooks_end=False
+            )
+            logits = None
+    return logits, kept
+
+
+def logits_of(
+    model: Model, ids: Int[Tensor, "batch position"], edits: Sequence[Edit] = ()
+) -> Float[Tensor, "batch position vocabulary"]:
+    """The logits of one forward pass, with edits applied."""
+    logits, _ = run(model, ids, edits=edits)
+    assert logits is not None  # run gives none only where it stops early
+    return logits
+
+
+@torch.no_grad()
+def final_norm(
+    model: Model, activations: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    """The norm before the unembedding, applied to any vectors of the stream."""
+    return model.bridge.ln_final(activations.reshape(1, -1, model.d_model)).view_as(activations)
+
+
+@contextmanager
+def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
+    """Apply edits to every pass inside the block; afterwards the model is as it was.
+
+    Yields:
+        How often each edit has been reached so far, by its place in `edits`.
+
+    Raises:
+        RuntimeError: At the end of the block, if an edit was never reached.
+    """
+    reached = dict.fromkeys(range(len(edits)), 0)
+
+    def hook_of(place: int, edit: Edit) -> Callable[..., Tensor]:
+        def hook(activations: Tensor, hook: Any = None) -> Tensor:
+            reached[place] += 1
+            changed = edit.change(activations)
+            if changed.shape != activations.shape:
+                raise ValueError(
+                    f"the edit at {edit.site} gave shape {tuple(changed.shape)}:"
+                    f" expected {tuple(activations.shape)}"
+                )
+            return changed
+
+        return hook
+
+    hooks = [(hook_name(model, edit.site), hook_of(i, edit)) for i, edit in enumerate(edits)]
+    with model.bridge.hooks(fwd_hooks=hooks):
+        yield reached
+    missed = [str(edits[place].site) for place, times in reached.items() if not times]
+    if missed:
+        raise RuntimeError(f"the edit at {', '.join(missed)} was never reached by a forward pass")
+
+
+@torch.no_grad()
+def generate(
+    model: Model,
+    prompt: str,
+    max_new_tokens: int = 40,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    edits: Sequence[Edit] = (),
+) -> list[str]:
+    """Sample continuations of a prompt, with edits applied to prompt and generated tokens alike.
+
+    Each sample has a random stream of its own, so that a sample does not depend on how many are
+    drawn beside it.
+
+    Returns:
+        The continuations, without the prompt.
+
+    Raises:
+        ValueError: If temperature, top_p or max_new_tokens is out of range.
+    """
+    if temperature <= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}:"
+            " expected temperature > 0, 0 < top_p <= 1, max_new_tokens >= 1"
+        )
+    ids = tokenize(model, prompt).ids.expand(samples, -1)
+    start = ids.shape[1]
+    generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(samples)]
+    for _ in range(max_new_tokens):
+        logits = logits_of(model, ids, edits)
+        probabilities = _nucleus(logits[:, -1].float().cpu() / temperature, top_p)
+        drawn = [
+            torch.multinomial(row, 1, generator=generator)
+            for row, generator in zip(probabilities, generators, strict=True)
+        ]
+        ids = torch.cat([ids, torch.stack(drawn).to(ids.device)], dim=1)
+    eos = model.tokenizer.eos_token_id
+    texts = []
+    for row in ids[:, start:].tolist():
+        end = row.index(eos) if eos in row else len(row)
+        texts.append(model.tokenizer.decode(row[:end]))
+    return texts
+
+
+def _nucleus(
+    logits: Float[Tensor, "batch vocabulary"], top_p: float
+) -> Float[Tensor, "batch vocabulary"]:
+    # The smallest set of most likely tokens whose probability reaches top_p, renormalised.
+    values, order = logits.softmax(-1).sort(descending=True)
+    values[values.cumsum(-1) - values >= top_p] = 0
+    return torch.zeros_like(values).scatter(-1, order, values / values.sum(-1, keepdim=True))
+
+
+def check_sites(model: Model, tolerance: float | None = None) -> None:
+    """Check on a few tokens that the sites are what they are called.
+
+    R_{L-1} + A_L + M_L = R_L at every layer, a vector added at any site changes the logits, and a
+    zero vector does not.
+
+    Args:
+        model: The model.
+        tolerance: Largest residue allowed, as a share of the largest activation; by default 1e-4
+            in float32 and 3e-2 in half precision.
+
+    Raises:
+        ValueError: Naming the layer that failed, and by how much.
+    """
+    half = model.bridge.W_E.dtype != torch.float32
+    tolerance = tolerance or (3e-2 if half else 1e-4)
+    vocabulary = model.bridge.cfg.d_vocab
+    ids = torch.arange(1, 9, device=model.device)[None] * (vocabulary // 10)
+    sites = model.sites()
+    before: dict[int, Tensor] = {}
+
+    def keep_before(layer: int) -> Callable[..., None]:
+        def hook(activations: Tensor, hook: Any = None) -> None:
+            before[layer] = activations.detach().clone()
+
+        return hook
+
+    pre = [(RESID_PRE.format(layer=i), keep_before(i)) for i in range(model.layers)]
+    with torch.no_grad(), model.bridge.hooks(fwd_hooks=pre):
+        clean, read = run(model, ids, read=sites)
+    assert clean is not None
+    for layer in range(model.layers):
+        after = read[Site(layer, "res")].float()
+        parts = before[layer] + read[Site(layer, "att")] + read[Site(layer, "mlp")]
+        residue = (after - parts.float()).abs().max() / after.abs().max()
+        if not residue <= tolerance:
+            raise ValueError(
+                f"{model.name}: at layer {layer} the stream before plus attention plus MLP differs"
+                f" from the stream after by {residue:.2%} of its size (allowed {tolerance:.2%}):"
+                " the sites of this architecture are not what they are called"
+            )
+    _check_edits(model, ids, sites, clean, read)
+
+
+def _check_edits(
+    model: Model,
+    ids: Int[Tensor, "1 position"],
+    sites: list[Site],
+    clean: Float[Tensor, "1 position vocabulary"],
+    read: dict[Site, Activations],
+) -> None:
+    # One row of the batch for each site, so that one pass tells for all of them.
+    rows = ids.expand(len(sites), -1)
+    plain = logits_of(model, rows)
+
+    def push(row: int, size: float) -> Callable[[Activations], Activations]:
+        def change(activations: Activations) -> Activations:
+            changed = activations.clone()
+            changed[row, :, 0] += size
+            return changed
+
+        return change
+
+    sizes = [float(read[site].float().norm(dim=-1).mean()) for site in sites]
+    zero = logits_of(model, rows, [Edit(s, push(i, 0.0)) for i, s in enumerate(sites)])
+    pushed = logits_of(model, rows, [Edit(s, push(i, sizes[i])) for i, s in enumerate(sites)])
+    if not torch.equal(zero, plain):
+        raise ValueError(f"{model.name}: adding a zero vector changed the logits")
+    for row, site in enumerate(sites):
+        if torch.equal(pushed[row], plain[row]):
+            raise ValueError(
+                f"{model.name}: a vector added at {site} left the logits as they were:"
+                f" the hook {hook_name(model, site)} does not edit the stream"
+            )

@@ -1,0 +1,313 @@
+"""Suites: one language model and the dictionaries trained on it.
+
+Every suite, the embedded one included, is described in the same few words: a row of
+`data/suites.yaml`, or the `suite.yaml` of a folder.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowhelpers.features import MODULES, FeatureId, Site, parse_feature, parse_site, suggestion
+
+if TYPE_CHECKING:
+    from flowhelpers.dictionaries import Dictionary
+    from flowhelpers.model import Model
+
+DATA = Path(__file__).parent / "data"
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+OFFLINE_HINT = "the suite flowlet needs no network"
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """What has to be known to load a suite.
+
+    Attributes:
+        name: The suite's name.
+        model: A Hugging Face model, by folder or by hub name.
+        revision: The model's revision on the hub.
+        dictionaries: For each site a sae-lens folder, or `{release, id}` of a release of sae-lens.
+        parameters: Parameters of model and dictionaries together.
+        about: One line on what it is.
+        folder: Where the suite lies, if it is a folder.
+    """
+
+    name: str
+    model: str
+    dictionaries: Mapping[Site, str | Mapping[str, str]]
+    parameters: int
+    revision: str | None = None
+    about: str = ""
+    folder: Path | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether loading needs no network."""
+        return self.folder is not None and Path(self.model).exists()
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A model and its dictionaries, loaded.
+
+    Attributes:
+        row: What it was loaded from.
+        model: The language model behind named sites.
+        dictionaries: The dictionary at each site.
+    """
+
+    row: SuiteRow
+    model: "Model" = field(repr=False)
+    dictionaries: "Mapping[Site, Dictionary]" = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The suite's name."""
+        return self.row.name
+
+    @property
+    def layers(self) -> int:
+        """Number of layers of the model."""
+        return self.model.layers
+
+    def feature(self, text: str | FeatureId) -> FeatureId:
+        """A feature of this suite, from its written form.
+
+        Raises:
+            ValueError: If there is no such layer, module or index; the message says what there is.
+        """
+        feature = parse_feature(text) if isinstance(text, str) else text
+        width = self.dictionary(feature.site).width
+        if feature.index >= width:
+            raise ValueError(
+                f"no feature {feature} in {self.name}: {feature.site} has features 0 to {width - 1}"
+            )
+        return feature
+
+    def dictionary(self, site: Site | str) -> "Dictionary":
+        """The dictionary at a site.
+
+        Raises:
+            ValueError: If the suite has none there; the message names the nearest.
+        """
+        site = parse_site(site) if isinstance(site, str) else site
+        if site not in self.dictionaries:
+            near = suggestion(str(site), [str(s) for s in self.dictionaries])
+            raise ValueError(f"no dictionary at {site} in suite {self.name}{near}")
+        return self.dictionaries[site]
+
+
+@cache
+def registered() -> dict[str, SuiteRow]:
+    """The suites that are known by name."""
+    import yaml
+
+    rows = yaml.safe_load((DATA / "suites.yaml").read_text())
+    return {
+        name: read_suite_folder(DATA / row["folder"]) if "folder" in row else _row(name, row, None)
+        for name, row in rows.items()
+    }
+
+
+def read_suite_folder(folder: Path) -> SuiteRow:
+    """The suite of a folder: its `suite.yaml`.
+
+    Raises:
+        FileNotFoundError: If there is no `suite.yaml`.
+        ValueError: If it lacks something or is not YAML.
+    """
+    import yaml
+
+    path = folder / "suite.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"no suite.yaml in {folder}")
+    try:
+        row = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path} holds no mapping: expected the keys model and dictionaries")
+    return _row(row.get("name", folder.name), row, folder)
+
+
+def _row(name: str, row: Mapping[str, Any], folder: Path | None) -> SuiteRow:
+    where = f"suite {name}" + (f" ({folder / 'suite.yaml'})" if folder else "")
+    known = {"name", "model", "revision", "layers", "dictionaries", "parameters", "about"}
+    for key in row.keys() - known:
+        raise ValueError(f"{where}: unknown key {key!r}{suggestion(key, sorted(known))}")
+    for key in {"model", "dictionaries"} - row.keys():
+        raise ValueError(f"{where}: the key {key!r} is missing")
+    local = folder / row["model"] if folder else None
+    model = str(local) if local and local.exists() else row["model"]
+    layers = row.get("layers") or (_config(Path(model))["num_hidden_layers"] if local else None)
+    dictionaries: dict[Site, str | Mapping[str, str]] = {}
+    for key, source in row["dictionaries"].items():
+        if key in MODULES:  # one pattern for every layer
+            if not layers:
+                raise ValueError(f"{where}: a pattern for every layer needs the key 'layers'")
+            for layer in range(layers):
+                dictionaries[Site(layer, key)] = _filled(source, layer, folder)
+        else:
+            site = parse_site(key)
+            dictionaries[site] = _filled(source, site.layer, folder)
+    if not dictionaries:
+        raise ValueError(f"{where}: no dictionary is named")
+    return SuiteRow(
+        name=name,
+        model=model,
+        dictionaries=dictionaries,
+        parameters=row.get("parameters") or _count_parameters(Path(model), dictionaries),
+        revision=row.get("revision"),
+        about=row.get("about", ""),
+        folder=folder,
+    )
+
+
+def _config(model: Path) -> dict[str, Any]:
+    path = model / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no config.json in {model}: expected a Hugging Face model folder")
+    return json.loads(path.read_text())
+
+
+def _filled(
+    source: str | Mapping[str, str], layer: int, folder: Path | None
+) -> str | Mapping[str, str]:
+    if isinstance(source, str):
+        path = source.format(layer=layer)
+        return str(folder / path) if folder else path
+    if set(source) != {"release", "id"}:
+        raise ValueError(
+            f"a dictionary is a sae-lens folder or has the keys release and id: got {dict(source)}"
+        )
+    return {key: value.format(layer=layer) for key, value in source.items()}
+
+
+def _count_parameters(model: Path, dictionaries: Mapping[Site, Any]) -> int:
+    # From the files' headers; what lies on a hub has to declare its number.
+    from safetensors import SafetensorError, safe_open
+
+    folders = [
+        model,
+        *(Path(source) for source in dictionaries.values() if isinstance(source, str)),
+    ]
+    total = 0
+    for path in (file for folder in folders for file in sorted(folder.glob("*.safetensors"))):
+        try:
+            with safe_open(path, "np") as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                    size = 1
+                    for length in tensors.get_slice(name).get_shape():
+                        size *= length
+                    total += size
+        except SafetensorError as error:
+            raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+    return total
+
+
+def find_suite(name: str | Path) -> SuiteRow:
+    """The row of a suite, by its registered name or by its folder.
+
+    Raises:
+        ValueError: If there is neither; the message names the nearest suite.
+    """
+    rows = registered()
+    if str(name) in rows:
+        return rows[str(name)]
+    if (Path(name) / "suite.yaml").is_file():
+        return read_suite_folder(Path(name))
+    raise ValueError(
+        f"unknown suite {str(name)!r}{suggestion(str(name), rows)}; a folder needs a suite.yaml"
+    )
+
+
+def memory_needed(row: SuiteRow, dtype: str = "float32") -> int:
+    """Bytes that a suite takes once loaded: its weights, and unit directions in float32."""
+    return row.parameters * BYTES[dtype] + row.parameters * 2
+
+
+def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") -> Suite:
+    """Load a language model and its dictionaries.
+
+    Args:
+        name: A registered suite, or a folder with a `suite.yaml`.
+        device: Torch device.
+        dtype: Type of the weights: float32, bfloat16 or float16.
+
+    Raises:
+        ValueError: If the suite is unknown or broken.
+        MemoryError: If the machine has less memory than the suite needs.
+        ConnectionError: If something has to be fetched and there is no network.
+    """
+    row = find_suite(name)
+    if dtype not in BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}{suggestion(dtype, BYTES)}")
+    _check_memory(row, device, dtype)
+
+    import torch
+
+    from flowhelpers.dictionaries import load_folder, load_release
+    from flowhelpers.model import load_model
+
+    try:
+        model = load_model(row.model, device, getattr(torch, dtype), row.revision)
+        dictionaries: dict[Site, Dictionary] = {}
+        for site in sorted(row.dictionaries):
+            source = row.dictionaries[site]
+            if not 0 <= site.layer < model.layers:
+                raise ValueError(
+                    f"suite {row.name} names a dictionary at {site}:"
+                    f" its model has layers 0 to {model.layers - 1}"
+                )
+            dictionaries[site] = (
+                load_folder(Path(source), site, model.d_model, device, dtype)
+                if isinstance(source, str)
+                else load_release(
+                    source["release"], source["id"], site, model.d_model, device, dtype
+                )
+            )
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, FileNotFoundError) or row.is_local:
+            raise
+        if not _is_network_failure(error):
+            raise
+        raise ConnectionError(
+            f"suite {row.name} is not cached and could not be fetched: it needs the model"
+            f" {row.model} and {len(row.dictionaries)} dictionaries from the hub; {OFFLINE_HINT}"
+            f" ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+    return Suite(row, model, dictionaries)
+
+
+def _is_network_failure(error: BaseException) -> bool:
+    import httpx
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    kinds = (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError, ConnectionError)
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, kinds) or "couldn't connect" in str(link):
+            return True
+        link = link.__cause__ or link.__context__
+    return False
+
+
+def _check_memory(row: SuiteRow, device: str, dtype: str) -> None:
+    needed = memory_needed(row, dtype)
+    if device.startswith("cuda"):
+        import torch
+
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(
+            f"suite {row.name} needs {needed / 2**30:.1f} GiB in {dtype} on {device},"
+            f" and {free / 2**30:.1f} GiB are free"
+        )
