@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from flowhelpers.features import FeatureId, Site
-from flowhelpers.model import run, tokenize
+from flowhelpers.model import Tokens, run, tokenize
 from flowhelpers.runs import progress
 
 if TYPE_CHECKING:
@@ -54,33 +54,40 @@ def collect(
     Raises:
         ValueError: If no token is left to read.
     """
+    return collect_tokens(suite, tokenize(suite.model, texts, max_tokens), sites, batch)
+
+
+def collect_tokens(
+    suite: "Suite",
+    tokens: Tokens,
+    sites: Iterable[Site] | None = None,
+    batch: int = 16,
+) -> FeatureActivations:
+    """As `collect`, of texts that are tokens already."""
     import pandas as pd
     from scipy.sparse import csr_matrix, vstack
 
+    if not tokens.is_text.any():
+        raise ValueError("no token is left to read: the texts hold special tokens only")
     sites = list(sites or suite.dictionaries)
     dictionaries = {site: suite.dictionary(site) for site in sites}
     last = max(site.layer for site in sites)
-    frames, parts = [], {site: [] for site in sites}
-    starts = range(0, len(texts), batch)
-    for start in progress(starts, "activations"):
-        tokens = tokenize(suite.model, texts[start : start + batch], max_tokens)
-        _, read = run(suite.model, tokens.ids, read=sites, stop_after=last)
-        text, position = torch.nonzero(tokens.is_text, as_tuple=True)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "text": start + text.cpu().numpy(),
-                    "position": position.cpu().numpy(),
-                    "token": tokens.ids[text, position].cpu().numpy(),
-                }
-            )
-        )
+    parts: dict[Site, list[csr_matrix]] = {site: [] for site in sites}
+    for rows in progress(torch.arange(len(tokens.ids)).split(batch), "activations"):
+        length = int(tokens.is_text[rows].any(0).nonzero().max()) + 1
+        ids, is_text = tokens.ids[rows, :length], tokens.is_text[rows, :length]
+        _, read = run(suite.model, ids, read=sites, stop_after=last)
         for site, dictionary in dictionaries.items():
-            values = dictionary.encode(read[site][text, position])
+            values = dictionary.encode(read[site][is_text])
             parts[site].append(csr_matrix(values.float().cpu().numpy()))
-    if not sum(map(len, frames)):
-        raise ValueError("no token is left to read: the texts hold special tokens only")
+    text, position = torch.nonzero(tokens.is_text, as_tuple=True)
+    frame = pd.DataFrame(
+        {
+            "text": text.cpu().numpy(),
+            "position": position.cpu().numpy(),
+            "token": tokens.ids[text, position].cpu().numpy(),
+        }
+    )
     return FeatureActivations(
-        pd.concat(frames, ignore_index=True),
-        {site: vstack(rows, format="csr") for site, rows in parts.items()},
+        frame, {site: vstack(rows, format="csr") for site, rows in parts.items()}
     )

@@ -21,6 +21,7 @@ from typing import Any
 
 import papermill
 from filelock import FileLock, Timeout
+from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from papermill.engines import NBClientEngine, papermill_engines
@@ -33,7 +34,7 @@ from flowhelpers.runs import RUN_DIR, folder_name
 
 STOPPED = 130  # the exit status of a program that Ctrl-C stopped
 TRACEBACK_LINES = 15
-BAR = re.compile(r"([^\r\n]*\d+%)\|[^|]*\|[^\[\r\n]*\[[^<]*<([\d:]+)")  # as tqdm draws it
+BAR = re.compile(r"([^\r\n]*\d%)\|[^|]*\|[^\[\r\n]*\[[^<]*<([\d:]+)")  # as tqdm draws it
 
 
 @dataclass(frozen=True)
@@ -211,8 +212,8 @@ class _ThisPython(AsyncKernelManager):
 
     @property
     def kernel_spec(self) -> KernelSpec:
-        command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=command, display_name="Python 3", language="python")
+        # the kernel's own log would break into the progress bar; cells report by other means
+        return KernelSpec(**get_kernel_dict(extra_arguments=["--log-level=CRITICAL"]))
 
 
 class _Engine(NBClientEngine):
@@ -239,8 +240,7 @@ class _InnerBar:
     def write(self, text: str) -> None:
         drawn = BAR.findall(text)
         if drawn or not text.strip():
-            done, left = drawn[-1] if drawn else ("", "")
-            self.bar.set_postfix_str(f"{done.strip()}, {left} left" if drawn else "")
+            self.bar.set_postfix_str("{}, {} left".format(*drawn[-1]) if drawn else "")
 
     def flush(self) -> None:
         """Nothing is held back."""

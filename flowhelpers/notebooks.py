@@ -33,7 +33,10 @@ def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
     """
     if names and all(_is_path(name) for name in names):
         return [Path(name).resolve() for name in names]
-    ours = {path.stem: path for path in sorted(notebooks_folder().glob("*.ipynb"))}
+    folder = notebooks_folder()
+    ours = {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
+    if not ours:
+        raise ValueError(f"no notebooks in {folder}")
     found = []
     for name in names or ours:
         stem = name.removesuffix(".ipynb")

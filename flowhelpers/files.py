@@ -1,0 +1,72 @@
+"""Files that appear whole or not at all, and folders that no two runs share."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def writable_folder(folder: Path) -> Path:
+    """Makes a folder unless it is there, and returns it resolved.
+
+    Raises:
+        OSError: If it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"cannot write to the folder {folder}: permission denied")
+    return folder.resolve()
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """Makes `root/name`, or `root/name-2` and so on if that is taken; it is never shared.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    folder, number = writable_folder(root) / name, 1
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = folder.with_name(f"{name}-{number}")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file whole or not at all: `write` fills one beside it, which takes its place."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as a JSON file, whole or not at all."""
+    write_text(path, to_json(value) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def to_json(value: object) -> str:
+    """A value as JSON; arrays as lists, what else is unknown as text."""
+
+    def plain(item: Any) -> object:
+        return item.tolist() if hasattr(item, "tolist") else str(item)
+
+    return json.dumps(value, indent=2, ensure_ascii=False, default=plain)

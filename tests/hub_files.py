@@ -1,0 +1,348 @@
+"""Small repositories of the true formats, for the loopback hub.
+
+Names, folders, file formats and configuration keys are those of the real repositories; only the
+sizes and the content are not. Nothing heavy is imported before it is needed.
+"""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+PYTHIA = "EleutherAI/pythia-70m-deduped"
+RELEASES = tuple(f"pythia-70m-deduped-{module}-sm" for module in ("res", "mlp", "att"))
+D_MODEL, D_SAE, VOCABULARY = 64, 96, 384
+WRONG = "this text is of another split or configuration"
+
+FINEWEB_CARD = """---
+license: odc-by
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*/*
+- config_name: sample-10BT
+  data_files:
+  - split: train
+    path: sample/10BT/*
+- config_name: CC-MAIN-2013-20
+  data_files:
+  - split: train
+    path: data/CC-MAIN-2013-20/*
+---
+# FineWeb
+"""
+
+TINYSTORIES_CARD = """---
+license: cdla-sharing-1.0
+dataset_info:
+  features:
+  - name: text
+    dtype: string
+  splits:
+  - name: train
+    num_bytes: 2000
+    num_examples: {train}
+  - name: validation
+    num_bytes: 50
+    num_examples: 1
+---
+"""
+
+AUTOMATHTEXT_CARD = """---
+license: cc-by-sa-4.0
+configs:
+- config_name: web-0.50-to-1.00
+  data_files:
+  - split: train
+    path:
+    - data/web/0.95-1.00.jsonl
+    - data/web/0.90-0.95.jsonl
+    - data/web/0.85-0.90.jsonl
+    - data/web/0.80-0.85.jsonl
+    - data/web/0.75-0.80.jsonl
+  default: true
+- config_name: web-0.80-to-1.00
+  data_files:
+  - split: train
+    path:
+    - data/web/0.95-1.00.jsonl
+    - data/web/0.90-0.95.jsonl
+    - data/web/0.85-0.90.jsonl
+    - data/web/0.80-0.85.jsonl
+- config_name: web-full
+  data_files: data/web/*.jsonl
+---
+# AutoMathText
+"""
+
+
+def write_datasets(root: Path, texts: int = 24) -> dict[str, list[str]]:
+    """The paper's four datasets, tiny.
+
+    Other splits and configurations hold the text `WRONG`; every fourth text stands there twice.
+
+    Args:
+        root: The hub's root.
+        texts: How many different texts each dataset has.
+
+    Returns:
+        The different texts of each, by the name of the corpus.
+    """
+    planted = {
+        "fineweb": [f"Web page {i} is about the number {i}." for i in range(texts)],
+        "tinystories": [f"Once upon a time {i} cats met {i + 1} dogs." for i in range(texts)],
+        "automathtext": [f"The sum of {i} and {i} is {2 * i}." for i in range(texts)],
+        "python-github-code": [f"def f{i}(x):\n    return x + {i}" for i in range(texts)],
+    }
+    fineweb = root / "datasets" / "HuggingFaceFW" / "fineweb"
+    _write(fineweb / "README.md", FINEWEB_CARD)
+    dumps = ("CC-MAIN-2013-20", "CC-MAIN-2024-10")
+    for dump, part in zip(dumps, _parts(planted["fineweb"], 2), strict=True):
+        columns = {
+            "text": part,
+            "id": [f"<urn:uuid:{i}>" for i in range(len(part))],
+            "dump": [dump] * len(part),
+            "url": ["http://example.org"] * len(part),
+            "date": ["2024-01-01T00:00:00Z"] * len(part),
+            "file_path": ["s3://commoncrawl/x.warc.gz"] * len(part),
+            "language": ["en"] * len(part),
+            "language_score": [0.99] * len(part),
+            "token_count": [len(text.split()) for text in part],
+        }
+        _write_parquet(fineweb / "data" / dump / "000_00000.parquet", columns)
+    _write_parquet(
+        fineweb / "sample" / "10BT" / "000_00000.parquet", columns | {"text": [WRONG] * len(part)}
+    )
+
+    stories = root / "datasets" / "roneneldan" / "TinyStories"
+    parts = _parts(planted["tinystories"], 4)
+    _write(stories / "README.md", TINYSTORIES_CARD.format(train=sum(map(len, parts))))
+    _write(stories / "TinyStories-train.txt", WRONG)
+    shards = ("2d5a1467fff1081b", "5852b56a2bd28fd9", "a26307300439e943", "d243063613e5a057")
+    for i, (shard, part) in enumerate(zip(shards, parts, strict=True)):
+        _write_parquet(stories / "data" / f"train-0000{i}-of-00004-{shard}.parquet", {"text": part})
+    validation = stories / "data" / "validation-00000-of-00001-869c898b519ad725.parquet"
+    _write_parquet(validation, {"text": [WRONG]})
+
+    maths = root / "datasets" / "math-ai" / "AutoMathText"
+    _write(maths / "README.md", AUTOMATHTEXT_CARD)
+    scores = ("0.95-1.00", "0.90-0.95", "0.85-0.90", "0.80-0.85")
+    scored = dict(zip(scores, _parts(planted["automathtext"], 4), strict=True))
+    for score, part in (scored | {"0.75-0.80": [WRONG]}).items():
+        meta = {"domain": "example.org", "lm_q1q2_score": float(score[:4])}
+        rows = [{"url": "http://example.org", "text": text, "meta": meta} for text in part]
+        _write(maths / "data" / "web" / f"{score}.jsonl", "\n".join(map(json.dumps, rows)) + "\n")
+
+    # This one has no card: only the description that old versions of `push_to_hub` wrote.
+    code = root / "datasets" / "tomekkorbak" / "python-github-code"
+    info = {
+        "features": {
+            "text": {"dtype": "string", "id": None, "_type": "Value"},
+            "license": {"dtype": "string", "id": None, "_type": "Value"},
+        },
+        "splits": {"train": {"name": "train"}, "test": {"name": "test"}},
+    }
+    _write(code / "dataset_infos.json", json.dumps({"tomekkorbak--python-github-code": info}))
+    for i, part in enumerate(_parts(planted["python-github-code"], 2)):
+        columns = {"text": part, "license": ["mit"] * len(part)}
+        _write_parquet(code / "data" / f"train-0000{i}-of-00002.parquet", columns)
+    test = code / "data" / "test-00000-of-00001.parquet"
+    _write_parquet(test, {"text": [WRONG], "license": ["mit"]})
+    return planted
+
+
+def write_pythia(root: Path, seed: int = 0) -> str:
+    """`EleutherAI/pythia-70m-deduped` with a width of 64 and random weights in float16.
+
+    Returns:
+        The name of the model on the hub.
+    """
+    from safetensors.numpy import save_file
+
+    folder = root / "models" / PYTHIA
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": "gelu",
+        "hidden_size": D_MODEL,
+        "initializer_range": 0.02,
+        "intermediate_size": 4 * D_MODEL,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "model_type": "gpt_neox",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 6,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.29.2",
+        "use_cache": True,
+        "use_parallel_residual": True,
+        "vocab_size": VOCABULARY,
+    }
+    _write(folder / "config.json", json.dumps(config, indent=2))
+    save_file(pythia_weights(seed), folder / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(folder)
+    return PYTHIA
+
+
+def pythia_weights(seed: int) -> dict[str, np.ndarray]:
+    """The tensors of the model by the names that its file on the hub gives them."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(0, 0.05, shape).astype(np.float16)
+
+    def norm(name: str) -> dict[str, np.ndarray]:
+        return {f"{name}.weight": 1 + normal(D_MODEL), f"{name}.bias": normal(D_MODEL)}
+
+    def linear(name: str, rows: int, columns: int) -> dict[str, np.ndarray]:
+        return {f"{name}.weight": normal(rows, columns), f"{name}.bias": normal(rows)}
+
+    weights = {"gpt_neox.embed_in.weight": normal(VOCABULARY, D_MODEL) * 20}
+    for layer in range(6):
+        name = f"gpt_neox.layers.{layer}"
+        weights |= norm(f"{name}.input_layernorm") | norm(f"{name}.post_attention_layernorm")
+        weights |= linear(f"{name}.attention.query_key_value", 3 * D_MODEL, D_MODEL)
+        weights |= linear(f"{name}.attention.dense", D_MODEL, D_MODEL)
+        weights |= linear(f"{name}.mlp.dense_h_to_4h", 4 * D_MODEL, D_MODEL)
+        weights |= linear(f"{name}.mlp.dense_4h_to_h", D_MODEL, 4 * D_MODEL)
+    weights |= norm("gpt_neox.final_layer_norm")
+    return weights | {"embed_out.weight": normal(VOCABULARY, D_MODEL)}
+
+
+def _write_tokenizer(folder: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers.trainers import BpeTrainer
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY - 64,  # as in the real model, which has more rows than tokens
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "The cat sat on the mat and the dog sat by the door. There the two of them were warm."
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = "<|endoftext|>"
+    special = {"bos_token": end, "eos_token": end, "unk_token": end}
+    _write(folder / "special_tokens_map.json", json.dumps(special))
+    config = special | {
+        "add_prefix_space": False,
+        "name_or_path": "EleutherAI/gpt-neox-20b",
+        "tokenizer_class": "GPTNeoXTokenizer",
+    }
+    _write(folder / "tokenizer_config.json", json.dumps(config))
+
+
+def write_saes(
+    root: Path, weights: Callable[[str, str], dict[str, np.ndarray]] | None = None
+) -> dict[str, dict[str, str]]:
+    """Every dictionary of the three pythia releases of sae-lens, with 96 features.
+
+    Args:
+        root: The hub's root.
+        weights: From the release and the id to W_enc, b_enc, W_dec and b_dec, to plant directions;
+            random ones if None, the same in every call.
+
+    Returns:
+        The path on the hub, `<repository>/<folder>`, of each id of each release.
+    """
+    written: dict[str, dict[str, str]] = {}
+    for release, entry in sae_releases().items():
+        written[release] = {}
+        for sae in entry["saes"]:
+            path = f"{entry['repo_id']}/{sae['path']}"
+            arrays = (weights or random_sae)(release, sae["id"])
+            write_sae(root / "models" / path, sae["id"], arrays)
+            written[release][sae["id"]] = path
+    return written
+
+
+@cache
+def sae_releases() -> dict[str, dict[str, Any]]:
+    """The three releases as sae-lens's own table has them, read without importing sae-lens."""
+    spec = find_spec("sae_lens")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("sae-lens is not installed")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    with Path(spec.origin).with_name("pretrained_saes.yaml").open(encoding="utf-8") as table:
+        entries = yaml.load(table, Loader=loader)
+    return {release: entries[release] for release in RELEASES}
+
+
+def random_sae(release: str, sae_id: str) -> dict[str, np.ndarray]:
+    """Unit decoder rows, an encoder that reads along them, and a threshold in the bias."""
+    rng = np.random.default_rng(list(f"{release} {sae_id}".encode()))
+    decoder = rng.normal(size=(D_SAE, D_MODEL))
+    decoder /= np.linalg.norm(decoder, axis=1, keepdims=True)
+    arrays = {
+        "W_enc": decoder.T + rng.normal(0, 0.01, (D_MODEL, D_SAE)),
+        "b_enc": np.full(D_SAE, -0.5),
+        "W_dec": decoder,
+        "b_dec": rng.normal(0, 0.01, D_MODEL),
+    }
+    return {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
+
+
+def write_sae(folder: Path, hook: str, arrays: dict[str, np.ndarray]) -> None:
+    """One dictionary as the releases have it: cfg.json, sae_weights and sparsity."""
+    from safetensors.numpy import save_file
+
+    d_sae, d_in = arrays["W_dec"].shape
+    config = {
+        "architecture": "standard",
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "torch.float32",
+        "device": "cuda",
+        "model_name": "pythia-70m-deduped",
+        "hook_name": hook,
+        "hook_layer": int(hook.split(".")[1]),
+        "hook_head_index": None,
+        "activation_fn_str": "relu",
+        "activation_fn_kwargs": {},
+        "apply_b_dec_to_input": True,
+        "finetuning_scaling_factor": False,
+        "sae_lens_training_version": None,
+        "prepend_bos": False,
+        "dataset_path": "EleutherAI/the_pile_deduplicated",
+        "dataset_trust_remote_code": True,
+        "context_size": 128,
+        "normalize_activations": "none",
+    }
+    _write(folder / "cfg.json", json.dumps(config))
+    save_file(arrays, folder / "sae_weights.safetensors")
+    save_file({"sparsity": np.full(d_sae, -2, np.float32)}, folder / "sparsity.safetensors")
+
+
+def _parts(texts: list[str], count: int) -> list[list[str]]:
+    doubled = texts + texts[::4]
+    return [doubled[i::count] for i in range(count)]
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _write_parquet(path: Path, columns: dict[str, list[Any]]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=4)
