@@ -1,4 +1,4 @@
-"""The command line: `flowhelpers run`, `flowhelpers lab`, `flowhelpers notebooks`.
+"""The command line: `flowhelpers run`, `lab`, `notebooks`, `suites`, `train`, `card`.
 
 A subcommand is a function of its arguments that returns an exit status. It imports what it needs
 itself, so that `flowhelpers --help` answers at once.
@@ -60,6 +60,47 @@ def notebooks(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def suites(arguments: argparse.Namespace) -> int:
+    """Lists the suites, or says of one what it holds and needs."""
+    from flowhelpers.suites import BYTES, find_suite, memory_needed, registered
+
+    for row in [find_suite(arguments.suite)] if arguments.suite else registered().values():
+        where = "no network needed" if row.is_local else "from the hub, then cached"
+        print(f"{row.name:<22}{row.about}")
+        print(f"{'':<22}{len(row.dictionaries)} dictionaries, {row.parameters / 1e6:.0f} M numbers")
+        needs = (f"{memory_needed(row, t) / 2**30:.2f} GiB in {t}" for t in BYTES if t != "float16")
+        print(f"{'':<22}{', '.join(needs)}; {where}")
+        if arguments.suite:
+            for site, source in sorted(row.dictionaries.items()):
+                named = source if isinstance(source, str) else f"{source['release']}/{source['id']}"
+                print(f"  {site!s:<20}{named}")
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Trains a suite, or dictionaries for a model that is there already."""
+    from flowhelpers.recipe import train_suite
+
+    folder = train_suite(
+        arguments.folder, arguments.text, arguments.recipe, arguments.model, arguments.device
+    )
+    print(folder)
+    return 0
+
+
+def card(arguments: argparse.Namespace) -> int:
+    """Prints the figures of a suite's card, or measures them afresh; 1 if one falls short."""
+    from flowhelpers.card import measured_bars, stored_bars
+
+    if arguments.measure or arguments.rows:
+        figures = measured_bars(arguments.suite, arguments.rows, arguments.write)
+    else:
+        figures = stored_bars(arguments.suite)
+    for name, bars in figures.items():
+        print(f"measured on {name}", *bars, sep="\n  ")
+    return 0 if all(bar.met for bars in figures.values() for bar in bars) else 1
+
+
 def parser() -> argparse.ArgumentParser:
     """The arguments that each subcommand takes."""
     top = argparse.ArgumentParser("flowhelpers", description="Feature flow through a model.")
@@ -90,6 +131,27 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("notebooks", help="list the notebooks and their parameters")
     one.set_defaults(function=notebooks)
     one.add_argument("notebooks", nargs="*", metavar="notebook")
+
+    one = commands.add_parser("suites", help="list the suites, or show one")
+    one.set_defaults(function=suites)
+    one.add_argument("suite", nargs="?", help="a registered name or a folder with a suite.yaml")
+
+    one = commands.add_parser("train", help="train a suite, or dictionaries for your own model")
+    one.set_defaults(function=train)
+    add = one.add_argument
+    add("folder", type=Path, help="where the suite goes; called again, training is taken up there")
+    add("--text", type=Path, metavar="FOLDER", help="where the recipe's text files lie")
+    add("--recipe", metavar="YAML", help="a recipe file (default: the one of flowlet)")
+    add("--model", help="a Hugging Face folder or name: train dictionaries for it alone")
+    add("--device", default="auto", help="torch device (default: a GPU if there is one)")
+
+    one = commands.add_parser("card", help="the figures of a suite: print, or measure afresh")
+    one.set_defaults(function=card)
+    one.add_argument("suite", nargs="?", default="flowlet")
+    one.add_argument("--measure", action="store_true", help="measure on text the suite never saw")
+    one.add_argument("--rows", type=Path, metavar="FOLDER",
+                     help="measure on held-out rows of this training folder as well")  # fmt: skip
+    one.add_argument("--write", action="store_true", help="write card.md and card.json")
     return top
 
 

@@ -74,7 +74,7 @@ def collect_tokens(
     last = max(site.layer for site in sites)
     parts: dict[Site, list[csr_matrix]] = {site: [] for site in sites}
     for rows in progress(torch.arange(len(tokens.ids)).split(batch), "activations"):
-        length = int(tokens.is_text[rows].any(0).nonzero().max()) + 1
+        length = 1 + max(tokens.is_text[rows].any(0).nonzero().flatten().tolist(), default=0)
         ids, is_text = tokens.ids[rows, :length], tokens.is_text[rows, :length]
         _, read = run(suite.model, ids, read=sites, stop_after=last)
         for site, dictionary in dictionaries.items():

@@ -2,17 +2,18 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from flowhelpers.activations import FeatureActivations, collect, collect_tokens
 from flowhelpers.features import FeatureId, Site
+from flowhelpers.files import write_json, write_text
 from flowhelpers.groups import occurrences, share_significant, significance
 from flowhelpers.labels import top_tokens, written_tokens
 from flowhelpers.matching import match_table, scores
@@ -27,24 +28,39 @@ if TYPE_CHECKING:
     from flowhelpers.suites import Suite
 
 
+TITLES = {
+    "sites": "Each site",
+    "flow": "Flow against chance, by layer",
+    "tests": "Share of significant Mann-Whitney tests",
+    "themes": "The residual feature that tells a subject of the passages from all others",
+    "examples": "Two features of every site, chosen by rule: a third and two thirds of the way"
+    " from the rarest to the commonest",
+}
+
+
 @dataclass(frozen=True)
 class Bar:
-    """One figure of a suite beside what was asked of it."""
+    """One figure of a suite beside what was asked of it, if anything was."""
 
     name: str
     value: float
-    asked: float
+    asked: float | None = None
     at_least: bool = True
 
     @property
     def met(self) -> bool:
         """Whether the figure is on the right side of what was asked."""
+        if self.asked is None:
+            return True
         return self.value >= self.asked if self.at_least else self.value <= self.asked
 
+    @property
+    def asks(self) -> str:
+        """What was asked, in signs."""
+        return "" if self.asked is None else f"{'≥' if self.at_least else '≤'} {self.asked:g}"
+
     def __str__(self) -> str:
-        sign = "≥" if self.at_least else "≤"
-        verdict = "met   " if self.met else "MISSED"
-        return f"{verdict} {self.name}: {self.value:.3f} ({sign} {self.asked:g})"
+        return f"{'' if self.met else 'MISSED':<7}{self.name:<48}{self.value:8.3f}  {self.asks}"
 
 
 def local_tokens(suite: "Suite", max_tokens: int = 128, seed: int = 0) -> Tokens:
@@ -292,7 +308,7 @@ def measure(
     residual = sites["site"].str.endswith("/res")
     bars = [
         Bar("bits per byte", bits, 1.70, at_least=False),
-        Bar("nats per token", nats, math.inf, at_least=False),
+        Bar("nats per token", nats),
         Bar("L0 / d_model, highest site", sites["l0_share_of_d"].max(), 0.08, at_least=False),
         Bar(
             "explained variance, lowest res", sites.loc[residual, "explained_variance"].min(), 0.75
@@ -329,42 +345,83 @@ def measure(
     return bars, tables
 
 
-def write_card(
-    folder: Path,
-    heading: str,
-    measured: Mapping[str, tuple[Sequence[Bar], "Mapping[str, pd.DataFrame]"]],
-) -> None:
+Measured = tuple[list[Bar], "dict[str, pd.DataFrame]"]
+
+LOCAL = "the passages and held-out modules of the standard library"
+HELD_OUT = "held-out documents of the training mix"
+
+
+def measured_bars(name: str, rows: Path | None = None, write: bool = False) -> dict[str, list[Bar]]:
+    """Measure a suite on text it never saw.
+
+    Args:
+        name: A suite.
+        rows: The folder of its training, whose held-out rows are then used as well.
+        write: Whether to write `card.md` and `card.json` into the suite's folder.
+
+    Returns:
+        The figures, by the text they were measured on.
+    """
+    from flowhelpers.recipe import held_out_rows
+    from flowhelpers.suites import load_suite
+
+    suite = load_suite(name)
+    measured: dict[str, Measured] = {}
+    if rows:
+        measured[HELD_OUT] = measure(suite, row_tokens(suite, held_out_rows(rows)))
+    measured[LOCAL] = measure(suite, local_tokens(suite))
+    if write:
+        if suite.row.folder is None:
+            raise ValueError(f"suite {suite.name} is no folder: there is no place for its card")
+        write_card(suite.row.folder, measured)
+    return {text: bars for text, (bars, _) in measured.items()}
+
+
+def stored_bars(name: str) -> dict[str, list[Bar]]:
+    """The figures of the card that a suite's folder holds.
+
+    Raises:
+        FileNotFoundError: If it has none.
+    """
+    from flowhelpers.suites import find_suite
+
+    row = find_suite(name)
+    path = row.folder / "card.json" if row.folder else None
+    if path is None or not path.is_file():
+        raise FileNotFoundError(
+            f"suite {row.name} has no card; `card {name} --measure` measures it"
+        )
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {text: [Bar(**bar) for bar in found["bars"]] for text, found in record.items()}
+
+
+def write_card(folder: Path, measured: "Mapping[str, Measured]") -> None:
     """Write `card.md` and `card.json` into a suite's folder.
 
     Args:
-        folder: The suite's folder.
-        heading: Text that comes before the figures: data, licences, how it was trained.
+        folder: The suite's folder; its `about.md`, if there is one, comes before the figures.
         measured: For each text it was measured on, what `measure` gave.
     """
-    lines = [heading.strip(), ""]
-    record: dict[str, Any] = {}
+    about = folder / "about.md"
+    lines = [about.read_text(encoding="utf-8").strip() if about.is_file() else "# Model card"]
     for name, (bars, tables) in measured.items():
-        lines += [
-            f"## Measured on {name}",
-            "",
-            "| figure | value | asked | |",
-            "| --- | --- | --- | --- |",
-        ]
+        lines += ["", f"## Measured on {name}", ""]
+        lines += ["| figure | value | asked | |", "| --- | --- | --- | --- |"]
         for bar in bars:
-            asked = (
-                f"{'≥' if bar.at_least else '≤'} {bar.asked:g}" if math.isfinite(bar.asked) else "–"
+            lines.append(
+                f"| {bar.name} | {bar.value:.3f} | {bar.asks} | {'' if bar.met else 'missed'} |"
             )
-            met = ("met" if bar.met else "missed") if math.isfinite(bar.asked) else ""
-            lines.append(f"| {bar.name} | {bar.value:.3f} | {asked} | {met} |")
         for title, table in tables.items():
-            lines += ["", f"### {title}", "", _markdown(table)]
-        lines.append("")
-        record[name] = {
-            "bars": {bar.name: bar.value for bar in bars},
+            lines += ["", f"### {TITLES[title]}", "", _markdown(table)]
+    record = {
+        name: {
+            "bars": [asdict(bar) for bar in bars],
             "tables": {title: table.to_dict("records") for title, table in tables.items()},
         }
-    (folder / "card.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "card.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for name, (bars, tables) in measured.items()
+    }
+    write_text(folder / "card.md", "\n".join(lines) + "\n")
+    write_json(folder / "card.json", record)
 
 
 def _markdown(table: "pd.DataFrame") -> str:

@@ -134,10 +134,10 @@ def load_folder(path: Path, site: Site, d_model: int, device: str, dtype: str) -
             )
     try:
         sae = SAE.load_from_disk(path, device=device, dtype=dtype)
-    except (SafetensorError, KeyError, RuntimeError, ValueError) as error:
+    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path / 'sae_weights.safetensors'} (for {site}) cannot be read,"
-            f" it may be truncated or corrupt: {error}"
+            f"the dictionary for {site} in {path} cannot be read,"
+            f" a file of it may be truncated or corrupt: {error}"
         ) from error
     return make_dictionary(site, sae, d_model, str(path))
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flowhelpers.features import FeatureId, Site
+from flowhelpers.features import MODULES, FeatureId, Site
 from flowhelpers.matching import top_k_cosine
 
 if TYPE_CHECKING:
@@ -26,9 +26,11 @@ def trace(suite: "Suite", seed: FeatureId | str, scores: "pd.DataFrame") -> "pd.
         scores: One row a feature, as `matching.scores` gives.
 
     Returns:
-        One row a residual node, by layer: `feature`, `is_seed`, and for each of `res`, `mlp`,
-        `att` the predecessor `from_res` …, its cosine `s_res` … and the null's quantile
-        `null_res` …; the predecessor is missing where there is no match.
+        One row a residual node, by layer: `feature`, `is_seed`, `previous` (the node before it in
+        the chain) with its cosine `s_previous`, and for each of `res`, `mlp`, `att` the
+        predecessor `from_res` …, its cosine `s_res` … and the null's quantile `null_res` …; what
+        does not exist is missing. Up to the seed `previous` is `from_res`; after it the two differ
+        where the node's own best match is another feature.
 
     Raises:
         ValueError: If the feature does not exist or is not residual.
@@ -39,29 +41,47 @@ def trace(suite: "Suite", seed: FeatureId | str, scores: "pd.DataFrame") -> "pd.
     if seed.module != "res":
         raise ValueError(f"{seed} lies at {seed.site}: a flow starts from a residual feature")
     lookup = scores.set_index(["layer", "feature"])
+
+    def row_of(node: FeatureId) -> "pd.Series | dict[str, float]":
+        key = (node.layer, node.index)
+        return lookup.loc[key] if key in lookup.index else {}  # no site precedes this one
+
+    def predecessor(node: FeatureId, module: str) -> FeatureId | None:
+        source = row_of(node).get(f"source_{module}", torch.nan)
+        return (
+            FeatureId(node.layer - (module == "res"), module, int(source)) if source >= 0 else None
+        )
+
     chain = [seed]
-    while chain[0].layer > 0:
-        source = int(lookup.loc[(chain[0].layer, chain[0].index), "source_res"])
-        if source < 0:
-            break
-        chain.insert(0, FeatureId(chain[0].layer - 1, "res", source))
-    while chain[-1].layer < suite.layers - 1:
+    while before := predecessor(chain[0], "res"):
+        chain.insert(0, before)
+    while (site := Site(chain[-1].layer + 1, "res")) in suite.dictionaries:
         direction = suite.dictionary(chain[-1].site).directions[chain[-1].index]
-        following = suite.dictionary(Site(chain[-1].layer + 1, "res")).directions
-        best = int(top_k_cosine(direction[None], following, 1).indices[0, 0])
+        best = int(top_k_cosine(direction[None], suite.dictionary(site).directions).indices)
         if best < 0:
             break
-        chain.append(FeatureId(chain[-1].layer + 1, "res", best))
+        chain.append(FeatureId(site.layer, "res", best))
     rows = []
-    for node in chain:
-        row = lookup.loc[(node.layer, node.index)]
+    for before, node in zip([None, *chain], chain, strict=False):
+        row = row_of(node)
         record: dict[str, object] = {"feature": str(node), "is_seed": node == seed}
-        for module in ("res", "mlp", "att"):
-            source = row.get(f"source_{module}")
-            known = source is not None and source == source and source >= 0
-            at = node.layer - (module == "res")
-            record[f"from_{module}"] = str(FeatureId(at, module, int(source))) if known else None
+        for module in MODULES:
+            source = predecessor(node, module)
+            record[f"from_{module}"] = str(source) if source else None
             record[f"s_{module}"] = float(row.get(f"s_{module}", torch.nan))
             record[f"null_{module}"] = float(row.get(f"null_{module}", torch.nan))
+        record["previous"] = str(before) if before else None
+        record["s_previous"] = _cosine(suite, before, node) if before else torch.nan
         rows.append(record)
     return pd.DataFrame(rows)
+
+
+def members(flow: "pd.DataFrame") -> list[str]:
+    """Every feature of a flow, each once: its nodes and the predecessors of each."""
+    columns = [flow[column] for column in ("feature", "from_res", "from_mlp", "from_att")]
+    return list(dict.fromkeys(name for column in columns for name in column.dropna()))
+
+
+def _cosine(suite: "Suite", first: FeatureId, second: FeatureId) -> float:
+    one, two = (suite.dictionary(node.site).directions[node.index] for node in (first, second))
+    return float(one.float() @ two.float())

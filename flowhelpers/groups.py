@@ -31,8 +31,8 @@ _OF_BITS = np.array([GROUPS.index(name) for name in (
 def occurrences(scores: "pd.DataFrame", activations: FeatureActivations) -> "pd.DataFrame":
     """Every active residual feature at every token, with its predecessors' activity (paper 5.1).
 
-    A predecessor is the top-1 match at a site, active at the same token. Layer 0 is left out: it
-    has no residual predecessor (CHOICES 5).
+    A predecessor is the top-1 match at a site, active at the same token. Layers that lack one of
+    the three sites are left out, layer 0 always: it has no residual predecessor (CHOICES 5).
 
     Args:
         scores: One row a feature, as `matching.scores` gives.
@@ -43,11 +43,18 @@ def occurrences(scores: "pd.DataFrame", activations: FeatureActivations) -> "pd.
         `activations.tokens`), `activation`, for each module `res`, `mlp`, `att` whether the
         predecessor is active, its score `s_res` … and its share of all tokens `rate_res` …, and
         `group`.
+
+    Raises:
+        ValueError: If no layer has all three sites.
     """
     import pandas as pd
 
+    sources = scores.reindex(columns=[f"source_{module}" for module in MODULES])
+    complete = scores[sources.notna().all(axis=1)]
+    if complete.empty:
+        raise ValueError("no layer has predecessors at all three of res, mlp and att")
     tables = []
-    for layer, part in scores[scores["layer"] > 0].groupby("layer"):
+    for layer, part in complete.groupby("layer"):
         part = part.sort_values("feature")
         codes = activations.by_site[Site(int(layer), "res")].tocoo()
         columns: dict[str, np.ndarray] = {
@@ -101,21 +108,10 @@ def significance(table: "pd.DataFrame", alpha: float = 1e-3, smallest: int = 20)
                 a, b = (members[name][f"s_{module}"].to_numpy() for name in (first, second))
                 p = float(mannwhitneyu(a, b, alternative="two-sided").pvalue)
                 active = (module.upper() in first) + (module.upper() in second)
-                rows.append(
-                    {
-                        "dataset": dataset,
-                        "layer": layer,
-                        "score": f"s_{module}",
-                        "first": first,
-                        "second": second,
-                        "n_first": len(a),
-                        "n_second": len(b),
-                        "p": p,
-                        "significant": p < alpha,
-                        "pair": ("IB", "AO", "AB")[active],
-                    }
-                )
-    return pd.DataFrame(rows)
+                cells = (dataset, layer, f"s_{module}", first, second, len(a), len(b), p, p < alpha)
+                rows.append((*cells, ("IB", "AO", "AB")[active]))
+    columns = ["dataset", "layer", "score", "first", "second", "n_first", "n_second", "p"]
+    return pd.DataFrame(rows, columns=[*columns, "significant", "pair"])
 
 
 def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":

@@ -1,12 +1,13 @@
 """What a feature is about: the tokens it writes, and where it is active."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from flowhelpers.activations import FeatureActivations
-from flowhelpers.features import FeatureId
+from flowhelpers.features import FeatureId, Site
 from flowhelpers.model import final_norm, token_strings
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ def written_tokens(suite: "Suite", feature: FeatureId | str, k: int = 10) -> "pd
 
     feature = suite.feature(feature)
     model = suite.model
-    direction = suite.dictionary(feature.site).direction(feature)
-    logits = final_norm(model, direction.to(model.unembedding)) @ model.unembedding
+    direction = suite.dictionary(feature.site).direction(feature).to(model.unembedding)
+    # Without the bias that a norm may have: it writes the same tokens for every feature.
+    normed = final_norm(model, direction) - final_norm(model, torch.zeros_like(direction))
+    logits = normed @ model.unembedding
     top = (logits - logits.mean()).float().topk(k)
     return pd.DataFrame(
         {"token": token_strings(model, top.indices.tolist()), "logit": top.values.cpu().numpy()}
@@ -96,3 +99,64 @@ def top_contexts(
             }
         )
     return pd.DataFrame(rows, columns=["text", "activation", "before", "token", "after"])
+
+
+def describe(
+    suite: "Suite",
+    features: Iterable[FeatureId | str],
+    activations: FeatureActivations | None = None,
+    k: int = 4,
+) -> "pd.DataFrame":
+    """What features write and, where activations are known, the tokens they are active at.
+
+    Returns:
+        `feature`, `writes`, `active_at` (empty if unknown) and `label`, which holds both, one a
+        line.
+    """
+    import pandas as pd
+
+    rows = []
+    for feature in map(suite.feature, features):
+        writes = _listed(written_tokens(suite, feature, k)["token"])
+        known = activations is not None and feature.site in activations.by_site
+        reads = _listed(top_tokens(suite, feature, activations, k)["token"]) if known else ""
+        label = f"writes {writes}" + (f"\nactive at {reads or 'nothing read'}" if known else "")
+        rows.append((str(feature), writes, reads, label))
+    return pd.DataFrame(rows, columns=["feature", "writes", "active_at", "label"])
+
+
+def specificity(
+    occurrences: "pd.DataFrame", activations: FeatureActivations, least: int = 10
+) -> "pd.DataFrame":
+    """Which of the features active in a sentence are strong there and rare elsewhere.
+
+    Args:
+        occurrences: The active residual features of the sentence, as `groups.occurrences` gives.
+        activations: Activations on other texts, for the residual sites that are to be kept.
+        least: Features active at fewer tokens of the other texts are left out.
+
+    Returns:
+        The occurrences at those sites, most specific first, with the columns `often` (share of the
+        other tokens where the feature is active), `of_max` (activation as a share of the highest
+        there, at most 1) and `specific`, which is -log(often) times `of_max`.
+    """
+    import pandas as pd
+
+    parts = []
+    for layer, part in occurrences.groupby("layer"):
+        codes = activations.by_site.get(Site(int(layer), "res"))
+        if codes is None:
+            continue
+        count = codes.getnnz(axis=0)[part["feature"]]
+        highest = codes.max(axis=0).toarray()[0][part["feature"]]
+        part = part.assign(often=count / codes.shape[0], highest=highest)[count >= least]
+        part["of_max"] = (part["activation"] / part.pop("highest")).clip(upper=1)
+        parts.append(part.assign(specific=-np.log(part["often"]) * part["of_max"]))
+    none = occurrences.iloc[:0].assign(often=0.0, of_max=0.0, specific=0.0)
+    found = pd.concat(parts) if parts else none
+    return found.sort_values("specific", ascending=False, kind="stable", ignore_index=True)
+
+
+def _listed(tokens: Iterable[str]) -> str:
+    stripped = [(token, token.strip()) for token in tokens]
+    return ", ".join(bare if bare and bare.isprintable() else repr(t) for t, bare in stripped)

@@ -63,7 +63,13 @@ def top_k_cosine(
     rows = max(1, block_bytes // (3 * 4 * len(source)))
     indices, cosines = [], []
     for part in target.split(rows):
-        values, places = (unit_rows(part) @ unit_source.T).topk(keep, dim=1)
+        block = unit_rows(part) @ unit_source.T
+        values, places = block.topk(keep, dim=1)
+        # Of sources that tie across the border topk keeps any: these rows are sorted whole.
+        cut = (values[:, k - 1] == values[:, -1]) & (values[:, -1] > 0) & (keep > k)
+        if cut.any():
+            whole = block[cut].sort(dim=1, descending=True, stable=True)
+            values[cut], places[cut] = whole.values[:, :keep], whole.indices[:, :keep]
         order = places.sort(dim=1).indices  # stable by index first, then by cosine
         values, places = values.gather(1, order), places.gather(1, order)
         order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
@@ -94,12 +100,18 @@ def null_cosines(
     seed: int = 0,
 ) -> Float[Tensor, "targets"]:
     """Best cosine of each target into a randomly rotated copy of the source: what chance gives."""
+    return top_k_cosine(target, rotated(source, seed), k=1).cosines[:, 0]
+
+
+def rotated(
+    source: Float[Tensor, "sources d_model"], seed: int = 0
+) -> Float[Tensor, "sources d_model"]:
+    """The directions, all turned by one random rotation: alike among themselves, new to others."""
     generator = torch.Generator().manual_seed(seed)
     d = source.shape[1]
     rotation, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.double))
     rotation = rotation * triangle.diagonal().sign()  # uniform over the orthogonal group
-    rotated = source @ rotation.to(source)
-    return top_k_cosine(target, rotated, k=1).cosines[:, 0]
+    return source @ rotation.to(source)
 
 
 def predecessor_sites(site: Site) -> dict[str, Site]:
@@ -129,6 +141,9 @@ def match_table(suite: "Suite", k: int = 5, seed: int = 0) -> "pd.DataFrame":
         `source_layer`, `source`, `cosine`, `margin` (to the next rank; missing at the last),
         `mutual` (is the feature the source's best match too) and `null` (the 99.9 % quantile of
         the best cosine by chance, for the layer and site; CHOICES 27).
+
+    Raises:
+        ValueError: If no residual dictionary of the suite has one that precedes it.
     """
     import pandas as pd
 
@@ -138,6 +153,8 @@ def match_table(suite: "Suite", k: int = 5, seed: int = 0) -> "pd.DataFrame":
         for module, source in predecessor_sites(Site(layer, "res")).items()
         if Site(layer, "res") in suite.dictionaries and source in suite.dictionaries
     ]
+    if not pairs:
+        raise ValueError(f"suite {suite.name} has no residual dictionary with one that precedes it")
     tables = []
     for site, module, source in progress(pairs, "matching"):
         targets = suite.dictionary(site).directions
@@ -147,7 +164,8 @@ def match_table(suite: "Suite", k: int = 5, seed: int = 0) -> "pd.DataFrame":
         back = top_k_cosine(sources, targets, 1).indices[:, 0]
         null = torch.quantile(null_cosines(targets, sources, seed), NULL_QUANTILE).item()
         best = matches.indices.clamp(min=0)
-        mutual = (back[best] == torch.arange(len(targets))[:, None]) & (matches.indices >= 0)
+        target = torch.arange(len(targets), device=best.device)[:, None]
+        mutual = (back[best] == target) & (matches.indices >= 0)
         margin = torch.full_like(matches.cosines, torch.nan)
         margin[:, :-1] = matches.cosines[:, :-1] - matches.cosines[:, 1:]
         ranks = min(k, keep)

@@ -115,7 +115,7 @@ def load_model(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        weights = AutoModelForCausalLM.from_pretrained(
+        weights: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, revision=revision, attn_implementation="eager"
         )
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
@@ -161,23 +161,26 @@ def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = 
 
     Args:
         model: The model whose tokenizer is used.
-        texts: One text or several.
+        texts: One text or several; one that begins with BOS gets no second.
         max_tokens: Cut each text to so many tokens, BOS included.
 
     Raises:
-        ValueError: If there is no text at all.
+        ValueError: If there is no text at all, or none would be left of it.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
         raise ValueError("no text given: expected a text or a list of texts")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: expected 1 or more, BOS included")
     tokenizer = model.tokenizer
     bos = tokenizer.bos_token_id
     if bos is None:
         bos = tokenizer.eos_token_id
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    rows = [[bos, *row][:max_tokens] for row in rows]
+    rows = [[bos, *row[row[:1] == [bos] :]][:max_tokens] for row in rows]
     length = max(map(len, rows))
-    ids = torch.full((len(rows), length), tokenizer.pad_token_id or bos)
+    pad = bos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = torch.full((len(rows), length), pad)
     is_text = torch.zeros((len(rows), length), dtype=torch.bool)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
@@ -233,11 +236,13 @@ def run(
         if stop_after is None:
             logits = model.bridge(ids, return_type="logits")
         else:
-            # The bridge stops before a layer, and only `run_with_hooks` takes the argument.
-            stop = stop_after + 1 if stop_after + 1 < model.layers else None
-            model.bridge.run_with_hooks(
-                ids, return_type=None, stop_at_layer=stop, reset_hooks_end=False
-            )
+            if stop_after < model.layers - 1:
+                # The bridge stops before a layer, and only `run_with_hooks` takes the argument.
+                model.bridge.run_with_hooks(
+                    ids, return_type=None, stop_at_layer=stop_after + 1, reset_hooks_end=False
+                )
+            else:  # all layers, without the logits
+                model.bridge.original_model.base_model(input_ids=ids, use_cache=False)
             logits = None
     return logits, kept
 

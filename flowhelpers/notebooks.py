@@ -18,7 +18,7 @@ def notebooks_folder() -> Path:
     """
     package = Path(__file__).parent
     named = os.environ.get(NOTEBOOKS)
-    places = [Path(named)] if named else [package / "notebooks", package.parent / "notebooks"]
+    places = [Path(named)] if named else [package / "data/notebooks", package.parent / "notebooks"]
     for place in places:
         if place.is_dir():
             return place.resolve()

@@ -214,7 +214,7 @@ def _tokenizer_sample(sources: dict[str, Documents], recipe: ModelRecipe) -> Ite
 def new_model(recipe: ModelRecipe) -> Gemma3ForCausalLM:
     """A model with seeded random weights; its post-norms are turned down to `recipe.gain`."""
     torch.manual_seed(recipe.seed)
-    model = Gemma3ForCausalLM(recipe.config())
+    model: Any = Gemma3ForCausalLM(recipe.config())
     model.config._attn_implementation = "sdpa"
     for layer in model.model.layers:
         for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
@@ -247,7 +247,8 @@ def train_model(
     torch.set_flush_denormal(True)
     tokenizer, data = prepare(recipe, folder, text_folder)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
-    model = new_model(recipe).to(device)
+    model: Any = new_model(recipe)
+    model.to(device)
     optimizers = _optimizers(model, recipe)
     checkpoint = folder / "checkpoint.pt"
     start = 0

@@ -73,7 +73,7 @@ class Run:
 
         path = self._path("tables", name, ".parquet")
         if not (callable(compute) and name in self.kept):
-            frame = compute() if callable(compute) else compute
+            frame: Any = compute() if callable(compute) else compute
             if not isinstance(frame, pd.DataFrame):
                 raise TypeError(f"table {name!r} is a {type(frame).__name__}, not a DataFrame")
             index = not isinstance(frame.index, pd.RangeIndex)
@@ -193,6 +193,19 @@ def progress(iterable: Iterable[T], desc: str, total: int | None = None) -> Iter
 
         options |= {"file": sys.stderr, "mininterval": 0.1 if sys.stderr.isatty() else 5}
     return tqdm(iterable, **options)
+
+
+def environment() -> str:
+    """Versions, device, cores and memory: what a run depends on, in a few lines."""
+    import psutil
+
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    memory = psutil.virtual_memory()
+    return (
+        f"versions: {versions}\n"
+        f"device: {_device() or 'cpu'}; {os.cpu_count()} cores,"
+        f" {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory free"
+    )
 
 
 def live() -> bool:

@@ -263,13 +263,12 @@ def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") ->
                     f"suite {row.name} names a dictionary at {site}:"
                     f" its model has layers 0 to {model.layers - 1}"
                 )
-            dictionaries[site] = (
-                load_folder(Path(source), site, model.d_model, device, dtype)
+            load = (
+                partial(load_folder, Path(source))
                 if isinstance(source, str)
-                else load_release(
-                    source["release"], source["id"], site, model.d_model, device, dtype
-                )
+                else partial(load_release, source["release"], source["id"])
             )
+            dictionaries[site] = load(site=site, d_model=model.d_model, device=device, dtype=dtype)
     except (OSError, RuntimeError) as error:
         if isinstance(error, FileNotFoundError) or row.is_local:
             raise
@@ -284,8 +283,8 @@ def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") ->
 
 
 def _is_network_failure(error: BaseException) -> bool:
-    import httpx
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
 
     kinds = (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError, ConnectionError)
     link: BaseException | None = error

@@ -35,7 +35,7 @@ class Corpus:
     Attributes:
         name: The name by which `load_texts` knows it.
         about: What it holds.
-        hub_id: The hub dataset; None if the corpus is on every machine.
+        hub_id: The hub dataset; empty if the corpus is on every machine.
         config: The configuration of the hub dataset; None for its only one.
         split: The split that is read.
         column: The column that holds the text.
@@ -43,7 +43,7 @@ class Corpus:
 
     name: str
     about: str
-    hub_id: str | None = None
+    hub_id: str = ""
     config: str | None = None
     split: str = "train"
     column: str = "text"

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,11 @@ class DictionaryRecipe:
     """
 
     features: int = 1024
-    k: int = 12
-    tokens: int = 2_500_000
+    k: int = 14
+    tokens: int = 3_000_000
     batch: int = 640
     rows: int = 32
-    lr: float = 2.5e-3
+    lr: float = 3e-3
     beta1: float = 0.9
     beta2: float = 0.99
     warmup: int = 100
@@ -71,6 +72,7 @@ def train_dictionaries(
     folder: Path,
     sites: Sequence[Site] | None = None,
     checkpoint_every: float = 300.0,
+    model_name: str | None = None,
 ) -> Path:
     """Train a dictionary at every site and save each as a sae-lens folder.
 
@@ -81,6 +83,7 @@ def train_dictionaries(
         folder: Where checkpoints are kept; a second call goes on from the last one.
         sites: The sites; by default all of the model's.
         checkpoint_every: Seconds between checkpoints.
+        model_name: The model's name in the saved dictionaries; by default what it was loaded from.
 
     Returns:
         The folder `folder/dictionaries` with one sae-lens folder for each site, `0-res` and so on.
@@ -91,7 +94,7 @@ def train_dictionaries(
     torch.set_flush_denormal(True)
     sites = list(sites or model.sites())
     folder.mkdir(parents=True, exist_ok=True)
-    trainers = {site: _trainer(recipe, model, site, i) for i, site in enumerate(sites)}
+    trainers = {site: _trainer(recipe, model, site, i, model_name) for i, site in enumerate(sites)}
     done = _resume(trainers, folder)
     if not done:
         _set_scales(trainers, next(batches(recipe, model, rows, sites, chunk=0)))
@@ -99,22 +102,20 @@ def train_dictionaries(
     stream = batches(recipe, model, rows, sites, chunk=done // chunk_steps)
     saved_at = time.monotonic()
     bar = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc="dictionaries")
-    for step in bar:
-        batch = next(stream)
-        loss = 0.0
-        for site, trainer in trainers.items():
-            loss += float(trainer.step(batch[site]).losses["mse_loss"].detach())
-            trainer.n_training_steps += 1
-            if trainer.n_training_steps < recipe.steps:
-                trainer.maybe_reset_sparsity()
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss} at step {step}")
-        dead = np.mean([float(t.dead_neurons.float().mean()) for t in trainers.values()])
-        bar.set_postfix(mse=f"{loss / len(sites):.2f}", dead=f"{dead:.1%}")
-        at_boundary = (step + 1) % chunk_steps == 0
-        if at_boundary and time.monotonic() - saved_at > checkpoint_every:
-            _checkpoint(trainers, folder, step + 1)
-            saved_at = time.monotonic()
+    with _threads(model.device) as pool:
+        for step in bar:
+            batch = next(stream)
+            losses = pool.map(_step, trainers.values(), [batch[site] for site in trainers])
+            loss = sum(losses) / len(trainers)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss became {loss} at step {step}")
+            if step % 20 == 0:
+                dead = np.mean([float(t.dead_neurons.float().mean()) for t in trainers.values()])
+                bar.set_postfix(mse=f"{loss:.2f}", dead=f"{dead:.1%}")
+            at_boundary = (step + 1) % chunk_steps == 0
+            if at_boundary and time.monotonic() - saved_at > checkpoint_every:
+                _checkpoint(trainers, folder, step + 1)
+                saved_at = time.monotonic()
     part = folder / "dictionaries.part"
     shutil.rmtree(part, ignore_errors=True)
     for site, trainer in trainers.items():
@@ -164,7 +165,9 @@ def batches(
         chunk += 1
 
 
-def _trainer(recipe: DictionaryRecipe, model: Model, site: Site, place: int) -> Any:
+def _trainer(
+    recipe: DictionaryRecipe, model: Model, site: Site, place: int, model_name: str | None
+) -> Any:
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.saes.sae import SAEMetadata
@@ -181,7 +184,7 @@ def _trainer(recipe: DictionaryRecipe, model: Model, site: Site, place: int) -> 
             normalize_activations="expected_average_only_in",
             decoder_init_norm=recipe.decoder_norm,
             metadata=SAEMetadata(
-                model_name=model.name,
+                model_name=model_name or model.name,
                 hook_name=HOOKS[site.module].format(layer=site.layer),
                 prepend_bos=True,
             ),
@@ -209,6 +212,25 @@ def _trainer(recipe: DictionaryRecipe, model: Model, site: Site, place: int) -> 
         n_batches_for_norm_estimate=1,
     )
     return SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
+
+
+def _threads(device: torch.device) -> ThreadPoolExecutor:
+    # Small matrices: one thread for each dictionary is faster than many threads for each product.
+    workers = torch.get_num_threads() if device.type == "cpu" else 1
+    return ThreadPoolExecutor(workers, initializer=_one_thread if workers > 1 else None)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # of the calling thread alone
+    torch.set_flush_denormal(True)
+
+
+def _step(trainer: Any, batch: Tensor) -> float:
+    loss = float(trainer.step(batch).losses["mse_loss"].detach())
+    trainer.n_training_steps += 1
+    if trainer.n_training_samples < trainer.cfg.total_training_samples:
+        trainer.maybe_reset_sparsity()
+    return loss
 
 
 def _set_scales(trainers: dict[Site, Any], batch: dict[Site, Tensor]) -> None:

@@ -1,11 +1,21 @@
-"""Fixtures that several tests share: the loopback hub and what lies on it."""
+"""Fixtures that several tests share: the loopback hub and what lies on it, and the toy suite."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hub import Hub, Process
 from hub_files import write_datasets, write_pythia, write_saes
+from jaxtyping import install_import_hook
+
+install_import_hook("flowhelpers", "beartype.beartype")
+
+if TYPE_CHECKING:
+    from transformers import Gemma3ForCausalLM
+
+    from flowhelpers.model import Model
+    from flowhelpers.suites import Suite
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +51,48 @@ def pythia(hub: Hub) -> str:
     """`EleutherAI/pythia-70m-deduped` on the hub, tiny, with its dictionaries; returns its name."""
     write_saes(hub.root)
     return write_pythia(hub.root)
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy model's Hugging Face folder."""
+    import toys
+
+    return toys.write_model(tmp_path_factory.mktemp("toy") / "model")
+
+
+@pytest.fixture(scope="session")
+def toy(toy_folder: Path) -> "Model":
+    """The toy model behind the door."""
+    from flowhelpers.model import load_model
+
+    return load_model(str(toy_folder))
+
+
+@pytest.fixture(scope="session")
+def plain_toy(toy_folder: Path) -> "Gemma3ForCausalLM":
+    """The toy model as Hugging Face has it, of the same weights."""
+    from transformers import Gemma3ForCausalLM
+
+    return Gemma3ForCausalLM.from_pretrained(toy_folder, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="session")
+def planted_folder(toy_folder: Path, toy: "Model") -> Path:
+    """A suite's folder around the toy model, with the planted dictionaries at every site."""
+    import toys
+
+    from flowhelpers.model import run, tokenize
+
+    tokens = tokenize(toy, toys.TEXTS)
+    _, read = run(toy, tokens.ids, read=toy.sites())
+    text = {site: values[tokens.is_text] for site, values in read.items()}
+    return toys.write_suite(toy_folder.parent, toys.planted_saes(text))
+
+
+@pytest.fixture(scope="session")
+def planted(planted_folder: Path) -> "Suite":
+    """The suite of that folder, loaded."""
+    from flowhelpers.suites import load_suite
+
+    return load_suite(planted_folder)

@@ -99,7 +99,7 @@ def test_what_is_missing_is_told_apart(planted: Hub):
 
 
 def test_a_range_is_served_as_asked(planted: Hub):
-    import httpx
+    from huggingface_hub.utils import httpx
 
     url = f"{planted.url}/{MODEL}/resolve/main/model.safetensors"
     part = httpx.get(url, headers={"Range": "bytes=10-19"})

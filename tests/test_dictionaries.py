@@ -1,0 +1,225 @@
+"""A dictionary has unit rows, a strict threshold, and says what is wrong with it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toys
+
+from flowhelpers import edits
+from flowhelpers.dictionaries import Dictionary, load_folder, make_dictionary
+from flowhelpers.features import FeatureId, Site
+from flowhelpers.matching import top_k_cosine
+from flowhelpers.model import Model, Tokens, logits_of, run, tokenize
+from flowhelpers.suites import Suite
+
+SITE = Site(1, "res")
+D = toys.D_MODEL
+
+
+def dictionary_of(decoder: torch.Tensor, **more: Any) -> Dictionary:
+    return make_dictionary(SITE, toys.make_sae(decoder, SITE, **more), D, "planted")
+
+
+@pytest.fixture
+def tokens(toy: Model) -> Tokens:
+    return tokenize(toy, toys.TEXTS[:2])
+
+
+def test_directions_are_the_decoders_rows_at_unit_norm():
+    rows = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
+    sizes = torch.tensor([0.01, 1.0, 7.0, 100.0, 3.0])
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    dictionary = dictionary_of(unit * sizes[:, None])
+    assert torch.allclose(dictionary.directions, unit, atol=1e-6)
+    assert torch.allclose(dictionary.norms, sizes)
+    assert dictionary.width == 5
+    assert torch.equal(dictionary.direction(FeatureId(1, "res", 3)), dictionary.directions[3])
+    assert torch.allclose(
+        dictionary.written(FeatureId(1, "res", 2), torch.tensor([2.0, 0.0])),
+        torch.stack([14 * unit[2], 0 * unit[2]]),
+        atol=1e-5,
+    )
+
+
+def test_a_feature_at_its_threshold_is_not_active():
+    threshold = torch.tensor([0.5, 2.0, 0.0])
+    dictionary = dictionary_of(torch.eye(3, D), threshold=threshold)
+    at = torch.zeros(3, D)
+    at[0, :3] = threshold
+    at[1, :3] = torch.nextafter(threshold, torch.tensor(9.0))
+    at[2, :3] = -threshold - 1
+    codes = dictionary.encode(at)
+    assert codes.tolist() == [[0, 0, 0], at[1, :3].tolist(), [0, 0, 0]]
+
+
+def test_encoding_takes_off_the_decoders_bias_and_decoding_gives_it_back():
+    bias = torch.arange(D, dtype=torch.float32)
+    dictionary = dictionary_of(2 * torch.eye(3, D), encoder=torch.eye(D, 3), b_dec=bias, b_enc=-1.0)
+    x = bias.clone()
+    x[:3] += torch.tensor([5.0, 0.5, 3.0])
+    assert dictionary.encode(x).tolist() == [4, 0, 2]
+    rebuilt = bias.clone()
+    rebuilt[:3] += torch.tensor([8.0, 0.0, 4.0])
+    assert torch.equal(dictionary.decode(dictionary.encode(x)), rebuilt)
+
+
+def test_rescaling_by_one_changes_nothing(planted: Suite, tokens: Tokens):
+    dictionary = planted.dictionary(SITE)
+    features = [FeatureId(1, "res", i) for i in range(dictionary.width)]
+    plain = logits_of(planted.model, tokens.ids)
+    kept = logits_of(planted.model, tokens.ids, [edits.rescale(dictionary, features, 1.0)])
+    gone = logits_of(planted.model, tokens.ids, [edits.rescale(dictionary, features, 0.0)])
+    assert torch.equal(kept, plain)
+    assert not torch.allclose(gone, plain, atol=1e-2)
+
+
+@pytest.mark.parametrize("r", [0.0, 0.5, 3.0])
+def test_rescaling_sets_the_features_code_and_keeps_the_error_term(
+    planted: Suite, tokens: Tokens, r: float
+):
+    dictionary = planted.dictionary(SITE)
+    chosen = [3, 7]
+    features = [FeatureId(1, "res", i) for i in chosen]
+    _, before = run(planted.model, tokens.ids, read=[SITE])
+    _, after = run(
+        planted.model, tokens.ids, read=[SITE], edits=[edits.rescale(dictionary, features, r)]
+    )
+    x = before[SITE]
+    codes = dictionary.encode(x)
+    assert (codes[..., chosen] > 0).any(1).any(0).all()
+    error = x - dictionary.decode(codes)
+    changed = codes.clone()
+    changed[..., chosen] *= r
+    assert torch.allclose(after[SITE], dictionary.decode(changed) + error, atol=1e-5)
+
+
+def test_rescaling_at_a_position_leaves_the_others(planted: Suite, tokens: Tokens):
+    dictionary = planted.dictionary(SITE)
+    features = [FeatureId(1, "res", i) for i in range(dictionary.width)]
+    edit = edits.rescale(dictionary, features, 0.0, positions=[2, -1])
+    _, before = run(planted.model, tokens.ids, read=[SITE])
+    _, after = run(planted.model, tokens.ids, read=[SITE], edits=[edit])
+    moved = (before[SITE] != after[SITE]).any(-1).any(0)
+    active = (dictionary.encode(before[SITE]) > 0).any(-1).any(0)
+    assert moved.nonzero().flatten().tolist() == [
+        place for place in (2, tokens.ids.shape[1] - 1) if active[place]
+    ]
+    assert moved.any()
+
+
+def test_edits_that_make_no_sense_are_refused(planted: Suite, toy: Model, tokens: Tokens):
+    dictionary = planted.dictionary(SITE)
+    with pytest.raises(ValueError, match="2/res/3 is no feature of 1/res"):
+        edits.rescale(dictionary, [FeatureId(2, "res", 3)], 0.0)
+    with pytest.raises(ValueError, match="no feature"):
+        edits.rescale(dictionary, [], 0.0)
+    for vector in (torch.zeros(D), torch.full((D,), torch.nan)):
+        with pytest.raises(ValueError, match="1/res is zero or not finite"):
+            edits.add(SITE, vector, 1.0)
+    far = edits.add(SITE, torch.ones(D), 1.0, positions=[99])
+    with pytest.raises(ValueError, match=r"at 1/res names position 99: the text has \d+ tokens"):
+        logits_of(toy, tokens.ids, [far])
+
+
+def test_a_dictionary_of_another_width_is_refused():
+    sae = toys.make_sae(torch.eye(3, 8), SITE)
+    with pytest.raises(ValueError, match=r"for 1/res \(planted\) has width 8: expected 32"):
+        make_dictionary(SITE, sae, D, "planted")
+
+
+@pytest.mark.parametrize(
+    ("site", "hook"),
+    [
+        (SITE, "blocks.0.hook_resid_post"),
+        (SITE, "blocks.1.hook_resid_pre"),
+        (SITE, "blocks.1.hook_mlp_out"),
+        (Site(1, "att"), "blocks.1.attn.hook_z"),
+        (Site(1, "mlp"), "blocks.11.hook_mlp_out"),
+    ],
+)
+def test_a_dictionary_of_another_hook_is_refused(site: Site, hook: str):
+    sae = toys.make_sae(torch.eye(3, D), site, hook=hook)
+    expected = f"blocks.1.{toys.HOOK_ENDS[site.module]}"
+    with pytest.raises(ValueError, match=f"was trained at {hook}: expected {expected}$"):
+        make_dictionary(site, sae, D, "planted")
+
+
+def test_unusable_rows_are_named_counted_and_match_nothing():
+    decoder = torch.eye(6, D)
+    decoder[1] = 0
+    decoder[3, 4] = torch.nan
+    decoder[4, 0] = torch.inf
+    with pytest.warns(UserWarning, match=r"3 of 6 decoder rows for 1/res .*: 1, 3, 4$"):
+        dictionary = dictionary_of(decoder)
+    assert dictionary.excluded.tolist() == [1, 3, 4]
+    assert not dictionary.directions[[1, 3, 4]].any()
+    with pytest.raises(ValueError, match="1/res/3 has no direction"):
+        dictionary.direction(FeatureId(1, "res", 3))
+    matches = top_k_cosine(torch.eye(6, D), dictionary.directions)
+    assert matches.indices[:, 0].tolist() == [0, -1, 2, -1, -1, 5]
+    back = top_k_cosine(dictionary.directions, torch.eye(6, D))
+    assert back.indices[:, 0].tolist() == [0, -1, 2, -1, -1, 5]
+
+
+def test_a_dictionary_without_one_usable_row_is_refused():
+    with pytest.raises(ValueError, match="no decoder row that is usable"):
+        dictionary_of(torch.zeros(3, D))
+
+
+def load(folder: Path, site: Site = SITE) -> Dictionary:
+    return load_folder(folder, site, D, "cpu", "float32")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    sae = toys.make_sae(torch.eye(3, D), SITE, threshold=0.25)
+    sae.save_model(tmp_path / "1-res")
+    return tmp_path / "1-res"
+
+
+def test_a_folder_gives_back_what_was_saved(saved: Path):
+    dictionary = load(saved)
+    assert torch.equal(dictionary.directions, torch.eye(3, D))
+    assert dictionary.source == str(saved)
+    assert dictionary.encode(0.5 * torch.eye(3, D)).tolist() == (0.5 * torch.eye(3)).tolist()
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_truncated_weights_are_named(saved: Path, keep: int):
+    file = saved / "sae_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"dictionary for 1/res in .*1-res cannot be read"):
+        load(saved)
+
+
+def test_weights_of_another_size_than_the_configuration_says_are_named(saved: Path):
+    config = saved / "cfg.json"
+    config.write_text(config.read_text().replace('"d_sae": 3', '"d_sae": 4'))
+    with pytest.raises(ValueError, match=r"dictionary for 1/res in .*1-res cannot be read"):
+        load(saved)
+
+
+def test_a_missing_tensor_is_named(saved: Path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(saved / "sae_weights.safetensors")
+    del weights["threshold"]
+    save_file(weights, saved / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match="threshold"):
+        load(saved)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+def test_a_missing_file_is_named(saved: Path, name: str):
+    (saved / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no {name} in .*1-res for 1/res"):
+        load(saved)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"architecture": "none such"}'])
+def test_a_broken_configuration_is_a_value_error(saved: Path, text: str):
+    (saved / "cfg.json").write_text(text)
+    with pytest.raises(ValueError, match=r"dictionary for 1/res in .*1-res cannot be read"):
+        load(saved)

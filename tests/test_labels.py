@@ -1,0 +1,126 @@
+"""What a feature writes and where it is active, on planted directions and activations."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toys
+from scipy.sparse import csr_matrix
+from transformers import Gemma3ForCausalLM
+
+from flowhelpers.activations import FeatureActivations
+from flowhelpers.dictionaries import make_dictionary
+from flowhelpers.features import FeatureId, Site
+from flowhelpers.labels import describe, specificity, top_contexts, top_tokens, written_tokens
+from flowhelpers.model import token_strings
+from flowhelpers.suites import Suite
+
+SITE = Site(1, "res")
+
+
+def activations_of(texts: list[list[tuple[int, float]]], feature: int = 3) -> FeatureActivations:
+    """Activations of one feature, from the token ids of texts and its activation at each."""
+    flat = [(i, j + 1, *pair) for i, text in enumerate(texts) for j, pair in enumerate(text)]
+    codes = np.zeros((len(flat), toys.RES), dtype=np.float32)
+    codes[:, feature] = [row[3] for row in flat]
+    tokens = pd.DataFrame([row[:3] for row in flat], columns=["text", "position", "token"])
+    return FeatureActivations(tokens, {SITE: csr_matrix(codes)})
+
+
+def test_written_tokens_are_the_logit_lens_by_hand(planted: Suite, plain_toy: Gemma3ForCausalLM):
+    direction = planted.dictionary(SITE).directions[5]
+    with torch.no_grad():
+        logits = plain_toy.lm_head(plain_toy.model.norm(direction))
+    best = (logits - logits.mean()).sort(descending=True)
+    found = written_tokens(planted, "1/res/5", k=7)
+    assert found["token"].tolist() == token_strings(planted.model, best.indices[:7].tolist())
+    assert found["logit"].to_numpy() == pytest.approx(best.values[:7].numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("token", [70, 200, 300])
+def test_a_direction_planted_to_write_a_token_writes_it(
+    planted: Suite, plain_toy: Gemma3ForCausalLM, token: int
+):
+    # The direction that the final norm's gain turns into the token's unembedding, less the mean.
+    weights = plain_toy.lm_head.weight.detach()
+    wanted = torch.linalg.lstsq(
+        weights - weights.mean(0), torch.eye(toys.VOCABULARY)[:, [token]], driver="gelsd"
+    ).solution[:, 0]
+    direction = wanted / (1 + plain_toy.model.norm.weight.detach())
+    sae = toys.make_sae(torch.stack([direction, -direction]), SITE)
+    dictionary = make_dictionary(SITE, sae, toys.D_MODEL, "planted")
+    suite = dataclasses.replace(planted, dictionaries={SITE: dictionary})
+    expected = token_strings(planted.model, [token])
+    assert written_tokens(suite, "1/res/0", k=1)["token"].tolist() == expected
+    assert written_tokens(suite, "1/res/1", k=5)["token"].tolist() != expected
+
+
+def test_top_tokens_are_listed_once_by_their_highest_activation(planted: Suite):
+    texts = [[(70, 1.0), (71, 5.0), (70, 3.0)], [(72, 0.0), (70, 2.0), (73, 4.0)]]
+    found = top_tokens(planted, "1/res/3", activations_of(texts), k=2)
+    assert found["token"].tolist() == token_strings(planted.model, [71, 73])
+    found = top_tokens(planted, "1/res/3", activations_of(texts))
+    assert found["token"].tolist() == token_strings(planted.model, [71, 73, 70])
+    assert found["activation"].tolist() == [5.0, 4.0, 3.0]
+    assert found["count"].tolist() == [1, 1, 3]
+    assert top_tokens(planted, "1/res/4", activations_of(texts)).empty
+
+
+def test_top_contexts_come_from_different_texts_and_keep_to_their_own(planted: Suite):
+    ids = [[70, 71, 72, 73, 74], [80, 81, 82, 83], [90, 91, 92]]
+    values = [[1.0, 0.0, 7.0, 6.0, 0.0], [0.0, 2.0, 0.0, 0.0], [9.0, 0.0, 0.0]]
+    texts = [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
+    found = top_contexts(planted, "1/res/3", activations_of(texts), width=1)
+    decode = planted.model.tokenizer.decode
+    assert found["text"].tolist() == [2, 0, 1]
+    assert found["activation"].tolist() == [9.0, 7.0, 2.0]
+    assert found["before"].tolist() == ["", decode([71]), decode([80])]
+    assert found["token"].tolist() == [decode([90]), decode([72]), decode([81])]
+    assert found["after"].tolist() == [decode([91]), decode([73]), decode([82])]
+    wide = top_contexts(planted, "1/res/3", activations_of(texts), k=1, width=50)
+    assert wide["after"].tolist() == [decode([91, 92])]
+    none = top_contexts(planted, "1/res/4", activations_of(texts))
+    assert none.empty
+    assert "before" in none
+
+
+def test_a_description_says_what_is_written_and_what_is_read(planted: Suite):
+    seen = activations_of([[(70, 1.0), (71, 5.0)]])
+    found = describe(planted, ["1/res/3", FeatureId(2, "mlp", 0), "1/res/4"], seen, k=2)
+    assert found["feature"].tolist() == ["1/res/3", "2/mlp/0", "1/res/4"]
+    strings = [
+        text.strip() if text.strip().isprintable() and text.strip() else repr(text)
+        for text in token_strings(planted.model, [71, 70])
+    ]
+    assert found["active_at"].tolist() == [", ".join(strings), "", ""]
+    assert found["label"][0].splitlines()[1] == f"active at {', '.join(strings)}"
+    assert "\n" not in found["label"][1]
+    assert found["label"][2].endswith("\nactive at nothing read")
+    assert all(found["label"].str.startswith("writes "))
+
+
+def test_specific_features_are_strong_here_and_rare_elsewhere():
+    elsewhere = np.zeros((100, toys.RES), dtype=np.float32)
+    elsewhere[:10, 0] = 2.0  # rare; active at half its highest below
+    elsewhere[:50, 1] = 1.0  # common, at more than its highest
+    elsewhere[:9, 2] = 1.0  # too rare to be known
+    others = toys.planted_activations({SITE: elsewhere.tolist()})
+    here = pd.DataFrame(
+        {"layer": 1, "feature": [1, 0, 2], "token_row": 4, "activation": [3.0, 1.0, 1.0]}
+    )
+    elsewhere_too = here.assign(layer=2)
+    found = specificity(pd.concat([here, elsewhere_too]), others)
+    assert found["feature"].tolist() == [0, 1]
+    assert found["often"].tolist() == pytest.approx([0.1, 0.5])
+    assert found["of_max"].tolist() == [0.5, 1.0]
+    assert found["specific"].tolist() == pytest.approx([-0.5 * np.log(0.1), -np.log(0.5)])
+    assert specificity(here, others, least=9)["feature"].tolist() == [2, 0, 1]
+    assert specificity(elsewhere_too, others).empty
+
+
+def test_a_feature_that_does_not_exist_is_named(planted: Suite):
+    for function in (written_tokens, lambda s, f: top_tokens(s, f, activations_of([[(70, 1.0)]]))):
+        with pytest.raises(ValueError, match="no feature 1/res/16 in "):
+            function(planted, "1/res/16")
