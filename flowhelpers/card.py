@@ -52,7 +52,7 @@ class Bar:
         """Whether the figure is on the right side of what was asked."""
         if self.asked is None:
             return True
-        return self.value >= self.asked if self.at_least else self.value <= self.asked
+        return bool(self.value >= self.asked if self.at_least else self.value <= self.asked)
 
     @property
     def asks(self) -> str:
@@ -266,7 +266,7 @@ def measure_themes(suite: "Suite", seed: int = 0) -> "pd.DataFrame":
 
 
 def example_features(suite: "Suite", activations: FeatureActivations) -> "pd.DataFrame":
-    """Two features of every site, chosen by rule.
+    """Two features of every site that has a live one, chosen by rule.
 
     Of the live ones, in order of how often they are active, those at one third and two thirds.
     """
@@ -278,7 +278,7 @@ def example_features(suite: "Suite", activations: FeatureActivations) -> "pd.Dat
             activations.by_site[site].tocoo().col, minlength=suite.dictionary(site).width
         )
         order = np.argsort(often, kind="stable")[(often == 0).sum() :]
-        for share in (1 / 3, 2 / 3):
+        for share in (1 / 3, 2 / 3) if len(order) else ():
             feature = FeatureId(site.layer, site.module, int(order[int(share * len(order))]))
             writes = written_tokens(suite, feature, 8)["token"]
             reads = top_tokens(suite, feature, activations, 8)["token"]

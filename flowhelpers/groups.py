@@ -118,7 +118,8 @@ def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
     """Share of significant tests by score and class of pair, as in the paper's Figure 4.
 
     The share is first taken for each pair of groups, over layers and datasets, then averaged over
-    the pairs of a class.
+    the pairs of a class; it is missing where a class has no test.
     """
     cells = tests.groupby(["score", "pair", "first", "second"])["significant"].mean()
-    return cells.groupby(["score", "pair"]).mean().unstack("pair")
+    shares = cells.groupby(["score", "pair"]).mean().unstack("pair")
+    return shares.reindex(columns=["AB", "AO", "IB"])

@@ -118,9 +118,10 @@ def describe(
     rows = []
     for feature in map(suite.feature, features):
         writes = _listed(written_tokens(suite, feature, k)["token"])
-        known = activations is not None and feature.site in activations.by_site
-        reads = _listed(top_tokens(suite, feature, activations, k)["token"]) if known else ""
-        label = f"writes {writes}" + (f"\nactive at {reads or 'nothing read'}" if known else "")
+        reads, label = "", f"writes {writes}"
+        if activations and feature.site in activations.by_site:
+            reads = _listed(top_tokens(suite, feature, activations, k)["token"])
+            label += f"\nactive at {reads or 'nothing read'}"
         rows.append((str(feature), writes, reads, label))
     return pd.DataFrame(rows, columns=["feature", "writes", "active_at", "label"])
 

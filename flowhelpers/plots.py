@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 COLOURS = {"res": "#0072B2", "mlp": "#D55E00", "att": "#009E73"}
 SYMBOLS = {"res": "R", "mlp": "M", "att": "A"}
-LANES = {"att": 1, "res": 0, "mlp": -1}
+LANES = {"att": 1.0, "res": 0.0, "mlp": -1.0}
 LANE_NAMES = ["attention", "stream", "MLP"]
 GREY, PALE, INK = "#8C8C8C", "#F4F5F7", "#222222"
 CONDITIONS = (GREY, "#0072B2", "#E69F00", "#CC79A7", "#56B4E9")
@@ -55,16 +55,16 @@ def schematic(
         raise ValueError(f"{feature} is not in this flow: it has {', '.join(flow['feature'])}")
     row, layer = rows.iloc[0], parse_feature(feature).layer
     figure = _dress(go.Figure(), f"Where {feature} may come from", subtitle, 420)
-    _box(figure, (1, 0), f"R<sub>{layer}</sub>", feature, labels, COLOURS["res"])
+    _box(figure, (1.0, 0.0), f"R<sub>{layer}</sub>", feature, labels, COLOURS["res"])
     for module, lane in LANES.items():
         source, score, null = (row.get(f"{column}_{module}") for column in ("from", "s", "null"))
         at = layer - (module == "res")
         site = f"{SYMBOLS[module]}<sub>{at}</sub>" if at >= 0 else "before layer 0"
         if not isinstance(source, str):
-            _box(figure, (0, lane), site, "no match" if at >= 0 else "nothing", labels, GREY)
+            _box(figure, (0.0, lane), site, "no match" if at >= 0 else "nothing", labels, GREY)
             continue
-        _box(figure, (0, lane), site, source, labels, COLOURS[module])
-        line = _edge((0.22, lane), (0.78, 0), f"{source} → {feature}", score, null, module)
+        _box(figure, (0.0, lane), site, source, labels, COLOURS[module])
+        line = _edge((0.22, lane), (0.78, 0.0), f"{source} → {feature}", score, null, module)
         note = {"text": f"<b>{score:.2f}</b> (chance {null:.2f})", "font_color": line.line.color}
         note |= {"bgcolor": "white", "showarrow": False}
         figure.add_trace(line).add_annotation(x=0.5, y=lane / 2, **note)
@@ -80,13 +80,13 @@ def flow_chain(flow: pd.DataFrame, labels: Mapping[str, str], subtitle: str) -> 
     nodes: list[tuple[str, str, float]] = []
     for row in flow.to_dict("records"):
         feature = str(row["feature"])
-        layer = parse_feature(feature).layer
+        layer = float(parse_feature(feature).layer)
         nodes.append((feature, "res", layer))
-        sources = {"res": (row["previous"], row["s_previous"], layer - 1.0)}
+        sources = {"res": (row["previous"], row["s_previous"], layer - 1)}
         sources |= {m: (row[f"from_{m}"], row[f"s_{m}"], layer - 0.4) for m in ("mlp", "att")}
         for module, (source, score, x) in sources.items():
             if isinstance(source, str):
-                ends, null = ((x, LANES[module]), (layer, 0)), row[f"null_{module}"]
+                ends, null = ((x, LANES[module]), (layer, 0.0)), row[f"null_{module}"]
                 figure.add_trace(_edge(*ends, f"{source} → {feature}", score, null, module))
                 nodes += [(source, module, x)] if module != "res" else []
     places = {"att": "top center", "res": "bottom right", "mlp": "bottom center"}
@@ -173,7 +173,9 @@ def scores_by_layer(scores: pd.DataFrame, subtitle: str) -> go.Figure:
             mode="markers", showlegend=column == 1, row=1, col=column,
             marker={"symbol": "line-ew", "size": 18, "line": {"width": 3, "color": INK}},
         )  # fmt: skip
-    figure.update_xaxes(title="layer", dtick=_step(scores))
+    figure.update_layout(margin_t=125, legend_y=1.1).update_xaxes(
+        title="layer", dtick=_step(scores)
+    )
     return figure.update_yaxes(title="cosine", col=1)
 
 
@@ -186,7 +188,8 @@ def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
             look = {"line_color": COLOURS[module], "marker": {"symbol": mark, "size": 9}}
             share = summary[f"above_{module}"]
             figure.add_scatter(x=summary["layer"], y=share, name=f"s({SYMBOLS[module]})", **look)
-    figure.add_hline(y=0.001, line={"dash": "dot", "color": INK}, name="chance")
+    line = {"line": {"dash": "dot", "color": INK}, "annotation_text": "by chance 0.1 %"}
+    figure.add_hline(y=0.001, annotation_position="top left", **line)
     figure.update_xaxes(title="layer", dtick=_step(summary))
     return figure.update_yaxes(title="share of features", tickformat=".0%", range=[-0.03, 1.03])
 
@@ -198,7 +201,8 @@ def against_chance(cosines: pd.DataFrame, null: float, title: str, subtitle: str
     for column, colour in (("chance", GREY), ("found", COLOURS["res"])):
         look = {"name": column, "marker_color": colour, "opacity": 0.7, "xbins": bins}
         figure.add_histogram(x=cosines[column].round(4), **look)
-    figure.add_vline(x=null, line={"dash": "dot", "color": INK}, name="99.9 % of chance")
+    line = {"line": {"dash": "dot", "color": INK}, "annotation_text": "99.9 % of chance below"}
+    figure.add_vline(x=null, annotation_position="top right", **line)
     figure.update_layout(barmode="overlay", yaxis_title="features")
     return figure.update_xaxes(title="best cosine", range=[0, 1])
 
@@ -220,7 +224,7 @@ def before_after(table: pd.DataFrame, title: str, value: str, subtitle: str) -> 
             y=part["value"],
             name=escape(str(name)),
             marker={"color": colour, "line": {"color": INK, "width": 0.5}},
-            text=[f"{number:.2g}" for number in part["value"]],
+            text=[f"{number:.{2 if abs(number) < 1 else 3}g}" for number in part["value"]],
             textposition="outside",
             textfont={"size": 10},
             hovertemplate="%{x}: %{y:.4g}<extra>%{fullData.name}</extra>",

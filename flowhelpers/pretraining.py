@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from tqdm import tqdm
@@ -120,22 +120,27 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 def token_rows(
     documents: list[str], tokenizer: PreTrainedTokenizerFast, context: int
 ) -> Int[np.ndarray, "rows context"]:
-    """Documents end to end, `<eos>` between them, cut into rows that each begin with `<bos>`."""
+    """Documents end to end, `<eos>` between them, cut into rows that each begin with `<bos>`.
+
+    Both are the tokenizer's own; one without `<bos>` begins rows with `<eos>`.
+    """
+    eos = tokenizer.eos_token_id
+    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     stream: list[np.ndarray] = []
     for start in range(0, len(documents), 512):
         batch = tokenizer(documents[start : start + 512], add_special_tokens=False)["input_ids"]
-        stream.extend(np.array([*ids, EOS], dtype=np.int32) for ids in batch)
+        stream.extend(np.array([*ids, eos], dtype=np.int32) for ids in batch)
     flat = np.concatenate(stream) if stream else np.zeros(0, np.int32)
     body = flat[: len(flat) // (context - 1) * (context - 1)].reshape(-1, context - 1)
-    return np.concatenate([np.full((len(body), 1), BOS, np.int32), body], axis=1)
+    return np.concatenate([np.full((len(body), 1), bos, np.int32), body], axis=1)
 
 
 @dataclass(frozen=True)
 class TokenData:
     """Rows of every source, and the order in which training reads them."""
 
-    train: dict[str, Int[np.ndarray, "rows context"]]
-    held_out: dict[str, Int[np.ndarray, "rows context"]]
+    train: dict[str, Integer[np.ndarray, "_ context"]]
+    held_out: dict[str, Integer[np.ndarray, "_ context"]]
     order: Int[np.ndarray, "drawn 2"] = field(repr=False)
 
     def batch(self, step: int, rows: int) -> Int[Tensor, "rows context"]:
@@ -169,6 +174,10 @@ def prepare(
 ) -> tuple[PreTrainedTokenizerFast, TokenData]:
     """Read the sources, train the tokenizer and cut the rows, or read all of it from `folder`."""
     tokens = folder / "tokens"
+    if len({Path(name).name for name in recipe.sources}) < len(recipe.sources):
+        raise ValueError(
+            f"sources {', '.join(recipe.sources)}: expected names that differ in their last part"
+        )
     if not (tokens / "done").exists():
         tokens.mkdir(parents=True, exist_ok=True)
         sources = {name: load_source(name, text_folder) for name in recipe.sources}
@@ -357,7 +366,10 @@ def held_out_loss(
     """
     device = next(model.parameters()).device
     lengths = torch.tensor(
-        [0 if i < len(SPECIALS) else len(bytes_of(tokenizer, i)) for i in range(recipe.vocab_size)]
+        [
+            len(bytes_of(tokenizer, i)) if len(SPECIALS) <= i < len(tokenizer) else 0
+            for i in range(recipe.vocab_size)  # which little text does not fill
+        ]
     )
     report, nats_mix, bytes_mix = {}, 0.0, 0.0
     weight = sum(recipe.sources.values())

@@ -77,7 +77,7 @@ def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
     )
 
 
-def _filled(recipe: type, values: Mapping[str, Any] | None, where: str, **more: Any) -> Any:
+def _filled(recipe: type, values: Any, where: str, **more: Any) -> Any:
     values = values or {}
     types = {field.name: field.type for field in fields(recipe)}
     _known(values, types.keys() - more.keys(), where)

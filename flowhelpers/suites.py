@@ -5,7 +5,7 @@ Every suite, the embedded one included, is described in the same few words: a ro
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -47,7 +47,8 @@ class SuiteRow:
     @property
     def is_local(self) -> bool:
         """Whether loading needs no network."""
-        return self.folder is not None and Path(self.model).exists()
+        sources = self.dictionaries.values()
+        return Path(self.model).exists() and all(isinstance(source, str) for source in sources)
 
 
 @dataclass(frozen=True)
@@ -141,18 +142,24 @@ def _row(name: str, row: Mapping[str, Any], folder: Path | None) -> SuiteRow:
         raise ValueError(f"{where}: unknown key {key!r}{suggestion(key, sorted(known))}")
     for key in {"model", "dictionaries"} - row.keys():
         raise ValueError(f"{where}: the key {key!r} is missing")
-    local = folder / row["model"] if folder else None
-    model = str(local) if local and local.exists() else row["model"]
-    layers = row.get("layers") or (_config(Path(model))["num_hidden_layers"] if local else None)
+    if not isinstance(row["dictionaries"], dict):
+        raise ValueError(f"{where}: the key 'dictionaries' holds no mapping from sites to sources")
+    local = folder / str(row["model"]) if folder else None
+    is_here = local is not None and local.exists()
+    model = str(local if is_here else row["model"])
+    layers = row.get("layers") or (_config(Path(model)).get("num_hidden_layers") if is_here else 0)
     dictionaries: dict[Site, str | Mapping[str, str]] = {}
     for key, source in row["dictionaries"].items():
         if key in MODULES:  # one pattern for every layer
             if not layers:
-                raise ValueError(f"{where}: a pattern for every layer needs the key 'layers'")
+                raise ValueError(
+                    f"{where}: no folder {model} says how many layers there are: a pattern for"
+                    " every layer needs the key 'layers'"
+                )
             for layer in range(layers):
                 dictionaries[Site(layer, key)] = _filled(source, layer, folder)
         else:
-            site = parse_site(key)
+            site = parse_site(str(key))
             dictionaries[site] = _filled(source, site.layer, folder)
     if not dictionaries:
         raise ValueError(f"{where}: no dictionary is named")
@@ -174,21 +181,19 @@ def _config(model: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _filled(
-    source: str | Mapping[str, str], layer: int, folder: Path | None
-) -> str | Mapping[str, str]:
+def _filled(source: Any, layer: int, folder: Path | None) -> str | Mapping[str, str]:
     if isinstance(source, str):
-        path = source.format(layer=layer)
+        path = source.replace("{layer}", str(layer))
         return str(folder / path) if folder else path
-    if set(source) != {"release", "id"}:
+    if not isinstance(source, dict) or set(source) != {"release", "id"}:
         raise ValueError(
-            f"a dictionary is a sae-lens folder or has the keys release and id: got {dict(source)}"
+            f"a dictionary is a sae-lens folder or has the keys release and id: got {source}"
         )
-    return {key: value.format(layer=layer) for key, value in source.items()}
+    return {key: str(value).replace("{layer}", str(layer)) for key, value in source.items()}
 
 
 def _count_parameters(model: Path, dictionaries: Mapping[Site, Any]) -> int:
-    # From the files' headers; what lies on a hub has to declare its number.
+    # From the files' headers; what lies on a hub counts for nothing unless the row declares it.
     from safetensors import SafetensorError, safe_open
 
     folders = [
@@ -270,16 +275,22 @@ def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") ->
             )
             dictionaries[site] = load(site=site, d_model=model.d_model, device=device, dtype=dtype)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, FileNotFoundError) or row.is_local:
-            raise
-        if not _is_network_failure(error):
+        links = list(_links(error))
+        if row.is_local or not any(map(_is_network_failure, links)):
             raise
         raise ConnectionError(
             f"suite {row.name} is not cached and could not be fetched: it needs the model"
-            f" {row.model} and {len(row.dictionaries)} dictionaries from the hub; {OFFLINE_HINT}"
-            f" ({type(error).__name__}: {str(error).splitlines()[0]})"
+            f" {row.model} and {len(row.dictionaries)} dictionaries; {OFFLINE_HINT}"
+            f" ({type(links[-1]).__name__}: {str(links[-1]).splitlines()[0]})"
         ) from error
     return Suite(row, model, dictionaries)
+
+
+def _links(error: BaseException | None) -> Iterator[BaseException]:
+    # An error and what led to it; the last is nearest to the cause.
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _is_network_failure(error: BaseException) -> bool:
@@ -287,12 +298,7 @@ def _is_network_failure(error: BaseException) -> bool:
     from huggingface_hub.utils import httpx
 
     kinds = (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError, ConnectionError)
-    link: BaseException | None = error
-    while link is not None:
-        if isinstance(link, kinds) or "couldn't connect" in str(link):
-            return True
-        link = link.__cause__ or link.__context__
-    return False
+    return isinstance(error, kinds) or "couldn't connect" in str(error)
 
 
 def _check_memory(row: SuiteRow, device: str, dtype: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -68,7 +68,7 @@ class DictionaryRecipe:
 def train_dictionaries(
     recipe: DictionaryRecipe,
     model: Model,
-    rows: Int[np.ndarray, "rows context"],
+    rows: Integer[np.ndarray, "rows context"],
     folder: Path,
     sites: Sequence[Site] | None = None,
     checkpoint_every: float = 300.0,
@@ -140,7 +140,7 @@ def steps_per_chunk(recipe: DictionaryRecipe, context: int) -> int:
 def batches(
     recipe: DictionaryRecipe,
     model: Model,
-    rows: Int[np.ndarray, "rows context"],
+    rows: Integer[np.ndarray, "rows context"],
     sites: Sequence[Site],
     chunk: int = 0,
 ) -> Iterator[dict[Site, Float[Tensor, "batch d_model"]]]:

@@ -9,7 +9,7 @@ from hub import Hub, Process
 from hub_files import write_datasets, write_pythia, write_saes
 from jaxtyping import install_import_hook
 
-install_import_hook("flowhelpers", "beartype.beartype")
+install_import_hook("flowhelpers", "checks.checked")
 
 if TYPE_CHECKING:
     from transformers import Gemma3ForCausalLM

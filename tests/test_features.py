@@ -27,10 +27,11 @@ def test_features_are_sorted_by_number_and_serve_as_keys():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "12", "12/res", "12/res/", "12/res/-1", "12/res/1.5", "12/res/4/7", "res/12/4"]
+    "text",
+    ["", "x", "12", "12/res", "12/res/", "12/res/-1", "12/res/1.5", "12/res/4/7", "res/12/4"],
 )
 def test_what_is_no_feature_is_refused_with_an_example(text: str):
-    with pytest.raises(ValueError, match="is not a feature: expected .* such as 12/res/4230") as e:
+    with pytest.raises(ValueError, match=r"is not a feature: expected .* such as 12/res/4230") as e:
         parse_feature(text)
     assert repr(text) in str(e.value)
 
@@ -42,7 +43,9 @@ def test_what_is_no_site_is_refused_with_an_example(text: str):
 
 
 def test_an_unknown_module_names_the_nearest():
-    with pytest.raises(ValueError, match="unknown module 'resid' in '12/resid/3'; did you mean 're"):
+    with pytest.raises(
+        ValueError, match="unknown module 'resid' in '12/resid/3'; did you mean 're"
+    ):
         parse_feature("12/resid/3")
     with pytest.raises(ValueError, match=r"'attn' in '2/attn'; did you mean 'att'\? \(valid: res,"):
         parse_site("2/attn")

@@ -37,9 +37,7 @@ def traced(directions: dict[str, Tensor], seed: str, layers: int = 3) -> pd.Data
 def test_the_planted_chain_is_found_from_each_of_its_nodes(
     suite: Suite, table: pd.DataFrame, coordinate: int, layer: int
 ):
-    nodes = [
-        f"{at}/res/{order.index(coordinate)}" for at, order in toys.COORDINATE.items()
-    ]
+    nodes = [f"{at}/res/{order.index(coordinate)}" for at, order in toys.COORDINATE.items()]
     chain = trace(suite, nodes[layer], table)
     assert chain["feature"].tolist() == nodes
     assert chain["is_seed"].tolist() == [at == layer for at in range(3)]

@@ -138,8 +138,8 @@ def read_by_hand(model: Gemma3ForCausalLM, ids: Tensor) -> tuple[Tensor, dict[Si
     for i, layer in enumerate(model.model.layers):
         for module, at in (
             (layer, "res"),
-            (layer.post_feedforward_layernorm, "mlp"),
-            (layer.post_attention_layernorm, "att"),
+            (layer.get_submodule("post_feedforward_layernorm"), "mlp"),
+            (layer.get_submodule("post_attention_layernorm"), "att"),
         ):
             handles.append(module.register_forward_hook(keep(Site(i, at))))
     with torch.no_grad():
