@@ -158,6 +158,39 @@ def specificity(
     return found.sort_values("specific", ascending=False, kind="stable", ignore_index=True)
 
 
+def subject_shares(
+    activations: FeatureActivations, site: Site, on_subject: np.ndarray, counted: np.ndarray
+) -> "pd.DataFrame":
+    """How much of each feature's activation falls on the texts of one subject.
+
+    Args:
+        activations: Activations on texts of several subjects.
+        site: The site whose features are asked for.
+        on_subject: For each text, whether it is on the subject.
+        counted: For each text, whether it counts; the others are left for a test.
+
+    Returns:
+        One row a feature: `share` of its activation that is on the subject (0 if it is never
+        active), `reach`, the share of the subject's texts in which it is active, and `often`, the
+        share of all tokens.
+    """
+    import pandas as pd
+    from scipy.sparse import csr_matrix
+
+    text = activations.tokens["text"].to_numpy()
+    rows = csr_matrix((np.ones(len(text)), (text, np.arange(len(text)))), (len(counted), len(text)))
+    by_text = rows @ activations.by_site[site]
+    mine, every = by_text[on_subject & counted], by_text[counted]
+    total = np.asarray(every.sum(axis=0))[0]
+    return pd.DataFrame(
+        {
+            "share": np.asarray(mine.sum(axis=0))[0] / np.where(total > 0, total, 1),
+            "reach": mine.getnnz(axis=0) / max(mine.shape[0], 1),
+            "often": activations.by_site[site][counted[text]].getnnz(axis=0) / counted[text].sum(),
+        }
+    )
+
+
 def _listed(tokens: Iterable[str]) -> str:
     stripped = [(token, token.strip()) for token in tokens]
     return ", ".join(bare if bare and bare.isprintable() else repr(t) for t, bare in stripped)

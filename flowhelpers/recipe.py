@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from flowhelpers.features import suggestion
+from flowhelpers.files import write_text
 from flowhelpers.model import Model, load_model
 from flowhelpers.pretraining import (
     ModelRecipe,
@@ -21,7 +22,7 @@ from flowhelpers.pretraining import (
     token_rows,
     train_model,
 )
-from flowhelpers.sources import load_source
+from flowhelpers.sources import HELD_OUT_PERCENT, load_source
 from flowhelpers.suites import DATA
 from flowhelpers.training import DictionaryRecipe, steps_per_chunk, train_dictionaries
 
@@ -36,6 +37,7 @@ class SuiteRecipe:
         name: The suite's name.
         about: One line on what it is.
         sources: Name of each text source and its share of the tokens.
+        licences: What each source is and its licence, for the card.
         model: How the language model is trained.
         dictionaries: How its dictionaries are trained.
     """
@@ -43,6 +45,7 @@ class SuiteRecipe:
     name: str
     about: str
     sources: dict[str, float]
+    licences: dict[str, str]
     model: ModelRecipe
     dictionaries: DictionaryRecipe
 
@@ -59,7 +62,7 @@ def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    _known(content, {"name", "sources", "about", "model", "dictionaries"}, str(path))
+    _known(content, {"name", "sources", "licences", "about", "model", "dictionaries"}, str(path))
     for key in ("name", "sources"):
         if key not in content:
             raise ValueError(f"{path}: the key {key!r} is missing")
@@ -70,6 +73,7 @@ def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
         name=content["name"],
         about=content.get("about", ""),
         sources=sources,
+        licences=content.get("licences") or {},
         model=_filled(ModelRecipe, content.get("model"), f"{path}: model", sources=sources),
         dictionaries=_filled(
             DictionaryRecipe, content.get("dictionaries"), f"{path}: dictionaries"
@@ -119,7 +123,7 @@ def train_suite(
     """
     settings = read_recipe(Path(recipe) if recipe else FLOWLET)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    work = folder / "training"
+    work = folder / "training"  # kept, so that a second call finds what is done
     work.mkdir(parents=True, exist_ok=True)
     if model is None:
         model = str(train_model(settings.model, work, text, device))
@@ -131,7 +135,62 @@ def train_suite(
     rows = _reading(data, settings)
     name = settings.name if Path(model).is_dir() else model
     dictionaries = train_dictionaries(settings.dictionaries, loaded, rows, work, model_name=name)
-    return assemble(folder, settings, model, dictionaries)
+    assemble(folder, settings, model, dictionaries)
+    trained_model = (work / "recipe.json").is_file()
+    write_text(folder / "about.md", about(settings, None if trained_model else model))
+    from flowhelpers.card import measured_bars  # it needs what the training does not
+
+    measured_bars(str(folder), work if trained_model else None, write=True)
+    return folder
+
+
+def about(settings: SuiteRecipe, model: str | None = None) -> str:
+    """The words of a suite's card: what it is, and how and on what it was trained.
+
+    Args:
+        settings: The recipe.
+        model: The model that was there already, if the recipe trained dictionaries alone.
+    """
+    m, d = settings.model, settings.dictionaries
+    lines = [f"# {settings.name}", "", settings.about, "", "## The model", ""]
+    if model:
+        lines.append(f"`{model}`, as it is.")
+    else:
+        lines += [
+            f"Gemma 3's text architecture: {m.layers} layers, width {m.d_model}, {m.heads} heads"
+            f" over {m.kv_heads} key-value heads, MLP of {m.d_mlp}, context of {m.context} tokens,"
+            " embedding and unembedding tied. The tokenizer is a byte-level BPE of"
+            f" {m.vocab_size:,} tokens, trained on the same text; it splits digits and puts `<bos>`"
+            " before each text. Weights are kept in half precision.",
+            "",
+            f"It saw {m.steps * m.rows * m.context:,} tokens, in {m.steps:,} steps of {m.rows}"
+            f" rows; Muon (peak rate {m.muon_lr:g}) for the matrices, AdamW ({m.adam_lr:g}) for"
+            " the rest.",
+        ]
+    total = sum(settings.sources.values())
+    lines += [
+        "",
+        "## The text",
+        "",
+        "| source | share of the tokens | what it is, and its licence |",
+    ]
+    lines += ["| --- | --- | --- |"]
+    for name, share in settings.sources.items():
+        lines.append(f"| `{name}` | {share / total:.0%} | {settings.licences.get(name, '')} |")
+    lines += [
+        "",
+        f"{HELD_OUT_PERCENT} % of the documents, chosen by a hash of their content (of their path,"
+        " for Python modules), were held out. The package's own passages are not in this text.",
+        "",
+        "## The dictionaries",
+        "",
+        "One at the output of each layer (`res`), and at what its attention (`att`) and its MLP"
+        f" (`mlp`) add to the stream: {d.features:,} features each, trained as BatchTopK SAEs with"
+        f" sae-lens (k = {d.k}; {d.steps * d.batch:,} tokens in steps of {d.batch}; Adam, {d.lr:g})"
+        " and saved as JumpReLU SAEs. Each began from random weights of its own. BOS and other"
+        " special tokens were left out.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _rows_for(model: Model, settings: SuiteRecipe, text: Path | None) -> dict[str, np.ndarray]:
