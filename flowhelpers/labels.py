@@ -158,35 +158,43 @@ def specificity(
     return found.sort_values("specific", ascending=False, kind="stable", ignore_index=True)
 
 
-def subject_shares(
+def subject_scores(
     activations: FeatureActivations, site: Site, on_subject: np.ndarray, counted: np.ndarray
 ) -> "pd.DataFrame":
-    """How much of each feature's activation falls on the texts of one subject.
+    """How well each feature tells the texts on one subject from others, by its mean activation.
 
     Args:
         activations: Activations on texts of several subjects.
         site: The site whose features are asked for.
         on_subject: For each text, whether it is on the subject.
-        counted: For each text, whether it counts; the others are left for a test.
+        counted: For each text, whether it counts; the others can serve as a test.
 
     Returns:
-        One row a feature: `share` of its activation that is on the subject (0 if it is never
-        active), `reach`, the share of the subject's texts in which it is active, and `often`, the
-        share of all tokens.
+        One row a feature: `auc`, the chance that a text on the subject has more of it than another
+        text (0.5 for a feature that cannot tell), and `share` of its activation that is on the
+        subject.
+
+    Raises:
+        ValueError: If all of the texts that count are on the subject, or none is.
     """
     import pandas as pd
     from scipy.sparse import csr_matrix
+    from scipy.stats import rankdata
 
+    mine = on_subject[counted]
+    n, m = int(mine.sum()), int((~mine).sum())
+    if not n or not m:
+        raise ValueError(f"{n} texts on the subject and {m} others: expected some of each")
     text = activations.tokens["text"].to_numpy()
-    rows = csr_matrix((np.ones(len(text)), (text, np.arange(len(text)))), (len(counted), len(text)))
-    by_text = rows @ activations.by_site[site]
-    mine, every = by_text[on_subject & counted], by_text[counted]
-    total = np.asarray(every.sum(axis=0))[0]
+    members = csr_matrix((np.ones(len(text)), (text, np.arange(len(text)))))
+    lengths = np.maximum(np.bincount(text, minlength=len(counted)), 1)[:, None]
+    means = ((members @ activations.by_site[site]).toarray() / lengths)[counted]
+    ranks = rankdata(means, axis=0)[mine].sum(axis=0)
+    total = means.sum(axis=0)
     return pd.DataFrame(
         {
-            "share": np.asarray(mine.sum(axis=0))[0] / np.where(total > 0, total, 1),
-            "reach": mine.getnnz(axis=0) / max(mine.shape[0], 1),
-            "often": activations.by_site[site][counted[text]].getnnz(axis=0) / counted[text].sum(),
+            "auc": (ranks - n * (n + 1) / 2) / (n * m),
+            "share": means[mine].sum(axis=0) / np.where(total > 0, total, 1),
         }
     )
 

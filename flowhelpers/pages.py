@@ -66,7 +66,7 @@ def notebook_page(notebook: Path) -> Path:
     book.metadata.pop("widgets", None)
     figures = 0
     for cell in book.cells:
-        outputs = [one for one in cell.get("outputs", []) if WIDGET not in one.get("data", {})]
+        outputs = [one for one in cell.get("outputs", []) if not _is_dead(one)]
         for data in (output.data for output in outputs if PLOTLY in output.get("data", {})):
             data["text/html"] = _figure(data.pop(PLOTLY))
             figures += 1
@@ -106,6 +106,12 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def _is_dead(output: Any) -> bool:
+    """Whether an output is a widget, or what a progress bar leaves when it is wiped out."""
+    wiped = output.get("name") == "stderr" and not output.get("text", "").strip()
+    return wiped or WIDGET in output.get("data", {})
 
 
 def _figure(data: dict[str, Any]) -> str:

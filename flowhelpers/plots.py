@@ -7,8 +7,8 @@ the suite and the choices; labels are plain text, their lines parted by newlines
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping
-from html import escape
 from textwrap import shorten, wrap
 from typing import TYPE_CHECKING
 
@@ -189,7 +189,7 @@ def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
             share = summary[f"above_{module}"]
             figure.add_scatter(x=summary["layer"], y=share, name=f"s({SYMBOLS[module]})", **look)
     line = {"line": {"dash": "dot", "color": INK}, "annotation_text": "by chance 0.1 %"}
-    figure.add_hline(y=0.001, annotation_position="top left", **line)
+    figure.add_hline(y=0.001, annotation_position="top right", **line)
     figure.update_xaxes(title="layer", dtick=_step(summary))
     return figure.update_yaxes(title="share of features", tickformat=".0%", range=[-0.03, 1.03])
 
@@ -233,8 +233,13 @@ def before_after(table: pd.DataFrame, title: str, value: str, subtitle: str) -> 
     return figure.update_xaxes(type="category")
 
 
+def escape(text: str) -> str:
+    """Text that plotly shows as it is; it would draw `<b>` bold and knows no entity for quotes."""
+    return html.escape(text, quote=False)
+
+
 def _dress(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
-    heading = {"text": escape(title, quote=False), "subtitle": {"text": escape(subtitle)}}
+    heading = {"text": escape(title), "subtitle": {"text": escape(subtitle)}}
     return figure.update_layout(template=TEMPLATE, title=heading, height=height)
 
 
@@ -280,7 +285,7 @@ def _box(
     labels: Mapping[str, str],
     colour: str,
 ) -> None:
-    lines = [part for line in labels.get(feature, "").split("\n") for part in wrap(line, 34)]
+    lines = [part for line in labels.get(feature, "").split("\n") for part in wrap(line, 36)]
     figure.add_annotation(
         x=place[0],
         y=place[1],

@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowhelpers.features import suggestion
+from flowhelpers.features import MODULES, Site, parse_site, suggestion
 from flowhelpers.files import write_text
 from flowhelpers.model import Model, load_model
 from flowhelpers.pretraining import (
@@ -27,6 +27,7 @@ from flowhelpers.suites import DATA
 from flowhelpers.training import DictionaryRecipe, steps_per_chunk, train_dictionaries
 
 FLOWLET = DATA / "flowlet-recipe.yaml"
+KEYS = {"name", "sources", "licences", "about", "model", "dictionaries", "exceptions"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class SuiteRecipe:
         licences: What each source is and its licence, for the card.
         model: How the language model is trained.
         dictionaries: How its dictionaries are trained.
+        exceptions: For some sites another way: its name, the sites (`1/res`, or `att` for all of a
+            module) and the numbers.
     """
 
     name: str
@@ -48,6 +51,21 @@ class SuiteRecipe:
     licences: dict[str, str]
     model: ModelRecipe
     dictionaries: DictionaryRecipe
+    exceptions: dict[str, tuple[tuple[str, ...], DictionaryRecipe]]
+
+    def groups(self, sites: Sequence[Site]) -> dict[str, tuple[list[Site], DictionaryRecipe]]:
+        """The sites that are trained alike, and how; those of no exception are called `others`."""
+        named = {
+            name: [site for site in sites if {str(site), site.module} & set(patterns)]
+            for name, (patterns, _) in self.exceptions.items()
+        }
+        others = [site for site in sites if not any(site in group for group in named.values())]
+        groups = {name: (group, self.exceptions[name][1]) for name, group in named.items()}
+        return {
+            name: (group, recipe)
+            for name, (group, recipe) in {"others": (others, self.dictionaries), **groups}.items()
+            if group
+        }
 
 
 def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
@@ -62,7 +80,7 @@ def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
     if not path.is_file():
         raise FileNotFoundError(f"no recipe at {path}")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    _known(content, {"name", "sources", "licences", "about", "model", "dictionaries"}, str(path))
+    _known(content, KEYS, str(path))
     for key in ("name", "sources"):
         if key not in content:
             raise ValueError(f"{path}: the key {key!r} is missing")
@@ -78,7 +96,24 @@ def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
         dictionaries=_filled(
             DictionaryRecipe, content.get("dictionaries"), f"{path}: dictionaries"
         ),
+        exceptions={
+            name: _exception(content.get("dictionaries") or {}, change, f"{path}: {name}")
+            for name, change in (content.get("exceptions") or {}).items()
+        },
     )
+
+
+def _exception(
+    usual: Mapping[str, Any], change: Any, where: str
+) -> tuple[tuple[str, ...], DictionaryRecipe]:
+    if not isinstance(change, Mapping) or not isinstance(change.get("sites"), list):
+        raise ValueError(f"{where}: expected the key 'sites' with a list, got {change!r}")
+    for pattern in change["sites"]:
+        if pattern not in MODULES:
+            parse_site(str(pattern))
+    numbers = {key: value for key, value in change.items() if key != "sites"}
+    patterns = tuple(map(str, change["sites"]))
+    return patterns, _filled(DictionaryRecipe, {**usual, **numbers}, where)
 
 
 def _filled(recipe: type, values: Any, where: str, **more: Any) -> Any:
@@ -132,10 +167,14 @@ def train_suite(
     else:
         loaded = load_model(model, device)
         data = _rows_for(loaded, settings, text)
-    rows = _reading(data, settings)
     name = settings.name if Path(model).is_dir() else model
-    dictionaries = train_dictionaries(settings.dictionaries, loaded, rows, work, model_name=name)
-    assemble(folder, settings, model, dictionaries)
+    trained = [
+        train_dictionaries(
+            numbers, loaded, _reading(data, settings, numbers), work / group, sites, model_name=name
+        )
+        for group, (sites, numbers) in settings.groups(loaded.sites()).items()
+    ]
+    assemble(folder, settings, model, trained)
     trained_model = (work / "recipe.json").is_file()
     write_text(folder / "about.md", about(settings, None if trained_model else model))
     from flowhelpers.card import measured_bars  # it needs what the training does not
@@ -151,7 +190,7 @@ def about(settings: SuiteRecipe, model: str | None = None) -> str:
         settings: The recipe.
         model: The model that was there already, if the recipe trained dictionaries alone.
     """
-    m, d = settings.model, settings.dictionaries
+    m, usual = settings.model, settings.dictionaries
     lines = [f"# {settings.name}", "", settings.about, "", "## The model", ""]
     if model:
         lines.append(f"`{model}`, as it is.")
@@ -185,10 +224,17 @@ def about(settings: SuiteRecipe, model: str | None = None) -> str:
         "## The dictionaries",
         "",
         "One at the output of each layer (`res`), and at what its attention (`att`) and its MLP"
-        f" (`mlp`) add to the stream: {d.features:,} features each, trained as BatchTopK SAEs with"
-        f" sae-lens (k = {d.k}; {d.steps * d.batch:,} tokens in steps of {d.batch}; Adam, {d.lr:g})"
-        " and saved as JumpReLU SAEs. Each began from random weights of its own. BOS and other"
-        " special tokens were left out.",
+        " (`mlp`) add to the stream. They were trained as BatchTopK SAEs with sae-lens and saved as"
+        " JumpReLU SAEs. Each began from random weights of its own. BOS and other special tokens"
+        " were left out.",
+        "",
+        "| sites | features | k | tokens | tokens a step | learning rate |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *(
+            f"| {', '.join(patterns)} | {d.features:,} | {d.k} | {d.steps * d.batch:,} | {d.batch}"
+            f" | {d.lr:g} |"
+            for patterns, d in [*settings.exceptions.values(), (("all others",), usual)]
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -196,16 +242,19 @@ def about(settings: SuiteRecipe, model: str | None = None) -> str:
 def _rows_for(model: Model, settings: SuiteRecipe, text: Path | None) -> dict[str, np.ndarray]:
     context = settings.model.context
     total = sum(settings.sources.values())
+    others = (recipe.tokens for _, recipe in settings.exceptions.values())
+    tokens = max(settings.dictionaries.tokens, *others, 0)
     rows = {}
     for name, share in settings.sources.items():
-        budget = int(7 * settings.dictionaries.tokens * share / total)
+        budget = int(7 * tokens * share / total)
         documents = load_source(name, text).train(settings.dictionaries.seed, budget)
         rows[name] = token_rows(documents, model.tokenizer, context)
     return rows
 
 
-def _reading(data: Mapping[str, np.ndarray], settings: SuiteRecipe) -> np.ndarray:
-    recipe = settings.dictionaries
+def _reading(
+    data: Mapping[str, np.ndarray], settings: SuiteRecipe, recipe: DictionaryRecipe
+) -> np.ndarray:
     context = next(iter(data.values())).shape[1]
     total = (recipe.steps // steps_per_chunk(recipe, context) + 1) * recipe.rows
     counts = {name: len(rows) for name, rows in data.items()}
@@ -214,7 +263,7 @@ def _reading(data: Mapping[str, np.ndarray], settings: SuiteRecipe) -> np.ndarra
     return np.stack([data[names[source]][row] for source, row in order])
 
 
-def assemble(folder: Path, settings: SuiteRecipe, model: str, dictionaries: Path) -> Path:
+def assemble(folder: Path, settings: SuiteRecipe, model: str, dictionaries: Sequence[Path]) -> Path:
     """Put model and dictionaries into a suite's folder; the model only if it is a folder."""
     import yaml
 
@@ -222,7 +271,8 @@ def assemble(folder: Path, settings: SuiteRecipe, model: str, dictionaries: Path
     if Path(model).is_dir():
         place = "model"
         _copy(Path(model), folder / place)
-    _copy(dictionaries, folder / "dictionaries")
+    for part in (path for group in dictionaries for path in group.iterdir() if path.is_dir()):
+        _copy(part, folder / "dictionaries" / part.name)
     names = {path.name for path in (folder / "dictionaries").iterdir() if path.is_dir()}
     modules = sorted({name.split("-")[1] for name in names}, reverse=True)
     row = {

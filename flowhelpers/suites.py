@@ -278,10 +278,11 @@ def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") ->
         links = list(_links(error))
         if row.is_local or not any(map(_is_network_failure, links)):
             raise
+        cause = str(links[-1]).partition("\n")[0]
         raise ConnectionError(
             f"suite {row.name} is not cached and could not be fetched: it needs the model"
             f" {row.model} and {len(row.dictionaries)} dictionaries; {OFFLINE_HINT}"
-            f" ({type(links[-1]).__name__}: {str(links[-1]).splitlines()[0]})"
+            f" ({type(links[-1]).__name__}: {cause})"
         ) from error
     return Suite(row, model, dictionaries)
 

@@ -94,7 +94,7 @@ def train_dictionaries(
     torch.set_flush_denormal(True)
     sites = list(sites or model.sites())
     folder.mkdir(parents=True, exist_ok=True)
-    trainers = {site: _trainer(recipe, model, site, i, model_name) for i, site in enumerate(sites)}
+    trainers = {site: _trainer(recipe, model, site, model_name) for site in sites}
     done = _resume(trainers, folder)
     if not done:
         _set_scales(trainers, next(batches(recipe, model, rows, sites, chunk=0)))
@@ -149,11 +149,12 @@ def batches(
     BOS and other special tokens are left out. The text is read again from its start when it ends.
     """
     special = torch.tensor(sorted(model.tokenizer.all_special_ids))
+    last = max(site.layer for site in sites)
     while True:
         first = chunk * recipe.rows
         picked = np.arange(first, first + recipe.rows) % len(rows)
         ids = torch.from_numpy(np.asarray(rows[picked]).astype(np.int64))
-        _, read = run(model, ids.to(model.device), read=sites, stop_after=model.layers - 1)
+        _, read = run(model, ids.to(model.device), read=sites, stop_after=last)
         usable = torch.nonzero(~torch.isin(ids.flatten(), special)).flatten()
         needed = steps_per_chunk(recipe, rows.shape[1]) * recipe.batch
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + chunk)
@@ -165,15 +166,14 @@ def batches(
         chunk += 1
 
 
-def _trainer(
-    recipe: DictionaryRecipe, model: Model, site: Site, place: int, model_name: str | None
-) -> Any:
+def _trainer(recipe: DictionaryRecipe, model: Model, site: Site, model_name: str | None) -> Any:
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.sae_trainer import SAETrainer
 
-    torch.manual_seed(recipe.seed * 1_000_003 + place)  # its own random weights at every site
+    # Every site has random weights of its own, whichever sites are trained beside it.
+    torch.manual_seed(recipe.seed * 1_000_003 + model.sites().index(site))
     sae = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
             d_in=model.d_model,

@@ -95,6 +95,21 @@ def test_rescaling_sets_the_features_code_and_keeps_the_error_term(
     assert torch.allclose(after[SITE], dictionary.decode(changed) + error, atol=1e-5)
 
 
+def test_rescaling_reads_the_stream_as_earlier_edits_left_it(planted: Suite, tokens: Tokens):
+    dictionary = planted.dictionary(SITE)
+    push = edits.add(Site(0, "res"), planted.dictionary("0/res").directions[2], 3.0)
+    remove = edits.rescale(dictionary, [FeatureId(1, "res", 3)], 0.0)
+    _, clean = run(planted.model, tokens.ids, read=[SITE])
+    _, pushed = run(planted.model, tokens.ids, read=[SITE], edits=[push])
+    _, both = run(planted.model, tokens.ids, read=[SITE], edits=[push, remove])
+    codes = {name: dictionary.encode(read[SITE])[..., 3] for name, read in (
+        ("clean", clean), ("live", pushed)
+    )}  # fmt: skip
+    assert not torch.allclose(codes["live"], codes["clean"], atol=1e-2)
+    removed = pushed[SITE] - both[SITE]
+    assert torch.allclose(removed, codes["live"][..., None] * dictionary.sae.W_dec[3], atol=1e-4)
+
+
 def test_rescaling_at_a_position_leaves_the_others(planted: Suite, tokens: Tokens):
     dictionary = planted.dictionary(SITE)
     features = [FeatureId(1, "res", i) for i in range(dictionary.width)]

@@ -8,12 +8,20 @@ import pytest
 import torch
 import toys
 from scipy.sparse import csr_matrix
+from sklearn.metrics import roc_auc_score
 from transformers import Gemma3ForCausalLM
 
 from flowhelpers.activations import FeatureActivations
 from flowhelpers.dictionaries import make_dictionary
 from flowhelpers.features import FeatureId, Site
-from flowhelpers.labels import describe, specificity, top_contexts, top_tokens, written_tokens
+from flowhelpers.labels import (
+    describe,
+    specificity,
+    subject_scores,
+    top_contexts,
+    top_tokens,
+    written_tokens,
+)
 from flowhelpers.model import token_strings
 from flowhelpers.suites import Suite
 
@@ -118,6 +126,41 @@ def test_specific_features_are_strong_here_and_rare_elsewhere():
     assert found["specific"].tolist() == pytest.approx([-0.5 * np.log(0.1), -np.log(0.5)])
     assert specificity(here, others, least=9)["feature"].tolist() == [2, 0, 1]
     assert specificity(elsewhere_too, others).empty
+
+
+def test_subject_scores_are_the_auc_of_mean_activations():
+    generator = np.random.default_rng(0)
+    codes = generator.random((160, toys.RES), dtype=np.float32)  # 20 texts of 8 tokens
+    codes[codes < 0.8] = 0
+    on_subject = np.arange(20) % 3 == 0
+    codes[:, 0] = np.repeat(on_subject, 8)  # tells perfectly
+    codes[:, 1] = 1 - codes[:, 0]  # and the wrong way round
+    codes[:, 2] = 0  # cannot tell
+    counted = np.arange(20) < 14
+    found = subject_scores(
+        toys.planted_activations({SITE: codes.tolist()}), SITE, on_subject, counted
+    )
+    means = codes.reshape(20, 8, -1).mean(axis=1)[counted]
+    for i in range(toys.RES):
+        expected = roc_auc_score(on_subject[counted], means[:, i])
+        assert found["auc"][i] == pytest.approx(expected)
+    assert found["auc"][:3].tolist() == [1.0, 0.0, 0.5]
+    assert found["share"][:3].tolist() == [1.0, 0.0, 0.0]
+    assert found["share"][5] == pytest.approx(
+        means[on_subject[counted], 5].sum() / means[:, 5].sum(), rel=1e-5
+    )
+    codes[112:] = 9.0  # texts that do not count change nothing
+    again = subject_scores(
+        toys.planted_activations({SITE: codes.tolist()}), SITE, on_subject, counted
+    )
+    pd.testing.assert_frame_equal(again, found)
+
+
+@pytest.mark.parametrize(("on_subject", "message"), [(True, "2 texts .* 0 others"), (False, "0 t")])
+def test_a_subject_needs_texts_on_it_and_others(on_subject: bool, message: str):
+    seen = toys.planted_activations({SITE: [[1.0] * 4] * 16})
+    with pytest.raises(ValueError, match=message):
+        subject_scores(seen, SITE, np.full(2, on_subject), np.full(2, True))
 
 
 def test_a_feature_that_does_not_exist_is_named(planted: Suite):

@@ -243,13 +243,13 @@ def test_the_null_of_the_table_is_a_quantile_of_the_best_by_chance():
 
 
 def test_margin_is_the_lead_over_the_next_and_mutual_asks_both_sides():
-    axes = torch.eye(4)
-    sources = axes[:2]
+    axes = torch.eye(5)
+    sources = axes[:3]
     targets = torch.stack(
         [
-            0.9 * axes[0] + 0.19**0.5 * axes[3],
-            0.8 * axes[0] + 0.6 * axes[2],
-            0.5 * axes[0] + 0.3 * axes[1] + 0.66**0.5 * axes[3],
+            0.9 * axes[0] + 0.19**0.5 * axes[4],
+            0.8 * axes[0] + 0.6 * axes[3],
+            0.5 * axes[0] + 0.3 * axes[1] + 0.2 * axes[2] + 0.62**0.5 * axes[4],
         ]
     )
     suite = toys.bare_suite({Site(0, "res"): sources, Site(1, "res"): targets}, layers=2)
@@ -261,7 +261,7 @@ def test_margin_is_the_lead_over_the_next_and_mutual_asks_both_sides():
     assert table.loc[2, "source"].tolist() == [-1, -1, 1]
     # The third is the best that source 1 has, though source 1 is not the best that it has.
     assert table.loc[2, "mutual"].tolist() == [False, False, True]
-    assert table.loc[2, "margin"].isna().all()
+    assert table.loc[2, "margin"].tolist() == pytest.approx([0, 0, 0.1])
 
 
 def test_more_matches_than_sources_are_all_the_sources():

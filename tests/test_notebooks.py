@@ -442,7 +442,7 @@ def test_a_feature_that_is_switched_off_is_off_and_one_that_was_off_changes_noth
     idle = trials[trials["own_before"] == 0]
     assert idle["after"].to_numpy() == pytest.approx(idle["before"].to_numpy(), rel=1e-4)
     match = trials[trials["trial"].str.startswith("match")]
-    assert (match["own_before"] > 0).any()  # by the rule the feature was chosen so
+    assert (match["own_before"] > 0).any()  # or there was nothing to test
 
 
 def test_strength_0_gives_the_texts_of_the_unedited_model_and_others_do_not(
@@ -452,8 +452,8 @@ def test_strength_0_gives_the_texts_of_the_unedited_model_and_others_do_not(
     texts = {key: part["text"].tolist() for key, part in steered.groupby(["way", "strength"])}
     assert len(set(texts["no edit", 0.0])) == 4
     assert texts["feature", 0.0] == texts["no edit", 0.0]
-    assert texts["feature", 2.0] != texts["no edit", 0.0]
-    assert texts["feature", 2.0] != texts["random direction", 2.0] != texts["no edit", 0.0]
+    assert texts["feature", 1.0] != texts["no edit", 0.0]
+    assert texts["feature", 1.0] != texts["random direction", 1.0] != texts["no edit", 0.0]
 
 
 def test_next_tokens_are_those_of_the_plain_model(start: Executed, by_hand: ByHand) -> None:

@@ -164,7 +164,7 @@ def test_token_text_colours_the_characters_of_each_token() -> None:
         [2.5, 2.5, 2.5, 1],
         [0.5, None, None, None],
     ]
-    assert grid.hovertext[1][0] == "&#x27; &lt;c&#x27;: 2.5"
+    assert grid.hovertext[1][0] == "' &lt;c': 2.5"
     assert (grid.zmin, grid.zmax, grid.texttemplate) == (0, 2.5, "%{text}")
 
 

@@ -42,8 +42,8 @@ def rows(toy: Model) -> np.ndarray:
     return found[:14]
 
 
-def trainer_at(toy: Model, site: Site, place: int = 0, recipe: DictionaryRecipe = RECIPE) -> Any:
-    return training._trainer(recipe, toy, site, place, None)
+def trainer_at(toy: Model, site: Site, recipe: DictionaryRecipe = RECIPE) -> Any:
+    return training._trainer(recipe, toy, site, None)
 
 
 def trained(toy: Model, rows: np.ndarray, site: Site, steps: int = 9) -> Any:
@@ -108,9 +108,9 @@ def test_batches_are_seeded_shuffled_and_start_at_any_chunk(toy: Model, rows: np
 
 
 def test_every_site_starts_from_weights_of_its_own(toy: Model):
-    one, two = (trainer_at(toy, site, i).sae for i, site in enumerate(SITES[:2]))
-    again = trainer_at(toy, SITES[0], 0).sae
-    other = trainer_at(toy, SITES[0], 0, replace(RECIPE, seed=1)).sae
+    one, two = (trainer_at(toy, site).sae for site in SITES[:2])
+    again = trainer_at(toy, SITES[0]).sae
+    other = trainer_at(toy, SITES[0], replace(RECIPE, seed=1)).sae
     assert torch.equal(one.W_dec, again.W_dec)
     for sae in (two, other):
         cosines = torch.cosine_similarity(one.W_dec[:, None], sae.W_dec[None], dim=-1)
