@@ -296,8 +296,14 @@ def test_runs_of_the_same_second_are_apart(
 
 def test_lab_opens_on_the_notebooks(notebooks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[list[str]] = []
-    monkeypatch.setattr(os, "execv", lambda _, command: called.append(command))
-    main(["lab", "--no-browser", "--port=8899"])
+
+    def execv(_: str, command: list[str]) -> None:
+        called.append(command)
+        raise SystemExit  # what takes the place of this process does not return
+
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(SystemExit):
+        main(["lab", "--no-browser", "--port=8899"])
     assert called[0][1:] == ["-m", "jupyterlab", str(notebooks), "--no-browser", "--port=8899"]
 
 

@@ -8,10 +8,8 @@ import pytest
 import toys
 import yaml
 from hub import Hub
-from hub_files import PYTHIA
 
 from flowhelpers import pretraining
-from flowhelpers.features import Site
 from flowhelpers.recipe import held_out_rows, read_recipe, train_suite
 from flowhelpers.sources import is_held_out
 from flowhelpers.suites import load_suite
@@ -50,6 +48,16 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Path | None]]:
+    """Of what the card was measured, which is not done here."""
+    from flowhelpers import card
+
+    calls: list[tuple[str, Path | None]] = []
+    monkeypatch.setattr(card, "measured_bars", lambda name, rows, write: calls.append((name, rows)))
+    return calls
+
+
 def test_the_recipe_of_flowlet_is_that_of_its_file():
     recipe = read_recipe()
     assert recipe.name == "flowlet"
@@ -80,9 +88,13 @@ def test_a_broken_recipe_says_what_is_wrong(tmp_path: Path, change: dict[str, An
         read_recipe(write(tmp_path, change))
 
 
-def test_a_recipe_trains_a_suite_that_loads(text: Path, tmp_path: Path):
+def test_a_recipe_trains_a_suite_that_loads(
+    text: Path, tmp_path: Path, measured: list[tuple[str, Path | None]]
+):
     folder = tmp_path / "suite"
     assert train_suite(folder, text, write(tmp_path, {})) == folder
+    assert measured == [(str(folder), folder / "training")]
+    assert (folder / "about.md").read_text(encoding="utf-8").startswith("# tiny\n\ntwo layers\n")
     suite = load_suite(folder)
     assert (suite.name, suite.row.about, suite.layers) == ("tiny", "two layers", 2)
     assert suite.row.is_local
@@ -103,9 +115,11 @@ def test_a_recipe_trains_a_suite_that_loads(text: Path, tmp_path: Path):
 
 
 def test_dictionaries_are_trained_for_a_model_that_is_there(
-    text: Path, tmp_path: Path, toy_folder: Path
+    text: Path, tmp_path: Path, toy_folder: Path, measured: list[tuple[str, Path | None]]
 ):
     folder = train_suite(tmp_path / "mine", text, write(tmp_path, {}), model=str(toy_folder))
+    assert measured == [(str(folder), None)]
+    assert f"`{toy_folder}`, as it is." in (folder / "about.md").read_text(encoding="utf-8")
     suite = load_suite(folder)
     assert suite.layers == toys.LAYERS
     assert set(suite.dictionaries) == set(suite.model.sites())
@@ -114,7 +128,12 @@ def test_dictionaries_are_trained_for_a_model_that_is_there(
 
 
 def test_dictionaries_are_trained_for_a_model_of_the_hub(
-    text: Path, tmp_path: Path, hub_here: Hub, pythia: str, monkeypatch: pytest.MonkeyPatch
+    text: Path,
+    tmp_path: Path,
+    hub_here: Hub,
+    pythia: str,
+    measured: list[tuple[str, Path | None]],
+    monkeypatch: pytest.MonkeyPatch,
 ):
     from flowhelpers import recipe
 
@@ -123,14 +142,13 @@ def test_dictionaries_are_trained_for_a_model_of_the_hub(
 
     def train(settings: Any, model: Any, rows: np.ndarray, *args: Any, **kwargs: Any) -> Path:
         seen.append(rows)
-        kwargs["sites"] = [Site(0, "res"), Site(1, "res")]
         return true_train(settings, model, rows, *args, **kwargs)
 
     monkeypatch.setattr(recipe, "train_dictionaries", train)
-    suite = load_suite(train_suite(tmp_path / "mine", text, write(tmp_path, {}), model=PYTHIA))
-    assert suite.row.model == PYTHIA
-    assert set(suite.dictionaries) == {Site(0, "res"), Site(1, "res")}
+    suite = load_suite(train_suite(tmp_path / "mine", text, write(tmp_path, {}), model=pythia))
+    assert suite.row.model == pythia
+    assert set(suite.dictionaries) == set(suite.model.sites())
     tokenizer = suite.model.tokenizer
-    assert (seen[0][:, 0] == tokenizer.eos_token_id).all()
+    assert (seen[0][:, 0] == tokenizer.bos_token_id).all()
     decoded = tokenizer.decode(seen[0][:, 1:].flatten().tolist())
     assert "follows document" in decoded
