@@ -150,7 +150,9 @@ def load_manifest(path: Path) -> Manifest:
 def _execute(manifest: Manifest, timeout: int | None) -> int:
     out, total = manifest.path.parent, len(manifest.jobs)
     papermill_io.register(str(out), _WholeFiles())
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A process started in the background inherits that Ctrl-C is ignored: here it stops the run.
+    stops = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(stop, signal.default_int_handler) for stop in stops]
     try:
         for index, job in enumerate(manifest.jobs):
             if job.status == "finished":
@@ -170,7 +172,8 @@ def _execute(manifest: Manifest, timeout: int | None) -> int:
             reason = ": " + error.splitlines()[0] if error else ""
             _say(f"[{index + 1}/{total}] {status} after {duration(seconds)}{reason}")
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for stop, handler in zip(stops, before, strict=True):
+            signal.signal(stop, handler)
     _say(f"index: {manifest.path.with_suffix('.html')}")
     return 1 if manifest.unfinished else 0
 
