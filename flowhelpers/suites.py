@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -204,11 +205,8 @@ def _count_parameters(model: Path, dictionaries: Mapping[Site, Any]) -> int:
     for path in (file for folder in folders for file in sorted(folder.glob("*.safetensors"))):
         try:
             with safe_open(path, "np") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                    size = 1
-                    for length in tensors.get_slice(name).get_shape():
-                        size *= length
-                    total += size
+                names = tensors.keys()
+                total += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or corrupt: {error}") from error
     return total
