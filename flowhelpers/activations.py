@@ -1,6 +1,6 @@
 """Sparse feature activations at every site, in one pass of the model over the texts."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,21 +65,9 @@ def collect_tokens(
 ) -> FeatureActivations:
     """As `collect`, of texts that are tokens already."""
     import pandas as pd
-    from scipy.sparse import csr_matrix, vstack
+    from scipy.sparse import vstack
 
-    if not tokens.is_text.any():
-        raise ValueError("no token is left to read: the texts hold special tokens only")
-    sites = list(sites or suite.dictionaries)
-    dictionaries = {site: suite.dictionary(site) for site in sites}
-    last = max(site.layer for site in sites)
-    parts: dict[Site, list[csr_matrix]] = {site: [] for site in sites}
-    for rows in progress(torch.arange(len(tokens.ids)).split(batch), "activations"):
-        length = 1 + max(tokens.is_text[rows].any(0).nonzero().flatten().tolist(), default=0)
-        ids, is_text = tokens.ids[rows, :length], tokens.is_text[rows, :length]
-        _, read = run(suite.model, ids, read=sites, stop_after=last)
-        for site, dictionary in dictionaries.items():
-            values = dictionary.encode(read[site][is_text])
-            parts[site].append(csr_matrix(values.float().cpu().numpy()))
+    batches = list(read_batches(suite, tokens, sites, batch))
     text, position = torch.nonzero(tokens.is_text, as_tuple=True)
     frame = pd.DataFrame(
         {
@@ -88,6 +76,40 @@ def collect_tokens(
             "token": tokens.ids[text, position].cpu().numpy(),
         }
     )
-    return FeatureActivations(
-        frame, {site: vstack(rows, format="csr") for site, rows in parts.items()}
-    )
+    by_site = {site: vstack([read[site] for read in batches], format="csr") for site in batches[0]}
+    return FeatureActivations(frame, by_site)
+
+
+def read_batches(
+    suite: "Suite",
+    tokens: Tokens,
+    sites: Iterable[Site] | None = None,
+    batch: int = 16,
+) -> "Iterator[dict[Site, csr_matrix]]":
+    """The activations of texts batch by batch, for each site `[tokens of the batch, features]`.
+
+    Args:
+        suite: The suite.
+        tokens: The texts.
+        sites: The sites; by default all that have a dictionary.
+        batch: Texts in one forward pass.
+
+    Raises:
+        ValueError: If no token is left to read.
+    """
+    from scipy.sparse import csr_matrix
+
+    if not tokens.is_text.any():
+        raise ValueError("no token is left to read: the texts hold special tokens only")
+    dictionaries = [suite.dictionary(site) for site in sites or suite.dictionaries]
+    reads = [dictionary.reads for dictionary in dictionaries]
+    for rows in progress(torch.arange(len(tokens.ids)).split(batch), "activations"):
+        length = 1 + max(tokens.is_text[rows].any(0).nonzero().flatten().tolist(), default=0)
+        ids, is_text = tokens.ids[rows, :length], tokens.is_text[rows, :length]
+        _, read = run(suite.model, ids, reads, stop_after=max(site.layer for site in reads))
+        yield {
+            dictionary.site: csr_matrix(
+                dictionary.encode(read[dictionary.reads][is_text]).float().cpu().numpy()
+            )
+            for dictionary in dictionaries
+        }

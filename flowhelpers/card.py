@@ -15,7 +15,7 @@ from flowhelpers.activations import FeatureActivations, collect, collect_tokens
 from flowhelpers.features import FeatureId, Site
 from flowhelpers.files import write_json, write_text
 from flowhelpers.groups import occurrences, share_significant, significance
-from flowhelpers.labels import top_tokens, written_tokens
+from flowhelpers.labels import auc, top_contexts, top_tokens, written_tokens
 from flowhelpers.matching import match_table, scores
 from flowhelpers.model import Activations, Edit, Tokens, logits_of, run, tokenize
 from flowhelpers.runs import progress
@@ -34,7 +34,7 @@ TITLES = {
     "tests": "Share of significant Mann-Whitney tests (p < 0.001; 5 tokens of each of 250 texts)",
     "themes": "The residual feature that tells a subject of the passages from all others",
     "examples": "Two features of every site, chosen by rule: a third and two thirds of the way"
-    " from the rarest to the commonest",
+    " from the rarest to the commonest; its strongest «token» in context, from three texts",
 }
 
 
@@ -228,7 +228,6 @@ def measure_themes(suite: "Suite", seed: int = 0) -> "pd.DataFrame":
     passage; the AUC reported is that of the other half.
     """
     import pandas as pd
-    from scipy.stats import rankdata
 
     frame = passages()
     sites = [site for site in suite.dictionaries if site.module == "res"]
@@ -245,21 +244,17 @@ def measure_themes(suite: "Suite", seed: int = 0) -> "pd.DataFrame":
     rng = np.random.default_rng(seed)
     for _, rows in frame.groupby("subject").indices.items():
         half[rng.permutation(rows)[: len(rows) // 2]] = True
-    ranks = {side: rankdata(table[half == side], axis=0) for side in (True, False)}
     records = []
     for subject in sorted(frame["subject"].unique()):
-        auc = {}
-        for side, ranked in ranks.items():
-            mine = (frame["subject"] == subject).to_numpy()[half == side]
-            n, m = mine.sum(), (~mine).sum()
-            auc[side] = (ranked[mine].sum(0) - n * (n + 1) / 2) / (n * m)
-        best = int(np.argmax(auc[True]))
+        mine = (frame["subject"] == subject).to_numpy()
+        chosen_on = auc(table[half], mine[half])
+        best = int(np.argmax(chosen_on))
         records.append(
             {
                 "subject": subject,
                 "feature": str(features[best]),
-                "auc_chosen_on": auc[True][best],
-                "auc_held_out": auc[False][best],
+                "auc_chosen_on": chosen_on[best],
+                "auc_held_out": auc(table[~half][:, [best]], mine[~half])[0],
             }
         )
     return pd.DataFrame(records)
@@ -292,12 +287,15 @@ def example_features(suite: "Suite", activations: FeatureActivations) -> "pd.Dat
             feature = FeatureId(site.layer, site.module, int(order[int(share * len(order))]))
             writes = written_tokens(suite, feature, 8)["token"]
             reads = top_tokens(suite, feature, activations, 8)["token"]
+            contexts = top_contexts(suite, feature, activations, k=3, width=6)
+            shown = contexts["before"] + "«" + contexts["token"] + "»" + contexts["after"]
             records.append(
                 {
                     "feature": str(feature),
                     "active_share": often[feature.index] / len(activations.tokens),
                     "writes": " ".join(repr(token) for token in writes),
                     "active_at": " ".join(repr(token) for token in reads),
+                    "in_context": " … ".join(shown),
                 }
             )
     return pd.DataFrame(records)

@@ -1,9 +1,11 @@
 """One dictionary: its unit directions in the residual basis, and its encoder."""
 
+import hashlib
 import warnings
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,19 +13,44 @@ from torch import Tensor
 
 from flowhelpers.features import FeatureId, Site
 
+if TYPE_CHECKING:
+    from flowhelpers.model import AttentionOutput
+
+HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "hook_attn_out"}
+Z_HOOK = "attn.hook_z"
+SMALLEST_THRESHOLD = 1e-6
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A JumpReLU dictionary's weights, one row a feature: active where pre > threshold.
+
+    Attributes:
+        encoder: Encoder rows.
+        bias: Encoder biases, a bias subtracted from the input included.
+        decoder: Decoder rows.
+        threshold: Thresholds; 1 once folded.
+    """
+
+    encoder: Float[Tensor, "features d_in"]
+    bias: Float[Tensor, "features"]
+    decoder: Float[Tensor, "features d_out"]
+    threshold: Float[Tensor, "features"]
+
 
 @dataclass(frozen=True)
 class Dictionary:
     """A sparse autoencoder at a site.
 
     Attributes:
-        site: Where it reads.
-        directions: Decoder rows, each of unit norm in float32, `[features, d_model]`; zero for the
-            rows in `excluded`, so that they match nothing.
+        site: The site whose contribution to the stream it describes.
+        directions: Decoder rows in the residual basis, each of unit norm in float32,
+            `[features, d_model]`; zero for the rows in `excluded`, so that they match nothing.
         norms: Norms of the decoder rows before that.
         excluded: Indices of the rows that hold NaN or infinity or are all zero.
         source: Where it was loaded from.
         sae: sae-lens's SAE, which encodes.
+        reads: Where it reads: its site, or the attention heads' outputs z before W_O, `12/z`.
     """
 
     site: Site
@@ -32,6 +59,16 @@ class Dictionary:
     excluded: Int[Tensor, "bad"]
     source: str
     sae: Any = field(repr=False)
+    reads: Site
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of directions and weights, by which tables made from them are known."""
+        digest = hashlib.blake2b(digest_size=16)
+        weights = [] if self.sae is None else self.sae.state_dict().values()
+        for tensor in (self.directions, *weights):
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     @property
     def width(self) -> int:
@@ -63,61 +100,122 @@ class Dictionary:
     def written(
         self, feature: FeatureId, activation: Float[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch d_model"]:
-        """What one feature writes at these activations: `a · v`, in the scale of the stream."""
+        """What one feature writes at these activations: `a · v`, in the scale of the stream.
+
+        Raises:
+            ValueError: If the dictionary reads z: what it writes passes a norm on its way.
+        """
+        if self.reads != self.site:
+            raise ValueError(f"{feature} reads {self.reads}: only the direction it writes is known")
         return activation[..., None] * self.norms[feature.index] * self.direction(feature)
 
+    def weights(self, folded: bool = False) -> Weights:
+        """Its weights, one row a feature, in float32.
 
-def make_dictionary(site: Site, sae: Any, d_model: int, source: str) -> Dictionary:
-    """Bring an SAE's decoder to unit directions and note what is wrong with it.
+        Args:
+            folded: Whether thresholds are folded in (SAE Match, eq. 4; CHOICES 16): W_enc/θ,
+                b_enc/θ, W_dec·θ, with θ clamped away from 0. The output stays the same, and
+                activations are in units of θ.
+
+        Raises:
+            ValueError: If there is no threshold to fold in.
+        """
+        sae = self.sae
+        threshold = getattr(sae, "threshold", None)
+        if threshold is None and folded:
+            raise ValueError(
+                f"the dictionary for {self.site} ({self.source}) has no thresholds to fold"
+            )
+        encoder, bias, decoder = (w.detach().float() for w in (sae.W_enc, sae.b_enc, sae.W_dec))
+        if sae.cfg.apply_b_dec_to_input:
+            bias = bias - sae.b_dec.detach().float() @ encoder
+        at = torch.zeros_like(bias) if threshold is None else threshold.detach().float()
+        found = Weights(encoder.T, bias, decoder, at)
+        if not folded:
+            return found
+        at = at.clamp(min=SMALLEST_THRESHOLD)
+        return Weights(
+            encoder.T / at[:, None], bias / at, decoder * at[:, None], torch.ones_like(at)
+        )
+
+
+def make_dictionary(
+    site: Site, sae: Any, d_model: int, source: str, output: "AttentionOutput | None" = None
+) -> Dictionary:
+    """Bring an SAE's decoder to unit directions in the residual basis; note what is wrong with it.
+
+    A decoder that writes at z, before W_O, is brought there by W_O and the gain of the norm after
+    attention, where the model has one (CHOICES 30; this project's extension). What the norm divides
+    by differs by token but is a positive number: the direction is exact.
 
     Args:
-        site: Where it reads.
+        site: The site.
         sae: An SAE of sae-lens.
-        d_model: Width of the model's stream, which the dictionary has to share.
+        d_model: Width of the model's stream, which the directions have to share.
         source: Where it came from, for messages.
+        output: How the model brings z into the stream at this layer.
 
     Raises:
         ValueError: If the width is another, the hook is not the site's, or no row is usable.
     """
     weights = sae.W_dec.detach().float()
+    reads = _hooked_site(site, sae.cfg.metadata.hook_name, source)
+    if reads != site:
+        if output is None:
+            raise ValueError(
+                f"the dictionary for {site} ({source}) reads z, before W_O: it cannot be compared"
+                " with the stream unless its model says how z gets there"
+            )
+        weights = output.in_stream(weights)
     if weights.shape[1] != d_model:
         raise ValueError(
             f"the dictionary for {site} ({source}) has width {weights.shape[1]}:"
             f" expected {d_model}, the width of its model"
         )
-    _check_hook(site, sae.cfg.metadata.hook_name, source)
     norms = weights.norm(dim=1)
-    bad = torch.nonzero(~torch.isfinite(norms) | (norms == 0)).flatten()
+    encoder = [sae.W_enc.T, sae.b_enc[:, None], *_thresholds(sae)]
+    finite = torch.stack([torch.isfinite(rows).all(dim=1) for rows in (weights, *encoder)]).all(0)
+    bad = torch.nonzero(~finite | (norms == 0)).flatten()
     if len(bad) == len(norms):
         raise ValueError(f"the dictionary for {site} ({source}) has no decoder row that is usable")
     directions = weights / norms[:, None]
     if len(bad):
         directions[bad] = 0
+        with torch.no_grad():  # never active, and nothing written
+            for rows in (sae.W_dec, *encoder):
+                rows[bad] = 0
         listed = ", ".join(str(int(i)) for i in bad[:10]) + (", …" if len(bad) > 10 else "")
         warnings.warn(
-            f"{len(bad)} of {len(norms)} decoder rows for {site} ({source}) are zero or not finite"
-            f" and are left out of matching: {listed}",
+            f"{len(bad)} of {len(norms)} decoder rows for {site} ({source}) are zero, or they or"
+            f" their encoder are not finite; they are left out of matching: {listed}",
             stacklevel=2,
         )
-    return Dictionary(site, directions.contiguous(), norms, bad, source, sae)
+    return Dictionary(site, directions.contiguous(), norms, bad, source, sae, reads)
 
 
-def _check_hook(site: Site, hook: str | None, source: str) -> None:
-    if hook is None:
-        return
-    endings = {
-        "res": ("hook_resid_post",),
-        "mlp": ("hook_mlp_out",),
-        "att": ("hook_attn_out",),
-    }[site.module]
-    if not any(hook == f"blocks.{site.layer}.{ending}" for ending in endings):
-        raise ValueError(
-            f"the dictionary for {site} ({source}) was trained at {hook}:"
-            f" expected blocks.{site.layer}.{endings[0]}"
-        )
+def _thresholds(sae: Any) -> list[Tensor]:
+    return [sae.threshold[:, None]] if hasattr(sae, "threshold") else []
 
 
-def load_folder(path: Path, site: Site, d_model: int, device: str, dtype: str) -> Dictionary:
+def _hooked_site(site: Site, hook: str | None, source: str) -> Site:
+    expected = f"blocks.{site.layer}.{HOOKS[site.module]}"
+    if hook in (None, expected):
+        return site
+    if site.module == "att" and hook == f"blocks.{site.layer}.{Z_HOOK}":
+        return Site(site.layer, "z")
+    raise ValueError(
+        f"the dictionary for {site} ({source}) was trained at {hook}: expected {expected}"
+    )
+
+
+def load_folder(
+    path: Path,
+    site: Site,
+    d_model: int,
+    device: str,
+    dtype: str,
+    output: "AttentionOutput | None" = None,
+) -> Dictionary:
     """Load a dictionary from a folder in sae-lens's format.
 
     Raises:
@@ -139,14 +237,20 @@ def load_folder(path: Path, site: Site, d_model: int, device: str, dtype: str) -
             f"the dictionary for {site} in {path} cannot be read,"
             f" a file of it may be truncated or corrupt: {error}"
         ) from error
-    return make_dictionary(site, sae, d_model, str(path))
+    return make_dictionary(site, sae, d_model, str(path), output)
 
 
 def load_release(
-    release: str, sae_id: str, site: Site, d_model: int, device: str, dtype: str
+    release: str,
+    sae_id: str,
+    site: Site,
+    d_model: int,
+    device: str,
+    dtype: str,
+    output: "AttentionOutput | None" = None,
 ) -> Dictionary:
     """Load a dictionary of a release that sae-lens knows, from the hub or its cache."""
     from sae_lens import SAE
 
     sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
-    return make_dictionary(site, sae, d_model, f"{release}/{sae_id}")
+    return make_dictionary(site, sae, d_model, f"{release}/{sae_id}", output)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ def new_folder(root: Path, name: str) -> Path:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file whole or not at all: `write` fills one beside it, which takes its place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    partial = path.with_name(f".{path.name}.{writer}.partial")
     try:
         write(partial)
         os.replace(partial, path)

@@ -1,87 +1,585 @@
-"""Flow of one feature: the chain of best matches through the layers, with module predecessors."""
+"""Flow graphs: chains of matches through the layers, with the predecessors in MLP and attention."""
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
 
-from flowhelpers.features import MODULES, FeatureId, Site
-from flowhelpers.matching import top_k_cosine
+from flowhelpers.features import MODULES, FeatureId, parse_feature, suggestion
+from flowhelpers.files import read_json, write_json
+from flowhelpers.matching import check_threshold, classify, scores
 
 if TYPE_CHECKING:
+    import networkx
     import pandas as pd
 
     from flowhelpers.suites import Suite
 
+FORMAT = "flowhelpers flow graph, version 1"
+LANES = ("att", "res", "mlp")  # in Neuronpedia's viewer each stands where a token would
 
-def trace(suite: "Suite", seed: FeatureId | str, scores: "pd.DataFrame") -> "pd.DataFrame":
-    """The residual chain through a feature, backward and forward (paper 3.4; CHOICES 25).
 
-    Backward, each step goes to the best match of the node reached, as in the match table; forward,
-    to the feature of the next layer whose cosine with the node is highest. Every residual node
-    has its MLP and attention predecessor.
+@dataclass(frozen=True)
+class FlowGraph:
+    """Features and the matches that join them.
+
+    Attributes:
+        suite: The suite's name.
+        seeds: The features that it was built from.
+        choices: What it was built with.
+        nodes: One row a feature: `feature`, `layer`, `module`, `index`, `is_seed`, `label`,
+            `label_from`; for residual features `class`, and for each of `res`, `mlp`, `att` the
+            best predecessor `from_res` …, its score `s_res` …, the null's quantile `null_res` …
+            and the threshold `high_res` … that the class goes by. What does not exist is missing.
+        edges: One row a match, from `source` to `target`: `module` (of the source), `direction`
+            (which side chose it), `rank`, `cosine`, `margin`, `mutual`, `null`, `null_quantile`.
+    """
+
+    suite: str
+    seeds: tuple[str, ...]
+    choices: Mapping[str, Any]
+    nodes: "pd.DataFrame"
+    edges: "pd.DataFrame"
+
+    @property
+    def chain(self) -> "pd.DataFrame":
+        """The residual nodes, by layer."""
+        return self.nodes[self.nodes["module"] == "res"].reset_index(drop=True)
+
+
+def flow_graph(
+    suite: "Suite",
+    seeds: FeatureId | str | Iterable[FeatureId | str],
+    table: "pd.DataFrame",
+    *,
+    t_res: float | None = None,
+    t_mlp: float | None = None,
+    t_att: float | None = None,
+    top_n: int = 1,
+    backward: bool = True,
+    forward: bool = True,
+    thresholds: Mapping[tuple[int, str], float] | None = None,
+) -> FlowGraph:
+    """The flow through one or several features (paper 3.4, B.2; CHOICES 25 and 26).
+
+    Backward, each step goes to the best match of the node reached; forward, to the feature of the
+    next layer whose score with the node is highest. Every residual node has its MLP and attention
+    predecessors, which are not followed further. A seed at an MLP or attention leads to the
+    residual features that it matches best, whose flow this is. Flows of several seeds share the
+    nodes that they have in common.
+
+    The paper's B.2 has `t_res=0.5, t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
 
     Args:
         suite: The suite.
-        seed: A residual feature.
-        scores: One row a feature, as `matching.scores` gives.
-
-    Returns:
-        One row a residual node, by layer: `feature`, `is_seed`, `previous` (the node before it in
-        the chain) with its cosine `s_previous`, and for each of `res`, `mlp`, `att` the
-        predecessor `from_res` …, its cosine `s_res` … and the null's quantile `null_res` …; what
-        does not exist is missing. Up to the seed `previous` is `from_res`; after it the two differ
-        where the node's own best match is another feature.
+        seeds: Features.
+        table: The suite's match table.
+        t_res: Ends the chain where a step's score is below it; not at all unless given.
+        t_mlp: Leaves out MLP predecessors of a lower score.
+        t_att: Leaves out attention predecessors of a lower score.
+        top_n: Follows so many matches of each node instead of the best.
+        backward: Whether to go back from the seeds.
+        forward: Whether to go on from them.
+        thresholds: What the classes go by, as in `matching.classify`.
 
     Raises:
-        ValueError: If the feature does not exist or is not residual.
+        ValueError: If a feature does not exist, a threshold is outside [-1, 1], or the table has
+            fewer ranks than `top_n`, or is another suite's.
     """
     import pandas as pd
 
-    seed = suite.feature(seed)
-    if seed.module != "res":
-        raise ValueError(f"{seed} lies at {seed.site}: a flow starts from a residual feature")
-    lookup = scores.set_index(["layer", "feature"])
+    limits = {"res": t_res, "mlp": t_mlp, "att": t_att}
+    for module, limit in limits.items():
+        if limit is not None:
+            check_threshold(limit, f"t_{module}")
+    if not 1 <= top_n <= table["rank"].max():
+        raise ValueError(f"top_n={top_n}: expected 1 to {table['rank'].max()}, the table's ranks")
+    names = [seeds] if isinstance(seeds, (str, FeatureId)) else list(seeds)
+    if not names:
+        raise ValueError("no seed given: expected a feature, such as 12/res/4230")
+    found = [suite.feature(name) for name in names]
+    steps = _Steps(suite, table, top_n, limits)
+    starts: list[FeatureId] = []
+    for seed in found:
+        starts += [seed] if seed.module == "res" else steps.onward(seed)
+    reached = dict.fromkeys(starts)
+    for go, step in ((backward, steps.back), (forward, steps.onward)):
+        ahead = list(starts)
+        while go and ahead:
+            ahead = [node for at in ahead for node in step(at) if node not in reached]
+            ahead = list(dict.fromkeys(ahead))
+            reached |= dict.fromkeys(ahead)
+    for node in list(reached):
+        for module in ("mlp", "att"):
+            reached |= dict.fromkeys(steps.back(node, module))
+    reached |= dict.fromkeys(found)
+    nodes = sorted(reached, key=lambda node: (node.layer, LANES.index(node.module), node.index))
+    edges = pd.DataFrame(steps.edges.values(), columns=EDGE_COLUMNS)
+    order = edges["target"].map({str(node): place for place, node in enumerate(nodes)})
+    edges = edges.assign(order=order).sort_values(["order", "module", "rank"], kind="stable")
+    choices = {f"t_{module}": limit for module, limit in limits.items()} | {
+        "method": str(table["method"].iloc[0]),
+        "top_n": top_n,
+        "backward": backward,
+        "forward": forward,
+    }
+    return FlowGraph(
+        suite.name,
+        tuple(map(str, found)),
+        choices,
+        _nodes(nodes, found, classify(scores(table), thresholds)),
+        edges.drop(columns="order").reset_index(drop=True),
+    )
 
-    def row_of(node: FeatureId) -> "pd.Series | dict[str, float]":
-        key = (node.layer, node.index)
-        return lookup.loc[key] if key in lookup.index else {}  # no site precedes this one
 
-    def predecessor(node: FeatureId, module: str) -> FeatureId | None:
-        source = row_of(node).get(f"source_{module}", torch.nan)
-        return (
-            FeatureId(node.layer - (module == "res"), module, int(source)) if source >= 0 else None
+EDGE_COLUMNS = [
+    *("source", "target", "module", "direction", "rank"),
+    *("cosine", "margin", "mutual", "null", "null_quantile"),
+]
+
+
+class _Steps:
+    """Where a walk may go from a node, by the match table; it remembers the edges it took."""
+
+    def __init__(
+        self,
+        suite: "Suite",
+        table: "pd.DataFrame",
+        top_n: int,
+        limits: Mapping[str, float | None],
+    ):
+        kept = table[(table["rank"] <= top_n) & (table["source"] >= 0) & (table["feature"] >= 0)]
+        self.groups = {
+            key: part.set_index("feature" if key[2] == "backward" else "source", drop=False)
+            for key, part in kept.groupby(["layer", "module", "direction"], observed=True)
+        }
+        self.suite = suite
+        self.limits = limits
+        self.edges: dict[tuple[str, str], tuple[Any, ...]] = {}
+
+    def back(self, node: FeatureId, module: str = "res") -> list[FeatureId]:
+        """Predecessors of a residual node at a module."""
+        return self._step(node, (node.layer, module, "backward"))
+
+    def onward(self, node: FeatureId) -> list[FeatureId]:
+        """Residual features that a node leads to."""
+        layer = node.layer + (node.module == "res")
+        return self._step(node, (layer, node.module, "forward"))
+
+    def _step(self, node: FeatureId, key: tuple[int, str, str]) -> list[FeatureId]:
+        group = self.groups.get(key)
+        if group is None or node.index not in group.index:
+            return []
+        limit = self.limits[key[1]]
+        reached = []
+        for row in group.loc[[node.index]].sort_values("rank").to_dict("records"):
+            if limit is not None and row["score"] < limit:
+                continue
+            source = FeatureId(int(row["source_layer"]), key[1], int(row["source"]))
+            target = FeatureId(int(row["layer"]), "res", int(row["feature"]))
+            for end in (source, target):
+                self.suite.feature(end)
+            edge = {"source": str(source), "target": str(target), "cosine": row["score"]}
+            self.edges.setdefault(
+                (edge["source"], edge["target"]),
+                tuple((row | edge)[column] for column in EDGE_COLUMNS),
+            )
+            reached.append(source if key[2] == "backward" else target)
+        return reached
+
+
+def _nodes(
+    nodes: Sequence[FeatureId], seeds: Sequence[FeatureId], classes: "pd.DataFrame"
+) -> "pd.DataFrame":
+    import pandas as pd
+
+    frame = pd.DataFrame(
+        {
+            "feature": [str(node) for node in nodes],
+            "layer": [node.layer for node in nodes],
+            "module": [node.module for node in nodes],
+            "index": [node.index for node in nodes],
+            "is_seed": [node in seeds for node in nodes],
+            "label": "",
+            "label_from": "",
+        }
+    )
+    known = classes.set_index(["layer", "feature"])
+    known = known.reindex([(node.layer, node.index) for node in nodes])
+    residual = (frame["module"] == "res").to_numpy()
+    frame["class"] = known["class"].where(residual).to_numpy()
+    for module in MODULES:
+        sources = known.get(f"source_{module}", pd.Series(np.nan, known.index))
+        frame[f"from_{module}"] = [
+            f"{node.layer - (module == 'res')}/{module}/{int(source)}"
+            if node.module == "res" and source >= 0
+            else None
+            for node, source in zip(nodes, sources, strict=True)
+        ]
+        for kind in ("s", "null", "high"):
+            values = known.get(f"{kind}_{module}", pd.Series(np.nan, known.index))
+            frame[f"{kind}_{module}"] = values.where(residual).astype(float).to_numpy()
+    return frame
+
+
+def merged(graphs: Sequence[FlowGraph]) -> FlowGraph:
+    """Several graphs of one suite as one: their nodes and edges, each once.
+
+    Raises:
+        ValueError: If there is none, or they are of several suites or choices.
+    """
+    import pandas as pd
+
+    kinds = {(graph.suite, json.dumps(dict(graph.choices), sort_keys=True)) for graph in graphs}
+    if len(kinds) != 1:
+        given = ", ".join(f"{suite} {choices}" for suite, choices in sorted(kinds)) or "none"
+        raise ValueError(
+            f"cannot merge graphs of {given}: expected one suite and one set of choices"
         )
-
-    chain = [seed]
-    while before := predecessor(chain[0], "res"):
-        chain.insert(0, before)
-    while (site := Site(chain[-1].layer + 1, "res")) in suite.dictionaries:
-        direction = suite.dictionary(chain[-1].site).directions[chain[-1].index]
-        best = int(top_k_cosine(direction[None], suite.dictionary(site).directions).indices)
-        if best < 0:
-            break
-        chain.append(FeatureId(site.layer, "res", best))
-    rows = []
-    for before, node in zip([None, *chain], chain, strict=False):
-        row = row_of(node)
-        record: dict[str, object] = {"feature": str(node), "is_seed": node == seed}
-        for module in MODULES:
-            source = predecessor(node, module)
-            record[f"from_{module}"] = str(source) if source else None
-            record[f"s_{module}"] = float(row.get(f"s_{module}", torch.nan))
-            record[f"null_{module}"] = float(row.get(f"null_{module}", torch.nan))
-        record["previous"] = str(before) if before else None
-        record["s_previous"] = _cosine(suite, before, node) if before else torch.nan
-        rows.append(record)
-    return pd.DataFrame(rows)
+    seeds = tuple(dict.fromkeys(seed for graph in graphs for seed in graph.seeds))
+    nodes = pd.concat([graph.nodes for graph in graphs]).drop_duplicates("feature")
+    nodes["is_seed"] = nodes["feature"].isin(seeds)
+    edges = pd.concat([graph.edges for graph in graphs]).drop_duplicates(["source", "target"])
+    nodes = nodes.sort_values(["layer", "module", "index"], kind="stable", ignore_index=True)
+    edges = edges.reset_index(drop=True)
+    return FlowGraph(graphs[0].suite, seeds, graphs[0].choices, nodes, edges)
 
 
-def members(flow: "pd.DataFrame") -> list[str]:
-    """Every feature of a flow, each once: its nodes and the predecessors of each."""
-    columns = [flow[column] for column in ("feature", "from_res", "from_mlp", "from_att")]
-    return list(dict.fromkeys(name for column in columns for name in column.dropna()))
+def labelled(graph: FlowGraph, labels: "pd.DataFrame") -> FlowGraph:
+    """The graph with labels (`feature`, `label`, `label_from`, as `labels.describe` gives)."""
+    known = labels.set_index("feature")
+    nodes = graph.nodes.copy()
+    for column in ("label", "label_from"):
+        nodes[column] = nodes["feature"].map(known[column]).fillna(nodes[column])
+    return replace(graph, nodes=nodes)
 
 
-def _cosine(suite: "Suite", first: FeatureId, second: FeatureId) -> float:
-    one, two = (suite.dictionary(node.site).directions[node.index] for node in (first, second))
-    return float(one.float() @ two.float())
+def to_networkx(graph: FlowGraph) -> "networkx.DiGraph":
+    """The graph for networkx: an edge for each match, source to target; columns as attributes."""
+    import networkx
+
+    found = networkx.DiGraph(suite=graph.suite, seeds=graph.seeds, **graph.choices)
+    for row in graph.nodes.to_dict("records"):
+        found.add_node(row["feature"], **row)
+    for row in graph.edges.to_dict("records"):
+        found.add_edge(row["source"], row["target"], **row)
+    return found
+
+
+def ancestors(graph: FlowGraph, feature: FeatureId | str) -> list[str]:
+    """The features of the graph that lead to one, by layer.
+
+    Raises:
+        ValueError: If the feature is not in the graph.
+    """
+    import networkx
+
+    return _in_order(graph, networkx.ancestors(to_networkx(graph), _node(graph, feature)))
+
+
+def descendants(graph: FlowGraph, feature: FeatureId | str) -> list[str]:
+    """The features of the graph that one leads to, by layer.
+
+    Raises:
+        ValueError: If the feature is not in the graph.
+    """
+    import networkx
+
+    return _in_order(graph, networkx.descendants(to_networkx(graph), _node(graph, feature)))
+
+
+def path(graph: FlowGraph, first: FeatureId | str, last: FeatureId | str) -> "pd.DataFrame":
+    """The edges of the way from one feature to a later one, in order.
+
+    Of several ways it is the one whose sum of (1 - cosine) is least.
+
+    Raises:
+        ValueError: If a feature is not in the graph, or there is no way.
+    """
+    import networkx
+
+    network = to_networkx(graph)
+    ends = _node(graph, first), _node(graph, last)
+    try:
+        way = networkx.shortest_path(network, *ends, weight=lambda a, b, edge: 1 - edge["cosine"])
+    except networkx.NetworkXNoPath as error:
+        raise ValueError(f"no way leads from {first} to {last} in this graph") from error
+    keys = list(pairwise(way))
+    return graph.edges.set_index(["source", "target"]).loc[keys].reset_index()
+
+
+def lifespan(
+    graph: FlowGraph, feature: FeatureId | str, t_res: float | None = None
+) -> tuple[int, int]:
+    """The first and the last layer of the run around a residual feature (CHOICES 26).
+
+    The run ends where no residual edge of the graph goes on whose cosine is at least `t_res`, or
+    above the null's quantile if `t_res` is not given.
+
+    Raises:
+        ValueError: If the feature is not in the graph, or is not residual.
+    """
+    import networkx
+
+    node = _node(graph, feature)
+    if parse_feature(node).module != "res":
+        raise ValueError(f"{node} is not residual: a lifespan is that of a residual feature")
+    edges = graph.edges[graph.edges["module"] == "res"]
+    high = edges["cosine"] > edges["null"] if t_res is None else edges["cosine"] >= t_res
+    network = networkx.DiGraph()
+    network.add_node(node)
+    network.add_edges_from(edges.loc[high, ["source", "target"]].itertuples(index=False))
+    near = {node} | networkx.ancestors(network, node) | networkx.descendants(network, node)
+    layers = [parse_feature(name).layer for name in near]
+    return min(layers), max(layers)
+
+
+def turns(graph: FlowGraph) -> "pd.DataFrame":
+    """The residual nodes where the meaning turns: a module lies nearer than the stream before.
+
+    These have s(M) or s(A) above s(R) and above what counts as high for it (paper 3.3, class C and
+    those of class B that lean to the module).
+
+    Returns:
+        Rows of `nodes`, with the module that lies nearest as `turned_by`.
+    """
+    chain = graph.chain
+    module = chain[["s_mlp", "s_att"]].fillna(-np.inf)
+    above = {name: chain[f"s_{name}"] > chain[f"high_{name}"] for name in ("mlp", "att")}
+    nearest = np.where(module["s_mlp"] >= module["s_att"], "mlp", "att")
+    high = np.where(nearest == "mlp", above["mlp"], above["att"])
+    turned = high & (module.max(axis=1) > chain["s_res"].fillna(-np.inf)).to_numpy()
+    return chain.assign(turned_by=nearest)[turned & chain["s_res"].notna().to_numpy()]
+
+
+def save_graph(graph: FlowGraph, path: Path) -> None:
+    """Write a graph as a JSON file, whole or not at all."""
+    record = {
+        "format": FORMAT,
+        "suite": graph.suite,
+        "seeds": list(graph.seeds),
+        "choices": dict(graph.choices),
+        "nodes": _records(graph.nodes),
+        "edges": _records(graph.edges),
+    }
+    write_json(path, record)
+
+
+def load_graph(path: Path) -> FlowGraph:
+    """Read a graph that `save_graph` wrote.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds no flow graph of this version.
+    """
+    import pandas as pd
+
+    try:
+        record = read_json(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        given = record.get("format") if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{path} holds {given!r}: expected {FORMAT!r}")
+    nodes = pd.DataFrame(record["nodes"])
+    for module in MODULES:
+        for kind in ("s", "null", "high"):
+            nodes[f"{kind}_{module}"] = nodes[f"{kind}_{module}"].astype(float)
+    edges = pd.DataFrame(record["edges"], columns=EDGE_COLUMNS)
+    edges["margin"] = edges["margin"].astype(float)
+    return FlowGraph(record["suite"], tuple(record["seeds"]), record["choices"], nodes, edges)
+
+
+def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) -> dict[str, Any]:
+    """The graph in the JSON of circuit-tracer and of Neuronpedia's graph viewer.
+
+    A flow has no tokens. In their place stand the three modules, so that the viewer draws a lane
+    for each. Every residual chain is a supernode, named by its seed; labels are `clerp`.
+
+    Args:
+        graph: The graph.
+        slug: A name of letters, digits and hyphens.
+        model: Neuronpedia's name of the model, to find features by; the suite's unless given.
+    """
+    nodes = {
+        row["feature"]: {
+            "node_id": f"{row['layer']}_{row['index']}_{LANES.index(row['module'])}",
+            "feature": _cantor(row["layer"], row["index"]),
+            "layer": str(row["layer"]),
+            "ctx_idx": LANES.index(row["module"]),
+            "feature_type": "cross layer transcoder",
+            "jsNodeId": f"{row['layer']}_{row['index']}-{LANES.index(row['module'])}",
+            "clerp": row["label"].replace("\n", "; ") or row["feature"],
+        }
+        for row in graph.nodes.to_dict("records")
+    }
+    links = [
+        {
+            "source": nodes[row["source"]]["node_id"],
+            "target": nodes[row["target"]]["node_id"],
+            "weight": float(row["cosine"]),
+        }
+        for row in graph.edges.to_dict("records")
+    ]
+    return {
+        "metadata": {
+            "slug": slug,
+            "scan": model or graph.suite,
+            "transcoder_list": [],
+            "prompt_tokens": list(LANES),
+            "prompt": f"feature flow of {', '.join(graph.seeds)}",
+            "schema_version": 1,
+        },
+        "qParams": {
+            "pinnedIds": [node["node_id"] for node in nodes.values()],
+            "supernodes": [
+                [name, *(nodes[feature]["node_id"] for feature in members)]
+                for name, members in chains(graph).items()
+            ],
+            "linkType": "both",
+            "clickedId": "",
+            "sg_pos": "",
+        },
+        "nodes": list(nodes.values()),
+        "links": links,
+    }
+
+
+def chains(graph: FlowGraph) -> dict[str, list[str]]:
+    """For each residual seed, its chain: the residual features that lead to it or that it leads to.
+
+    A feature that several chains share is listed with the first.
+    """
+    import networkx
+
+    residual = set(graph.nodes.loc[graph.nodes["module"] == "res", "feature"])
+    network = to_networkx(graph).subgraph(residual)
+    found, taken = {}, set()
+    for seed in (seed for seed in graph.seeds if seed in residual):
+        line = {seed} | networkx.ancestors(network, seed) | networkx.descendants(network, seed)
+        found[seed] = _in_order(graph, line - taken)
+        taken |= line
+    return found
+
+
+def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
+    return frame.astype(object).where(frame.notna(), None).to_dict("records")
+
+
+def _cantor(layer: int, index: int) -> int:
+    return (layer + index) * (layer + index + 1) // 2 + index
+
+
+def _node(graph: FlowGraph, feature: FeatureId | str) -> str:
+    name = str(parse_feature(str(feature)))
+    if name not in set(graph.nodes["feature"]):
+        raise ValueError(f"{name} is not in this graph{suggestion(name, graph.nodes['feature'])}")
+    return name
+
+
+def _in_order(graph: FlowGraph, features: Iterable[str]) -> list[str]:
+    wanted = set(features)
+    return [name for name in graph.nodes["feature"] if name in wanted]
+
+
+def lifespans(
+    table: "pd.DataFrame", t_res: float | None = None, mutual: bool = False
+) -> "pd.DataFrame":
+    """How long every residual feature lives: the run of layers whose joining matches are high.
+
+    A step back goes to a feature's best match, a step on to the feature whose best match the next
+    layer holds for it, as in a flow graph. A step is high if its score is at least `t_res`, or
+    above the null's quantile if `t_res` is not given.
+
+    Args:
+        table: A match table.
+        t_res: The score that a step has to have.
+        mutual: Whether each of the two has to be the other's best match as well.
+
+    Returns:
+        One row a feature: `layer`, `feature`, `first` and `last` layer of its run, and `layers`,
+        their number.
+
+    Raises:
+        ValueError: If the threshold is outside [-1, 1].
+    """
+    import pandas as pd
+
+    if t_res is not None:
+        check_threshold(t_res, "t_res")
+    best = table[(table["rank"] == 1) & (table["module"] == "res")]
+    high = best["score"] > best["null"] if t_res is None else best["score"] >= t_res
+    high &= (best["source"] >= 0) & (best["feature"] >= 0)
+    kept = best[high & best["mutual"]] if mutual else best[high]
+    parts = {key: part for key, part in kept.groupby(["layer", "direction"], observed=True)}
+    widths = table[table["direction"] == "backward"].groupby("layer")["feature"].max() + 1
+    layers = sorted(widths.index)
+    first = {layer: np.full(widths[layer], layer) for layer in layers}
+    last = {layer: np.full(widths[layer], layer) for layer in layers}
+    for layer in layers:
+        part = parts.get((layer, "backward"))
+        if part is not None and layer - 1 in first:
+            first[layer][part["feature"]] = first[layer - 1][part["source"]]
+    for layer in reversed(layers):
+        part = parts.get((layer + 1, "forward"))
+        if part is not None and layer + 1 in last:
+            last[layer][part["source"]] = last[layer + 1][part["feature"]]
+    frames = [
+        pd.DataFrame(
+            {
+                "layer": layer,
+                "feature": np.arange(widths[layer]),
+                "first": first[layer],
+                "last": last[layer],
+            }
+        )
+        for layer in layers
+    ]
+    return pd.concat(frames, ignore_index=True).assign(layers=lambda t: t["last"] - t["first"] + 1)
+
+
+def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
+    """What becomes of features from layer to layer, over the whole model.
+
+    Args:
+        table: A match table.
+
+    Returns:
+        One row a layer: `features`; the share of each class of the paper's 3.3; `born_mlp` and
+        `born_att`, the share of newborn features whose module is nearest; `dies`, the share whose
+        best match on is no higher than chance (missing at the last layer); `mutual`, the share of
+        best matches back that are mutual; `sources`, how many features of the layer before are
+        anybody's best match, as a share; and `largest_funnel`, how many features share one.
+    """
+    import pandas as pd
+
+    best = table[(table["rank"] == 1) & (table["source"] >= 0) & (table["feature"] >= 0)]
+    records = []
+    for layer, part in classify(scores(table)).groupby("layer"):
+        record = {"layer": layer, "features": len(part)}
+        record |= part["class"].value_counts(normalize=True).to_dict()
+        new = part[part["class"] == "newborn"]
+        mlp, att = (new.get(f"s_{name}", new["layer"] * 0.0 - 1) for name in ("mlp", "att"))
+        record["born_mlp"] = float((mlp >= att).sum() / len(part))
+        record["born_att"] = float((mlp < att).sum() / len(part))
+        on = best[(best["layer"] == layer + 1) & (best["module"] == "res")]
+        on = on[on["direction"] == "forward"]
+        if len(on):
+            record["dies"] = 1 - float((on["score"] > on["null"]).sum() / len(part))
+        back = best[(best["layer"] == layer) & (best["module"] == "res")]
+        ahead = back[back["direction"] == "forward"]
+        back = back[back["direction"] == "backward"]
+        if len(back):
+            counts = back["source"].value_counts()
+            record |= {
+                "mutual": float(back["mutual"].sum() / len(part)),
+                "sources": len(counts) / max(len(ahead), 1),
+                "largest_funnel": int(counts.iloc[0]),
+            }
+        records.append(record)
+    columns = ["translated", "processed", "newborn", "unexplained"]
+    return pd.DataFrame(records).fillna(dict.fromkeys(columns, 0.0))

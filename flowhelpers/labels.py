@@ -1,13 +1,15 @@
 """What a feature is about: the tokens it writes, and where it is active."""
 
 from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from flowhelpers.activations import FeatureActivations
-from flowhelpers.features import FeatureId, Site
+from flowhelpers.features import FeatureId, Site, suggestion
 from flowhelpers.model import final_norm, token_strings
 
 if TYPE_CHECKING:
@@ -106,24 +108,83 @@ def describe(
     features: Iterable[FeatureId | str],
     activations: FeatureActivations | None = None,
     k: int = 4,
+    own: "pd.DataFrame | None" = None,
 ) -> "pd.DataFrame":
-    """What features write and, where activations are known, the tokens they are active at.
+    """Labels: your own where you have them, else what features write and where they are active.
+
+    Args:
+        suite: The suite.
+        features: The features.
+        activations: Activations on a corpus; without them only what features write is known, and
+            without a model nothing is.
+        k: How many tokens of each kind.
+        own: Labels that come before all others, as `read_labels` gives.
 
     Returns:
-        `feature`, `writes`, `active_at` (empty if unknown) and `label`, which holds both, one a
-        line.
+        `feature`, `writes`, `active_at` (empty if unknown), `label`, which holds both, one a line,
+        or your own, and `label_from`, which says where the label comes from.
     """
     import pandas as pd
 
+    mine = (
+        {} if own is None else own.set_index("feature")[["label", "label_from"]].T.to_dict("list")
+    )
     rows = []
     for feature in map(suite.feature, features):
         writes = _listed(written_tokens(suite, feature, k)["token"])
-        reads, label = "", f"writes {writes}"
+        reads, label, source = "", f"writes {writes}", "logit lens"
         if activations and feature.site in activations.by_site:
             reads = _listed(top_tokens(suite, feature, activations, k)["token"])
             label += f"\nactive at {reads or 'nothing read'}"
-        rows.append((str(feature), writes, reads, label))
-    return pd.DataFrame(rows, columns=["feature", "writes", "active_at", "label"])
+            source += " and top tokens"
+        label, source = mine.get(str(feature), (label, source))
+        rows.append((str(feature), writes, reads, label, source))
+    return pd.DataFrame(rows, columns=["feature", "writes", "active_at", "label", "label_from"])
+
+
+def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
+    """Your own labels: a CSV or JSONL file with a `feature` and a `label` for each row.
+
+    Returns:
+        `feature`, `label` and `label_from`, the file's name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is of another kind, lacks a column, or names a feature that the
+            suite does not have, or one twice.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    readers = {
+        ".csv": partial(pd.read_csv, dtype=str, keep_default_na=False),
+        ".jsonl": partial(pd.read_json, lines=True, dtype=str),
+    }
+    if path.suffix not in readers:
+        raise ValueError(f"{path}: expected a file of labels, .csv or .jsonl")
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        table = readers[path.suffix](path)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+    for column in ("feature", "label"):
+        if column not in table:
+            raise ValueError(f"{path} has no column {column!r}{suggestion(column, table.columns)}")
+    problems = []
+    for row, name in enumerate(table["feature"], 1):
+        try:
+            suite.feature(name)
+        except ValueError as error:
+            problems.append(f"row {row}: {error}")
+    if problems:
+        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
+        raise ValueError(f"{path}: " + "; ".join(problems[:3]) + more)
+    table = table[["feature", "label"]].assign(feature=table["feature"].str.replace(" ", ""))
+    twice = table["feature"][table["feature"].duplicated()]
+    if len(twice):
+        raise ValueError(f"{path} labels {twice.iloc[0]} more than once")
+    return table.assign(label_from=path.name)
 
 
 def specificity(
@@ -179,24 +240,38 @@ def subject_scores(
     """
     import pandas as pd
     from scipy.sparse import csr_matrix
-    from scipy.stats import rankdata
 
     mine = on_subject[counted]
-    n, m = int(mine.sum()), int((~mine).sum())
-    if not n or not m:
-        raise ValueError(f"{n} texts on the subject and {m} others: expected some of each")
     text = activations.tokens["text"].to_numpy()
     members = csr_matrix((np.ones(len(text)), (text, np.arange(len(text)))))
     lengths = np.maximum(np.bincount(text, minlength=len(counted)), 1)[:, None]
     means = ((members @ activations.by_site[site]).toarray() / lengths)[counted]
-    ranks = rankdata(means, axis=0)[mine].sum(axis=0)
     total = means.sum(axis=0)
     return pd.DataFrame(
         {
-            "auc": (ranks - n * (n + 1) / 2) / (n * m),
+            "auc": auc(means, mine),
             "share": means[mine].sum(axis=0) / np.where(total > 0, total, 1),
         }
     )
+
+
+def auc(values: np.ndarray, positive: np.ndarray) -> np.ndarray:
+    """For each column, the chance that a positive row has more of it than another (ties: half).
+
+    Args:
+        values: `[rows, columns]`.
+        positive: For each row, whether it is positive.
+
+    Raises:
+        ValueError: If all rows are positive, or none is.
+    """
+    from scipy.stats import rankdata
+
+    n, m = int(positive.sum()), int((~positive).sum())
+    if not n or not m:
+        raise ValueError(f"{n} rows are positive and {m} are not: expected some of each")
+    ranks = rankdata(values, axis=0)[positive].sum(axis=0)
+    return (ranks - n * (n + 1) / 2) / (n * m)
 
 
 def _listed(tokens: Iterable[str]) -> str:

@@ -1,117 +1,35 @@
-"""Match features across layers and modules by the cosine of their directions, without data."""
+"""Match features across layers and modules: the match table of a suite, its scores and classes.
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+A match is an edge from a source feature to a target feature that lies later in the stream:
+R_{L-1}, M_L or A_L to R_L. It is `backward` where the target chose its best sources, `forward`
+where the source chose its best targets (paper 3.2 and 3.3; DOSSIER A11).
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool
 from torch import Tensor
 
-from flowhelpers.features import Site
+from flowhelpers.cosine import Matches
+from flowhelpers.features import MODULES, Site, suggestion
+from flowhelpers.matchers import Match, by_cosine, by_pearson, by_permutation, drawn
 from flowhelpers.runs import progress
+from flowhelpers.tables import cached_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from flowhelpers.dictionaries import Dictionary
     from flowhelpers.suites import Suite
 
+Method = Literal["cosine", "random", "permutation", "pearson"]
+METHODS: tuple[Method, ...] = ("cosine", "random", "permutation", "pearson")
+CLASSES = ("translated", "processed", "newborn", "unexplained")
 NULL_QUANTILE = 0.999
-
-
-@dataclass(frozen=True)
-class Matches:
-    """The best sources of every target feature.
-
-    Attributes:
-        indices: Source features, best first; -1 where the cosine is not above zero.
-        cosines: Their signed cosines; 0 where the index is -1.
-    """
-
-    indices: Int[Tensor, "targets k"]
-    cosines: Float[Tensor, "targets k"]
-
-
-def top_k_cosine(
-    target: Float[Tensor, "targets d_model"],
-    source: Float[Tensor, "sources d_model"],
-    k: int = 1,
-    block_bytes: int = 512 * 2**20,
-) -> Matches:
-    """The k sources of highest cosine for each target (paper 3.2), in blocks of bounded memory.
-
-    Both sides are normalised in float32 (CHOICES 2). The cosine is signed: an antipodal direction
-    is no match. Rows of zeros match nothing. Ties go to the lowest index (CHOICES 3).
-
-    Args:
-        target: Directions to be matched, one a row.
-        source: Directions to choose from, one a row.
-        k: Matches kept for each target.
-        block_bytes: Memory for one block of cosines.
-
-    Raises:
-        ValueError: If the widths differ, k is out of range, or a value is not finite.
-    """
-    if target.ndim != 2 or source.ndim != 2 or target.shape[1] != source.shape[1]:
-        raise ValueError(
-            f"cannot compare target {tuple(target.shape)} with source {tuple(source.shape)}:"
-            " expected two matrices of the same width"
-        )
-    if not 1 <= k <= len(source):
-        raise ValueError(f"k={k}: expected 1 to {len(source)}, the number of source features")
-    unit_source = unit_rows(source)
-    keep = min(k + 1, len(source))  # one more, to see a tie at the border
-    rows = max(1, block_bytes // (3 * 4 * len(source)))
-    indices, cosines = [], []
-    for part in target.split(rows):
-        block = unit_rows(part) @ unit_source.T
-        values, places = block.topk(keep, dim=1)
-        # Of sources that tie across the border topk keeps any: these rows are sorted whole.
-        cut = (values[:, k - 1] == values[:, -1]) & (values[:, -1] > 0) & (keep > k)
-        if cut.any():
-            whole = block[cut].sort(dim=1, descending=True, stable=True)
-            values[cut], places[cut] = whole.values[:, :keep], whole.indices[:, :keep]
-        order = places.sort(dim=1).indices  # stable by index first, then by cosine
-        values, places = values.gather(1, order), places.gather(1, order)
-        order = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        values, places = values.gather(1, order), places.gather(1, order)
-        absent = values <= 0
-        cosines.append(values.masked_fill(absent, 0.0))
-        indices.append(places.masked_fill(absent, -1))
-    return Matches(torch.cat(indices), torch.cat(cosines))
-
-
-def unit_rows(matrix: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows d_model"]:
-    """Rows of unit norm in float32; rows of zeros stay zero.
-
-    Raises:
-        ValueError: If a value is not finite.
-    """
-    matrix = matrix.float()
-    norms = matrix.norm(dim=1, keepdim=True)
-    if not torch.isfinite(norms).all():
-        bad = torch.nonzero(~torch.isfinite(norms[:, 0])).flatten()
-        raise ValueError(f"{len(bad)} rows are not finite, the first is row {int(bad[0])}")
-    return matrix / norms.masked_fill(norms == 0, 1.0)
-
-
-def null_cosines(
-    target: Float[Tensor, "targets d_model"],
-    source: Float[Tensor, "sources d_model"],
-    seed: int = 0,
-) -> Float[Tensor, "targets"]:
-    """Best cosine of each target into a randomly rotated copy of the source: what chance gives."""
-    return top_k_cosine(target, rotated(source, seed), k=1).cosines[:, 0]
-
-
-def rotated(
-    source: Float[Tensor, "sources d_model"], seed: int = 0
-) -> Float[Tensor, "sources d_model"]:
-    """The directions, all turned by one random rotation: alike among themselves, new to others."""
-    generator = torch.Generator().manual_seed(seed)
-    d = source.shape[1]
-    rotation, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.double))
-    rotation = rotation * triangle.diagonal().sign()  # uniform over the orthogonal group
-    return source @ rotation.to(source)
+TABLE_VERSION = 1  # of what a table on disk holds: raise it when that changes
 
 
 def predecessor_sites(site: Site) -> dict[str, Site]:
@@ -128,83 +46,304 @@ def predecessor_sites(site: Site) -> dict[str, Site]:
     return {"res": Site(site.layer - 1, "res"), **sites} if site.layer else sites
 
 
-def match_table(suite: "Suite", k: int = 5, seed: int = 0) -> "pd.DataFrame":
-    """The matches of every residual feature of a suite, at every site that precedes it.
+def match_table(
+    suite: "Suite",
+    k: int = 5,
+    seed: int = 0,
+    method: Method = "cosine",
+    *,
+    weights: Literal["decoder", "all"] = "decoder",
+    folded: bool = False,
+    texts: Sequence[str] | None = None,
+    device: str | None = None,
+    cache: Path | None = None,
+) -> "pd.DataFrame":
+    """The matches of a suite's residual features with all sites that precede them.
+
+    Each layer is kept on disk under all that its matches depend on, the directions included, and
+    read from there the next time.
 
     Args:
         suite: The suite.
-        k: Matches kept for each feature and site.
-        seed: Seed of the null's rotations.
+        k: Matches kept for each feature and pair of sites; for `random`, how many are drawn from.
+        seed: Seed of the null and of `random`.
+        method: `cosine` of directions (top-k, paper 3.2); `random`, one of the k of highest cosine
+            (paper A.2); `permutation`, one to one by SAE Match (paper A5, CHOICES 15); `pearson`,
+            correlation of activations over `texts` (paper C.4, CHOICES 14).
+        weights: For `permutation`: match decoders alone, or encoders and their biases as well.
+        folded: For `permutation`: fold thresholds into the weights first (CHOICES 16).
+        texts: For `pearson`: the text sample.
+        device: Where to compute; where the dictionaries are unless given.
+        cache: The folder of the tables on disk; `flowhelpers.tables.cache_folder()` unless given.
 
     Returns:
-        One row for each feature, site and rank: `layer`, `feature`, `module`, `rank` (from 1),
-        `source_layer`, `source`, `cosine`, `margin` (to the next rank; missing at the last),
-        `mutual` (is the feature the source's best match too) and `null` (the 99.9 % quantile of
-        the best cosine by chance, for the layer and site; CHOICES 27).
+        One row a match: `method`, `direction` (backward or forward), `layer` and `feature` of the
+        residual target, `module`, `source_layer` and `source` (-1 where there is none), `rank`
+        (from 1) among the matches of the side that chose, `score` (what the method ranks by),
+        `cosine`, `margin` (of the score, to the next rank; missing at the last), `mutual` (each is
+        the other's best), `null` (the 99.9 % quantile of the best score by chance, for the pair of
+        sites; CHOICES 27) and `null_quantile` (the share of best scores by chance that lie below).
 
     Raises:
-        ValueError: If no residual dictionary of the suite has one that precedes it.
+        ValueError: If no residual dictionary has one that precedes it, the method is unknown or
+            lacks its texts, or k is larger than a dictionary.
     """
     import pandas as pd
 
-    pairs = [
-        (Site(layer, "res"), module, source)
-        for layer in range(suite.layers)
-        for module, source in predecessor_sites(Site(layer, "res")).items()
-        if Site(layer, "res") in suite.dictionaries and source in suite.dictionaries
-    ]
-    if not pairs:
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}{suggestion(method, METHODS)}")
+    if (method == "pearson") != (texts is not None):
+        raise ValueError(f"method={method!r}: texts are for 'pearson', which needs them")
+    layers = {layer: pairs for layer in range(suite.layers) if (pairs := _pairs(suite, layer))}
+    if not layers:
         raise ValueError(f"suite {suite.name} has no residual dictionary with one that precedes it")
-    tables = []
-    for site, module, source in progress(pairs, "matching"):
-        targets = suite.dictionary(site).directions
-        sources = suite.dictionary(source).directions
-        keep = min(k + 1, len(sources))
-        matches = top_k_cosine(targets, sources, keep)
-        back = top_k_cosine(sources, targets, 1).indices[:, 0]
-        null = torch.quantile(null_cosines(targets, sources, seed), NULL_QUANTILE).item()
-        best = matches.indices.clamp(min=0)
-        target = torch.arange(len(targets), device=best.device)[:, None]
-        mutual = (back[best] == target) & (matches.indices >= 0)
-        margin = torch.full_like(matches.cosines, torch.nan)
-        margin[:, :-1] = matches.cosines[:, :-1] - matches.cosines[:, 1:]
-        ranks = min(k, keep)
-        tables.append(
-            pd.DataFrame(
-                {
-                    "layer": site.layer,
-                    "feature": torch.arange(len(targets)).repeat_interleave(ranks).numpy(),
-                    "module": module,
-                    "rank": torch.arange(1, ranks + 1).repeat(len(targets)).numpy(),
-                    "source_layer": source.layer,
-                    "source": matches.indices[:, :ranks].flatten().cpu().numpy(),
-                    "cosine": matches.cosines[:, :ranks].flatten().cpu().numpy(),
-                    "margin": margin[:, :ranks].flatten().cpu().numpy(),
-                    "mutual": mutual[:, :ranks].flatten().cpu().numpy(),
-                    "null": null,
-                }
+    for target, source in (pair for pairs in layers.values() for pair in pairs.values()):
+        if not 1 <= k <= min(target.width, source.width):
+            raise ValueError(
+                f"k={k}: expected 1 to {min(target.width, source.width)}, the features of"
+                f" {target.site if target.width < source.width else source.site}"
             )
+    choices: dict[str, Any] = {"method": method, "k": k, "seed": seed}
+    if method == "permutation":
+        choices |= {"weights": weights, "folded": folded}
+    if texts is not None:
+        choices |= {"texts": list(texts), "model": (suite.row.model, suite.row.revision)}
+
+    correlated: dict[tuple[Site, Site], Match] = {}
+
+    def matched(target: "Dictionary", source: "Dictionary") -> Match:
+        if method == "pearson":
+            if not correlated:  # the first layer that is not on disk: one pass of the model for all
+                everything = [pair for pairs in layers.values() for pair in pairs.values()]
+                correlated.update(by_pearson(suite, texts or [], everything, k, seed))
+            return correlated[target.site, source.site]
+        if method == "permutation":
+            return by_permutation(target, source, weights, folded, seed, device)
+        match = by_cosine(target.directions, source.directions, k, seed, device)
+        return drawn(match, k, seed) if method == "random" else match
+
+    def table_of(layer: int) -> "pd.DataFrame":
+        parts = [
+            part
+            for module, (target, source) in layers[layer].items()
+            for part in _rows(matched(target, source), target, source, module, k)
+        ]
+        return pd.concat(parts, ignore_index=True).assign(method=method)
+
+    tables = []
+    for layer, pairs in progress(list(layers.items()), "matching"):
+        prints = {str(d.site): d.fingerprint for pair in pairs.values() for d in pair}
+        key = {"version": TABLE_VERSION, "suite": suite.name, "layer": layer, "sites": prints}
+        tables.append(cached_table("matches", key | choices, lambda at=layer: table_of(at), cache))
+    table = pd.concat(tables, ignore_index=True)
+    for column in ("method", "direction", "module"):
+        table[column] = table[column].astype("category")
+    return table
+
+
+def _pairs(suite: "Suite", layer: int) -> "dict[str, tuple[Dictionary, Dictionary]]":
+    target = suite.dictionaries.get(Site(layer, "res"))
+    if target is None:
+        return {}
+    return {
+        module: (target, suite.dictionaries[site])
+        for module, site in predecessor_sites(target.site).items()
+        if site in suite.dictionaries
+    }
+
+
+def _rows(
+    match: Match, target: "Dictionary", source: "Dictionary", module: str, k: int
+) -> "Iterator[pd.DataFrame]":
+    import numpy as np
+    import pandas as pd
+
+    sides = (
+        ("backward", match.backward, match.forward, match.null_backward),
+        ("forward", match.forward, match.backward, match.null_forward),
+    )
+    for direction, chosen, other, null in sides:
+        choosing, width = chosen.indices.shape
+        ranks = min(k, width)
+        best, scores = chosen.indices[:, :ranks].cpu(), chosen.scores[:, :ranks].cpu()
+        margin = torch.full((choosing, ranks), torch.nan)
+        differences = (chosen.scores[:, :-1] - chosen.scores[:, 1:]).cpu()
+        margin[:, : differences.shape[1]] = differences[:, :ranks]
+        chooser = torch.arange(choosing)[:, None].expand(-1, ranks)
+        ends = (chooser, best) if direction == "backward" else (best, chooser)
+        null = null.sort().values.cpu()
+        below = torch.searchsorted(null, scores.contiguous())
+        columns = {
+            "feature": ends[0].int(),
+            "source": ends[1].int(),
+            "rank": torch.arange(1, ranks + 1, dtype=torch.int16).expand(choosing, -1),
+            "score": scores.float(),
+            "cosine": _cosines(target, source, *ends),
+            "margin": margin,
+            "mutual": _chosen_back(other.indices[:, 0].cpu(), best),
+            "null_quantile": below.float() / len(null),
+        }
+        frame = pd.DataFrame({name: column.flatten().numpy() for name, column in columns.items()})
+        yield frame.assign(
+            direction=direction,
+            layer=np.int16(target.site.layer),
+            module=module,
+            source_layer=np.int16(source.site.layer),
+            null=np.float32(torch.quantile(null, NULL_QUANTILE)),
         )
-    return pd.concat(tables, ignore_index=True)
+
+
+def _chosen_back(other: Tensor, best: Tensor) -> Bool[Tensor, "choosing ranks"]:
+    chooser = torch.arange(len(best))[:, None]
+    return (best >= 0) & (other[best.clamp(min=0)] == chooser)
+
+
+def _cosines(target: "Dictionary", source: "Dictionary", ends: Tensor, starts: Tensor) -> Tensor:
+    rows = zip(ends.flatten().split(2**14), starts.flatten().split(2**14), strict=True)
+    parts = [
+        (target.directions[t.clamp(min=0)] * source.directions[s.clamp(min=0)]).sum(-1).cpu()
+        for t, s in ((t.to(target.norms.device), s.to(source.norms.device)) for t, s in rows)
+    ]
+    return torch.cat(parts).masked_fill((ends.flatten() < 0) | (starts.flatten() < 0), 0.0)
 
 
 def scores(table: "pd.DataFrame") -> "pd.DataFrame":
-    """s(R), s(M) and s(A) of every residual feature: its best cosine at each site (paper 3.3).
+    """s(R), s(M) and s(A) of every residual feature: its best score at each site (paper 3.3).
 
     Args:
         table: A match table.
 
     Returns:
         One row a feature: `layer`, `feature`, and for each of `res`, `mlp`, `att` the columns
-        `s_res` (cosine), `source_res` (index, -1 without a match) and `null_res`. At layer 0 the
+        `s_res` (score), `source_res` (index, -1 without a match) and `null_res`. At layer 0 the
         residual columns are missing.
     """
-    best = table[table["rank"] == 1]
-    wide = best.pivot(
-        index=["layer", "feature"], columns="module", values=["cosine", "source", "null"]
+    best = table[(table["rank"] == 1) & (table["direction"] == "backward")]
+    wide = best.assign(module=best["module"].astype(str)).pivot(
+        index=["layer", "feature"], columns="module", values=["score", "source", "null"]
     )
     wide.columns = [
-        f"{dict(cosine='s', source='source', null='null')[kind]}_{module}"
+        f"{dict(score='s', source='source', null='null')[kind]}_{module}"
         for kind, module in wide.columns
     ]
     return wide.reset_index()
+
+
+def classify(
+    scores: "pd.DataFrame", thresholds: Mapping[tuple[int, str], float] | None = None
+) -> "pd.DataFrame":
+    """Which of the four readings of the paper's 3.3 fits each feature.
+
+    A: `translated`, s(R) alone is high; B: `processed`, s(R) and s(M) or s(A) are; C: `newborn`,
+    s(M) or s(A) alone; D: `unexplained`, none. What is high differs by layer and site: what
+    exceeds the null's 99.9 % quantile, unless thresholds are given (CHOICES 27). A score that
+    does not exist, such as s(R) at layer 0, is not high.
+
+    Args:
+        scores: One row a feature, as `scores` gives.
+        thresholds: For (layer, module) the score above which a feature's is high, such as
+            `youden_thresholds` gives; the null's quantile where there is none.
+
+    Returns:
+        `scores` with `high_res`, `high_mlp`, `high_att` (the thresholds that applied) and `class`.
+
+    Raises:
+        ValueError: If a threshold is outside [-1, 1].
+    """
+    import numpy as np
+
+    found = scores.copy()
+    high = {}
+    for module in MODULES:
+        limits = scores.get(f"null_{module}", scores["layer"] * np.nan)
+        given = {layer: at for (layer, name), at in (thresholds or {}).items() if name == module}
+        for layer, at in given.items():
+            check_threshold(at, f"{layer}/{module}")
+        found[f"high_{module}"] = scores["layer"].map(given).fillna(limits).astype(float)
+        high[module] = scores.get(f"s_{module}", limits) > found[f"high_{module}"]
+    module = high["mlp"] | high["att"]
+    found["class"] = np.select(
+        [high["res"] & ~module, high["res"] & module, module], CLASSES[:3], CLASSES[3]
+    )
+    return found
+
+
+def check_threshold(value: float, name: str) -> None:
+    """A threshold of cosines lies in [-1, 1].
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not -1 <= value <= 1:
+        raise ValueError(f"threshold {value} for {name}: expected a cosine, from -1 to 1")
+
+
+def youden_thresholds(occurrences: "pd.DataFrame") -> dict[tuple[int, str], float]:
+    """The score that best parts active from inactive predecessors, for each layer and site.
+
+    It is the cut of highest Youden's J (share of active above minus share of inactive above).
+    A layer and site whose predecessors are all active, or none, has no cut.
+
+    Args:
+        occurrences: Active features with their predecessors' activity, as `groups.occurrences`
+            gives.
+    """
+    import numpy as np
+    from sklearn.metrics import roc_curve
+
+    cuts = {}
+    for layer, part in occurrences.groupby("layer"):
+        for module in MODULES:
+            active, score = part[module].to_numpy(), part[f"s_{module}"].to_numpy()
+            if active.all() or not active.any():
+                continue
+            false, true, limits = roc_curve(active, score)
+            best = int(np.argmax(true - false))
+            # roc_curve counts scores equal to its limit as above; here high is strictly above.
+            cuts[int(layer), module] = float(np.nextafter(min(limits[best], 1.0), -1))
+    return cuts
+
+
+def transition(matches: Matches, sources: int) -> Tensor:
+    """The transition matrix T of the paper's 3.2: which sources each target matches.
+
+    Top-k is taken per row of the target (CHOICES 29); a cosine that is not above zero is no match.
+
+    Args:
+        matches: The matches, `[targets, k]`.
+        sources: Number of source features.
+
+    Returns:
+        A sparse matrix of ones, `[targets, sources]`.
+    """
+    rows, ranks = torch.nonzero(matches.indices >= 0, as_tuple=True)
+    places = torch.stack([rows, matches.indices[rows, ranks]])
+    shape = (len(matches.indices), sources)
+    return torch.sparse_coo_tensor(places, torch.ones(len(rows)), shape, check_invariants=False)
+
+
+def agreement(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
+    """How often two match tables choose the same best source, for each pair and module.
+
+    Args:
+        tables: Match tables of one suite, by name.
+
+    Returns:
+        `first`, `second`, `module`, `features` (that both match) and `same`, their share.
+    """
+    import pandas as pd
+
+    index = ["layer", "module", "feature"]
+    best = {}
+    for name, table in tables.items():
+        rows = table[(table["rank"] == 1) & (table["direction"] == "backward")]
+        rows = rows[rows["source"] >= 0].assign(module=rows["module"].astype(str))
+        best[name] = rows.set_index(index)["source"]
+    records = []
+    names = list(best)
+    for number, first in enumerate(names):
+        for second in names[number + 1 :]:
+            both = pd.concat({"a": best[first], "b": best[second]}, axis=1, join="inner")
+            for module, part in (both["a"] == both["b"]).groupby("module"):
+                records.append((first, second, module, len(part), part.mean()))
+    return pd.DataFrame(records, columns=["first", "second", "module", "features", "same"])

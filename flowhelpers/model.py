@@ -15,12 +15,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from flowhelpers.features import MODULES, Site, suggestion
+from flowhelpers.features import Site, suggestion
 
 HOOKS = {
     "res": "blocks.{layer}.hook_resid_post",
     "mlp": "blocks.{layer}.hook_mlp_out",
     "att": "blocks.{layer}.hook_attn_out",
+    "z": "blocks.{layer}.attn.hook_z",  # the heads' outputs, side by side, before W_O
 }
 RESID_PRE = "blocks.{layer}.hook_resid_pre"
 
@@ -76,6 +77,46 @@ class Model:
         return [
             Site(layer, module) for layer in range(self.layers) for module in ("att", "mlp", "res")
         ]
+
+
+@dataclass(frozen=True)
+class AttentionOutput:
+    """How one layer brings z, the outputs of its attention heads, into the residual stream.
+
+    Attributes:
+        weights: W_O, the heads' rows one below the other.
+        gain: Of the norm after attention; None where the model has none.
+    """
+
+    weights: Float[Tensor, "z d_model"]
+    gain: Float[Tensor, "d_model"] | None
+
+    def in_stream(self, rows: Float[Tensor, "rows z"]) -> Float[Tensor, "rows d_model"]:
+        """Directions at z as directions of the stream; their norms are not kept.
+
+        Raises:
+            ValueError: If the rows are of another width than z.
+        """
+        if rows.shape[1] != len(self.weights):
+            raise ValueError(f"rows of width {rows.shape[1]}: expected {len(self.weights)}, as z")
+        found = rows.float() @ self.weights.float().to(rows.device)
+        return found if self.gain is None else found * self.gain.float().to(rows.device)
+
+
+@torch.no_grad()
+def attention_output(model: Model, layer: int) -> AttentionOutput:
+    """W_O of a layer, and the gain of the norm that follows where there is one.
+
+    The gain is what the norm makes of ones. Its weights do not tell: of some architectures they
+    hold the gain, of others the gain less 1.
+    """
+    block = model.bridge.blocks[layer]
+    norm = getattr(block, "ln1_post", None)
+    weights = block.attn.W_O
+    if norm is None:
+        return AttentionOutput(weights.flatten(0, 1), None)
+    ones = torch.ones(1, 1, model.d_model, dtype=weights.dtype, device=weights.device)
+    return AttentionOutput(weights.flatten(0, 1), norm(ones)[0, 0])
 
 
 @dataclass(frozen=True)
@@ -149,8 +190,8 @@ def hook_name(model: Model, site: Site) -> str:
     Raises:
         ValueError: If the model has no such layer or module.
     """
-    if site.module not in MODULES:
-        raise ValueError(f"unknown module {site.module!r}{suggestion(site.module, MODULES)}")
+    if site.module not in HOOKS:
+        raise ValueError(f"unknown module {site.module!r}{suggestion(site.module, HOOKS)}")
     if not 0 <= site.layer < model.layers:
         raise ValueError(f"no layer {site.layer} in {model.name}: expected 0 to {model.layers - 1}")
     return HOOKS[site.module].format(layer=site.layer)
@@ -279,13 +320,15 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
     def hook_of(place: int, edit: Edit) -> Callable[..., Tensor]:
         def hook(activations: Tensor, hook: Any = None) -> Tensor:
             reached[place] += 1
-            changed = edit.change(activations)
-            if changed.shape != activations.shape:
+            # Where the heads stand on an axis of their own, they are laid side by side.
+            flat = activations.flatten(2)
+            changed = edit.change(flat)
+            if changed.shape != flat.shape:
                 raise ValueError(
                     f"the edit at {edit.site} gave shape {tuple(changed.shape)}:"
-                    f" expected {tuple(activations.shape)}"
+                    f" expected {tuple(flat.shape)}"
                 )
-            return changed
+            return changed.view_as(activations)
 
         return hook
 
@@ -317,12 +360,13 @@ def generate(
         The continuations, without the prompt.
 
     Raises:
-        ValueError: If temperature, top_p or max_new_tokens is out of range.
+        ValueError: If temperature, top_p, max_new_tokens or samples is out of range.
     """
-    if temperature <= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+    if temperature <= 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or samples < 1:
         raise ValueError(
-            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}:"
-            " expected temperature > 0, 0 < top_p <= 1, max_new_tokens >= 1"
+            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens},"
+            f" samples={samples}: expected temperature > 0, 0 < top_p <= 1, max_new_tokens >= 1"
+            " and samples >= 1"
         )
     ids = tokenize(model, prompt).ids.expand(samples, -1)
     start = ids.shape[1]
@@ -403,10 +447,6 @@ def _check_edits(
     clean: Float[Tensor, "1 position vocabulary"],
     read: dict[Site, Activations],
 ) -> None:
-    # One row of the batch for each site, so that one pass tells for all of them.
-    rows = ids.expand(len(sites), -1)
-    plain = logits_of(model, rows)
-
     def push(row: int, size: float) -> Callable[[Activations], Activations]:
         def change(activations: Activations) -> Activations:
             changed = activations.clone()
@@ -415,13 +455,17 @@ def _check_edits(
 
         return change
 
+    zero = logits_of(model, ids, [Edit(site, push(0, 0.0)) for site in sites])
+    # One row of the batch for each site, so that one pass tells for all of them.
     sizes = [float(read[site].float().norm(dim=-1).mean()) for site in sites]
-    zero = logits_of(model, rows, [Edit(s, push(i, 0.0)) for i, s in enumerate(sites)])
-    pushed = logits_of(model, rows, [Edit(s, push(i, sizes[i])) for i, s in enumerate(sites)])
-    if not torch.equal(zero, plain):
+    edits = [Edit(site, push(row, sizes[row])) for row, site in enumerate(sites)]
+    pushed = logits_of(model, ids.expand(len(sites), -1), edits)
+    if not torch.equal(zero, clean):
         raise ValueError(f"{model.name}: adding a zero vector changed the logits")
+    # A row of a larger batch may differ from the same row alone by rounding.
+    rounding = (1e-2 if clean.dtype != torch.float32 else 1e-5) * clean.abs().max()
     for row, site in enumerate(sites):
-        if torch.equal(pushed[row], plain[row]):
+        if (pushed[row] - clean[0]).abs().max() <= rounding:
             raise ValueError(
                 f"{model.name}: a vector added at {site} left the logits as they were:"
                 f" the hook {hook_name(model, site)} does not edit the stream"

@@ -8,24 +8,34 @@ the suite and the choices; labels are plain text, their lines parted by newlines
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
-from textwrap import shorten, wrap
-from typing import TYPE_CHECKING
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flowhelpers.features import parse_feature
+from flowhelpers.features import MODULES, parse_feature, suggestion
+from flowhelpers.layout import flow_layout
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from flowhelpers.flow import FlowGraph
+
 COLOURS = {"res": "#0072B2", "mlp": "#D55E00", "att": "#009E73"}
 SYMBOLS = {"res": "R", "mlp": "M", "att": "A"}
-LANES = {"att": 1.0, "res": 0.0, "mlp": -1.0}
-LANE_NAMES = ["attention", "stream", "MLP"]
+NAMES = {"att": "attention", "res": "stream", "mlp": "MLP"}
 GREY, PALE, INK = "#8C8C8C", "#F4F5F7", "#222222"
+HALO = ", ".join(f"{x}px {y}px 1px white" for x in (-1, 1) for y in (-1, 1))
 CONDITIONS = (GREY, "#0072B2", "#E69F00", "#CC79A7", "#56B4E9")
+CLASS_COLOURS = {
+    "translated": "#56B4E9",
+    "processed": "#E69F00",
+    "newborn": "#CC79A7",
+    "unexplained": GREY,
+}
+NODE_COLOURS = CLASS_COLOURS | COLOURS
 AXIS = {"showgrid": False, "zeroline": False, "linecolor": "#BBBBBB", "ticks": "outside"}
 TEMPLATE = go.layout.Template(
     layout={
@@ -42,78 +52,118 @@ TEMPLATE = go.layout.Template(
 )
 
 
-def schematic(
-    flow: pd.DataFrame, feature: str, labels: Mapping[str, str], subtitle: str
-) -> go.Figure:
-    """The paper's Figure 1 for one residual feature of a flow (as `flow.trace` gives).
+def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
+    """The paper's Figure 1 for one residual feature of a flow graph, with its class.
 
     Raises:
-        ValueError: If the feature is not in the flow.
+        ValueError: If the feature is no residual feature of the graph.
     """
-    rows = flow[flow["feature"] == feature]
+    rows = graph.chain[graph.chain["feature"] == feature]
     if rows.empty:
-        raise ValueError(f"{feature} is not in this flow: it has {', '.join(flow['feature'])}")
+        hint = suggestion(feature, graph.chain["feature"])
+        raise ValueError(f"{feature} is no residual feature of this graph{hint}")
     row, layer = rows.iloc[0], parse_feature(feature).layer
+    labels = dict(zip(graph.nodes["feature"], graph.nodes["label"], strict=True))
     figure = _dress(go.Figure(), f"Where {feature} may come from", subtitle, 420)
-    _box(figure, (1.0, 0.0), f"R<sub>{layer}</sub>", feature, labels, COLOURS["res"])
-    for module, lane in LANES.items():
-        source, score, null = (row.get(f"{column}_{module}") for column in ("from", "s", "null"))
+    mine = "\n".join(filter(None, [_class(row), labels[feature]]))
+    _box(figure, (1.0, 0.0), f"R<sub>{layer}</sub>", feature, mine, COLOURS["res"])
+    for module, lane in {"att": 1.0, "res": 0.0, "mlp": -1.0}.items():
+        source, score, null = (row[f"{column}_{module}"] for column in ("from", "s", "null"))
         at = layer - (module == "res")
         site = f"{SYMBOLS[module]}<sub>{at}</sub>" if at >= 0 else "before layer 0"
         if not isinstance(source, str):
-            _box(figure, (0.0, lane), site, "no match" if at >= 0 else "nothing", labels, GREY)
+            _box(figure, (0.0, lane), site, "no match" if at >= 0 else "nothing", "", GREY)
             continue
-        _box(figure, (0.0, lane), site, source, labels, COLOURS[module])
-        line = _edge((0.22, lane), (0.78, 0.0), f"{source} → {feature}", score, null, module)
-        note = {"text": f"<b>{score:.2f}</b> (chance {null:.2f})", "font_color": line.line.color}
-        note |= {"bgcolor": "white", "showarrow": False}
-        figure.add_trace(line).add_annotation(x=0.5, y=lane / 2, **note)
+        _box(figure, (0.0, lane), site, source, labels.get(source, ""), COLOURS[module])
+        colour, dash = (COLOURS[module], "solid") if score > null else (GREY, "dot")
+        figure.add_scatter(
+            x=[0.22, 0.78],
+            y=[lane, 0.0],
+            name=f"{source} → {feature}",
+            mode="lines",
+            line={"width": 1 + 9 * max(score, 0.0), "color": colour, "dash": dash},
+            hoverinfo="skip",
+            showlegend=False,
+        )
+        note = {"text": f"<b>{score:.2f}</b> (chance {null:.2f})", "font_color": colour}
+        figure.add_annotation(x=0.5, y=lane / 2, bgcolor="white", showarrow=False, **note)
     figure.update_xaxes(range=[-0.3, 1.3], visible=False)
     figure.update_yaxes(range=[-1.45, 1.45], visible=False)
     return _with_line_legend(figure)
 
 
-def flow_chain(flow: pd.DataFrame, labels: Mapping[str, str], subtitle: str) -> go.Figure:
-    """A flow (as `flow.trace` gives) through the layers, in lanes for the three modules."""
-    seed = flow.loc[flow["is_seed"], "feature"].iloc[0]
-    figure = _dress(go.Figure(), f"The flow through {seed}", subtitle, 430)
-    nodes: list[tuple[str, str, float]] = []
-    for row in flow.to_dict("records"):
-        feature = str(row["feature"])
-        layer = float(parse_feature(feature).layer)
-        nodes.append((feature, "res", layer))
-        sources = {"res": (row["previous"], row["s_previous"], layer - 1)}
-        sources |= {m: (row[f"from_{m}"], row[f"s_{m}"], layer - 0.4) for m in ("mlp", "att")}
-        for module, (source, score, x) in sources.items():
-            if isinstance(source, str):
-                ends, null = ((x, LANES[module]), (layer, 0.0)), row[f"null_{module}"]
-                figure.add_trace(_edge(*ends, f"{source} → {feature}", score, null, module))
-                nodes += [(source, module, x)] if module != "res" else []
-    places = {"att": "top center", "res": "bottom right", "mlp": "bottom center"}
-    figure.add_scatter(
-        x=[x for _, _, x in nodes],
-        y=[LANES[module] for _, module, _ in nodes],
-        mode="markers+text",
-        marker={
-            "color": [COLOURS[module] for _, module, _ in nodes],
-            "size": [24 if name == seed else 14 for name, _, _ in nodes],
-            "line": {
-                "color": [INK if name == seed else "white" for name, _, _ in nodes],
-                "width": 2,
+def flow_picture(graph: FlowGraph, subtitle: str) -> go.Figure:
+    """A flow graph through the layers, a lane for each module (the paper's Figures 2, 20 and 21).
+
+    A line is as thick as its cosine is high, and a node has the colour of its class; a forward
+    edge, which the earlier feature chose, bears an open arrow.
+    """
+    layout = flow_layout(graph)
+    figure = _dress(go.Figure(), layout.title, subtitle, round(layout.height) + 190)
+    steps = layout.edges.assign(width=layout.edges["width"].mul(4).round().div(4))
+    for (above, module, width), part in steps.groupby(["above", "module", "width"]):
+        figure.add_scatter(
+            x=_with_gaps(part["x0"], part["x1"]),
+            y=_with_gaps(part["y0"], part["y1"]),
+            mode="lines",
+            line={
+                "width": width,
+                "color": COLOURS[module] if above else GREY,
+                "dash": "solid" if above else "dot",
             },
-            "opacity": 1,
-        },
-        text=[_under(name, labels, len(flow)) for name, _, _ in nodes],
-        textposition=[places[module] for _, module, _ in nodes],
-        textfont={"size": 10},
-        hovertext=[_lines(f"{name}\n{labels.get(name, '')}") for name, _, _ in nodes],
-        hoverinfo="text",
-        showlegend=False,
+            hoverinfo="skip",
+            showlegend=False,
+        )
+    for direction, part in layout.edges.groupby("direction"):
+        figure.add_scatter(
+            x=part["x"],
+            y=part["y"],
+            name="chosen by the earlier feature" if direction == "forward" else None,
+            mode="markers",
+            marker={
+                "symbol": "triangle-right",
+                "size": 0.7 * layout.nodes["size"].min(),
+                "color": "white",
+                "line": {"color": INK, "width": 1},
+                "opacity": float(direction == "forward"),
+            },
+            hovertext=part["hover"].map(escape),
+            hoverinfo="text",
+            showlegend=direction == "forward",
+            legendrank=2000,
+        )
+    for kind, colour in NODE_COLOURS.items():
+        part = layout.nodes[layout.nodes["kind"] == kind]
+        figure.add_scatter(
+            x=part["x"],
+            y=part["y"],
+            name=kind,
+            mode="markers+text",
+            marker={
+                "color": colour,
+                "size": part["size"],
+                "line": {
+                    "color": part["is_seed"].map({True: INK, False: "white"}),
+                    "width": part["ring"],
+                },
+                "opacity": 1,
+            },
+            text=part["caption"].map(escape),
+            textposition=part["caption_at"],
+            textfont={"size": layout.font, "shadow": HALO},
+            hovertext=part["hover"].map(escape),
+            hoverinfo="text",
+            showlegend=kind in CLASS_COLOURS,
+        )
+    layers = sorted(layout.nodes["layer"].unique())
+    figure.update_xaxes(title="layer", tickvals=layers, range=layout.across)
+    lanes = {"tickvals": [*layout.lanes.values()], "ticktext": [NAMES[m] for m in layout.lanes]}
+    figure.update_yaxes(range=layout.up, showgrid=False, **lanes)
+    below = {"x": 0, "xanchor": "left", "y": -60 / layout.height, "yanchor": "top"}
+    figure.update_layout(
+        width=round(layout.width) + 95, legend=below | {"itemsizing": "constant"}, margin_b=100
     )
-    layers = [x for _, module, x in nodes if module == "res"]
-    figure.update_xaxes(title="layer", dtick=1, range=[layers[0] - 0.9, layers[-1] + 0.9])
-    figure.update_yaxes(range=[-1.5, 1.5], tickvals=[*LANES.values()], ticktext=LANE_NAMES)
-    return _with_line_legend(figure.update_yaxes(showgrid=False))
+    return _with_line_legend(figure)
 
 
 def token_text(tokens: pd.DataFrame, title: str, subtitle: str, columns: int = 80) -> go.Figure:
@@ -194,6 +244,87 @@ def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
     return figure.update_yaxes(title="share of features", tickformat=".0%", range=[-0.03, 1.03])
 
 
+def classes_by_layer(table: pd.DataFrame, subtitle: str) -> go.Figure:
+    """The shares of the four classes at each layer (as `flow.flow_by_layer` gives), as bars."""
+    figure = _dress(go.Figure(), "What features are, by layer", subtitle, 380)
+    for name, colour in CLASS_COLOURS.items():
+        hover = "layer %{x}: %{y:.1%}<extra>%{fullData.name}</extra>"
+        look = {"marker_color": colour, "hovertemplate": hover}
+        figure.add_bar(x=table["layer"], y=table[name], name=name, **look)
+    figure.update_layout(barmode="stack", bargap=0.15, legend_traceorder="normal")
+    figure.update_xaxes(title="layer", dtick=_step(table))
+    return figure.update_yaxes(title="share of features", tickformat=".0%", range=[0, 1])
+
+
+def births_and_deaths(table: pd.DataFrame, subtitle: str) -> go.Figure:
+    """The shares of features that are born at each layer, by module, and that end there.
+
+    The table is as `flow.flow_by_layer` gives.
+    """
+    figure = _dress(go.Figure(), "Births and deaths of features, by layer", subtitle, 380)
+    looks = {
+        "born_mlp": ("born of the MLP", COLOURS["mlp"], "diamond", "solid"),
+        "born_att": ("born of attention", COLOURS["att"], "square", "solid"),
+        "dies": ("no match in the next layer", INK, "x", "dash"),
+    }
+    for column, (name, colour, mark, dash) in looks.items():
+        look = {"line": {"color": colour, "dash": dash}, "marker": {"symbol": mark, "size": 9}}
+        figure.add_scatter(x=table["layer"], y=table[column], name=name, cliponaxis=False, **look)
+    figure.update_xaxes(title="layer", dtick=_step(table))
+    return figure.update_yaxes(title="share of features", tickformat=".1%", rangemode="tozero")
+
+
+def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
+    """How many features begin at a layer and end at another, in colours by the logarithm.
+
+    The table is as `flow.lifespans` gives; a run of layers is counted once, where it begins.
+    """
+    begun = lifespans[lifespans["layer"] == lifespans["first"]]
+    layers = sorted(lifespans["layer"].unique())
+    counts = begun.groupby(["first", "last"]).size().unstack().reindex(layers, columns=layers)
+    powers = range(int(np.log10(counts.max(axis=None))) + 1)
+    figure = _dress(go.Figure(), "Where features begin and where they end", subtitle, 500)
+    figure.add_heatmap(
+        x=layers,
+        y=layers,
+        z=np.log10(counts),
+        text=counts.map("{:.0f}".format).replace("nan", ""),
+        texttemplate="%{text}" if len(layers) <= 16 else None,
+        hovertemplate="%{text} features begin at layer %{y} and end at layer %{x}<extra></extra>",
+        hoverongaps=False,
+        colorscale=[[0, "#D6E9F5"], [1, COLOURS["res"]]],
+        zmin=0,
+        colorbar={"title": "features", "tickvals": [*powers], "ticktext": [10**p for p in powers]},
+    )
+    figure.update_xaxes(title="last layer", dtick=_step(lifespans))
+    figure.update_yaxes(title="first layer", dtick=_step(lifespans), showgrid=False)
+    return figure.update_yaxes(autorange="reversed")
+
+
+def agreement_map(table: pd.DataFrame, subtitle: str) -> go.Figure:
+    """How often two methods choose the same best source (as `matching.agreement` gives)."""
+    modules = [module for module in SYMBOLS if module in set(table["module"])]
+    names = list(dict.fromkeys([*table["first"], *table["second"]]))
+    titles = [f"from {SYMBOLS[module]} ({NAMES[module]})" for module in modules]
+    figure = make_subplots(1, len(modules), shared_yaxes=True, subplot_titles=titles)
+    _dress(figure, "How often two methods choose the same source", subtitle, 170 + 60 * len(names))
+    for column, module in enumerate(modules, 1):
+        part = table[table["module"] == module]
+        half = part.pivot(index="first", columns="second", values="same")
+        same = half.combine_first(half.T).reindex(names, columns=names)
+        figure.add_heatmap(
+            x=names, y=names, z=same, texttemplate="%{z:.0%}", hoverongaps=False,
+            hovertemplate="%{y} and %{x}: %{z:.1%} the same<extra></extra>",
+            coloraxis="coloraxis", row=1, col=column,
+        )  # fmt: skip
+    white_to_blue = [[0, "white"], [1, COLOURS["res"]]]
+    bar = {"title": "the same", "tickformat": ".0%"}
+    figure.update_layout(
+        margin_t=125, coloraxis={"cmin": 0, "cmax": 1, "colorscale": white_to_blue, "colorbar": bar}
+    )
+    return figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
+
+
 def against_chance(cosines: pd.DataFrame, null: float, title: str, subtitle: str) -> go.Figure:
     """Histograms of the best cosines `found` and by `chance`; a line marks the null's quantile."""
     figure = _dress(go.Figure(), title, subtitle, 360)
@@ -220,7 +351,7 @@ def before_after(table: pd.DataFrame, title: str, value: str, subtitle: str) -> 
     for name, colour in zip(names, CONDITIONS, strict=False):
         part = table[table["condition"] == name]
         figure.add_bar(
-            x=[_lines(str(what)) for what in part["what"]],
+            x=[escape(str(what)) for what in part["what"]],
             y=part["value"],
             name=escape(str(name)),
             marker={"color": colour, "line": {"color": INK, "width": 0.5}},
@@ -235,39 +366,12 @@ def before_after(table: pd.DataFrame, title: str, value: str, subtitle: str) -> 
 
 def escape(text: str) -> str:
     """Text that plotly shows as it is; it would draw `<b>` bold and knows no entity for quotes."""
-    return html.escape(text, quote=False)
+    return html.escape(text, quote=False).replace("\n", "<br>")
 
 
 def _dress(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
     heading = {"text": escape(title), "subtitle": {"text": escape(subtitle)}}
     return figure.update_layout(template=TEMPLATE, title=heading, height=height)
-
-
-def _edge(
-    start: tuple[float, float],
-    end: tuple[float, float],
-    name: str,
-    score: float,
-    null: float,
-    module: str,
-) -> go.Scatter:
-    """A line as thick as the cosine is high, in colour and unbroken where it is above chance."""
-    above = score > null
-    side = "above" if above else "not above"
-    return go.Scatter(
-        x=[start[0], (start[0] + end[0]) / 2, end[0]],
-        y=[start[1], (start[1] + end[1]) / 2, end[1]],
-        name=name,
-        mode="lines",
-        line={
-            "width": 1 + 9 * max(score, 0.0),
-            "color": COLOURS[module] if above else GREY,
-            "dash": "solid" if above else "dot",
-        },
-        hovertext=f"{name}<br>cosine {score:.3f}, {side} chance ({null:.3f})",
-        hoverinfo="text",
-        showlegend=False,
-    )
 
 
 def _with_line_legend(figure: go.Figure) -> go.Figure:
@@ -277,22 +381,31 @@ def _with_line_legend(figure: go.Figure) -> go.Figure:
     return figure
 
 
+def _class(row: pd.Series[Any]) -> str:
+    """A node's class with the scores that its predecessors have to exceed for it."""
+    if not isinstance(row["class"], str):
+        return ""
+    limits = [row[f"high_{module}"] for module in MODULES]
+    shown = " / ".join("–" if np.isnan(x) else f"{x:.2f}".replace("0.", ".") for x in limits)
+    return f"{row['class']} (high above {shown})"
+
+
 def _box(
     figure: go.Figure,
     place: tuple[float, float],
     site: str,
     feature: str,
-    labels: Mapping[str, str],
+    text: str,
     colour: str,
 ) -> None:
-    lines = [part for line in labels.get(feature, "").split("\n") for part in wrap(line, 36)]
+    lines = [part for line in text.split("\n") for part in wrap(line, 40)]
     figure.add_annotation(
         x=place[0],
         y=place[1],
         text="<br>".join([f"<b>{site}</b>  {feature}", *map(escape, lines[:4])]),
-        hovertext=_lines(f"{feature}\n{labels.get(feature, '')}"),
+        hovertext=escape(f"{feature}\n{text}".rstrip("\n")),
         showarrow=False,
-        width=225,
+        width=245,
         align="left",
         bgcolor=PALE,
         bordercolor=colour,
@@ -301,15 +414,8 @@ def _box(
     )
 
 
-def _under(feature: str, labels: Mapping[str, str], layers: int) -> str:
-    """A node's index and, where there is room, the beginning of its label."""
-    label = labels.get(feature, "").split("\n")[0].removeprefix("writes ")
-    text = shorten(label, 16, placeholder="…") if layers <= 10 else ""
-    return feature.rsplit("/", 1)[-1] + (f"<br>{escape(text)}" if text else "")
-
-
-def _lines(text: str) -> str:
-    return "<br>".join(escape(line) for line in text.rstrip("\n").split("\n"))
+def _with_gaps(starts: pd.Series[float], ends: pd.Series[float]) -> list[float | None]:
+    return [place for pair in zip(starts, ends, strict=True) for place in (*pair, None)]
 
 
 def _step(table: pd.DataFrame) -> int:

@@ -3,7 +3,7 @@
     runs/<time>-<notebook>[-name]/
       config.json      parameters, choices, suite and revision, versions, device, seed
       tables/          each table as .parquet and .csv
-      figures/         each figure as .html (alive, no network needed) and .json
+      figures/         each figure as .html (alive, no network needed) and .json, some as .svg
       results.json     the few numbers that answer the notebook's question
 
 A run that was stopped can be taken up again: `flowhelpers run --resume` hands the same folder to
@@ -81,12 +81,18 @@ class Run:
             write_whole(path, frame.to_parquet)  # last, for its presence says "finished"
         return pd.read_parquet(path)
 
-    def figure(self, name: str, figure: Figure) -> Figure:
+    def figure(self, name: str, figure: Figure, svg: str | None = None) -> Figure:
         """Writes a plotly figure as `figures/<name>.html` and `.json`, and returns it for display.
 
         The page needs no network: plotly.js lies beside it, once for all figures of the run. A
-        still picture needs a browser to draw it. The page's camera button saves one as SVG; with
-        Chrome installed, so does `plotly.io.read_json("<name>.json").write_image("<name>.svg")`.
+        still picture of a figure needs a browser to draw it, unless it is given. The page's camera
+        button saves one as SVG; with Chrome installed, so does
+        `plotly.io.read_json("<name>.json").write_image("<name>.svg")`.
+
+        Args:
+            name: The file name, without its ending.
+            figure: The figure.
+            svg: A still picture of it (as `stills.flow_svg` gives), written as `<name>.svg`.
         """
         from plotly.offline import get_plotlyjs
 
@@ -97,6 +103,8 @@ class Run:
         button = {"toImageButtonOptions": {"format": "svg", "filename": name}}
         write_text(path.with_suffix(".json"), str(figure.to_json()))
         write_text(path, figure.to_html(config=button, include_plotlyjs="directory"))
+        if svg is not None:
+            write_text(path.with_suffix(".svg"), svg)
         return figure
 
     def results(self, values: Mapping[str, object]) -> dict[str, Any]:

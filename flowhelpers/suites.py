@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parent / "data"
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_KINDS = {int: "a whole number", str: "text"}
 OFFLINE_HINT = "the suite flowlet needs no network"
 
 
@@ -97,10 +98,14 @@ class Suite:
             ValueError: If the suite has none there; the message names the nearest.
         """
         site = parse_site(site) if isinstance(site, str) else site
-        if site not in self.dictionaries:
-            near = suggestion(str(site), [str(s) for s in self.dictionaries])
-            raise ValueError(f"no dictionary at {site} in suite {self.name}{near}")
-        return self.dictionaries[site]
+        if site in self.dictionaries:
+            return self.dictionaries[site]
+        if not 0 <= site.layer < self.layers:
+            raise ValueError(
+                f"no layer {site.layer} in suite {self.name}: it has layers 0 to {self.layers - 1}"
+            )
+        near = suggestion(str(site), [str(s) for s in self.dictionaries])
+        raise ValueError(f"no dictionary at {site} in suite {self.name}{near}")
 
 
 @cache
@@ -143,6 +148,9 @@ def _row(name: str, row: Mapping[str, Any], folder: Path | None) -> SuiteRow:
         raise ValueError(f"{where}: unknown key {key!r}{suggestion(key, sorted(known))}")
     for key in {"model", "dictionaries"} - row.keys():
         raise ValueError(f"{where}: the key {key!r} is missing")
+    for key, kind in {"layers": int, "parameters": int, "model": str, "revision": str}.items():
+        if key in row and not isinstance(row[key], kind):
+            raise ValueError(f"{where}: {key} is {row[key]!r}, expected {_KINDS[kind]}")
     if not isinstance(row["dictionaries"], dict):
         raise ValueError(f"{where}: the key 'dictionaries' holds no mapping from sites to sources")
     local = folder / str(row["model"]) if folder else None
@@ -246,15 +254,16 @@ def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") ->
         MemoryError: If the machine has less memory than the suite needs.
         ConnectionError: If something has to be fetched and there is no network.
     """
+    import torch
+
     row = find_suite(name)
     if dtype not in BYTES:
         raise ValueError(f"unknown dtype {dtype!r}{suggestion(dtype, BYTES)}")
+    _check_device(device)
     _check_memory(row, device, dtype)
 
-    import torch
-
     from flowhelpers.dictionaries import load_folder, load_release
-    from flowhelpers.model import load_model
+    from flowhelpers.model import attention_output, load_model
 
     try:
         model = load_model(row.model, device, getattr(torch, dtype), row.revision)
@@ -271,7 +280,10 @@ def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") ->
                 if isinstance(source, str)
                 else partial(load_release, source["release"], source["id"])
             )
-            dictionaries[site] = load(site=site, d_model=model.d_model, device=device, dtype=dtype)
+            output = attention_output(model, site.layer) if site.module == "att" else None
+            dictionaries[site] = load(
+                site=site, d_model=model.d_model, device=device, dtype=dtype, output=output
+            )
     except (OSError, RuntimeError) as error:
         links = list(_links(error))
         if row.is_local or not any(map(_is_network_failure, links)):
@@ -298,6 +310,19 @@ def _is_network_failure(error: BaseException) -> bool:
 
     kinds = (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError, ConnectionError)
     return isinstance(error, kinds) or "couldn't connect" in str(error)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
+        there += ["mps"] if torch.backends.mps.is_available() else []
+        raise ValueError(
+            f"device {device!r} is not to be had here{suggestion(device, there)}"
+        ) from error
 
 
 def _check_memory(row: SuiteRow, device: str, dtype: str) -> None:

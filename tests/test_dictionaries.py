@@ -8,9 +8,9 @@ import torch
 import toys
 
 from flowhelpers import edits
+from flowhelpers.cosine import top_k_cosine
 from flowhelpers.dictionaries import Dictionary, load_folder, make_dictionary
 from flowhelpers.features import FeatureId, Site
-from flowhelpers.matching import top_k_cosine
 from flowhelpers.model import Model, Tokens, logits_of, run, tokenize
 from flowhelpers.suites import Suite
 

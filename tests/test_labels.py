@@ -156,7 +156,7 @@ def test_subject_scores_are_the_auc_of_mean_activations():
     pd.testing.assert_frame_equal(again, found)
 
 
-@pytest.mark.parametrize(("on_subject", "message"), [(True, "2 texts .* 0 others"), (False, "0 t")])
+@pytest.mark.parametrize(("on_subject", "message"), [(True, "2 rows .* 0 are not"), (False, "0 rows")])
 def test_a_subject_needs_texts_on_it_and_others(on_subject: bool, message: str):
     seen = toys.planted_activations({SITE: [[1.0] * 4] * 16})
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,7 @@
-"""Matches are exact: planted ones are found, ties, signs and norms are as CHOICES has them."""
+"""The match table holds the planted chain in both directions, and its classes are the paper's."""
+
+import threading
+from pathlib import Path
 
 import jaxtyping
 import numpy as np
@@ -6,166 +9,46 @@ import pandas as pd
 import pytest
 import torch
 import toys
-from scipy.stats import beta
 from torch import Tensor
 
+from flowhelpers import matching, tables
+from flowhelpers.cosine import Matches
 from flowhelpers.features import Site
+from flowhelpers.matchers import null_cosines
 from flowhelpers.matching import (
+    agreement,
+    classify,
     match_table,
-    null_cosines,
     predecessor_sites,
     scores,
-    top_k_cosine,
-    unit_rows,
+    transition,
+    youden_thresholds,
 )
+from flowhelpers.suites import Suite
+
+CODE = {"res": 0, "mlp": 1, "att": 2}
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tables are kept in a folder of the test's own."""
+    monkeypatch.setenv(tables.CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "matches"
 
 
-def signs(rows: int, width: int, seed: int = 0) -> Tensor:
-    """Rows of ±1: with a width that is a power of 4 every cosine is exact in float32."""
-    return normal(rows, width, seed=seed).sign()
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return match_table(toys.bare_suite(), k=3)
 
 
-def by_brute_force(target: Tensor, source: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and cosines in float64, best first, ties to the lowest index; row by row."""
-    indices, cosines = [], []
-    for t in target.double().numpy():
-        row = []
-        for j, s in enumerate(source.double().numpy()):
-            size = np.sqrt(t @ t) * np.sqrt(s @ s)
-            row.append((-(t @ s / size) if size else 0.0, j))
-        best = sorted(row)[:k]
-        indices.append([j if c < 0 else -1 for c, j in best])
-        cosines.append([-c if c < 0 else 0.0 for c, _ in best])
-    return np.array(indices), np.array(cosines)
+def backward(table: pd.DataFrame, layer: int, module: str, rank: int = 1) -> pd.DataFrame:
+    """The matches that the features of a layer chose at a module, by feature."""
+    keep = (table["layer"] == layer) & (table["module"] == module) & (table["rank"] == rank)
+    return table[keep & (table["direction"] == "backward")].set_index("feature").sort_index()
 
 
-def test_a_planted_permutation_is_found_whatever_the_norms():
-    source = normal(60, 24)
-    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
-    target = source[order] * normal(60, 1, seed=2).abs().add(0.01)
-    matches = top_k_cosine(target, source * torch.logspace(-3, 3, 60)[:, None])
-    assert torch.equal(matches.indices[:, 0], order)
-    assert torch.allclose(matches.cosines, torch.ones(60, 1), atol=1e-6)
-    back = top_k_cosine(source, target)
-    assert torch.equal(order[back.indices[:, 0]], torch.arange(60))
-
-
-def test_a_long_source_is_not_preferred_to_a_near_one():
-    source = torch.tensor([[100.0, 100.0], [1.0, 0.1]])
-    matches = top_k_cosine(torch.tensor([[5.0, 0.0]]), source, k=2)
-    assert matches.indices.tolist() == [[1, 0]]
-    assert matches.cosines[0].tolist() == pytest.approx([1 / 1.01**0.5, 0.5**0.5])
-
-
-def test_an_antipodal_direction_is_no_match():
-    target = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    matches = top_k_cosine(target, torch.tensor([[-1.0, 0.0], [-1.0, 0.1]]), k=2)
-    assert matches.indices.tolist() == [[-1, -1], [1, -1]]
-    assert matches.cosines[0].tolist() == [0, 0]
-    assert matches.cosines[1].tolist() == pytest.approx([0.1 / 1.01**0.5, 0])
-
-
-@pytest.mark.parametrize("k", [1, 2, 3, 7])
-def test_ties_go_to_the_lowest_index(k: int):
-    # Source 4 is best, then eleven that are tied, then the rest; a tie of many cuts the border.
-    target = torch.ones(3, 16)
-    source = -torch.ones(40, 16)
-    tied = [2, 3, 9, 10, 11, 17, 20, 21, 30, 38, 39]
-    source[tied] = torch.ones(16)
-    for place, index in enumerate(tied):
-        source[index, place] = -1  # cosine 14/16 each
-    source[4] = 1
-    matches = top_k_cosine(target, source, k)
-    assert matches.indices.tolist() == [[4, *tied][:k]] * 3
-    assert matches.cosines[0].tolist() == [1.0, *[0.875] * 11][:k]
-
-
-@pytest.mark.parametrize("k", [1, 2, 5, 30])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_random_draws_with_duplicates_and_zero_rows_equal_brute_force(k: int, seed: int):
-    rng = np.random.default_rng(seed)
-    target, source = signs(25, 16, seed), signs(30, 16, seed + 10)
-    source[rng.integers(0, 30, 12)] = source[rng.integers(0, 30, 12)]
-    target[rng.integers(0, 25, 6)] = source[rng.integers(0, 30, 6)]
-    target[3] = 0
-    source[[4, 5]] = 0
-    target *= 2.0 ** torch.randint(-3, 4, (25, 1))
-    matches = top_k_cosine(target, source, k)
-    indices, cosines = by_brute_force(target, source, k)
-    assert np.array_equal(matches.indices, indices)
-    assert np.array_equal(matches.cosines, cosines)
-    assert (indices[3] == -1).all()
-    assert not np.isin([4, 5], indices).any()
-
-
-def test_directions_of_any_kind_equal_brute_force_to_rounding():
-    target, source = normal(40, 12, seed=5), normal(50, 12, seed=6)
-    matches = top_k_cosine(target, source, 4)
-    indices, cosines = by_brute_force(target, source, 4)
-    assert np.array_equal(matches.indices, indices)
-    assert np.allclose(matches.cosines, cosines, atol=1e-6)
-
-
-@pytest.mark.parametrize("block_bytes", [1, 12 * 30 * 7, 10**9])
-def test_blocks_do_not_matter(block_bytes: int):
-    target, source = signs(45, 16), signs(30, 16, seed=1)
-    whole, parts = top_k_cosine(target, source, 3), top_k_cosine(target, source, 3, block_bytes)
-    assert torch.equal(whole.indices, parts.indices)
-    assert torch.equal(whole.cosines, parts.cosines)
-
-
-def test_half_precision_is_normalised_in_float32():
-    target, source = normal(20, 64).to(torch.bfloat16), normal(30, 64, seed=1).to(torch.bfloat16)
-    matches = top_k_cosine(target, source, 2)
-    expected = top_k_cosine(target.float(), source.float(), 2)
-    assert matches.cosines.dtype == torch.float32
-    assert torch.equal(matches.indices, expected.indices)
-    assert torch.equal(matches.cosines, expected.cosines)
-
-
-@pytest.mark.parametrize("k", [0, -1, 6])
-def test_k_out_of_range_is_named(k: int):
-    with pytest.raises(ValueError, match=f"k={k}: expected 1 to 5, the number of source features"):
-        top_k_cosine(normal(4, 3), normal(5, 3), k)
-
-
-def test_widths_that_differ_are_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would speak first
-    with pytest.raises(ValueError, match=r"target \(4, 3\) with source \(5, 2\): expected two mat"):
-        top_k_cosine(normal(4, 3), normal(5, 2))
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_values_that_are_not_finite_are_named(bad: float):
-    broken = normal(6, 3)
-    broken[4, 1] = broken[5, 0] = bad
-    for pair in ((broken, normal(4, 3)), (normal(4, 3), broken)):
-        with pytest.raises(ValueError, match="2 rows are not finite, the first is row 4"):
-            top_k_cosine(*pair)
-
-
-def test_unit_rows_leave_zero_rows_at_zero():
-    rows = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    assert rows.tolist() == [pytest.approx([0.6, 0.8]), [0, 0]]
-
-
-@pytest.mark.parametrize("planted", [False, True])
-def test_the_null_is_what_theory_gives_for_random_directions(planted: bool):
-    # The cosine of two random directions in d dimensions is 2 Beta((d-1)/2, (d-1)/2) - 1, and the
-    # best of n has the n-th power of its distribution. What is planted does not change that.
-    d, n = 24, 400
-    source = unit_rows(normal(n, d))
-    target = source if planted else normal(n, d, seed=1)
-    found = np.concatenate([null_cosines(target, source, seed) for seed in range(20)])
-    for q, tolerance in ((0.5, 0.005), (0.99, 0.015)):
-        expected = 2 * beta.ppf(q ** (1 / n), (d - 1) / 2, (d - 1) / 2) - 1
-        assert np.quantile(found, q) == pytest.approx(expected, abs=tolerance)
-    assert torch.equal(null_cosines(target, source, 4), null_cosines(target, source, 4))
-    assert not torch.equal(null_cosines(target, source, 4), null_cosines(target, source, 5))
+def two_layers(first: Tensor, second: Tensor) -> Suite:
+    return toys.bare_suite({Site(0, "res"): first, Site(1, "res"): second}, layers=2)
 
 
 def test_predecessors_are_the_layer_before_and_the_modules_of_the_same_layer():
@@ -179,45 +62,46 @@ def test_predecessors_are_the_layer_before_and_the_modules_of_the_same_layer():
         predecessor_sites(Site(3, "mlp"))
 
 
-@pytest.fixture(scope="module")
-def table() -> pd.DataFrame:
-    return match_table(toys.bare_suite(), k=3)
-
-
 def test_the_table_holds_each_feature_site_and_rank_once(table: pd.DataFrame):
-    assert table.columns.tolist() == [
-        *["layer", "feature", "module", "rank", "source_layer"],
-        *["source", "cosine", "margin", "mutual", "null"],
-    ]
-    keys = table.groupby(["layer", "module", "source_layer"]).size()
-    assert keys.to_dict() == {
-        (0, "att", 0): 48,
-        (0, "mlp", 0): 48,
-        (1, "att", 1): 48,
-        (1, "mlp", 1): 48,
-        (1, "res", 0): 48,
-        (2, "att", 2): 48,
-        (2, "mlp", 2): 48,
-        (2, "res", 1): 48,
+    counts = table.groupby(["direction", "layer", "module", "source_layer"], observed=True).size()
+    expected = {("backward", layer, m, layer): 48 for layer in range(3) for m in ("mlp", "att")}
+    expected |= {("forward", layer, m, layer): 24 for layer in range(3) for m in ("mlp", "att")}
+    expected |= {
+        (way, layer, "res", layer - 1): 48 for layer in (1, 2) for way in ("backward", "forward")
     }
-    assert not table.duplicated(["layer", "feature", "module", "rank"]).any()
+    assert counts.to_dict() == expected
+    for direction, chooser in (("backward", "feature"), ("forward", "source")):
+        mine = table[table["direction"] == direction]
+        assert not mine.duplicated(["layer", "module", chooser, "rank"]).any()
     assert set(table["rank"]) == {1, 2, 3}
+    assert set(table["method"]) == {"cosine"}
 
 
 @pytest.mark.parametrize("layer", [1, 2])
 def test_the_table_finds_the_planted_chain(table: pd.DataFrame, layer: int):
-    best = table[(table["layer"] == layer) & (table["rank"] == 1)].set_index(["module", "feature"])
+    best = backward(table, layer, "res")
+    assert best["source"].tolist() == toys.RES_FROM[layer]
+    assert best["cosine"].to_numpy() == pytest.approx(0.8, abs=1e-6)
+    assert best["mutual"].all()
     of_module = {1: 0.6, 2: 0.96}[layer]
-    assert best.loc["res", "source"].tolist() == toys.RES_FROM[layer]
-    assert best.loc["res", "cosine"].to_numpy() == pytest.approx(0.8, abs=1e-6)
-    assert best.loc["res", "mutual"].all()
     for feature, coordinate in enumerate(toys.COORDINATE[layer]):
         has, lacks = ("mlp", "att") if coordinate < toys.MODULE else ("att", "mlp")
-        row = best.loc[(has, feature)]
+        row = backward(table, layer, has).loc[feature]
         assert (row["source"], row["mutual"]) == (coordinate % toys.MODULE, True)
         assert row["cosine"] == pytest.approx(of_module, abs=1e-6)
-        row = best.loc[(lacks, feature)]
+        row = backward(table, layer, lacks).loc[feature]
         assert (row["source"], row["cosine"], row["mutual"]) == (-1, 0, False)
+
+
+def test_forward_matches_are_those_that_sources_choose(table: pd.DataFrame):
+    keep = (table["direction"] == "forward") & (table["rank"] == 1)
+    onward = table[keep & (table["module"] == "res")].set_index(["layer", "source"])["feature"]
+    for layer in (1, 2):
+        for feature, source in enumerate(toys.RES_FROM[layer]):
+            assert onward[layer, source] == feature
+    of_mlp = table[keep & (table["module"] == "mlp") & (table["layer"] == 2)]
+    for source, feature in of_mlp.set_index("source")["feature"].items():
+        assert toys.COORDINATE[2][feature] == source
 
 
 def test_layer_0_has_module_predecessors_only(table: pd.DataFrame):
@@ -233,18 +117,18 @@ def test_layer_0_has_module_predecessors_only(table: pd.DataFrame):
 
 def test_the_null_of_the_table_is_a_quantile_of_the_best_by_chance():
     suite = toys.bare_suite()
-    table = match_table(suite, k=1, seed=7).set_index(["layer", "module"])
+    table = match_table(suite, k=1, seed=7)
     for layer, module, source in ((1, "res", Site(0, "res")), (2, "att", Site(2, "att"))):
-        chance = null_cosines(
-            suite.dictionary(Site(layer, "res")).directions, suite.dictionary(source).directions, 7
-        )
-        expected = np.quantile(chance.numpy(), 0.999)
-        assert table.loc[(layer, module), "null"].to_numpy() == pytest.approx(expected, abs=1e-6)
+        target = suite.dictionary(Site(layer, "res")).directions
+        chance = null_cosines(target, suite.dictionary(source).directions, 7).numpy()
+        rows = backward(table, layer, module)
+        assert rows["null"].to_numpy() == pytest.approx(np.quantile(chance, 0.999), abs=1e-6)
+        below = [(chance < score).mean() for score in rows["score"]]
+        assert rows["null_quantile"].to_numpy() == pytest.approx(below, abs=1e-6)
 
 
 def test_margin_is_the_lead_over_the_next_and_mutual_asks_both_sides():
     axes = torch.eye(5)
-    sources = axes[:3]
     targets = torch.stack(
         [
             0.9 * axes[0] + 0.19**0.5 * axes[4],
@@ -252,24 +136,27 @@ def test_margin_is_the_lead_over_the_next_and_mutual_asks_both_sides():
             0.5 * axes[0] + 0.3 * axes[1] + 0.2 * axes[2] + 0.62**0.5 * axes[4],
         ]
     )
-    suite = toys.bare_suite({Site(0, "res"): sources, Site(1, "res"): targets}, layers=2)
-    table = match_table(suite, k=2).set_index(["rank", "feature"])
-    assert set(table["module"]) == {"res"}
-    assert table.loc[1, "cosine"].tolist() == pytest.approx([0.9, 0.8, 0.5])
-    assert table.loc[1, "margin"].tolist() == pytest.approx([0.9, 0.8, 0.2])
-    assert table.loc[1, "mutual"].tolist() == [True, False, False]
-    assert table.loc[2, "source"].tolist() == [-1, -1, 1]
+    table = match_table(two_layers(axes[:3], targets), k=2)
+    first, second = (backward(table, 1, "res", rank) for rank in (1, 2))
+    assert first["cosine"].tolist() == pytest.approx([0.9, 0.8, 0.5])
+    assert first["margin"].tolist() == pytest.approx([0.9, 0.8, 0.2])
+    assert first["mutual"].tolist() == [True, False, False]
+    assert second["source"].tolist() == [-1, -1, 1]
     # The third is the best that source 1 has, though source 1 is not the best that it has.
-    assert table.loc[2, "mutual"].tolist() == [False, False, True]
-    assert table.loc[2, "margin"].tolist() == pytest.approx([0, 0, 0.1])
+    assert second["mutual"].tolist() == [False, False, True]
+    assert second["margin"].tolist() == pytest.approx([0, 0, 0.1])
+    # All that there is was asked for: there is no next to lead over.
+    assert (
+        backward(match_table(two_layers(axes[:3], targets), k=3), 1, "res", 3)["margin"]
+        .isna()
+        .all()
+    )
 
 
-def test_more_matches_than_sources_are_all_the_sources():
-    table = match_table(toys.bare_suite(), k=50)
-    assert table.groupby("module")["rank"].max().to_dict() == {"res": 16, "mlp": 8, "att": 8}
-    last = table[table["rank"] == table.groupby("module")["rank"].transform("max")]
-    assert last["margin"].isna().all()
-    assert table.drop(last.index)["margin"].notna().all()
+@pytest.mark.parametrize("k", [0, -1, 9])
+def test_k_out_of_range_is_an_error_that_names_the_site(k: int):
+    with pytest.raises(ValueError, match=f"k={k}: expected 1 to 8, the features of 0/mlp"):
+        match_table(toys.bare_suite(), k=k)
 
 
 def test_rows_that_were_excluded_are_no_ones_match():
@@ -277,13 +164,248 @@ def test_rows_that_were_excluded_are_no_ones_match():
     lost = toys.RES_FROM[1][0]
     directions[Site(0, "res")] = directions[Site(0, "res")].clone()
     directions[Site(0, "res")][lost] = 0
-    wide = scores(match_table(toys.bare_suite(directions), k=1)).set_index(["layer", "feature"])
-    expected = [-1, *toys.RES_FROM[1][1:]]
-    assert wide.loc[1, "source_res"].tolist() == expected
+    table = match_table(toys.bare_suite(directions), k=1)
+    wide = scores(table).set_index(["layer", "feature"])
+    assert wide.loc[1, "source_res"].tolist() == [-1, *toys.RES_FROM[1][1:]]
     assert wide.loc[(0, lost), ["source_mlp", "source_att"]].tolist() == [-1, -1]
+    ahead = table[(table["direction"] == "forward") & (table["module"] == "res")]
+    assert ahead.set_index(["layer", "source"]).loc[(1, lost), "feature"] == -1
 
 
 def test_a_suite_without_two_sites_that_follow_is_an_error():
     suite = toys.bare_suite({Site(0, "res"): torch.eye(4), Site(2, "res"): torch.eye(4)})
     with pytest.raises(ValueError, match="bare has no residual dictionary with one that prec"):
-        match_table(suite)
+        match_table(suite, k=1)
+
+
+def test_a_method_that_does_not_exist_or_lacks_its_texts_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would speak first
+    with pytest.raises(ValueError, match="unknown method 'cosin'; did you mean 'cosine'"):
+        match_table(toys.bare_suite(), 1, method="cosin")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="method='pearson': texts are for 'pearson', which needs"):
+        match_table(toys.bare_suite(), 1, method="pearson")
+    with pytest.raises(ValueError, match="method='cosine': texts are for 'pearson'"):
+        match_table(toys.bare_suite(), 1, texts=["a"])
+
+
+# Tables on disk.
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for every pair of sites that is matched."""
+    calls: list[int] = []
+    true = matching.by_cosine
+
+    def counted(*args: object) -> object:
+        calls.append(1)
+        return true(*args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(matching, "by_cosine", counted)
+    return calls
+
+
+def test_a_table_is_read_from_disk_and_is_the_same(cache: Path, computed: list[int]):
+    first = match_table(toys.bare_suite(), k=2)
+    assert len(computed) == 8
+    again = match_table(toys.bare_suite(), k=2)
+    assert len(computed) == 8
+    pd.testing.assert_frame_equal(first, again)
+    assert len(list(cache.glob("*.parquet"))) == 3
+    assert not list(cache.glob(".*"))
+
+
+def test_every_thing_that_a_table_depends_on_makes_another(computed: list[int]):
+    suite = toys.bare_suite()
+    match_table(suite, k=2)
+    for k, seed, method in ((1, 0, "cosine"), (2, 1, "cosine"), (2, 0, "random")):
+        before = len(computed)
+        match_table(suite, k, seed, method)  # pyright: ignore[reportArgumentType]
+        assert len(computed) == before + 8
+    directions = toys.planted_directions()
+    directions[Site(2, "mlp")] = directions[Site(2, "mlp")].flip(0)
+    before = len(computed)
+    match_table(toys.bare_suite(directions), k=2)
+    assert len(computed) == before + 3  # the layer that has the changed dictionary
+
+
+@pytest.mark.parametrize("harm", ["truncated", "empty", "other", "not parquet"])
+def test_a_file_that_is_not_what_it_should_be_is_made_again(
+    cache: Path, computed: list[int], harm: str
+):
+    first = match_table(toys.bare_suite(), k=2)
+    files = sorted(cache.glob("*.parquet"), key=lambda file: pd.read_parquet(file)["layer"][0])
+    content = files[2].read_bytes()
+    harmed = {
+        "truncated": content[: len(content) // 2],
+        "empty": b"",
+        "other": files[1].read_bytes(),
+        "not parquet": b"PAR1 of sorts",
+    }
+    files[2].write_bytes(harmed[harm])
+    with pytest.warns(UserWarning, match=r"parquet is made again: \w"):
+        again = match_table(toys.bare_suite(), k=2)
+    assert len(computed) == 11
+    pd.testing.assert_frame_equal(first, again)
+    assert files[2].read_bytes() == content
+
+
+def test_a_table_that_was_stopped_goes_on_where_it_was(
+    cache: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    whole = match_table(toys.bare_suite(), k=2)
+    for file in cache.glob("*"):
+        file.unlink()
+    computed.clear()
+    true = matching.by_cosine
+
+    def stopped(*args: object) -> object:
+        if len(computed) == 6:
+            raise KeyboardInterrupt
+        return true(*args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(matching, "by_cosine", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        match_table(toys.bare_suite(), k=2)
+    assert len(list(cache.iterdir())) == 2  # layers 0 and 1, whole; nothing of layer 2
+    monkeypatch.setattr(matching, "by_cosine", true)
+    computed.clear()
+    pd.testing.assert_frame_equal(match_table(toys.bare_suite(), k=2), whole)
+    assert len(computed) == 3
+
+
+def test_two_may_make_the_same_table_at_once(cache: Path):
+    found: list[pd.DataFrame] = []
+    makers = [
+        threading.Thread(target=lambda: found.append(match_table(toys.bare_suite(), k=2)))
+        for _ in range(4)
+    ]
+    for maker in makers:
+        maker.start()
+    for maker in makers:
+        maker.join()
+    assert len(found) == 4
+    for other in found[1:]:
+        pd.testing.assert_frame_equal(found[0], other)
+    assert len(list(cache.iterdir())) == 3
+
+
+# The other methods fill the same table.
+
+
+def test_random_draws_each_of_the_first_k_alike_often():
+    rng = torch.Generator().manual_seed(0)
+    source = torch.nn.functional.normalize(torch.randn(40, 16, generator=rng), dim=1)
+    target = torch.nn.functional.normalize(torch.randn(3000, 16, generator=rng), dim=1)
+    suite = two_layers(source, target)
+    top = match_table(suite, k=5)
+    top = top[top["direction"] == "backward"].pivot(
+        index="feature", columns="rank", values="source"
+    )
+    table = match_table(suite, k=5, method="random")
+    drawn = backward(table, 1, "res")
+    assert set(table["rank"]) == {1}
+    assert set(table["method"]) == {"random"}
+    place = (top.to_numpy() == drawn["source"].to_numpy()[:, None]).argmax(axis=1)
+    assert (top.to_numpy() == drawn["source"].to_numpy()[:, None]).any(axis=1).all()
+    counts = np.bincount(place, minlength=5)
+    assert (abs(counts - 600) < 90).all()
+    pd.testing.assert_frame_equal(table, match_table(suite, k=5, method="random"))
+    assert not table["source"].equals(match_table(suite, k=5, seed=1, method="random")["source"])
+    exact = (target.double() @ source.double().T).numpy()
+    assert drawn["cosine"].to_numpy() == pytest.approx(
+        exact[np.arange(3000), drawn["source"]], abs=1e-6
+    )
+
+
+def test_a_permutation_of_the_layers_is_found_in_both_directions():
+    table = match_table(toys.bare_suite(), k=1, method="permutation")
+    for layer in (1, 2):
+        assert backward(table, layer, "res")["source"].tolist() == toys.RES_FROM[layer]
+    assert table["mutual"].sum() == (table["source"] >= 0).sum() - (table["feature"] < 0).sum()
+
+
+def test_methods_agree_where_they_choose_the_same():
+    first = pd.DataFrame(
+        {
+            "rank": 1, "direction": "backward", "layer": 1, "module": ["res"] * 4 + ["mlp"],
+            "feature": [0, 1, 2, 3, 0], "source": [5, 6, 7, -1, 2],
+        }
+    )  # fmt: skip
+    second = first.assign(source=[5, 6, 9, 3, 2])
+    found = agreement({"a": first, "b": second}).set_index("module")
+    assert found.loc["res", ["first", "second", "features"]].tolist() == ["a", "b", 3]
+    assert found.loc["res", "same"] == pytest.approx(2 / 3)
+    assert found.loc["mlp", "same"] == 1
+
+
+def test_the_transition_matrix_has_a_one_for_each_match():
+    matches = Matches(torch.tensor([[2, 0], [1, -1], [-1, -1]]), torch.zeros(3, 2))
+    found = transition(matches, 4)
+    assert found.is_sparse
+    assert found.to_dense().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+# Classes.
+
+
+def scored(**columns: list[float]) -> pd.DataFrame:
+    count = len(next(iter(columns.values())))
+    base: dict[str, object] = {"layer": [1] * count, "feature": list(range(count))}
+    for module in CODE:
+        base[f"null_{module}"] = [0.3] * count
+    return pd.DataFrame(base | columns)
+
+
+def test_the_four_classes_are_those_of_the_paper():
+    table = scored(
+        s_res=[0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.3],
+        s_mlp=[0.1, 0.5, 0.1, 0.5, 0.1, 0.1, 0.3],
+        s_att=[0.1, 0.1, 0.5, 0.1, 0.5, 0.1, 0.3],
+    )
+    found = classify(table)
+    assert found["class"].tolist() == [
+        *["translated", "processed", "processed", "newborn", "newborn", "unexplained"],
+        "unexplained",  # what equals the line is not above it
+    ]
+    assert found["high_res"].tolist() == [0.3] * 7
+    moved = classify(table, {(1, "mlp"): 0.6, (1, "res"): 0.95, (2, "att"): -1.0})
+    assert moved["class"].tolist() == [
+        *["unexplained", "unexplained", "newborn", "unexplained", "newborn"],
+        *["unexplained", "unexplained"],
+    ]
+    assert (moved["high_mlp"].iloc[0], moved["high_att"].iloc[0]) == (0.6, 0.3)
+
+
+def test_a_feature_of_layer_0_can_only_be_newborn_or_unexplained(table: pd.DataFrame):
+    found = classify(scores(table), {(layer, m): 0.5 for layer in range(3) for m in CODE})
+    assert found.groupby("layer")["class"].unique().map(list).to_dict() == {
+        0: ["newborn"],
+        1: ["processed"],
+        2: ["processed"],
+    }
+
+
+@pytest.mark.parametrize("threshold", [1.5, -1.01, float("nan")])
+def test_a_threshold_that_is_no_cosine_is_refused(threshold: float):
+    table = scored(s_res=[0.5], s_mlp=[0.5], s_att=[0.5])
+    with pytest.raises(ValueError, match="for 1/mlp: expected a cosine, from -1 to 1"):
+        classify(table, {(1, "mlp"): threshold})
+
+
+def test_youdens_cut_is_the_one_of_highest_j_and_high_means_above_it():
+    rng = np.random.default_rng(0)
+    s = rng.uniform(-0.2, 1, 400)
+    active = rng.uniform(size=400) < np.where(s > 0.6, 0.9, 0.2)
+    table = pd.DataFrame(
+        {"layer": 3, "res": active, "s_res": s, "mlp": True, "s_mlp": s, "att": active, "s_att": -s}
+    )
+    cuts = youden_thresholds(table)
+    assert set(cuts) == {(3, "res"), (3, "att")}
+
+    def j(cut: float) -> float:
+        return (s[active] > cut).mean() - (s[~active] > cut).mean()
+
+    assert j(cuts[3, "res"]) == pytest.approx(max(j(cut) for cut in [*s, -1]))

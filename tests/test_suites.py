@@ -355,3 +355,13 @@ def test_importing_is_quick_and_brings_no_torch():
     seconds, loaded = zip(*(run.stdout.split(maxsplit=1) for run in runs), strict=True)
     assert [text.strip() for text in loaded] == ["set()"] * 2
     assert min(map(float, seconds)) < 1
+
+
+def test_flowlet_loads_in_seconds():
+    load_suite("flowlet")  # brings what has to be imported
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        load_suite("flowlet")
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 4

@@ -68,7 +68,7 @@ def planted_directions() -> dict[Site, Tensor]:
 def bare_dictionary(site: Site, directions: Tensor) -> Dictionary:
     """A dictionary that can be matched, and no more."""
     none = torch.zeros(0, dtype=torch.long)
-    return Dictionary(site, directions, torch.ones(len(directions)), none, "planted", None)
+    return Dictionary(site, directions, torch.ones(len(directions)), none, "planted", None, site)
 
 
 def bare_suite(directions: Mapping[Site, Tensor] | None = None, layers: int = LAYERS) -> Suite:

@@ -1,0 +1,305 @@
+"""The ways to match two dictionaries: by cosine, at random, by permutation, by correlation.
+
+Each gives the best sources of every target, the best targets of every source, and what the best
+scores are by chance.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowhelpers.cosine import Matches, top_k_cosine
+from flowhelpers.features import Site
+
+if TYPE_CHECKING:
+    from flowhelpers.dictionaries import Dictionary
+    from flowhelpers.suites import Suite
+
+NULL_DRAWS, NULL_ROTATIONS = 8192, 16
+
+
+@dataclass(frozen=True)
+class Match:
+    """Two dictionaries matched, in both directions.
+
+    Attributes:
+        backward: The best sources of every target, `[targets, k or k + 1]`.
+        forward: The best targets of every source, `[sources, k or k + 1]`.
+        null_backward: Best scores of targets by chance.
+        null_forward: Best scores of sources by chance.
+    """
+
+    backward: Matches
+    forward: Matches
+    null_backward: Float[Tensor, "draws"]
+    null_forward: Float[Tensor, "draws2"]
+
+
+def by_cosine(
+    target: Float[Tensor, "targets d_model"],
+    source: Float[Tensor, "sources d_model"],
+    k: int,
+    seed: int = 0,
+    device: str | None = None,
+) -> Match:
+    """Top-k by cosine (paper 3.2), one match more than k where there is one, for the margin."""
+    return Match(
+        top_k_cosine(target, source, min(k + 1, len(source)), device=device),
+        top_k_cosine(source, target, min(k + 1, len(target)), device=device),
+        null_cosines(target, source, seed, device=device),
+        null_cosines(source, target, seed, device=device),
+    )
+
+
+def null_cosines(
+    target: Float[Tensor, "targets d_model"],
+    source: Float[Tensor, "sources d_model"],
+    seed: int = 0,
+    draws: int = NULL_DRAWS,
+    device: str | None = None,
+) -> Float[Tensor, "draws"]:
+    """Best cosines of targets into randomly rotated copies of the source: what chance gives.
+
+    As many rotations are pooled, up to 16, as bring the number of draws about; rows of zeros are
+    left out.
+
+    Args:
+        target: Directions to be matched.
+        source: Directions to choose from.
+        seed: Seed of the rotations, and of the choice of targets where there are more than `draws`.
+        draws: Best cosines to return.
+        device: Where to compute.
+    """
+    rows = torch.nonzero((target != 0).any(dim=1)).flatten()
+    if not len(rows):
+        return target.new_zeros(1)
+    generator = torch.Generator().manual_seed(seed)
+    turned = []
+    for start in range(0, min(draws, NULL_ROTATIONS * len(rows)), len(rows)):
+        some = torch.randperm(len(rows), generator=generator)[: draws - start].to(rows.device)
+        # To turn the targets is the same as to turn the source the other way, and less to do.
+        turned.append(rotated(target[rows[some]], seed + len(turned)))
+    return top_k_cosine(torch.cat(turned), source, device=device).scores[:, 0]
+
+
+def rotated(
+    directions: Float[Tensor, "rows d_model"], seed: int = 0
+) -> Float[Tensor, "rows d_model"]:
+    """The directions, all turned by one random rotation: alike among themselves, new to others."""
+    generator = torch.Generator().manual_seed(seed)
+    d = directions.shape[1]
+    rotation, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.double))
+    rotation = rotation * triangle.diagonal().sign()  # uniform over the orthogonal group
+    return directions.float() @ rotation.to(directions.device, torch.float32)
+
+
+def drawn(match: Match, k: int, seed: int = 0) -> Match:
+    """One of the k best instead of the best, drawn at random: the paper's baseline (A.2)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(matches: Matches) -> Matches:
+        there = (matches.indices[:, :k] >= 0).sum(dim=1, keepdim=True).cpu()
+        rank = (torch.rand(there.shape, generator=generator) * there).long()
+        rank = rank.to(matches.indices.device)
+        return Matches(matches.indices.gather(1, rank), matches.scores.gather(1, rank))
+
+    return Match(draw(match.backward), draw(match.forward), match.null_backward, match.null_forward)
+
+
+def by_permutation(
+    target: "Dictionary",
+    source: "Dictionary",
+    weights: Literal["decoder", "all"] = "decoder",
+    folded: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+) -> Match:
+    """One to one, so that the sum of products is highest (SAE Match; the paper's appendix A5).
+
+    The predecessor of target j is the source i that the permutation sends there: P[i, j] = 1
+    (CHOICES 15). The assignment is exact. Of dictionaries of unlike width, the larger keeps
+    features without a match. Scores are cosines of directions, whatever weights were matched, and
+    chance is that of the best cosine.
+
+    Args:
+        target: The later dictionary.
+        source: The earlier one.
+        weights: `decoder` compares directions; `all` the decoder, the encoder and its bias, in one
+            row of weights for each feature.
+        folded: Whether thresholds are folded into the weights first (CHOICES 16); decoder rows
+            then count with their threshold as their norm.
+        seed: Seed of the null.
+        device: Where to compute the products.
+
+    Raises:
+        ValueError: If the weights of the two cannot be compared, or there is nothing to fold.
+        MemoryError: If the matrix of all products does not fit.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    needed = 3 * 8 * target.width * source.width
+    _check_memory(needed, f"the permutation of {target.site} and {source.site}")
+    later, earlier = (_rows(side, weights, folded) for side in (target, source))
+    if later.shape[1] != earlier.shape[1]:
+        raise ValueError(
+            f"the weights of {target.site} and {source.site} have {later.shape[1]} and"
+            f" {earlier.shape[1]} entries a feature: dictionaries that read other spaces can be"
+            " matched by their decoders alone"
+        )
+    products = (later.to(device) @ earlier.to(device).T).cpu().numpy()
+    ends, starts = (torch.from_numpy(side) for side in linear_sum_assignment(products, True))
+    cosines = (target.directions.cpu()[ends] * source.directions.cpu()[starts]).sum(-1)
+    usable = target.directions.cpu()[ends].any(1) & source.directions.cpu()[starts].any(1)
+    ends, starts, cosines = ends[usable], starts[usable], cosines[usable]
+    return Match(
+        _one_to_one(ends, starts, cosines, target.width),
+        _one_to_one(starts, ends, cosines, source.width),
+        null_cosines(target.directions, source.directions, seed, device=device),
+        null_cosines(source.directions, target.directions, seed, device=device),
+    )
+
+
+def _one_to_one(chooser: Tensor, chosen: Tensor, cosines: Tensor, width: int) -> Matches:
+    indices, scores = torch.full((width, 1), -1), torch.zeros(width, 1)
+    indices[chooser, 0], scores[chooser, 0] = chosen, cosines
+    return Matches(indices, scores)
+
+
+def _rows(dictionary: "Dictionary", weights: str, folded: bool) -> Tensor:
+    if weights not in ("decoder", "all"):
+        raise ValueError(f"weights={weights!r}: expected 'decoder' or 'all'")
+    if weights == "decoder" and not folded:
+        return dictionary.directions
+    found = dictionary.weights(folded)
+    if weights == "decoder":
+        return found.decoder
+    return torch.cat([found.decoder, found.encoder, found.bias[:, None]], dim=1)
+
+
+def _check_memory(needed: int, what: str) -> None:
+    import psutil
+
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(
+            f"{what} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+        )
+
+
+def by_pearson(
+    suite: "Suite",
+    texts: Sequence[str],
+    pairs: "Sequence[tuple[Dictionary, Dictionary]]",
+    k: int,
+    seed: int = 0,
+    max_tokens: int = 128,
+    memory: int = 2 * 2**30,
+    candidates: int = 64,
+) -> dict[tuple[Site, Site], Match]:
+    """Top-k by correlation of activations (paper C.4), in one pass of the model over the texts.
+
+    Raw activations with their zeros; BOS and other special tokens are left out; a correlation that
+    is not defined is 0, and one that is not above 0 is no match (CHOICES 14). By chance: the
+    correlations with a source whose tokens are shifted.
+
+    Args:
+        suite: The suite.
+        texts: The text sample.
+        pairs: Target and source dictionaries.
+        k: Matches kept, and one more for the margin.
+        seed: Seed of the shifts.
+        max_tokens: Each text is cut to so many tokens, BOS included.
+        memory: Bytes that the sums of all pairs may take. Where they would take more, only the
+            sources of highest cosine are looked at for each target.
+        candidates: How many those are.
+    """
+    from flowhelpers.activations import read_batches
+    from flowhelpers.model import tokenize
+
+    whole = 16 * sum(target.width * source.width for target, source in pairs) <= memory
+    looked_at = {
+        (target.site, source.site): _all_columns(target, source)
+        if whole
+        else top_k_cosine(
+            target.directions, source.directions, min(candidates, source.width)
+        ).indices.cpu().numpy()
+        for target, source in pairs
+    }  # fmt: skip
+    products = {pair: np.zeros((2, *columns.shape)) for pair, columns in looked_at.items()}
+    sites = list(dict.fromkeys(dictionary.site for pair in pairs for dictionary in pair))
+    sums = {site: np.zeros((2, suite.dictionary(site).width)) for site in sites}
+    count = 0
+    rng = np.random.default_rng(seed)
+    for batch in read_batches(suite, tokenize(suite.model, texts, max_tokens), sites):
+        tokens = next(iter(batch.values())).shape[0]
+        count += tokens
+        shifted = np.roll(np.arange(tokens), int(rng.integers(1, max(2, tokens))))
+        for site, codes in batch.items():
+            sums[site] += np.stack([codes.sum(axis=0).A1, codes.power(2).sum(axis=0).A1])
+        for (target, source), columns in looked_at.items():
+            for which, codes in enumerate((batch[source], batch[source][shifted])):
+                product = batch[target].T @ codes
+                rows = np.arange(len(columns))[:, None]
+                picked = product.toarray() if whole else product[rows, columns].toarray()
+                products[target, source][which] += picked
+    return {
+        pair: _correlated(products[pair], looked_at[pair], sums[pair[0]], sums[pair[1]], count, k)
+        for pair in looked_at
+    }
+
+
+def _all_columns(target: "Dictionary", source: "Dictionary") -> np.ndarray:
+    return np.broadcast_to(np.arange(source.width), (target.width, source.width))
+
+
+def _correlated(
+    products: np.ndarray,
+    columns: np.ndarray,
+    target: np.ndarray,
+    source: np.ndarray,
+    count: int,
+    k: int,
+) -> Match:
+    (mean_t, spread_t), (mean_s, spread_s) = (
+        (total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0)))
+        for total, square in (target, source)
+    )
+    scale = spread_t[:, None] * spread_s[columns]
+    defined = (scale > 0) & (columns >= 0)
+    found, chance = (
+        np.where(
+            defined,
+            (part / count - mean_t[:, None] * mean_s[columns]) / np.where(defined, scale, 1),
+            0,
+        )
+        for part in products
+    )
+    rows = np.broadcast_to(np.arange(len(columns))[:, None], columns.shape)
+    widths = len(mean_t), len(mean_s)
+    return Match(
+        _best(rows, columns, found, widths[0], min(k + 1, widths[1])),
+        _best(columns, rows, found, widths[1], min(k + 1, widths[0])),
+        _best(rows, columns, chance, widths[0], 1).scores[:, 0],
+        _best(columns, rows, chance, widths[1], 1).scores[:, 0],
+    )
+
+
+def _best(
+    chooser: np.ndarray, chosen: np.ndarray, scores: np.ndarray, width: int, k: int
+) -> Matches:
+    """The k highest scores above 0 of each chooser; of a tie, the lowest index first."""
+    keep = scores > 0
+    chooser, chosen, scores = chooser[keep], chosen[keep], scores[keep]
+    order = np.lexsort((chosen, -scores, chooser))
+    chooser, chosen, scores = chooser[order], chosen[order], scores[order]
+    rank = np.arange(len(chooser)) - np.searchsorted(chooser, chooser)
+    top = rank < k
+    indices, values = np.full((width, k), -1), np.zeros((width, k), dtype=np.float32)
+    indices[chooser[top], rank[top]] = chosen[top]
+    values[chooser[top], rank[top]] = scores[top]
+    return Matches(torch.from_numpy(indices), torch.from_numpy(values))

@@ -1,0 +1,65 @@
+"""Tables that are computed once and kept on disk, under a key of all that they depend on."""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowhelpers.files import writable_folder, write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CACHE = "FLOWHELPERS_CACHE"  # where tables are kept; the user's cache folder unless set
+
+
+def cache_folder() -> Path:
+    """Where tables are kept; the environment variable FLOWHELPERS_CACHE may name another place."""
+    import platformdirs
+
+    given = os.environ.get(CACHE)
+    return Path(given) if given else platformdirs.user_cache_path("flowhelpers")
+
+
+def cached_table(
+    kind: str,
+    key: Mapping[str, Any],
+    compute: "Callable[[], pd.DataFrame]",
+    folder: Path | None = None,
+) -> "pd.DataFrame":
+    """A table from disk, or computed and put there.
+
+    A file appears whole or not at all, so that processes may share the folder. One that cannot be
+    read, or was made for another key, is made again, with a warning.
+
+    Args:
+        kind: The folder's name within the cache.
+        key: All that the table depends on.
+        compute: Makes the table.
+        folder: Of the cache; `cache_folder()` unless given.
+    """
+    import pandas as pd
+    import pyarrow.parquet as parquet
+    from pyarrow import ArrowException, Table
+
+    text = json.dumps(key, sort_keys=True, ensure_ascii=False)
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    path = (folder or cache_folder()) / kind / f"{digest}.parquet"
+    if path.exists():
+        try:
+            found = parquet.read_table(path)
+            if (found.schema.metadata or {}).get(b"flowhelpers") == digest.encode():
+                return found.to_pandas()
+            problem = "it was made for something else"
+        except (ArrowException, OSError) as error:
+            problem = str(error).partition("\n")[0]
+        warnings.warn(f"{path} is made again: {problem}", stacklevel=2)
+    table = compute()
+    writable_folder(path.parent)
+    arrow = Table.from_pandas(pd.DataFrame(table), preserve_index=False)
+    arrow = arrow.replace_schema_metadata((arrow.schema.metadata or {}) | {"flowhelpers": digest})
+    write_whole(path, lambda file: parquet.write_table(arrow, file))
+    return arrow.to_pandas()
