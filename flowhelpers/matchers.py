@@ -6,6 +6,7 @@ scores are by chance.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -30,29 +31,39 @@ class Match:
     Attributes:
         backward: The best sources of every target, `[targets, k or k + 1]`.
         forward: The best targets of every source, `[sources, k or k + 1]`.
-        null_backward: Best scores of targets by chance.
-        null_forward: Best scores of sources by chance.
     """
 
     backward: Matches
     forward: Matches
-    null_backward: Float[Tensor, "draws"]
-    null_forward: Float[Tensor, "draws2"]
+
+
+@dataclass(frozen=True)
+class Null:
+    """Best scores by chance, sorted: of targets that look for a source, and of sources."""
+
+    backward: Float[Tensor, "draws"]
+    forward: Float[Tensor, "draws2"]
 
 
 def by_cosine(
-    target: Float[Tensor, "targets d_model"],
-    source: Float[Tensor, "sources d_model"],
-    k: int,
-    seed: int = 0,
-    device: str | None = None,
+    target: "Dictionary", source: "Dictionary", k: int, device: str | None = None
 ) -> Match:
     """Top-k by cosine (paper 3.2), one match more than k where there is one, for the margin."""
+    later, earlier = target.directions, source.directions
     return Match(
-        top_k_cosine(target, source, min(k + 1, len(source)), device=device),
-        top_k_cosine(source, target, min(k + 1, len(target)), device=device),
-        null_cosines(target, source, seed, device=device),
-        null_cosines(source, target, seed, device=device),
+        top_k_cosine(later, earlier, min(k + 1, source.width), device=device),
+        top_k_cosine(earlier, later, min(k + 1, target.width), device=device),
+    )
+
+
+def cosine_null(
+    target: "Dictionary", source: "Dictionary", seed: int = 0, device: str | None = None
+) -> Null:
+    """What the best cosine is by chance, both ways."""
+    later, earlier = target.directions, source.directions
+    return Null(
+        null_cosines(later, earlier, seed, device=device).cpu().sort().values,
+        null_cosines(earlier, later, seed, device=device).cpu().sort().values,
     )
 
 
@@ -91,11 +102,14 @@ def rotated(
     directions: Float[Tensor, "rows d_model"], seed: int = 0
 ) -> Float[Tensor, "rows d_model"]:
     """The directions, all turned by one random rotation: alike among themselves, new to others."""
+    return directions.float() @ _rotation(directions.shape[1], seed).to(directions.device)
+
+
+@lru_cache(maxsize=NULL_ROTATIONS)
+def _rotation(d: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    d = directions.shape[1]
     rotation, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.double))
-    rotation = rotation * triangle.diagonal().sign()  # uniform over the orthogonal group
-    return directions.float() @ rotation.to(directions.device, torch.float32)
+    return (rotation * triangle.diagonal().sign()).float()  # uniform over the orthogonal group
 
 
 def drawn(match: Match, k: int, seed: int = 0) -> Match:
@@ -108,7 +122,7 @@ def drawn(match: Match, k: int, seed: int = 0) -> Match:
         rank = rank.to(matches.indices.device)
         return Matches(matches.indices.gather(1, rank), matches.scores.gather(1, rank))
 
-    return Match(draw(match.backward), draw(match.forward), match.null_backward, match.null_forward)
+    return Match(draw(match.backward), draw(match.forward))
 
 
 def by_permutation(
@@ -116,15 +130,13 @@ def by_permutation(
     source: "Dictionary",
     weights: Literal["decoder", "all"] = "decoder",
     folded: bool = False,
-    seed: int = 0,
     device: str | None = None,
 ) -> Match:
     """One to one, so that the sum of products is highest (SAE Match; the paper's appendix A5).
 
     The predecessor of target j is the source i that the permutation sends there: P[i, j] = 1
     (CHOICES 15). The assignment is exact. Of dictionaries of unlike width, the larger keeps
-    features without a match. Scores are cosines of directions, whatever weights were matched, and
-    chance is that of the best cosine.
+    features without a match. Scores are cosines of directions, whatever weights were matched.
 
     Args:
         target: The later dictionary.
@@ -133,7 +145,6 @@ def by_permutation(
             row of weights for each feature.
         folded: Whether thresholds are folded into the weights first (CHOICES 16); decoder rows
             then count with their threshold as their norm.
-        seed: Seed of the null.
         device: Where to compute the products.
 
     Raises:
@@ -159,8 +170,6 @@ def by_permutation(
     return Match(
         _one_to_one(ends, starts, cosines, target.width),
         _one_to_one(starts, ends, cosines, source.width),
-        null_cosines(target.directions, source.directions, seed, device=device),
-        null_cosines(source.directions, target.directions, seed, device=device),
     )
 
 
@@ -200,7 +209,7 @@ def by_pearson(
     max_tokens: int = 128,
     memory: int = 2 * 2**30,
     candidates: int = 64,
-) -> dict[tuple[Site, Site], Match]:
+) -> dict[tuple[Site, Site], tuple[Match, Null]]:
     """Top-k by correlation of activations (paper C.4), in one pass of the model over the texts.
 
     Raw activations with their zeros; BOS and other special tokens are left out; a correlation that
@@ -264,7 +273,7 @@ def _correlated(
     source: np.ndarray,
     count: int,
     k: int,
-) -> Match:
+) -> tuple[Match, Null]:
     (mean_t, spread_t), (mean_s, spread_s) = (
         (total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0)))
         for total, square in (target, source)
@@ -281,12 +290,15 @@ def _correlated(
     )
     rows = np.broadcast_to(np.arange(len(columns))[:, None], columns.shape)
     widths = len(mean_t), len(mean_s)
-    return Match(
+    match = Match(
         _best(rows, columns, found, widths[0], min(k + 1, widths[1])),
         _best(columns, rows, found, widths[1], min(k + 1, widths[0])),
-        _best(rows, columns, chance, widths[0], 1).scores[:, 0],
-        _best(columns, rows, chance, widths[1], 1).scores[:, 0],
     )
+    by_chance = (
+        _best(rows, columns, chance, widths[0], 1),
+        _best(columns, rows, chance, widths[1], 1),
+    )
+    return match, Null(*(side.scores[:, 0].sort().values for side in by_chance))
 
 
 def _best(

@@ -15,7 +15,16 @@ from torch import Tensor
 
 from flowhelpers.cosine import Matches
 from flowhelpers.features import MODULES, Site, suggestion
-from flowhelpers.matchers import Match, by_cosine, by_pearson, by_permutation, drawn
+from flowhelpers.matchers import (
+    NULL_DRAWS,
+    Match,
+    Null,
+    by_cosine,
+    by_pearson,
+    by_permutation,
+    cosine_null,
+    drawn,
+)
 from flowhelpers.runs import progress
 from flowhelpers.tables import cached_table
 
@@ -109,24 +118,25 @@ def match_table(
     if texts is not None:
         choices |= {"texts": list(texts), "model": (suite.row.model, suite.row.revision)}
 
-    correlated: dict[tuple[Site, Site], Match] = {}
+    correlated: dict[tuple[Site, Site], tuple[Match, Null]] = {}
 
-    def matched(target: "Dictionary", source: "Dictionary") -> Match:
+    def matched(target: "Dictionary", source: "Dictionary") -> tuple[Match, Null]:
         if method == "pearson":
             if not correlated:  # the first layer that is not on disk: one pass of the model for all
                 everything = [pair for pairs in layers.values() for pair in pairs.values()]
                 correlated.update(by_pearson(suite, texts or [], everything, k, seed))
             return correlated[target.site, source.site]
+        null = _cosine_null(target, source, seed, device, cache)
         if method == "permutation":
-            return by_permutation(target, source, weights, folded, seed, device)
-        match = by_cosine(target.directions, source.directions, k, seed, device)
-        return drawn(match, k, seed) if method == "random" else match
+            return by_permutation(target, source, weights, folded, device), null
+        match = by_cosine(target, source, k, device)
+        return (drawn(match, k, seed) if method == "random" else match), null
 
     def table_of(layer: int) -> "pd.DataFrame":
         parts = [
             part
             for module, (target, source) in layers[layer].items()
-            for part in _rows(matched(target, source), target, source, module, k)
+            for part in _rows(*matched(target, source), target, source, module, k)
         ]
         return pd.concat(parts, ignore_index=True).assign(method=method)
 
@@ -152,17 +162,40 @@ def _pairs(suite: "Suite", layer: int) -> "dict[str, tuple[Dictionary, Dictionar
     }
 
 
+def _cosine_null(
+    target: "Dictionary",
+    source: "Dictionary",
+    seed: int,
+    device: str | None,
+    cache: Path | None,
+) -> Null:
+    # Kept by itself, since several methods share it and it is most of the work.
+    import pandas as pd
+
+    def compute() -> pd.DataFrame:
+        null = cosine_null(target, source, seed, device)
+        sides = {"backward": null.backward, "forward": null.forward}
+        parts = [pd.DataFrame({"side": side, "cosine": c.numpy()}) for side, c in sides.items()]
+        return pd.concat(parts, ignore_index=True)
+
+    key = {"version": TABLE_VERSION, "seed": seed, "draws": NULL_DRAWS}
+    key |= {"target": target.fingerprint, "source": source.fingerprint}
+    found = cached_table("nulls", key, compute, cache).groupby("side")["cosine"]
+    sides = (found.get_group(side).to_numpy(copy=True) for side in ("backward", "forward"))
+    return Null(*map(torch.from_numpy, sides))
+
+
 def _rows(
-    match: Match, target: "Dictionary", source: "Dictionary", module: str, k: int
+    match: Match, null: Null, target: "Dictionary", source: "Dictionary", module: str, k: int
 ) -> "Iterator[pd.DataFrame]":
     import numpy as np
     import pandas as pd
 
     sides = (
-        ("backward", match.backward, match.forward, match.null_backward),
-        ("forward", match.forward, match.backward, match.null_forward),
+        ("backward", match.backward, match.forward, null.backward),
+        ("forward", match.forward, match.backward, null.forward),
     )
-    for direction, chosen, other, null in sides:
+    for direction, chosen, other, chance in sides:
         choosing, width = chosen.indices.shape
         ranks = min(k, width)
         best, scores = chosen.indices[:, :ranks].cpu(), chosen.scores[:, :ranks].cpu()
@@ -171,8 +204,7 @@ def _rows(
         margin[:, : differences.shape[1]] = differences[:, :ranks]
         chooser = torch.arange(choosing)[:, None].expand(-1, ranks)
         ends = (chooser, best) if direction == "backward" else (best, chooser)
-        null = null.sort().values.cpu()
-        below = torch.searchsorted(null, scores.contiguous())
+        below = torch.searchsorted(chance, scores.contiguous())
         columns = {
             "feature": ends[0].int(),
             "source": ends[1].int(),
@@ -181,7 +213,7 @@ def _rows(
             "cosine": _cosines(target, source, *ends),
             "margin": margin,
             "mutual": _chosen_back(other.indices[:, 0].cpu(), best),
-            "null_quantile": below.float() / len(null),
+            "null_quantile": below.float() / len(chance),
         }
         frame = pd.DataFrame({name: column.flatten().numpy() for name, column in columns.items()})
         yield frame.assign(
@@ -189,7 +221,7 @@ def _rows(
             layer=np.int16(target.site.layer),
             module=module,
             source_layer=np.int16(source.site.layer),
-            null=np.float32(torch.quantile(null, NULL_QUANTILE)),
+            null=np.float32(torch.quantile(chance, NULL_QUANTILE)),
         )
 
 
