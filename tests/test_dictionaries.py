@@ -8,11 +8,20 @@ import torch
 import toys
 
 from flowhelpers import edits
+from flowhelpers.activations import collect_tokens
 from flowhelpers.cosine import top_k_cosine
 from flowhelpers.dictionaries import Dictionary, load_folder, make_dictionary
 from flowhelpers.features import FeatureId, Site
-from flowhelpers.model import Model, Tokens, logits_of, run, tokenize
-from flowhelpers.suites import Suite
+from flowhelpers.model import (
+    Edit,
+    Model,
+    Tokens,
+    attention_output,
+    logits_of,
+    run,
+    tokenize,
+)
+from flowhelpers.suites import Suite, SuiteRow
 
 SITE = Site(1, "res")
 D = toys.D_MODEL
@@ -150,7 +159,8 @@ def test_a_dictionary_of_another_width_is_refused():
         (SITE, "blocks.0.hook_resid_post"),
         (SITE, "blocks.1.hook_resid_pre"),
         (SITE, "blocks.1.hook_mlp_out"),
-        (Site(1, "att"), "blocks.1.attn.hook_z"),
+        (Site(1, "att"), "blocks.2.attn.hook_z"),
+        (Site(1, "mlp"), "blocks.1.attn.hook_z"),
         (Site(1, "mlp"), "blocks.11.hook_mlp_out"),
     ],
 )
@@ -176,6 +186,99 @@ def test_unusable_rows_are_named_counted_and_match_nothing():
     assert matches.indices[:, 0].tolist() == [0, -1, 2, -1, -1, 5]
     back = top_k_cosine(dictionary.directions, torch.eye(6, D))
     assert back.indices[:, 0].tolist() == [0, -1, 2, -1, -1, 5]
+
+
+def test_an_encoder_that_is_not_finite_makes_its_feature_unusable():
+    encoder, b_enc, threshold = torch.eye(D, 5), torch.zeros(5), torch.full((5,), 0.1)
+    encoder[2, 1], b_enc[2], threshold[4] = torch.nan, torch.inf, torch.nan
+    with pytest.warns(UserWarning, match=r"3 of 5 decoder rows .* encoder .*: 1, 2, 4$"):
+        dictionary = dictionary_of(
+            torch.eye(5, D), encoder=encoder, b_enc=b_enc, threshold=threshold
+        )
+    codes = dictionary.encode(torch.ones(2, D))
+    assert codes.tolist() == [[1, 0, 0, 1, 0]] * 2
+    assert torch.isfinite(dictionary.decode(codes)).all()
+
+
+def test_what_an_unusable_row_would_write_does_not_spoil_the_rest():
+    decoder = torch.eye(3, D)
+    decoder[1, 7] = torch.nan
+    with pytest.warns(UserWarning, match="1 of 3 decoder rows"):
+        dictionary = dictionary_of(decoder, encoder=torch.eye(D, 3))
+    rebuilt = dictionary.decode(dictionary.encode(torch.ones(1, D)))
+    assert rebuilt[0, :4].tolist() == [1, 0, 1, 0]
+
+
+# Dictionaries that read z, before W_O.
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_z_through_w_o_and_gain_points_where_attention_writes(
+    toy: Model, tokens: Tokens, layer: int
+):
+    at_z, att = Site(layer, "z"), Site(layer, "att")
+    _, read = run(toy, tokens.ids, read=[at_z, att])
+    z, written = read[at_z].flatten(0, 1), read[att].flatten(0, 1)
+    output = attention_output(toy, layer)
+    assert torch.cosine_similarity(output.in_stream(z), written).min() > 0.99999
+    # Either step left out points elsewhere.
+    assert output.gain is not None
+    assert torch.cosine_similarity(z @ output.weights, written).max() < 0.99
+    with pytest.raises(ValueError, match=f"rows of width {D + 1}: expected {z.shape[1]}, as z"):
+        output.in_stream(torch.ones(1, D + 1))
+
+
+def test_the_gain_is_that_of_the_norm_whatever_its_weights_hold(toy: Model, plain_toy: Any):
+    for layer, block in enumerate(plain_toy.model.layers):
+        expected = 1 + block.post_attention_layernorm.weight.detach()
+        gain = attention_output(toy, layer).gain
+        assert gain is not None
+        assert torch.allclose(gain, expected, atol=1e-4)
+
+
+def test_a_dictionary_at_z_is_brought_into_the_stream(toy: Model, tokens: Tokens):
+    layer, site = 1, Site(1, "att")
+    output = attention_output(toy, layer)
+    d_z = len(output.weights)
+    decoder = torch.randn(5, d_z, generator=torch.Generator().manual_seed(0))
+    sae = toys.make_sae(decoder, site, hook="blocks.1.attn.hook_z")
+    dictionary = make_dictionary(site, sae, D, "planted", output)
+    expected = output.in_stream(decoder)
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    assert torch.allclose(dictionary.directions, expected, atol=1e-6)
+    assert (dictionary.site, dictionary.reads) == (site, Site(1, "z"))
+    _, read = run(toy, tokens.ids, read=[Site(1, "z")])
+    suite = Suite(SuiteRow("z", "none", {site: "z"}, 0), toy, {site: dictionary})
+    found = collect_tokens(suite, tokens).by_site[site].toarray()
+    codes = dictionary.encode(read[Site(1, "z")][tokens.is_text]).numpy()
+    assert (codes > 0).any()
+    assert found == pytest.approx(codes, abs=1e-5)
+    with pytest.raises(ValueError, match="1/att/0 reads 1/z: only the direction it writes"):
+        dictionary.written(FeatureId(1, "att", 0), torch.ones(1))
+
+
+def test_a_dictionary_at_z_without_its_model_is_refused():
+    # Of the same width as the stream, so that only its hook tells (trap 22).
+    sae = toys.make_sae(torch.eye(3, D), Site(1, "att"), hook="blocks.1.attn.hook_z")
+    with pytest.raises(ValueError, match=r"for 1/att \(planted\) reads z, before W_O: it can"):
+        make_dictionary(Site(1, "att"), sae, D, "planted")
+
+
+def test_an_edit_at_z_reaches_attention_and_lays_heads_side_by_side(toy: Model, tokens: Tokens):
+    at_z, att = Site(1, "z"), Site(1, "att")
+    shift = torch.linspace(0, 1, len(attention_output(toy, 1).weights))
+    _, clean = run(toy, tokens.ids, read=[at_z, att])
+    _, edited = run(toy, tokens.ids, [at_z, att], [Edit(at_z, lambda z: z + shift)])
+    assert torch.allclose(edited[at_z] - clean[at_z], shift.expand_as(clean[at_z]), atol=1e-5)
+    expected = attention_output(toy, 1).in_stream(edited[at_z].flatten(0, 1))
+    assert torch.cosine_similarity(edited[att].flatten(0, 1), expected).min() > 0.99999
+    assert not torch.allclose(edited[att], clean[att], atol=1e-3)
+
+
+def test_the_fingerprint_is_that_of_the_content():
+    first, same, other = (dictionary_of(torch.eye(3, D), b_enc=b) for b in (0.1, 0.1, 0.2))
+    assert first.fingerprint == same.fingerprint != other.fingerprint
+    assert dictionary_of(2 * torch.eye(3, D), b_enc=0.1).fingerprint != first.fingerprint
 
 
 def test_a_dictionary_without_one_usable_row_is_refused():

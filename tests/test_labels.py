@@ -1,6 +1,7 @@
 """What a feature writes and where it is active, on planted directions and activations."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from flowhelpers.dictionaries import make_dictionary
 from flowhelpers.features import FeatureId, Site
 from flowhelpers.labels import (
     describe,
+    read_labels,
     specificity,
     subject_scores,
     top_contexts,
@@ -107,6 +109,65 @@ def test_a_description_says_what_is_written_and_what_is_read(planted: Suite):
     assert "\n" not in found["label"][1]
     assert found["label"][2].endswith("\nactive at nothing read")
     assert all(found["label"].str.startswith("writes "))
+    sources = ["logit lens and top tokens", "logit lens", "logit lens and top tokens"]
+    assert found["label_from"].tolist() == sources
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("mine.csv", 'feature,label,note\n1/res/3,"red, or green",x\n2/mlp/0,NA,\n'),
+        (
+            "mine.jsonl",
+            '{"feature": "1/res/3", "label": "red, or green"}\n'
+            '{"feature": "2/mlp/0", "label": "NA"}\n',
+        ),
+    ],
+)
+def test_ones_own_labels_come_before_all_others(
+    planted: Suite, tmp_path: Path, name: str, content: str
+):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    own = read_labels(tmp_path / name, planted)
+    assert own.to_dict("list") == {
+        "feature": ["1/res/3", "2/mlp/0"],
+        "label": ["red, or green", "NA"],
+        "label_from": [name] * 2,
+    }
+    found = describe(planted, ["1/res/3", "1/res/4"], own=own).set_index("feature")
+    assert found.loc["1/res/3", ["label", "label_from"]].tolist() == ["red, or green", name]
+    assert found.loc["1/res/4", "label_from"] == "logit lens"
+    assert found.loc["1/res/3", "writes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "feature,label\n1/res/3,a\n1/res/99,b\n", "row 2: no feature 1/res/99 in "),
+        ("a.csv", "feature,label\n9/res/3,a\n", "row 1: no layer 9 in suite"),
+        (
+            "a.csv",
+            "feature,label\nx,a\ny,a\nz,a\nw,a\n",
+            "row 3: 'z' is .*; and 1 more",
+        ),
+        ("a.csv", "feature,label\n1/res/3,a\n1/res/3,b\n", "labels 1/res/3 more than once"),
+        ("a.csv", "feature,lable\n1/res/3,a\n", "has no column 'label'; did you mean 'lable'"),
+        ("a.csv", "", "cannot be read as csv: No columns"),
+        ("a.jsonl", "{", "cannot be read as jsonl"),
+        ("a.txt", "1/res/3 a", "expected a file of labels, .csv or .jsonl"),
+    ],
+)
+def test_a_label_file_that_is_wrong_says_where(
+    planted: Suite, tmp_path: Path, name: str, content: str, message: str
+):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_labels(tmp_path / name, planted)
+
+
+def test_a_label_file_that_is_not_there_is_named(planted: Suite, tmp_path: Path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*mine\.csv"):
+        read_labels(tmp_path / "mine.csv", planted)
 
 
 def test_specific_features_are_strong_here_and_rare_elsewhere():
@@ -156,7 +217,9 @@ def test_subject_scores_are_the_auc_of_mean_activations():
     pd.testing.assert_frame_equal(again, found)
 
 
-@pytest.mark.parametrize(("on_subject", "message"), [(True, "2 rows .* 0 are not"), (False, "0 rows")])
+@pytest.mark.parametrize(
+    ("on_subject", "message"), [(True, "2 rows .* 0 are not"), (False, "0 rows")]
+)
 def test_a_subject_needs_texts_on_it_and_others(on_subject: bool, message: str):
     seen = toys.planted_activations({SITE: [[1.0] * 4] * 16})
     with pytest.raises(ValueError, match=message):

@@ -1,5 +1,6 @@
 """Suites load by folder and by name; what is unknown, broken or too large is said plainly."""
 
+import dataclasses
 import subprocess
 import sys
 import time
@@ -69,7 +70,7 @@ def test_features_of_a_suite_are_checked(planted: Suite):
     assert planted.feature(FeatureId(0, "res", 15)) == FeatureId(0, "res", 15)
     for text, message in (
         ("1/res/99999", f"no feature 1/res/99999 in {planted.name}: 1/res has features 0 to 15"),
-        ("12/res/3", r"no dictionary at 12/res in suite .*; did you mean '2/res'\? \(valid: 0/att"),
+        ("12/res/3", f"no layer 12 in suite {planted.name}: it has layers 0 to 2"),
         ("12/foo/3", r"unknown module 'foo' in '12/foo/3' \(valid: res, mlp, att\)"),
         ("x", "'x' is not a feature: expected layer/module/index, such as 12/res/4230"),
     ):
@@ -126,6 +127,9 @@ def write(folder: Path, row: object) -> None:
         ({"dictionaries": {"0/res": {"release": "x"}}}, "or has the keys release and id: got"),
         ({"dictionaries": {"0/res": 7}}, "or has the keys release and id: got 7"),
         ({"dictionaries": {7: "0-res"}}, "'7' is not a site"),
+        ({"layers": "many"}, "layers is 'many', expected a whole number"),
+        ({"parameters": "big"}, "parameters is 'big', expected a whole number"),
+        ({"model": 3}, "model is 3, expected text"),
     ],
 )
 def test_a_broken_suite_file_says_what_is_wrong(
@@ -176,6 +180,19 @@ def test_truncated_files_of_a_suite_are_named(
     write(tmp_path, {"model": str(toy_folder), "dictionaries": {"0/res": "0-res"}})
     with pytest.raises(ValueError, match=r"0-res.sae_weights\.safetensors is truncated or corrupt"):
         load_suite(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cudaa", "cuda:97", "nowhere"])
+def test_a_device_that_is_not_there_is_named(planted_folder: Path, device: str):
+    with pytest.raises(ValueError, match=rf"device '{device}' is not to be had here.*valid: cpu"):
+        load_suite(planted_folder, device)
+
+
+def test_a_site_without_a_dictionary_names_the_nearest(planted: Suite):
+    some = {site: d for site, d in planted.dictionaries.items() if site.module != "att"}
+    suite = dataclasses.replace(planted, dictionaries=some)
+    with pytest.raises(ValueError, match=r"no dictionary at 1/att in .*\(valid: 0/mlp, 0/res"):
+        suite.feature("1/att/0")
 
 
 def test_an_unknown_suite_names_the_nearest(tmp_path: Path):
