@@ -153,11 +153,12 @@ def _node_hover(row: dict[str, Any]) -> str:
 def _edge_hover(row: dict[str, Any], score: str) -> str:
     side = "above" if row["above"] else "not above"
     chooser = "later" if row["direction"] == "backward" else "earlier"
-    other = "" if row["mutual"] else "not "
-    return (
-        f"{row['source']} → {row['target']}\n"
-        f"{score} {row['cosine']:.3f}, {side} chance ({row['null']:.3f})\n"
-        f"{row['null_quantile']:.1%} of chance lies below\n"
-        f"margin over the next {row['margin']:.3f}\n"
-        f"rank {row['rank']} for the {chooser} feature, {other}mutual"
-    )
+    lines = [
+        f"{row['source']} → {row['target']}",
+        f"{score} {row['cosine']:.3f}, {side} chance ({row['null']:.3f})",
+        f"{row['null_quantile']:.1%} of chance lies below",
+        f"rank {row['rank']} for the {chooser} feature, {'' if row['mutual'] else 'not '}mutual",
+    ]
+    if not np.isnan(row["margin"]):
+        lines.append(f"margin over the next {row['margin']:.3f}")
+    return "\n".join(lines)

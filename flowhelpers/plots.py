@@ -36,6 +36,7 @@ CLASS_COLOURS = {
     "unexplained": GREY,
 }
 NODE_COLOURS = CLASS_COLOURS | COLOURS
+MARGIN = {"l": 75, "r": 20, "t": 90, "b": 50}
 AXIS = {"showgrid": False, "zeroline": False, "linecolor": "#BBBBBB", "ticks": "outside"}
 TEMPLATE = go.layout.Template(
     layout={
@@ -43,7 +44,7 @@ TEMPLATE = go.layout.Template(
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
         "title": {"x": 0.01, "xanchor": "left", "subtitle": {"font": {"size": 12, "color": GREY}}},
-        "margin": {"l": 75, "r": 20, "t": 90, "b": 50},
+        "margin": MARGIN,
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         "hoverlabel": {"bgcolor": "white", "align": "left", "font": {"color": INK}},
         "xaxis": AXIS,
@@ -99,7 +100,9 @@ def flow_picture(graph: FlowGraph, subtitle: str) -> go.Figure:
     edge, which the earlier feature chose, bears an open arrow.
     """
     layout = flow_layout(graph)
-    figure = _dress(go.Figure(), layout.title, subtitle, round(layout.height) + 190)
+    margin = MARGIN | {"b": 100}
+    height = round(layout.height) + margin["t"] + margin["b"]
+    figure = _dress(go.Figure(), layout.title, subtitle, height)
     steps = layout.edges.assign(width=layout.edges["width"].mul(4).round().div(4))
     for (above, module, width), part in steps.groupby(["above", "module", "width"]):
         figure.add_scatter(
@@ -161,7 +164,9 @@ def flow_picture(graph: FlowGraph, subtitle: str) -> go.Figure:
     figure.update_yaxes(range=layout.up, showgrid=False, **lanes)
     below = {"x": 0, "xanchor": "left", "y": -60 / layout.height, "yanchor": "top"}
     figure.update_layout(
-        width=round(layout.width) + 95, legend=below | {"itemsizing": "constant"}, margin_b=100
+        width=round(layout.width) + margin["l"] + margin["r"],
+        margin=margin,
+        legend=below | {"itemsizing": "constant"},
     )
     return _with_line_legend(figure)
 

@@ -3,10 +3,11 @@
 import html
 import io
 import re
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from flowhelpers.layout import flow_layout
-from flowhelpers.plots import CLASS_COLOURS, COLOURS, GREY, INK, NAMES, NODE_COLOURS
+from flowhelpers.plots import CLASS_COLOURS, COLOURS, GREY, INK, MARGIN, NAMES, NODE_COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from flowhelpers.flow import FlowGraph
     from flowhelpers.layout import Layout
 
-LEFT, RIGHT, TOP, BOTTOM = 75, 20, 90, 50  # pixels
 SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "flowhelpers"}
 HALO = "text {paint-order: stroke; stroke: white; stroke-width: 2px}"
 OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left", "center": "center"}
@@ -22,15 +22,17 @@ TOWARDS = {"top": 1, "bottom": -1, "left": -1, "right": 1, "center": 0}
 
 
 def flow_svg(graph: "FlowGraph", subtitle: str) -> str:
-    """The picture of `plots.flow_picture` as SVG: text is text; what hovers there, titles hold here."""
+    """The picture of `plots.flow_picture` as SVG, with its hovers as titles and text as text."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
     layout = flow_layout(graph)
-    width, height = layout.width + LEFT + RIGHT, layout.height + TOP + BOTTOM
-    with style.context(["default", SETTINGS]):
+    left, right, top, bottom = (MARGIN[side] for side in "lrtb")
+    width, height = layout.width + left + right, layout.height + top + bottom
+    with style.context(["default", SETTINGS]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts draw the text
         figure = Figure(figsize=(width / 72, height / 72))
-        box = LEFT / width, BOTTOM / height, layout.width / width, layout.height / height
+        box = left / width, bottom / height, layout.width / width, layout.height / height
         axes = figure.add_axes(box)
         _draw(axes, layout)
         _legend(axes, layout)
@@ -50,7 +52,7 @@ def flow_svg(graph: "FlowGraph", subtitle: str) -> str:
 
 def _draw(axes: "Axes", layout: "Layout") -> None:
     arrow = 0.6 * layout.nodes["size"].min()
-    for edge in layout.edges.sort_values("above").to_dict("records"):
+    for edge in layout.edges.sort_values("above", kind="stable").to_dict("records"):
         axes.plot(
             [edge["x0"], edge["x1"]],
             [edge["y0"], edge["y1"]],

@@ -1,6 +1,7 @@
 """The match table holds the planted chain in both directions, and its classes are the paper's."""
 
 import threading
+import time
 from pathlib import Path
 
 import jaxtyping
@@ -24,7 +25,7 @@ from flowhelpers.matching import (
     transition,
     youden_thresholds,
 )
-from flowhelpers.suites import Suite
+from flowhelpers.suites import Suite, load_suite
 
 CODE = {"res": 0, "mlp": 1, "att": 2}
 
@@ -409,3 +410,15 @@ def test_youdens_cut_is_the_one_of_highest_j_and_high_means_above_it():
         return (s[active] > cut).mean() - (s[~active] > cut).mean()
 
     assert j(cuts[3, "res"]) == pytest.approx(max(j(cut) for cut in [*s, -1]))
+
+
+def test_the_table_of_flowlet_is_made_in_seconds_and_read_in_less():
+    suite = load_suite("flowlet")
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        table = match_table(suite, k=5)
+        seconds.append(time.perf_counter() - began)
+    assert len(table) == 2 * 5 * 1024 * (8 + 7) + 5 * 8 * (1024 + 512)
+    assert seconds[0] < 20
+    assert seconds[1] < 1

@@ -4,7 +4,7 @@
 
 On a CPU the times are those of one target dictionary against one source, each the best of
 `--repeats`, by turns so that a busy machine slows all alike. faiss is timed if it is installed
-(`pip install faiss-cpu`). With a GPU, all maps of a suite of Gemma 2 2B's shape (26 layers, three
+(`pip install -e '.[bench]'`). With a GPU, all maps of a suite of Gemma 2 2B's shape (26 layers, three
 sites) are made in one go, beside the bare bfloat16 products.
 """
 
@@ -89,7 +89,9 @@ def on_cpu(features: int, width: int, k: int, repeats: int) -> None:
     other = found.indices != expected.indices
     apart = (found.scores - expected.values).abs().max().item()
     print(f"{features:,} features of width {width:,}, k = {k}, {torch.get_num_threads()} threads,")
-    print(f"products in {quick_dtype('cpu')}; indices that differ from torch's: {int(other.sum())},")
+    print(
+        f"products in {quick_dtype('cpu')}; indices that differ from torch's: {int(other.sum())},"
+    )
     print(f"cosines by at most {apart:.1e}")
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeats):
