@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowhelpers import __version__
+
 RUN_NOTES = """examples:
   flowhelpers run                               every notebook, as it stands
   flowhelpers run 01 -p suite=flowlet k=5       one notebook, by its number
@@ -89,22 +91,29 @@ def train(arguments: argparse.Namespace) -> int:
 
 
 def card(arguments: argparse.Namespace) -> int:
-    """Prints the figures of a suite's card, or measures them afresh; 1 if one falls short."""
+    """Prints the figures of a suite's card, or measures them afresh."""
+    afresh = arguments.measure or arguments.rows
+    if arguments.write and not afresh:
+        raise ValueError("--write writes what was measured: give --measure or --rows as well")
     from flowhelpers.card import measured_bars, stored_bars
 
-    if arguments.measure or arguments.rows:
+    if afresh:
         figures = measured_bars(arguments.suite, arguments.rows, arguments.write)
     else:
         figures = stored_bars(arguments.suite)
     for name, bars in figures.items():
-        print(f"measured on {name}", *bars, sep="\n  ")
-    return 0 if all(bar.met for bars in figures.values() for bar in bars) else 1
+        missed = sum(not bar.met for bar in bars)
+        asked = sum(bar.asked is not None for bar in bars)
+        print(f"measured on {name}: {asked} bars were set, {missed} missed")
+        print(*bars, sep="\n")
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
     """The arguments that each subcommand takes."""
     top = argparse.ArgumentParser("flowhelpers", description="Feature flow through a model.")
     top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    top.add_argument("--version", action="version", version=f"flowhelpers {__version__}")
     commands = top.add_subparsers(required=True, metavar="command")
 
     one = commands.add_parser(
@@ -121,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     add("--preset", help="settings of notebooks/presets.yaml: quick, paper")
     add("--out", type=Path, default=Path("runs"), help="where runs go (default: runs)")
     add("--name", help="a word to tell this run's folders from others")
-    add("--timeout", type=int, metavar="SECONDS", help="the longest that a cell may take")
+    add("--timeout", type=_seconds, metavar="SECONDS", help="the longest that a cell may take")
     add("--resume", nargs="?", const="", metavar="MANIFEST",
         help="take up the latest unfinished execution in --out, or that of a manifest")  # fmt: skip
 
@@ -145,31 +154,61 @@ def parser() -> argparse.ArgumentParser:
     add("--model", help="a Hugging Face folder or name: train dictionaries for it alone")
     add("--device", default="auto", help="torch device (default: a GPU if there is one)")
 
-    one = commands.add_parser("card", help="the figures of a suite: print, or measure afresh")
+    one = commands.add_parser(
+        "card",
+        help="the figures of a suite: print, or measure afresh",
+        epilog="Beside each figure stands what the suite's bars.yaml asks for, if it has one. A bar"
+        " that is MISSED is a fact about the suite and no error: the exit status is 0.",
+    )
     one.set_defaults(function=card)
     one.add_argument("suite", nargs="?", default="flowlet")
-    one.add_argument("--measure", action="store_true", help="measure on text the suite never saw")
+    one.add_argument("--measure", action="store_true",
+                     help="measure on the package's passages and held-out Python")  # fmt: skip
     one.add_argument("--rows", type=Path, metavar="FOLDER",
                      help="measure on held-out rows of this training folder as well")  # fmt: skip
     one.add_argument("--write", action="store_true", help="write card.md and card.json")
     return top
 
 
+# What the package raises by design. Anything else, and these from a library, is a bug.
+MISTAKES = (ValueError, MemoryError, FloatingPointError)
+
+
+def is_mistake(error: Exception) -> bool:
+    """Whether an error is the caller's to mend, and its message says how; else it is a bug."""
+    if isinstance(error, OSError):
+        return True
+    last = error.__traceback__
+    while last and last.tb_next:
+        last = last.tb_next
+    here = last and Path(last.tb_frame.f_code.co_filename).parent == Path(__file__).parent
+    return bool(here) and isinstance(error, MISTAKES)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns its exit status, 2 for an error of the caller's."""
+    """Runs a subcommand; returns its exit status, 2 for a mistake of the caller's.
+
+    A mistake is told in its message alone; a bug keeps its traceback.
+    """
     arguments, rest = parser().parse_known_args(argv)
     if rest and arguments.function is not lab:
         parser().error(f"unrecognized arguments: {' '.join(rest)}")
     arguments.rest = rest
     try:
         return arguments.function(arguments)
-    except (ValueError, OSError) as error:
-        if arguments.debug:
+    except Exception as error:
+        if arguments.debug or not is_mistake(error):
             raise
         print(f"flowhelpers: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _seconds(text: str) -> int:
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"expected a whole number of seconds from 1, got {text!r}")
+    return int(text)
 
 
 def _assignment(text: str) -> tuple[str, str]:

@@ -8,12 +8,11 @@ finished notebooks are left alone, the others run again in the folders they had.
 
 import logging
 import os
-import re
 import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
@@ -24,17 +23,15 @@ from filelock import FileLock, Timeout
 from ipykernel.kernelspec import get_kernel_dict
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
-from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError, strip_color
 from papermill.iorw import LocalHandler, papermill_io
 
 from flowhelpers.files import new_folder, read_json, writable_folder, write_json, write_text
-from flowhelpers.pages import duration, index_page, notebook_page
+from flowhelpers.pages import duration, index_page, link_pages, notebook_page
 from flowhelpers.runs import RUN_DIR, folder_name
 
 STOPPED = 130  # the exit status of a program that Ctrl-C stopped
 TRACEBACK_LINES = 15
-BAR = re.compile(r"([^\r\n]*\d%)\|[^|]*\|[^\[\r\n]*\[[^<]*<([\d:]+)")  # as tqdm draws it
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,13 @@ def resume(out: Path, path: Path | None = None, *, timeout: int | None = None) -
     latest = sorted(out.glob("*.json"), key=lambda file: file.stem, reverse=True)
     for candidate in [path.resolve()] if path else latest:
         with _lock(candidate) as free:
-            if free and (manifest := load_manifest(candidate.resolve())).unfinished:
+            try:
+                manifest = load_manifest(candidate.resolve()) if free else None
+            except ValueError:
+                if path:
+                    raise
+                continue  # another file that happens to lie there
+            if manifest and manifest.unfinished:
                 return _execute(manifest, timeout)
     raise FileNotFoundError(f"{path or out}: nothing to take up, all is finished or still running")
 
@@ -150,6 +153,7 @@ def load_manifest(path: Path) -> Manifest:
 def _execute(manifest: Manifest, timeout: int | None) -> int:
     out, total = manifest.path.parent, len(manifest.jobs)
     papermill_io.register(str(out), _WholeFiles())
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it cannot read all of our types
     # A process started in the background inherits that Ctrl-C is ignored: here it stops the run.
     stops = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(stop, signal.default_int_handler) for stop in stops]
@@ -174,6 +178,10 @@ def _execute(manifest: Manifest, timeout: int | None) -> int:
     finally:
         for stop, handler in zip(stops, before, strict=True):
             signal.signal(stop, handler)
+        pages = {
+            job.name: out / job.folder / "notebook.html" for job in manifest.jobs if job.folder
+        }
+        link_pages({name: page for name, page in pages.items() if page.is_file()})
     _say(f"index: {manifest.path.with_suffix('.html')}")
     return 1 if manifest.unfinished else 0
 
@@ -188,13 +196,14 @@ def _execute_one(job: Job, folder: Path, working_folder: str, timeout: int | Non
             job.notebook,
             str(notebook),
             parameters=job.parameters,
-            engine_name="flowhelpers",
             kernel_name="python3",
+            kernel_manager_class=_ThisPython,
             language="python",
             progress_bar=bar,
             cwd=working_folder,
             start_timeout=180,
             execution_timeout=timeout,
+            coalesce_streams=True,
         )
     except PapermillExecutionError as error:
         lines = strip_color("\n".join(error.traceback)).splitlines()[-TRACEBACK_LINES:]
@@ -219,45 +228,11 @@ class _ThisPython(AsyncKernelManager):
         return KernelSpec(**get_kernel_dict(extra_arguments=["--log-level=CRITICAL"]))
 
 
-class _Engine(NBClientEngine):
-    """Papermill's own, with our Python and with the bars of the cells shown in the terminal."""
-
-    @classmethod
-    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, **options: Any) -> Any:
-        return super().execute_managed_notebook(
-            nb_man,
-            kernel_name,
-            kernel_manager_class=_ThisPython,
-            coalesce_streams=True,
-            stderr_file=_InnerBar(nb_man.pbar),
-            **{key: value for key, value in options.items() if key != "stderr_file"},
-        )
-
-
-@dataclass(frozen=True)
-class _InnerBar:
-    """A stream that reads the progress bar of a cell and appends it to the notebook's own."""
-
-    bar: Any
-
-    def write(self, text: str) -> None:
-        drawn = BAR.findall(text)
-        if drawn or not text.strip():
-            self.bar.set_postfix_str("{}, {} left".format(*drawn[-1]) if drawn else "")
-
-    def flush(self) -> None:
-        """Nothing is held back."""
-
-
 class _WholeFiles(LocalHandler):
     """Papermill's files, whole or not at all."""
 
     def write(self, buf: str, path: str) -> None:
         write_text(Path(path), buf)
-
-
-papermill_engines.register("flowhelpers", _Engine)
-logging.getLogger("papermill").setLevel(logging.ERROR)  # it cannot read all of our types
 
 
 @contextmanager
@@ -275,7 +250,8 @@ def _new_manifest(out: Path) -> Iterator[Path]:
 @contextmanager
 def _lock(manifest: Path) -> Iterator[bool]:
     """Holds a manifest against other processes; False if one of them has it."""
-    lock = FileLock(manifest.with_name(f".{manifest.stem}.lock"))
+    file = manifest.with_name(f".{manifest.stem}.lock")
+    lock = FileLock(file)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -284,6 +260,8 @@ def _lock(manifest: Path) -> Iterator[bool]:
     try:
         yield True
     finally:
+        with suppress(OSError):  # where an open file cannot be removed, it stays
+            file.unlink()
         lock.release()
 
 

@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, and folders that no two runs share."""
+"""Files that appear whole or not at all, folders that no two runs share, and what decided them."""
 
+import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,25 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Reads a JSON file.
+
+    Raises:
+        ValueError: If it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, it may be truncated or corrupt: {error}") from error
+
+
+def check_json(folder: Path) -> None:
+    """Every JSON file of a folder can be read.
+
+    Raises:
+        ValueError: Naming the first that cannot.
+    """
+    for path in sorted(folder.glob("*.json")):
+        read_json(path)
 
 
 def to_json(value: object) -> str:
@@ -72,3 +90,50 @@ def to_json(value: object) -> str:
         return item.tolist() if hasattr(item, "tolist") else str(item)
 
     return json.dumps(value, indent=2, ensure_ascii=False, default=plain)
+
+
+def check_unchanged(record: Path, now: Mapping[str, Any]) -> None:
+    """What was begun is taken up only with what it was begun with.
+
+    Args:
+        record: The JSON file that says with what.
+        now: What is asked for now.
+
+    Raises:
+        ValueError: If they differ; the message names each difference.
+    """
+    if not record.is_file():
+        raise ValueError(f"{record.parent} was begun, and no {record.name} says with what recipe")
+    before, asked = dict(_flat(read_json(record))), dict(_flat(json.loads(to_json(now))))
+    changes = [
+        f"{key} was {before.get(key)}, now {asked.get(key)}"
+        for key in before | asked
+        if before.get(key) != asked.get(key)
+    ]
+    if not changes and list(before) != list(asked):
+        changes = ["the order of its keys"]
+    if changes:
+        raise ValueError(
+            f"{record.parent} was begun with another recipe: {'; '.join(changes)}."
+            " Give another folder, or the recipe that it was begun with"
+        )
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of a file, or of all files below a folder with their names."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        digest.update(file.relative_to(path).as_posix().encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "blake2b").digest())
+    return digest.hexdigest()

@@ -47,6 +47,8 @@ def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
             found.append(ours[stem])
         elif len(numbered) == 1:
             found.append(ours[numbered[0]])
+        elif Path(name).parent != Path():
+            raise ValueError(f"there is no notebook {name}")
         else:
             raise ValueError(unknown("notebook", name, ours))
     return found
@@ -60,10 +62,12 @@ def plan(
     Args:
         names: The notebooks, all if none.
         given: Parameters as texts; each goes to every notebook that has it.
-        preset: A preset of `presets.yaml` in the notebooks' folder, which `given` overrides.
+        preset: A preset of `presets.yaml` in the notebooks' folder, which `given` overrides. Where
+            all notebooks are run, those without it run as they stand.
 
     Raises:
-        ValueError: For an unknown notebook, preset or parameter, or a value of the wrong type.
+        ValueError: For an unknown notebook, preset or parameter, a value of the wrong type, or a
+            preset that a notebook of `names` does not have.
     """
     declared = {notebook: inspect(notebook) for notebook in find_notebooks(names)}
     every = {name for parameters in declared.values() for name in parameters}
@@ -75,6 +79,8 @@ def plan(
     planned = {}
     for notebook, parameters in declared.items():
         stem = notebook.stem
+        if preset and names and stem not in presets:
+            raise ValueError(f"{notebook.name} has no preset {preset!r}: give parameters by -p")
         values = check(f"preset {preset} of {stem}", parameters, presets.get(stem, {}))
         for name in given.keys() & parameters.keys():
             values[name] = from_text(stem, parameters[name], given[name])

@@ -1,13 +1,16 @@
 """Pages that open with no network: an executed notebook, and the index of a run."""
 
 import json
+import os
+import re
+import unicodedata
 from collections.abc import Iterable, Mapping
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from flowhelpers.runs import write_text
+from flowhelpers.files import write_text
 
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -23,6 +26,8 @@ TEMPLATE = """
 """
 # what the converter to MathML does not know, and what says the same
 TEX = {"{aligned}": "{align*}", r"\operatorname*": r"\operatorname", r"\arg": r"\operatorname{arg}"}
+VARIANT = re.compile(r'<(m[ion]) mathvariant="([\w-]+)">([^<]+)</\1>')
+LOCAL = re.compile(r'<(a|span) data-to="([^"#]*)(#?[^"]*)"[^>]*>(.*?)</\1>', re.DOTALL)
 INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -42,7 +47,7 @@ section {{ border: 1px solid var(--line); border-radius: .6rem; padding: 1rem 1.
 .stopped {{ background: #b45309 }}
 table {{ border-collapse: collapse; margin: .5rem 0 }}
 th, td {{ text-align: left; font-weight: 400; padding: .15rem 1.25rem .15rem 0;
-  vertical-align: top; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }}
+  vertical-align: top; font-variant-numeric: tabular-nums }} td {{ overflow-wrap: anywhere }}
 pre {{ background: var(--soft); border-radius: .4rem; padding: .75rem; overflow-x: auto;
   font-size: .85rem }}
 </style></head><body>
@@ -56,7 +61,8 @@ pre {{ background: var(--soft); border-radius: .4rem; padding: .75rem; overflow-
 def notebook_page(notebook: Path) -> Path:
     """Writes an executed notebook as a page beside it, its figures alive and its formulae drawn.
 
-    Widgets are left out, for they are dead without a kernel.
+    Widgets are left out, for they are dead without a kernel. What links to a file is plain text
+    until `link_pages` finds a page for it.
     """
     import nbformat
     from nbconvert.exporters.html import HTMLExporter
@@ -82,6 +88,27 @@ def notebook_page(notebook: Path) -> Path:
     page = notebook.with_suffix(".html")
     write_text(page, html)
     return page
+
+
+def link_pages(pages: Mapping[str, Path]) -> None:
+    """Lets the links from notebook to notebook lead to the pages that a run made of them.
+
+    Args:
+        pages: The page of each notebook, by the notebook's name.
+    """
+    for page in pages.values():
+
+        def linked(found: re.Match[str], page: Path = page) -> str:
+            _, file, place, text = found.groups()
+            target = pages.get(file.rpartition("/")[2].removesuffix(".ipynb"))
+            if target is None or not file.endswith(".ipynb"):
+                return f'<span data-to="{file}{place}">{text}</span>'
+            href = quote(Path(os.path.relpath(target, page.parent)).as_posix()) + place
+            return f'<a data-to="{file}{place}" href="{href}">{text}</a>'
+
+        html = page.read_text(encoding="utf-8")
+        if (changed := LOCAL.sub(linked, html)) != html:
+            write_text(page, changed)
 
 
 def index_page(path: Path, summary: str, entries: Iterable[Mapping[str, Any]]) -> None:
@@ -137,9 +164,14 @@ def _markdown(source: str) -> str:
             for old, new in TEX.items():
                 tex = tex.replace(old, new)
             try:
-                return convert(tex, display=display)
+                return VARIANT.sub(_lettered, convert(tex, display=display))
             except Exception:  # a formula beyond the converter is shown as it was written
                 return f"<code>{escape(tex)}</code>"
+
+        def link(self, text: str, url: str, title: str | None = None) -> str:
+            if re.match(r"#|\w+:", url):
+                return super().link(text, url, title)
+            return f'<span data-to="{escape(url)}">{text}</span>'
 
         def inline_math(self, body: str) -> str:
             return self._math(body, "inline")
@@ -151,6 +183,24 @@ def _markdown(source: str) -> str:
             return self._math(rf"\begin{{{name}}}{body}\end{{{name}}}", "block")
 
     return MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
+
+
+def _lettered(found: re.Match[str]) -> str:
+    """A bold or double-struck letter as Unicode's own: browsers ignore what MathML says of it."""
+    tag, variant, text = found.groups()
+    style = variant.upper().replace("BOLD-", "BOLD ")
+    letters = []
+    for letter in unescape(text):
+        kind = re.sub(r"\b(LATIN|GREEK|LETTER) ", "", unicodedata.name(letter, ""))
+        for name in (f"MATHEMATICAL {style} {kind}", f"{style} {kind}"):  # the older have no prefix
+            try:
+                letters.append(unicodedata.lookup(name))
+                break
+            except KeyError:
+                continue
+        else:
+            return found[0]
+    return f"<{tag}>{''.join(letters)}</{tag}>"
 
 
 def _section(root: Path, entry: Mapping[str, Any]) -> str:
@@ -169,8 +219,7 @@ def _section(root: Path, entry: Mapping[str, Any]) -> str:
 
 def _results(path: Path) -> str:
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    rows = [(escape(key), escape(_shown(value))) for key, value in results.items()]
-    return _table(rows)
+    return _table([(escape(key).replace("_", " "), _shown(item)) for key, item in results.items()])
 
 
 def _files(root: Path, folder: Path) -> str:
@@ -191,7 +240,15 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return f"<table>{cells}</table>" if rows else ""
 
 
-def _shown(value: object) -> str:
+def _shown(value: Any) -> str:
+    """A result as HTML: numbers rounded, what is nested laid out."""
     if isinstance(value, float):
-        return f"{value:.4g}"
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value))
+    if isinstance(value, dict):
+        rows = [(escape(str(key)).replace("_", " "), _shown(item)) for key, item in value.items()]
+        if all(isinstance(item, (int, float)) for item in value.values()) and len(rows) > 1:
+            return " · ".join(f"{key} {item}" for key, item in rows)
+        return _table(rows)
+    return escape(value if isinstance(value, str) else json.dumps(value))

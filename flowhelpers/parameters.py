@@ -18,6 +18,8 @@ TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)} | 
     "Literal": typing.Literal,
     "Optional": typing.Optional,
 }
+UNIONS = (typing.Union, UnionType)
+WORDS = {"none": None, "true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,10 @@ def inspect(notebook: Path) -> dict[str, Parameter]:
     """
     import nbformat
 
-    cells = nbformat.read(notebook, as_version=4).cells
+    try:
+        cells = nbformat.read(notebook, as_version=4).cells
+    except (ValueError, AttributeError, nbformat.ValidationError) as error:
+        raise ValueError(f"{notebook} is not a notebook: {str(error)[:80]}") from error
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     source = tagged[0].source if tagged else ""
     try:
@@ -73,17 +78,16 @@ def from_text(notebook: str, parameter: Parameter, text: str) -> Any:
     Raises:
         ValueError: If it is not one of the parameter's type.
     """
-    try:
-        value = _parse(text, parameter.kind)
-    except ValueError:
-        raise ValueError(_wrong(notebook, parameter, text)) from None
-    return check(notebook, {parameter.name: parameter}, {parameter.name: value})[parameter.name]
+    value = _parse(text, parameter.kind)
+    if not accepts(parameter.kind, value):
+        raise ValueError(_wrong(notebook, parameter, text))
+    return value
 
 
 def accepts(kind: Any, value: Any) -> bool:
     """Whether a value is of a type. An int will do for a float; a bool is not an int."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, UnionType):
+    if origin in UNIONS:
         return any(accepts(member, value) for member in arguments)
     if origin is typing.Literal:
         return value in arguments
@@ -102,10 +106,9 @@ def accepts(kind: Any, value: Any) -> bool:
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The message for an unknown name, with the nearest that is known."""
     known = sorted(known)
-    if not known:
-        return f"unknown {what} {name!r}: there are none"
-    nearest = get_close_matches(name, known, n=1, cutoff=0)[0]
-    return f"unknown {what} {name!r}: did you mean {nearest!r}? Known: {', '.join(known)}"
+    nearest = get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f": did you mean {nearest[0]!r}?" if nearest else "."
+    return f"unknown {what} {name!r}{hint} Known: {', '.join(known) or 'none'}"
 
 
 def _assigns(line: ast.stmt) -> bool:
@@ -144,43 +147,20 @@ def _wrong(notebook: str, parameter: Parameter, value: object) -> str:
 
 
 def _parse(text: str, kind: Any) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, UnionType):
-        return _parse_any(text, sorted(arguments, key=lambda member: member is str))
-    if origin is typing.Literal:
-        return _parse_any(text, [type(argument) for argument in arguments])
-    if list in (kind, origin):
-        return _parse_list(text.strip(), arguments[0] if arguments else object)
-    if kind is bool:
-        return {"true": True, "false": False}.get(text.lower(), text)
-    if kind is str:
-        return text
-    if kind is NoneType:
-        return None if text.lower() == "none" else text
-    if kind in (int, float):
-        return kind(text)
+    """The value of a type that a text stands for; the text itself if there is none."""
     try:
-        return ast.literal_eval(text)
+        value = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        value = text
+    if not isinstance(value, str) and accepts(kind, value):
+        return float(value) if kind is float else value
+    members = typing.get_args(kind) if typing.get_origin(kind) in UNIONS else [kind]
+    items = [(typing.get_args(each) or (object,))[0] for each in members if _is_list(each)]
+    if items and str not in members:  # a list may be given as its items with commas between
+        parts = text.strip().removeprefix("[").removesuffix("]").split(",")
+        return [_parse(part.strip(), items[0]) for part in parts if part.strip()]
+    return text
 
 
-def _parse_list(text: str, kind: Any) -> list[Any]:
-    """A list as Python writes it, or its items with commas between."""
-    if text.startswith("["):
-        try:
-            return ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            text = text.strip("[]")
-    return [_parse(item.strip(), kind) for item in text.split(",") if item.strip()]
-
-
-def _parse_any(text: str, kinds: list[Any]) -> Any:
-    for kind in kinds:
-        try:
-            value = _parse(text, kind)
-        except ValueError:
-            continue
-        if accepts(kind, value):
-            return value
-    raise ValueError(text)
+def _is_list(kind: Any) -> bool:
+    return list in (kind, typing.get_origin(kind))

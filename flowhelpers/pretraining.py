@@ -8,8 +8,9 @@ was killed goes on from its last checkpoint; the same seed reads the same rows i
 import json
 import math
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from flowhelpers.sources import Documents, load_source
+from flowhelpers.files import check_unchanged, read_json, write_json
+from flowhelpers.sources import Documents, digests, load_source
+from flowhelpers.texts import passages
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
 PAD, EOS, BOS, UNK = range(4)
+PASSAGES = "passages.json"  # how many of the package's own passages the training text holds
 
 
 @dataclass(frozen=True)
@@ -172,30 +176,39 @@ def reading_order(
 def prepare(
     recipe: ModelRecipe, folder: Path, text_folder: Path | None
 ) -> tuple[PreTrainedTokenizerFast, TokenData]:
-    """Read the sources, train the tokenizer and cut the rows, or read all of it from `folder`."""
-    tokens = folder / "tokens"
+    """Read the sources, train the tokenizer and cut the rows, or read all of it from `folder`.
+
+    Raises:
+        ValueError: If the rows in `folder` were cut by another recipe or from other text, or a
+            source is too small.
+    """
     if len({Path(name).name for name in recipe.sources}) < len(recipe.sources):
         raise ValueError(
             f"sources {', '.join(recipe.sources)}: expected names that differ in their last part"
         )
-    if not (tokens / "done").exists():
-        tokens.mkdir(parents=True, exist_ok=True)
-        sources = {name: load_source(name, text_folder) for name in recipe.sources}
-        tokenizer = train_tokenizer(_tokenizer_sample(sources, recipe), recipe.vocab_size)
-        tokenizer.save_pretrained(tokens)
-        for name, source in tqdm(sources.items(), desc="tokens"):
-            budget = int(7 * recipe.tokens * recipe.sources[name] / sum(recipe.sources.values()))
-            for split, documents in (
-                ("train", source.train(recipe.seed, budget)),
-                ("held_out", source.held_out(recipe.seed, 2_000_000)),
-            ):
-                rows = token_rows(documents, tokenizer, recipe.context)
-                if not len(rows):
-                    raise ValueError(
-                        f"source {name!r} gives no row of {recipe.context} tokens for {split}"
-                    )
-                np.save(tokens / f"{split}-{Path(name).name}.npy", rows.astype(np.uint32))
-        (tokens / "done").write_text("")
+    tokens = folder / "tokens"
+    path = tokens / "recipe.json"
+    keys = ("sources", "vocab_size", "context", "tokens", "seed")
+    record = {key: asdict(recipe)[key] for key in keys}
+    record["text"] = digests(recipe.sources, text_folder)
+    if tokens.exists():
+        if path.is_file():  # text that is gone is not needed any more
+            record["text"] = read_json(path)["text"] | record["text"]
+        check_unchanged(path, record)
+    else:
+        part = folder / "tokens.part"
+        try:
+            _cut(recipe, {name: load_source(name, text_folder) for name in recipe.sources}, part)
+            write_json(part / path.name, record)
+            os.replace(part, tokens)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return read_rows(recipe, folder)
+
+
+def read_rows(recipe: ModelRecipe, folder: Path) -> tuple[PreTrainedTokenizerFast, TokenData]:
+    """The tokenizer and the rows that `prepare` left in `folder`."""
+    tokens = folder / "tokens"
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokens)
     splits = {
         split: {
@@ -211,6 +224,32 @@ def prepare(
         recipe.seed,
     )
     return tokenizer, TokenData(splits["train"], splits["held_out"], order)
+
+
+def _cut(recipe: ModelRecipe, sources: dict[str, Documents], folder: Path) -> None:
+    tokenizer = train_tokenizer(_tokenizer_sample(sources, recipe), recipe.vocab_size)
+    tokenizer.save_pretrained(folder)
+    seen: set[str] = set()
+    for name, source in tqdm(sources.items(), desc="tokens"):
+        budget = int(7 * recipe.tokens * recipe.sources[name] / sum(recipe.sources.values()))
+        for split, documents in (
+            ("train", source.train(recipe.seed, budget)),
+            ("held_out", source.held_out(recipe.seed, 2_000_000)),
+        ):
+            rows = token_rows(documents, tokenizer, recipe.context)
+            if not len(rows):
+                raise ValueError(
+                    f"source {name!r} gives no row of {recipe.context} tokens for {split}"
+                )
+            np.save(folder / f"{split}-{Path(name).name}.npy", rows.astype(np.uint32))
+            if split == "train":
+                seen |= passages_in(documents)
+    write_json(folder / PASSAGES, len(seen))
+
+
+def passages_in(documents: Sequence[str]) -> set[str]:
+    """The package's own passages that stand in documents word for word."""
+    return {text for text in passages()["text"] if any(text in each for each in documents)}
 
 
 def _tokenizer_sample(sources: dict[str, Documents], recipe: ModelRecipe) -> Iterator[str]:
@@ -242,24 +281,29 @@ def train_model(
 
     Args:
         recipe: The numbers.
-        folder: Where tokens, checkpoints and the log are kept; a second call goes on from there.
+        folder: Where tokens, checkpoints and the log are kept; a second call goes on from there,
+            with the same recipe alone.
         text_folder: Where sources that are file names are looked up.
         device: A torch device; `cpu` and `cuda` take the same recipe.
         checkpoint_every: Seconds between checkpoints.
 
     Returns:
         The folder of the finished model: `folder/model`.
+
+    Raises:
+        ValueError: If what is in `folder` was begun with another recipe, or from other text.
     """
-    final = folder / "model"
-    if (final / "config.json").exists():
+    final, checkpoint = folder / "model", folder / "checkpoint.pt"
+    if final.exists() or checkpoint.exists():
+        check_unchanged(folder / "recipe.json", asdict(recipe))
+    tokenizer, data = prepare(recipe, folder, text_folder)
+    if final.exists():
         return final
     torch.set_flush_denormal(True)
-    tokenizer, data = prepare(recipe, folder, text_folder)
-    (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2))
+    write_json(folder / "recipe.json", asdict(recipe))
     model: Any = new_model(recipe)
     model.to(device)
     optimizers = _optimizers(model, recipe)
-    checkpoint = folder / "checkpoint.pt"
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=False)
@@ -300,9 +344,7 @@ def train_model(
     part = folder / "model.part"
     model.to(torch.float16).save_pretrained(part)
     tokenizer.save_pretrained(part)
-    (part / "training.json").write_text(
-        json.dumps({"recipe": asdict(recipe), "held_out": report}, indent=2)
-    )
+    write_json(part / "training.json", {"recipe": asdict(recipe), "held_out": report})
     os.replace(part, final)
     return final
 

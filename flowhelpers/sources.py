@@ -7,12 +7,16 @@ budget or seed can bring a held-out document into training.
 import gzip
 import hashlib
 import sysconfig
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+
+from flowhelpers.features import suggestion
+from flowhelpers.files import fingerprint
 
 SEPARATOR = "<|endoftext|>"
 HELD_OUT_PERCENT = 2
@@ -60,19 +64,32 @@ def load_source(name: str, folder: Path | None = None) -> Documents:
     Raises:
         FileNotFoundError: If there is no such file and the name is not a hub id.
     """
-    if name == "stdlib":
-        return Documents(name, stdlib_modules)
-    if name == "pydoc":
-        return Documents(name, pydoc_topics)
-    for path in ([folder / name] if folder else []) + [Path(name)]:
-        if path.exists():
-            return Documents(name, partial(text_documents, path))
+    if name in OWN:
+        return Documents(name, OWN[name])
+    if folder and not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} to look up the text source {name!r} in")
+    if path := find_file(name, folder):
+        return Documents(name, partial(text_documents, path))
     if name.count("/") == 1:
         return Documents(name, partial(hub_documents, name))
+    here = [*OWN, *sorted(path.name for path in folder.iterdir())] if folder else list(OWN)
     raise FileNotFoundError(
         f"no text source {name!r}: expected stdlib, pydoc, a file or folder"
         f"{f' (looked in {folder})' if folder else ''}, or a hub dataset owner/name"
+        f"{suggestion(name, here)}"
     )
+
+
+def find_file(name: str, folder: Path | None = None) -> Path | None:
+    """The file or folder that a source is, if it is one."""
+    places = ([folder / name] if folder else []) + [Path(name)]
+    return next((path for path in places if name not in OWN and path.exists()), None)
+
+
+def digests(names: Iterable[str], folder: Path | None = None) -> dict[str, str]:
+    """A digest of the content of each source that is a file or folder."""
+    found = {name: find_file(name, folder) for name in names}
+    return {name: fingerprint(path) for name, path in found.items() if path}
 
 
 def text_documents(path: Path) -> Iterator[tuple[str, str]]:
@@ -91,6 +108,8 @@ def text_documents(path: Path) -> Iterator[tuple[str, str]]:
                 text = handle.read()
         except UnicodeDecodeError as error:
             raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"cannot read {file}: {error}") from error
         if not text.strip():
             raise ValueError(f"{file} is empty: expected text")
         for document in text.split(SEPARATOR):
@@ -124,8 +143,21 @@ def pydoc_topics() -> Iterator[tuple[str, str]]:
 def hub_documents(
     name: str, split: str = "train", column: str = "text", limit: int = 200_000
 ) -> Iterator[tuple[str, str]]:
-    """The first `limit` documents of a hub dataset, streamed."""
+    """The first `limit` documents of a hub dataset, streamed.
+
+    Raises:
+        ValueError: If the dataset has no such column, or cannot be read.
+    """
     from datasets import load_dataset
 
-    for row in load_dataset(name, split=split, streaming=True).take(limit):
+    try:
+        rows = load_dataset(name, split=split, streaming=True).take(limit)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the dataset {name}, split {split!r}: {error}") from error
+    for row in rows:
+        if column not in row:
+            raise ValueError(f"{name} has no column {column!r}{suggestion(column, row)}")
         yield row[column], row[column]
+
+
+OWN = {"stdlib": stdlib_modules, "pydoc": pydoc_topics}

@@ -5,12 +5,11 @@ the JumpReLU SAE that `sae_lens.SAE.load_from_disk` reads. Every site starts fro
 its own: a likeness between layers is then the model's doing and not the recipe's.
 """
 
-import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowhelpers.features import Site
+from flowhelpers.files import check_unchanged, write_json
 from flowhelpers.model import HOOKS, Model, run
 
 SPARE = 0.94  # share of a chunk's tokens that is used: the rest makes up for special tokens
@@ -73,6 +73,7 @@ def train_dictionaries(
     sites: Sequence[Site] | None = None,
     checkpoint_every: float = 300.0,
     model_name: str | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Path:
     """Train a dictionary at every site and save each as a sae-lens folder.
 
@@ -80,20 +81,27 @@ def train_dictionaries(
         recipe: The numbers.
         model: The model; its device is used for the dictionaries as well.
         rows: Token ids, one row of text each, in the order in which they are to be read.
-        folder: Where checkpoints are kept; a second call goes on from the last one.
+        folder: Where checkpoints are kept; a second call goes on from the last one, with the same
+            recipe, sites and origin alone.
         sites: The sites; by default all of the model's.
         checkpoint_every: Seconds between checkpoints.
         model_name: The model's name in the saved dictionaries; by default what it was loaded from.
+        origin: What decided model and rows, for the record.
 
     Returns:
         The folder `folder/dictionaries` with one sae-lens folder for each site, `0-res` and so on.
+
+    Raises:
+        ValueError: If what is in `folder` was begun in another way.
     """
     final = folder / "dictionaries"
+    sites = list(sites or model.sites())
+    record = check_begun(recipe, folder, sites, origin)
     if final.exists():
         return final
     torch.set_flush_denormal(True)
-    sites = list(sites or model.sites())
     folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "recipe.json", record)
     trainers = {site: _trainer(recipe, model, site, model_name) for site in sites}
     done = _resume(trainers, folder)
     if not done:
@@ -120,11 +128,27 @@ def train_dictionaries(
     shutil.rmtree(part, ignore_errors=True)
     for site, trainer in trainers.items():
         save_dictionary(trainer, part / f"{site.layer}-{site.module}")
-    (part / "training.json").write_text(json.dumps(asdict(recipe), indent=2))
     os.replace(part, final)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return final
+
+
+def check_begun(
+    recipe: DictionaryRecipe,
+    folder: Path,
+    sites: Sequence[Site],
+    origin: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The record of what decides dictionaries; those begun in `folder` have to have the same.
+
+    Raises:
+        ValueError: If they have not.
+    """
+    record = {"sites": sorted(map(str, sites)), **asdict(recipe), "origin": dict(origin or {})}
+    if (folder / "dictionaries").exists() or any(folder.glob("checkpoint-*")):
+        check_unchanged(folder / "recipe.json", record)
+    return record
 
 
 def steps_per_chunk(recipe: DictionaryRecipe, context: int) -> int:
@@ -133,6 +157,7 @@ def steps_per_chunk(recipe: DictionaryRecipe, context: int) -> int:
     if steps < 1:
         raise ValueError(
             f"{recipe.rows} rows of {context} tokens do not fill one batch of {recipe.batch} tokens"
+            f", but at most {int(SPARE * recipe.rows * (context - 1))}"
         )
     return steps
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,30 +12,32 @@ import pandas as pd
 import pytest
 import torch
 import toys
+import yaml
 from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from transformers import Gemma3ForCausalLM
 
-from flowhelpers import card
+from flowhelpers import measures
+from flowhelpers.__main__ import main
 from flowhelpers.activations import FeatureActivations, collect
-from flowhelpers.card import (
-    Bar,
+from flowhelpers.card import Bar, asked_of, bars, measured_bars, stored_bars, write_card
+from flowhelpers.dictionaries import make_dictionary
+from flowhelpers.features import Site
+from flowhelpers.measures import (
     bits_per_byte,
     example_features,
+    flow_figures,
     loss_recovered,
     measure,
     measure_dictionaries,
     measure_flow,
     measure_themes,
     row_tokens,
-    stored_bars,
-    write_card,
+    site_figures,
 )
-from flowhelpers.dictionaries import make_dictionary
-from flowhelpers.features import Site
 from flowhelpers.model import Edit, Tokens, logits_of, run, tokenize
-from flowhelpers.suites import Suite
+from flowhelpers.suites import DATA, Suite
 
 D = toys.D_MODEL
 BOTH = torch.cat([torch.eye(D), -torch.eye(D)])  # relu(x) and relu(-x): all of x
@@ -134,9 +138,9 @@ def test_flow_against_chance_is_counted_by_hand():
             "feature": [0, 0, 1, 2, 3],
             "s_res": [math.nan, 0.9, 0.5, 0.3, 0.99],
             "null_res": [math.nan, 0.4, 0.4, 0.4, 0.4],
-            "s_mlp": [0.1, 0.1, 0.6, 0.1, 0.9],
+            "s_mlp": [0.1, 0.1, 0.6, 0.1, 0.9],  # feature 1 is from the MLP alone,
             "null_mlp": 0.5,
-            "s_att": [0.1, 0.1, 0.6, 0.1, 0.9],
+            "s_att": [0.1, 0.1, 0.1, 0.6, 0.9],  # feature 2 from attention alone
             "null_att": 0.5,
         }
     )
@@ -148,7 +152,7 @@ def test_flow_against_chance_is_counted_by_hand():
     row = measure_flow(scores, activations, found).iloc[0]
     assert (row["layer"], row["live"]) == (1, 3)
     assert row["s_res_above_null"] == pytest.approx(2 / 3)
-    assert row["module_above_null"] == pytest.approx(1 / 3)
+    assert row["module_above_null"] == pytest.approx(2 / 3)
     assert row["predecessor_active"] == 0.75
     assert row["by_chance"] == pytest.approx(0.25)
     assert row["ratio"] == pytest.approx(3)
@@ -173,8 +177,8 @@ def test_themes_find_the_planted_feature_and_its_auc(
         flat = {site: csr_matrix(codes[site].reshape(108, -1)) for site in at}
         return FeatureActivations(tokens, flat)
 
-    monkeypatch.setattr(card, "passages", lambda: frame)
-    monkeypatch.setattr(card, "collect", collected)
+    monkeypatch.setattr(measures, "passages", lambda: frame)
+    monkeypatch.setattr(measures, "collect", collected)
     found = measure_themes(planted).set_index("subject")
     assert found.index.tolist() == ["food", "sea", "war"]
     assert found.loc["sea"].tolist() == ["1/res/9", 1.0, 1.0]
@@ -220,14 +224,89 @@ def test_a_bar_is_met_or_missed():
     assert str(Bar("name", 0.49, 0.5, at_least=False)).split() == ["name", "0.490", "≤", "0.5"]
 
 
+def test_the_figures_of_the_sites_are_those_of_the_worst():
+    sites = pd.DataFrame(
+        {
+            "site": ["0/mlp", "0/res", "1/att", "1/res"],
+            "l0_share_of_d": [0.01, 0.04, 0.03, 0.02],
+            "explained_variance": [0.5, 0.9, 0.7, 0.8],
+            "dead_share": [0.1, 0.0, 0.3, 0.2],
+            "loss_recovered": [0.2, 0.95, 0.3, 0.99],
+        }
+    )
+    expected = {
+        "L0 / d_model, highest site": 0.04,
+        "explained variance, lowest res": 0.8,
+        "explained variance, lowest mlp, att": 0.5,
+        "dead share, highest site": 0.3,
+        "loss recovered, lowest res": 0.95,
+    }
+    assert site_figures(sites) == expected
+    residual = site_figures(sites[sites["site"].str.endswith("res")])
+    assert set(expected) - set(residual) == {"explained variance, lowest mlp, att"}
+
+
+def test_the_figures_of_the_flow_are_those_of_the_worst_layer_or_the_mean():
+    flow = pd.DataFrame(
+        {
+            "layer": [1, 2, 3],
+            "s_res_above_null": [0.8, 0.97, 0.93],
+            "module_above_null": [0.1, 0.3, 0.2],
+            "ratio": [8.0, 6.0, 7.0],
+        }
+    )
+    tests = pd.DataFrame({"score": ["s_att", "s_res"], "AO": [0.9, 1.0], "IB": [0.7, 0.4]})
+    expected = {
+        "s(R) above null, layer 1": 0.8,
+        "s(R) above null, lowest later layer": 0.93,
+        "s(M) or s(A) above null, mean of layers": 0.2,
+        "residual predecessor active, all occurrences": 0.46,
+        "… against chance, lowest layer": 6.0,
+        "significant tests, s_att, one active (AO)": 0.9,
+        "significant tests, s_res, one active (AO)": 1.0,
+        "… s_att, AO − both inactive (IB)": 0.2,
+        "… s_res, AO − both inactive (IB)": 0.6,
+    }
+    assert flow_figures(flow, tests, 0.46) == pytest.approx(expected)
+    later = flow_figures(flow[flow["layer"] > 1], tests, 0.46)
+    assert math.isnan(later["s(R) above null, layer 1"])  # there is none in such a suite
+
+
+def test_what_is_asked_of_a_suite_lies_in_its_folder(tmp_path: Path):
+    assert asked_of(None) == asked_of(tmp_path) == {}
+    (tmp_path / "bars.yaml").write_text("a: {at_least: 2}\nb: {at_most: 0.5}\nd: {at_least: 0}\n")
+    asked = asked_of(tmp_path)
+    assert asked == {"a": (2, True), "b": (0.5, False), "d": (0, True)}
+    found = bars({"a": 1.0, "b": 0.25, "c": 3.0}, asked)
+    assert found[:3] == [Bar("a", 1.0, 2, True), Bar("b", 0.25, 0.5, False), Bar("c", 3.0)]
+    assert [bar.met for bar in found] == [False, True, True, False]  # d was not measured
+    assert bars({"a": 1.0}, {}) == [Bar("a", 1.0)]
+
+
+@pytest.mark.parametrize(
+    "content", ["a: [", "- a", "a: 3", "a: {}", "a: {above: 1}", "a: {at_least: much}", "5"]
+)
+def test_a_broken_file_of_bars_is_named(tmp_path: Path, content: str):
+    (tmp_path / "bars.yaml").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"bars\.yaml: expected figures, each with at_least or at_m"
+    ):
+        asked_of(tmp_path)
+
+
+def test_what_is_asked_of_flowlet_is_what_its_card_has():
+    asked = asked_of(DATA / "flowlet")
+    for found in stored_bars("flowlet").values():
+        assert {b.name: (b.asked, b.at_least) for b in found if b.asked is not None} == asked
+
+
 def test_the_whole_is_measured_and_a_card_gives_it_back(
     planted: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     frame = pd.DataFrame({"subject": ["a", "b"] * 4, "domain": "x", "text": toys.TEXTS[:4] * 2})
-    monkeypatch.setattr(card, "passages", lambda: frame)
+    monkeypatch.setattr(measures, "passages", lambda: frame)
     tokens = tokenize(planted.model, toys.TEXTS)
-    bars, tables = measure(planted, tokens)
-    values = {bar.name: bar.value for bar in bars}
+    values, tables = measure(planted, tokens)
     nats, bits = bits_per_byte(planted, tokens)
     sites = measure_dictionaries(planted, tokens)
     assert (values["bits per byte"], values["nats per token"]) == (bits, nats)
@@ -238,19 +317,22 @@ def test_the_whole_is_measured_and_a_card_gives_it_back(
     assert set(tables) == {"sites", "flow", "tests", "themes", "examples"}
 
     (tmp_path / "about.md").write_text("# A toy\n")
-    write_card(tmp_path, {"a text": (bars, tables)})
+    found = bars(values, {"bits per byte": (1.7, False), "nats per token": (0.0, True)})
+    write_card(tmp_path, {"a text": (found, tables)})
     text = (tmp_path / "card.md").read_text(encoding="utf-8")
     assert text.startswith("# A toy\n")
     assert f"| bits per byte | {bits:.3f} | ≤ 1.7 | missed |" in text
-    assert f"| nats per token | {nats:.3f} |  |  |" in text
+    assert f"| nats per token | {nats:.3f} | ≥ 0 |  |" in text
+    dead = sites["dead_share"].max()
+    assert f"| dead share, highest site | {dead:.3f} |  |  |" in text
     record = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))
     assert record["a text"]["tables"]["flow"][0]["layer"] == 1
     (tmp_path / "suite.yaml").write_text(
         f"model: {planted.row.model}\ndictionaries: {{0/res: {planted.row.folder}/0-res}}\n"
     )
     stored = stored_bars(str(tmp_path))
-    assert [bar.name for bar in stored["a text"]] == [bar.name for bar in bars]
-    for before, after in zip(bars, stored["a text"], strict=True):
+    assert [bar.name for bar in stored["a text"]] == [bar.name for bar in found]
+    for before, after in zip(found, stored["a text"], strict=True):
         assert after.value == pytest.approx(before.value, nan_ok=True)
         assert (after.asked, after.at_least, after.met) == (
             before.asked,
@@ -259,3 +341,83 @@ def test_the_whole_is_measured_and_a_card_gives_it_back(
         )
     with pytest.raises(FileNotFoundError, match=r"has no card; `card .* --measure` meas"):
         stored_bars(str(planted.row.folder))
+
+
+def test_a_suite_of_residual_dictionaries_alone_has_a_card_without_flow(
+    planted: Suite, monkeypatch: pytest.MonkeyPatch
+):
+    frame = pd.DataFrame({"subject": ["a", "b"] * 4, "domain": "x", "text": toys.TEXTS[:4] * 2})
+    monkeypatch.setattr(measures, "passages", lambda: frame)
+    tokens = tokenize(planted.model, toys.TEXTS)
+
+    def only(module: str) -> Suite:
+        kept = {site: d for site, d in planted.dictionaries.items() if site.module == module}
+        return dataclasses.replace(planted, dictionaries=kept)
+
+    values, tables = measure(only("res"), tokens)
+    assert set(tables) == {"sites", "themes", "examples"}
+    assert values["nats per token"] == bits_per_byte(planted, tokens)[0]
+    with pytest.raises(ValueError, match="has no residual dictionary: there is no flow in it"):
+        measure(only("mlp"), tokens)
+
+
+def own_suite(folder: Path, planted: Suite, **more: object) -> Path:
+    """A suite of one dictionary, its model in a folder of its own."""
+    shutil.copytree(planted.row.model, folder / "model")
+    row = {"model": "model", "dictionaries": {"0/res": f"{planted.row.folder}/0-res"}, **more}
+    (folder / "suite.yaml").write_text(yaml.safe_dump(row))
+    return folder
+
+
+def test_the_bars_of_another_suite_are_not_flowlets(
+    planted: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from flowhelpers import card
+
+    folder = own_suite(tmp_path, planted)
+    tables = {"examples": pd.DataFrame({"feature": ["0/res/1"]})}
+    monkeypatch.setattr(card, "measure", lambda *_: ({"bits per byte": 9.0}, tables))
+    (found,) = measured_bars(str(folder), write=True).values()
+    assert found == [Bar("bits per byte", 9.0)]
+    assert "missed" not in (folder / "card.md").read_text(encoding="utf-8")
+    (folder / "bars.yaml").write_text("bits per byte: {at_most: 1.7}\n")
+    (found,) = measured_bars(str(folder)).values()
+    assert found == [Bar("bits per byte", 9.0, 1.7, False)]
+
+
+def test_a_missed_bar_is_shown_and_is_no_error(
+    planted: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = own_suite(tmp_path, planted)
+    write_card(folder, {"a text": (bars({"x": 1.0, "y": 2.0}, {"x": (2.0, True)}), {})})
+    assert main(["card", str(folder)]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "measured on a text: 1 bars were set, 1 missed"
+    assert [line.split() for line in rest] == [["MISSED", "x", "1.000", "≥", "2"], ["y", "2.000"]]
+
+
+def test_the_readme_says_what_flowlet_misses():
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    missed = [bar for found in stored_bars("flowlet").values() for bar in found if not bar.met]
+    assert [f"{bar.value:.1%}".replace("%", " %") in readme for bar in missed] == [True]
+
+
+def test_mistakes_with_a_card_are_a_line(
+    planted: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def said(*arguments: str) -> str:
+        assert main(["card", *arguments]) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("flowhelpers: ")
+        assert text.count("\n") == 1
+        return text
+
+    assert "--write writes what was measured: give --measure" in said(str(tmp_path), "--write")
+    assert "is no folder: there is no place for its card" in said(
+        "pythia-70m-deduped", "--measure", "--write"
+    )
+    folder = own_suite(tmp_path, planted, parameters=10**15)
+    assert re.search(r"needs \d+\.\d GiB in float32 on cpu, and", said(str(folder), "--measure"))
+    (folder / "model" / "tokenizer.json").write_text("{")
+    message = said(str(folder), "--measure")
+    assert f"{folder / 'model' / 'tokenizer.json'} is not JSON" in message

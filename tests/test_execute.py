@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import re
@@ -15,10 +14,10 @@ import pandas as pd
 import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from tqdm import tqdm
 
+from flowhelpers import __version__
 from flowhelpers.__main__ import main
-from flowhelpers.execute import _InnerBar, load_manifest, resume, run_notebooks
+from flowhelpers.execute import load_manifest, resume, run_notebooks
 from flowhelpers.notebooks import NOTEBOOKS, plan
 from flowhelpers.runs import RUN_DIR
 
@@ -93,7 +92,7 @@ class Execution:
 def executed(tmp_path_factory: pytest.TempPathFactory) -> Execution:
     """Three notebooks, the second of which fails, executed by the command line."""
     root = tmp_path_factory.mktemp("executed")
-    text = "Planted $x_1$ and $$\\frac{a}{b}$$"
+    text = "Planted $x_1$ and $$\\frac{a}{b}$$ [last](03_last.ipynb)"
     write_notebook(root / "notebooks/01_good.ipynb", GOOD, text)
     write_notebook(root / "notebooks/02_bad.ipynb", BAD)
     write_notebook(root / "notebooks/03_last.ipynb", LAST)
@@ -166,20 +165,17 @@ def test_index_leads_to_everything(executed: Execution) -> None:
     assert "http" not in page
 
 
-def test_bars_of_cells_are_shown_beside_the_notebooks_own() -> None:
-    with tqdm(total=2, file=io.StringIO()) as outer:
-        shown = _InnerBar(outer)
-        drawn = io.StringIO()
-        inner = tqdm(range(4), "planted", file=drawn, mininterval=0, leave=False)
-        next(steps := iter(inner))
-        next(steps)
-        shown.write(drawn.getvalue())
-        assert re.fullmatch(r"planted:  25%, 00:00 left", outer.postfix or "")
-        shown.write("a warning of the cell's")
-        assert outer.postfix
-        inner.close()
-        shown.write("\r      \r")
-        assert not outer.postfix
+def test_pages_lead_to_one_another(executed: Execution) -> None:
+    page = (executed.folder(0) / "notebook.html").read_text()
+    links = re.findall(r'<a data-to[^>]* href="([^"]*)">', page)
+    assert links == [f"../{executed.folder(2).name}/notebook.html"]
+    assert (executed.folder(0) / links[0]).is_file()
+
+
+def test_nothing_is_left_but_what_was_made(executed: Execution) -> None:
+    hidden = [path.name for path in executed.out.rglob(".*")]
+    empty = [path for path in executed.out.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    assert hidden + empty == []
 
 
 @pytest.fixture
@@ -238,7 +234,11 @@ def test_stopped_by_any_signal_then_taken_up_again(notebooks: Path, tmp_path: Pa
         (["-p", "kk=1"], "unknown parameter 'kk': did you mean 'k'"),
         (["-p", "k=one"], "parameter 'k' is int, not 'one'; for example k=1"),
         (["-p", "k"], "-p takes name=value, not 'k'"),
+        (["-p", "sentence=x"], "unknown parameter 'sentence'. Known: k"),
         (["--preset", "quick"], "unknown preset 'quick'"),
+        (["--preset", "paper", "01"], "01_slow.ipynb has no preset 'paper'"),
+        (["none/01_slow.ipynb"], "there is no notebook none/01_slow.ipynb"),
+        (["broken.ipynb"], "broken.ipynb is not a notebook"),
         (["--resume"], "nothing to take up"),
         (["--resume", "none.json"], "--resume takes the manifest of a run"),
         (["01", "--resume"], "--resume goes on with what was asked for before"),
@@ -248,9 +248,13 @@ def test_errors_are_a_line_and_write_nothing(
     notebooks: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     message: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.ipynb").write_text("{")
+    (notebooks / "presets.yaml").write_text("02_other:\n  paper: {k: 2}\n")
     out = tmp_path / "out"
     assert main(["run", "--out", str(out), *arguments]) == 2
     said = capsys.readouterr().err
@@ -260,6 +264,50 @@ def test_errors_are_a_line_and_write_nothing(
     assert not out.exists()
     with pytest.raises((ValueError, OSError)):
         main(["--debug", "run", "--out", str(out), *arguments])
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception | None = None) -> None:
+        if error:
+            raise error
+        json.loads("")  # a ValueError, of a library
+
+    for error in (TypeError("a bug"), KeyError("a bug"), None):
+        monkeypatch.setattr("flowhelpers.card.stored_bars", lambda _, error=error: fail(error))
+        with pytest.raises((TypeError, KeyError, ValueError)):
+            main(["card"])
+
+
+@pytest.mark.parametrize("seconds", ["-5", "0", "1.5", "soon"])
+def test_a_timeout_is_of_some_seconds(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", f"--timeout={seconds}"])
+    assert stopped.value.code == 2
+    assert f"a whole number of seconds from 1, got '{seconds}'" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"flowhelpers {__version__}\n"
+
+
+def test_other_files_do_not_keep_a_run_from_being_taken_up(
+    notebooks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (notebooks / "go").touch()
+    write_notebook(notebooks / "02_bad.ipynb", BAD)
+    out = tmp_path / "out"
+    assert main(["run", "--out", str(out)]) == 1
+    for stray, content in (("99999999.json", "{}"), ("zz.json", "not JSON"), ("00.json", "[]")):
+        (out / stray).write_text(content)
+    write_notebook(notebooks / "02_bad.ipynb", LAST)
+    assert main(["run", "--out", str(out), "--resume"]) == 0
+    assert not list(out.glob(".*"))
+    capsys.readouterr()
+    assert main(["run", "--resume", str(out / "zz.json")]) == 2
+    assert "zz.json is not the manifest of a run" in capsys.readouterr().err
 
 
 def test_folder_that_cannot_be_written_is_an_error(

@@ -25,6 +25,7 @@ deep: bool = False
 mode: Literal["add", "set"] = "add"
 limit: int | float | None = 3
 plain = 4
+some: list[int] | None = None
 '''
 Write = Callable[..., Path]
 
@@ -62,6 +63,7 @@ def test_inspect_reads_names_types_defaults_and_help(write: Write) -> None:
         ("mode", "Literal['add', 'set']", "add"),
         ("limit", "int | float | None", 3),
         ("plain", "int", 4),
+        ("some", "list[int] | None", None),
     ]
     helps = {name: each.help for name, each in found.items() if each.help}
     assert helps == {
@@ -94,6 +96,10 @@ def test_inspect_refuses_what_cannot_be_a_parameter(write: Write, cell: str) -> 
         ("layers", "[]", []),
         ("texts", "[a, b]", ["a", "b"]),
         ("texts", '["Hello, world", "x"]', ["Hello, world", "x"]),
+        ("suite", '"quoted"', '"quoted"'),
+        ("suite", "1,2", "1,2"),
+        ("some", "2, 4", [2, 4]),
+        ("some", "none", None),
         ("device", "None", None),
         ("device", "cuda:1", "cuda:1"),
         ("deep", "true", True),
@@ -154,6 +160,8 @@ def test_unknown_parameter_names_the_nearest(write: Write) -> None:
     write("01_one", "layers: list[int] = [1]\nseed: int = 0")
     with pytest.raises(ValueError, match="unknown parameter 'laeyrs': did you mean 'layers'"):
         plan(given={"laeyrs": "2"})
+    with pytest.raises(ValueError, match=r"unknown parameter 'xyz'\. Known: layers, seed$"):
+        plan(given={"xyz": "2"})
 
 
 def test_notebooks_are_found_by_name_number_and_path(write: Write, tmp_path: Path) -> None:
@@ -171,6 +179,9 @@ def test_presets_lie_below_what_is_given(write: Write) -> None:
     presets = one.with_name("presets.yaml")
     presets.write_text("01_one:\n  quick: {k: 2, n: 3}\n  paper: {k: 9}\n")
     assert plan(given={"n": "4"}, preset="quick") == {one: {"k": 2, "n": 4}, two: {}}
+    assert plan(["01"], preset="quick") == {one: {"k": 2, "n": 3}}
+    with pytest.raises(ValueError, match=r"02_two\.ipynb has no preset 'quick'"):
+        plan(["01", "02"], preset="quick")
     with pytest.raises(ValueError, match="unknown preset 'quik': did you mean 'quick'"):
         plan(preset="quik")
     presets.write_text("01_one:\n  quick: {kk: 2}\n")

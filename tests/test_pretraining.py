@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from flowhelpers.pretraining import (
     train_tokenizer,
 )
 from flowhelpers.sources import is_held_out
+from flowhelpers.texts import passages
 
 RECIPE = ModelRecipe(
     sources={"letters.txt": 3.0, "numbers.txt": 1.0},
@@ -158,7 +160,7 @@ def test_a_new_model_is_seeded_and_its_post_norms_are_turned_down():
 
 def test_held_out_documents_are_in_no_row_of_training(texts: Path, tmp_path: Path):
     tokenizer, data = prepare(RECIPE, tmp_path, texts)
-    assert (tmp_path / "tokens" / "done").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
     def documents(rows: np.ndarray) -> set[str]:
         text = str(tokenizer.decode(rows[:, 1:].flatten().tolist()))
@@ -186,6 +188,38 @@ def test_rows_are_cut_once_and_then_read(
     assert np.array_equal(first.order, second.order)
 
 
+def test_rows_of_another_recipe_or_other_text_are_refused(texts: Path, tmp_path: Path):
+    mine, work = tmp_path / "texts", tmp_path / "work"
+    shutil.copytree(texts, mine)
+    prepare(RECIPE, work, mine)
+    prepare(replace(RECIPE, layers=9, d_model=32, rows=2), work, mine)  # rows do not hang on it
+    prepare(RECIPE, work, tmp_path)  # nor is the text needed any more
+    with pytest.raises(
+        ValueError, match=r"tokens was begun with .*: context was 16, now 32\. Give an"
+    ):
+        prepare(replace(RECIPE, context=32), work, mine)
+    shares = {name: RECIPE.sources[name] for name in reversed(RECIPE.sources)}
+    with pytest.raises(ValueError, match="begun with another recipe: the order of its keys"):
+        prepare(replace(RECIPE, sources=shares), work, mine)
+    with (mine / "letters.txt").open("a") as file:
+        file.write(" more")
+    with pytest.raises(
+        ValueError, match=r"recipe: text\.letters\.txt was \w{16}, now \w{16}\. Give"
+    ):
+        prepare(RECIPE, work, mine)
+
+
+def test_passages_of_the_package_in_the_text_are_counted(tmp_path: Path):
+    ours = passages()["text"]
+    planted = [f"Before. {ours[7]} After.", ours[9], ours[9], ours[11][:-1]]
+    others = [f"Document {i} follows document {i - 1}." for i in range(400)]
+    (tmp_path / "letters.txt").write_text("<|endoftext|>".join(planted + others))
+    (tmp_path / "numbers.txt").write_text("<|endoftext|>".join(others))
+    assert not any(map(is_held_out, planted))
+    prepare(replace(RECIPE, tokens=100_000), tmp_path, tmp_path)
+    assert json.loads((tmp_path / "tokens" / "passages.json").read_text()) == 2
+
+
 def test_sources_that_cannot_be_told_apart_or_are_too_small_are_named(tmp_path: Path):
     (tmp_path / "texts.txt").write_text("short")
     same = replace(RECIPE, sources={"a/texts.txt": 1.0, "b/texts.txt": 1.0})
@@ -194,6 +228,7 @@ def test_sources_that_cannot_be_told_apart_or_are_too_small_are_named(tmp_path: 
     small = replace(RECIPE, sources={"texts.txt": 1.0})
     with pytest.raises(ValueError, match=r"source 'texts\.txt' gives no row of 16 tokens for"):
         prepare(small, tmp_path / "b", tmp_path)
+    assert not any((tmp_path / "b").iterdir())
 
 
 @pytest.fixture
@@ -220,6 +255,8 @@ def test_a_killed_run_ends_as_one_that_was_not(
     with pytest.raises(KeyboardInterrupt):
         train_model(RECIPE, killed, texts, checkpoint_every=0.0)
     assert not (killed / "model").exists()
+    with pytest.raises(ValueError, match=r"begun with another recipe: tokens was 400, now 800\. G"):
+        train_model(replace(RECIPE, tokens=800), killed, texts)
     resumed = train_model(RECIPE, killed, texts, checkpoint_every=0.0)
     assert asked == [0, 1, 2, 3, 3, 4, 5]
     weights = load_file(whole / "model.safetensors")
@@ -229,6 +266,10 @@ def test_a_killed_run_ends_as_one_that_was_not(
     assert losses[0] == losses[1]
     assert train_model(RECIPE, killed, texts) == resumed
     assert len(asked) == 7
+    with pytest.raises(
+        ValueError, match=r"recipe: d_model was 16, now 32; layers was 2, now 3\. Gi"
+    ):
+        train_model(replace(RECIPE, d_model=32, layers=3), killed, texts)
 
     trained = load_model(str(resumed))
     assert (trained.layers, trained.d_model) == (2, 16)

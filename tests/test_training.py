@@ -58,7 +58,9 @@ def trained(toy: Model, rows: np.ndarray, site: Site, steps: int = 9) -> Any:
 
 def test_a_chunk_feeds_whole_batches(toy: Model):
     assert steps_per_chunk(RECIPE, CONTEXT) == int(0.94 * 4 * 16) // 16 == 3
-    with pytest.raises(ValueError, match="4 rows of 17 tokens do not fill one batch of 640 tokens"):
+    with pytest.raises(
+        ValueError, match="4 rows of 17 tokens do not fill one batch of 640 tokens, but"
+    ):
         steps_per_chunk(replace(RECIPE, batch=640), CONTEXT)
 
 
@@ -193,21 +195,36 @@ def test_a_killed_run_ends_as_one_that_was_not(
     killed = tmp_path / "killed"
     with pytest.raises(Killed):
         train_dictionaries(RECIPE, toy, rows, killed, SITES, checkpoint_every=0.0)
-    assert [path.name for path in killed.iterdir()] == ["checkpoint-6"]
+    assert sorted(path.name for path in killed.iterdir()) == ["checkpoint-6", "recipe.json"]
+    with pytest.raises(
+        ValueError, match=r"killed was begun with another recipe: lr was 0\.01, now 1"
+    ):
+        train_dictionaries(replace(RECIPE, lr=1.0), toy, rows, killed, SITES)
     assert len(steps) == 6 * len(SITES)
     resumed = train_dictionaries(RECIPE, toy, rows, killed, SITES, checkpoint_every=0.0)
     assert len(steps) == 12 * len(SITES)
-    assert [path.name for path in killed.iterdir()] == ["dictionaries"]
+    assert sorted(path.name for path in killed.iterdir()) == ["dictionaries", "recipe.json"]
     names = {f"{site.layer}-{site.module}" for site in SITES}
-    assert {path.name for path in resumed.iterdir()} == names | {"training.json"}
+    assert {path.name for path in resumed.iterdir()} == names
     for name in names:
         one, two = (load_file(at / name / "sae_weights.safetensors") for at in (whole, resumed))
         assert one.keys() == two.keys()
         assert all(torch.equal(one[key], two[key]) for key in one), name
         configs = [json.loads((at / name / "cfg.json").read_text()) for at in (whole, resumed)]
         assert configs[0] == configs[1]
-    assert train_dictionaries(RECIPE, toy, rows, killed, SITES) == resumed
+    assert train_dictionaries(RECIPE, toy, rows, killed, SITES[::-1]) == resumed
     assert len(steps) == 12 * len(SITES)
+    for changed, message in (
+        (dict(recipe=replace(RECIPE, k=4, seed=1)), "k was 3, now 4; seed was 0, now 1"),
+        (dict(sites=SITES[:1]), r"sites was .*, now \['0/att'\]"),
+        (dict(origin={"model": "b"}), r"origin\.model was None, now b"),
+    ):
+        asked: dict[str, Any] = dict(recipe=RECIPE, sites=SITES) | changed
+        with pytest.raises(ValueError, match=f"killed was begun with another recipe: {message}"):
+            train_dictionaries(model=toy, rows=rows, folder=killed, **asked)
+    (killed / "recipe.json").unlink()
+    with pytest.raises(ValueError, match=r"was begun, and no recipe\.json says with what recipe"):
+        train_dictionaries(RECIPE, toy, rows, killed, SITES)
 
 
 def test_training_lowers_the_error(toy: Model, rows: np.ndarray, tmp_path: Path):
