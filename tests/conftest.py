@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from flowhelpers.suites import Suite
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_tables(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Match tables are kept in a folder of these tests, not in the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLOWHELPERS_CACHE", str(tmp_path_factory.mktemp("tables")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A hub on the loopback interface, empty at first; write repositories below `hub.root`."""
