@@ -115,7 +115,7 @@ def check_unchanged(record: Path, now: Mapping[str, Any]) -> None:
     if changes:
         raise ValueError(
             f"{record.parent} was begun with another recipe: {'; '.join(changes)}."
-            " Give another folder, or the recipe that it was begun with"
+            " Give another folder, or what it was begun with"
         )
 
 

@@ -101,7 +101,7 @@ def link_pages(pages: Mapping[str, Path]) -> None:
         def linked(found: re.Match[str], page: Path = page) -> str:
             _, file, place, text = found.groups()
             target = pages.get(file.rpartition("/")[2].removesuffix(".ipynb"))
-            if target is None or not file.endswith(".ipynb"):
+            if target is None:
                 return f'<span data-to="{file}{place}">{text}</span>'
             href = quote(Path(os.path.relpath(target, page.parent)).as_posix()) + place
             return f'<a data-to="{file}{place}" href="{href}">{text}</a>'
@@ -163,6 +163,8 @@ def _markdown(source: str) -> str:
         def _math(self, tex: str, display: str) -> str:
             for old, new in TEX.items():
                 tex = tex.replace(old, new)
+            if display == "block":
+                tex = tex.replace(r"\max_", r"\max\limits_")
             try:
                 return VARIANT.sub(_lettered, convert(tex, display=display))
             except Exception:  # a formula beyond the converter is shown as it was written
@@ -219,7 +221,7 @@ def _section(root: Path, entry: Mapping[str, Any]) -> str:
 
 def _results(path: Path) -> str:
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return _table([(escape(key).replace("_", " "), _shown(item)) for key, item in results.items()])
+    return _table([(_named(key), _shown(item)) for key, item in results.items()])
 
 
 def _files(root: Path, folder: Path) -> str:
@@ -247,8 +249,12 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     if isinstance(value, dict):
-        rows = [(escape(str(key)).replace("_", " "), _shown(item)) for key, item in value.items()]
+        rows = [(_named(key), _shown(item)) for key, item in value.items()]
         if all(isinstance(item, (int, float)) for item in value.values()) and len(rows) > 1:
-            return " · ".join(f"{key} {item}" for key, item in rows)
+            return " · ".join(f"{key}: {item}" for key, item in rows)
         return _table(rows)
     return escape(value if isinstance(value, str) else json.dumps(value))
+
+
+def _named(key: str) -> str:
+    return escape(key.replace("_", " ") if key.islower() else key)

@@ -21,7 +21,6 @@ from flowhelpers.pretraining import (
     ModelRecipe,
     TokenData,
     passages_in,
-    prepare,
     read_rows,
     reading_order,
     token_rows,
@@ -119,16 +118,16 @@ def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     _known(content, KEYS, str(path))
+    content = {key: value for key, value in content.items() if value is not None}
     for key in ("name", "sources"):
         if key not in content:
             raise ValueError(f"{path}: the key {key!r} is missing")
-    content = {key: value for key, value in content.items() if value is not None}
     for key in ("name", "about"):
         if not isinstance(content.get(key, ""), str):
             raise ValueError(f"{path}: {key} is {content[key]!r}, expected a text")
     for key in ("licences", "exceptions"):
         _mapping(content.get(key, {}), f"{path}: {key}")
-    sources = _shares(content.get("sources"), f"{path}: sources")
+    sources = _shares(content["sources"], f"{path}: sources")
     model = _filled(ModelRecipe, content.get("model", {}), f"{path}: model", sources=sources)
     _check_heads(model, f"{path}: model")
 
@@ -239,9 +238,12 @@ def usable_device(name: str) -> str:
     """
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     here = ["cpu", *(["cuda", *gpus] if gpus else [])]
-    if name not in ("auto", *here):
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    if name == "auto":
+        return "cuda" if gpus else "cpu"
+    if name not in here:
         raise ValueError(f"torch finds no device {name!r} on this machine{suggestion(name, here)}")
-    return here[min(1, len(gpus))] if name == "auto" else name
+    return name
 
 
 def train_suite(
@@ -273,8 +275,6 @@ def train_suite(
     """
     settings = read_recipe(Path(recipe) if recipe else FLOWLET)
     device = usable_device(device)
-    for name in settings.sources:
-        load_source(name, text)
     work = folder / "training"  # kept, so that a second call finds what is done
     try:
         groups = _train(settings, folder, text, model, device)
@@ -306,6 +306,7 @@ def _train(
             "sources": settings.sources,
             "context": m.context,
             "tokens": settings.most_tokens,
+            "seed": settings.dictionaries.seed,
             "text": digests(settings.sources, text),
         }
     groups = settings.groups(sites)
@@ -313,7 +314,7 @@ def _train(
         check_begun(numbers, work / group, at, origin)
     if loaded is None:
         model = str(train_model(m, work, text, device))
-        data = prepare(m, work, text)[1].train
+        data = read_rows(m, work)[1].train
         loaded = load_model(model, device)
     else:
         data = _rows_for(loaded, settings, text, work)
@@ -420,9 +421,9 @@ def _rows_for(
 ) -> dict[str, np.ndarray]:
     total = sum(settings.sources.values())
     rows, seen = {}, set()
-    for name, share in settings.sources.items():
-        budget = int(7 * settings.most_tokens * share / total)
-        documents = load_source(name, text).train(settings.dictionaries.seed, budget)
+    for name, source in [(name, load_source(name, text)) for name in settings.sources]:
+        budget = int(7 * settings.most_tokens * settings.sources[name] / total)
+        documents = source.train(settings.dictionaries.seed, budget)
         seen |= passages_in(documents)
         rows[name] = token_rows(documents, model.tokenizer, settings.model.context)
     work.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,11 @@ def test_letters_of_formulae_are_unicodes_own(tmp_path: Path, tex: str, drawn: s
     assert set(re.findall(r'mathvariant="(.*?)"', formula)) <= {"normal"}
 
 
+def test_what_a_maximum_is_taken_over_stands_below_it(tmp_path: Path) -> None:
+    page = page_of(tmp_path / "run", "$$\\arg\\max_k x$$").read_text("utf-8")
+    assert re.search(r"<munder><mo>max</mo><mi>k</mi></munder>", page)
+
+
 def test_links_lead_to_pages_of_the_run_or_are_plain_text(tmp_path: Path) -> None:
     text = (
         "[two](02_two.ipynb#a-place) [gone](09_gone.ipynb) [*read*](../README.md)"
@@ -77,7 +82,7 @@ def test_results_are_rounded_and_laid_out(tmp_path: Path) -> None:
         "feature": "4/res/<17>",
         "found": ["res", 0.50001],
         "nothing": None,
-        "nested": {"first": {"a": 1, "b": 2.5}, "second": "x"},
+        "nested": {"the_first": {"a": 1, "W_O": 2.5}, "second": "x"},
     }
     folder = tmp_path / "run"
     folder.mkdir()
@@ -87,14 +92,14 @@ def test_results_are_rounded_and_laid_out(tmp_path: Path) -> None:
     page = (tmp_path / "index.html").read_text("utf-8")
     rows = dict(re.findall(r"<tr><th>([^<]*)</th><td>([^<]*)</td></tr>", page))
     assert rows == {
-        "share above chance": "res 0.949 · mlp 0.368 · att 0.333",
+        "share above chance": "res: 0.949 · mlp: 0.368 · att: 0.333",
         "count": "1234",
         "score": "-0.000123",
         "large": "123,457",
         "feature": "4/res/&lt;17&gt;",
         "found": "res, 0.5",
         "nothing": "null",
-        "first": "a 1 · b 2.5",
+        "the first": "a: 1 · W_O: 2.5",
         "second": "x",
     }
     assert "<th>nested</th><td><table>" in page

@@ -86,6 +86,7 @@ def test_the_recipe_of_flowlet_is_that_of_its_file():
         ({"sources": {}}, "sources: there is none, expected names, each with its share"),
         ({"sources": 5}, "sources: expected keys and values, got 5"),
         ({"name": 5}, "name is 5, expected a text"),
+        ({"about": ["a"]}, r"about is \['a'\], expected a text"),
         ({"licences": ["MIT"]}, r"licences: expected keys and values, got \['MIT'\]"),
         ({"model": {"layers": 0}}, "model: layers is 0, expected 1 or more"),
         ({"model": {"vocab_size": 99}}, "model: vocab_size is 99, expected 260 or more"),
@@ -123,6 +124,15 @@ def test_the_recipe_of_flowlet_is_that_of_its_file():
 def test_a_broken_recipe_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         read_recipe(write(tmp_path, change))
+
+
+def test_a_key_that_is_empty_is_missing(tmp_path: Path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("name:\nsources: {a: 1}\n")
+    with pytest.raises(ValueError, match="the key 'name' is missing"):
+        read_recipe(path)
+    path.write_text("name: a\nsources: {a: 1}\nlicences:\nmodel:\n")
+    assert read_recipe(path).model.layers == 8
 
 
 @pytest.mark.parametrize("content", ["name: [", "a: b: c", b"\xff\xfe", "- 1", ""])
@@ -172,7 +182,8 @@ def test_a_recipe_trains_a_suite_that_loads(
     words = suite.model.tokenizer.decode(rows[0, 1:].tolist()).split("<eos>")
     assert is_held_out(words[1]) or len(words) < 3
     before = (folder / "model" / "model.safetensors").read_bytes()
-    train_suite(folder, text, write(tmp_path, {}))  # finished: nothing is done twice
+    (tmp_path / "texts.txt").unlink()
+    train_suite(folder, text, write(tmp_path, {}))  # finished: nothing is done or read twice
     assert (folder / "model" / "model.safetensors").read_bytes() == before
     with pytest.raises(FileNotFoundError, match=r"no recipe\.json in .*suite: expected the folder"):
         held_out_rows(folder)
@@ -297,6 +308,17 @@ def test_dictionaries_are_trained_for_a_model_that_is_there(
     assert set(suite.dictionaries) == set(suite.model.sites())
     ours, theirs = (path / "model.safetensors" for path in (folder / "model", toy_folder))
     assert ours.read_bytes() == theirs.read_bytes()
+    with pytest.raises(ValueError, match=r"origin\.model was \w{16}, now this recipe's"):
+        train_suite(folder, text, write(tmp_path, {}))
+    assert not (folder / "training" / "model").exists()  # refused before hours are spent on one
+    shutil.copytree(toy_folder, tmp_path / "other")
+    (tmp_path / "other" / "new").write_text("")
+    with pytest.raises(ValueError, match=r"origin\.model was \w{16}, now \w{16}\. Give another"):
+        train_suite(folder, text, write(tmp_path, {}), model=str(tmp_path / "other"))
+    with (text / "texts.txt").open("a") as file:
+        file.write("more")
+    with pytest.raises(ValueError, match=r"origin\.text\.texts\.txt was \w{16}, now \w{16}\. Give"):
+        train_suite(folder, text, write(tmp_path, {}), model=str(toy_folder))
 
 
 def test_dictionaries_are_trained_for_a_model_of_the_hub(

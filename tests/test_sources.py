@@ -9,6 +9,8 @@ from hub import Hub
 from flowhelpers.sources import (
     HELD_OUT_PERCENT,
     Documents,
+    digests,
+    hub_documents,
     is_held_out,
     load_source,
     pydoc_topics,
@@ -80,7 +82,7 @@ def test_a_source_is_looked_up_in_the_folder_first(tmp_path: Path, monkeypatch: 
     assert next(load_source("a.txt").pairs())[0] == "outside"
     assert next(load_source("a.txt", tmp_path / "texts").pairs())[0] == "inside"
     with pytest.raises(
-        FileNotFoundError, match=r"no text source 'b\.txt': .*\(looked in .*texts\)"
+        FileNotFoundError, match=r"no text source 'b\.txt': .*texts\).*did you mean 'a\.txt'"
     ):
         load_source("b.txt", tmp_path / "texts")
 
@@ -88,6 +90,26 @@ def test_a_source_is_looked_up_in_the_folder_first(tmp_path: Path, monkeypatch: 
 def test_a_dataset_of_the_hub_is_a_source(hub_here: Hub, paper_datasets: dict[str, list[str]]):
     source = load_source("roneneldan/TinyStories")
     assert {text for _, text in source.pairs()} == set(paper_datasets["tinystories"])
+    with pytest.raises(ValueError, match="has no column 'txt'; did you mean 'text'"):
+        list(hub_documents("roneneldan/TinyStories", column="txt"))
+    with pytest.raises(ValueError, match="cannot read the dataset roneneldan/None, split 'train'"):
+        list(hub_documents("roneneldan/None"))
+
+
+def test_the_digest_of_a_source_hangs_on_its_content_alone(tmp_path: Path):
+    for place in ("here", "there"):
+        (tmp_path / place / "folder").mkdir(parents=True)
+        (tmp_path / place / "a.txt").write_text("one")
+        (tmp_path / place / "folder" / "b.txt").write_text("two")
+    names = ["a.txt", "folder", "stdlib", "owner/name"]
+    here, there = (digests(names, tmp_path / place) for place in ("here", "there"))
+    assert here == there
+    assert set(here) == {"a.txt", "folder"}
+    (tmp_path / "there" / "folder" / "b.txt").rename(tmp_path / "there" / "folder" / "c.txt")
+    (tmp_path / "there" / "a.txt").write_text("six")
+    changed = digests(names, tmp_path / "there")
+    assert changed["folder"] != here["folder"]
+    assert changed["a.txt"] != here["a.txt"]
 
 
 def test_the_interpreters_own_texts_have_keys_and_no_tests():
