@@ -132,7 +132,7 @@ def by_permutation(
     folded: bool = False,
     device: str | None = None,
 ) -> Match:
-    """One to one, so that the sum of products is highest (SAE Match; the paper's appendix A5).
+    """One to one, so that the sum of products is highest (SAE Match; paper 3.1).
 
     The predecessor of target j is the source i that the permutation sends there: P[i, j] = 1
     (CHOICES 15). The assignment is exact. Of dictionaries of unlike width, the larger keeps

@@ -2,7 +2,7 @@
 
 A match is an edge from a source feature to a target feature that lies later in the stream:
 R_{L-1}, M_L or A_L to R_L. It is `backward` where the target chose its best sources, `forward`
-where the source chose its best targets (paper 3.2 and 3.3; DOSSIER A11).
+where the source chose its best targets (paper 3.2 and 3.3).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -77,7 +77,7 @@ def match_table(
         k: Matches kept for each feature and pair of sites; for `random`, how many are drawn from.
         seed: Seed of the null and of `random`.
         method: `cosine` of directions (top-k, paper 3.2); `random`, one of the k of highest cosine
-            (paper A.2); `permutation`, one to one by SAE Match (paper A5, CHOICES 15); `pearson`,
+            (paper A.2); `permutation`, one to one as in SAE Match (paper 3.1, CHOICES 15); `pearson`,
             correlation of activations over `texts` (paper C.4, CHOICES 14).
         weights: For `permutation`: match decoders alone, or encoders and their biases as well.
         folded: For `permutation`: fold thresholds into the weights first (CHOICES 16).
@@ -336,21 +336,23 @@ def youden_thresholds(occurrences: "pd.DataFrame") -> dict[tuple[int, str], floa
     return cuts
 
 
-def transition(matches: Matches, sources: int) -> Tensor:
-    """The transition matrix T of the paper's 3.2: which sources each target matches.
+def transition(matches: Matches, width: int) -> Tensor:
+    """The transition matrix T of the paper's 3.2: a one for each match.
 
-    Top-k is taken per row of the target (CHOICES 29); a cosine that is not above zero is no match.
+    Top-k is taken for each row, and a cosine that is not above zero is no match. Rows are features
+    of the side that chose: of the target for `backward` matches, as in the paper's 3.2, and of the
+    source for `forward` ones, as in its appendix F, where ẑ = z·T (CHOICES 29).
 
     Args:
-        matches: The matches, `[targets, k]`.
-        sources: Number of source features.
+        matches: The matches, `[rows, k]`.
+        width: Number of features of the other side.
 
     Returns:
-        A sparse matrix of ones, `[targets, sources]`.
+        A sparse matrix, `[rows, width]`.
     """
     rows, ranks = torch.nonzero(matches.indices >= 0, as_tuple=True)
     places = torch.stack([rows, matches.indices[rows, ranks]])
-    shape = (len(matches.indices), sources)
+    shape = (len(matches.indices), width)
     return torch.sparse_coo_tensor(places, torch.ones(len(rows)), shape, check_invariants=False)
 
 
