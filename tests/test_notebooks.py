@@ -1003,11 +1003,11 @@ def test_a_feature_that_is_switched_off_is_off_and_one_that_was_off_changes_noth
 
 def test_arithmetic_is_what_the_encoder_would_read_less(start: Executed) -> None:
     trials, chosen = start.table("deactivation"), parse_feature(start.results["feature"])
-    reader = tensors_of(chosen.layer, "res")
+    reads = sae(chosen.layer, "res").W_enc[:, chosen.index].detach().double()
     for row in trials[trials["trial"] != "all matches"].to_dict("records"):
         gone = parse_feature(row["switched_off"])
-        written = row["own_before"] * tensors_of(gone.layer, gone.module)["W_dec"][gone.index]
-        expected = row["before"] - written.double() @ reader["W_enc"][:, chosen.index].double()
+        writes = sae(gone.layer, gone.module).W_dec[gone.index].detach().double()
+        expected = row["before"] - row["own_before"] * writes @ reads
         assert row["by_arithmetic"] == pytest.approx(max(expected.item(), 0), rel=1e-3, abs=1e-3)
 
 
