@@ -4,13 +4,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowhelpers.features import MODULES, FeatureId, parse_feature, suggestion
-from flowhelpers.files import read_json, write_json
 from flowhelpers.matching import check_threshold, classify, scores
 
 if TYPE_CHECKING:
@@ -19,8 +17,7 @@ if TYPE_CHECKING:
 
     from flowhelpers.suites import Suite
 
-FORMAT = "flowhelpers flow graph, version 1"
-LANES = ("att", "res", "mlp")  # in Neuronpedia's viewer each stands where a token would
+LANES = ("att", "res", "mlp")  # from top to bottom
 
 
 @dataclass(frozen=True)
@@ -356,99 +353,6 @@ def turns(graph: FlowGraph) -> "pd.DataFrame":
     return chain.assign(turned_by=nearest)[turned & chain["s_res"].notna().to_numpy()]
 
 
-def save_graph(graph: FlowGraph, path: Path) -> None:
-    """Write a graph as a JSON file, whole or not at all."""
-    record = {
-        "format": FORMAT,
-        "suite": graph.suite,
-        "seeds": list(graph.seeds),
-        "choices": dict(graph.choices),
-        "nodes": _records(graph.nodes),
-        "edges": _records(graph.edges),
-    }
-    write_json(path, record)
-
-
-def load_graph(path: Path) -> FlowGraph:
-    """Read a graph that `save_graph` wrote.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no flow graph of this version.
-    """
-    import pandas as pd
-
-    try:
-        record = read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        given = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{path} holds {given!r}: expected {FORMAT!r}")
-    nodes = pd.DataFrame(record["nodes"])
-    for module in MODULES:
-        for kind in ("s", "null", "high"):
-            nodes[f"{kind}_{module}"] = nodes[f"{kind}_{module}"].astype(float)
-    edges = pd.DataFrame(record["edges"], columns=EDGE_COLUMNS)
-    edges["margin"] = edges["margin"].astype(float)
-    return FlowGraph(record["suite"], tuple(record["seeds"]), record["choices"], nodes, edges)
-
-
-def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) -> dict[str, Any]:
-    """The graph in the JSON of circuit-tracer and of Neuronpedia's graph viewer.
-
-    A flow has no tokens. In their place stand the three modules, so that the viewer draws a lane
-    for each. Every residual chain is a supernode, named by its seed; labels are `clerp`.
-
-    Args:
-        graph: The graph.
-        slug: A name of letters, digits and hyphens.
-        model: Neuronpedia's name of the model, to find features by; the suite's unless given.
-    """
-    nodes = {
-        row["feature"]: {
-            "node_id": f"{row['layer']}_{row['index']}_{LANES.index(row['module'])}",
-            "feature": _cantor(row["layer"], row["index"]),
-            "layer": str(row["layer"]),
-            "ctx_idx": LANES.index(row["module"]),
-            "feature_type": "cross layer transcoder",
-            "jsNodeId": f"{row['layer']}_{row['index']}-{LANES.index(row['module'])}",
-            "clerp": row["label"].replace("\n", "; ") or row["feature"],
-        }
-        for row in graph.nodes.to_dict("records")
-    }
-    links = [
-        {
-            "source": nodes[row["source"]]["node_id"],
-            "target": nodes[row["target"]]["node_id"],
-            "weight": float(row["cosine"]),
-        }
-        for row in graph.edges.to_dict("records")
-    ]
-    return {
-        "metadata": {
-            "slug": slug,
-            "scan": model or graph.suite,
-            "transcoder_list": [],
-            "prompt_tokens": list(LANES),
-            "prompt": f"feature flow of {', '.join(graph.seeds)}",
-            "schema_version": 1,
-        },
-        "qParams": {
-            "pinnedIds": [node["node_id"] for node in nodes.values()],
-            "supernodes": [
-                [name, *(nodes[feature]["node_id"] for feature in members)]
-                for name, members in chains(graph).items()
-            ],
-            "linkType": "both",
-            "clickedId": "",
-            "sg_pos": "",
-        },
-        "nodes": list(nodes.values()),
-        "links": links,
-    }
-
-
 def chains(graph: FlowGraph) -> dict[str, list[str]]:
     """For each residual seed, its chain: the residual features that lead to it or that it leads to.
 
@@ -466,14 +370,6 @@ def chains(graph: FlowGraph) -> dict[str, list[str]]:
     return found
 
 
-def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
-    return frame.astype(object).where(frame.notna(), None).to_dict("records")
-
-
-def _cantor(layer: int, index: int) -> int:
-    return (layer + index) * (layer + index + 1) // 2 + index
-
-
 def _node(graph: FlowGraph, feature: FeatureId | str) -> str:
     name = str(parse_feature(str(feature)))
     if name not in set(graph.nodes["feature"]):
@@ -484,102 +380,3 @@ def _node(graph: FlowGraph, feature: FeatureId | str) -> str:
 def _in_order(graph: FlowGraph, features: Iterable[str]) -> list[str]:
     wanted = set(features)
     return [name for name in graph.nodes["feature"] if name in wanted]
-
-
-def lifespans(
-    table: "pd.DataFrame", t_res: float | None = None, mutual: bool = False
-) -> "pd.DataFrame":
-    """How long every residual feature lives: the run of layers whose joining matches are high.
-
-    A step back goes to a feature's best match, a step on to the feature whose best match the next
-    layer holds for it, as in a flow graph. A step is high if its score is at least `t_res`, or
-    above the null's quantile if `t_res` is not given.
-
-    Args:
-        table: A match table.
-        t_res: The score that a step has to have.
-        mutual: Whether each of the two has to be the other's best match as well.
-
-    Returns:
-        One row a feature: `layer`, `feature`, `first` and `last` layer of its run, and `layers`,
-        their number.
-
-    Raises:
-        ValueError: If the threshold is outside [-1, 1].
-    """
-    import pandas as pd
-
-    if t_res is not None:
-        check_threshold(t_res, "t_res")
-    best = table[(table["rank"] == 1) & (table["module"] == "res")]
-    high = best["score"] > best["null"] if t_res is None else best["score"] >= t_res
-    high &= (best["source"] >= 0) & (best["feature"] >= 0)
-    kept = best[high & best["mutual"]] if mutual else best[high]
-    parts = {key: part for key, part in kept.groupby(["layer", "direction"], observed=True)}
-    widths = table[table["direction"] == "backward"].groupby("layer")["feature"].max() + 1
-    layers = sorted(widths.index)
-    first = {layer: np.full(widths[layer], layer) for layer in layers}
-    last = {layer: np.full(widths[layer], layer) for layer in layers}
-    for layer in layers:
-        part = parts.get((layer, "backward"))
-        if part is not None and layer - 1 in first:
-            first[layer][part["feature"]] = first[layer - 1][part["source"]]
-    for layer in reversed(layers):
-        part = parts.get((layer + 1, "forward"))
-        if part is not None and layer + 1 in last:
-            last[layer][part["source"]] = last[layer + 1][part["feature"]]
-    frames = [
-        pd.DataFrame(
-            {
-                "layer": layer,
-                "feature": np.arange(widths[layer]),
-                "first": first[layer],
-                "last": last[layer],
-            }
-        )
-        for layer in layers
-    ]
-    return pd.concat(frames, ignore_index=True).assign(layers=lambda t: t["last"] - t["first"] + 1)
-
-
-def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
-    """What becomes of features from layer to layer, over the whole model.
-
-    Args:
-        table: A match table.
-
-    Returns:
-        One row a layer: `features`; the share of each class of the paper's 3.3; `born_mlp` and
-        `born_att`, the share of newborn features whose module is nearest; `dies`, the share whose
-        best match on is no higher than chance (missing at the last layer); `mutual`, the share of
-        best matches back that are mutual; `sources`, how many features of the layer before are
-        anybody's best match, as a share; and `largest_funnel`, how many features share one.
-    """
-    import pandas as pd
-
-    best = table[(table["rank"] == 1) & (table["source"] >= 0) & (table["feature"] >= 0)]
-    records = []
-    for layer, part in classify(scores(table)).groupby("layer"):
-        record = {"layer": layer, "features": len(part)}
-        record |= part["class"].value_counts(normalize=True).to_dict()
-        new = part[part["class"] == "newborn"]
-        mlp, att = (new.get(f"s_{name}", new["layer"] * 0.0 - 1) for name in ("mlp", "att"))
-        record["born_mlp"] = float((mlp >= att).sum() / len(part))
-        record["born_att"] = float((mlp < att).sum() / len(part))
-        on = best[(best["layer"] == layer + 1) & (best["module"] == "res")]
-        on = on[on["direction"] == "forward"]
-        if len(on):
-            record["dies"] = 1 - float((on["score"] > on["null"]).sum() / len(part))
-        back = best[(best["layer"] == layer) & (best["module"] == "res")]
-        ahead = back[back["direction"] == "forward"]
-        back = back[back["direction"] == "backward"]
-        if len(back):
-            counts = back["source"].value_counts()
-            record |= {
-                "mutual": float(back["mutual"].sum() / len(part)),
-                "sources": len(counts) / max(len(ahead), 1),
-                "largest_funnel": int(counts.iloc[0]),
-            }
-        records.append(record)
-    columns = ["translated", "processed", "newborn", "unexplained"]
-    return pd.DataFrame(records).fillna(dict.fromkeys(columns, 0.0))

@@ -77,8 +77,8 @@ def match_table(
         k: Matches kept for each feature and pair of sites; for `random`, how many are drawn from.
         seed: Seed of the null and of `random`.
         method: `cosine` of directions (top-k, paper 3.2); `random`, one of the k of highest cosine
-            (paper A.2); `permutation`, one to one as in SAE Match (paper 3.1, CHOICES 15); `pearson`,
-            correlation of activations over `texts` (paper C.4, CHOICES 14).
+            (paper A.2); `permutation`, one to one as in SAE Match (paper 3.1, CHOICES 15);
+            `pearson`, correlation of activations over `texts` (paper C.4, CHOICES 14).
         weights: For `permutation`: match decoders alone, or encoders and their biases as well.
         folded: For `permutation`: fold thresholds into the weights first (CHOICES 16).
         texts: For `pearson`: the text sample.

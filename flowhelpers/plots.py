@@ -250,7 +250,7 @@ def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
 
 
 def classes_by_layer(table: pd.DataFrame, subtitle: str) -> go.Figure:
-    """The shares of the four classes at each layer (as `flow.flow_by_layer` gives), as bars."""
+    """The shares of the four classes at each layer (as `lifespans.flow_by_layer` gives), as bars."""
     figure = _dress(go.Figure(), "What features are, by layer", subtitle, 380)
     for name, colour in CLASS_COLOURS.items():
         hover = "layer %{x}: %{y:.1%}<extra>%{fullData.name}</extra>"
@@ -264,7 +264,7 @@ def classes_by_layer(table: pd.DataFrame, subtitle: str) -> go.Figure:
 def births_and_deaths(table: pd.DataFrame, subtitle: str) -> go.Figure:
     """The shares of features that are born at each layer, by module, and that end there.
 
-    The table is as `flow.flow_by_layer` gives.
+    The table is as `lifespans.flow_by_layer` gives.
     """
     figure = _dress(go.Figure(), "Births and deaths of features, by layer", subtitle, 380)
     looks = {
@@ -282,7 +282,7 @@ def births_and_deaths(table: pd.DataFrame, subtitle: str) -> go.Figure:
 def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
     """How many features begin at a layer and end at another, in colours by the logarithm.
 
-    The table is as `flow.lifespans` gives; a run of layers is counted once, where it begins.
+    The table is as `lifespans.lifespans` gives; a run of layers is counted once, where it begins.
     """
     begun = lifespans[lifespans["layer"] == lifespans["first"]]
     layers = sorted(lifespans["layer"].unique())

@@ -18,19 +18,16 @@ from flowhelpers.flow import (
     ancestors,
     chains,
     descendants,
-    flow_by_layer,
     flow_graph,
     labelled,
     lifespan,
-    lifespans,
-    load_graph,
     merged,
     path,
-    save_graph,
-    to_attribution_graph,
     to_networkx,
     turns,
 )
+from flowhelpers.graph_files import load_graph, save_graph, to_attribution_graph
+from flowhelpers.lifespans import flow_by_layer, lifespans
 from flowhelpers.matching import match_table
 from flowhelpers.suites import Suite
 

@@ -615,6 +615,25 @@ def test_the_permutation_is_the_best_pairing_and_agreement_counts_it(
         assert compare.loc[(method, "res"), "sources used"] == 1.0
 
 
+def test_mutual_matches_stand_beside_chance_at_every_place(executed: dict[str, Executed]) -> None:
+    table = executed["01_matching"].table("trust_by_chance")
+    assert table["matches"].tolist() == ["found", "chance"] * 3
+    found = table[table["matches"] == "found"].set_index("place")
+    chance = table[table["matches"] == "chance"].set_index("place")
+    for layer, module in ((3, "res"), (4, "mlp"), (4, "att")):
+        cosines = decoder(4, "res") @ decoder(layer, module).T
+        on, back = cosines.argmax(dim=0), cosines.argmax(dim=1)
+        mutual = (on[back] == torch.arange(len(back))).double().mean().item()
+        best = cosines.topk(2, dim=1).values
+        margin = (best[:, 0] - best[:, 1]).quantile(0.5, interpolation="lower").item()
+        row = found.loc[f"{layer}/{module}"]
+        assert row["mutual"] == pytest.approx(mutual, abs=0.002)
+        assert row["median margin"] == pytest.approx(margin, abs=1e-5)
+        n, m = cosines.shape
+        assert row["features"] == m
+        assert chance.loc[f"{layer}/{module}", "mutual"] == pytest.approx(m / (n + m - 1), abs=0.1)
+
+
 def test_matchers_are_compared_by_what_each_found(executed: dict[str, Executed]) -> None:
     compare = executed["01_matching"].table("matchers").set_index(["method", "module"])
     for module in ("res", "mlp", "att"):

@@ -21,7 +21,7 @@ def test_the_numbers_are_those_that_the_paper_prints():
     assert sorted(TABLE_5_SCORES.values()) == [0.30, 0.48, 0.79, 0.82]
 
 
-def planted(wrong: int | None = None, **options: float) -> FlowGraph:
+def planted(wrong: int | None = None, t_mlp: float = 0.25, t_res: float | None = None) -> FlowGraph:
     """The graph of Table 5; at the layer `wrong` another feature is the match on both sides."""
     scores = {f"{source} {target}": score for (source, target), score in TABLE_5_SCORES.items()}
     chain = [index + (layer == wrong) for layer, index in enumerate(TABLE_5_RES)]
@@ -42,7 +42,7 @@ def planted(wrong: int | None = None, **options: float) -> FlowGraph:
     sites = (Site(layer, module) for layer in range(26) for module in ("res", "mlp", "att"))
     suite = toys.bare_suite({site: torch.zeros(WIDTH, 1) for site in sites}, layers=26)
     suite = dataclasses.replace(suite, row=dataclasses.replace(suite.row, name="gemma-2-2b"))
-    return flow_graph(suite, "24/res/14548", table, **({"t_mlp": 0.25} | options))
+    return flow_graph(suite, "24/res/14548", table, t_mlp=t_mlp, t_res=t_res)
 
 
 def test_every_node_and_score_of_the_table_is_found():

@@ -4,8 +4,8 @@
 
 On a CPU the times are those of one target dictionary against one source, each the best of
 `--repeats`, by turns so that a busy machine slows all alike. faiss is timed if it is installed
-(`pip install -e '.[bench]'`). With a GPU, all maps of a suite of Gemma 2 2B's shape (26 layers, three
-sites) are made in one go, beside the bare bfloat16 products.
+(`pip install -e '.[bench]'`). With a GPU, all maps of a suite of Gemma 2 2B's shape (26 layers,
+three sites) are made in one go, beside the bare bfloat16 products.
 """
 
 import argparse
