@@ -250,7 +250,7 @@ def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
 
 
 def classes_by_layer(table: pd.DataFrame, subtitle: str) -> go.Figure:
-    """The shares of the four classes at each layer (as `lifespans.flow_by_layer` gives), as bars."""
+    """The shares of the four classes by layer (as `lifespans.flow_by_layer` gives), as bars."""
     figure = _dress(go.Figure(), "What features are, by layer", subtitle, 380)
     for name, colour in CLASS_COLOURS.items():
         hover = "layer %{x}: %{y:.1%}<extra>%{fullData.name}</extra>"

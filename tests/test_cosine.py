@@ -178,8 +178,10 @@ def draw(rng: np.random.Generator) -> tuple[Tensor, Tensor, int]:
     target[some(targets)[:2]] = 0
     source *= np.exp(rng.normal(size=(sources, 1)))
     dtype = rng.choice(np.array(["float32", "float64", "float16"]))
-    both = (torch.from_numpy(side).to(getattr(torch, str(dtype))) for side in (target, source))
-    return (*both, int(rng.integers(1, min(12, sources) + 1)))
+    first, second = (
+        torch.from_numpy(side).to(getattr(torch, str(dtype))) for side in (target, source)
+    )
+    return first, second, int(rng.integers(1, min(12, sources) + 1))
 
 
 DTYPES = (torch.float32, torch.bfloat16)

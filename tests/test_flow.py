@@ -1,6 +1,7 @@
 """A flow graph is the planted chain, from whichever of its nodes it is built."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
