@@ -267,4 +267,4 @@ top_k_cosine(a, b, 5, memory=64 * 2**20)
 print(max(seen) - seen[0])
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 8 < float(found.stdout) < 64  # MiB; all cosines would be 1.2 GiB, the sources alone 78
+    assert 1 < float(found.stdout) < 64  # MiB; all cosines would be 1.2 GiB, the sources alone 78
