@@ -17,7 +17,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-DEV, BENCH = (PROJECT["optional-dependencies"][name] for name in ("dev", "bench"))
+DEV = PROJECT["optional-dependencies"]["dev"]
 LARGEST = 1_000_000  # bytes
 LARGE = {"flowhelpers/data/flowlet/model/model.safetensors"}
 OURS = {"flowhelpers", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
@@ -93,7 +93,7 @@ def test_an_import_that_is_not_declared_is_found():
 
 @pytest.mark.parametrize(
     ("folder", "requirements"),
-    [("flowhelpers", PROJECT["dependencies"]), ("tests", PROJECT["dependencies"] + DEV + BENCH)],
+    [("flowhelpers", PROJECT["dependencies"]), ("tests", PROJECT["dependencies"] + DEV)],
 )
 def test_whatever_the_code_imports_is_declared(folder: str, requirements: list[str]):
     names = [name for name in tracked() if name.startswith(f"{folder}/") and name.endswith(".py")]
