@@ -33,7 +33,8 @@ class FlowGraph:
             best predecessor `from_res` …, its score `s_res` …, the null's quantile `null_res` …
             and the threshold `high_res` … that the class goes by. What does not exist is missing.
         edges: One row a match, from `source` to `target`: `module` (of the source), `direction`
-            (which side chose it), `rank`, `cosine`, `margin`, `mutual`, `null`, `null_quantile`.
+            (which side chose it), `rank`, `cosine` (of Pearson matches the correlation), `margin`,
+            `mutual`, `null`, `null_quantile`.
     """
 
     suite: str
