@@ -80,7 +80,7 @@ def test_chosen_sites_are_read_and_the_pass_stops_after_them(planted: Suite):
         found = collect(planted, toys.TEXTS, [Site(0, "mlp"), Site(0, "res")])
     assert list(found.by_site) == [Site(0, "mlp"), Site(0, "res")]
     assert calls == []
-    with pytest.raises(ValueError, match="no dictionary at 7/res in suite"):
+    with pytest.raises(ValueError, match="no layer 7 in suite"):
         collect(planted, toys.TEXTS, [Site(7, "res")])
 
 
