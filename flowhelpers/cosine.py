@@ -204,9 +204,10 @@ def _certified(
     beyond = rough[:, -1].float()
     beyond = beyond + rounding * beyond.abs() + error  # no source that is not listed has more
     certain = (scores[:, -1] > beyond) | (beyond <= 0) | ~target.any(dim=1)
-    again = torch.nonzero(~certain).flatten()
-    if len(again):
-        redone = _certified(target[again], block, product[again], error[again], k, 8 * listed)
+    longer = 8  # times; so many fewer targets at a time keep the memory as it is
+    uncertain = torch.nonzero(~certain).flatten()
+    for again in uncertain.split(max(1, len(target) // longer)) if len(uncertain) else ():
+        redone = _certified(target[again], block, product[again], error[again], k, longer * listed)
         scores[again], places[again] = redone.scores, redone.indices
     return Matches(places, scores)
 

@@ -106,11 +106,12 @@ def flow_graph(
         starts += [seed] if seed.module == "res" else steps.onward(seed)
     reached = dict.fromkeys(starts)
     for go, step in ((backward, steps.back), (forward, steps.onward)):
-        ahead = list(starts)
+        seen, ahead = dict.fromkeys(starts), list(starts)
         while go and ahead:
-            ahead = [node for at in ahead for node in step(at) if node not in reached]
+            ahead = [node for at in ahead for node in step(at) if node not in seen]
             ahead = list(dict.fromkeys(ahead))
-            reached |= dict.fromkeys(ahead)
+            seen |= dict.fromkeys(ahead)
+        reached |= seen
     for node in list(reached):
         for module in ("mlp", "att"):
             reached |= dict.fromkeys(steps.back(node, module))
@@ -324,6 +325,8 @@ def lifespan(
     import networkx
 
     node = _node(graph, feature)
+    if t_res is not None:
+        check_threshold(t_res, "t_res")
     if parse_feature(node).module != "res":
         raise ValueError(f"{node} is not residual: a lifespan is that of a residual feature")
     edges = graph.edges[graph.edges["module"] == "res"]

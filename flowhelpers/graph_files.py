@@ -43,6 +43,9 @@ def load_graph(path: Path) -> FlowGraph:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         given = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{path} holds {given!r}: expected {FORMAT!r}")
+    for key in ("suite", "seeds", "choices", "nodes", "edges"):
+        if key not in record:
+            raise ValueError(f"{path} has no {key!r}: it is no whole flow graph")
     nodes = pd.DataFrame(record["nodes"])
     for module in MODULES:
         for kind in ("s", "null", "high"):

@@ -171,16 +171,18 @@ def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
     for column in ("feature", "label"):
         if column not in table:
             raise ValueError(f"{path} has no column {column!r}{suggestion(column, table.columns)}")
-    problems = []
-    for row, name in enumerate(table["feature"], 1):
+    problems, names = [], []
+    for row, (name, label) in enumerate(zip(table["feature"], table["label"], strict=True), 1):
         try:
-            suite.feature(name)
+            names.append(str(suite.feature(str(name))))
+            if not isinstance(label, str):
+                raise ValueError(f"the label of {name} is {label!r}, expected text")
         except ValueError as error:
             problems.append(f"row {row}: {error}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{path}: " + "; ".join(problems[:3]) + more)
-    table = table[["feature", "label"]].assign(feature=table["feature"].str.replace(" ", ""))
+    table = table[["feature", "label"]].assign(feature=names)
     twice = table["feature"][table["feature"].duplicated()]
     if len(twice):
         raise ValueError(f"{path} labels {twice.iloc[0]} more than once")

@@ -41,6 +41,8 @@ def lifespans(
     kept = best[high & best["mutual"]] if mutual else best[high]
     parts = {key: part for key, part in kept.groupby(["layer", "direction"], observed=True)}
     widths = table[table["direction"] == "backward"].groupby("layer")["feature"].max() + 1
+    sources = table[(table["direction"] == "forward") & (table["module"] == "res")]
+    widths = widths.combine_first(sources.groupby("source_layer")["source"].max() + 1).astype(int)
     layers = sorted(widths.index)
     first = {layer: np.full(widths[layer], layer) for layer in layers}
     last = {layer: np.full(widths[layer], layer) for layer in layers}

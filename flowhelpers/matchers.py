@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowhelpers.cosine import Matches, top_k_cosine
+from flowhelpers.dictionaries import SMALLEST_THRESHOLD
 from flowhelpers.features import Site
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def null_cosines(
     for start in range(0, min(draws, NULL_ROTATIONS * len(rows)), len(rows)):
         some = torch.randperm(len(rows), generator=generator)[: draws - start].to(rows.device)
         # To turn the targets is the same as to turn the source the other way, and less to do.
-        turned.append(rotated(target[rows[some]], seed + len(turned)))
+        turned.append(rotated(target[rows[some]], seed * NULL_ROTATIONS + len(turned)))
     return top_k_cosine(torch.cat(turned), source, device=device).scores[:, 0]
 
 
@@ -156,12 +157,6 @@ def by_permutation(
     needed = 3 * 8 * target.width * source.width
     _check_memory(needed, f"the permutation of {target.site} and {source.site}")
     later, earlier = (_rows(side, weights, folded) for side in (target, source))
-    if later.shape[1] != earlier.shape[1]:
-        raise ValueError(
-            f"the weights of {target.site} and {source.site} have {later.shape[1]} and"
-            f" {earlier.shape[1]} entries a feature: dictionaries that read other spaces can be"
-            " matched by their decoders alone"
-        )
     products = (later.to(device) @ earlier.to(device).T).cpu().numpy()
     ends, starts = (torch.from_numpy(side) for side in linear_sum_assignment(products, True))
     cosines = (target.directions.cpu()[ends] * source.directions.cpu()[starts]).sum(-1)
@@ -185,8 +180,14 @@ def _rows(dictionary: "Dictionary", weights: str, folded: bool) -> Tensor:
     if weights == "decoder" and not folded:
         return dictionary.directions
     found = dictionary.weights(folded)
-    if weights == "decoder":
-        return found.decoder
+    if weights == "decoder":  # in the stream's basis, wherever the dictionary reads
+        sizes = dictionary.norms * dictionary.weights().threshold.clamp(min=SMALLEST_THRESHOLD)
+        return dictionary.directions * sizes[:, None]
+    if dictionary.reads != dictionary.site:
+        raise ValueError(
+            f"{dictionary.site} reads {dictionary.reads}, in a space of its own: dictionaries that"
+            " read other spaces can be matched by their decoders alone"
+        )
     return torch.cat([found.decoder, found.encoder, found.bias[:, None]], dim=1)
 
 
@@ -285,7 +286,7 @@ def _correlated(
             defined,
             (part / count - mean_t[:, None] * mean_s[columns]) / np.where(defined, scale, 1),
             0,
-        )
+        ).clip(-1, 1)
         for part in products
     )
     rows = np.broadcast_to(np.arange(len(columns))[:, None], columns.shape)

@@ -5,6 +5,7 @@ R_{L-1}, M_L or A_L to R_L. It is `backward` where the target chose its best sou
 where the source chose its best targets (paper 3.2 and 3.3).
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,7 +131,9 @@ def match_table(
         if method == "permutation":
             return by_permutation(target, source, weights, folded, device), null
         match = by_cosine(target, source, k, device)
-        return (drawn(match, k, seed) if method == "random" else match), null
+        if method == "random":
+            match = drawn(match, k, _seed_of(seed, target.site, source.site))
+        return match, null
 
     def table_of(layer: int) -> "pd.DataFrame":
         parts = [
@@ -144,6 +147,7 @@ def match_table(
     for layer, pairs in progress(list(layers.items()), "matching"):
         prints = {str(d.site): d.fingerprint for pair in pairs.values() for d in pair}
         key = {"version": TABLE_VERSION, "suite": suite.name, "layer": layer, "sites": prints}
+        key["null"] = (NULL_QUANTILE, NULL_DRAWS)
         tables.append(cached_table("matches", key | choices, lambda at=layer: table_of(at), cache))
     table = pd.concat(tables, ignore_index=True)
     for column in ("method", "direction", "module"):
@@ -160,6 +164,12 @@ def _pairs(suite: "Suite", layer: int) -> "dict[str, tuple[Dictionary, Dictionar
         for module, site in predecessor_sites(target.site).items()
         if site in suite.dictionaries
     }
+
+
+def _seed_of(seed: int, *sites: Site) -> int:
+    """A seed for each pair of sites, so that what is drawn at one says nothing of another."""
+    digest = hashlib.blake2b(f"{seed} {' '.join(map(str, sites))}".encode(), digest_size=6)
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _cosine_null(

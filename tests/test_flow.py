@@ -230,6 +230,28 @@ def test_flows_of_several_seeds_share_their_nodes(suite: Suite, table: pd.DataFr
         merged([])
 
 
+def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
+    # 0/res/0 goes on to 1/res/1, whose own match back is 0/res/1; that one leads to 1/res/0.
+    between = 0.6 * AXES[0] + 0.8 * AXES[1]
+    directions = {"0/res": AXES[:2], "1/res": torch.stack([between, AXES[2]])}
+    directions["2/res"] = between[None]
+    small = bare(directions)
+    table = match_table(small, k=1)
+    seeds = ["0/res/0", "2/res/0"]
+    together = flow_graph(small, seeds, table)
+    apart = merged([flow_graph(small, seed, table) for seed in seeds])
+    assert set(together.nodes["feature"]) == set(apart.nodes["feature"])
+    pairs = [set(zip(g.edges["source"], g.edges["target"], strict=True)) for g in (together, apart)]
+    assert pairs[0] == pairs[1]
+    assert ("0/res/0", "1/res/0") in pairs[0]
+
+
+def test_lifespans_of_residual_dictionaries_alone_begin_at_their_first_layer():
+    small = bare(rising([0.9, 0.8]))
+    found = lifespans(match_table(small, k=1), 0.5)
+    assert found[["layer", "first", "last"]].values.tolist() == [[0, 0, 2], [1, 0, 2], [2, 0, 2]]
+
+
 def test_ancestors_descendants_and_ways_are_those_of_the_chain(suite: Suite, table: pd.DataFrame):
     nodes = nodes_of(2)
     graph = flow_graph(suite, nodes[1], table)

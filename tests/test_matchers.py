@@ -115,8 +115,22 @@ def test_weights_that_cannot_be_compared_are_refused():
     output = AttentionOutput(normal(48, D), None)
     at_z = make_dictionary(Site(1, "att"), wider, D, "planted", output)
     assert by_permutation(later, at_z).forward.indices.min() >= 0
-    with pytest.raises(ValueError, match="of 1/res and 1/att have 65 and 97 entries a feature"):
+    with pytest.raises(ValueError, match="1/att reads 1/z, in a space of its own"):
         by_permutation(later, at_z, "all")
+
+
+@pytest.mark.parametrize("d_z", [D, 48])
+def test_a_folded_dictionary_at_z_is_compared_in_the_stream(d_z: int):
+    # Of the same width as the stream, raw rows at z would be compared without a word.
+    output = AttentionOutput(normal(d_z, D, seed=5), normal(D, seed=6))
+    decoder, threshold = normal(12, d_z, seed=7), torch.linspace(0.5, 2, 12)
+    sae = toys.make_sae(decoder, Site(1, "att"), threshold, hook="blocks.1.attn.hook_z")
+    at_z = make_dictionary(Site(1, "att"), sae, D, "planted", output)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(8))
+    later = dictionary_at(SECOND, output.in_stream(decoder)[order], threshold=threshold[order])
+    for folded in (False, True):
+        match = by_permutation(later, at_z, folded=folded)
+        assert torch.equal(match.backward.indices[:, 0], order)
 
 
 def test_a_permutation_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch):
