@@ -653,7 +653,8 @@ def test_matchers_are_compared_by_what_each_found(executed: dict[str, Executed])
         assert row["sources used"] == pytest.approx(used / (len(at) * cosines(4, module).shape[1]))
         # Drawn from five: the mean of their cosines, and the best of them one time in five.
         five = np.mean([cosines(layer, module).topk(5).values.mean() for layer in at])
-        assert compare.loc[("random", module), "mean cosine"] == pytest.approx(five, abs=5e-3)
+        # A draw of some thousand, whose mean is off by .003 as a rule.
+        assert compare.loc[("random", module), "mean cosine"] == pytest.approx(five, abs=0.015)
     drawn = executed["01_matching"].table("agreement").query("second == 'random'")
     assert drawn["same"].to_numpy() == pytest.approx(np.full(3, 0.2), abs=0.03)
 
