@@ -5,19 +5,15 @@ import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowhelpers.features import FeatureId, Site
+from flowhelpers.model import HOOKS, AttentionOutput
 
-if TYPE_CHECKING:
-    from flowhelpers.model import AttentionOutput
-
-HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "hook_attn_out"}
-Z_HOOK = "attn.hook_z"
 SMALLEST_THRESHOLD = 1e-6
 
 
@@ -140,7 +136,7 @@ class Dictionary:
 
 
 def make_dictionary(
-    site: Site, sae: Any, d_model: int, source: str, output: "AttentionOutput | None" = None
+    site: Site, sae: Any, d_model: int, source: str, output: AttentionOutput | None = None
 ) -> Dictionary:
     """Bring an SAE's decoder to unit directions in the residual basis; note what is wrong with it.
 
@@ -198,10 +194,10 @@ def _thresholds(sae: Any) -> list[Tensor]:
 
 
 def _hooked_site(site: Site, hook: str | None, source: str) -> Site:
-    expected = f"blocks.{site.layer}.{HOOKS[site.module]}"
+    expected = HOOKS[site.module].format(layer=site.layer)
     if hook in (None, expected):
         return site
-    if site.module == "att" and hook == f"blocks.{site.layer}.{Z_HOOK}":
+    if site.module == "att" and hook == HOOKS["z"].format(layer=site.layer):
         return Site(site.layer, "z")
     raise ValueError(
         f"the dictionary for {site} ({source}) was trained at {hook}: expected {expected}"
@@ -214,7 +210,7 @@ def load_folder(
     d_model: int,
     device: str,
     dtype: str,
-    output: "AttentionOutput | None" = None,
+    output: AttentionOutput | None = None,
 ) -> Dictionary:
     """Load a dictionary from a folder in sae-lens's format.
 
@@ -247,7 +243,7 @@ def load_release(
     d_model: int,
     device: str,
     dtype: str,
-    output: "AttentionOutput | None" = None,
+    output: AttentionOutput | None = None,
 ) -> Dictionary:
     """Load a dictionary of a release that sae-lens knows, from the hub or its cache."""
     from sae_lens import SAE

@@ -1,6 +1,5 @@
 """Flow graphs as files: our own, and what the graph viewers of others read."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +35,7 @@ def load_graph(path: Path) -> FlowGraph:
     """
     import pandas as pd
 
-    try:
-        record = read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         given = record.get("format") if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"{path} holds {given!r}: expected {FORMAT!r}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowhelpers.cosine import Matches, top_k_cosine
 from flowhelpers.dictionaries import SMALLEST_THRESHOLD
 from flowhelpers.features import Site
+from flowhelpers.machine import check_memory
 
 if TYPE_CHECKING:
     from flowhelpers.dictionaries import Dictionary
@@ -155,7 +156,7 @@ def by_permutation(
     from scipy.optimize import linear_sum_assignment
 
     needed = 3 * 8 * target.width * source.width
-    _check_memory(needed, f"the permutation of {target.site} and {source.site}")
+    check_memory(needed, f"the permutation of {target.site} and {source.site}")
     later, earlier = (_rows(side, weights, folded) for side in (target, source))
     products = (later.to(device) @ earlier.to(device).T).cpu().numpy()
     ends, starts = (torch.from_numpy(side) for side in linear_sum_assignment(products, True))
@@ -189,16 +190,6 @@ def _rows(dictionary: "Dictionary", weights: str, folded: bool) -> Tensor:
             " read other spaces can be matched by their decoders alone"
         )
     return torch.cat([found.decoder, found.encoder, found.bias[:, None]], dim=1)
-
-
-def _check_memory(needed: int, what: str) -> None:
-    import psutil
-
-    free = psutil.virtual_memory().available
-    if needed > free:
-        raise MemoryError(
-            f"{what} needs {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
-        )
 
 
 def by_pearson(

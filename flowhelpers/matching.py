@@ -264,10 +264,7 @@ def scores(table: "pd.DataFrame") -> "pd.DataFrame":
     wide = best.assign(module=best["module"].astype(str)).pivot(
         index=["layer", "feature"], columns="module", values=["score", "source", "null"]
     )
-    wide.columns = [
-        f"{dict(score='s', source='source', null='null')[kind]}_{module}"
-        for kind, module in wide.columns
-    ]
+    wide.columns = [f"{'s' if kind == 'score' else kind}_{module}" for kind, module in wide.columns]
     return wide.reset_index()
 
 

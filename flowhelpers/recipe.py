@@ -14,6 +14,7 @@ import torch
 
 from flowhelpers.features import MODULES, Site, suggestion
 from flowhelpers.files import check_json, fingerprint, read_json, write_json, write_text
+from flowhelpers.machine import check_device
 from flowhelpers.model import Model, load_model
 from flowhelpers.pretraining import (
     PASSAGES,
@@ -236,13 +237,9 @@ def usable_device(name: str) -> str:
     Raises:
         ValueError: If it has none such.
     """
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    here = ["cpu", *(["cuda", *gpus] if gpus else [])]
-    here += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
-        return "cuda" if gpus else "cpu"
-    if name not in here:
-        raise ValueError(f"torch finds no device {name!r} on this machine{suggestion(name, here)}")
+        return "cuda" if torch.cuda.device_count() else "cpu"
+    check_device(name)
     return name
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowhelpers.features import MODULES, FeatureId, Site, parse_feature, parse_site, suggestion
+from flowhelpers.machine import check_device, check_memory
 
 if TYPE_CHECKING:
     from flowhelpers.dictionaries import Dictionary
@@ -259,8 +260,8 @@ def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") ->
     row = find_suite(name)
     if dtype not in BYTES:
         raise ValueError(f"unknown dtype {dtype!r}{suggestion(dtype, BYTES)}")
-    _check_device(device)
-    _check_memory(row, device, dtype)
+    check_device(device)
+    check_memory(memory_needed(row, dtype), f"suite {row.name}", device, dtype)
 
     from flowhelpers.dictionaries import load_folder, load_release
     from flowhelpers.model import attention_output, load_model
@@ -310,33 +311,3 @@ def _is_network_failure(error: BaseException) -> bool:
 
     kinds = (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError, ConnectionError)
     return isinstance(error, kinds) or "couldn't connect" in str(error)
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        there = ["cpu", *(f"cuda:{n}" for n in range(torch.cuda.device_count()))]
-        there += ["mps"] if torch.backends.mps.is_available() else []
-        raise ValueError(
-            f"device {device!r} is not to be had here{suggestion(device, there)}"
-        ) from error
-
-
-def _check_memory(row: SuiteRow, device: str, dtype: str) -> None:
-    needed = memory_needed(row, dtype)
-    if device.startswith("cuda"):
-        import torch
-
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
-    if needed > free:
-        raise MemoryError(
-            f"suite {row.name} needs {needed / 2**30:.1f} GiB in {dtype} on {device},"
-            f" and {free / 2**30:.1f} GiB are free"
-        )

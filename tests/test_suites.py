@@ -184,7 +184,9 @@ def test_truncated_files_of_a_suite_are_named(
 
 @pytest.mark.parametrize("device", ["cudaa", "cuda:97", "nowhere"])
 def test_a_device_that_is_not_there_is_named(planted_folder: Path, device: str):
-    with pytest.raises(ValueError, match=rf"device '{device}' is not to be had here.*valid: cpu"):
+    with pytest.raises(
+        ValueError, match=rf"torch finds no device '{device}' on this machine.*valid: cpu"
+    ):
         load_suite(planted_folder, device)
 
 

@@ -1,0 +1,46 @@
+"""What this machine has: devices, and memory that is free."""
+
+from flowhelpers.features import suggestion
+
+
+def check_device(name: str) -> None:
+    """Torch finds a device of this name here.
+
+    Raises:
+        ValueError: If it does not; the message names those that there are.
+    """
+    import torch
+
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    if name not in here:
+        raise ValueError(f"torch finds no device {name!r} on this machine{suggestion(name, here)}")
+
+
+def check_memory(needed: int, what: str, device: str = "cpu", dtype: str = "") -> None:
+    """So many bytes are free.
+
+    Args:
+        needed: The bytes.
+        what: What needs them, for the message.
+        device: Where.
+        dtype: In what type, for the message.
+
+    Raises:
+        MemoryError: If they are not; the message has both numbers.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    if needed > free:
+        as_type = f" in {dtype}" if dtype else ""
+        raise MemoryError(
+            f"{what} needs {needed / 2**30:.1f} GiB{as_type} on {device},"
+            f" and {free / 2**30:.1f} GiB are free"
+        )
