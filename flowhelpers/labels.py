@@ -189,38 +189,6 @@ def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
     return table.assign(label_from=path.name)
 
 
-def specificity(
-    occurrences: "pd.DataFrame", activations: FeatureActivations, least: int = 10
-) -> "pd.DataFrame":
-    """Which of the features active in a sentence are strong there and rare elsewhere.
-
-    Args:
-        occurrences: The active residual features of the sentence, as `groups.occurrences` gives.
-        activations: Activations on other texts, for the residual sites that are to be kept.
-        least: Features active at fewer tokens of the other texts are left out.
-
-    Returns:
-        The occurrences at those sites, most specific first, with the columns `often` (share of the
-        other tokens where the feature is active), `of_max` (activation as a share of the highest
-        there, at most 1) and `specific`, which is -log(often) times `of_max`.
-    """
-    import pandas as pd
-
-    parts = []
-    for layer, part in occurrences.groupby("layer"):
-        codes = activations.by_site.get(Site(int(layer), "res"))
-        if codes is None:
-            continue
-        count = codes.getnnz(axis=0)[part["feature"]]
-        highest = codes.max(axis=0).toarray()[0][part["feature"]]
-        part = part.assign(often=count / codes.shape[0], highest=highest)[count >= least]
-        part["of_max"] = (part["activation"] / part.pop("highest")).clip(upper=1)
-        parts.append(part.assign(specific=-np.log(part["often"]) * part["of_max"]))
-    none = occurrences.iloc[:0].assign(often=0.0, of_max=0.0, specific=0.0)
-    found = pd.concat(parts) if parts else none
-    return found.sort_values("specific", ascending=False, kind="stable", ignore_index=True)
-
-
 def subject_scores(
     activations: FeatureActivations, site: Site, on_subject: np.ndarray, counted: np.ndarray
 ) -> "pd.DataFrame":

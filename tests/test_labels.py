@@ -18,7 +18,6 @@ from flowhelpers.features import FeatureId, Site
 from flowhelpers.labels import (
     describe,
     read_labels,
-    specificity,
     subject_scores,
     top_contexts,
     top_tokens,
@@ -168,25 +167,6 @@ def test_a_label_file_that_is_wrong_says_where(
 def test_a_label_file_that_is_not_there_is_named(planted: Suite, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*mine\.csv"):
         read_labels(tmp_path / "mine.csv", planted)
-
-
-def test_specific_features_are_strong_here_and_rare_elsewhere():
-    elsewhere = np.zeros((100, toys.RES), dtype=np.float32)
-    elsewhere[:10, 0] = 2.0  # rare; active at half its highest below
-    elsewhere[:50, 1] = 1.0  # common, at more than its highest
-    elsewhere[:9, 2] = 1.0  # too rare to be known
-    others = toys.planted_activations({SITE: elsewhere.tolist()})
-    here = pd.DataFrame(
-        {"layer": 1, "feature": [1, 0, 2], "token_row": 4, "activation": [3.0, 1.0, 1.0]}
-    )
-    elsewhere_too = here.assign(layer=2)
-    found = specificity(pd.concat([here, elsewhere_too]), others)
-    assert found["feature"].tolist() == [0, 1]
-    assert found["often"].tolist() == pytest.approx([0.1, 0.5])
-    assert found["of_max"].tolist() == [0.5, 1.0]
-    assert found["specific"].tolist() == pytest.approx([-0.5 * np.log(0.1), -np.log(0.5)])
-    assert specificity(here, others, least=9)["feature"].tolist() == [2, 0, 1]
-    assert specificity(elsewhere_too, others).empty
 
 
 def test_subject_scores_are_the_auc_of_mean_activations():
