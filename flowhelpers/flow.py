@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowhelpers.features import MODULES, FeatureId, parse_feature, suggestion
-from flowhelpers.matching import check_threshold, classify, scores
+from flowhelpers.matching import check_threshold, classify, high_module, scores
 
 if TYPE_CHECKING:
     import networkx
@@ -33,7 +33,7 @@ class FlowGraph:
             best predecessor `from_res` …, its score `s_res` …, the null's quantile `null_res` …
             and the threshold `high_res` … that the class goes by. What does not exist is missing.
         edges: One row a match, from `source` to `target`: `module` (of the source), `direction`
-            (which side chose it), `rank`, `cosine` (of Pearson matches the correlation), `margin`,
+            (which side chose it), `rank`, `score` (what the method ranks by), `cosine`, `margin`,
             `mutual`, `null`, `null_quantile`.
     """
 
@@ -96,6 +96,8 @@ def flow_graph(
             check_threshold(limit, f"t_{module}")
     if not 1 <= top_n <= table["rank"].max():
         raise ValueError(f"top_n={top_n}: expected 1 to {table['rank'].max()}, the table's ranks")
+    if (of := table["suite"].iloc[0]) != suite.name:
+        raise ValueError(f"a match table of {of}: expected one of {suite.name}")
     names = [seeds] if isinstance(seeds, (str, FeatureId)) else list(seeds)
     if not names:
         raise ValueError("no seed given: expected a feature, such as 12/res/4230")
@@ -116,29 +118,39 @@ def flow_graph(
         for module in ("mlp", "att"):
             reached |= dict.fromkeys(steps.back(node, module))
     reached |= dict.fromkeys(found)
-    nodes = sorted(reached, key=lambda node: (node.layer, LANES.index(node.module), node.index))
+    nodes = sorted(reached, key=_place)
     edges = pd.DataFrame(steps.edges.values(), columns=EDGE_COLUMNS)
-    order = edges["target"].map({str(node): place for place, node in enumerate(nodes)})
-    edges = edges.assign(order=order).sort_values(["order", "module", "rank"], kind="stable")
     choices = {f"t_{module}": limit for module, limit in limits.items()} | {
         "method": str(table["method"].iloc[0]),
         "top_n": top_n,
         "backward": backward,
         "forward": forward,
+        "high": {f"{layer}/{module}": at for (layer, module), at in (thresholds or {}).items()}
+        or "above the null",
     }
     return FlowGraph(
         suite.name,
         tuple(map(str, found)),
         choices,
         _nodes(nodes, found, classify(scores(table), thresholds)),
-        edges.drop(columns="order").reset_index(drop=True),
+        _sorted_edges(edges),
     )
 
 
 EDGE_COLUMNS = [
     *("source", "target", "module", "direction", "rank"),
-    *("cosine", "margin", "mutual", "null", "null_quantile"),
+    *("score", "cosine", "margin", "mutual", "null", "null_quantile"),
 ]
+
+
+def _place(node: FeatureId) -> tuple[int, int, int]:
+    return node.layer, LANES.index(node.module), node.index
+
+
+def _sorted_edges(edges: "pd.DataFrame") -> "pd.DataFrame":
+    places = edges["target"].map(lambda name: _place(parse_feature(name)))
+    order = edges.assign(place=places).sort_values(["place", "module", "rank", "source"])
+    return order.drop(columns="place").reset_index(drop=True)
 
 
 class _Steps:
@@ -180,13 +192,10 @@ class _Steps:
                 continue
             source = FeatureId(int(row["source_layer"]), key[1], int(row["source"]))
             target = FeatureId(int(row["layer"]), "res", int(row["feature"]))
-            for end in (source, target):
-                self.suite.feature(end)
-            edge = {"source": str(source), "target": str(target), "cosine": row["score"]}
-            self.edges.setdefault(
-                (edge["source"], edge["target"]),
-                tuple((row | edge)[column] for column in EDGE_COLUMNS),
-            )
+            edge = {"source": str(source), "target": str(target)}
+            ends = edge["source"], edge["target"]
+            if key[2] == "backward" or ends not in self.edges:
+                self.edges[ends] = tuple((row | edge)[column] for column in EDGE_COLUMNS)
             reached.append(source if key[2] == "backward" else target)
         return reached
 
@@ -213,12 +222,13 @@ def _nodes(
     frame["class"] = known["class"].where(residual).to_numpy()
     for module in MODULES:
         sources = known.get(f"source_{module}", pd.Series(np.nan, known.index))
-        frame[f"from_{module}"] = [
+        names = [
             f"{node.layer - (module == 'res')}/{module}/{int(source)}"
             if node.module == "res" and source >= 0
             else None
             for node, source in zip(nodes, sources, strict=True)
         ]
+        frame[f"from_{module}"] = pd.Series(names, dtype=object)
         for kind in ("s", "null", "high"):
             values = known.get(f"{kind}_{module}", pd.Series(np.nan, known.index))
             frame[f"{kind}_{module}"] = values.where(residual).astype(float).to_numpy()
@@ -227,6 +237,8 @@ def _nodes(
 
 def merged(graphs: Sequence[FlowGraph]) -> FlowGraph:
     """Several graphs of one suite as one: their nodes and edges, each once.
+
+    It is the graph that `flow_graph` builds of all the seeds.
 
     Raises:
         ValueError: If there is none, or they are of several suites or choices.
@@ -241,11 +253,13 @@ def merged(graphs: Sequence[FlowGraph]) -> FlowGraph:
         )
     seeds = tuple(dict.fromkeys(seed for graph in graphs for seed in graph.seeds))
     nodes = pd.concat([graph.nodes for graph in graphs]).drop_duplicates("feature")
+    names = nodes["feature"].tolist()
     nodes["is_seed"] = nodes["feature"].isin(seeds)
-    edges = pd.concat([graph.edges for graph in graphs]).drop_duplicates(["source", "target"])
-    nodes = nodes.sort_values(["layer", "module", "index"], kind="stable", ignore_index=True)
-    edges = edges.reset_index(drop=True)
-    return FlowGraph(graphs[0].suite, seeds, graphs[0].choices, nodes, edges)
+    edges = pd.concat([graph.edges for graph in graphs]).sort_values("direction", kind="stable")
+    edges = edges.drop_duplicates(["source", "target"])  # what both sides chose is backward
+    order = sorted(range(len(nodes)), key=lambda row: _place(parse_feature(names[row])))
+    nodes = nodes.iloc[order].reset_index(drop=True)
+    return FlowGraph(graphs[0].suite, seeds, graphs[0].choices, nodes, _sorted_edges(edges))
 
 
 def labelled(graph: FlowGraph, labels: "pd.DataFrame") -> FlowGraph:
@@ -294,7 +308,7 @@ def descendants(graph: FlowGraph, feature: FeatureId | str) -> list[str]:
 def path(graph: FlowGraph, first: FeatureId | str, last: FeatureId | str) -> "pd.DataFrame":
     """The edges of the way from one feature to a later one, in order.
 
-    Of several ways it is the one whose sum of (1 - cosine) is least.
+    Of several ways it is the one whose sum of (1 - score) is least.
 
     Raises:
         ValueError: If a feature is not in the graph, or there is no way.
@@ -304,7 +318,7 @@ def path(graph: FlowGraph, first: FeatureId | str, last: FeatureId | str) -> "pd
     network = to_networkx(graph)
     ends = _node(graph, first), _node(graph, last)
     try:
-        way = networkx.shortest_path(network, *ends, weight=lambda a, b, edge: 1 - edge["cosine"])
+        way = networkx.shortest_path(network, *ends, weight=lambda a, b, edge: 1 - edge["score"])
     except networkx.NetworkXNoPath as error:
         raise ValueError(f"no way leads from {first} to {last} in this graph") from error
     keys = list(pairwise(way))
@@ -316,7 +330,7 @@ def lifespan(
 ) -> tuple[int, int]:
     """The first and the last layer of the run around a residual feature (CHOICES 26).
 
-    The run ends where no residual edge of the graph goes on whose cosine is at least `t_res`, or
+    The run ends where no residual edge of the graph goes on whose score is at least `t_res`, or
     above the null's quantile if `t_res` is not given.
 
     Raises:
@@ -330,7 +344,7 @@ def lifespan(
     if parse_feature(node).module != "res":
         raise ValueError(f"{node} is not residual: a lifespan is that of a residual feature")
     edges = graph.edges[graph.edges["module"] == "res"]
-    high = edges["cosine"] > edges["null"] if t_res is None else edges["cosine"] >= t_res
+    high = edges["score"] > edges["null"] if t_res is None else edges["score"] >= t_res
     network = networkx.DiGraph()
     network.add_node(node)
     network.add_edges_from(edges.loc[high, ["source", "target"]].itertuples(index=False))
@@ -342,33 +356,35 @@ def lifespan(
 def turns(graph: FlowGraph) -> "pd.DataFrame":
     """The residual nodes where the meaning turns: a module lies nearer than the stream before.
 
-    These have s(M) or s(A) above s(R) and above what counts as high for it (paper 3.3, class C and
-    those of class B that lean to the module).
+    These have an s(M) or s(A) that is high and above s(R) (paper 3.3, class C and those of class B
+    that lean on the module). Layer 0, which has no s(R), is left out.
 
     Returns:
-        Rows of `nodes`, with the module that lies nearest as `turned_by`.
+        Rows of `nodes`, with the module as `turned_by` (`matching.high_module`).
     """
     chain = graph.chain
-    module = chain[["s_mlp", "s_att"]].fillna(-np.inf)
-    above = {name: chain[f"s_{name}"] > chain[f"high_{name}"] for name in ("mlp", "att")}
-    nearest = np.where(module["s_mlp"] >= module["s_att"], "mlp", "att")
-    high = np.where(nearest == "mlp", above["mlp"], above["att"])
-    turned = high & (module.max(axis=1) > chain["s_res"].fillna(-np.inf)).to_numpy()
-    return chain.assign(turned_by=nearest)[turned & chain["s_res"].notna().to_numpy()]
+    chain["turned_by"] = high_module(chain)
+    near = chain["s_mlp"].where(chain["turned_by"] == "mlp", chain["s_att"])
+    return chain[chain["turned_by"].notna() & (near > chain["s_res"])]
 
 
 def chains(graph: FlowGraph) -> dict[str, list[str]]:
-    """For each residual seed, its chain: the residual features that lead to it or that it leads to.
+    """For each seed its chain: the residual features that lead to it or that it leads to.
 
-    A feature that several chains share is listed with the first.
+    The chain of a seed at an MLP or attention is that of the residual features it matches. A
+    feature that several chains share is listed with the first.
     """
     import networkx
 
     residual = set(graph.nodes.loc[graph.nodes["module"] == "res", "feature"])
-    network = to_networkx(graph).subgraph(residual)
+    whole = to_networkx(graph)
+    network = whole.subgraph(residual)
     found, taken = {}, set()
-    for seed in (seed for seed in graph.seeds if seed in residual):
-        line = {seed} | networkx.ancestors(network, seed) | networkx.descendants(network, seed)
+    for seed in graph.seeds:
+        starts = [seed] if seed in residual else list(whole.successors(seed))
+        line = set(starts)
+        for start in starts:
+            line |= networkx.ancestors(network, start) | networkx.descendants(network, start)
         found[seed] = _in_order(graph, line - taken)
         taken |= line
     return found

@@ -10,7 +10,7 @@ from flowhelpers.flow import EDGE_COLUMNS, LANES, FlowGraph, chains
 if TYPE_CHECKING:
     import pandas as pd
 
-FORMAT = "flowhelpers flow graph, version 1"
+FORMAT = "flowhelpers flow graph, version 2"
 
 
 def save_graph(graph: FlowGraph, path: Path) -> None:
@@ -46,6 +46,8 @@ def load_graph(path: Path) -> FlowGraph:
     for module in MODULES:
         for kind in ("s", "null", "high"):
             nodes[f"{kind}_{module}"] = nodes[f"{kind}_{module}"].astype(float)
+    if any(set(edge) != set(EDGE_COLUMNS) for edge in record["edges"]):
+        raise ValueError(f"{path} has edges without some of {', '.join(EDGE_COLUMNS)}")
     edges = pd.DataFrame(record["edges"], columns=EDGE_COLUMNS)
     edges["margin"] = edges["margin"].astype(float)
     return FlowGraph(record["suite"], tuple(record["seeds"]), record["choices"], nodes, edges)
@@ -55,7 +57,8 @@ def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) 
     """The graph in the JSON of circuit-tracer and of Neuronpedia's graph viewer.
 
     A flow has no tokens. In their place stand the three modules, so that the viewer draws a lane
-    for each. Every residual chain is a supernode, named by its seed; labels are `clerp`.
+    for each. Every residual chain is a supernode, named by its seed; labels are `clerp`; a link's
+    weight is the match's score.
 
     Args:
         graph: The graph.
@@ -65,7 +68,7 @@ def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) 
     nodes = {
         row["feature"]: {
             "node_id": f"{row['layer']}_{row['index']}_{LANES.index(row['module'])}",
-            "feature": _cantor(row["layer"], row["index"]),
+            "feature": _number(row["layer"], row["module"], row["index"]),
             "layer": str(row["layer"]),
             "ctx_idx": LANES.index(row["module"]),
             "feature_type": "cross layer transcoder",
@@ -78,7 +81,7 @@ def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) 
         {
             "source": nodes[row["source"]]["node_id"],
             "target": nodes[row["target"]]["node_id"],
-            "weight": float(row["cosine"]),
+            "weight": float(row["score"]),
         }
         for row in graph.edges.to_dict("records")
     ]
@@ -110,5 +113,11 @@ def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
     return frame.astype(object).where(frame.notna(), None).to_dict("records")
 
 
-def _cantor(layer: int, index: int) -> int:
+def _number(layer: int, module: str, index: int) -> int:
+    """The viewers' number of a feature, from which they tell layer and index (Cantor's pairing).
+
+    Those at MLP and attention get layers that no model has: a viewer finds nothing for them, where
+    it would show the residual feature of the same layer and index.
+    """
+    layer += {"res": 0, "mlp": 1000, "att": 2000}[module]
     return (layer + index) * (layer + index + 1) // 2 + index

@@ -90,10 +90,9 @@ def flow_layout(graph: "FlowGraph") -> Layout:
         edges[f"{axis}0"] = edges["source"].map(places[axis]).astype(float)
         edges[f"{axis}1"] = edges["target"].map(places[axis]).astype(float)
         edges[axis] = edges[f"{axis}0"] + MARK * (edges[f"{axis}1"] - edges[f"{axis}0"])
-    edges["above"] = edges["cosine"] > edges["null"]
+    edges["above"] = edges["score"] > edges["null"]
     edges["width"] = (0.5 + 8 * edges["cosine"].astype(float).clip(lower=0)) * size / 14
-    score = "correlation" if graph.choices.get("method") == "pearson" else "cosine"
-    edges["hover"] = [_edge_hover(row, score) for row in edges.to_dict("records")]
+    edges["hover"] = [_edge_hover(row) for row in edges.to_dict("records")]
     return Layout(
         _title(graph.seeds),
         nodes,
@@ -150,12 +149,15 @@ def _node_hover(row: dict[str, Any]) -> str:
     return "\n".join(filter(None, lines))
 
 
-def _edge_hover(row: dict[str, Any], score: str) -> str:
+def _edge_hover(row: dict[str, Any]) -> str:
     side = "above" if row["above"] else "not above"
+    score = f"cosine {row['cosine']:.3f}"
+    if row["score"] != row["cosine"]:
+        score = f"correlation {row['score']:.3f} ({score})"
     chooser = "later" if row["direction"] == "backward" else "earlier"
     lines = [
         f"{row['source']} → {row['target']}",
-        f"{score} {row['cosine']:.3f}, {side} chance ({row['null']:.3f})",
+        f"{score}, {side} chance ({row['null']:.3f})",
         f"{row['null_quantile']:.1%} of chance lies below",
         f"rank {row['rank']} for the {chooser} feature, {'' if row['mutual'] else 'not '}mutual",
     ]

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.matching import check_threshold, classify, scores
+from flowhelpers.features import MODULES
+from flowhelpers.matching import check_threshold, classify, high_module, scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,27 +77,27 @@ def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
 
     Returns:
         One row a layer: `features`; the share of each class of the paper's 3.3; `born_mlp` and
-        `born_att`, the share of newborn features whose module is nearest; `dies`, the share whose
-        best match on is no higher than chance (missing at the last layer); `mutual`, the share of
-        best matches back that are mutual; `sources`, how many features of the layer before are
-        anybody's best match, as a share; and `largest_funnel`, how many features share one.
+        `born_att`, the share that is newborn by that module (`matching.high_module`); `dies`, the
+        share without a match on that is higher than chance (missing at the last layer); `mutual`,
+        the share with a best match back that is mutual; `sources`, how many features of the layer
+        before are anybody's best match, as a share of those that choose a match on; and
+        `largest_funnel`, how many features share one.
     """
     import pandas as pd
 
-    best = table[(table["rank"] == 1) & (table["source"] >= 0) & (table["feature"] >= 0)]
+    best = table[(table["rank"] == 1) & (table["module"] == "res")]
+    last = best["layer"].max()
+    best = best[(best["source"] >= 0) & (best["feature"] >= 0)]
     records = []
     for layer, part in classify(scores(table)).groupby("layer"):
         record = {"layer": layer, "features": len(part)}
         record |= part["class"].value_counts(normalize=True).to_dict()
-        new = part[part["class"] == "newborn"]
-        mlp, att = (new.get(f"s_{name}", new["layer"] * 0.0 - 1) for name in ("mlp", "att"))
-        record["born_mlp"] = float((mlp >= att).sum() / len(part))
-        record["born_att"] = float((mlp < att).sum() / len(part))
-        on = best[(best["layer"] == layer + 1) & (best["module"] == "res")]
-        on = on[on["direction"] == "forward"]
-        if len(on):
+        born = high_module(part[part["class"] == "newborn"])
+        record |= {f"born_{name}": float((born == name).sum() / len(part)) for name in MODULES[1:]}
+        on = best[(best["layer"] == layer + 1) & (best["direction"] == "forward")]
+        if layer < last:
             record["dies"] = 1 - float((on["score"] > on["null"]).sum() / len(part))
-        back = best[(best["layer"] == layer) & (best["module"] == "res")]
+        back = best[best["layer"] == layer]
         ahead = back[back["direction"] == "forward"]
         back = back[back["direction"] == "backward"]
         if len(back):

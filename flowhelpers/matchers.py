@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from flowhelpers.suites import Suite
 
 NULL_DRAWS, NULL_ROTATIONS = 8192, 16
+LEAST_ACTIVE = 10  # tokens, for a correlation to say anything
 
 
 @dataclass(frozen=True)
@@ -199,14 +200,15 @@ def by_pearson(
     k: int,
     seed: int = 0,
     max_tokens: int = 128,
-    memory: int = 2 * 2**30,
-    candidates: int = 64,
+    candidates: int | None = None,
+    least_active: int = LEAST_ACTIVE,
 ) -> dict[tuple[Site, Site], tuple[Match, Null]]:
     """Top-k by correlation of activations (paper C.4), in one pass of the model over the texts.
 
     Raw activations with their zeros; BOS and other special tokens are left out; a correlation that
-    is not defined is 0, and one that is not above 0 is no match (CHOICES 14). By chance: the
-    correlations with a source whose tokens are shifted.
+    is not defined is 0, and one that is not above 0 is no match. So is that of a feature active on
+    too few tokens: two features that are active once, on the same token, correlate perfectly
+    (CHOICES 14). By chance: the correlations with a source whose tokens are shifted.
 
     Args:
         suite: The suite.
@@ -215,82 +217,115 @@ def by_pearson(
         k: Matches kept, and one more for the margin.
         seed: Seed of the shifts.
         max_tokens: Each text is cut to so many tokens, BOS included.
-        memory: Bytes that the sums of all pairs may take. Where they would take more, only the
-            sources of highest cosine are looked at for each target.
-        candidates: How many those are.
+        candidates: Looks only at so many sources of highest cosine for each target, and so many
+            targets for each source, instead of at all (`pearson_candidates`).
+        least_active: Tokens on which a feature has to be active.
     """
     from flowhelpers.activations import read_batches
     from flowhelpers.model import tokenize
 
-    whole = 16 * sum(target.width * source.width for target, source in pairs) <= memory
     looked_at = {
-        (target.site, source.site): _all_columns(target, source)
-        if whole
-        else top_k_cosine(
-            target.directions, source.directions, min(candidates, source.width)
-        ).indices.cpu().numpy()
+        (target.site, source.site): _candidates(target, source, candidates) if candidates else None
         for target, source in pairs
-    }  # fmt: skip
-    products = {pair: np.zeros((2, *columns.shape)) for pair, columns in looked_at.items()}
-    sites = list(dict.fromkeys(dictionary.site for pair in pairs for dictionary in pair))
-    sums = {site: np.zeros((2, suite.dictionary(site).width)) for site in sites}
+    }
+    widths = {side.site: side.width for pair in pairs for side in pair}
+    products = {
+        (target, source): np.zeros(
+            (2, widths[target] * widths[source] if ends is None else ends.shape[1])
+        )
+        for (target, source), ends in looked_at.items()
+    }
+    sums = {site: np.zeros((3, width)) for site, width in widths.items()}
     count = 0
     rng = np.random.default_rng(seed)
-    for batch in read_batches(suite, tokenize(suite.model, texts, max_tokens), sites):
+    for batch in read_batches(suite, tokenize(suite.model, texts, max_tokens), list(widths)):
         tokens = next(iter(batch.values())).shape[0]
         count += tokens
         shifted = np.roll(np.arange(tokens), int(rng.integers(1, max(2, tokens))))
         for site, codes in batch.items():
-            sums[site] += np.stack([codes.sum(axis=0).A1, codes.power(2).sum(axis=0).A1])
-        for (target, source), columns in looked_at.items():
+            sums[site] += [codes.sum(0).A1, codes.power(2).sum(0).A1, codes.getnnz(0)]
+        for (target, source), ends in looked_at.items():
             for which, codes in enumerate((batch[source], batch[source][shifted])):
                 product = batch[target].T @ codes
-                rows = np.arange(len(columns))[:, None]
-                picked = product.toarray() if whole else product[rows, columns].toarray()
+                picked = product.toarray().ravel() if ends is None else product[*ends].A1
                 products[target, source][which] += picked
     return {
-        pair: _correlated(products[pair], looked_at[pair], sums[pair[0]], sums[pair[1]], count, k)
-        for pair in looked_at
+        (target, source): _correlated(
+            products[target, source],
+            _all_pairs(widths[target], widths[source]) if ends is None else ends,
+            sums[target],
+            sums[source],
+            count,
+            k,
+            least_active,
+        )
+        for (target, source), ends in looked_at.items()
     }
 
 
-def _all_columns(target: "Dictionary", source: "Dictionary") -> np.ndarray:
-    return np.broadcast_to(np.arange(source.width), (target.width, source.width))
+def pearson_candidates(
+    pairs: "Sequence[tuple[Dictionary, Dictionary]]", memory: int = 2**30, few: int = 64
+) -> int | None:
+    """How many candidates `by_pearson` is to have: all (None), or few where those do not fit.
+
+    Args:
+        pairs: Target and source dictionaries.
+        memory: Bytes that the sums of all pairs may take.
+        few: Candidates where they would take more.
+    """
+    whole = 16 * sum(target.width * source.width for target, source in pairs)
+    return None if whole <= memory else few
+
+
+def _all_pairs(targets: int, sources: int) -> np.ndarray:
+    return np.indices((targets, sources), dtype=np.int32).reshape(2, -1)
+
+
+def _candidates(target: "Dictionary", source: "Dictionary", n: int) -> np.ndarray:
+    """Pairs of features that are near by cosine, seen from either side: `[2, pairs]`, sorted."""
+    sources = top_k_cosine(target.directions, source.directions, min(n, source.width)).indices
+    targets = top_k_cosine(source.directions, target.directions, min(n, target.width)).indices
+    back = np.stack([np.indices(sources.shape)[0], sources.cpu().numpy()]).reshape(2, -1)
+    on = np.stack([targets.cpu().numpy(), np.indices(targets.shape)[0]]).reshape(2, -1)
+    both = np.concatenate([back, on], axis=1)
+    return np.unique(both[:, (both >= 0).all(axis=0)], axis=1)
 
 
 def _correlated(
     products: np.ndarray,
-    columns: np.ndarray,
+    ends: np.ndarray,
     target: np.ndarray,
     source: np.ndarray,
     count: int,
     k: int,
+    least_active: int,
 ) -> tuple[Match, Null]:
+    rows, columns = ends
     (mean_t, spread_t), (mean_s, spread_s) = (
         (total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0)))
-        for total, square in (target, source)
+        for total, square, _ in (target, source)
     )
-    scale = spread_t[:, None] * spread_s[columns]
-    defined = (scale > 0) & (columns >= 0)
+    scale = spread_t[rows] * spread_s[columns]
+    defined = (target[2][rows] >= least_active) & (source[2][columns] >= least_active) & (scale > 0)
     found, chance = (
         np.where(
             defined,
-            (part / count - mean_t[:, None] * mean_s[columns]) / np.where(defined, scale, 1),
+            (part / count - mean_t[rows] * mean_s[columns]) / np.where(defined, scale, 1),
             0,
         ).clip(-1, 1)
         for part in products
     )
-    rows = np.broadcast_to(np.arange(len(columns))[:, None], columns.shape)
     widths = len(mean_t), len(mean_s)
     match = Match(
         _best(rows, columns, found, widths[0], min(k + 1, widths[1])),
         _best(columns, rows, found, widths[1], min(k + 1, widths[0])),
     )
     by_chance = (
-        _best(rows, columns, chance, widths[0], 1),
-        _best(columns, rows, chance, widths[1], 1),
+        _best(rows, columns, chance, widths[0], 1).scores[target[2] >= least_active, 0],
+        _best(columns, rows, chance, widths[1], 1).scores[source[2] >= least_active, 0],
     )
-    return match, Null(*(side.scores[:, 0].sort().values for side in by_chance))
+    none = torch.zeros(1)
+    return match, Null(*(draws.sort().values if len(draws) else none for draws in by_chance))
 
 
 def _best(

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowhelpers.cosine import Matches
 from flowhelpers.features import MODULES, Site, suggestion
 from flowhelpers.matchers import (
+    LEAST_ACTIVE,
     NULL_DRAWS,
     Match,
     Null,
@@ -25,6 +26,7 @@ from flowhelpers.matchers import (
     by_permutation,
     cosine_null,
     drawn,
+    pearson_candidates,
 )
 from flowhelpers.runs import progress
 from flowhelpers.tables import cached_table
@@ -87,12 +89,13 @@ def match_table(
         cache: The folder of the tables on disk; `flowhelpers.tables.cache_folder()` unless given.
 
     Returns:
-        One row a match: `method`, `direction` (backward or forward), `layer` and `feature` of the
-        residual target, `module`, `source_layer` and `source` (-1 where there is none), `rank`
-        (from 1) among the matches of the side that chose, `score` (what the method ranks by),
-        `cosine`, `margin` (of the score, to the next rank; missing at the last), `mutual` (each is
-        the other's best), `null` (the 99.9 % quantile of the best score by chance, for the pair of
-        sites; CHOICES 27) and `null_quantile` (the share of best scores by chance that lie below).
+        One row a match: `suite`, `method`, `direction` (backward or forward), `layer` and `feature`
+        of the residual target, `module`, `source_layer` and `source` (-1 where there is none),
+        `rank` (from 1) among the matches of the side that chose, `score` (what the method ranks
+        by), `cosine`, `margin` (of the score, to the next rank; missing at the last), `mutual`
+        (each is the other's best), `null` (the 99.9 % quantile of the best score by chance, for the
+        pair of sites; CHOICES 27) and `null_quantile` (the share of best scores by chance that lie
+        below).
 
     Raises:
         ValueError: If no residual dictionary has one that precedes it, the method is unknown or
@@ -107,7 +110,8 @@ def match_table(
     layers = {layer: pairs for layer in range(suite.layers) if (pairs := _pairs(suite, layer))}
     if not layers:
         raise ValueError(f"suite {suite.name} has no residual dictionary with one that precedes it")
-    for target, source in (pair for pairs in layers.values() for pair in pairs.values()):
+    everything = [pair for pairs in layers.values() for pair in pairs.values()]
+    for target, source in everything:
         if not 1 <= k <= min(target.width, source.width):
             raise ValueError(
                 f"k={k}: expected 1 to {min(target.width, source.width)}, the features of"
@@ -116,16 +120,18 @@ def match_table(
     choices: dict[str, Any] = {"method": method, "k": k, "seed": seed}
     if method == "permutation":
         choices |= {"weights": weights, "folded": folded}
+    candidates = pearson_candidates(everything)
     if texts is not None:
-        choices |= {"texts": list(texts), "model": (suite.row.model, suite.row.revision)}
+        choices |= {"texts": list(texts), "model": suite.model.fingerprint}
+        choices |= {"candidates": candidates, "least_active": LEAST_ACTIVE}
 
     correlated: dict[tuple[Site, Site], tuple[Match, Null]] = {}
 
     def matched(target: "Dictionary", source: "Dictionary") -> tuple[Match, Null]:
         if method == "pearson":
             if not correlated:  # the first layer that is not on disk: one pass of the model for all
-                everything = [pair for pairs in layers.values() for pair in pairs.values()]
-                correlated.update(by_pearson(suite, texts or [], everything, k, seed))
+                found = by_pearson(suite, texts or [], everything, k, seed, candidates=candidates)
+                correlated.update(found)
             return correlated[target.site, source.site]
         null = _cosine_null(target, source, seed, device, cache)
         if method == "permutation":
@@ -146,11 +152,16 @@ def match_table(
     tables = []
     for layer, pairs in progress(list(layers.items()), "matching"):
         prints = {str(d.site): d.fingerprint for pair in pairs.values() for d in pair}
-        key = {"version": TABLE_VERSION, "suite": suite.name, "layer": layer, "sites": prints}
+        key = {"suite": suite.name, "layer": layer, "sites": prints}
         key["null"] = (NULL_QUANTILE, NULL_DRAWS)
-        tables.append(cached_table("matches", key | choices, lambda at=layer: table_of(at), cache))
+        tables.append(
+            cached_table(
+                "matches", key | choices, lambda at=layer: table_of(at), cache, TABLE_VERSION
+            )
+        )
     table = pd.concat(tables, ignore_index=True)
-    for column in ("method", "direction", "module"):
+    table.insert(0, "suite", suite.name)
+    for column in ("suite", "method", "direction", "module"):
         table[column] = table[column].astype("category")
     return table
 
@@ -188,9 +199,9 @@ def _cosine_null(
         parts = [pd.DataFrame({"side": side, "cosine": c.numpy()}) for side, c in sides.items()]
         return pd.concat(parts, ignore_index=True)
 
-    key = {"version": TABLE_VERSION, "seed": seed, "draws": NULL_DRAWS}
+    key = {"seed": seed, "draws": NULL_DRAWS}
     key |= {"target": target.fingerprint, "source": source.fingerprint}
-    found = cached_table("nulls", key, compute, cache).groupby("side")["cosine"]
+    found = cached_table("nulls", key, compute, cache, TABLE_VERSION).groupby("side")["cosine"]
     sides = (found.get_group(side).to_numpy(copy=True) for side in ("backward", "forward"))
     return Null(*map(torch.from_numpy, sides))
 
@@ -305,6 +316,29 @@ def classify(
         [high["res"] & ~module, high["res"] & module, module], CLASSES[:3], CLASSES[3]
     )
     return found
+
+
+def high_module(classes: "pd.DataFrame") -> "pd.Series":
+    """Which module a feature leans on: of `mlp` and `att`, the nearer one whose score is high.
+
+    Args:
+        classes: One row a feature, with its scores and thresholds as `classify` gives them.
+
+    Returns:
+        `mlp`, `att`, or missing where neither score is high.
+    """
+    import pandas as pd
+
+    missing = pd.Series(float("nan"), classes.index)
+    scores = pd.DataFrame(
+        {
+            name: (score := classes.get(f"s_{name}", missing).astype(float)).where(
+                score > classes.get(f"high_{name}", missing).astype(float), -float("inf")
+            )
+            for name in ("mlp", "att")
+        }
+    )
+    return scores.idxmax(axis=1).where(scores.max(axis=1) > -float("inf"), None)
 
 
 def check_threshold(value: float, name: str) -> None:

@@ -5,10 +5,12 @@ what attention and the MLP add makes up the step of the residual stream, and an 
 reaches the logits.
 """
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -66,6 +68,19 @@ class Model:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.bridge.W_E.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest by which tables made from this model are known.
+
+        It takes in a few thousand weights of every parameter, evenly spread: training changes all.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for name, weights in self.bridge.original_model.named_parameters():
+            flat = weights.detach().flatten()
+            some = flat[:: max(1, len(flat) // 4096)].cpu().float()
+            digest.update(f"{name} {tuple(weights.shape)} ".encode() + some.numpy().tobytes())
+        return digest.hexdigest()
 
     @property
     def unembedding(self) -> Float[Tensor, "d_model vocabulary"]:

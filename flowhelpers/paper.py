@@ -33,7 +33,7 @@ def compare_table_5(graph: FlowGraph) -> "pd.DataFrame":
     """The paper's Table 5 beside our graph of the same feature, node by node.
 
     Args:
-        graph: The flow of 24/res/14548 in gemma-2-2b, with `t_mlp=0.25` and no `t_res`.
+        graph: The flow of 24/res/14548 in gemma-2-2b by cosine, with `t_mlp=0.25` and no `t_res`.
 
     Returns:
         One row a layer and module: `paper` and `ours` (feature, or missing), `same`, and where the
@@ -41,11 +41,12 @@ def compare_table_5(graph: FlowGraph) -> "pd.DataFrame":
         and their `difference`. A feature of either that the other lacks is a row too.
 
     Raises:
-        ValueError: If the graph is of another suite or seed, or was cut elsewhere.
+        ValueError: If the graph is of another suite or seed, or was built otherwise.
     """
     import pandas as pd
 
-    expected = {"t_res": None, "t_mlp": TABLE_5_T_MLP}
+    expected = {"method": "cosine", "top_n": 1, "t_res": None, "t_mlp": TABLE_5_T_MLP}
+    expected |= {"backward": True, "forward": True}
     given = {name: graph.choices.get(name) for name in expected}
     if (graph.suite, graph.seeds, given) != (TABLE_5_SUITE, (str(TABLE_5_SEED),), expected):
         raise ValueError(

@@ -29,17 +29,22 @@ def cached_table(
     key: Mapping[str, Any],
     compute: "Callable[[], pd.DataFrame]",
     folder: Path | None = None,
+    version: int = 1,
 ) -> "pd.DataFrame":
     """A table from disk, or computed and put there.
 
     A file appears whole or not at all, so that processes may share the folder. One that cannot be
-    read, or was made for another key, is made again, with a warning.
+    read, was made for another key or is of another version is made again, with a warning.
 
     Args:
         kind: The folder's name within the cache.
         key: All that the table depends on.
         compute: Makes the table.
         folder: Of the cache; `cache_folder()` unless given.
+        version: Of how such tables are computed.
+
+    Raises:
+        OSError: If the folder cannot be written to, before anything is computed.
     """
     import pandas as pd
     import pyarrow.parquet as parquet
@@ -47,19 +52,23 @@ def cached_table(
 
     text = json.dumps(key, sort_keys=True, ensure_ascii=False)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    mark = f"{digest} version {version}"
     path = (folder or cache_folder()) / kind / f"{digest}.parquet"
     if path.exists():
         try:
             found = parquet.read_table(path)
-            if (found.schema.metadata or {}).get(b"flowhelpers") == digest.encode():
+            made = (found.schema.metadata or {}).get(b"flowhelpers", b"").decode()
+            if made == mark:
                 return found.to_pandas()
             problem = "it was made for something else"
+            if made.startswith(digest):
+                problem = f"it is of {made.removeprefix(digest).strip()}, this is version {version}"
         except (ArrowException, OSError) as error:
             problem = str(error).partition("\n")[0]
         warnings.warn(f"{path} is made again: {problem}", stacklevel=2)
-    table = compute()
     writable_folder(path.parent)
+    table = compute()
     arrow = Table.from_pandas(pd.DataFrame(table), preserve_index=False)
-    arrow = arrow.replace_schema_metadata((arrow.schema.metadata or {}) | {"flowhelpers": digest})
+    arrow = arrow.replace_schema_metadata((arrow.schema.metadata or {}) | {"flowhelpers": mark})
     write_whole(path, lambda file: parquet.write_table(arrow, file))
     return arrow.to_pandas()

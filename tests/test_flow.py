@@ -1,6 +1,7 @@
 """A flow graph is the planted chain, from whichever of its nodes it is built."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from flowhelpers.flow import (
 )
 from flowhelpers.graph_files import load_graph, save_graph, to_attribution_graph
 from flowhelpers.lifespans import flow_by_layer, lifespans
-from flowhelpers.matching import match_table
+from flowhelpers.matching import classify, match_table, scores
 from flowhelpers.suites import Suite
 
 AXES = torch.eye(12)
@@ -210,6 +211,24 @@ def test_a_module_seed_leads_to_the_residual_features_it_matches(suite: Suite, t
     assert not graph.chain["is_seed"].any()
 
 
+def test_a_table_of_another_suite_is_refused(suite: Suite, table: pd.DataFrame):
+    other = replace(suite, row=replace(suite.row, name="other"))
+    with pytest.raises(ValueError, match="a match table of bare: expected one of other"):
+        flow_graph(other, nodes_of(2)[1], table)
+
+
+def test_a_merged_graph_is_the_graph_of_all_seeds(suite: Suite, table: pd.DataFrame):
+    seeds = [nodes_of(2)[1], "1/att/3", nodes_of(13)[0], nodes_of(2)[2]]
+    whole = flow_graph(suite, seeds, table)
+    together = merged([flow_graph(suite, seed, table) for seed in seeds])
+    pd.testing.assert_frame_equal(together.nodes, whole.nodes, check_dtype=False)
+    pd.testing.assert_frame_equal(together.edges, whole.edges, check_dtype=False)
+    low = flow_graph(suite, seeds[0], table, thresholds={(1, "res"): 0.5})
+    assert low.choices["high"] == {"1/res": 0.5}
+    with pytest.raises(ValueError, match="cannot merge graphs of"):
+        merged([low, flow_graph(suite, seeds[1], table)])
+
+
 def test_flows_of_several_seeds_share_their_nodes(suite: Suite, table: pd.DataFrame):
     seeds = [nodes_of(2)[1], nodes_of(13)[0], nodes_of(2)[2]]
     graph = flow_graph(suite, seeds, table)
@@ -323,8 +342,8 @@ def test_a_graph_is_the_same_after_saving(suite: Suite, table: pd.DataFrame, tmp
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[]", "holds 'list': expected 'flowhelpers flow graph, version 1'"),
-        ('{"format": "other"}', "holds 'other': expected 'flowhelpers flow graph, version 1'"),
+        ("[]", "holds 'list': expected 'flowhelpers flow graph, version 2'"),
+        ('{"format": "other"}', "holds 'other': expected 'flowhelpers flow graph, version 2'"),
     ],
 )
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, content: str, message: str):
@@ -349,10 +368,13 @@ def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame
         layer, index, place = map(int, node["node_id"].split("_"))
         assert (node["layer"], node["ctx_idx"]) == (str(layer), place)
         assert found["metadata"]["prompt_tokens"][place] in ("att", "res", "mlp")
-        total = layer + index
+        total = layer + index + 1000 * {1: 0, 2: 1, 0: 2}[place]  # not the number of a res feature
         assert node["feature"] == total * (total + 1) // 2 + index
+    assert len({node["feature"] for node in found["nodes"]}) == len(found["nodes"])
     seed = parse_feature(nodes[1])
     assert ids[f"1_{seed.index}_1"]["clerp"] == "a; b"
+    of_module = flow_graph(suite, "1/mlp/2", table)
+    assert chains(of_module) == {"1/mlp/2": nodes}
     supernodes = {name: members for name, *members in found["qParams"]["supernodes"]}
     assert set(supernodes) == set(graph.seeds)
     assert supernodes[nodes[1]] == [f"{n[0]}_{parse_feature(n).index}_1" for n in nodes]
@@ -432,6 +454,79 @@ def test_lifespans_of_planted_chains_come_out_exactly():
     assert mutual.loc[(4, 2), ["first", "last"]].tolist() == [4, 4]
     with pytest.raises(ValueError, match="threshold 2 for t_res: expected a cosine"):
         lifespans(table, 2)
+
+
+def busy_chain() -> Suite:
+    """Eight layers with a chain and its exact copy; layer 6 processes it, and one is born at 4.
+
+    Features 0 and 1 are the same direction everywhere. At layer 6 the MLP writes it as well.
+    Feature 2 is written by attention at layer 4, where the MLP writes it too, but not enough.
+    """
+    axes = torch.eye(64)
+    directions: dict[Site, Tensor] = {}
+    first, second = axes[0], axes[20]
+    for layer in range(8):
+        rows, mlp, att = [first] * 2, [axes[30 + layer]], [axes[40 + layer]]
+        if layer >= 4:
+            rows.append(second)
+        if layer == 4:
+            att.append(0.6 * second + 0.8 * axes[61])
+            mlp.append(0.65 * second + (1 - 0.65**2) ** 0.5 * axes[62])
+        if layer == 6:
+            mlp.append(0.7 * first + 0.51**0.5 * axes[63])
+        for module, directions_there in (("res", rows), ("mlp", mlp), ("att", att)):
+            directions[Site(layer, module)] = torch.stack(directions_there)
+        first = 0.9 * first + 0.19**0.5 * axes[layer + 1]
+        second = 0.8 * second + 0.6 * axes[21 + layer]
+    return toys.bare_suite(directions, layers=8)
+
+
+HIGH = {(layer, name): 0.5 for layer in range(8) for name in ("res", "mlp", "att")}
+HIGH |= {(4, "mlp"): 0.7}  # where attention, though less near, is the one that is high
+
+
+def test_every_class_of_planted_features_comes_out_exactly():
+    table = match_table(busy_chain(), k=1)
+    found = classify(scores(table), HIGH).set_index(["layer", "feature"])["class"].unstack()
+    chain = ["unexplained", *["translated"] * 5, "processed", "translated"]
+    assert found[0].tolist() == chain
+    assert found[1].tolist() == chain
+    assert found[2].dropna().to_dict() == {
+        **{4: "newborn", 5: "translated", 6: "translated", 7: "translated"}
+    }
+
+
+def test_of_exact_copies_the_lowest_index_is_the_predecessor():
+    suite = busy_chain()
+    graph = flow_graph(suite, "7/res/1", match_table(suite, k=1))
+    assert graph.chain["feature"].tolist() == [*(f"{at}/res/0" for at in range(7)), "7/res/1"]
+    assert graph.edges.query("module == 'res'")["margin"].tolist() == pytest.approx([0] * 7)
+    forward = flow_graph(suite, "0/res/1", match_table(suite, k=1))
+    assert forward.chain["feature"].tolist() == ["0/res/1", *(f"{at}/res/0" for at in range(1, 8))]
+
+
+def test_a_birth_is_by_the_module_whose_score_is_high(monkeypatch: pytest.MonkeyPatch):
+    suite = busy_chain()
+    table = match_table(suite, k=1)
+    graph = flow_graph(suite, "6/res/2", table, thresholds=HIGH)
+    born = graph.chain.set_index("feature").loc["4/res/2"]
+    assert born["class"] == "newborn"
+    assert born["s_mlp"] > born["s_att"]
+    assert turns(graph)[["feature", "turned_by"]].values.tolist() == [["4/res/2", "att"]]
+    limits = pd.Series(HIGH)[pd.MultiIndex.from_frame(table[["layer", "module"]].astype(object))]
+    by_layer = flow_by_layer(table.assign(null=limits.to_numpy())).set_index("layer")
+    assert by_layer["born_att"].tolist() == pytest.approx([0, 0, 0, 0, 1 / 3, 0, 0, 0])
+    assert by_layer["born_mlp"].tolist() == [0] * 8
+    assert by_layer["processed"].tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 2 / 3, 0])
+
+
+def test_a_layer_that_nothing_leads_on_from_dies_whole():
+    suite = bare({"0/res": AXES[:2], "1/res": AXES[2:4], "2/res": AXES[2:4]})
+    assert flow_by_layer(match_table(suite, k=1))["dies"].tolist()[:1] == [0.0]
+    broken = bare({"0/res": AXES[:2], "0/mlp": AXES[:2], "1/res": AXES[2:4]}, layers=2)
+    dies = flow_by_layer(match_table(broken, k=1)).set_index("layer")["dies"]
+    assert dies[0] == 1
+    assert np.isnan(dies[1])
 
 
 def test_births_deaths_and_funnels_of_planted_chains_come_out_exactly():

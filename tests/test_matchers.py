@@ -16,7 +16,7 @@ from flowhelpers.activations import collect
 from flowhelpers.cosine import unit_rows
 from flowhelpers.dictionaries import Dictionary, make_dictionary
 from flowhelpers.features import Site
-from flowhelpers.matchers import by_pearson, by_permutation, null_cosines
+from flowhelpers.matchers import by_pearson, by_permutation, null_cosines, pearson_candidates
 from flowhelpers.model import AttentionOutput
 from flowhelpers.suites import Suite
 
@@ -166,15 +166,15 @@ def activations(planted: Suite) -> dict[Site, np.ndarray]:
     return {s: codes.toarray() for s, codes in collect(planted, toys.TEXTS).by_site.items()}
 
 
-@pytest.mark.parametrize("memory", [2**30, 1000])
+@pytest.mark.parametrize("candidates", [None, 3])
 def test_correlations_are_those_of_the_activations(
-    planted: Suite, activations: dict[Site, np.ndarray], memory: int
+    planted: Suite, activations: dict[Site, np.ndarray], candidates: int | None
 ):
     pairs = [
         (planted.dictionary(target), planted.dictionary(source))
         for target, source in ((SECOND, FIRST), (SECOND, Site(1, "mlp")))
     ]
-    found = by_pearson(planted, toys.TEXTS, pairs, 3, memory=memory, candidates=64)
+    found = by_pearson(planted, toys.TEXTS, pairs, 3, candidates=candidates, least_active=1)
     for target, source in pairs:
         a, b = activations[target.site], activations[source.site]
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -183,7 +183,7 @@ def test_correlations_are_those_of_the_activations(
         for exact, side in ((expected, match.backward), (expected.T, match.forward)):
             indices, scores = side.indices.numpy(), side.scores.numpy()
             best = -np.sort(-exact, axis=1)[:, : scores.shape[1]]
-            if memory > 1000:
+            if candidates is None:
                 assert scores == pytest.approx(best.clip(0), abs=1e-5)
             rows, ranks = np.nonzero(indices >= 0)
             assert len(rows) >= 5
@@ -194,11 +194,39 @@ def test_correlations_are_those_of_the_activations(
 
 def test_candidates_are_the_sources_of_highest_cosine(planted: Suite):
     target, source = planted.dictionary(SECOND), planted.dictionary(FIRST)
-    few = by_pearson(planted, toys.TEXTS, [(target, source)], 1, memory=0, candidates=3)
-    near = (target.directions @ source.directions.T).topk(3, dim=1).indices
-    indices = few[SECOND, FIRST][0].backward.indices
-    for row, chosen in zip(near.tolist(), indices.tolist(), strict=True):
-        assert {index for index in chosen if index >= 0} <= set(row)
+    few = by_pearson(planted, toys.TEXTS, [(target, source)], 1, candidates=3, least_active=1)[
+        SECOND, FIRST
+    ][0]
+    cosines = target.directions @ source.directions.T
+    near = torch.zeros_like(cosines, dtype=torch.bool)
+    near.scatter_(1, cosines.topk(3, dim=1).indices, True)
+    near.scatter_(0, cosines.topk(3, dim=0).indices, True)
+    for side, allowed in ((few.backward, near), (few.forward, near.T)):
+        rows, ranks = torch.nonzero(side.indices >= 0, as_tuple=True)
+        assert len(rows) >= 5
+        assert allowed[rows, side.indices[rows, ranks]].all()
+    # Not only the sources that are somebody's candidate: every source has candidates of its own.
+    everything = by_pearson(planted, toys.TEXTS, [(target, source)], 1, least_active=1)
+    same = everything[SECOND, FIRST][0].forward.indices[:, 0] == few.forward.indices[:, 0]
+    assert same.float().mean() > 0.5
+
+
+def test_a_correlation_of_few_tokens_is_none(planted: Suite, activations: dict[Site, np.ndarray]):
+    pair = (planted.dictionary(SECOND), planted.dictionary(FIRST))
+    times = (activations[SECOND] > 0).sum(axis=0)
+    assert (times == 11).all()
+    enough, _ = by_pearson(planted, toys.TEXTS, [pair], 1, least_active=11)[SECOND, FIRST]
+    assert (enough.backward.indices[:, 0] >= 0).all()
+    match, null = by_pearson(planted, toys.TEXTS, [pair], 1, least_active=12)[SECOND, FIRST]
+    assert (match.backward.indices == -1).all()
+    assert null.backward.tolist() == [0]
+
+
+def test_few_candidates_are_looked_at_where_all_do_not_fit(planted: Suite):
+    pairs = [(planted.dictionary(SECOND), planted.dictionary(FIRST))] * 2
+    needed = 16 * 2 * pairs[0][0].width * pairs[0][1].width
+    assert pearson_candidates(pairs, memory=needed) is None
+    assert pearson_candidates(pairs, memory=needed - 1, few=7) == 7
 
 
 def test_a_feature_that_is_never_active_correlates_with_nothing(planted: Suite):
@@ -217,8 +245,8 @@ def test_a_feature_that_is_never_active_correlates_with_nothing(planted: Suite):
 def test_chance_correlations_are_lower_than_real_ones(planted: Suite):
     pair = (planted.dictionary(SECOND), planted.dictionary(FIRST))
     texts = [f"{text} {again}" for text in toys.TEXTS for again in toys.TEXTS]
-    match, null = by_pearson(planted, texts, [pair], 1)[SECOND, FIRST]
+    match, null = by_pearson(planted, texts, [pair], 1, least_active=1)[SECOND, FIRST]
     assert null.backward.mean() < 0.7 * match.backward.scores[:, 0].mean()
-    assert null.backward.shape == (16,)
-    _, again = by_pearson(planted, texts, [pair], 1)[SECOND, FIRST]
+    assert len(null.backward) <= 16
+    _, again = by_pearson(planted, texts, [pair], 1, least_active=1)[SECOND, FIRST]
     assert torch.equal(null.backward, again.backward)

@@ -1,6 +1,6 @@
 """The match table holds the planted chain in both directions, and its classes are the paper's."""
 
-import threading
+import multiprocessing
 import time
 from pathlib import Path
 
@@ -277,20 +277,37 @@ def test_a_table_that_was_stopped_goes_on_where_it_was(
     assert len(computed) == 3
 
 
-def test_two_may_make_the_same_table_at_once(cache: Path):
-    found: list[pd.DataFrame] = []
-    makers = [
-        threading.Thread(target=lambda: found.append(match_table(toys.bare_suite(), k=2)))
-        for _ in range(4)
-    ]
-    for maker in makers:
-        maker.start()
-    for maker in makers:
-        maker.join()
-    assert len(found) == 4
-    for other in found[1:]:
-        pd.testing.assert_frame_equal(found[0], other)
-    assert len(list(cache.iterdir())) == 3
+def _made(number: int) -> pd.DataFrame:
+    return match_table(toys.bare_suite(), k=2)
+
+
+def test_processes_may_make_the_same_table_at_once(cache: Path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = pool.map(_made, range(2), chunksize=1)
+    for other in found:
+        pd.testing.assert_frame_equal(match_table(toys.bare_suite(), k=2), other)
+    assert len(list(cache.glob("*.parquet"))) == 3
+    assert not list(cache.glob(".*"))
+
+
+def test_a_table_of_another_version_is_made_again_with_a_word(
+    computed: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    first = match_table(toys.bare_suite(), k=2)
+    monkeypatch.setattr(matching, "TABLE_VERSION", matching.TABLE_VERSION + 1)
+    with pytest.warns(UserWarning, match="is made again: it is of version 1, this is version 2"):
+        again = match_table(toys.bare_suite(), k=2)
+    assert len(computed) == 16
+    pd.testing.assert_frame_equal(first, again)
+
+
+def test_a_cache_that_cannot_be_written_to_is_told_before_anything_is_computed(
+    tmp_path: Path, computed: list[int]
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot make the folder"):
+        match_table(toys.bare_suite(), k=2, cache=tmp_path / "file")
+    assert not computed
 
 
 # The other methods fill the same table.

@@ -21,7 +21,12 @@ def test_the_numbers_are_those_that_the_paper_prints():
     assert sorted(TABLE_5_SCORES.values()) == [0.30, 0.48, 0.79, 0.82]
 
 
-def planted(wrong: int | None = None, t_mlp: float = 0.25, t_res: float | None = None) -> FlowGraph:
+def planted(
+    wrong: int | None = None,
+    t_mlp: float = 0.25,
+    t_res: float | None = None,
+    method: str = "cosine",
+) -> FlowGraph:
     """The graph of Table 5; at the layer `wrong` another feature is the match on both sides."""
     scores = {f"{source} {target}": score for (source, target), score in TABLE_5_SCORES.items()}
     chain = [index + (layer == wrong) for layer, index in enumerate(TABLE_5_RES)]
@@ -37,8 +42,9 @@ def planted(wrong: int | None = None, t_mlp: float = 0.25, t_res: float | None =
             match |= {"source_layer": source_layer, "score": scores.get(key, plain)}
             rows += [match | {"direction": way} for way in ("backward", "forward")]
     table = pd.DataFrame(rows).assign(
-        rank=1, margin=0.1, mutual=True, null=0.1, null_quantile=1.0, method="cosine"
+        rank=1, margin=0.1, mutual=True, null=0.1, null_quantile=1.0, method=method
     )
+    table = table.assign(suite="gemma-2-2b", cosine=table["score"])
     sites = (Site(layer, module) for layer in range(26) for module in ("res", "mlp", "att"))
     suite = toys.bare_suite({site: torch.zeros(WIDTH, 1) for site in sites}, layers=26)
     suite = dataclasses.replace(suite, row=dataclasses.replace(suite.row, name="gemma-2-2b"))
@@ -72,6 +78,7 @@ def test_a_graph_of_something_else_is_refused():
     for graph in (
         planted(t_mlp=0.15),
         planted(t_res=0.5),
+        planted(method="random"),
         dataclasses.replace(planted(), suite="flowlet"),
         dataclasses.replace(planted(), seeds=("23/res/9592",)),
     ):

@@ -323,9 +323,10 @@ def test_hovers_of_edges_hold_cosine_margin_and_null(chain: FlowGraph) -> None:
         "margin over the next 0.800",
     ]
     table = chain.edges.assign(margin=np.nan, mutual=False, direction="backward", null=0.9)
+    table["score"] = 0.7
     other = replace(chain, edges=table, choices={"method": "pearson"})
     hover = dict.fromkeys(text for text, _ in marks(flow_picture(other, "toy"))).popitem()[0]
-    assert "correlation 0.800, not above chance (0.900)" in hover
+    assert "correlation 0.700 (cosine 0.800), not above chance (0.900)" in hover
     assert hover.endswith("rank 1 for the later feature, not mutual")
 
 
