@@ -44,6 +44,8 @@ def load_graph(path: Path) -> FlowGraph:
             raise ValueError(f"{path} has no {key!r}: it is no whole flow graph")
     nodes = pd.DataFrame(record["nodes"])
     for module in MODULES:
+        names = nodes[f"from_{module}"].astype(object)
+        nodes[f"from_{module}"] = names.where(names.notna(), None)
         for kind in ("s", "null", "high"):
             nodes[f"{kind}_{module}"] = nodes[f"{kind}_{module}"].astype(float)
     if any(set(edge) != set(EDGE_COLUMNS) for edge in record["edges"]):

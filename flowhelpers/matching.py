@@ -67,6 +67,7 @@ def match_table(
     weights: Literal["decoder", "all"] = "decoder",
     folded: bool = False,
     texts: Sequence[str] | None = None,
+    layers: Sequence[int] | None = None,
     device: str | None = None,
     cache: Path | None = None,
 ) -> "pd.DataFrame":
@@ -85,6 +86,7 @@ def match_table(
         weights: For `permutation`: match decoders alone, or encoders and their biases as well.
         folded: For `permutation`: fold thresholds into the weights first (CHOICES 16).
         texts: For `pearson`: the text sample.
+        layers: The layers to match with what precedes them; all unless given.
         device: Where to compute; where the dictionaries are unless given.
         cache: The folder of the tables on disk; `flowhelpers.tables.cache_folder()` unless given.
 
@@ -98,8 +100,8 @@ def match_table(
         below).
 
     Raises:
-        ValueError: If no residual dictionary has one that precedes it, the method is unknown or
-            lacks its texts, or k is larger than a dictionary.
+        ValueError: If no residual dictionary has one that precedes it (at the layers asked for),
+            the method is unknown or lacks its texts, or k is larger than a dictionary.
     """
     import pandas as pd
 
@@ -107,10 +109,15 @@ def match_table(
         raise ValueError(f"unknown method {method!r}{suggestion(method, METHODS)}")
     if (method == "pearson") != (texts is not None):
         raise ValueError(f"method={method!r}: texts are for 'pearson', which needs them")
-    layers = {layer: pairs for layer in range(suite.layers) if (pairs := _pairs(suite, layer))}
-    if not layers:
+    by_layer = {layer: pairs for layer in range(suite.layers) if (pairs := _pairs(suite, layer))}
+    if not by_layer:
         raise ValueError(f"suite {suite.name} has no residual dictionary with one that precedes it")
-    everything = [pair for pairs in layers.values() for pair in pairs.values()]
+    if layers is not None:
+        if not layers or not set(layers) <= set(by_layer):
+            there = ", ".join(map(str, by_layer))
+            raise ValueError(f"layers={list(layers)}: {suite.name} has matches at layers {there}")
+        by_layer = {layer: by_layer[layer] for layer in sorted(set(layers))}
+    everything = [pair for pairs in by_layer.values() for pair in pairs.values()]
     for target, source in everything:
         if not 1 <= k <= min(target.width, source.width):
             raise ValueError(
@@ -144,13 +151,13 @@ def match_table(
     def table_of(layer: int) -> "pd.DataFrame":
         parts = [
             part
-            for module, (target, source) in layers[layer].items()
+            for module, (target, source) in by_layer[layer].items()
             for part in _rows(*matched(target, source), target, source, module, k)
         ]
         return pd.concat(parts, ignore_index=True).assign(method=method)
 
     tables = []
-    for layer, pairs in progress(list(layers.items()), "matching"):
+    for layer, pairs in progress(list(by_layer.items()), "matching"):
         prints = {str(d.site): d.fingerprint for pair in pairs.values() for d in pair}
         key = {"suite": suite.name, "layer": layer, "sites": prints}
         key["null"] = (NULL_QUANTILE, NULL_DRAWS)

@@ -290,6 +290,16 @@ def test_processes_may_make_the_same_table_at_once(cache: Path):
     assert not list(cache.glob(".*"))
 
 
+def test_some_layers_are_those_of_the_whole_table():
+    some = match_table(toys.bare_suite(), k=3, layers=[2, 0])
+    whole = match_table(toys.bare_suite(), k=3)
+    expected = whole[whole["layer"].isin([0, 2])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(some, expected)
+    for layers in ([], [3], [-1]):
+        with pytest.raises(ValueError, match=r"layers=\[.*\]: bare has matches at layers 0, 1, 2"):
+            match_table(toys.bare_suite(), k=3, layers=layers)
+
+
 def test_a_table_of_another_version_is_made_again_with_a_word(
     computed: list[int], monkeypatch: pytest.MonkeyPatch
 ):
