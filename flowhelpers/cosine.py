@@ -79,6 +79,8 @@ def top_k_cosine(
         for columns in torch.arange(len(source)).split(sizes[1])
         for rows in torch.arange(len(target)).split(sizes[0])
     ]
+    if not len(target):
+        return Matches(indices, scores)
     block, of = None, -1
     for rows, columns in progress(blocks, "cosines"):
         first, last = int(columns[0]), int(columns[-1]) + 1

@@ -327,6 +327,7 @@ def agreement_map(table: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_layout(
         margin_t=125, coloraxis={"cmin": 0, "cmax": 1, "colorscale": white_to_blue, "colorbar": bar}
     )
+    figure.update_xaxes(tickangle=-40, automargin=True)
     return figure.update_yaxes(autorange="reversed", showgrid=False, automargin=True)
 
 

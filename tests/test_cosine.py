@@ -149,6 +149,11 @@ def test_values_that_are_not_finite_are_named(bad: float):
             top_k_cosine(*pair)
 
 
+def test_no_targets_have_no_matches():
+    matches = top_k_cosine(torch.zeros(0, 3), torch.eye(3), 2)
+    assert matches.indices.shape == matches.scores.shape == (0, 2)
+
+
 def test_unit_rows_leave_zero_rows_at_zero():
     rows = unit_rows(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
     assert rows.tolist() == [pytest.approx([0.6, 0.8]), [0, 0]]

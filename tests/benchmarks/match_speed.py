@@ -5,20 +5,28 @@
 On a CPU the times are those of one target dictionary against one source, each the best of
 `--repeats`, by turns so that a busy machine slows all alike. faiss is timed if it is installed
 (`pip install -e '.[bench]'`). With a GPU, all maps of a suite of Gemma 2 2B's shape (26 layers,
-three sites) are made in one go, beside the bare bfloat16 products.
+three sites) are made, beside the bare bfloat16 products; `--layers` does so on a CPU.
 """
 
 import argparse
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 
 from flowhelpers.cosine import quick_dtype, top_k_cosine, unit_rows
+from flowhelpers.dictionaries import Dictionary
+from flowhelpers.features import MODULES, Site
+from flowhelpers.matching import match_table, predecessor_sites
+from flowhelpers.suites import Suite, SuiteRow
 
 MIB = 2**20
 
@@ -104,28 +112,64 @@ def on_cpu(features: int, width: int, k: int, repeats: int) -> None:
     print(f"memory beside input and answer: {peak_beside(ways['flowhelpers']):.0f} MiB")
 
 
-def on_gpu(features: int, width: int, k: int, layers: int = 26) -> None:
-    """Prints the time of all maps of a suite beside that of the bare products."""
-    target, source = (side.cuda() for side in dictionaries(features, width))
-    rough = unit_rows(target).bfloat16(), unit_rows(source).bfloat16()
-    maps = 3 * layers - 1
+def suite_of(layers: int, features: int, width: int, device: str) -> Suite:
+    """Dictionaries at all three sites of so many layers, neighbours related by half."""
+    directions: dict[Site, Tensor] = {}
+    for layer in range(layers):
+        for module in MODULES:
+            pair = dictionaries(features, width, seed=3 * layer + MODULES.index(module))
+            directions[Site(layer, module)] = unit_rows(pair[0].to(device))
+        if layer:
+            before = directions[Site(layer - 1, "res")]
+            here = directions[Site(layer, "res")]
+            here[: features // 2] = unit_rows(here + before)[: features // 2]
+    none = torch.zeros(0, dtype=torch.long)
+    made = {
+        site: Dictionary(site, rows, torch.ones(len(rows)), none, "random", None, site)
+        for site, rows in directions.items()
+    }
+    row = SuiteRow("random", "none", dict.fromkeys(made, "random"), parameters=0)
+    model: Any = SimpleNamespace(layers=layers)
+    return Suite(row, model, made)
+
+
+def whole_suite(layers: int, features: int, width: int, k: int, device: str) -> None:
+    """Prints the time of all maps of a suite beside that of the bare bfloat16 products."""
+    suite = suite_of(layers, features, width, device)
+    pairs = [
+        (suite.dictionary(Site(layer, "res")).directions, suite.dictionary(place).directions)
+        for layer in range(layers)
+        for place in predecessor_sites(Site(layer, "res")).values()
+    ]
+    rough = [(target.bfloat16(), source.bfloat16()) for target, source in pairs[:3]]
 
     def products() -> None:
-        for _ in range(maps):
-            torch.mm(rough[0], rough[1].T)
+        for number in range(len(pairs)):
+            torch.mm(rough[number % len(rough)][0], rough[number % len(rough)][1].T)
 
     def matches() -> None:
-        for _ in range(maps):
+        for target, source in pairs:
             top_k_cosine(target, source, k)
 
     products()
-    top_k_cosine(target, source, k)
+    top_k_cosine(*pairs[0], k)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() if device == "cuda" else 0
     bare, ours = seconds(products), seconds(matches)
-    expected = torch.topk(unit_rows(target[:2048]) @ unit_rows(source).T, k).indices
-    same = (top_k_cosine(target[:2048], source, k).indices == expected).float().mean()
-    print(f"{torch.cuda.get_device_name()}: {maps} maps of {features:,} × {width:,}, k = {k}")
+    print(f"{len(pairs)} maps of {features:,} × {width:,}, k = {k}, on {device}")
     print(f"bare bfloat16 products {bare:.2f} s, matches {ours:.2f} s, {ours / bare:.1f} ×")
+    if device == "cuda":
+        beside = (torch.cuda.max_memory_allocated() - held) / MIB
+        print(f"{torch.cuda.get_device_name()}, {beside:.0f} MiB beside input")
+    part = pairs[-1][0][:2048]
+    expected = torch.topk(part @ pairs[-1][1].T, k).indices
+    same = (top_k_cosine(part, pairs[-1][1], k).indices == expected).float().mean()
     print(f"indices equal to torch's float32: {same:.2%}")
+    with tempfile.TemporaryDirectory() as cache:
+        for what in ("in one call, both directions, nulls and disk", "from disk"):
+            took = seconds(lambda: match_table(suite, k, cache=Path(cache)))
+            print(f"the whole match table {what}: {took:.2f} s")
 
 
 if __name__ == "__main__":
@@ -134,8 +178,12 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=2_304)
     parser.add_argument("--k", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--layers", type=int, help="time all maps of a suite of so many layers")
     options = parser.parse_args()
+    shape = options.features, options.width, options.k
     if torch.cuda.is_available():
-        on_gpu(options.features, options.width, options.k)
+        whole_suite(options.layers or 26, *shape, "cuda")
+    elif options.layers:
+        whole_suite(options.layers, *shape, "cpu")
     else:
-        on_cpu(options.features, options.width, options.k, options.repeats)
+        on_cpu(*shape, options.repeats)
