@@ -67,7 +67,9 @@ CORPORA: dict[str, Corpus] = {
 DOMAINS = ("fiction", "science", "maths")
 
 
-def load_texts(name_or_path: str | Path, n: int | None, seed: int = 0) -> list[str]:
+def load_texts(
+    name_or_path: str | Path, n: int | None, seed: int = 0, or_fewer: bool = False
+) -> list[str]:
     """Sample texts of a corpus, or of a text file or folder of your own.
 
     In a file, texts are parted by `<|endoftext|>`; in a folder, every file holds at least one.
@@ -76,6 +78,7 @@ def load_texts(name_or_path: str | Path, n: int | None, seed: int = 0) -> list[s
         name_or_path: A name in `CORPORA`, or the path of a UTF-8 text file or folder.
         n: How many; None for all of a corpus that is not on the hub.
         seed: Decides which texts are taken, and their order; a smaller `n` gives the first of them.
+        or_fewer: Whether a corpus that has fewer may give all it has.
 
     Returns:
         `n` different texts.
@@ -89,7 +92,7 @@ def load_texts(name_or_path: str | Path, n: int | None, seed: int = 0) -> list[s
         raise ValueError(f"cannot load n={n} texts: expected at least 1, or None for all")
     corpus = CORPORA.get(name_or_path) if isinstance(name_or_path, str) else None
     if corpus and corpus.hub_id:
-        return _hub_texts(corpus, n, seed)
+        return _hub_texts(corpus, n, seed, or_fewer)
     if corpus is None:
         found: Iterable[str] = _own_texts(name_or_path)
     elif corpus.name in DOMAINS:
@@ -97,7 +100,7 @@ def load_texts(name_or_path: str | Path, n: int | None, seed: int = 0) -> list[s
     else:
         found = _held_out_python()
     texts = list(dict.fromkeys(found))
-    if n is not None and n > len(texts):
+    if n is not None and n > len(texts) and not or_fewer:
         own = "" if corpus else f" (a file is parted into texts by {SEPARATOR})"
         raise ValueError(_too_few(name_or_path, n, len(texts)) + f"; n=None takes all{own}")
     order = np.random.default_rng(seed).permutation(len(texts))
@@ -197,7 +200,7 @@ def _file_texts(file: Path) -> list[str]:
     return texts
 
 
-def _hub_texts(corpus: Corpus, n: int | None, seed: int) -> list[str]:
+def _hub_texts(corpus: Corpus, n: int | None, seed: int, or_fewer: bool) -> list[str]:
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import httpx
@@ -221,7 +224,7 @@ def _hub_texts(corpus: Corpus, n: int | None, seed: int) -> list[str]:
             f"that datasets has cached is read. No network is needed for {local}, or for a text "
             "file or folder of your own"
         ) from error
-    if len(texts) < n:
+    if len(texts) < n and not or_fewer:
         raise ValueError(_too_few(corpus.name, n, len(texts)))
     return texts
 
