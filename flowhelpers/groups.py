@@ -1,16 +1,21 @@
-"""Where active features come from: predecessor groups and their tests."""
+"""Where active features come from: the groups of the paper's 5.1 and their shares.
 
-from itertools import combinations
+Every active residual feature at every token falls into one of eight groups, by which of its
+predecessors (its matches in the stream before, the MLP and attention) are active at that token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flowhelpers.activations import FeatureActivations
 from flowhelpers.features import MODULES, Site
-from flowhelpers.runs import progress
 
 if TYPE_CHECKING:
     import pandas as pd
+    from scipy.sparse import csr_matrix
 
 GROUPS = (
     "From nowhere",
@@ -28,98 +33,247 @@ _OF_BITS = np.array([GROUPS.index(name) for name in (
 )])  # fmt: skip
 
 
-def occurrences(scores: "pd.DataFrame", activations: FeatureActivations) -> "pd.DataFrame":
+@dataclass(frozen=True)
+class Occurrences:
+    """Active residual features at the tokens of a sample, each with its group.
+
+    Attributes:
+        suite: The suite's name.
+        method: How predecessors were matched.
+        top_n: How many matches a predecessor stands for.
+        tokens: The tokens: `text`, `position`, `token`, and of a sample `dataset`.
+        table: One row for each active (feature, token): `dataset`, `text`, `layer`, `feature`,
+            `token_row` (row of `tokens`), `activation`; for each module `res`, `mlp`, `att`
+            whether a predecessor there is active, the score `s_res` … of the best and the share
+            `rate_res` … of all tokens on which one is; and `group`. At a layer that lacks a site,
+            as layer 0 does, its score is missing.
+    """
+
+    suite: str
+    method: str
+    top_n: int
+    tokens: "pd.DataFrame"
+    table: "pd.DataFrame"
+
+    def __str__(self) -> str:
+        texts = self.tokens[["dataset", "text"]].drop_duplicates()
+        per_set = texts.groupby("dataset", sort=False, observed=True).size()
+        sizes = ", ".join(f"{name} {count:,}" for name, count in per_set.items())
+        return (
+            f"suite {self.suite} · {self.method} top-{self.top_n} · {len(self.tokens):,} tokens"
+            f" of {len(texts):,} texts ({sizes}) · n = {len(self.table):,}"
+        )
+
+
+def occurrences(
+    matches: "pd.DataFrame",
+    activations: FeatureActivations,
+    top_n: int = 1,
+    incomplete: bool = False,
+) -> Occurrences:
     """Every active residual feature at every token, with its predecessors' activity (paper 5.1).
 
-    A predecessor is the top-1 match at a site, active at the same token. Layers that lack one of
-    the three sites are left out, layer 0 always: it has no residual predecessor (CHOICES 5).
+    A predecessor is a match at a site, active at the same token; of several matches one that is
+    active is enough (CHOICES 32). Layers that lack one of the three sites are left out unless asked
+    for, layer 0 always among them: it has no residual predecessor (CHOICES 5).
 
     Args:
-        scores: One row a feature, as `matching.scores` gives.
+        matches: A match table, by any method.
         activations: Activations at all sites.
-
-    Returns:
-        One row for each active (feature, token): `layer`, `feature`, `token_row` (row of
-        `activations.tokens`), `activation`, for each module `res`, `mlp`, `att` whether the
-        predecessor is active, its score `s_res` … and its share of all tokens `rate_res` …, and
-        `group`.
+        top_n: How many matches of each feature and site are its predecessors.
+        incomplete: Whether layers that lack one or two sites are in it; their groups are those of
+            the sites that there are.
 
     Raises:
-        ValueError: If no layer has all three sites.
+        ValueError: If no layer has all three sites, or the table has fewer ranks than `top_n`.
     """
     import pandas as pd
 
-    sources = scores.reindex(columns=[f"source_{module}" for module in MODULES])
-    complete = scores[sources.notna().all(axis=1)]
-    if complete.empty:
+    ranks = int(matches["rank"].max())
+    if not 1 <= top_n <= ranks:
+        raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
+    chosen = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
+    by_place = {
+        (int(layer), str(module)): part.sort_values(["feature", "rank"])
+        for (layer, module), part in chosen.groupby(["layer", "module"], observed=True)
+    }
+    layers = sorted({layer for layer, _ in by_place})
+    complete = [layer for layer in layers if all((layer, module) in by_place for module in MODULES)]
+    if not complete:
         raise ValueError("no layer has predecessors at all three of res, mlp and att")
-    tables = []
-    for layer, part in complete.groupby("layer"):
-        part = part.sort_values("feature")
-        codes = activations.by_site[Site(int(layer), "res")].tocoo()
+    tokens = activations.tokens
+    if "dataset" not in tokens:
+        tokens = tokens.assign(dataset="all")
+    parts = []
+    for layer in layers if incomplete else complete:
+        codes = activations.by_site[Site(layer, "res")].tocoo()
         columns: dict[str, np.ndarray] = {
-            "layer": np.full(codes.nnz, layer),
-            "feature": codes.col,
-            "token_row": codes.row,
+            "layer": np.full(codes.nnz, layer, np.int16),
+            "feature": codes.col.astype(np.int32),
+            "token_row": codes.row.astype(np.int32),
             "activation": codes.data,
         }
         bits = np.zeros(codes.nnz, dtype=int)
         for bit, module in enumerate(MODULES):
-            site = Site(int(layer) - (module == "res"), module)
-            best = part[f"source_{module}"].to_numpy().astype(int)
-            active = activations.by_site[site].toarray() > 0
-            predecessor = best[codes.col]
-            on = active[codes.row, predecessor] & (predecessor >= 0)
-            columns[module] = on
-            columns[f"s_{module}"] = part[f"s_{module}"].to_numpy()[codes.col]
-            columns[f"rate_{module}"] = np.where(
-                predecessor >= 0, active.mean(axis=0)[predecessor], 0.0
-            )
-            bits += on.astype(int) << bit
-        columns["group"] = np.array(GROUPS, dtype=object)[_OF_BITS[bits]]
-        tables.append(pd.DataFrame(columns))
-    return pd.concat(tables, ignore_index=True)
+            part = by_place.get((layer, module))
+            if part is None:
+                columns[module] = np.zeros(codes.nnz, dtype=bool)
+                columns[f"s_{module}"] = columns[f"rate_{module}"] = np.full(codes.nnz, np.nan)
+                continue
+            width = codes.shape[1]
+            site = Site(layer - (module == "res"), module)
+            sources = part["source"].to_numpy().reshape(width, -1)
+            active = _any_active(activations.by_site[site], sources)
+            columns[module] = np.asarray(active[codes.row, codes.col]).ravel() > 0
+            best = part["score"].to_numpy().reshape(width, -1)[:, 0]
+            columns[f"s_{module}"] = best[codes.col]
+            columns[f"rate_{module}"] = active.getnnz(axis=0)[codes.col] / active.shape[0]
+            bits += columns[module].astype(int) << bit
+        columns["group"] = _OF_BITS[bits]
+        parts.append(pd.DataFrame(columns))
+    table = pd.concat(parts, ignore_index=True)
+    table["group"] = pd.Categorical.from_codes(table["group"], categories=list(GROUPS))
+    for place, column in enumerate(("dataset", "text")):
+        table.insert(place, column, tokens[column].to_numpy()[table["token_row"]])
+    names = list(dict.fromkeys(tokens["dataset"]))
+    table["dataset"] = pd.Categorical(table["dataset"], categories=names)
+    suite, method = (str(matches[column].iloc[0]) for column in ("suite", "method"))
+    return Occurrences(suite, method, top_n, tokens, table)
 
 
-def significance(table: "pd.DataFrame", alpha: float = 1e-3, smallest: int = 20) -> "pd.DataFrame":
-    """Mann-Whitney U for every pair of groups, score and layer (paper 5.1; two-sided, CHOICES 7).
+def _any_active(codes: "csr_matrix", sources: np.ndarray) -> "csr_matrix":
+    """On which tokens one of each feature's sources is active: `[tokens, features]`, sparse.
 
     Args:
-        table: Occurrences; a column `dataset`, if there is one, is tested apart.
-        alpha: Level of significance, uncorrected.
-        smallest: Groups with fewer members are left out.
+        codes: Activations at the sources' site, `[tokens, sources]`.
+        sources: Each feature's sources, `[features, top_n]`; -1 where there is none.
+    """
+    from scipy.sparse import csr_matrix
+
+    features, ranks = np.nonzero(sources >= 0)
+    ones = np.ones(len(features), np.int32)
+    shape = (codes.shape[1], len(sources))
+    chosen = csr_matrix((ones, (sources[features, ranks], features)), shape=shape)
+    return (codes > 0).astype(np.int32) @ chosen
+
+
+def stand_ins(
+    matches: "pd.DataFrame", activations: FeatureActivations, seed: int = 0, near: int = 10
+) -> "pd.DataFrame":
+    """The match table with every predecessor replaced by a random feature as often active.
+
+    What the groups are with these is the base rate that the paper leaves out: how often an active
+    feature that has nothing to do with the match is found where a predecessor was looked for.
+
+    Args:
+        matches: A match table.
+        activations: Activations at all sites, which tell how often each feature is active.
+        seed: Of the choice.
+        near: It falls on one of so many that come next to the feature, more and less often active.
+    """
+    found = matches.copy()
+    backward = found["direction"] == "backward"
+    for layer, module in found.loc[backward, ["source_layer", "module"]].drop_duplicates().values:
+        counts = activations.by_site[Site(int(layer), str(module))].getnnz(axis=0)
+        rows = backward & (found["source_layer"] == layer) & (found["module"] == module)
+        rows &= found["source"] >= 0
+        order = np.argsort(counts, kind="stable")
+        rank = np.argsort(order, kind="stable")
+        reach = min(near, (len(order) - 1) // 2)
+        if not reach:
+            raise ValueError(f"{layer}/{module} has {len(order)} features: too few to stand in")
+        rng = np.random.default_rng([seed, int(layer), MODULES.index(str(module))])
+        own = rank[found.loc[rows, "source"].to_numpy()]
+        # At the ends the window is moved in, so that all have equally many to choose from.
+        low = np.clip(own - reach, 0, len(order) - 1 - 2 * reach)
+        place = low + rng.integers(0, 2 * reach, len(own))
+        place += place >= own  # never itself
+        found.loc[rows, "source"] = order[place].astype(np.int32)
+    return found
+
+
+def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.DataFrame":
+    """How the occurrences are spread over the groups (Figures 5 and 12a).
+
+    Args:
+        found: Occurrences.
+        by: Columns within each of whose values the shares add up to one, such as `dataset`,
+            `layer`, or both. Layers that lack a site count only where `layer` is among them.
 
     Returns:
-        One row a test: `dataset`, `layer`, `score`, `first`, `second`, `n_first`, `n_second`, `p`,
-        `significant`, and `pair`: whether the score's module is active in only one of the two
-        groups (`AO`), in both (`AB`) or in neither (`IB`).
+        One row a group in each: `n`, `features` (unique ones), `share` of the occurrences, and
+        `unique_share` of the unique features; shares of an empty group are missing, not 0.
     """
     import pandas as pd
-    from scipy.stats import mannwhitneyu
 
-    if "dataset" not in table:
-        table = table.assign(dataset="all")
-    rows = []
-    for (dataset, layer), part in progress(list(table.groupby(["dataset", "layer"])), "tests"):
-        members = {name: group for name, group in part.groupby("group") if len(group) >= smallest}
-        names = [name for name in GROUPS if name in members]
-        for first, second in combinations(names, 2):
-            for module in MODULES:
-                a, b = (members[name][f"s_{module}"].to_numpy() for name in (first, second))
-                p = float(mannwhitneyu(a, b, alternative="two-sided").pvalue)
-                active = (module.upper() in first) + (module.upper() in second)
-                cells = (dataset, layer, f"s_{module}", first, second, len(a), len(b), p, p < alpha)
-                rows.append((*cells, ("IB", "AO", "AB")[active]))
-    columns = ["dataset", "layer", "score", "first", "second", "n_first", "n_second", "p"]
-    return pd.DataFrame(rows, columns=[*columns, "significant", "pair"])
+    table = found.table if "layer" in by else complete(found.table)
+    keys = [*by, "group"]
+    cells = table.groupby(keys, observed=False)
+    n = cells.size().rename("n")
+    unique = table[[*dict.fromkeys([*keys, "layer", "feature"])]].drop_duplicates()
+    features = unique.groupby(keys, observed=False).size().rename("features")
+    both = pd.concat([n, features], axis=1)
+    if not by:
+        shares = both / both.sum()
+    else:
+        shares = both / both.groupby(level=list(range(len(by))), observed=False).transform("sum")
+    both["share"], both["unique_share"] = (shares[c].where(both["n"] > 0) for c in shares)
+    return both.reset_index()
 
 
-def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
-    """Share of significant tests by score and class of pair, as in the paper's Figure 4.
+def complete(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The occurrences at layers that have all three sites."""
+    return table[table[[f"s_{module}" for module in MODULES]].notna().all(axis=1)]
 
-    The share is first taken for each pair of groups, over layers and datasets, then averaged over
-    the pairs of a class; it is missing where a class has no test.
+
+def group_transition(found: Occurrences) -> "pd.DataFrame":
+    """Of the features ever seen in one group, the share also seen in another (Figure 13).
+
+    Features of all complete layers count together (CHOICES 8).
+
+    Returns:
+        A matrix: from each group (row) to each (column); a row is missing where a group is empty.
     """
-    cells = tests.groupby(["score", "pair", "first", "second"])["significant"].mean()
-    shares = cells.groupby(["score", "pair"]).mean().unstack("pair")
-    return shares.reindex(columns=["AB", "AO", "IB"])
+    import pandas as pd
+
+    return pd.DataFrame(
+        transition_of(seen_in_groups(complete(found.table))), index=GROUPS, columns=GROUPS
+    )
+
+
+def seen_in_groups(table: "pd.DataFrame") -> np.ndarray:
+    """Which features were seen in which group: `[features, groups]`."""
+    features = table.groupby(["layer", "feature"]).ngroup().to_numpy()
+    seen = np.zeros((features.max(initial=-1) + 1, len(GROUPS)), dtype=bool)
+    seen[features, table["group"].cat.codes.to_numpy()] = True
+    return seen
+
+
+def transition_of(seen: np.ndarray) -> np.ndarray:
+    """Of the features seen in each group, the share seen in each other: `[groups, groups]`."""
+    both = seen.T.astype(float) @ seen.astype(float)
+    members = both.diagonal()[:, None]
+    return np.divide(both, members, out=np.full_like(both, np.nan), where=members > 0)
+
+
+def group_profiles(found: Occurrences) -> "pd.DataFrame":
+    """For each feature, which groups it falls into, and how evenly (asked for in the paper's C.1).
+
+    Returns:
+        One row a feature: `layer`, `feature`, `n` (occurrences), the share in each group by its
+        name, `main` (the most frequent group), `main_share`, and `entropy` of the shares in bits,
+        from 0 (always the same) to 3 (all eight alike).
+    """
+    import pandas as pd
+
+    table = complete(found.table)
+    counts = table.groupby(["layer", "feature", "group"], observed=False).size().unstack("group")
+    counts = counts[counts.sum(axis=1) > 0]
+    shares = counts.div(counts.sum(axis=1), axis=0)
+    logs = np.log2(shares.to_numpy(), where=shares.to_numpy() > 0, out=np.zeros(shares.shape))
+    frame = pd.DataFrame(shares.to_numpy(), index=shares.index, columns=list(GROUPS))
+    frame.insert(0, "n", counts.sum(axis=1))
+    frame["main"] = shares.idxmax(axis=1).astype(str)
+    frame["main_share"] = shares.max(axis=1)
+    frame["entropy"] = -(shares.to_numpy() * logs).sum(axis=1) + 0.0
+    return frame.reset_index()

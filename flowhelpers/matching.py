@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from flowhelpers.dictionaries import Dictionary
+    from flowhelpers.groups import Occurrences
     from flowhelpers.suites import Suite
 
 Method = Literal["cosine", "random", "permutation", "pearson"]
@@ -358,24 +359,23 @@ def check_threshold(value: float, name: str) -> None:
         raise ValueError(f"threshold {value} for {name}: expected a cosine, from -1 to 1")
 
 
-def youden_thresholds(occurrences: "pd.DataFrame") -> dict[tuple[int, str], float]:
+def youden_thresholds(found: "Occurrences") -> dict[tuple[int, str], float]:
     """The score that best parts active from inactive predecessors, for each layer and site.
 
     It is the cut of highest Youden's J (share of active above minus share of inactive above).
     A layer and site whose predecessors are all active, or none, has no cut.
 
     Args:
-        occurrences: Active features with their predecessors' activity, as `groups.occurrences`
-            gives.
+        found: Active features with their predecessors' activity.
     """
     import numpy as np
     from sklearn.metrics import roc_curve
 
     cuts = {}
-    for layer, part in occurrences.groupby("layer"):
+    for layer, part in found.table.groupby("layer"):
         for module in MODULES:
             active, score = part[module].to_numpy(), part[f"s_{module}"].to_numpy()
-            if active.all() or not active.any():
+            if active.all() or not active.any() or np.isnan(score).all():
                 continue
             false, true, limits = roc_curve(active, score)
             best = int(np.argmax(true - false))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,8 @@ import torch
 
 from flowhelpers.activations import FeatureActivations, collect, collect_tokens
 from flowhelpers.features import FeatureId, Site
-from flowhelpers.groups import occurrences, share_significant, significance
+from flowhelpers.group_tests import share_significant, significance
+from flowhelpers.groups import occurrences
 from flowhelpers.labels import auc, top_contexts, top_tokens, written_tokens
 from flowhelpers.matching import match_table, predecessor_sites, scores
 from flowhelpers.model import Activations, Edit, Tokens, logits_of, run, tokenize
@@ -35,12 +37,13 @@ def measure(
     tables = {"sites": measure_dictionaries(suite, tokens)}
     found = {"bits per byte": bits, "nats per token": nats} | site_figures(tables["sites"])
     if any(_has_all(suite, layer) for layer in range(1, suite.layers)):
-        table = scores(match_table(suite, k, seed))
-        active = occurrences(table, activations)
-        sampled = active["token_row"].isin(sample_tokens(activations, seed=seed))
-        tables["flow"] = measure_flow(table, activations, active)
-        tables["tests"] = share_significant(significance(active[sampled])).reset_index()
-        found |= flow_figures(tables["flow"], tables["tests"], active["res"].mean())
+        matches = match_table(suite, k, seed)
+        active = occurrences(matches, activations)
+        sampled = active.table["token_row"].isin(sample_tokens(activations, seed=seed))
+        tables["flow"] = measure_flow(scores(matches), activations, active.table)
+        tests = significance(replace(active, table=active.table[sampled]))
+        tables["tests"] = share_significant(tests).reset_index()
+        found |= flow_figures(tables["flow"], tables["tests"], active.table["res"].mean())
     tables["themes"] = measure_themes(suite, seed)
     tables["examples"] = example_features(suite, activations)
     told_apart = tables["themes"]["auc_held_out"] >= 0.75
@@ -219,7 +222,7 @@ def measure_flow(
     Args:
         table: One row a feature, as `matching.scores` gives.
         activations: Activations on a text.
-        found: Occurrences, as `groups.occurrences` gives.
+        found: One row an occurrence, the table of `groups.occurrences`.
 
     Returns:
         For each layer: share of live features with s(R) above the null, share with s(M) or s(A)

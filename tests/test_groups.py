@@ -1,17 +1,24 @@
-"""Groups are what the planted activity says, and the tests are SciPy's."""
+"""Groups are what the planted activity says, and shares and profiles are counted by hand."""
 
-from itertools import combinations
+from collections import Counter
 
 import numpy as np
 import pandas as pd
 import pytest
 import toys
-from scipy.stats import mannwhitneyu
 
 from flowhelpers.activations import FeatureActivations
-from flowhelpers.features import Site
-from flowhelpers.groups import GROUPS, occurrences, share_significant, significance
-from flowhelpers.matching import match_table, scores
+from flowhelpers.features import MODULES, Site
+from flowhelpers.groups import (
+    GROUPS,
+    Occurrences,
+    group_profiles,
+    group_shares,
+    group_transition,
+    occurrences,
+    stand_ins,
+)
+from flowhelpers.matching import match_table
 
 BY_BITS: dict[tuple[int, ...], str] = {
     (0, 0, 0): "From nowhere",
@@ -24,23 +31,38 @@ BY_BITS: dict[tuple[int, ...], str] = {
     (1, 1, 1): "From RES & MLP & ATT",
 }
 BITS = list(BY_BITS)
-MISSING = float("nan")
+
+
+def table_of(matches: dict[tuple[int, str, int], list[tuple[int, float]]]) -> pd.DataFrame:
+    """A match table from the sources and scores of each layer, module and feature, best first."""
+    rows = [
+        (layer, module, feature, rank, source, score)
+        for (layer, module, feature), chosen in matches.items()
+        for rank, (source, score) in enumerate(chosen, 1)
+    ]
+    columns = ["layer", "module", "feature", "rank", "source", "score"]
+    table = pd.DataFrame(rows, columns=columns)
+    source_layer = table["layer"] - (table["module"] == "res")
+    return table.assign(
+        source_layer=source_layer, suite="planted", method="cosine", direction="backward"
+    )
 
 
 @pytest.fixture
-def table() -> pd.DataFrame:
-    """Scores: feature 0 of layer 1 has three predecessors, feature 1 has none, 2 is never active.
+def matches() -> pd.DataFrame:
+    """Feature 0 of layer 1 has three predecessors, feature 1 has none, 2 is never active.
 
-    The rows are in another order than the features.
+    The rows are in another order than the features, and rank 2 is another source.
     """
-    columns = ["layer", "feature", "source_res", "source_mlp", "source_att", "s_res", "s_mlp"]
-    rows = [
-        (1, 1, -1, -1, -1, 0.0, 0.0, 0.0),
-        (1, 2, 3, 3, 3, 0.1, 0.1, 0.1),
-        (0, 0, MISSING, 0, 0, MISSING, 0.5, 0.5),
-        (1, 0, 2, 1, 0, 0.9, 0.8, 0.7),
-    ]
-    return pd.DataFrame(rows, columns=[*columns, "s_att"])
+    found = {}
+    for feature in (1, 2, 0):
+        for module, best, score in (("res", 2, 0.9), ("mlp", 1, 0.8), ("att", 0, 0.7)):
+            none, never = [(-1, 0.0)] * 2, [(3, 0.1), (2, 0.05)]
+            found[1, module, feature] = {0: [(best, score), (3, 0.01)], 1: none, 2: never}[feature]
+    for feature in (0, 1, 2, 3):
+        for module in ("mlp", "att"):
+            found[0, module, feature] = [(0, 0.5), (1, 0.4)]
+    return table_of(found)
 
 
 @pytest.fixture
@@ -55,6 +77,8 @@ def activity() -> FeatureActivations:
     return toys.planted_activations(
         {
             Site(0, "res"): only(2, [0.01 * bits[0] for bits in BITS]),
+            Site(0, "mlp"): only(0, [float(token == 5) for token in range(8)]),
+            Site(0, "att"): only(0, [0.0] * 8),
             Site(1, "mlp"): only(1, [5.0 * bits[1] for bits in BITS]),
             Site(1, "att"): only(0, [2.0 * bits[2] for bits in BITS]),
             Site(1, "res"): own,
@@ -63,13 +87,14 @@ def activity() -> FeatureActivations:
 
 
 def test_all_eight_groups_are_told_by_activity_at_the_same_token(
-    table: pd.DataFrame, activity: FeatureActivations
+    matches: pd.DataFrame, activity: FeatureActivations
 ):
-    found = occurrences(table, activity)
-    first = found[found["feature"] == 0].set_index("token_row")
+    found = occurrences(matches, activity)
+    assert (found.suite, found.method, found.top_n) == ("planted", "cosine", 1)
+    first = found.table[found.table["feature"] == 0].set_index("token_row")
     assert first["group"].to_dict() == {row: BY_BITS[bits] for row, bits in enumerate(BITS)}
     assert first["activation"].to_dict() == {row: 0.5 + row for row in range(8)}
-    for place, module in enumerate(("res", "mlp", "att")):
+    for place, module in enumerate(MODULES):
         assert first[module].tolist() == [bool(bits[place]) for bits in BITS]
         assert first[f"rate_{module}"].tolist() == [0.5] * 8
     assert first[["s_res", "s_mlp", "s_att"]].drop_duplicates().to_numpy().tolist() == [
@@ -79,9 +104,9 @@ def test_all_eight_groups_are_told_by_activity_at_the_same_token(
 
 
 def test_a_feature_without_matches_comes_from_nowhere(
-    table: pd.DataFrame, activity: FeatureActivations
+    matches: pd.DataFrame, activity: FeatureActivations
 ):
-    found = occurrences(table, activity)
+    found = occurrences(matches, activity).table
     second = found[found["feature"] == 1]
     assert second["token_row"].tolist() == [1, 6]
     assert second["group"].tolist() == ["From nowhere"] * 2
@@ -89,28 +114,51 @@ def test_a_feature_without_matches_comes_from_nowhere(
     assert set(found["feature"]) == {0, 1}
 
 
-def test_layers_without_all_three_sites_are_left_out(
-    table: pd.DataFrame, activity: FeatureActivations
+def test_of_several_matches_one_that_is_active_is_enough(
+    matches: pd.DataFrame, activity: FeatureActivations
 ):
-    assert set(occurrences(table, activity)["layer"]) == {1}
-    more = pd.concat([table, table[table["layer"] == 1].assign(layer=2, source_att=MISSING)])
-    pd.testing.assert_frame_equal(occurrences(more, activity), occurrences(table, activity))
-    for broken in (table[table["layer"] == 0], table.drop(columns=["source_mlp", "s_mlp"])):
+    found = occurrences(matches, activity, top_n=2)  # the second match is active everywhere
+    first = found.table[found.table["feature"] == 0]
+    assert set(first["group"]) == {"From RES & MLP & ATT"}
+    assert set(first["rate_res"]) == {1.0}
+    assert set(first["s_res"]) == {0.9}
+    for top_n in (0, 3):
+        with pytest.raises(ValueError, match=f"top_n={top_n}: expected 1 to 2, the table's ranks"):
+            occurrences(matches, activity, top_n)
+
+
+def test_layers_without_all_three_sites_are_left_out_unless_asked_for(
+    matches: pd.DataFrame, activity: FeatureActivations
+):
+    whole = occurrences(matches, activity)
+    assert set(whole.table["layer"]) == {1}
+    both = occurrences(matches, activity, incomplete=True)
+    zero = both.table[both.table["layer"] == 0]
+    assert zero[["s_res", "rate_res"]].isna().all(axis=None)
+    assert not zero["res"].any()
+    assert zero["s_mlp"].tolist() == [0.5] * len(zero)
+    groups = zero[zero["token_row"] == 5]["group"].tolist()
+    assert groups == ["From MLP"] * len(groups)
+    later = both.table[both.table["layer"] == 1].reset_index(drop=True)
+    pd.testing.assert_frame_equal(later, whole.table)
+    for sites in (matches[matches["layer"] == 0], matches[matches["module"] != "mlp"]):
         with pytest.raises(ValueError, match="no layer has predecessors at all three"):
-            occurrences(broken, activity)
+            occurrences(sites, activity)
 
 
-def test_the_planted_suite_gives_the_groups_counted_by_hand():
+def planted_occurrences(tokens: int = 40) -> tuple[Occurrences, set[tuple[int, int, int, str]]]:
+    """Occurrences in the planted suite at random activity, and what they are by hand."""
     rng = np.random.default_rng(0)
     codes = {
-        site: (rng.random((40, len(rows))) * (rng.random((40, len(rows))) < 0.4)).tolist()
+        site: (rng.random((tokens, len(rows))) * (rng.random((tokens, len(rows))) < 0.4)).tolist()
         for site, rows in toys.planted_directions().items()
     }
     activity = toys.planted_activations(codes)
-    found = occurrences(scores(match_table(toys.bare_suite(), k=1)), activity)
+    activity.tokens["dataset"] = ["one" if text < 2 else "two" for text in activity.tokens["text"]]
+    found = occurrences(match_table(toys.bare_suite(), k=1), activity, incomplete=True)
     expected = set()
     for layer in (1, 2):
-        for token in range(40):
+        for token in range(tokens):
             for feature, coordinate in enumerate(toys.COORDINATE[layer]):
                 if not codes[Site(layer, "res")][token][feature]:
                     continue
@@ -119,83 +167,116 @@ def test_the_planted_suite_gives_the_groups_counted_by_hand():
                     "res": codes[Site(layer - 1, "res")][token][toys.RES_FROM[layer][feature]],
                     module: codes[Site(layer, module)][token][coordinate % toys.MODULE],
                 }
-                key = tuple(int(bits.get(m, 0) > 0) for m in ("res", "mlp", "att"))
+                key = tuple(int(bits.get(m, 0) > 0) for m in MODULES)
                 expected.add((layer, feature, token, BY_BITS[key]))
-    columns = found[["layer", "feature", "token_row", "group"]]
+    return found, expected
+
+
+def test_the_planted_suite_gives_the_groups_counted_by_hand():
+    found, expected = planted_occurrences()
+    table = found.table[found.table["layer"] > 0]
+    columns = table[["layer", "feature", "token_row", "group"]]
     assert set(columns.itertuples(index=False, name=None)) == expected
-    assert len(found) == len(expected)
+    assert len(table) == len(expected)
+    assert str(found).startswith("suite bare · cosine top-1 · 40 tokens of 5 texts (one 2, two 3)")
 
 
-@pytest.fixture(scope="module")
-def drawn() -> pd.DataFrame:
-    """Occurrences of two layers and two datasets, with ties, and one group that is too small."""
+def test_shares_are_counted_by_hand_and_an_empty_group_has_none():
+    found, expected = planted_occurrences()
+    shares = group_shares(found).set_index(["dataset", "group"])
+    for dataset, tokens in (("one", range(16)), ("two", range(16, 40))):
+        here = [row for row in expected if row[2] in tokens]
+        counts = Counter(group for *_, group in here)
+        unique = Counter(group for *_, group in {(a, b, d) for a, b, _, d in here})
+        for group in GROUPS:
+            row = shares.loc[dataset, group]
+            assert (row["n"], row["features"]) == (counts[group], unique[group])
+            if not counts[group]:
+                assert np.isnan(row["share"])
+                assert np.isnan(row["unique_share"])
+                continue
+            assert row["share"] == pytest.approx(counts[group] / len(here))
+            assert row["unique_share"] == pytest.approx(unique[group] / unique.total())
+    assert shares.loc["one", "From MLP & ATT"]["n"] == 0  # no feature has both, as planted
+    by_layer = group_shares(found, ("layer",)).set_index(["layer", "group"])
+    assert by_layer.loc[0, "From MLP"]["n"] > 0  # layer 0 is shown apart, and only here
+    assert group_shares(found, ())["n"].sum() == len(expected)
+
+
+def test_the_transition_is_counted_by_hand():
+    found, expected = planted_occurrences()
+    members = {g: {(a, b) for a, b, _, group in expected if group == g} for g in GROUPS}
+    matrix = group_transition(found)
+    for first in GROUPS:
+        for second in GROUPS:
+            if not members[first]:
+                assert np.isnan(matrix.loc[first, second])
+                continue
+            share = len(members[first] & members[second]) / len(members[first])
+            assert matrix.loc[first, second] == pytest.approx(share)
+    assert matrix.loc["From RES", "From RES"] == 1
+    assert ((matrix > 0) & (matrix < 1)).any(axis=None)
+
+
+def test_profiles_say_which_groups_a_feature_falls_into():
+    found, expected = planted_occurrences()
+    profiles = group_profiles(found).set_index(["layer", "feature"])
+    counts = Counter((layer, feature, group) for layer, feature, _, group in expected)
+    for (layer, feature), row in profiles.iterrows():
+        own = {g: counts[layer, feature, g] for g in GROUPS}
+        n = sum(own.values())
+        assert row["n"] == n
+        shares = np.array([own[g] / n for g in GROUPS])
+        assert row[list(GROUPS)].to_numpy(float) == pytest.approx(shares)
+        assert own[row["main"]] == max(own.values())
+        assert row["main_share"] == pytest.approx(shares.max())
+        there = shares[shares > 0]
+        assert row["entropy"] == pytest.approx(-(there * np.log2(there)).sum())
+    assert profiles["n"].sum() == len(expected)
+
+
+def test_stand_ins_are_other_features_that_are_as_often_active():
     rng = np.random.default_rng(0)
-    parts = []
-    for dataset, layer in (("a", 1), ("a", 2), ("b", 1)):
-        for place, group in enumerate(GROUPS):
-            count = 19 if group == "From ATT" else 20 + 3 * place
-            values = rng.normal(0.1 * place * layer, 0.3, (count, 3)).round(1)
-            part = pd.DataFrame(values, columns=["s_res", "s_mlp", "s_att"])
-            parts.append(part.assign(group=group, layer=layer, dataset=dataset))
-    return pd.concat(parts).sample(frac=1, random_state=0)
+    often = np.linspace(0.02, 0.9, 60)
+    codes = {
+        Site(layer, module): (rng.random((400, 60)) < often).astype(float).tolist()
+        for layer, module in ((0, "res"), (1, "mlp"), (1, "att"), (1, "res"))
+    }
+    activity = toys.planted_activations(codes)
+    chosen = {(1, m, f): [(f, 0.9), (-1, 0.0)] for m in MODULES for f in range(60)}
+    matches = table_of(chosen)
+    found = stand_ins(matches, activity, near=5)
+    own = matches["source"] >= 0
+    assert (found["source"][own] != matches["source"][own]).all()
+    assert (found["source"][~own] == -1).all()
+    counts = activity.by_site[Site(0, "res")].getnnz(axis=0)
+    rank = np.argsort(np.argsort(counts, kind="stable"), kind="stable")
+    part = own & (matches["module"] == "res")
+    apart = np.abs(rank[matches["source"][part]] - rank[found["source"][part]])
+    assert apart.max() <= 10  # 5 at most, but at the ends the window is moved in
+    assert (apart > 5).mean() < 0.2
+    assert (apart > 0).all()
+    assert found.drop(columns="source").equals(matches.drop(columns="source"))
+    assert not found.equals(stand_ins(matches, activity, seed=1, near=5))
+    pd.testing.assert_frame_equal(found, stand_ins(matches, activity, near=5))
+    # Nothing is related here, so that stand-ins are as good as the predecessors.
+    shares = [group_shares(occurrences(m, activity), ()) for m in (matches, found)]
+    assert shares[0]["share"].to_numpy() == pytest.approx(shares[1]["share"], abs=0.03)
 
 
-def test_each_test_is_the_one_of_scipy(drawn: pd.DataFrame):
-    tests = significance(drawn)
-    large = [group for group in GROUPS if group != "From ATT"]
-    assert len(tests) == 3 * 3 * len(list(combinations(large, 2)))
-    assert "From ATT" not in set(tests["first"]) | set(tests["second"])
-    for row in tests.sample(40, random_state=1).itertuples():
-        part = drawn[(drawn["dataset"] == row.dataset) & (drawn["layer"] == row.layer)]
-        a, b = (part.loc[part["group"] == name, row.score] for name in (row.first, row.second))
-        expected = mannwhitneyu(a, b, alternative="two-sided").pvalue
-        assert row.p == pytest.approx(expected, rel=1e-12)
-        assert (row.n_first, row.n_second) == (len(a), len(b))
-        assert row.significant == (expected < 1e-3)
-    assert 0 < tests["significant"].mean() < 1
-
-
-def test_level_and_smallest_group_are_as_asked(drawn: pd.DataFrame):
-    everyone = significance(drawn, alpha=0.2, smallest=1)
-    assert len(everyone) == 3 * 3 * 28
-    assert (everyone["significant"] == (everyone["p"] < 0.2)).all()
-    large = significance(drawn, smallest=38)
-    assert set(large["first"] + ", " + large["second"]) == {"From MLP & ATT, From RES & MLP & ATT"}
-    one = significance(drawn[drawn["dataset"] == "b"].drop(columns="dataset"))
-    assert set(one["dataset"]) == {"all"}
-
-
-def test_too_few_occurrences_give_an_empty_table(drawn: pd.DataFrame):
-    tests = significance(drawn, smallest=1000)
-    assert tests.columns.tolist() == significance(drawn).columns.tolist()
-    assert tests.empty
-    assert share_significant(tests).empty
-
-
-def test_pairs_are_classed_by_where_the_scores_module_is_active(drawn: pd.DataFrame):
-    tests = significance(drawn, smallest=1)
-    tests = tests[(tests["dataset"] == "b")].set_index(["first", "second", "score"])["pair"]
-    for first, second, classes in (
-        ("From nowhere", "From RES", ("AO", "IB", "IB")),
-        ("From RES", "From MLP", ("AO", "AO", "IB")),
-        ("From MLP", "From ATT", ("IB", "AO", "AO")),
-        ("From RES", "From RES & MLP", ("AB", "AO", "IB")),
-        ("From RES & MLP", "From RES & ATT", ("AB", "AO", "AO")),
-        ("From nowhere", "From RES & MLP & ATT", ("AO", "AO", "AO")),
-        ("From MLP & ATT", "From RES & MLP & ATT", ("AO", "AB", "AB")),
-        ("From nowhere", "From MLP & ATT", ("IB", "AO", "AO")),
-    ):
-        found = tuple(tests[(first, second, f"s_{m}")] for m in ("res", "mlp", "att"))
-        assert found == classes, (first, second)
-
-
-def test_shares_are_averaged_over_pairs_and_not_over_tests():
-    rows = [("From RES", "From MLP", s) for s in (True, True, True, False)]
-    rows += [("From RES", "From ATT", False)]
-    frame = pd.DataFrame(rows, columns=["first", "second", "significant"])
-    tests = pd.concat(
-        [frame.assign(score="s_res", pair="AO"), frame[:1].assign(score="s_res", pair="IB")]
+def test_a_base_rate_is_lower_where_predecessors_are_real():
+    rng = np.random.default_rng(1)
+    active = (rng.random((400, 40)) < 0.2).astype(float)
+    noise = {
+        Site(1, module): (rng.random((400, 40)) < 0.2).astype(float).tolist()
+        for module in ("mlp", "att")
+    }
+    same = {Site(0, "res"): active.tolist(), Site(1, "res"): active.tolist()}
+    activity = toys.planted_activations(same | noise)
+    matches = table_of({(1, m, f): [(f, 0.9)] for m in MODULES for f in range(40)})
+    real, base = (
+        occurrences(m, activity).table["res"].mean()
+        for m in (matches, stand_ins(matches, activity))
     )
-    shares = share_significant(tests)
-    assert shares.loc["s_res", ["AO", "IB"]].tolist() == [0.375, 1.0]
-    assert np.isnan(shares.loc["s_res", "AB"])
+    assert real == 1
+    assert base == pytest.approx(0.2, abs=0.03)

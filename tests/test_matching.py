@@ -15,6 +15,7 @@ from torch import Tensor
 from flowhelpers import matching, tables
 from flowhelpers.cosine import Matches
 from flowhelpers.features import Site
+from flowhelpers.groups import Occurrences
 from flowhelpers.matchers import null_cosines
 from flowhelpers.matching import (
     agreement,
@@ -430,7 +431,8 @@ def test_youdens_cut_is_the_one_of_highest_j_and_high_means_above_it():
     table = pd.DataFrame(
         {"layer": 3, "res": active, "s_res": s, "mlp": True, "s_mlp": s, "att": active, "s_att": -s}
     )
-    cuts = youden_thresholds(table)
+    none = pd.DataFrame()
+    cuts = youden_thresholds(Occurrences("toy", "cosine", 1, none, table))
     assert set(cuts) == {(3, "res"), (3, "att")}
 
     def j(cut: float) -> float:

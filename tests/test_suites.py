@@ -19,7 +19,8 @@ from hub_files import PYTHIA, pythia_weights, random_sae, sae_releases
 from transformers import Gemma3ForCausalLM
 
 from flowhelpers.features import FeatureId, Site
-from flowhelpers.groups import occurrences, significance
+from flowhelpers.group_tests import significance
+from flowhelpers.groups import occurrences
 from flowhelpers.labels import written_tokens
 from flowhelpers.matching import match_table, scores
 from flowhelpers.model import final_norm, tokenize
@@ -58,10 +59,10 @@ def test_a_folder_goes_the_whole_way_from_matches_to_groups(planted: Suite):
         part = table[table["layer"] == layer]
         assert part["source_res"].tolist() == toys.RES_FROM[layer]
     activations = collect(planted, toys.TEXTS)
-    found = occurrences(table, activations)
+    found = occurrences(match_table(planted, k=2), activations)
     active = sum(activations.by_site[Site(layer, "res")].nnz for layer in (1, 2))
-    assert len(found) == active
-    assert found["group"].nunique() > 3
+    assert len(found.table) == active
+    assert found.table["group"].nunique() > 3
     assert len(significance(found)) > 0
 
 

@@ -1,0 +1,166 @@
+"""Do the groups differ in their scores: tests of every pair (paper 5.1, Figures 4 and 14)."""
+
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowhelpers.features import MODULES
+from flowhelpers.groups import GROUPS, Occurrences, complete
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+PAIRS = tuple(combinations(range(len(GROUPS)), 2))
+SMALLEST = 20  # members of a group, for a test (CHOICES 7)
+
+
+def significance(
+    found: Occurrences, alpha: float = 1e-3, smallest: int = SMALLEST, unique: bool = False
+) -> "pd.DataFrame":
+    """Mann-Whitney U for every pair of groups, score, layer and dataset (paper 5.1, CHOICES 7).
+
+    Two-sided, by the normal approximation with the corrections for ties and continuity, which is
+    what scipy takes for groups of more than 8. All pairs of a dataset and layer come from one
+    product of counts by score, so that a paper-sized table takes seconds.
+
+    Args:
+        found: Occurrences.
+        alpha: Level of significance, uncorrected.
+        smallest: Groups with fewer members are not tested.
+        unique: Whether a feature counts once in a group, however often it was active.
+
+    Returns:
+        One row a pair, score, layer and dataset, tested or not: `dataset`, `layer`, `score`,
+        `first`, `second`, `n_first`, `n_second`, `pair` (whether the score's module is active in
+        only one of the two groups, `AO`, in both, `AB`, or in neither, `IB`), `p`, `effect` (the
+        rank-biserial correlation: positive where the first group has the higher scores),
+        `significant` (1 or 0) and `p_holm` (Holm's correction over all tests). A pair of which
+        one group is too small has none of the last four.
+
+    Raises:
+        ValueError: If alpha is outside (0, 1).
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha}: expected a level between 0 and 1, such as 0.001")
+    table = complete(found.table)
+    if unique:
+        table = table.drop_duplicates(["dataset", "layer", "feature", "group"])
+    cells = Cells(table)
+    tests = cells.tests(np.ones(len(table)), smallest)
+    tests["significant"] = (tests["p"] < alpha).astype(float).where(tests["p"].notna())
+    tests["p_holm"] = _holm(tests["p"].to_numpy())
+    return tests
+
+
+class Cells:
+    """Occurrences by dataset, layer, score and group, ready to be tested with any weights."""
+
+    def __init__(self, table: "pd.DataFrame"):
+        keys = table[["dataset", "layer"]].drop_duplicates().sort_values(["dataset", "layer"])
+        self.keys = list(keys.itertuples(index=False, name=None))
+        number = {key: place for place, key in enumerate(self.keys)}
+        cell = [number[key] for key in zip(table["dataset"], table["layer"], strict=True)]
+        self.cell = np.array(cell, dtype=np.int64)
+        self.group = table["group"].cat.codes.to_numpy().astype(np.int64)
+        self.values = {m: self._places(table[f"s_{m}"].to_numpy()) for m in MODULES}
+
+    def _places(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Each occurrence's place among the distinct scores of its cell, and where cells begin."""
+        order = np.lexsort((scores, self.cell))
+        cell, ordered = self.cell[order], scores[order]
+        new = np.ones(len(order), dtype=bool)
+        new[1:] = (cell[1:] != cell[:-1]) | (ordered[1:] != ordered[:-1])
+        place = np.empty(len(order), dtype=np.int64)
+        place[order] = np.cumsum(new) - 1
+        starts = np.searchsorted(cell[new], np.arange(len(self.keys) + 1))
+        return place, starts
+
+    def tests(self, weights: np.ndarray, smallest: int) -> "pd.DataFrame":
+        """One row a test; `weights` say how often each occurrence counts."""
+        import pandas as pd
+
+        first, second = np.array(PAIRS).T
+        frames = []
+        for module, (place, starts) in self.values.items():
+            width = int(starts[-1])
+            counts = np.bincount(self.group * width + place, weights, len(GROUPS) * width)
+            counts = counts.reshape(len(GROUPS), width)
+            holds = np.array([module.upper() in name for name in GROUPS]).astype(int)
+            pair = np.array(["IB", "AO", "AB"])[holds[first] + holds[second]]
+            for place_of_cell, (dataset, layer) in enumerate(self.keys):
+                part = counts[:, starts[place_of_cell] : starts[place_of_cell + 1]]
+                n, p, effect = mann_whitney(part, smallest)
+                frame = {"dataset": dataset, "layer": layer, "score": f"s_{module}"}
+                frame |= {"first": np.array(GROUPS)[first], "second": np.array(GROUPS)[second]}
+                frame |= {"n_first": n[first].astype(int), "n_second": n[second].astype(int)}
+                frame |= {"pair": pair, "p": p[first, second], "effect": effect[first, second]}
+                frames.append(pd.DataFrame(frame))
+        return pd.concat(frames, ignore_index=True)
+
+
+def mann_whitney(
+    counts: np.ndarray, smallest: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mann-Whitney U of all pairs of groups at once.
+
+    Args:
+        counts: How often each group has each score, scores rising, `[groups, scores]`.
+        smallest: Groups with fewer members are not tested.
+
+    Returns:
+        Members `[groups]`, and for each pair p (two-sided) and the rank-biserial correlation
+        `[groups, groups]`; missing where a group is too small.
+    """
+    from scipy.stats import norm
+
+    n = counts.sum(axis=1)
+    below = np.cumsum(counts, axis=1) - counts
+    u = counts @ (below + counts / 2).T  # how often the first is higher, ties by half
+    pairs, total = np.outer(n, n), n[:, None] + n[None, :]
+    cubes, squares = (counts**3).sum(axis=1), counts**2
+    ties = cubes[:, None] + cubes[None, :] + 3 * (squares @ counts.T + counts @ squares.T)
+    enough = (n >= max(smallest, 1))[:, None] & (n >= max(smallest, 1))[None, :]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tied = (ties - total) / (total * (total - 1))
+        deviation = np.sqrt(pairs / 12 * (total + 1 - tied))
+        beyond = np.maximum(u, pairs - u) - pairs / 2 - 0.5
+        z = np.where(deviation > 0, beyond / deviation, -np.inf)
+        effect = 2 * u / pairs - 1
+    p = np.minimum(2 * norm.sf(z), 1)
+    return n, np.where(enough, p, np.nan), np.where(enough, effect, np.nan)
+
+
+def _holm(p: np.ndarray) -> np.ndarray:
+    """Holm's step-down correction; what is missing is no test."""
+    there = np.flatnonzero(~np.isnan(p))
+    order = there[np.argsort(p[there], kind="stable")]
+    steps = p[order] * np.arange(len(order), 0, -1)
+    corrected = np.full_like(p, np.nan)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return corrected
+
+
+def pair_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
+    """For each pair of groups and score, the share of its tests that are significant (Figure 14).
+
+    Returns:
+        One row a pair and score: `score`, `pair`, `first`, `second`, `tests` (over layers and
+        datasets), `share` and the median `effect`; missing where no test was made.
+    """
+    keys = ["score", "pair", "first", "second"]
+    cells = tests.groupby(keys, sort=False)
+    found = cells["p"].count().rename("tests").to_frame()
+    found["share"] = cells["significant"].mean()
+    found["effect"] = cells["effect"].median()
+    return found.reset_index()
+
+
+def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
+    """Share of significant tests by score and class of pair, as in the paper's Figure 4.
+
+    The share is first taken for each pair of groups, over layers and datasets, then averaged over
+    the pairs of a class; it is missing where a class has no test.
+    """
+    shares = pair_shares(tests).groupby(["score", "pair"])["share"].mean().unstack("pair")
+    return shares.reindex(columns=["AB", "AO", "IB"])

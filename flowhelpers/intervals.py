@@ -1,0 +1,169 @@
+"""How far to trust a share: intervals from texts drawn anew (bootstrap).
+
+Tokens of one text are not independent, so whole texts are drawn, within their dataset, with
+replacement; the interval holds the middle 95 % of what the share then is.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowhelpers.group_tests import SMALLEST, Cells, pair_shares, share_significant
+from flowhelpers.groups import (
+    GROUPS,
+    Occurrences,
+    complete,
+    group_shares,
+    group_transition,
+    seen_in_groups,
+    transition_of,
+)
+from flowhelpers.runs import progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TIMES, LEVEL = 200, 0.95
+
+
+def resamples(found: Occurrences, times: int = TIMES, seed: int = 0) -> np.ndarray:
+    """How often each text counts in each resample, `[times, texts]`; datasets keep their size."""
+    rng = np.random.default_rng(seed)
+    texts = _texts(found)
+    drawn = np.zeros((times, len(texts)), dtype=np.int64)
+    for rows in texts.groupby("dataset", sort=False, observed=True).indices.values():
+        drawn[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), times)
+    return drawn
+
+
+def share_intervals(
+    found: Occurrences, by: Sequence[str] = ("dataset",), times: int = TIMES, seed: int = 0
+) -> "pd.DataFrame":
+    """`groups.group_shares` with `low` and `high`."""
+    shares = group_shares(found, by)
+    table = found.table if "layer" in by else complete(found.table)
+    text = _text_of(found, table)
+    cells = table.groupby(list(by), observed=False).ngroup().to_numpy() if by else 0
+    cell = cells * len(GROUPS) + table["group"].cat.codes.to_numpy()
+    counts = np.zeros((len(_texts(found)), len(shares)))
+    np.add.at(counts, (text, cell), 1)
+    drawn = (resamples(found, times, seed) @ counts).reshape(times, -1, len(GROUPS))
+    total = drawn.sum(axis=2, keepdims=True)
+    values = np.divide(drawn, total, out=np.full_like(drawn, np.nan), where=total > 0)
+    low, high = _middle(values.reshape(times, -1))
+    there = shares["share"].notna()
+    return shares.assign(low=low, high=high).assign(
+        low=lambda t: t["low"].where(there), high=lambda t: t["high"].where(there)
+    )
+
+
+def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) -> "pd.DataFrame":
+    """`groups.group_transition` in rows, with intervals.
+
+    A resample has fewer distinct texts, so that fewer features are ever seen in a group. The
+    interval is therefore as wide as the resamples spread, but lies around the share itself.
+
+    Returns:
+        `first`, `second`, `features` (seen in the first), `share` (of them seen in the second as
+        well), `low`, `high`.
+    """
+    import pandas as pd
+
+    table = complete(found.table)
+    text = _text_of(found, table)
+    matrices = []
+    for drawn in progress(resamples(found, times, seed), "resamples"):
+        matrices.append(transition_of(seen_in_groups(table[drawn[text] > 0])))
+    members = seen_in_groups(table).sum(axis=0)
+    share = group_transition(found).to_numpy().ravel()
+    values = np.stack(matrices).reshape(times, -1)
+    low, high = _middle(values)
+    shift = share - np.nan_to_num(_median(values))
+    low, high = np.maximum(low + shift, 0), np.minimum(high + shift, 1)
+    there = ~np.isnan(share)
+    return pd.DataFrame(
+        {
+            "first": np.repeat(GROUPS, len(GROUPS)),
+            "second": np.tile(GROUPS, len(GROUPS)),
+            "features": np.repeat(members, len(GROUPS)),
+            "share": share,
+            "low": np.where(there, low, np.nan),
+            "high": np.where(there, high, np.nan),
+        }
+    )
+
+
+def significance_intervals(
+    found: Occurrences,
+    tests: "pd.DataFrame",
+    alpha: float = 1e-3,
+    smallest: int = SMALLEST,
+    times: int = TIMES,
+    seed: int = 0,
+) -> "tuple[pd.DataFrame, pd.DataFrame]":
+    """Shares of significant tests, by class of pair (Figure 4) and by pair (Figure 14).
+
+    A text that is drawn twice counts twice, which makes a test come out more easily: the interval
+    may lie above the share.
+
+    Args:
+        found: Occurrences.
+        tests: Their tests, as `group_tests.significance` gives them for occurrences.
+        alpha: The level of these.
+        smallest: The smallest group of these.
+        times: Resamples.
+        seed: Of these.
+
+    Returns:
+        By class: `score`, `pair`, `share`, `tests`, `low`, `high`; and what `pair_shares` gives,
+        with `low` and `high`.
+    """
+    table = complete(found.table)
+    cells, text = Cells(table), _text_of(found, table)
+    by_class, by_pair = [], []
+    for drawn in progress(resamples(found, times, seed), "resamples"):
+        again = cells.tests(drawn[text].astype(float), smallest)
+        again["significant"] = (again["p"] < alpha).astype(float).where(again["p"].notna())
+        by_class.append(share_significant(again).to_numpy().ravel())
+        by_pair.append(pair_shares(again)["share"].to_numpy())
+    wide = share_significant(tests)
+    classes = wide.stack(future_stack=True).rename("share").reset_index()
+    made = pair_shares(tests).groupby(["score", "pair"])["tests"].sum()
+    classes["tests"] = made.reindex(list(zip(classes["score"], classes["pair"], strict=True))).array
+    classes["low"], classes["high"] = _middle(np.stack(by_class))
+    pairs = pair_shares(tests)
+    pairs["low"], pairs["high"] = _middle(np.stack(by_pair))
+    return classes, pairs
+
+
+def _median(values: np.ndarray) -> np.ndarray:
+    found = np.full(values.shape[1], np.nan)
+    there = ~np.isnan(values).all(axis=0)
+    found[there] = np.nanmedian(values[:, there], axis=0)
+    return found
+
+
+def _middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The middle 95 % of each column; missing where no resample has a value."""
+    found = np.full((2, values.shape[1]), np.nan)
+    there = ~np.isnan(values).all(axis=0)
+    edges = (1 - LEVEL) / 2
+    found[:, there] = np.nanquantile(values[:, there], [edges, 1 - edges], axis=0)
+    return found[0], found[1]
+
+
+def _texts(found: Occurrences) -> "pd.DataFrame":
+    columns = [c for c in ("dataset", "text") if c in found.tokens]
+    texts = found.tokens[columns].drop_duplicates().reset_index(drop=True)
+    return texts if "dataset" in texts else texts.assign(dataset="all")
+
+
+def _text_of(found: Occurrences, table: "pd.DataFrame") -> np.ndarray:
+    """The place of each occurrence's text among `_texts`."""
+    texts = _texts(found)
+    if texts["text"].duplicated().any():
+        raise ValueError("texts of several datasets share numbers: expected each number once")
+    place = np.zeros(int(texts["text"].max()) + 1, dtype=np.int64)
+    place[texts["text"]] = np.arange(len(texts))
+    return place[table["text"]]

@@ -1,0 +1,208 @@
+"""The tests of the groups are SciPy's, one at a time, and intervals are those of texts redrawn."""
+
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import false_discovery_control, mannwhitneyu
+from test_groups import planted_occurrences
+
+from flowhelpers.features import MODULES
+from flowhelpers.group_tests import (
+    mann_whitney,
+    pair_shares,
+    share_significant,
+    significance,
+)
+from flowhelpers.groups import GROUPS, Occurrences, group_shares, group_transition
+from flowhelpers.intervals import (
+    resamples,
+    share_intervals,
+    significance_intervals,
+    transition_intervals,
+)
+
+
+@pytest.fixture(scope="module")
+def drawn() -> Occurrences:
+    """Occurrences of two layers and two datasets, with ties, and one group that is too small."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for dataset, layer in (("a", 1), ("a", 2), ("b", 1)):
+        for place, group in enumerate(GROUPS):
+            count = 19 if group == "From ATT" else 20 + 3 * place
+            values = rng.normal(0.1 * place * layer, 0.3, (count, 3)).round(1)
+            part = pd.DataFrame(values, columns=["s_res", "s_mlp", "s_att"])
+            texts = rng.integers(0, 6, count) + 6 * (dataset == "b")
+            part = part.assign(group=group, layer=layer, dataset=dataset, text=texts)
+            parts.append(part.assign(feature=rng.integers(0, 30, count)))
+    table = pd.concat(parts).sample(frac=1, random_state=0).reset_index(drop=True)
+    table["group"] = pd.Categorical(table["group"], categories=list(GROUPS))
+    zero = table[:30].assign(layer=0, s_res=np.nan)  # no test can use these
+    tokens = pd.DataFrame({"dataset": ["a"] * 6 + ["b"] * 6, "text": range(12)})
+    return Occurrences("toy", "cosine", 1, tokens, pd.concat([table, zero], ignore_index=True))
+
+
+def test_each_test_is_the_one_of_scipy(drawn: Occurrences):
+    tests = significance(drawn)
+    assert len(tests) == 3 * 3 * 28
+    made = tests[tests["p"].notna()]
+    assert len(made) == 3 * 3 * len(list(combinations(range(7), 2)))
+    assert "From ATT" not in set(made["first"]) | set(made["second"])
+    table = drawn.table[drawn.table["layer"] > 0]
+    for row in made.itertuples():
+        part = table[(table["dataset"] == row.dataset) & (table["layer"] == row.layer)]
+        a, b = (part.loc[part["group"] == name, row.score] for name in (row.first, row.second))
+        expected = mannwhitneyu(a, b, alternative="two-sided")
+        assert row.p == pytest.approx(expected.pvalue, rel=1e-9)
+        assert (row.n_first, row.n_second) == (len(a), len(b))
+        assert row.effect == pytest.approx(2 * expected.statistic / (len(a) * len(b)) - 1)
+        assert row.significant == (expected.pvalue < 1e-3)
+    assert 0 < made["significant"].mean() < 1
+
+
+def test_holms_correction_is_the_one_worked_out_step_by_step(drawn: Occurrences):
+    tests = significance(drawn)
+    made = tests[tests["p"].notna()].sort_values("p")
+    worst, corrected = 0.0, []
+    for left, p in zip(range(len(made), 0, -1), made["p"], strict=True):
+        worst = max(worst, min(1, p * left))
+        corrected.append(worst)
+    assert made["p_holm"].tolist() == pytest.approx(corrected)
+    assert tests.loc[tests["p"].isna(), ["significant", "p_holm", "effect"]].isna().all(axis=None)
+    assert (made["p_holm"] >= false_discovery_control(made["p"]) - 1e-12).all()
+
+
+def test_all_scores_alike_are_no_difference():
+    n, p, effect = mann_whitney(np.array([[30.0], [40.0]]))
+    assert n.tolist() == [30, 40]
+    assert p.tolist() == [[1, 1], [1, 1]]
+    assert effect.tolist() == [[0, 0], [0, 0]]
+
+
+def test_level_and_smallest_group_are_as_asked(drawn: Occurrences):
+    everyone = significance(drawn, alpha=0.2, smallest=1)
+    assert len(everyone) == 3 * 3 * 28
+    assert (everyone["significant"] == (everyone["p"] < 0.2)).all()
+    large = significance(drawn, smallest=38).dropna(subset="p")
+    assert set(large["first"] + ", " + large["second"]) == {"From MLP & ATT, From RES & MLP & ATT"}
+    for alpha in (0, 1, -0.1, 5, float("nan")):
+        with pytest.raises(ValueError, match="expected a level between 0 and 1"):
+            significance(drawn, alpha=alpha)
+
+
+def test_unique_features_count_once_in_a_group(drawn: Occurrences):
+    tests = significance(drawn, smallest=1, unique=True)
+    table = drawn.table[drawn.table["layer"] > 0]
+    row = tests.iloc[0]
+    part = table[(table["dataset"] == row["dataset"]) & (table["layer"] == row["layer"])]
+    for side in ("first", "second"):
+        members = part.loc[part["group"] == row[side], "feature"]
+        assert row[f"n_{side}"] == members.nunique() < len(members)
+
+
+def test_too_few_occurrences_are_tested_nowhere(drawn: Occurrences):
+    tests = significance(drawn, smallest=1000)
+    assert tests["p"].isna().all()
+    assert share_significant(tests).isna().all(axis=None)
+    assert (pair_shares(tests)["tests"] == 0).all()
+
+
+def test_pairs_are_classed_by_where_the_scores_module_is_active(drawn: Occurrences):
+    tests = significance(drawn, smallest=1)
+    tests = tests[(tests["dataset"] == "b")].set_index(["first", "second", "score"])["pair"]
+    for first, second, classes in (
+        ("From nowhere", "From RES", ("AO", "IB", "IB")),
+        ("From RES", "From MLP", ("AO", "AO", "IB")),
+        ("From MLP", "From ATT", ("IB", "AO", "AO")),
+        ("From RES", "From RES & MLP", ("AB", "AO", "IB")),
+        ("From RES & MLP", "From RES & ATT", ("AB", "AO", "AO")),
+        ("From nowhere", "From RES & MLP & ATT", ("AO", "AO", "AO")),
+        ("From MLP & ATT", "From RES & MLP & ATT", ("AO", "AB", "AB")),
+        ("From nowhere", "From MLP & ATT", ("IB", "AO", "AO")),
+    ):
+        found = tuple(tests[(first, second, f"s_{m}")] for m in MODULES)
+        assert found == classes, (first, second)
+
+
+def test_shares_are_averaged_over_pairs_and_not_over_tests():
+    rows = [("From RES", "From MLP", s) for s in (1.0, 1.0, 1.0, 0.0)]
+    rows += [("From RES", "From ATT", 0.0), ("From RES", "From ATT", np.nan)]
+    frame = pd.DataFrame(rows, columns=["first", "second", "significant"])
+    frame = frame.assign(p=frame["significant"] / 2, effect=0.5)
+    tests = pd.concat(
+        [frame.assign(score="s_res", pair="AO"), frame[:1].assign(score="s_res", pair="IB")]
+    )
+    shares = share_significant(tests)
+    assert shares.loc["s_res", ["AO", "IB"]].tolist() == [0.375, 1.0]
+    assert np.isnan(shares.loc["s_res", "AB"])
+    cells = pair_shares(tests).set_index(["pair", "second"])
+    assert cells.loc[("AO", "From ATT"), ["tests", "share"]].tolist() == [1, 0]
+
+
+# Intervals.
+
+
+def test_texts_are_drawn_within_their_dataset(drawn: Occurrences):
+    counts = resamples(drawn, times=300)
+    assert counts.shape == (300, 12)
+    assert (counts[:, :6].sum(axis=1) == 6).all()
+    assert (counts[:, 6:].sum(axis=1) == 6).all()
+    assert counts.mean(axis=0) == pytest.approx(np.ones(12), abs=0.2)
+    assert (counts == resamples(drawn, times=300)).all()
+    assert (counts != resamples(drawn, times=300, seed=1)).any()
+
+
+def weighted(found: Occurrences, counts: np.ndarray) -> Occurrences:
+    """The occurrences with each text's rows as often as it was drawn."""
+    texts = found.tokens["text"].drop_duplicates().to_numpy()
+    often = dict(zip(texts.tolist(), counts.tolist(), strict=True))
+    rows = found.table.index.repeat(found.table["text"].map(often))
+    return Occurrences(found.suite, found.method, found.top_n, found.tokens, found.table.loc[rows])
+
+
+@pytest.mark.parametrize("by", [("dataset",), ("dataset", "layer"), ()])
+def test_shares_have_the_intervals_of_samples_made_one_by_one(by: tuple[str, ...]):
+    found, _ = planted_occurrences()
+    again = [
+        group_shares(weighted(found, counts), by)["share"].fillna(0).to_numpy()
+        for counts in resamples(found, 50)
+    ]
+    low, high = np.quantile(np.stack(again), [0.025, 0.975], axis=0)
+    shares = share_intervals(found, by, times=50)
+    pd.testing.assert_frame_equal(shares.drop(columns=["low", "high"]), group_shares(found, by))
+    there = shares["share"].notna()
+    assert shares.loc[there, "low"].to_numpy() == pytest.approx(low[there])
+    assert shares.loc[there, "high"].to_numpy() == pytest.approx(high[there])
+    assert (shares["low"] <= shares["share"] + 1e-9)[there].mean() > 0.9
+    assert (shares["high"] >= shares["share"] - 1e-9)[there].mean() > 0.9
+    assert shares.loc[~there, ["low", "high"]].isna().all(axis=None)
+
+
+def test_the_transition_has_intervals_around_its_shares():
+    found, _ = planted_occurrences()
+    rows = transition_intervals(found, times=50)
+    matrix = rows.pivot(index="first", columns="second", values="share")
+    pd.testing.assert_frame_equal(
+        matrix.loc[list(GROUPS), list(GROUPS)], group_transition(found), check_names=False
+    )
+    there = rows.dropna(subset="share")
+    assert ((there["low"] <= there["share"]) & (there["share"] <= there["high"])).all()
+    assert rows.loc[rows["share"].isna(), ["low", "high"]].isna().all(axis=None)
+    assert (there["high"] > there["low"]).any()
+
+
+def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences):
+    tests = significance(drawn, alpha=0.05)
+    classes, pairs = significance_intervals(drawn, tests, alpha=0.05, times=20)
+    again = [significance(weighted(drawn, counts), alpha=0.05) for counts in resamples(drawn, 20)]
+    wide = np.stack([share_significant(each).to_numpy().ravel() for each in again])
+    low, high = np.nanquantile(wide, [0.025, 0.975], axis=0)
+    assert classes["low"].to_numpy() == pytest.approx(low)
+    assert classes["high"].to_numpy() == pytest.approx(high)
+    one = share_significant(tests)
+    for row in classes.itertuples():
+        assert row.share == pytest.approx(one.loc[row.score, row.pair], nan_ok=True)
+    assert classes["tests"].sum() == tests["p"].notna().sum()
+    pd.testing.assert_frame_equal(pairs.drop(columns=["low", "high"]), pair_shares(tests))
