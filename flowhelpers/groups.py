@@ -277,3 +277,61 @@ def group_profiles(found: Occurrences) -> "pd.DataFrame":
     frame["main_share"] = shares.max(axis=1)
     frame["entropy"] = -(shares.to_numpy() * logs).sum(axis=1) + 0.0
     return frame.reset_index()
+
+
+def single_source_points(
+    found: Occurrences, layers: Sequence[int], n: int = 350, seed: int = 0
+) -> "pd.DataFrame":
+    """Features of "From nowhere" and of the groups with one source, for Figure 3.
+
+    Args:
+        found: Occurrences.
+        layers: Of which layers.
+        n: The most features of a layer; each (feature, group) stands once.
+        seed: Decides which.
+
+    Returns:
+        `layer`, `feature`, `group`, `s_res`, `s_mlp`, `s_att`.
+
+    Raises:
+        ValueError: If a layer is not among the complete ones.
+    """
+    import pandas as pd
+
+    table = complete(found.table)
+    there = sorted(table["layer"].unique().tolist())
+    if not set(layers) <= set(there):
+        raise ValueError(f"layers {list(layers)}: expected some of {', '.join(map(str, there))}")
+    columns = ["layer", "feature", "group", *(f"s_{module}" for module in MODULES)]
+    table = table.loc[table["group"].isin(GROUPS[:4]), columns]
+    table = table.drop_duplicates(["layer", "feature", "group"])
+    parts = [table[table["layer"] == layer] for layer in layers]
+    parts = [part.sample(min(n, len(part)), random_state=seed) for part in parts]
+    return pd.concat(parts).sort_values(["layer", "group", "feature"], ignore_index=True)
+
+
+def score_histograms(
+    found: Occurrences, layers: Sequence[int], bins: int = 40, smallest: int = 20
+) -> "pd.DataFrame":
+    """How the scores of each group are distributed at a few layers, for Figure 12 b.
+
+    Returns:
+        `layer`, `score`, `group`, `n`, `at` (the middle of a bin) and `density`; groups with fewer
+        members than `smallest` are left out.
+    """
+    import pandas as pd
+
+    table = complete(found.table)
+    frames = []
+    for layer in layers:
+        here = table[table["layer"] == layer]
+        for score in (f"s_{module}" for module in MODULES):
+            edges = np.linspace(min(0.0, here[score].min()), 1, bins + 1)
+            for group, part in here.groupby("group", observed=True):
+                if len(part) >= smallest:
+                    density, _ = np.histogram(part[score], edges, density=True)
+                    middles = (edges[1:] + edges[:-1]) / 2
+                    frame = {"layer": layer, "score": score, "group": group, "n": len(part)}
+                    frames.append(pd.DataFrame(frame | {"at": middles, "density": density}))
+    columns = ["layer", "score", "group", "n", "at", "density"]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)

@@ -65,7 +65,7 @@ def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
         raise ValueError(f"{feature} is no residual feature of this graph{hint}")
     row, layer = rows.iloc[0], parse_feature(feature).layer
     labels = dict(zip(graph.nodes["feature"], graph.nodes["label"], strict=True))
-    figure = _dress(go.Figure(), f"Where {feature} may come from", subtitle, 420)
+    figure = dress(go.Figure(), f"Where {feature} may come from", subtitle, 420)
     mine = "\n".join(filter(None, [_class(row), labels[feature]]))
     _box(figure, (1.0, 0.0), f"R<sub>{layer}</sub>", feature, mine, COLOURS["res"])
     for module, lane in {"att": 1.0, "res": 0.0, "mlp": -1.0}.items():
@@ -102,7 +102,7 @@ def flow_picture(graph: FlowGraph, subtitle: str) -> go.Figure:
     layout = flow_layout(graph)
     margin = MARGIN | {"b": 100}
     height = round(layout.height) + margin["t"] + margin["b"]
-    figure = _dress(go.Figure(), layout.title, subtitle, height)
+    figure = dress(go.Figure(), layout.title, subtitle, height)
     steps = layout.edges.assign(width=layout.edges["width"].mul(4).round().div(4))
     for (above, module, width), part in steps.groupby(["above", "module", "width"]):
         figure.add_scatter(
@@ -187,7 +187,7 @@ def token_text(tokens: pd.DataFrame, title: str, subtitle: str, columns: int = 8
         if "\n" in token:
             lines.append([])
     lines = [line + [("", None, "")] * (columns - len(line)) for line in lines if line]
-    figure = _dress(go.Figure(), title, subtitle, 110 + 30 * len(lines))
+    figure = dress(go.Figure(), title, subtitle, 110 + 30 * len(lines))
     figure.add_heatmap(
         z=[[value for _, value, _ in line] for line in lines],
         text=[[escape(char) for char, _, _ in line] for line in lines],
@@ -213,7 +213,7 @@ def scores_by_layer(scores: pd.DataFrame, subtitle: str) -> go.Figure:
     """
     titles = [f"s({symbol})" for symbol in SYMBOLS.values()]
     figure = make_subplots(1, 3, shared_yaxes=True, subplot_titles=titles, horizontal_spacing=0.03)
-    _dress(figure, "Best cosine of every residual feature, by layer", subtitle, 420)
+    dress(figure, "Best cosine of every residual feature, by layer", subtitle, 420)
     for column, module in enumerate(SYMBOLS, 1):
         if f"s_{module}" not in scores:
             continue
@@ -228,16 +228,14 @@ def scores_by_layer(scores: pd.DataFrame, subtitle: str) -> go.Figure:
             mode="markers", showlegend=column == 1, row=1, col=column,
             marker={"symbol": "line-ew", "size": 18, "line": {"width": 3, "color": INK}},
         )  # fmt: skip
-    figure.update_layout(margin_t=125, legend_y=1.1).update_xaxes(
-        title="layer", dtick=_step(scores)
-    )
+    figure.update_layout(margin_t=125, legend_y=1.1).update_xaxes(title="layer", dtick=step(scores))
     return figure.update_yaxes(title="cosine", col=1)
 
 
 def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
     """Shares by layer (`layer`, `above_res`, `above_mlp`, `above_att`) of scores above chance."""
     title = "Share of features matched better than 99.9 % of chance"
-    figure = _dress(go.Figure(), title, subtitle, 380)
+    figure = dress(go.Figure(), title, subtitle, 380)
     for module, mark in zip(SYMBOLS, ("circle", "diamond", "square"), strict=True):
         if f"above_{module}" in summary:
             look = {"line_color": COLOURS[module], "marker": {"symbol": mark, "size": 9}}
@@ -245,19 +243,19 @@ def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
             figure.add_scatter(x=summary["layer"], y=share, name=f"s({SYMBOLS[module]})", **look)
     line = {"line": {"dash": "dot", "color": INK}, "annotation_text": "by chance 0.1 %"}
     figure.add_hline(y=0.001, annotation_position="top right", **line)
-    figure.update_xaxes(title="layer", dtick=_step(summary))
+    figure.update_xaxes(title="layer", dtick=step(summary))
     return figure.update_yaxes(title="share of features", tickformat=".0%", range=[-0.03, 1.03])
 
 
 def classes_by_layer(table: pd.DataFrame, subtitle: str) -> go.Figure:
     """The shares of the four classes by layer (as `lifespans.flow_by_layer` gives), as bars."""
-    figure = _dress(go.Figure(), "What features are, by layer", subtitle, 380)
+    figure = dress(go.Figure(), "What features are, by layer", subtitle, 380)
     for name, colour in CLASS_COLOURS.items():
         hover = "layer %{x}: %{y:.1%}<extra>%{fullData.name}</extra>"
         look = {"marker_color": colour, "hovertemplate": hover}
         figure.add_bar(x=table["layer"], y=table[name], name=name, **look)
     figure.update_layout(barmode="stack", bargap=0.15, legend_traceorder="normal")
-    figure.update_xaxes(title="layer", dtick=_step(table))
+    figure.update_xaxes(title="layer", dtick=step(table))
     return figure.update_yaxes(title="share of features", tickformat=".0%", range=[0, 1])
 
 
@@ -266,7 +264,7 @@ def births_and_deaths(table: pd.DataFrame, subtitle: str) -> go.Figure:
 
     The table is as `lifespans.flow_by_layer` gives.
     """
-    figure = _dress(go.Figure(), "Births and deaths of features, by layer", subtitle, 380)
+    figure = dress(go.Figure(), "Births and deaths of features, by layer", subtitle, 380)
     looks = {
         "born_mlp": ("born of the MLP", COLOURS["mlp"], "diamond", "solid"),
         "born_att": ("born of attention", COLOURS["att"], "square", "solid"),
@@ -275,7 +273,7 @@ def births_and_deaths(table: pd.DataFrame, subtitle: str) -> go.Figure:
     for column, (name, colour, mark, dash) in looks.items():
         look = {"line": {"color": colour, "dash": dash}, "marker": {"symbol": mark, "size": 9}}
         figure.add_scatter(x=table["layer"], y=table[column], name=name, cliponaxis=False, **look)
-    figure.update_xaxes(title="layer", dtick=_step(table))
+    figure.update_xaxes(title="layer", dtick=step(table))
     return figure.update_yaxes(title="share of features", tickformat=".1%", rangemode="tozero")
 
 
@@ -288,7 +286,7 @@ def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
     layers = sorted(lifespans["layer"].unique())
     counts = begun.groupby(["first", "last"]).size().unstack().reindex(layers, columns=layers)
     powers = range(int(np.log10(counts.max(axis=None))) + 1)
-    figure = _dress(go.Figure(), "Where features begin and where they end", subtitle, 500)
+    figure = dress(go.Figure(), "Where features begin and where they end", subtitle, 500)
     figure.add_heatmap(
         x=layers,
         y=layers,
@@ -301,8 +299,8 @@ def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
         zmin=0,
         colorbar={"title": "features", "tickvals": [*powers], "ticktext": [10**p for p in powers]},
     )
-    figure.update_xaxes(title="last layer", dtick=_step(lifespans))
-    figure.update_yaxes(title="first layer", dtick=_step(lifespans), showgrid=False)
+    figure.update_xaxes(title="last layer", dtick=step(lifespans))
+    figure.update_yaxes(title="first layer", dtick=step(lifespans), showgrid=False)
     return figure.update_yaxes(autorange="reversed")
 
 
@@ -312,7 +310,7 @@ def agreement_map(table: pd.DataFrame, subtitle: str) -> go.Figure:
     names = list(dict.fromkeys([*table["first"], *table["second"]]))
     titles = [f"from {SYMBOLS[module]} ({NAMES[module]})" for module in modules]
     figure = make_subplots(1, len(modules), shared_yaxes=True, subplot_titles=titles)
-    _dress(figure, "How often two methods choose the same source", subtitle, 170 + 60 * len(names))
+    dress(figure, "How often two methods choose the same source", subtitle, 170 + 60 * len(names))
     for column, module in enumerate(modules, 1):
         part = table[table["module"] == module]
         half = part.pivot(index="first", columns="second", values="same")
@@ -333,7 +331,7 @@ def agreement_map(table: pd.DataFrame, subtitle: str) -> go.Figure:
 
 def against_chance(cosines: pd.DataFrame, null: float, title: str, subtitle: str) -> go.Figure:
     """Histograms of the best cosines `found` and by `chance`; a line marks the null's quantile."""
-    figure = _dress(go.Figure(), title, subtitle, 360)
+    figure = dress(go.Figure(), title, subtitle, 360)
     bins = {"start": 0, "end": 1, "size": 0.02}
     for column, colour in (("chance", GREY), ("found", COLOURS["res"])):
         look = {"name": column, "marker_color": colour, "opacity": 0.7, "xbins": bins}
@@ -350,7 +348,7 @@ def before_after(table: pd.DataFrame, title: str, value: str, subtitle: str) -> 
     Raises:
         ValueError: If there are more conditions than colours.
     """
-    figure = _dress(go.Figure(), title, subtitle, 400)
+    figure = dress(go.Figure(), title, subtitle, 400)
     names = list(dict.fromkeys(table["condition"]))
     if len(names) > len(CONDITIONS):
         raise ValueError(f"{len(names)} conditions: expected at most {len(CONDITIONS)}")
@@ -375,7 +373,8 @@ def escape(text: str) -> str:
     return html.escape(text, quote=False).replace("\n", "<br>")
 
 
-def _dress(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
+def dress(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
+    """The figure with the look that all have, its title and its subtitle."""
     heading = {"text": escape(title), "subtitle": {"text": escape(subtitle)}}
     return figure.update_layout(template=TEMPLATE, title=heading, height=height)
 
@@ -424,5 +423,6 @@ def _with_gaps(starts: pd.Series[float], ends: pd.Series[float]) -> list[float |
     return [place for pair in zip(starts, ends, strict=True) for place in (*pair, None)]
 
 
-def _step(table: pd.DataFrame) -> int:
+def step(table: pd.DataFrame) -> int:
+    """How far apart ticks of layers stand."""
     return 1 if table["layer"].nunique() <= 16 else 4
