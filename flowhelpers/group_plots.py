@@ -33,7 +33,7 @@ GROUP_MARKS = dict(
     )
 )
 SCORES = {f"s_{module}": f"s({symbol})" for module, symbol in SYMBOLS.items()}
-PAIR_NAMES = {"AO": "active in one", "AB": "active in both", "IB": "inactive in both"}
+PAIR_NAMES = {"AO": "active in one group", "AB": "active in both", "IB": "inactive in both"}
 
 
 def group_scatter(points: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -70,32 +70,35 @@ def group_scatter(points: pd.DataFrame, subtitle: str) -> go.Figure:
     return _legend_below(figure)
 
 
-def pair_class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
-    """The share of significant tests by score and class of pair (Figure 4).
+def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
+    """The share of significant tests by where a module is active in the two groups (Figure 4).
 
     Args:
-        classes: `score`, `pair`, `share`, `tests`, and where there are intervals `low` and `high`;
-            `unit` says what was counted, a panel for each.
+        classes: As `group_tests.class_shares` gives, with intervals if there are any, and `unit`,
+            what was counted, a row for each.
         subtitle: Suite, n and choices.
     """
     units = list(dict.fromkeys(classes["unit"]))
-    figure = make_subplots(1, len(units), shared_yaxes=True, subplot_titles=units)
-    dress(figure, "How often two groups differ in a score", subtitle, 430)
-    for column, unit in enumerate(units, 1):
-        for (pair, name), colour in zip(
-            PAIR_NAMES.items(), ("#0072B2", "#E69F00", GREY), strict=True
-        ):
-            part = classes[(classes["unit"] == unit) & (classes["pair"] == pair)]
-            part = part.set_index("score").reindex([*SCORES]).reset_index()
-            figure.add_bar(
-                x=[SCORES[score] for score in part["score"]], y=part["share"],
-                name=f"{pair}: {name}", legendgroup=pair, showlegend=column == 1,
-                marker_color=colour, error_y=_bars(part), customdata=part["tests"].fillna(0),
-                text=[_percent(share) for share in part["share"]], textposition="inside",
-                hovertemplate="%{x}: %{y:.1%} of %{customdata} tests<extra>"
-                "%{fullData.name}</extra>",
-                row=1, col=column,
-            )  # fmt: skip
+    titles = [f"{NAMES[module]}, {unit}" for unit in units for module in SYMBOLS]
+    figure = make_subplots(
+        len(units), 3, shared_yaxes=True, subplot_titles=titles, vertical_spacing=0.16
+    )
+    dress(figure, "How often two groups differ in a score", subtitle, 200 + 220 * len(units))
+    colours = dict(zip(PAIR_NAMES, ("#0072B2", "#E69F00", GREY), strict=True))
+    for row, unit in enumerate(units, 1):
+        for column, module in enumerate(SYMBOLS, 1):
+            here = classes[(classes["unit"] == unit) & (classes["module"] == module)]
+            for pair, name in PAIR_NAMES.items():
+                part = here[here["pair"] == pair].set_index("score").reindex([*SCORES])
+                figure.add_bar(
+                    x=[*SCORES.values()], y=part["share"], name=f"{pair}: module {name}",
+                    legendgroup=pair, showlegend=row == column == 1, marker_color=colours[pair],
+                    error_y=_bars(part), customdata=part["tests"].fillna(0),
+                    text=[_percent(share) for share in part["share"]], textposition="inside",
+                    hovertemplate="%{x}: %{y:.1%} of %{customdata} tests<extra>"
+                    "%{fullData.name}</extra>",
+                    row=row, col=column,
+                )  # fmt: skip
     figure.update_layout(barmode="group", bargap=0.25, uniformtext={"minsize": 9, "mode": "hide"})
     figure.update_yaxes(title="share of tests", col=1)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.05])

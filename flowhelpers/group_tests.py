@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PAIRS = tuple(combinations(range(len(GROUPS)), 2))
+CLASSES = ("IB", "AO", "AB")  # by in how many of two groups a module is active
 SMALLEST = 20  # members of a group, for a test (CHOICES 7)
 
 
@@ -32,9 +33,8 @@ def significance(
 
     Returns:
         One row a pair, score, layer and dataset, tested or not: `dataset`, `layer`, `score`,
-        `first`, `second`, `n_first`, `n_second`, `pair` (whether the score's module is active in
-        only one of the two groups, `AO`, in both, `AB`, or in neither, `IB`), `p`, `effect` (the
-        rank-biserial correlation: positive where the first group has the higher scores),
+        `first`, `second`, `n_first`, `n_second`, `p`, `effect` (the rank-biserial correlation:
+        positive where the first group has the higher scores),
         `significant` (1 or 0) and `p_holm` (Holm's correction over all tests). A pair of which
         one group is too small has none of the last four.
 
@@ -86,15 +86,13 @@ class Cells:
             width = int(starts[-1])
             counts = np.bincount(self.group * width + place, weights, len(GROUPS) * width)
             counts = counts.reshape(len(GROUPS), width)
-            holds = np.array([module.upper() in name for name in GROUPS]).astype(int)
-            pair = np.array(["IB", "AO", "AB"])[holds[first] + holds[second]]
             for place_of_cell, (dataset, layer) in enumerate(self.keys):
                 part = counts[:, starts[place_of_cell] : starts[place_of_cell + 1]]
                 n, p, effect = mann_whitney(part, smallest)
                 frame = {"dataset": dataset, "layer": layer, "score": f"s_{module}"}
                 frame |= {"first": np.array(GROUPS)[first], "second": np.array(GROUPS)[second]}
                 frame |= {"n_first": n[first].astype(int), "n_second": n[second].astype(int)}
-                frame |= {"pair": pair, "p": p[first, second], "effect": effect[first, second]}
+                frame |= {"p": p[first, second], "effect": effect[first, second]}
                 frames.append(pd.DataFrame(frame))
         return pd.concat(frames, ignore_index=True)
 
@@ -145,10 +143,10 @@ def pair_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
     """For each pair of groups and score, the share of its tests that are significant (Figure 14).
 
     Returns:
-        One row a pair and score: `score`, `pair`, `first`, `second`, `tests` (over layers and
-        datasets), `share` and the median `effect`; missing where no test was made.
+        One row a pair and score: `score`, `first`, `second`, `tests` (over layers and datasets),
+        `share` and the median `effect`; missing where no test was made.
     """
-    keys = ["score", "pair", "first", "second"]
+    keys = ["score", "first", "second"]
     cells = tests.groupby(keys, sort=False)
     found = cells["p"].count().rename("tests").to_frame()
     found["share"] = cells["significant"].mean()
@@ -156,11 +154,38 @@ def pair_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
     return found.reset_index()
 
 
-def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
-    """Share of significant tests by score and class of pair, as in the paper's Figure 4.
+def class_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
+    """Shares of significant tests by where a module is active in the two groups (Figure 4).
 
-    The share is first taken for each pair of groups, over layers and datasets, then averaged over
-    the pairs of a class; it is missing where a class has no test.
+    A pair's share is taken first, over layers and datasets, then the mean over the pairs of a
+    class, as the paper's Figure 4 is of its Figure 14.
+
+    Returns:
+        One row a module, class and score: `module`, `pair` (`AO`: the module is active in only one
+        of the two groups, `AB`: in both, `IB`: in neither), `score`, `share`, and `tests`. A class
+        without a test has no share.
     """
-    shares = pair_shares(tests).groupby(["score", "pair"])["share"].mean().unstack("pair")
-    return shares.reindex(columns=["AB", "AO", "IB"])
+    import pandas as pd
+
+    cells = pair_shares(tests)
+    parts = []
+    for module in MODULES:
+        active = [
+            cells[side].str.contains(module.upper()).astype(int) for side in ("first", "second")
+        ]
+        classed = cells.assign(module=module, pair=np.array(CLASSES)[active[0] + active[1]])
+        groups = classed.groupby(["module", "pair", "score"])
+        parts.append(groups.agg(share=("share", "mean"), tests=("tests", "sum")))
+    order = [(m, pair, f"s_{s}") for m in MODULES for pair in ("AO", "AB", "IB") for s in MODULES]
+    return pd.concat(parts).reindex(order).reset_index()
+
+
+def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
+    """Of Figure 4 the share of each score by where its own module is active.
+
+    Returns:
+        A row a score, with the columns `AB`, `AO`, `IB`; missing where a class has no test.
+    """
+    shares = class_shares(tests)
+    own = shares[shares["score"] == "s_" + shares["module"]]
+    return own.pivot(index="score", columns="pair", values="share")[["AB", "AO", "IB"]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.group_tests import SMALLEST, Cells, pair_shares, share_significant
+from flowhelpers.group_tests import SMALLEST, Cells, class_shares, pair_shares
 from flowhelpers.groups import (
     GROUPS,
     Occurrences,
@@ -116,8 +116,7 @@ def significance_intervals(
         seed: Of these.
 
     Returns:
-        By class: `score`, `pair`, `share`, `tests`, `low`, `high`; and what `pair_shares` gives,
-        with `low` and `high`.
+        What `class_shares` and `pair_shares` give, with `low` and `high`.
     """
     table = complete(found.table)
     cells, text = Cells(table), _text_of(found, table)
@@ -125,12 +124,9 @@ def significance_intervals(
     for drawn in progress(resamples(found, times, seed), "resamples"):
         again = cells.tests(drawn[text].astype(float), smallest)
         again["significant"] = (again["p"] < alpha).astype(float).where(again["p"].notna())
-        by_class.append(share_significant(again).to_numpy().ravel())
+        by_class.append(class_shares(again)["share"].to_numpy())
         by_pair.append(pair_shares(again)["share"].to_numpy())
-    wide = share_significant(tests)
-    classes = wide.stack(future_stack=True).rename("share").reset_index()
-    made = pair_shares(tests).groupby(["score", "pair"])["tests"].sum()
-    classes["tests"] = made.reindex(list(zip(classes["score"], classes["pair"], strict=True))).array
+    classes = class_shares(tests)
     classes["low"], classes["high"] = _middle(np.stack(by_class))
     pairs = pair_shares(tests)
     pairs["low"], pairs["high"] = _middle(np.stack(by_pair))

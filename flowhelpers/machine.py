@@ -18,6 +18,17 @@ def check_device(name: str) -> None:
         raise ValueError(f"torch finds no device {name!r} on this machine{suggestion(name, here)}")
 
 
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that are free on a device."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
 def check_memory(needed: int, what: str, device: str = "cpu", dtype: str = "") -> None:
     """So many bytes are free.
 
@@ -30,14 +41,7 @@ def check_memory(needed: int, what: str, device: str = "cpu", dtype: str = "") -
     Raises:
         MemoryError: If they are not; the message has both numbers.
     """
-    if device.startswith("cuda"):
-        import torch
-
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+    free = free_memory(device)
     if needed > free:
         as_type = f" in {dtype}" if dtype else ""
         raise MemoryError(

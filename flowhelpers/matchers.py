@@ -196,7 +196,7 @@ def _rows(dictionary: "Dictionary", weights: str, folded: bool) -> Tensor:
 def by_pearson(
     suite: "Suite",
     texts: Sequence[str],
-    pairs: "Sequence[tuple[Dictionary, Dictionary]]",
+    pairs: Sequence[tuple[Site, Site]],
     k: int,
     seed: int = 0,
     max_tokens: int = 128,
@@ -213,7 +213,7 @@ def by_pearson(
     Args:
         suite: The suite.
         texts: The text sample.
-        pairs: Target and source dictionaries.
+        pairs: Target and source sites.
         k: Matches kept, and one more for the margin.
         seed: Seed of the shifts.
         max_tokens: Each text is cut to so many tokens, BOS included.
@@ -225,10 +225,14 @@ def by_pearson(
     from flowhelpers.model import tokenize
 
     looked_at = {
-        (target.site, source.site): _candidates(target, source, candidates) if candidates else None
+        (target, source): _candidates(
+            suite.dictionary(target), suite.dictionary(source), candidates
+        )
+        if candidates
+        else None
         for target, source in pairs
     }
-    widths = {side.site: side.width for pair in pairs for side in pair}
+    widths = {site: suite.dictionary(site).width for pair in pairs for site in pair}
     products = {
         (target, source): np.zeros(
             (2, widths[target] * widths[source] if ends is None else ends.shape[1])
@@ -264,16 +268,16 @@ def by_pearson(
 
 
 def pearson_candidates(
-    pairs: "Sequence[tuple[Dictionary, Dictionary]]", memory: int = 2**30, few: int = 64
+    widths: Sequence[tuple[int, int]], memory: int = 2**30, few: int = 64
 ) -> int | None:
     """How many candidates `by_pearson` is to have: all (None), or few where those do not fit.
 
     Args:
-        pairs: Target and source dictionaries.
+        widths: Features of each pair's target and source.
         memory: Bytes that the sums of all pairs may take.
         few: Candidates where they would take more.
     """
-    whole = 16 * sum(target.width * source.width for target, source in pairs)
+    whole = 16 * sum(target * source for target, source in widths)
     return None if whole <= memory else few
 
 

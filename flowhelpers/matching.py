@@ -118,18 +118,14 @@ def match_table(
             there = ", ".join(map(str, by_layer))
             raise ValueError(f"layers={list(layers)}: {suite.name} has matches at layers {there}")
         by_layer = {layer: by_layer[layer] for layer in sorted(set(layers))}
-    everything = [pair for pairs in by_layer.values() for pair in pairs.values()]
-    for target, source in everything:
-        if not 1 <= k <= min(target.width, source.width):
-            raise ValueError(
-                f"k={k}: expected 1 to {min(target.width, source.width)}, the features of"
-                f" {target.site if target.width < source.width else source.site}"
-            )
     choices: dict[str, Any] = {"method": method, "k": k, "seed": seed}
     if method == "permutation":
         choices |= {"weights": weights, "folded": folded}
-    candidates = pearson_candidates(everything)
+    everything = [pair for pairs in by_layer.values() for pair in pairs.values()]
+    candidates = None
     if texts is not None:
+        widths = {site: suite.dictionary(site).width for pair in everything for site in pair}
+        candidates = pearson_candidates([(widths[t], widths[s]) for t, s in everything])
         choices |= {"texts": list(texts), "model": suite.model.fingerprint}
         choices |= {"candidates": candidates, "least_active": LEAST_ACTIVE}
 
@@ -138,6 +134,7 @@ def match_table(
     def matched(target: "Dictionary", source: "Dictionary") -> tuple[Match, Null]:
         if method == "pearson":
             if not correlated:  # the first layer that is not on disk: one pass of the model for all
+                _check_k(k, everything, suite)
                 found = by_pearson(suite, texts or [], everything, k, seed, candidates=candidates)
                 correlated.update(found)
             return correlated[target.site, source.site]
@@ -152,14 +149,17 @@ def match_table(
     def table_of(layer: int) -> "pd.DataFrame":
         parts = [
             part
-            for module, (target, source) in by_layer[layer].items()
+            for module, pair in by_layer[layer].items()
+            for target, source in [tuple(suite.dictionary(site) for site in pair)]
             for part in _rows(*matched(target, source), target, source, module, k)
         ]
         return pd.concat(parts, ignore_index=True).assign(method=method)
 
     tables = []
     for layer, pairs in progress(list(by_layer.items()), "matching"):
-        prints = {str(d.site): d.fingerprint for pair in pairs.values() for d in pair}
+        _check_k(k, list(pairs.values()), suite)
+        sites = dict.fromkeys(site for pair in pairs.values() for site in pair)
+        prints = {str(site): suite.dictionary(site).fingerprint for site in sites}
         key = {"suite": suite.name, "layer": layer, "sites": prints}
         key["null"] = (NULL_QUANTILE, NULL_DRAWS)
         tables.append(
@@ -174,15 +174,22 @@ def match_table(
     return table
 
 
-def _pairs(suite: "Suite", layer: int) -> "dict[str, tuple[Dictionary, Dictionary]]":
-    target = suite.dictionaries.get(Site(layer, "res"))
-    if target is None:
+def _pairs(suite: "Suite", layer: int) -> dict[str, tuple[Site, Site]]:
+    target = Site(layer, "res")
+    if target not in suite.dictionaries:
         return {}
     return {
-        module: (target, suite.dictionaries[site])
-        for module, site in predecessor_sites(target.site).items()
+        module: (target, site)
+        for module, site in predecessor_sites(target).items()
         if site in suite.dictionaries
     }
+
+
+def _check_k(k: int, pairs: Sequence[tuple[Site, Site]], suite: "Suite") -> None:
+    sites = dict.fromkeys(site for pair in pairs for site in pair)
+    width, site = min((suite.dictionary(site).width, site) for site in sites)
+    if not 1 <= k <= width:
+        raise ValueError(f"k={k}: expected 1 to {width}, the features of {site}")
 
 
 def _seed_of(seed: int, *sites: Site) -> int:

@@ -1,9 +1,12 @@
 """Numbers that the paper prints, and how ours compare."""
 
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from flowhelpers.features import FeatureId
 from flowhelpers.flow import FlowGraph
+from flowhelpers.group_tests import class_shares
+from flowhelpers.groups import GROUPS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +30,95 @@ TABLE_5_SCORES = {
     (FeatureId(16, "res", 10649), FeatureId(17, "res", 8130)): 0.48,
     (FeatureId(17, "mlp", 8454), FeatureId(17, "res", 8130)): 0.79,
 }
+
+# Figure 13: of the features seen in a group (row), the share also seen in another (column).
+FIGURE_13 = (
+    (1, 0.49, 0.32, 0.19, 0.26, 0.17, 0.10, 0.11),
+    (0.72, 1, 0.29, 0.20, 0.33, 0.22, 0.091, 0.13),
+    (0.82, 0.50, 1, 0.25, 0.45, 0.18, 0.21, 0.18),
+    (0.82, 0.59, 0.42, 1, 0.33, 0.45, 0.30, 0.28),
+    (0.75, 0.66, 0.50, 0.22, 1, 0.22, 0.16, 0.22),
+    (0.76, 0.72, 0.32, 0.49, 0.35, 1, 0.21, 0.33),
+    (0.82, 0.51, 0.67, 0.57, 0.46, 0.37, 1, 0.42),
+    (0.74, 0.62, 0.50, 0.47, 0.53, 0.50, 0.37, 1),
+)
+# Figure 14: shares of significant tests, the triangle above the diagonal row by row.
+FIGURE_14 = {
+    "s_res": (
+        *(1, 1, 0.76, 1, 1, 0.95, 0.95, 1, 1, 0.99, 0.82, 1, 0.96, 0.97, 1, 1, 0.67, 1),
+        *(0.96, 1, 0.97, 0.95, 0.99, 1, 0.56, 1, 0.99, 1),
+    ),
+    "s_mlp": (
+        *(0.93, 1, 0.81, 1, 0.85, 1, 0.98, 1, 0.96, 1, 0.84, 1, 1, 1, 1, 1, 0.72, 0.97),
+        *(0.94, 0.96, 1, 0.96, 1, 1, 0.58, 1, 1, 1),
+    ),
+    "s_att": (
+        *(0.86, 0.84, 1, 0.94, 1, 1, 1, 0.95, 1, 0.94, 1, 1, 1, 1, 0.97, 0.99, 1, 1),
+        *(1, 0.67, 0.81, 0.98, 1, 1, 1, 0.72, 0.82, 0.56),
+    ),
+}
+
+
+def compare_figure_13(transition: "pd.DataFrame") -> "pd.DataFrame":
+    """The paper's Figure 13 beside ours.
+
+    Args:
+        transition: As `intervals.transition_intervals` gives, of gemma-2-2b.
+
+    Returns:
+        `first`, `second`, `paper`, `ours`, `difference`.
+    """
+    import pandas as pd
+
+    theirs = pd.DataFrame(FIGURE_13, index=GROUPS, columns=GROUPS).stack().rename("paper")
+    ours = transition.set_index(["first", "second"])["share"].rename("ours")
+    table = pd.concat([theirs, ours], axis=1).rename_axis(["first", "second"]).reset_index()
+    return table.assign(difference=table["ours"] - table["paper"])
+
+
+def figure_14() -> "pd.DataFrame":
+    """The paper's Figure 14 as rows: `score`, `first`, `second`, `paper`."""
+    import pandas as pd
+
+    pairs = list(combinations(GROUPS, 2))
+    rows = [
+        (score, *pair, share)
+        for score, shares in FIGURE_14.items()
+        for pair, share in zip(pairs, shares, strict=True)
+    ]
+    return pd.DataFrame(rows, columns=["score", "first", "second", "paper"])
+
+
+def compare_figure_14(pairs: "pd.DataFrame") -> "pd.DataFrame":
+    """The paper's Figure 14 beside ours; its text names 67, 72 and 100 % of one pair.
+
+    Args:
+        pairs: As `group_tests.pair_shares` gives, of gemma-2-2b.
+
+    Returns:
+        `score`, `first`, `second`, `paper`, `ours`, `tests`, `difference`.
+    """
+    ours = pairs.rename(columns={"share": "ours"})[["score", "first", "second", "ours", "tests"]]
+    table = figure_14().merge(ours, how="left", on=["score", "first", "second"])
+    return table.assign(difference=table["ours"] - table["paper"])
+
+
+def compare_figure_4(classes: "pd.DataFrame") -> "pd.DataFrame":
+    """The paper's Figure 4, which is the means of its Figure 14, beside ours.
+
+    Args:
+        classes: As `group_tests.class_shares` gives, of gemma-2-2b.
+
+    Returns:
+        `module`, `pair`, `score`, `paper`, `ours`, `difference`.
+    """
+    theirs = class_shares(
+        figure_14().rename(columns={"paper": "significant"}).assign(p=0, effect=0)
+    )
+    table = theirs.drop(columns="tests").rename(columns={"share": "paper"})
+    ours = classes.rename(columns={"share": "ours"})[["module", "pair", "score", "ours"]]
+    table = table.merge(ours, how="left", on=["module", "pair", "score"])
+    return table.assign(difference=table["ours"] - table["paper"])
 
 
 def compare_table_5(graph: FlowGraph) -> "pd.DataFrame":

@@ -5,21 +5,22 @@ Every suite, the embedded one included, is described in the same few words: a ro
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowhelpers.features import MODULES, FeatureId, Site, parse_feature, parse_site, suggestion
-from flowhelpers.machine import check_device, check_memory
+from flowhelpers.machine import check_device, check_memory, free_memory
 
 if TYPE_CHECKING:
     from flowhelpers.dictionaries import Dictionary
     from flowhelpers.model import Model
 
 DATA = Path(__file__).parent / "data"
+KEPT = 4  # dictionaries at a time where not all fit: a layer's three, and the stream before it
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _KINDS = {int: "a whole number", str: "text"}
 OFFLINE_HINT = "the suite flowlet needs no network"
@@ -37,6 +38,7 @@ class SuiteRow:
         parameters: Parameters of model and dictionaries together.
         about: One line on what it is.
         folder: Where the suite lies, if it is a folder.
+        model_parameters: Those of the model alone, if known.
     """
 
     name: str
@@ -46,12 +48,39 @@ class SuiteRow:
     revision: str | None = None
     about: str = ""
     folder: Path | None = None
+    model_parameters: int | None = None
 
     @property
     def is_local(self) -> bool:
         """Whether loading needs no network."""
         sources = self.dictionaries.values()
         return Path(self.model).exists() and all(isinstance(source, str) for source in sources)
+
+
+class OnDemand(Mapping[Site, "Dictionary"]):
+    """Dictionaries that are read when they are asked for; the last few are kept.
+
+    So a suite serves whose dictionaries do not fit into memory together. Who goes through them
+    should take one after the other, and keep none.
+    """
+
+    def __init__(self, sites: Iterable[Site], load: "Callable[[Site], Dictionary]", kept: int):
+        self._sites = tuple(sites)
+        self._load = lru_cache(maxsize=kept)(load)
+
+    def __getitem__(self, site: Site) -> "Dictionary":
+        if site not in self._sites:
+            raise KeyError(site)
+        return self._load(site)
+
+    def __contains__(self, site: object) -> bool:
+        return site in self._sites
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        return len(self._sites)
 
 
 @dataclass(frozen=True)
@@ -61,7 +90,8 @@ class Suite:
     Attributes:
         row: What it was loaded from.
         model: The language model behind named sites.
-        dictionaries: The dictionary at each site.
+        dictionaries: The dictionary at each site; where memory is short, each is read when asked
+            for.
     """
 
     row: SuiteRow
@@ -144,12 +174,14 @@ def read_suite_folder(folder: Path) -> SuiteRow:
 
 def _row(name: str, row: Mapping[str, Any], folder: Path | None) -> SuiteRow:
     where = f"suite {name}" + (f" ({folder / 'suite.yaml'})" if folder else "")
-    known = {"name", "model", "revision", "layers", "dictionaries", "parameters", "about"}
+    known = {"name", "model", "revision", "layers", "dictionaries", "about"}
+    known |= {"parameters", "model_parameters"}
     for key in row.keys() - known:
         raise ValueError(f"{where}: unknown key {key!r}{suggestion(key, sorted(known))}")
     for key in {"model", "dictionaries"} - row.keys():
         raise ValueError(f"{where}: the key {key!r} is missing")
-    for key, kind in {"layers": int, "parameters": int, "model": str, "revision": str}.items():
+    kinds = {"layers": int, "parameters": int, "model_parameters": int}
+    for key, kind in (kinds | {"model": str, "revision": str}).items():
         if key in row and not isinstance(row[key], kind):
             raise ValueError(f"{where}: {key} is {row[key]!r}, expected {_KINDS[kind]}")
     if not isinstance(row["dictionaries"], dict):
@@ -181,6 +213,7 @@ def _row(name: str, row: Mapping[str, Any], folder: Path | None) -> SuiteRow:
         revision=row.get("revision"),
         about=row.get("about", ""),
         folder=folder,
+        model_parameters=row.get("model_parameters") or _count_parameters(Path(model), {}) or None,
     )
 
 
@@ -242,8 +275,22 @@ def memory_needed(row: SuiteRow, dtype: str = "float32") -> int:
     return row.parameters * BYTES[dtype] + row.parameters * 2
 
 
+def least_memory(row: SuiteRow, dtype: str = "float32") -> int:
+    """Bytes that a suite takes with no more than a few dictionaries in memory at a time.
+
+    That of a suite which does not say how large its model alone is, is what it takes as a whole.
+    """
+    whole, count = memory_needed(row, dtype), max(len(row.dictionaries), 1)
+    if row.model_parameters is None:
+        return whole
+    model = row.model_parameters * BYTES[dtype]
+    return model + (whole - model) * min(KEPT, count) // count
+
+
 def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") -> Suite:
     """Load a language model and its dictionaries.
+
+    Where there is not enough memory for all dictionaries together, each is read when it is needed.
 
     Args:
         name: A registered suite, or a folder with a `suite.yaml`.
@@ -252,7 +299,7 @@ def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") ->
 
     Raises:
         ValueError: If the suite is unknown or broken.
-        MemoryError: If the machine has less memory than the suite needs.
+        MemoryError: If the machine has less memory than the model and a few dictionaries need.
         ConnectionError: If something has to be fetched and there is no network.
     """
     import torch
@@ -261,30 +308,39 @@ def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") ->
     if dtype not in BYTES:
         raise ValueError(f"unknown dtype {dtype!r}{suggestion(dtype, BYTES)}")
     check_device(device)
-    check_memory(memory_needed(row, dtype), f"suite {row.name}", device, dtype)
+    all_fit = memory_needed(row, dtype) <= free_memory(device)
+    if not all_fit:
+        check_memory(least_memory(row, dtype), f"suite {row.name}", device, dtype)
 
     from flowhelpers.dictionaries import load_folder, load_release
     from flowhelpers.model import attention_output, load_model
 
     try:
         model = load_model(row.model, device, getattr(torch, dtype), row.revision)
-        dictionaries: dict[Site, Dictionary] = {}
-        for site in sorted(row.dictionaries):
-            source = row.dictionaries[site]
+        sites = sorted(row.dictionaries)
+        for site in sites:
             if not 0 <= site.layer < model.layers:
                 raise ValueError(
                     f"suite {row.name} names a dictionary at {site}:"
                     f" its model has layers 0 to {model.layers - 1}"
                 )
-            load = (
+
+        def load(site: Site) -> "Dictionary":
+            source = row.dictionaries[site]
+            output = attention_output(model, site.layer) if site.module == "att" else None
+            of = (
                 partial(load_folder, Path(source))
                 if isinstance(source, str)
                 else partial(load_release, source["release"], source["id"])
             )
-            output = attention_output(model, site.layer) if site.module == "att" else None
-            dictionaries[site] = load(
-                site=site, d_model=model.d_model, device=device, dtype=dtype, output=output
-            )
+            return of(site=site, d_model=model.d_model, device=device, dtype=dtype, output=output)
+
+        kept = len(sites) if all_fit else KEPT
+        dictionaries: Mapping[Site, Dictionary] = OnDemand(sites, load, kept)
+        if all_fit:
+            dictionaries = dict(dictionaries)
+        else:
+            dictionaries[sites[0]]  # what is wrong with the first is wrong at once
     except (OSError, RuntimeError) as error:
         links = list(_links(error))
         if row.is_local or not any(map(_is_network_failure, links)):

@@ -10,6 +10,7 @@ from test_groups import planted_occurrences
 
 from flowhelpers.features import MODULES
 from flowhelpers.group_tests import (
+    class_shares,
     mann_whitney,
     pair_shares,
     share_significant,
@@ -109,10 +110,23 @@ def test_too_few_occurrences_are_tested_nowhere(drawn: Occurrences):
     assert (pair_shares(tests)["tests"] == 0).all()
 
 
-def test_pairs_are_classed_by_where_the_scores_module_is_active(drawn: Occurrences):
-    tests = significance(drawn, smallest=1)
-    tests = tests[(tests["dataset"] == "b")].set_index(["first", "second", "score"])["pair"]
-    for first, second, classes in (
+def test_shares_are_averaged_over_pairs_and_not_over_tests():
+    rows = [("From RES", "From MLP", s) for s in (1.0, 1.0, 1.0, 0.0)]
+    rows += [("From RES", "From ATT", 0.0), ("From RES", "From ATT", np.nan)]
+    rows += [("From MLP", "From ATT", 1.0)]
+    tests = pd.DataFrame(rows, columns=["first", "second", "significant"])
+    tests = tests.assign(p=tests["significant"] / 2, effect=0.5, score="s_res")
+    shares = share_significant(tests)
+    assert shares.loc["s_res", ["AO", "IB"]].tolist() == [0.375, 1.0]
+    assert np.isnan(shares.loc["s_res", "AB"])
+    assert shares.drop(index="s_res").isna().all(axis=None)
+    cells = pair_shares(tests).set_index(["first", "second"])
+    assert cells.loc[("From RES", "From ATT"), ["tests", "share"]].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "classes"),
+    [
         ("From nowhere", "From RES", ("AO", "IB", "IB")),
         ("From RES", "From MLP", ("AO", "AO", "IB")),
         ("From MLP", "From ATT", ("IB", "AO", "AO")),
@@ -121,24 +135,29 @@ def test_pairs_are_classed_by_where_the_scores_module_is_active(drawn: Occurrenc
         ("From nowhere", "From RES & MLP & ATT", ("AO", "AO", "AO")),
         ("From MLP & ATT", "From RES & MLP & ATT", ("AO", "AB", "AB")),
         ("From nowhere", "From MLP & ATT", ("IB", "AO", "AO")),
-    ):
-        found = tuple(tests[(first, second, f"s_{m}")] for m in MODULES)
-        assert found == classes, (first, second)
+    ],
+)
+def test_pairs_are_classed_by_where_a_module_is_active(
+    first: str, second: str, classes: tuple[str, ...]
+):
+    row = {"first": first, "second": second, "significant": 1.0, "p": 0.0, "effect": 1.0}
+    tests = pd.DataFrame([row | {"score": f"s_{m}"} for m in MODULES])
+    found = class_shares(tests).dropna(subset="share")
+    assert len(found) == 9
+    for module, pair in zip(MODULES, classes, strict=True):
+        assert set(found.loc[found["module"] == module, "pair"]) == {pair}
 
 
-def test_shares_are_averaged_over_pairs_and_not_over_tests():
-    rows = [("From RES", "From MLP", s) for s in (1.0, 1.0, 1.0, 0.0)]
-    rows += [("From RES", "From ATT", 0.0), ("From RES", "From ATT", np.nan)]
-    frame = pd.DataFrame(rows, columns=["first", "second", "significant"])
-    frame = frame.assign(p=frame["significant"] / 2, effect=0.5)
-    tests = pd.concat(
-        [frame.assign(score="s_res", pair="AO"), frame[:1].assign(score="s_res", pair="IB")]
-    )
-    shares = share_significant(tests)
-    assert shares.loc["s_res", ["AO", "IB"]].tolist() == [0.375, 1.0]
-    assert np.isnan(shares.loc["s_res", "AB"])
-    cells = pair_shares(tests).set_index(["pair", "second"])
-    assert cells.loc[("AO", "From ATT"), ["tests", "share"]].tolist() == [1, 0]
+def test_the_classes_of_figure_4_are_the_means_of_figure_14(drawn: Occurrences):
+    tests = significance(drawn, alpha=0.05)
+    pairs = pair_shares(tests)
+    for row in class_shares(tests).itertuples():
+        part = pairs[pairs["score"] == row.score]
+        name = row.module.upper()
+        active = sum(part[side].str.contains(name).astype(int) for side in ("first", "second"))
+        part = part[active == {"AO": 1, "AB": 2, "IB": 0}[row.pair]]
+        assert row.share == pytest.approx(part["share"].mean(), nan_ok=True)
+        assert row.tests == part["tests"].sum()
 
 
 # Intervals.
@@ -197,12 +216,9 @@ def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences)
     tests = significance(drawn, alpha=0.05)
     classes, pairs = significance_intervals(drawn, tests, alpha=0.05, times=20)
     again = [significance(weighted(drawn, counts), alpha=0.05) for counts in resamples(drawn, 20)]
-    wide = np.stack([share_significant(each).to_numpy().ravel() for each in again])
+    wide = np.stack([class_shares(each)["share"].to_numpy() for each in again])
     low, high = np.nanquantile(wide, [0.025, 0.975], axis=0)
     assert classes["low"].to_numpy() == pytest.approx(low)
     assert classes["high"].to_numpy() == pytest.approx(high)
-    one = share_significant(tests)
-    for row in classes.itertuples():
-        assert row.share == pytest.approx(one.loc[row.score, row.pair], nan_ok=True)
-    assert classes["tests"].sum() == tests["p"].notna().sum()
+    pd.testing.assert_frame_equal(classes.drop(columns=["low", "high"]), class_shares(tests))
     pd.testing.assert_frame_equal(pairs.drop(columns=["low", "high"]), pair_shares(tests))

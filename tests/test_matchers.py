@@ -170,16 +170,13 @@ def activations(planted: Suite) -> dict[Site, np.ndarray]:
 def test_correlations_are_those_of_the_activations(
     planted: Suite, activations: dict[Site, np.ndarray], candidates: int | None
 ):
-    pairs = [
-        (planted.dictionary(target), planted.dictionary(source))
-        for target, source in ((SECOND, FIRST), (SECOND, Site(1, "mlp")))
-    ]
+    pairs = [(SECOND, FIRST), (SECOND, Site(1, "mlp"))]
     found = by_pearson(planted, toys.TEXTS, pairs, 3, candidates=candidates, least_active=1)
     for target, source in pairs:
-        a, b = activations[target.site], activations[source.site]
+        a, b = activations[target], activations[source]
         with np.errstate(invalid="ignore", divide="ignore"):
             expected = np.nan_to_num(np.corrcoef(a.T, b.T)[: a.shape[1], a.shape[1] :])
-        match, _ = found[target.site, source.site]
+        match, _ = found[target, source]
         for exact, side in ((expected, match.backward), (expected.T, match.forward)):
             indices, scores = side.indices.numpy(), side.scores.numpy()
             best = -np.sort(-exact, axis=1)[:, : scores.shape[1]]
@@ -194,7 +191,7 @@ def test_correlations_are_those_of_the_activations(
 
 def test_candidates_are_the_sources_of_highest_cosine(planted: Suite):
     target, source = planted.dictionary(SECOND), planted.dictionary(FIRST)
-    few = by_pearson(planted, toys.TEXTS, [(target, source)], 1, candidates=3, least_active=1)[
+    few = by_pearson(planted, toys.TEXTS, [(SECOND, FIRST)], 1, candidates=3, least_active=1)[
         SECOND, FIRST
     ][0]
     cosines = target.directions @ source.directions.T
@@ -206,13 +203,13 @@ def test_candidates_are_the_sources_of_highest_cosine(planted: Suite):
         assert len(rows) >= 5
         assert allowed[rows, side.indices[rows, ranks]].all()
     # Not only the sources that are somebody's candidate: every source has candidates of its own.
-    everything = by_pearson(planted, toys.TEXTS, [(target, source)], 1, least_active=1)
+    everything = by_pearson(planted, toys.TEXTS, [(SECOND, FIRST)], 1, least_active=1)
     same = everything[SECOND, FIRST][0].forward.indices[:, 0] == few.forward.indices[:, 0]
     assert same.float().mean() > 0.5
 
 
 def test_a_correlation_of_few_tokens_is_none(planted: Suite, activations: dict[Site, np.ndarray]):
-    pair = (planted.dictionary(SECOND), planted.dictionary(FIRST))
+    pair = (SECOND, FIRST)
     times = (activations[SECOND] > 0).sum(axis=0)
     assert (times == 11).all()
     enough, _ = by_pearson(planted, toys.TEXTS, [pair], 1, least_active=11)[SECOND, FIRST]
@@ -222,11 +219,11 @@ def test_a_correlation_of_few_tokens_is_none(planted: Suite, activations: dict[S
     assert null.backward.tolist() == [0]
 
 
-def test_few_candidates_are_looked_at_where_all_do_not_fit(planted: Suite):
-    pairs = [(planted.dictionary(SECOND), planted.dictionary(FIRST))] * 2
-    needed = 16 * 2 * pairs[0][0].width * pairs[0][1].width
-    assert pearson_candidates(pairs, memory=needed) is None
-    assert pearson_candidates(pairs, memory=needed - 1, few=7) == 7
+def test_few_candidates_are_looked_at_where_all_do_not_fit():
+    widths = [(100, 200), (100, 50)]
+    needed = 16 * 100 * 250
+    assert pearson_candidates(widths, memory=needed) is None
+    assert pearson_candidates(widths, memory=needed - 1, few=7) == 7
 
 
 def test_a_feature_that_is_never_active_correlates_with_nothing(planted: Suite):
@@ -236,14 +233,14 @@ def test_a_feature_that_is_never_active_correlates_with_nothing(planted: Suite):
         SECOND: make_dictionary(SECOND, silent, D, "planted"),
     }
     suite = dataclasses.replace(planted, dictionaries=dictionaries)
-    pair = (dictionaries[SECOND], dictionaries[FIRST])
+    pair = (SECOND, FIRST)
     match, null = by_pearson(suite, toys.TEXTS, [pair], 2)[SECOND, FIRST]
     assert (match.backward.indices == -1).all()
     assert (null.backward == 0).all()
 
 
 def test_chance_correlations_are_lower_than_real_ones(planted: Suite):
-    pair = (planted.dictionary(SECOND), planted.dictionary(FIRST))
+    pair = (SECOND, FIRST)
     texts = [f"{text} {again}" for text in toys.TEXTS for again in toys.TEXTS]
     match, null = by_pearson(planted, texts, [pair], 1, least_active=1)[SECOND, FIRST]
     assert null.backward.mean() < 0.7 * match.backward.scores[:, 0].mean()

@@ -9,7 +9,18 @@ import toys
 
 from flowhelpers.features import Site
 from flowhelpers.flow import FlowGraph, flow_graph
-from flowhelpers.paper import TABLE_5_MLP, TABLE_5_RES, TABLE_5_SCORES, compare_table_5
+from flowhelpers.group_tests import class_shares
+from flowhelpers.groups import GROUPS
+from flowhelpers.paper import (
+    TABLE_5_MLP,
+    TABLE_5_RES,
+    TABLE_5_SCORES,
+    compare_figure_4,
+    compare_figure_13,
+    compare_figure_14,
+    compare_table_5,
+    figure_14,
+)
 
 WIDTH = 16384
 
@@ -84,3 +95,48 @@ def test_a_graph_of_something_else_is_refused():
     ):
         with pytest.raises(ValueError, match="Table 5 is of 24/res/14548 in gemma-2-2b"):
             compare_table_5(graph)
+
+
+# The group statistics.
+
+
+def test_figure_4_is_the_means_of_figure_14_as_the_paper_prints_them():
+    printed = {  # by module and class: s(R), s(M), s(A)
+        ("res", "AO"): (0.991, 0.972, 0.915),
+        ("res", "AB"): (0.885, 0.903, 0.960),
+        ("res", "IB"): (0.887, 0.922, 0.942),
+        ("mlp", "AO"): (0.980, 0.992, 0.937),
+        ("mlp", "AB"): (0.872, 0.878, 0.922),
+        ("mlp", "IB"): (0.930, 0.892, 0.922),
+        ("att", "AO"): (0.912, 0.916, 0.999),
+        ("att", "AB"): (0.985, 0.987, 0.760),
+        ("att", "IB"): (0.998, 0.988, 0.917),
+    }
+    ours = figure_14().rename(columns={"paper": "significant"}).assign(p=0.0, effect=0.0)
+    found = compare_figure_4(class_shares(ours))
+    assert found["difference"].abs().max() < 1e-12
+    for (module, pair), shares in printed.items():
+        part = found[(found["module"] == module) & (found["pair"] == pair)]
+        assert part["score"].tolist() == ["s_res", "s_mlp", "s_att"]
+        assert part["paper"].tolist() == pytest.approx(shares, abs=6e-4)
+
+
+def test_the_shares_of_the_text_are_those_of_figure_14():
+    found = figure_14().set_index(["first", "second", "score"])["paper"]
+    pair = ("From MLP", "From MLP & ATT")
+    assert [found[(*pair, f"s_{m}")] for m in ("res", "mlp", "att")] == [0.67, 0.72, 1]
+
+
+def test_our_shares_stand_beside_those_of_figures_13_and_14():
+    pairs = figure_14().rename(columns={"paper": "share"}).assign(tests=104)
+    pairs.loc[0, "share"] -= 0.25
+    found = compare_figure_14(pairs)
+    assert found["difference"].tolist() == [-0.25] + [0.0] * 83
+    assert (found["tests"] == 104).all()
+    rows = [(a, b, 0.5) for a in GROUPS for b in GROUPS]
+    ours = pd.DataFrame(rows, columns=["first", "second", "share"])
+    found = compare_figure_13(ours).set_index(["first", "second"])
+    assert found.loc[("From ATT", "From RES & ATT"), "paper"] == 0.45  # as the caption says
+    assert found.loc[("From ATT", "From RES & ATT"), "difference"] == pytest.approx(0.05)
+    assert found.loc[("From MLP", "From nowhere"), "paper"] == 0.82
+    assert len(found) == 64

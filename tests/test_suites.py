@@ -1,14 +1,17 @@
 """Suites load by folder and by name; what is unknown, broken or too large is said plainly."""
 
 import dataclasses
+import gc
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -25,8 +28,11 @@ from flowhelpers.labels import written_tokens
 from flowhelpers.matching import match_table, scores
 from flowhelpers.model import final_norm, tokenize
 from flowhelpers.suites import (
+    KEPT,
+    OnDemand,
     Suite,
     find_suite,
+    least_memory,
     load_suite,
     memory_needed,
     read_suite_folder,
@@ -210,16 +216,42 @@ def test_an_unknown_suite_names_the_nearest(tmp_path: Path):
 def test_a_suite_that_does_not_fit_is_refused_before_anything_is_fetched(
     hub_here: Hub, pythia: str, monkeypatch: pytest.MonkeyPatch
 ):
-    free = SimpleNamespace(available=2**30)
+    free = SimpleNamespace(available=2**29)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
-    needed = registered()[NAME].parameters * 6 / 2**30
-    assert needed == pytest.approx(3.77, abs=0.01)
-    message = rf"{NAME} needs 3\.8 GiB in float32 on cpu, and 1\.0 GiB are free"
+    row = registered()[NAME]
+    whole, least = (needed(row) / 2**30 for needed in (memory_needed, least_memory))
+    assert whole == pytest.approx(3.77, abs=0.01)
+    model = 70_426_624 * 4 / 2**30  # and 4 of 18 dictionaries
+    assert least == pytest.approx(model + (whole - model) * 4 / 18)
+    message = rf"{NAME} needs 1\.0 GiB in float32 on cpu, and 0\.5 GiB are free"
     with pytest.raises(MemoryError, match=message):
         load_suite(NAME)
-    with pytest.raises(MemoryError, match=r"needs 2\.5 GiB in bfloat16 on cpu"):
+    with pytest.raises(MemoryError, match=r"needs 0\.7 GiB in bfloat16 on cpu"):
         load_suite(NAME, dtype="bfloat16")
+    assert least_memory(dataclasses.replace(row, model_parameters=None)) == memory_needed(row)
     assert hub_here.requests == []
+
+
+def test_dictionaries_that_do_not_fit_together_are_read_when_they_are_asked_for(
+    planted: Suite, planted_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    least, whole = least_memory(planted.row), memory_needed(planted.row)
+    assert least < whole
+    free = SimpleNamespace(available=(least + whole) // 2)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    suite = load_suite(planted_folder)
+    assert isinstance(suite.dictionaries, OnDemand)
+    assert list(suite.dictionaries) == list(planted.dictionaries)
+    assert len(suite.dictionaries) == len(planted.dictionaries) == 9
+    assert Site(9, "res") not in suite.dictionaries
+    with pytest.raises(ValueError, match="no layer 9 in suite"):
+        suite.dictionary("9/res")
+    alive = [weakref.ref(suite.dictionary(site)) for site in suite.dictionaries]
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) == KEPT
+    monkeypatch.undo()
+    monkeypatch.setenv("FLOWHELPERS_CACHE", str(tmp_path))
+    pd.testing.assert_frame_equal(match_table(suite, k=2), match_table(planted, k=2))
 
 
 def test_a_suite_by_name_is_fetched_once_and_then_needs_no_network(
