@@ -59,7 +59,7 @@ def top_k_cosine(
         device: Where to compute; where `target` lies unless given.
 
     Raises:
-        ValueError: If the widths differ, k is out of range, or a value is not finite.
+        ValueError: If the widths differ, k or memory is out of range, or a value is not finite.
     """
     if target.ndim != 2 or source.ndim != 2 or target.shape[1] != source.shape[1]:
         raise ValueError(
@@ -69,7 +69,10 @@ def top_k_cosine(
     if not 1 <= k <= len(source):
         raise ValueError(f"k={k}: expected 1 to {len(source)}, the number of source features")
     device = torch.device(device) if device else target.device
-    memory = memory or MEMORY.get(device.type, MEMORY["cpu"])
+    if memory is None:
+        memory = MEMORY.get(device.type, MEMORY["cpu"])
+    if memory < 1:
+        raise ValueError(f"memory={memory}: expected a number of bytes")
     quick = quick_dtype(device.type)
     sizes = _block_sizes(memory, target.shape[1], len(source), k)
     indices = torch.full((len(target), k), -1, device=device)
@@ -96,7 +99,7 @@ def top_k_cosine(
         both, order = both.sort(dim=1, descending=True, stable=True)
         scores[begin:end] = both[:, :k]
         indices[begin:end] = which.gather(1, order)[:, :k].where(both[:, :k] > 0, -1)
-    return Matches(indices, scores.clamp(min=0))
+    return Matches(indices, scores.clamp_(0, 1))
 
 
 def unit_rows(

@@ -42,6 +42,7 @@ def new_folder(root: Path, name: str) -> Path:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Writes a file whole or not at all: `write` fills one beside it, which takes its place."""
+    path = Path(path)
     writer = f"{os.getpid()}-{threading.get_ident()}"
     partial = path.with_name(f".{path.name}.{writer}.partial")
     try:

@@ -85,8 +85,9 @@ def flow_graph(
         thresholds: What the classes go by, as in `matching.classify`.
 
     Raises:
-        ValueError: If a feature does not exist, a threshold is outside [-1, 1], or the table has
-            fewer ranks than `top_n`, or is another suite's.
+        ValueError: If a feature does not exist, a threshold is outside [-1, 1] or of a place that
+            does not, or the table has fewer ranks than `top_n`, nothing at a seed's layer, or is
+            another suite's.
     """
     import pandas as pd
 
@@ -94,14 +95,17 @@ def flow_graph(
     for module, limit in limits.items():
         if limit is not None:
             check_threshold(limit, f"t_{module}")
-    if not 1 <= top_n <= table["rank"].max():
+    if not isinstance(top_n, int) or not 1 <= top_n <= table["rank"].max():
         raise ValueError(f"top_n={top_n}: expected 1 to {table['rank'].max()}, the table's ranks")
     if (of := table["suite"].iloc[0]) != suite.name:
         raise ValueError(f"a match table of {of}: expected one of {suite.name}")
     names = [seeds] if isinstance(seeds, (str, FeatureId)) else list(seeds)
     if not names:
         raise ValueError("no seed given: expected a feature, such as 12/res/4230")
-    found = [suite.feature(name) for name in names]
+    found = list(dict.fromkeys(suite.feature(name) for name in names))
+    for seed in found:
+        if seed.layer not in {*table["layer"], *table["source_layer"]}:
+            raise ValueError(f"the match table has nothing at layer {seed.layer}, of {seed}")
     steps = _Steps(suite, table, top_n, limits)
     starts: list[FeatureId] = []
     for seed in found:
@@ -219,7 +223,7 @@ def _nodes(
     known = classes.set_index(["layer", "feature"])
     known = known.reindex([(node.layer, node.index) for node in nodes])
     residual = (frame["module"] == "res").to_numpy()
-    frame["class"] = known["class"].where(residual).to_numpy()
+    frame["class"] = pd.Series(known["class"].where(residual).to_numpy(), dtype=object)
     for module in MODULES:
         sources = known.get(f"source_{module}", pd.Series(np.nan, known.index))
         names = [

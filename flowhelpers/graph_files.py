@@ -1,5 +1,6 @@
 """Flow graphs as files: our own, and what the graph viewers of others read."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,10 @@ def load_graph(path: Path) -> FlowGraph:
     for key in ("suite", "seeds", "choices", "nodes", "edges"):
         if key not in record:
             raise ValueError(f"{path} has no {key!r}: it is no whole flow graph")
+    if not record["nodes"]:
+        raise ValueError(f"{path} has no nodes: it is no whole flow graph")
     nodes = pd.DataFrame(record["nodes"])
+    nodes["class"] = nodes["class"].astype(object)
     for module in MODULES:
         names = nodes[f"from_{module}"].astype(object)
         nodes[f"from_{module}"] = names.where(names.notna(), None)
@@ -66,7 +70,12 @@ def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) 
         graph: The graph.
         slug: A name of letters, digits and hyphens.
         model: Neuronpedia's name of the model, to find features by; the suite's unless given.
+
+    Raises:
+        ValueError: If the slug holds anything else.
     """
+    if not re.fullmatch(r"[A-Za-z0-9-]+", slug):
+        raise ValueError(f"slug {slug!r}: expected letters, digits and hyphens")
     nodes = {
         row["feature"]: {
             "node_id": f"{row['layer']}_{row['index']}_{LANES.index(row['module'])}",

@@ -1,5 +1,6 @@
 """What a feature is about: the tokens it writes, and where it is active."""
 
+import json
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -142,6 +143,17 @@ def describe(
     return pd.DataFrame(rows, columns=["feature", "writes", "active_at", "label", "label_from"])
 
 
+def _read_jsonl(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in lines]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number} is {row!r}, expected an object")
+    return pd.DataFrame(rows, dtype=object)
+
+
 def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
     """Your own labels: a CSV or JSONL file with a `feature` and a `label` for each row.
 
@@ -158,7 +170,7 @@ def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
     path = Path(path)
     readers = {
         ".csv": partial(pd.read_csv, dtype=str, keep_default_na=False),
-        ".jsonl": partial(pd.read_json, lines=True, dtype=str),
+        ".jsonl": _read_jsonl,
     }
     if path.suffix not in readers:
         raise ValueError(f"{path}: expected a file of labels, .csv or .jsonl")
@@ -175,7 +187,7 @@ def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
     for row, (name, label) in enumerate(zip(table["feature"], table["label"], strict=True), 1):
         try:
             names.append(str(suite.feature(str(name))))
-            if not isinstance(label, str):
+            if not isinstance(label, str) or not label.strip():
                 raise ValueError(f"the label of {name} is {label!r}, expected text")
         except ValueError as error:
             problems.append(f"row {row}: {error}")

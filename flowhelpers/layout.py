@@ -92,7 +92,8 @@ def flow_layout(graph: "FlowGraph") -> Layout:
         edges[axis] = edges[f"{axis}0"] + MARK * (edges[f"{axis}1"] - edges[f"{axis}0"])
     edges["above"] = edges["score"] > edges["null"]
     edges["width"] = (0.5 + 8 * edges["cosine"].astype(float).clip(lower=0)) * size / 14
-    edges["hover"] = [_edge_hover(row) for row in edges.to_dict("records")]
+    ranked_by = "correlation" if graph.choices.get("method") == "pearson" else "cosine"
+    edges["hover"] = [_edge_hover(row, ranked_by) for row in edges.to_dict("records")]
     return Layout(
         _title(graph.seeds),
         nodes,
@@ -149,11 +150,11 @@ def _node_hover(row: dict[str, Any]) -> str:
     return "\n".join(filter(None, lines))
 
 
-def _edge_hover(row: dict[str, Any]) -> str:
+def _edge_hover(row: dict[str, Any], ranked_by: str) -> str:
     side = "above" if row["above"] else "not above"
     score = f"cosine {row['cosine']:.3f}"
-    if row["score"] != row["cosine"]:
-        score = f"correlation {row['score']:.3f} ({score})"
+    if ranked_by != "cosine":
+        score = f"{ranked_by} {row['score']:.3f} ({score})"
     chooser = "later" if row["direction"] == "backward" else "earlier"
     lines = [
         f"{row['source']} → {row['target']}",

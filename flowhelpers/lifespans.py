@@ -27,7 +27,7 @@ def lifespans(
 
     Returns:
         One row a feature: `layer`, `feature`, `first` and `last` layer of its run, and `layers`,
-        their number.
+        their number. A run ends where the table does: of some layers it holds no more than these.
 
     Raises:
         ValueError: If the threshold is outside [-1, 1].
@@ -69,6 +69,12 @@ def lifespans(
     return pd.concat(frames, ignore_index=True).assign(layers=lambda t: t["last"] - t["first"] + 1)
 
 
+def _width(table: "pd.DataFrame", layer: int) -> int:
+    """Features of a residual dictionary that the table has as a source only."""
+    sources = table[(table["source_layer"] == layer) & (table["module"] == "res")]
+    return int(sources.loc[sources["direction"] == "forward", "source"].max()) + 1
+
+
 def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
     """What becomes of features from layer to layer, over the whole model.
 
@@ -76,26 +82,32 @@ def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
         table: A match table.
 
     Returns:
-        One row a layer: `features`; the share of each class of the paper's 3.3; `born_mlp` and
-        `born_att`, the share that is newborn by that module (`matching.high_module`); `dies`, the
-        share without a match on that is higher than chance (missing at the last layer); `mutual`,
-        the share with a best match back that is mutual; `sources`, how many features of the layer
-        before are anybody's best match, as a share of those that choose a match on; and
-        `largest_funnel`, how many features share one.
+        One row a layer that the table has: `features`; the share of each class of the paper's 3.3;
+        `born_mlp` and `born_att`, the share that is newborn by that module
+        (`matching.high_module`); `dies`, the share without a match on that is higher than chance
+        (missing where the table has no next layer); `mutual`, the share with a best match back
+        that is mutual; `sources`, how many features of the layer before are anybody's best match,
+        as a share of those that choose a match on; and `largest_funnel`, how many features share
+        one.
     """
     import pandas as pd
 
     best = table[(table["rank"] == 1) & (table["module"] == "res")]
-    last = best["layer"].max()
+    steps = set(best["layer"])
     best = best[(best["source"] >= 0) & (best["feature"] >= 0)]
     records = []
-    for layer, part in classify(scores(table)).groupby("layer"):
+    classes = classify(scores(table))
+    parts = {int(layer): part for layer, part in classes.groupby("layer")}
+    for layer in sorted({*parts, *(at - 1 for at in steps)}):
+        part = parts.get(layer)
+        if part is None:  # a source alone
+            part = classes[:0].reindex(range(_width(table, layer)))
         record = {"layer": layer, "features": len(part)}
         record |= part["class"].value_counts(normalize=True).to_dict()
         born = high_module(part[part["class"] == "newborn"])
         record |= {f"born_{name}": float((born == name).sum() / len(part)) for name in MODULES[1:]}
         on = best[(best["layer"] == layer + 1) & (best["direction"] == "forward")]
-        if layer < last:
+        if layer + 1 in steps:
             record["dies"] = 1 - float((on["score"] > on["null"]).sum() / len(part))
         back = best[best["layer"] == layer]
         ahead = back[back["direction"] == "forward"]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowhelpers.cosine import Matches
 from flowhelpers.features import MODULES, Site, suggestion
+from flowhelpers.machine import check_device
 from flowhelpers.matchers import (
     LEAST_ACTIVE,
     NULL_DRAWS,
@@ -42,7 +43,7 @@ Method = Literal["cosine", "random", "permutation", "pearson"]
 METHODS: tuple[Method, ...] = ("cosine", "random", "permutation", "pearson")
 CLASSES = ("translated", "processed", "newborn", "unexplained")
 NULL_QUANTILE = 0.999
-TABLE_VERSION = 1  # of what a table on disk holds: raise it when that changes
+TABLE_VERSION = 2  # of what a table on disk holds: raise it when that changes
 
 
 def predecessor_sites(site: Site) -> dict[str, Site]:
@@ -102,12 +103,17 @@ def match_table(
 
     Raises:
         ValueError: If no residual dictionary has one that precedes it (at the layers asked for),
-            the method is unknown or lacks its texts, or k is larger than a dictionary.
+            the method is unknown, lacks its texts or is given what it has no use for, there is no
+            such device, or k is larger than a dictionary.
     """
     import pandas as pd
 
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{suggestion(method, METHODS)}")
+    if method != "permutation" and (weights != "decoder" or folded):
+        raise ValueError(f"method={method!r}: weights and folded are for 'permutation' alone")
+    if device is not None:
+        check_device(device)
     if (method == "pearson") != (texts is not None):
         raise ValueError(f"method={method!r}: texts are for 'pearson', which needs them")
     by_layer = {layer: pairs for layer in range(suite.layers) if (pairs := _pairs(suite, layer))}
@@ -188,7 +194,7 @@ def _pairs(suite: "Suite", layer: int) -> dict[str, tuple[Site, Site]]:
 def _check_k(k: int, pairs: Sequence[tuple[Site, Site]], suite: "Suite") -> None:
     sites = dict.fromkeys(site for pair in pairs for site in pair)
     width, site = min((suite.dictionary(site).width, site) for site in sites)
-    if not 1 <= k <= width:
+    if not isinstance(k, int) or not 1 <= k <= width:
         raise ValueError(f"k={k}: expected 1 to {width}, the features of {site}")
 
 
@@ -263,7 +269,9 @@ def _rows(
 
 def _chosen_back(other: Tensor, best: Tensor) -> Bool[Tensor, "choosing ranks"]:
     chooser = torch.arange(len(best))[:, None]
-    return (best >= 0) & (other[best.clamp(min=0)] == chooser)
+    mutual = (best >= 0) & (other[best.clamp(min=0)] == chooser)
+    mutual[:, 1:] = False  # of lower rank is not the chooser's best
+    return mutual
 
 
 def _cosines(target: "Dictionary", source: "Dictionary", ends: Tensor, starts: Tensor) -> Tensor:
@@ -272,7 +280,8 @@ def _cosines(target: "Dictionary", source: "Dictionary", ends: Tensor, starts: T
         (target.directions[t.clamp(min=0)] * source.directions[s.clamp(min=0)]).sum(-1).cpu()
         for t, s in ((t.to(target.norms.device), s.to(source.norms.device)) for t, s in rows)
     ]
-    return torch.cat(parts).masked_fill((ends.flatten() < 0) | (starts.flatten() < 0), 0.0)
+    missing = (ends.flatten() < 0) | (starts.flatten() < 0)
+    return torch.cat(parts).clamp(-1, 1).masked_fill(missing, 0.0)
 
 
 def scores(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -313,11 +322,18 @@ def classify(
         `scores` with `high_res`, `high_mlp`, `high_att` (the thresholds that applied) and `class`.
 
     Raises:
-        ValueError: If a threshold is outside [-1, 1].
+        ValueError: If a threshold is outside [-1, 1], or of a place that the table does not have.
     """
     import numpy as np
 
     found = scores.copy()
+    layers = sorted(scores["layer"].unique().tolist())
+    for place in thresholds or {}:
+        if place not in {(layer, module) for layer in layers for module in MODULES}:
+            raise ValueError(
+                f"a threshold for {place!r}: expected (layer, module), a layer of"
+                f" {', '.join(map(str, layers))} and a module of {', '.join(MODULES)}"
+            )
     high = {}
     for module in MODULES:
         limits = scores.get(f"null_{module}", scores["layer"] * np.nan)

@@ -199,7 +199,9 @@ def progress(iterable: Iterable[T], desc: str, total: int | None = None) -> Iter
     else:
         from tqdm import tqdm
 
-        options |= {"file": sys.stderr, "mininterval": 0.1 if sys.stderr.isatty() else 5}
+        # All on one line: a stored page would show the codes that move the cursor between lines.
+        options |= {"position": 0, "file": sys.stderr}
+        options["mininterval"] = 0.1 if sys.stderr.isatty() else 5
     return tqdm(iterable, **options)
 
 

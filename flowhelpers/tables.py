@@ -53,11 +53,11 @@ def cached_table(
     text = json.dumps(key, sort_keys=True, ensure_ascii=False)
     digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
     mark = f"{digest} version {version}"
-    path = (folder or cache_folder()) / kind / f"{digest}.parquet"
+    path = Path(folder or cache_folder()) / kind / f"{digest}.parquet"
     if path.exists():
         try:
-            found = parquet.read_table(path)
-            made = (found.schema.metadata or {}).get(b"flowhelpers", b"").decode()
+            found = parquet.read_table(path, page_checksum_verification=True)
+            made = (found.schema.metadata or {}).get(b"flowhelpers", b"").decode(errors="replace")
             if made == mark:
                 return found.to_pandas()
             problem = "it was made for something else"
@@ -70,5 +70,5 @@ def cached_table(
     table = compute()
     arrow = Table.from_pandas(pd.DataFrame(table), preserve_index=False)
     arrow = arrow.replace_schema_metadata((arrow.schema.metadata or {}) | {"flowhelpers": mark})
-    write_whole(path, lambda file: parquet.write_table(arrow, file))
+    write_whole(path, lambda file: parquet.write_table(arrow, file, write_page_checksum=True))
     return arrow.to_pandas()

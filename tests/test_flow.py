@@ -338,6 +338,12 @@ def test_a_graph_is_the_same_after_saving(suite: Suite, table: pd.DataFrame, tmp
     pd.testing.assert_frame_equal(turns(again), turns(graph), check_dtype=False)
 
 
+@pytest.mark.parametrize("slug", ["", "a/b", "a b"])
+def test_a_slug_that_no_address_can_hold_is_refused(suite: Suite, table: pd.DataFrame, slug: str):
+    with pytest.raises(ValueError, match="expected letters, digits and hyphens"):
+        to_attribution_graph(flow_graph(suite, "1/res/1", table), slug)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -391,6 +397,7 @@ def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame
         ("1/res/1", {"t_mlp": -2.0}, "threshold -2.0 for t_mlp"),
         ("1/res/1", {"t_att": float("nan")}, "threshold nan for t_att"),
         ("1/res/1", {"top_n": 0}, "top_n=0: expected 1 to 3"),
+        ("1/res/1", {"thresholds": {(9, "res"): 0.5}}, r"a threshold for \(9, 'res'\): expected"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -520,9 +527,28 @@ def test_a_birth_is_by_the_module_whose_score_is_high(monkeypatch: pytest.Monkey
     assert by_layer["processed"].tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 2 / 3, 0])
 
 
+def test_a_seed_at_a_layer_that_the_table_lacks_is_refused(suite: Suite):
+    part = match_table(suite, k=3, layers=[0])
+    with pytest.raises(ValueError, match="the match table has nothing at layer 2, of 2/res/1"):
+        flow_graph(suite, "2/res/1", part)
+
+
+def test_a_table_of_chosen_layers_says_nothing_of_the_others(suite: Suite):
+    found = flow_by_layer(match_table(suite, k=1, layers=[0, 2])).set_index("layer")
+    assert found["dies"].notna().to_dict() == {0: False, 1: True, 2: False}
+
+
+def test_a_suite_of_the_stream_alone_has_its_first_layer_too():
+    suite = bare({"0/res": AXES[:3], "1/res": AXES[[0, 1, 9]]}, layers=2)
+    found = flow_by_layer(match_table(suite, k=1).assign(null=np.float32(0.5))).set_index("layer")
+    assert found["features"].to_dict() == {0: 3, 1: 3}
+    assert found["dies"][0] == pytest.approx(1 / 3)
+    assert found["translated"].tolist() == pytest.approx([0, 2 / 3])
+
+
 def test_a_layer_that_nothing_leads_on_from_dies_whole():
     suite = bare({"0/res": AXES[:2], "1/res": AXES[2:4], "2/res": AXES[2:4]})
-    assert flow_by_layer(match_table(suite, k=1))["dies"].tolist()[:1] == [0.0]
+    assert flow_by_layer(match_table(suite, k=1))["dies"].tolist()[:2] == [1, 0]
     broken = bare({"0/res": AXES[:2], "0/mlp": AXES[:2], "1/res": AXES[2:4]}, layers=2)
     dies = flow_by_layer(match_table(broken, k=1)).set_index("layer")["dies"]
     assert dies[0] == 1

@@ -144,8 +144,8 @@ def test_margin_is_the_lead_over_the_next_and_mutual_asks_both_sides():
     assert first["margin"].tolist() == pytest.approx([0.9, 0.8, 0.2])
     assert first["mutual"].tolist() == [True, False, False]
     assert second["source"].tolist() == [-1, -1, 1]
-    # The third is the best that source 1 has, though source 1 is not the best that it has.
-    assert second["mutual"].tolist() == [False, False, True]
+    # The third is the best that source 1 has; but source 1 is not the best that the third has.
+    assert second["mutual"].tolist() == [False, False, False]
     assert second["margin"].tolist() == pytest.approx([0, 0, 0.1])
     # All that there is was asked for: there is no next to lead over.
     assert (
@@ -157,7 +157,7 @@ def test_margin_is_the_lead_over_the_next_and_mutual_asks_both_sides():
 
 @pytest.mark.parametrize("k", [0, -1, 9])
 def test_k_out_of_range_is_an_error_that_names_the_site(k: int):
-    with pytest.raises(ValueError, match=f"k={k}: expected 1 to 8, the features of 0/mlp"):
+    with pytest.raises(ValueError, match=f"k={k}: expected 1 to 8, the features of 0/att"):
         match_table(toys.bare_suite(), k=k)
 
 
@@ -233,7 +233,7 @@ def test_every_thing_that_a_table_depends_on_makes_another(computed: list[int]):
     assert len(computed) == before + 3  # the layer that has the changed dictionary
 
 
-@pytest.mark.parametrize("harm", ["truncated", "empty", "other", "not parquet"])
+@pytest.mark.parametrize("harm", ["truncated", "empty", "other", "not parquet", "one bit"])
 def test_a_file_that_is_not_what_it_should_be_is_made_again(
     cache: Path, computed: list[int], harm: str
 ):
@@ -245,6 +245,7 @@ def test_a_file_that_is_not_what_it_should_be_is_made_again(
         "empty": b"",
         "other": files[1].read_bytes(),
         "not parquet": b"PAR1 of sorts",
+        "one bit": content[:600] + bytes([content[600] ^ 1]) + content[601:],
     }
     files[2].write_bytes(harmed[harm])
     with pytest.warns(UserWarning, match=r"parquet is made again: \w"):
@@ -291,6 +292,20 @@ def test_processes_may_make_the_same_table_at_once(cache: Path):
     assert not list(cache.glob(".*"))
 
 
+def test_what_a_method_has_no_use_for_is_refused():
+    for method in ("cosine", "random"):
+        for given in ({"weights": "all"}, {"folded": True}):
+            with pytest.raises(ValueError, match="weights and folded are for 'permutation' alone"):
+                match_table(toys.bare_suite(), 1, method=method, **given)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="torch finds no device 'cpuu' on this machine"):
+        match_table(toys.bare_suite(), 1, device="cpuu")
+
+
+def test_a_match_of_lower_rank_is_not_mutual(table: pd.DataFrame):
+    assert not table.loc[table["rank"] > 1, "mutual"].any()
+    assert table.loc[table["rank"] == 1, "mutual"].any()
+
+
 def test_some_layers_are_those_of_the_whole_table():
     some = match_table(toys.bare_suite(), k=3, layers=[2, 0])
     whole = match_table(toys.bare_suite(), k=3)
@@ -306,7 +321,7 @@ def test_a_table_of_another_version_is_made_again_with_a_word(
 ):
     first = match_table(toys.bare_suite(), k=2)
     monkeypatch.setattr(matching, "TABLE_VERSION", matching.TABLE_VERSION + 1)
-    with pytest.warns(UserWarning, match="is made again: it is of version 1, this is version 2"):
+    with pytest.warns(UserWarning, match=r"is made again: it is of version \d, this is version \d"):
         again = match_table(toys.bare_suite(), k=2)
     assert len(computed) == 16
     pd.testing.assert_frame_equal(first, again)
@@ -400,7 +415,7 @@ def test_the_four_classes_are_those_of_the_paper():
         "unexplained",  # what equals the line is not above it
     ]
     assert found["high_res"].tolist() == [0.3] * 7
-    moved = classify(table, {(1, "mlp"): 0.6, (1, "res"): 0.95, (2, "att"): -1.0})
+    moved = classify(table, {(1, "mlp"): 0.6, (1, "res"): 0.95})
     assert moved["class"].tolist() == [
         *["unexplained", "unexplained", "newborn", "unexplained", "newborn"],
         *["unexplained", "unexplained"],
@@ -422,6 +437,13 @@ def test_a_threshold_that_is_no_cosine_is_refused(threshold: float):
     table = scored(s_res=[0.5], s_mlp=[0.5], s_att=[0.5])
     with pytest.raises(ValueError, match="for 1/mlp: expected a cosine, from -1 to 1"):
         classify(table, {(1, "mlp"): threshold})
+
+
+def test_a_threshold_of_a_place_that_does_not_exist_is_refused():
+    table = scored(s_res=[0.5], s_mlp=[0.5], s_att=[0.5])
+    for place in ((9, "res"), (1, "MLP")):
+        with pytest.raises(ValueError, match=r"expected \(layer, module\), a layer of 1 and"):
+            classify(table, {place: 0.5})
 
 
 def test_youdens_cut_is_the_one_of_highest_j_and_high_means_above_it():

@@ -454,7 +454,7 @@ def test_matches_back_are_the_five_highest_cosines(
     assert rows["margin"].to_numpy() == pytest.approx(-best.values.diff().numpy(), abs=1e-6)
     assert (rows["source_layer"] == 4 - (module == "res")).all()
     back = cosines(4, module)[:, best.indices[:5]].argmax(dim=0)
-    assert rows["mutual"].tolist() == (back == feature).tolist()
+    assert rows["mutual"].tolist() == [bool(back[0] == feature), *[False] * 4]
     below = np.searchsorted(np.sort(chance(4, module)), best.values[:5].numpy()) / 8192
     assert rows["null_quantile"].to_numpy() == pytest.approx(below, abs=2 / 8192)
 

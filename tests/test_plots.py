@@ -327,6 +327,9 @@ def test_hovers_of_edges_hold_cosine_margin_and_null(chain: FlowGraph) -> None:
     other = replace(chain, edges=table, choices={"method": "pearson"})
     hover = dict.fromkeys(text for text, _ in marks(flow_picture(other, "toy"))).popitem()[0]
     assert "correlation 0.700 (cosine 0.800), not above chance (0.900)" in hover
+    nearly = replace(chain, edges=table.assign(score=table["cosine"] * (1 + 1e-7)))
+    hover = dict.fromkeys(text for text, _ in marks(flow_picture(nearly, "toy"))).popitem()[0]
+    assert "correlation" not in hover
     assert hover.endswith("rank 1 for the later feature, not mutual")
 
 
