@@ -286,7 +286,7 @@ def _run_over(suite: "Suite", sample: Sample, folder: Path, batch: int) -> list[
     from safetensors.torch import save_file
 
     sites = list(dict.fromkeys(suite.dictionary(site).reads for site in suite.dictionaries))
-    text, position = (torch.from_numpy(sample.tokens[c].to_numpy()) for c in ("text", "position"))
+    text, position = (torch.tensor(sample.tokens[c].to_numpy()) for c in ("text", "position"))
     paths = []
     parts = writable_folder(folder / "model")
     for rows in progress(torch.arange(len(sample.ids.ids)).split(batch), "activations"):

@@ -1,6 +1,6 @@
 """Do the groups differ in their scores: tests of every pair (paper 5.1, Figures 4 and 14)."""
 
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PAIRS = tuple(combinations(range(len(GROUPS)), 2))
+NAMED_PAIRS = tuple(combinations(GROUPS, 2))
 CLASSES = ("IB", "AO", "AB")  # by in how many of two groups a module is active
 SMALLEST = 20  # members of a group, for a test (CHOICES 7)
 
@@ -41,13 +42,23 @@ def significance(
     Raises:
         ValueError: If alpha is outside (0, 1).
     """
+    import pandas as pd
+
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha}: expected a level between 0 and 1, such as 0.001")
     table = complete(found.table)
     if unique:
         table = table.drop_duplicates(["dataset", "layer", "feature", "group"])
     cells = Cells(table)
-    tests = cells.tests(np.ones(len(table)), smallest)
+    n, p, effect = cells.tested(np.ones(len(table)), smallest)
+    first, second = np.array(PAIRS).T
+    index = [(f"s_{m}", *key, *pair) for m in MODULES for key in cells.keys for pair in NAMED_PAIRS]
+    tests = pd.DataFrame(index, columns=["score", "dataset", "layer", "first", "second"])
+    tests = tests[["dataset", "layer", "score", "first", "second"]]
+    tests["n_first"], tests["n_second"] = (
+        n[:, :, side].ravel().astype(int) for side in (first, second)
+    )
+    tests["p"], tests["effect"] = p.ravel(), effect.ravel()
     tests["significant"] = (tests["p"] < alpha).astype(float).where(tests["p"].notna())
     tests["p_holm"] = _holm(tests["p"].to_numpy())
     return tests
@@ -76,25 +87,23 @@ class Cells:
         starts = np.searchsorted(cell[new], np.arange(len(self.keys) + 1))
         return place, starts
 
-    def tests(self, weights: np.ndarray, smallest: int) -> "pd.DataFrame":
-        """One row a test; `weights` say how often each occurrence counts."""
-        import pandas as pd
+    def tested(self, weights: np.ndarray, smallest: int) -> tuple[np.ndarray, ...]:
+        """Members, p and effect; `weights` say how often each occurrence counts.
 
+        Returns:
+            `[scores, cells, groups]`, and twice `[scores, cells, pairs]`.
+        """
         first, second = np.array(PAIRS).T
-        frames = []
-        for module, (place, starts) in self.values.items():
+        found = []
+        for place, starts in self.values.values():
             width = int(starts[-1])
             counts = np.bincount(self.group * width + place, weights, len(GROUPS) * width)
             counts = counts.reshape(len(GROUPS), width)
-            for place_of_cell, (dataset, layer) in enumerate(self.keys):
-                part = counts[:, starts[place_of_cell] : starts[place_of_cell + 1]]
-                n, p, effect = mann_whitney(part, smallest)
-                frame = {"dataset": dataset, "layer": layer, "score": f"s_{module}"}
-                frame |= {"first": np.array(GROUPS)[first], "second": np.array(GROUPS)[second]}
-                frame |= {"n_first": n[first].astype(int), "n_second": n[second].astype(int)}
-                frame |= {"p": p[first, second], "effect": effect[first, second]}
-                frames.append(pd.DataFrame(frame))
-        return pd.concat(frames, ignore_index=True)
+            cells = [
+                mann_whitney(counts[:, start:end], smallest) for start, end in pairwise(starts)
+            ]
+            found.append([(n, p[first, second], effect[first, second]) for n, p, effect in cells])
+        return tuple(np.array([[cell[i] for cell in cells] for cells in found]) for i in range(3))
 
 
 def mann_whitney(
@@ -154,6 +163,12 @@ def pair_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
     return found.reset_index()
 
 
+def pairs_in(module: str, pair: str) -> list[int]:
+    """The places in `PAIRS` of those of a class: active in one group, in both or in neither."""
+    active = [module.upper() in group for group in GROUPS]
+    return [i for i, (a, b) in enumerate(PAIRS) if CLASSES[active[a] + active[b]] == pair]
+
+
 def class_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
     """Shares of significant tests by where a module is active in the two groups (Figure 4).
 
@@ -167,17 +182,15 @@ def class_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
     """
     import pandas as pd
 
-    cells = pair_shares(tests)
-    parts = []
+    cells = pair_shares(tests).set_index(["score", "first", "second"])
+    rows = []
     for module in MODULES:
-        active = [
-            cells[side].str.contains(module.upper()).astype(int) for side in ("first", "second")
-        ]
-        classed = cells.assign(module=module, pair=np.array(CLASSES)[active[0] + active[1]])
-        groups = classed.groupby(["module", "pair", "score"])
-        parts.append(groups.agg(share=("share", "mean"), tests=("tests", "sum")))
-    order = [(m, pair, f"s_{s}") for m in MODULES for pair in ("AO", "AB", "IB") for s in MODULES]
-    return pd.concat(parts).reindex(order).reset_index()
+        for pair in ("AO", "AB", "IB"):
+            names = [NAMED_PAIRS[i] for i in pairs_in(module, pair)]
+            for score in (f"s_{each}" for each in MODULES):
+                part = cells.reindex([(score, *each) for each in names])
+                rows.append((module, pair, score, part["share"].mean(), int(part["tests"].sum())))
+    return pd.DataFrame(rows, columns=["module", "pair", "score", "share", "tests"])
 
 
 def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":

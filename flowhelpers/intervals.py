@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.group_tests import SMALLEST, Cells, class_shares, pair_shares
+from flowhelpers.features import MODULES
+from flowhelpers.group_tests import SMALLEST, Cells, class_shares, pair_shares, pairs_in
 from flowhelpers.groups import (
     GROUPS,
     Occurrences,
@@ -120,16 +121,22 @@ def significance_intervals(
     """
     table = complete(found.table)
     cells, text = Cells(table), _text_of(found, table)
-    by_class, by_pair = [], []
+    of_pairs = []
     for drawn in progress(resamples(found, times, seed), "resamples"):
-        again = cells.tests(drawn[text].astype(float), smallest)
-        again["significant"] = (again["p"] < alpha).astype(float).where(again["p"].notna())
-        by_class.append(class_shares(again)["share"].to_numpy())
-        by_pair.append(pair_shares(again)["share"].to_numpy())
-    classes = class_shares(tests)
-    classes["low"], classes["high"] = _middle(np.stack(by_class))
+        _, p, _ = cells.tested(drawn[text].astype(float), smallest)
+        made = ~np.isnan(p)
+        passed, count = ((p < alpha) & made).sum(axis=1), made.sum(axis=1)
+        of_pairs.append(np.divide(passed, count, out=np.full(count.shape, np.nan), where=count > 0))
+    by_pair = np.stack(of_pairs)
+    classes, of_class = class_shares(tests), []
+    for row in classes.itertuples():
+        inside = by_pair[:, MODULES.index(row.score[2:]), pairs_in(row.module, row.pair)]
+        made = ~np.isnan(inside)
+        total, count = np.where(made, inside, 0).sum(axis=1), made.sum(axis=1)
+        of_class.append(np.divide(total, count, out=np.full(times, np.nan), where=count > 0))
+    classes["low"], classes["high"] = _middle(np.stack(of_class, axis=1))
     pairs = pair_shares(tests)
-    pairs["low"], pairs["high"] = _middle(np.stack(by_pair))
+    pairs["low"], pairs["high"] = _middle(by_pair.reshape(times, -1))
     return classes, pairs
 
 

@@ -60,12 +60,13 @@ def cached_table(
             made = (found.schema.metadata or {}).get(b"flowhelpers", b"").decode(errors="replace")
             if made == mark:
                 return found.to_pandas()
-            problem = "it was made for something else"
-            if made.startswith(digest):
-                problem = f"it is of {made.removeprefix(digest).strip()}, this is version {version}"
+            problem = f"{path} is made again: it was made for something else"
+            if made.startswith(digest):  # one word for all such files
+                problem = f"{kind} on disk are made again: they are of"
+                problem += f"{made.removeprefix(digest)}, this is version {version}"
         except (ArrowException, OSError) as error:
-            problem = str(error).partition("\n")[0]
-        warnings.warn(f"{path} is made again: {problem}", stacklevel=2)
+            problem = f"{path} is made again: {str(error).partition(chr(10))[0]}"
+        warnings.warn(problem, stacklevel=2)
     writable_folder(path.parent)
     table = compute()
     arrow = Table.from_pandas(pd.DataFrame(table), preserve_index=False)

@@ -321,7 +321,7 @@ def test_a_table_of_another_version_is_made_again_with_a_word(
 ):
     first = match_table(toys.bare_suite(), k=2)
     monkeypatch.setattr(matching, "TABLE_VERSION", matching.TABLE_VERSION + 1)
-    with pytest.warns(UserWarning, match=r"is made again: it is of version \d, this is version \d"):
+    with pytest.warns(UserWarning, match=r"are made again: they are of version \d, this is"):
         again = match_table(toys.bare_suite(), k=2)
     assert len(computed) == 16
     pd.testing.assert_frame_equal(first, again)
