@@ -85,7 +85,15 @@ class Dictionary:
     def encode(
         self, activations: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch features"]:
-        """Feature activations; a feature is active where its value is above zero (CHOICES 4)."""
+        """Feature activations; a feature is active where its value is above zero (CHOICES 4).
+
+        Raises:
+            ValueError: If there is no encoder.
+        """
+        if self.sae is None:
+            raise ValueError(
+                f"the dictionary for {self.site} has no encoder: its activations cannot be read"
+            )
         return self.sae.encode(activations.to(self.sae.W_enc.dtype))
 
     @torch.no_grad()

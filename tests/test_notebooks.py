@@ -969,6 +969,152 @@ def test_the_whole_model_s_flow_counts_births_deaths_and_funnels(flows: Executed
     assert most["above"] == (values[mine] > null(source.layer + 1, "res")).sum()
 
 
+# Group statistics, counted from matches and activations by plain loops over sets.
+
+
+@pytest.fixture(scope="module")
+def groups(executed: dict[str, Executed]) -> Executed:
+    """Notebook 03, executed."""
+    return executed["03_group_statistics"]
+
+
+@pytest.fixture(scope="module")
+def sampled(groups: Executed) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+    """The tokens of the run's sample, and whether each feature is active there, by site."""
+    from flowhelpers.activations import load_activations
+
+    found = load_activations(groups.folder / "activations")
+    return found.tokens, {str(s): c.toarray() > 0 for s, c in found.by_site.items()}
+
+
+@pytest.fixture(scope="module")
+def grouped(sampled: tuple[pd.DataFrame, dict[str, np.ndarray]]) -> pd.DataFrame:
+    """Every occurrence after layer 0, with the predecessors that are active and its group."""
+    tokens, active = sampled
+    parts = []
+    for layer in range(1, 8):
+        token, feature = np.nonzero(active[f"{layer}/res"])
+        part = {"dataset": tokens["dataset"].to_numpy()[token], "layer": layer, "feature": feature}
+        for module in ("res", "mlp", "att"):
+            sources, values = best_back(layer, module)
+            there = active[f"{layer - (module == 'res')}/{module}"]
+            part[module] = there[token, sources[feature]]
+            part[f"s_{module}"] = values[feature]
+        parts.append(pd.DataFrame(part))
+    table = pd.concat(parts, ignore_index=True)
+    return table.assign(group=[group_of(row) for row in table.itertuples()])
+
+
+def group_of(row: Any) -> str:
+    """The group of an occurrence."""
+    on = [module.upper() for module in ("res", "mlp", "att") if getattr(row, module)]
+    return "From " + (" & ".join(on) or "nowhere")
+
+
+def test_the_sample_has_its_tokens_and_the_dictionaries_see_them_so(
+    groups: Executed, sampled: tuple[pd.DataFrame, dict[str, np.ndarray]], by_hand: ByHand
+) -> None:
+    from flowhelpers.texts import load_texts
+
+    tokens, active = sampled
+    sizes = groups.table("sample").set_index("dataset")
+    assert sizes["texts"].to_dict() == {"fiction": 100, "science": 100, "maths": 96, "python": 100}
+    assert tokens.groupby("dataset").size().to_dict() == sizes["tokens"].to_dict()
+    texts = [t for name in sizes.index for t in load_texts(name, int(sizes.loc[name, "texts"]))]
+    for text in (0, 150, 390):
+        mine = tokens[tokens["text"] == text]
+        assert len(mine) == 5
+        for site in ("4/res", "4/att", "7/mlp"):
+            layer, module = site.split("/")
+            codes = by_hand.codes(int(layer), module, [texts[text]])  # BOS is left out there
+            expected = codes[mine["position"].to_numpy() - 1] > 0
+            assert (active[site][mine.index] == expected).mean() > 0.9995  # noise at a threshold
+
+
+def test_groups_and_shares_are_counted_right(groups: Executed, grouped: pd.DataFrame) -> None:
+    assert groups.results["occurrences"] == len(grouped)
+    shares = grouped["group"].value_counts(normalize=True)
+    assert groups.results["shares"] == pytest.approx(shares.to_dict())
+    table = groups.table("shares").set_index(["dataset", "group"])
+    counts = grouped.groupby(["dataset", "group"]).size()
+    for place, count in counts.items():
+        assert table.loc[place, "n"] == count
+        assert table.loc[place, "low"] < table.loc[place, "share"] < table.loc[place, "high"]
+    assert (table["n"] == 0).sum() == 32 - len(counts)
+    for module in ("res", "mlp", "att"):
+        assert groups.results["predecessor_active"][module] == pytest.approx(grouped[module].mean())
+        assert groups.results["stand_in_active"][module] < grouped[module].mean() / 2
+
+
+def test_tests_are_scipys_and_active_in_one_is_above_in_neither(
+    groups: Executed, grouped: pd.DataFrame
+) -> None:
+    from scipy.stats import mannwhitneyu
+
+    for name, unit in (("tests", False), ("tests_of_unique_features", True)):
+        tests = groups.table(name)
+        part = (
+            grouped.drop_duplicates(["dataset", "layer", "feature", "group"]) if unit else grouped
+        )
+        for row in tests[tests["p"].notna()].sample(25, random_state=0).itertuples():
+            here = part[(part["dataset"] == row.dataset) & (part["layer"] == row.layer)]
+            a, b = (here.loc[here["group"] == g, row.score] for g in (row.first, row.second))
+            assert (len(a), len(b)) == (row.n_first, row.n_second)
+            assert row.p == pytest.approx(mannwhitneyu(a, b).pvalue, rel=1e-6, abs=1e-300)
+    for unit in groups.results["ao_above_ib"].values():
+        assert unit == {"s_res": True, "s_mlp": True, "s_att": True}
+
+
+def test_transition_and_profiles_are_those_of_the_features_seen(
+    groups: Executed, grouped: pd.DataFrame
+) -> None:
+    seen = grouped.groupby("group")[["layer", "feature"]].apply(
+        lambda part: set(part.itertuples(index=False, name=None))
+    )
+    for row in groups.table("figure_13").itertuples():
+        share = len(seen[row.first] & seen[row.second]) / len(seen[row.first])
+        assert row.share == pytest.approx(share)
+    profiles = groups.table("profiles").set_index(["layer", "feature"])
+    for place, part in grouped[grouped["layer"] == 4].groupby(["layer", "feature"]):
+        shares = part["group"].value_counts(normalize=True)
+        assert profiles.loc[place, "n"] == len(part)
+        assert profiles.loc[place, "main_share"] == pytest.approx(shares.max())
+        assert profiles.loc[place, "entropy"] == pytest.approx(-(shares * np.log2(shares)).sum())
+
+
+def test_other_matchers_are_counted_on_the_same_sample(
+    groups: Executed, sampled: tuple[pd.DataFrame, dict[str, np.ndarray]]
+) -> None:
+    _, active = sampled
+    table = groups.table("matchers").set_index("method")
+    on, count = 0, 0
+    for layer in range(1, 8):
+        best = cosines(layer, "res").topk(5).indices.numpy()
+        token, feature = np.nonzero(active[f"{layer}/res"])
+        there = active[f"{layer - 1}/res"]
+        on += there[token[:, None], best[feature]].any(axis=1).sum()
+        count += len(token)
+    assert table.loc["cosine top-5", "res"] == pytest.approx(on / count)
+    assert table.loc["random top-1", "res"] < table.loc["cosine top-1", "res"]
+
+
+def test_active_together_is_counted_pair_by_pair(
+    groups: Executed, sampled: tuple[pd.DataFrame, dict[str, np.ndarray]]
+) -> None:
+    _, active = sampled
+    table = groups.table("coactivation")
+    for row in table[table["jaccard"].notna()].sample(30, random_state=0).itertuples():
+        assert row.source == best_back(row.layer, row.module)[0][row.feature]
+        target = active[f"{row.layer}/res"][:, row.feature]
+        source = active[f"{row.source_layer}/{row.module}"][:, row.source]
+        both = (target & source).sum()
+        assert (row.n_target, row.n_source) == (target.sum(), source.sum())
+        assert min(row.n_target, row.n_source) >= 10
+        assert row.jaccard == pytest.approx(both / (target | source).sum())
+        assert row.source_given_target == pytest.approx(both / target.sum())
+        assert row.target_given_source == pytest.approx(both / source.sum())
+
+
 # The edits, by plain hooks on the Hugging Face model.
 
 
