@@ -22,7 +22,13 @@ from flowhelpers.activations import (
     reading_needs,
     save_activations,
 )
+from flowhelpers.dictionaries import make_dictionary
 from flowhelpers.features import Site
+from flowhelpers.group_tests import significance
+from flowhelpers.groups import occurrences
+from flowhelpers.intervals import share_intervals, significance_intervals
+from flowhelpers.matching import match_table
+from flowhelpers.model import attention_output, run
 from flowhelpers.sampling import (
     LOCAL_DATASETS,
     PAPER_DATASETS,
@@ -221,8 +227,6 @@ def test_another_sample_model_or_dictionary_is_read_anew(
     site = Site(1, "res")
     changed = toys.make_sae(torch.eye(16, toys.D_MODEL), site)
     dictionaries = dict(planted.dictionaries)
-    from flowhelpers.dictionaries import make_dictionary
-
     dictionaries[site] = make_dictionary(site, changed, toys.D_MODEL, "changed")
     found = read_sample(Suite(planted.row, planted.model, dictionaries), sample, tmp_path)
     assert (found.by_site[site] != first.by_site[site]).nnz > 0
@@ -304,3 +308,34 @@ def test_the_pass_keeps_within_what_was_said(tmp_path: Path):
     assert time.perf_counter() - began < 120
     assert max(used) - before < needs_of(suite, sample).memory
     assert np.mean([codes.nnz for codes in found.by_site.values()]) > len(sample.tokens)
+
+
+def test_a_dictionary_at_z_is_read_at_z(planted: Suite, sample: Sample, tmp_path: Path):
+    at_z, att = Site(1, "z"), Site(1, "att")
+    _, read = run(planted.model, sample.ids.ids, read=[at_z])
+    width = read[at_z].shape[-1]
+    rows = torch.randn(12, width, generator=torch.Generator().manual_seed(0))
+    sae = toys.make_sae(rows, att, hook="blocks.1.attn.hook_z")
+    output = attention_output(planted.model, 1)
+    dictionary = make_dictionary(att, sae, toys.D_MODEL, "planted", output)
+    suite = Suite(planted.row, planted.model, {**planted.dictionaries, att: dictionary})
+    found = read_sample(suite, sample, tmp_path).by_site[att]
+    tokens = torch.tensor(sample.tokens[["text", "position"]].to_numpy())
+    expected = sae.encode(read[at_z][tokens[:, 0], tokens[:, 1]]).detach().numpy()
+    assert found.nnz > 0
+    assert found.toarray() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_tables_bit_for_bit(
+    planted: Suite, sample: Sample, tmp_path: Path
+):
+    tables = []
+    for number in range(2):
+        again = draw_sample(planted.model, TEXTS, tokens_per_text=3)
+        read = read_sample(planted, again, tmp_path / str(number))
+        found = occurrences(match_table(planted, k=1), read, incomplete=True)
+        tests = significance(found, smallest=2)
+        intervals = significance_intervals(found, tests, smallest=2, times=5)
+        tables.append([found.table, tests, share_intervals(found, times=5), *intervals])
+    for first, second in zip(*tables, strict=True):
+        pd.testing.assert_frame_equal(first, second, check_exact=True)

@@ -6,6 +6,10 @@ On a CPU the times are those of one target dictionary against one source, each t
 `--repeats`, by turns so that a busy machine slows all alike. faiss is timed if it is installed
 (`pip install -e '.[bench]'`). With a GPU, all maps of a suite of Gemma 2 2B's shape (26 layers,
 three sites) are made, beside the bare bfloat16 products; `--layers` does so on a CPU.
+
+On two cores of an AMD EPYC with bfloat16 in AVX-512 but without AMX, at the default shape, it took
+2.6 s where torch took 7.0 to 7.5 s and faiss 5.6 to 5.9 s, and 250 to 280 MiB. The bare product in
+bfloat16 alone takes 1.6 s there. No GPU has been measured yet.
 """
 
 import argparse
