@@ -141,5 +141,6 @@ def test_every_choice_that_is_cited_can_be_looked_up() -> None:
     assert cited
     assert cited <= numbers
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    assert "CHOICES.md" in project["tool"]["setuptools"]["package-data"]["flowhelpers"]
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["flowhelpers"]  # whole, what is no Python included
     assert "(flowhelpers/CHOICES.md)" in README
