@@ -44,8 +44,7 @@ def significance(
     """
     import pandas as pd
 
-    if not 0 < alpha < 1:
-        raise ValueError(f"alpha={alpha}: expected a level between 0 and 1, such as 0.001")
+    check_alpha(alpha)
     table = complete(found.table)
     if unique:
         table = table.drop_duplicates(["dataset", "layer", "feature", "group"])
@@ -62,6 +61,16 @@ def significance(
     tests["significant"] = (tests["p"] < alpha).astype(float).where(tests["p"].notna())
     tests["p_holm"] = _holm(tests["p"].to_numpy())
     return tests
+
+
+def check_alpha(alpha: float) -> None:
+    """A level of significance lies between 0 and 1.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    if not 0 < alpha < 1:
+        raise ValueError(f"alpha={alpha}: expected a level between 0 and 1, such as 0.001")
 
 
 class Cells:
