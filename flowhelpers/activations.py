@@ -10,6 +10,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from flowhelpers.features import MODULES, FeatureId, Site, parse_site
 from flowhelpers.files import writable_folder, write_whole
@@ -186,7 +187,8 @@ def read_sample(
 
     First the model's own activations at the chosen tokens are written, batch by batch; then each
     site's are encoded, one dictionary at a time, so that no more than one has to be in memory. What
-    is written is used again: a pass that was interrupted goes on where it was.
+    is written is used again: a pass that was interrupted goes on where it was. Of several processes
+    with the same sample, one does the work.
 
     Args:
         suite: The suite.
@@ -205,15 +207,16 @@ def read_sample(
         raise OSError(f"reading the sample needs {needs}; {folder} has {free / 2**20:,.0f} MiB")
     by_site = {}
     parts: list[Path] = []
-    for site in progress(list(suite.dictionaries), "encoding"):
-        dictionary = suite.dictionary(site)
-        path = folder / f"{site.layer}-{site.module}-{dictionary.fingerprint[:16]}.npz"
-        if not path.exists():
-            if not parts:
-                parts = _run_over(suite, sample, folder, batch)
-            _write_sparse(path, _encoded(dictionary, parts))
-        by_site[site] = _read_sparse(path)
-    rmtree(folder / "model", ignore_errors=True)
+    with FileLock(folder / "lock"):  # who comes second waits, and finds everything done
+        for site in progress(list(suite.dictionaries), "encoding"):
+            dictionary = suite.dictionary(site)
+            path = folder / f"{site.layer}-{site.module}-{dictionary.fingerprint[:16]}.npz"
+            if not path.exists():
+                if not parts:
+                    parts = _run_over(suite, sample, folder, batch)
+                _write_sparse(path, _encoded(dictionary, parts))
+            by_site[site] = _read_sparse(path)
+        rmtree(folder / "model", ignore_errors=True)
     return FeatureActivations(sample.tokens, by_site)
 
 
