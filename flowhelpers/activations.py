@@ -1,6 +1,7 @@
 """Sparse feature activations at every site, in one pass of the model over the texts."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +159,7 @@ def reading_needs(
         tokens: Chosen tokens.
         sites: Dictionaries.
         d_model: Width of the stream.
-        width: Features of a dictionary, of the largest.
+        width: Features of a dictionary.
         batch_tokens: Tokens in one forward pass, padding included.
         active_share: The share of a dictionary's features that is active on a token.
         element: Bytes of one activation of the model.
@@ -171,17 +172,25 @@ def reading_needs(
     )
 
 
-def needs_of(suite: "Suite", sample: Sample, batch: int = 16) -> Needs:
-    """`reading_needs` of a suite and a sample."""
+def texts_at_once(suite: "Suite", sample: Sample) -> int:
+    """How many texts a pass takes together: 16, or as few as keep it within a GiB."""
+    of_token = suite.model.d_model * suite.model.unembedding.element_size()
+    of_text = sample.ids.ids.shape[1] * of_token * (2 * len(suite.dictionaries) + PASS_TENSORS)
+    return int(np.clip(2**30 // of_text, 1, 16))
+
+
+def needs_of(suite: "Suite", sample: Sample) -> Needs:
+    """`reading_needs` of a suite and a sample, by the dictionaries of its first layer."""
     width = max(suite.dictionary(site).width for site in list(suite.dictionaries)[:3])
     length = sample.ids.ids.shape[1]
     element = suite.model.unembedding.element_size()
     shape = len(sample.tokens), len(suite.dictionaries), suite.model.d_model, width
-    return reading_needs(*shape, batch_tokens=batch * length, element=element)
+    batch_tokens = texts_at_once(suite, sample) * length
+    return reading_needs(*shape, batch_tokens=batch_tokens, element=element)
 
 
 def read_sample(
-    suite: "Suite", sample: Sample, folder: Path, batch: int = 16
+    suite: "Suite", sample: Sample, folder: Path, batch: int | None = None
 ) -> FeatureActivations:
     """The features of all sites at a sample's tokens: the model runs once over the texts.
 
@@ -194,14 +203,15 @@ def read_sample(
         suite: The suite.
         sample: The texts and their chosen tokens.
         folder: Where files are kept, in a folder of their own by what they depend on.
-        batch: Texts in one forward pass.
+        batch: Texts in one forward pass; `texts_at_once` unless given.
 
     Raises:
         MemoryError: If there is not enough, by `needs_of`.
         OSError: If the folder cannot be written to, or has no room.
     """
-    needs = needs_of(suite, sample, batch)
-    check_memory(needs.memory, "reading the sample")
+    batch = batch or texts_at_once(suite, sample)
+    needs = needs_of(suite, sample)
+    check_memory(needs.memory, "reading the sample", str(suite.model.device))
     folder = writable_folder(folder / _digest(suite, sample, batch))
     if needs.disk > (free := disk_usage(folder).free):
         raise OSError(f"reading the sample needs {needs}; {folder} has {free / 2**20:,.0f} MiB")
@@ -211,11 +221,12 @@ def read_sample(
         for site in progress(list(suite.dictionaries), "encoding"):
             dictionary = suite.dictionary(site)
             path = folder / f"{site.layer}-{site.module}-{dictionary.fingerprint[:16]}.npz"
-            if not path.exists():
-                if not parts:
-                    parts = _run_over(suite, sample, folder, batch)
-                _write_sparse(path, _encoded(dictionary, parts))
-            by_site[site] = _read_sparse(path)
+            codes = _kept(path)
+            if codes is None:
+                parts = parts or _run_over(suite, sample, folder, batch)
+                codes = _encoded(dictionary, parts)
+                _write_sparse(path, codes)
+            by_site[site] = codes
         rmtree(folder / "model", ignore_errors=True)
     return FeatureActivations(sample.tokens, by_site)
 
@@ -227,6 +238,8 @@ def save_activations(found: FeatureActivations, folder: Path) -> None:
         OSError: If the folder cannot be written to.
     """
     folder = writable_folder(folder)
+    for old in folder.glob("*-*.npz"):
+        old.unlink()
     for site, codes in found.by_site.items():
         _write_sparse(folder / f"{site.layer}-{site.module}.npz", codes)
     write_whole(folder / "tokens.parquet", lambda file: found.tokens.to_parquet(file, index=False))
@@ -274,7 +287,28 @@ def _read_sparse(path: Path) -> "csr_matrix":
     try:
         return load_npz(path)
     except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-        raise ValueError(f"{path} is truncated or corrupt, remove it: {error}") from error
+        raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+
+
+def _kept(path: Path) -> "csr_matrix | None":
+    if not path.exists():
+        return None
+    try:
+        return _read_sparse(path)
+    except ValueError as error:
+        warnings.warn(f"it is made again: {error}", stacklevel=3)
+        return None
+
+
+def _holds(path: Path, names: set[str]) -> bool:
+    """Whether a file of the model's activations is whole and has all of these sites."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            return names <= set(file.keys())
+    except (SafetensorError, OSError):
+        return False
 
 
 def _digest(suite: "Suite", sample: Sample, batch: int) -> str:
@@ -298,7 +332,7 @@ def _run_over(suite: "Suite", sample: Sample, folder: Path, batch: int) -> list[
         if not here.any():
             continue
         paths.append(parts / f"{first:06}.safetensors")
-        if paths[-1].exists():
+        if _holds(paths[-1], {str(site) for site in sites}):
             continue
         length = int(position[here].max()) + 1
         ids = sample.ids.ids[rows, :length]

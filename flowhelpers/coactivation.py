@@ -27,7 +27,7 @@ def coactivation(
     Args:
         matches: A match table, by any method.
         activations: Activations at all sites.
-        least_active: Tokens on which both have to be active, for the measures to say anything.
+        least_active: Tokens on which each has to be active, for the measures to say anything.
 
     Returns:
         One row a feature and module with a match: `layer`, `module`, `feature`, `source_layer`,

@@ -1,7 +1,7 @@
 """The figures of the group statistics: tables in, plotly figures out, as in `plots`.
 
-Whatever is a share bears its interval, as an error bar, a band or in the hover; a group without
-members is left out, not drawn at zero.
+A share bears its interval where the table has one, as an error bar, a band or in the hover; a group
+without members is left out, not drawn at zero.
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
                     legendgroup=pair, showlegend=row == column == 1, marker_color=colours[pair],
                     error_y=_bars(part), customdata=part["tests"].fillna(0),
                     text=[_percent(share) for share in part["share"]], textposition="inside",
+                    textangle=0, insidetextanchor="start",
                     hovertemplate="%{x}: %{y:.1%} of %{customdata} tests<extra>"
                     "%{fullData.name}</extra>",
                     row=row, col=column,
@@ -139,18 +140,19 @@ def groups_by_layer(shares: pd.DataFrame, subtitle: str) -> go.Figure:
                         fill="toself", fillcolor=look["color"], opacity=0.18, line_width=0,
                         hoverinfo="skip", showlegend=False, mode="lines", **shown,
                     )  # fmt: skip
-                symbols = [GROUP_MARKS[group] + "-open" * (at == 0) for at in part["layer"]]
-                figure.add_scatter(
-                    x=part["layer"], y=part["share"], name=group, mode="markers",
-                    marker=look | {"symbol": symbols, "size": 6}, hovertext=hover,
-                    hovertemplate="%{hovertext}<extra>%{fullData.name}</extra>",
-                    showlegend=row == column == 1, **shown,
-                )  # fmt: skip
+                for place, mark in ((part["layer"] > 0, ""), (part["layer"] == 0, "-open")):
+                    figure.add_scatter(
+                        x=part["layer"][place], y=part["share"][place], name=group, mode="markers",
+                        marker=look | {"symbol": GROUP_MARKS[group] + mark, "size": 6},
+                        hovertext=np.array(hover, dtype=object)[place.to_numpy()],
+                        hovertemplate="%{hovertext}<extra>%{fullData.name}</extra>",
+                        showlegend=row == column == 1 and not mark, **shown,
+                    )  # fmt: skip
                 figure.add_scatter(
                     x=later["layer"], y=later["share"], mode="lines", line=look | {"width": 1.5},
                     hoverinfo="skip", showlegend=False, **shown,
                 )  # fmt: skip
-    figure.update_xaxes(title="layer", dtick=step(table), row=len(methods))
+    figure.update_xaxes(title="layer", dtick=step(table))
     figure.update_yaxes(title="share of occurrences", col=1)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     return _legend_below(figure)
@@ -161,7 +163,7 @@ def group_bars(shares: pd.DataFrame, base: pd.DataFrame, subtitle: str) -> go.Fi
 
     Args:
         shares: As `intervals.share_intervals` gives by `dataset`.
-        base: The same with stand-ins for predecessors: short lines mark it.
+        base: The same of predecessors elsewhere (`groups.elsewhere`): short lines mark it.
         subtitle: Suite, n and choices.
     """
     datasets = list(dict.fromkeys(shares["dataset"]))
@@ -177,18 +179,20 @@ def group_bars(shares: pd.DataFrame, base: pd.DataFrame, subtitle: str) -> go.Fi
         )  # fmt: skip
     width = 0.8 / len(datasets)
     for place, dataset in enumerate(datasets):
-        rows = base[base["dataset"] == dataset].set_index("group")["share"]
-        there = [(GROUPS.index(g), rows[g]) for g in GROUPS if rows.get(g, np.nan) > 0]
+        part = base[base["dataset"] == dataset].dropna(subset="share")
+        places = [GROUPS.index(group) - 0.4 + width * (place + 0.5) for group in part["group"]]
         figure.add_scatter(
-            x=[x - 0.4 + width * (place + 0.5) for x, _ in there], y=[share for _, share in there],
-            xaxis="x2", mode="markers", name="by chance: as often active, chosen at random",
-            legendgroup="base", showlegend=place == 0,
-            hovertemplate="by chance %{y:.1%}<extra></extra>",
+            x=places, y=part["share"], xaxis="x2", mode="markers", error_y=_bars(part),
+            name="by chance: the same predecessors at other tokens", legendgroup="base",
+            showlegend=place == 0, meta=str(dataset),
+            hovertext=[_in_words(row) for row in part.to_dict("records")],
+            hovertemplate="by chance %{hovertext}<extra>%{meta}</extra>",
             marker={"symbol": "line-ew", "size": 100 * width, "line": {"width": 3, "color": INK}},
         )  # fmt: skip
     figure.update_layout(
         barmode="group", bargap=0.2,
         xaxis={"categoryorder": "array", "categoryarray": list(GROUPS), "range": [-0.5, 7.5]},
+        xaxis_tickangle=-15,
         xaxis2={"overlaying": "x", "range": [-0.5, 7.5], "visible": False, "matches": None},
     )  # fmt: skip
     figure.update_yaxes(title="share of occurrences", tickformat=".0%", rangemode="tozero")
@@ -230,7 +234,12 @@ def transition_heatmap(rows: pd.DataFrame, subtitle: str) -> go.Figure:
         rows: As `intervals.transition_intervals` gives.
         subtitle: Suite, n and choices.
     """
-    figure = dress(go.Figure(), "Do features stay in their group?", subtitle, 560)
+    figure = dress(
+        go.Figure(),
+        "Of the features seen in a group (row; so many), the share also seen in another",
+        subtitle,
+        560,
+    )
     share = rows.pivot(index="first", columns="second", values="share")
     text = rows.assign(text=[_in_words(row) for row in rows.to_dict("records")])
     hover = text.pivot(index="first", columns="second", values="text")
@@ -250,8 +259,7 @@ def transition_heatmap(rows: pd.DataFrame, subtitle: str) -> go.Figure:
         colorbar={"title": "share"},
     )
     figure.update_xaxes(title="also seen in", tickangle=-30, automargin=True)
-    figure.update_yaxes(title="seen in (features)", autorange="reversed", automargin=True)
-    return figure.update_yaxes(showgrid=False)
+    return figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
 
 
 def pair_heatmaps(pairs: pd.DataFrame, subtitle: str) -> go.Figure:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PAIRS = tuple(combinations(range(len(GROUPS)), 2))
 NAMED_PAIRS = tuple(combinations(GROUPS, 2))
 CLASSES = ("IB", "AO", "AB")  # by in how many of two groups a module is active
+ONCE = ["dataset", "layer", "feature", "group"]
 SMALLEST = 20  # members of a group, for a test (CHOICES 7)
 
 
@@ -47,7 +48,7 @@ def significance(
     check_alpha(alpha)
     table = complete(found.table)
     if unique:
-        table = table.drop_duplicates(["dataset", "layer", "feature", "group"])
+        table = table.drop_duplicates(ONCE)
     cells = Cells(table)
     n, p, effect = cells.tested(np.ones(len(table)), smallest)
     first, second = np.array(PAIRS).T
@@ -210,4 +211,5 @@ def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
     """
     shares = class_shares(tests)
     own = shares[shares["score"] == "s_" + shares["module"]]
-    return own.pivot(index="score", columns="pair", values="share")[["AB", "AO", "IB"]]
+    wide = own.pivot(index="score", columns="pair", values="share")
+    return wide.loc[[f"s_{module}" for module in MODULES], ["AB", "AO", "IB"]]

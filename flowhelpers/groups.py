@@ -55,14 +55,19 @@ class Occurrences:
     tokens: "pd.DataFrame"
     table: "pd.DataFrame"
 
+    @property
+    def sample(self) -> str:
+        """The suite and what was read, in a line."""
+        texts = self.tokens.drop_duplicates("text")
+        names = texts["dataset"] if "dataset" in texts else texts["text"].map(lambda _: "all")
+        sizes = ", ".join(f"{name} {n:,}" for name, n in names.value_counts(sort=False).items())
+        tokens = f"{len(self.tokens):,} tokens of {len(texts):,} texts ({sizes})"
+        return f"suite {self.suite} · {tokens}"
+
     def __str__(self) -> str:
-        texts = self.tokens[["dataset", "text"]].drop_duplicates()
-        per_set = texts.groupby("dataset", sort=False, observed=True).size()
-        sizes = ", ".join(f"{name} {count:,}" for name, count in per_set.items())
-        return (
-            f"suite {self.suite} · {self.method} top-{self.top_n} · {len(self.tokens):,} tokens"
-            f" of {len(texts):,} texts ({sizes}) · n = {len(self.table):,}"
-        )
+        """The sample, the matches, and how many occurrences there are at complete layers."""
+        n = len(complete(self.table))
+        return f"{self.sample} · {self.method} top-{self.top_n} · n = {n:,} occurrences"
 
 
 def occurrences(
@@ -70,6 +75,7 @@ def occurrences(
     activations: FeatureActivations,
     top_n: int = 1,
     incomplete: bool = False,
+    predecessors: FeatureActivations | None = None,
 ) -> Occurrences:
     """Every active residual feature at every token, with its predecessors' activity (paper 5.1).
 
@@ -83,14 +89,17 @@ def occurrences(
         top_n: How many matches of each feature and site are its predecessors.
         incomplete: Whether layers that lack one or two sites are in it; their groups are those of
             the sites that there are.
+        predecessors: What predecessors do, if it is not what they do at the same token, as
+            `elsewhere` gives.
 
     Raises:
-        ValueError: If no layer has all three sites, or the table has fewer ranks than `top_n`.
+        ValueError: If no layer has all three sites, the activations lack a site of the table, or
+            the table has fewer ranks than `top_n`.
     """
     import pandas as pd
 
     ranks = int(matches["rank"].max())
-    if not 1 <= top_n <= ranks:
+    if not isinstance(top_n, int) or not 1 <= top_n <= ranks:
         raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
     chosen = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
     by_place = {
@@ -101,6 +110,13 @@ def occurrences(
     complete = [layer for layer in layers if all((layer, module) in by_place for module in MODULES)]
     if not complete:
         raise ValueError("no layer has predecessors at all three of res, mlp and att")
+    sources = predecessors or activations
+    sites = {Site(layer - (module == "res"), module) for layer, module in by_place}
+    sites |= {Site(layer, "res") for layer in layers}
+    if missing := sorted(sites - set(sources.by_site)):
+        raise ValueError(
+            f"no activations at {', '.join(map(str, missing))}, of which the match table speaks"
+        )
     tokens = activations.tokens
     if "dataset" not in tokens:
         tokens = tokens.assign(dataset="all")
@@ -122,8 +138,8 @@ def occurrences(
                 continue
             width = codes.shape[1]
             site = Site(layer - (module == "res"), module)
-            sources = part["source"].to_numpy().reshape(width, -1)
-            active = _any_active(activations.by_site[site], sources)
+            chosen_there = part["source"].to_numpy().reshape(width, -1)
+            active = _any_active(sources.by_site[site], chosen_there)
             columns[module] = np.asarray(active[codes.row, codes.col]).ravel() > 0
             best = part["score"].to_numpy().reshape(width, -1)[:, 0]
             columns[f"s_{module}"] = best[codes.col]
@@ -157,39 +173,33 @@ def _any_active(codes: "csr_matrix", sources: np.ndarray) -> "csr_matrix":
     return (codes > 0).astype(np.int32) @ chosen
 
 
-def stand_ins(
-    matches: "pd.DataFrame", activations: FeatureActivations, seed: int = 0, near: int = 10
-) -> "pd.DataFrame":
-    """The match table with every predecessor replaced by a random feature as often active.
+def elsewhere(activations: FeatureActivations, seed: int = 0) -> FeatureActivations:
+    """The same activations, each token's replaced by those of a token of another text.
 
-    What the groups are with these is the base rate that the paper leaves out: how often an active
-    feature that has nothing to do with the match is found where a predecessor was looked for.
+    What the groups are with these predecessors is the base rate that the paper leaves out: how
+    often would a feature that is active just as often, but has nothing to do with this token, be
+    found active where a predecessor was looked for? Only the feature itself, elsewhere, is as often
+    active to the token; the token comes from the same dataset, and is the same for all sites.
 
     Args:
-        matches: A match table.
-        activations: Activations at all sites, which tell how often each feature is active.
-        seed: Of the choice.
-        near: It falls on one of so many that come next to the feature, more and less often active.
+        activations: Activations at all sites.
+        seed: Decides which token stands in for which.
     """
-    found = matches.copy()
-    backward = found["direction"] == "backward"
-    for layer, module in found.loc[backward, ["source_layer", "module"]].drop_duplicates().values:
-        counts = activations.by_site[Site(int(layer), str(module))].getnnz(axis=0)
-        rows = backward & (found["source_layer"] == layer) & (found["module"] == module)
-        rows &= found["source"] >= 0
-        order = np.argsort(counts, kind="stable")
-        rank = np.argsort(order, kind="stable")
-        reach = min(near, (len(order) - 1) // 2)
-        if not reach:
-            raise ValueError(f"{layer}/{module} has {len(order)} features: too few to stand in")
-        rng = np.random.default_rng([seed, int(layer), MODULES.index(str(module))])
-        own = rank[found.loc[rows, "source"].to_numpy()]
-        # At the ends the window is moved in, so that all have equally many to choose from.
-        low = np.clip(own - reach, 0, len(order) - 1 - 2 * reach)
-        place = low + rng.integers(0, 2 * reach, len(own))
-        place += place >= own  # never itself
-        found.loc[rows, "source"] = order[place].astype(np.int32)
-    return found
+    rng = np.random.default_rng(seed)
+    tokens = activations.tokens
+    if "dataset" not in tokens:
+        tokens = tokens.assign(dataset="all")
+    rows = np.arange(len(tokens))
+    for _, part in tokens.groupby("dataset", sort=False, observed=True):
+        texts = rng.permutation(part["text"].unique())
+        order = {text: place for place, text in enumerate(texts)}
+        here = part.index.to_numpy()[np.argsort(part["text"].map(order), kind="stable")]
+        longest = int(part["text"].value_counts().max())
+        # So far apart in this order no two tokens are of one text, if there are texts enough.
+        furthest = max(longest, len(here) - longest)
+        rows[here] = np.roll(here, int(rng.integers(longest, furthest + 1)))
+    by_site = {site: codes[rows] for site, codes in activations.by_site.items()}
+    return FeatureActivations(activations.tokens, by_site)
 
 
 def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.DataFrame":
@@ -311,7 +321,7 @@ def single_source_points(
 
 
 def score_histograms(
-    found: Occurrences, layers: Sequence[int], bins: int = 40, smallest: int = 20
+    found: Occurrences, layers: Sequence[int], bins: int = 20, smallest: int = 20
 ) -> "pd.DataFrame":
     """How the scores of each group are distributed at a few layers, for Figure 12 b.
 

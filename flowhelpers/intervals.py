@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowhelpers.features import MODULES
-from flowhelpers.group_tests import SMALLEST, Cells, class_shares, pair_shares, pairs_in
+from flowhelpers.group_tests import (
+    ONCE,
+    SMALLEST,
+    Cells,
+    check_alpha,
+    class_shares,
+    pair_shares,
+    pairs_in,
+)
 from flowhelpers.groups import (
     GROUPS,
     Occurrences,
@@ -30,6 +38,8 @@ TIMES, LEVEL = 200, 0.95
 
 def resamples(found: Occurrences, times: int = TIMES, seed: int = 0) -> np.ndarray:
     """How often each text counts in each resample, `[times, texts]`; datasets keep their size."""
+    if times < 1:
+        raise ValueError(f"times={times}: expected 1 resample or more")
     rng = np.random.default_rng(seed)
     texts = _texts(found)
     drawn = np.zeros((times, len(texts)), dtype=np.int64)
@@ -42,21 +52,23 @@ def share_intervals(
     found: Occurrences, by: Sequence[str] = ("dataset",), times: int = TIMES, seed: int = 0
 ) -> "pd.DataFrame":
     """`groups.group_shares` with `low` and `high`."""
+    import pandas as pd
+
     shares = group_shares(found, by)
     table = found.table if "layer" in by else complete(found.table)
-    text = _text_of(found, table)
-    cells = table.groupby(list(by), observed=False).ngroup().to_numpy() if by else 0
-    cell = cells * len(GROUPS) + table["group"].cat.codes.to_numpy()
+    keys = [*by, "group"]
+    rows = pd.MultiIndex.from_frame(shares[keys].astype(object))
+    cell = rows.get_indexer(pd.MultiIndex.from_frame(table[keys].astype(object)))
     counts = np.zeros((len(_texts(found)), len(shares)))
-    np.add.at(counts, (text, cell), 1)
-    drawn = (resamples(found, times, seed) @ counts).reshape(times, -1, len(GROUPS))
-    total = drawn.sum(axis=2, keepdims=True)
+    np.add.at(counts, (_text_of(found, table), cell), 1)
+    drawn = resamples(found, times, seed) @ counts
+    whole = shares.groupby(list(by), observed=True, sort=False).ngroup() if by else shares["n"] * 0
+    member = np.equal.outer(whole.to_numpy(), whole.to_numpy()).astype(float)
+    total = drawn @ member
     values = np.divide(drawn, total, out=np.full_like(drawn, np.nan), where=total > 0)
-    low, high = _middle(values.reshape(times, -1))
+    low, high = _middle(values)
     there = shares["share"].notna()
-    return shares.assign(low=low, high=high).assign(
-        low=lambda t: t["low"].where(there), high=lambda t: t["high"].where(there)
-    )
+    return shares.assign(low=np.where(there, low, np.nan), high=np.where(there, high, np.nan))
 
 
 def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) -> "pd.DataFrame":
@@ -102,28 +114,35 @@ def significance_intervals(
     smallest: int = SMALLEST,
     times: int = TIMES,
     seed: int = 0,
+    unique: bool = False,
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """Shares of significant tests, by class of pair (Figure 4) and by pair (Figure 14).
 
-    A text that is drawn twice counts twice, which makes a test come out more easily: the interval
-    may lie above the share.
+    What is tested anew is another sample with fewer distinct texts, of which some count twice; so
+    the interval need not lie around the share.
 
     Args:
         found: Occurrences.
-        tests: Their tests, as `group_tests.significance` gives them for occurrences.
+        tests: Their tests, as `group_tests.significance` gives them.
         alpha: The level of these.
         smallest: The smallest group of these.
         times: Resamples.
         seed: Of these.
+        unique: Whether the tests count a feature once in a group.
 
     Returns:
         What `class_shares` and `pair_shares` give, with `low` and `high`.
     """
+    check_alpha(alpha)
     table = complete(found.table)
-    cells, text = Cells(table), _text_of(found, table)
-    of_pairs = []
+    text, row = _text_of(found, table), np.arange(len(table))
+    if unique:
+        row = table.groupby(ONCE, observed=True).ngroup().to_numpy()
+    first = np.unique(row, return_index=True)[1]
+    cells, of_pairs = Cells(table.iloc[first]), []
     for drawn in progress(resamples(found, times, seed), "resamples"):
-        _, p, _ = cells.tested(drawn[text].astype(float), smallest)
+        weights = np.bincount(row, drawn[text], len(first))
+        _, p, _ = cells.tested((weights > 0).astype(float) if unique else weights, smallest)
         made = ~np.isnan(p)
         passed, count = ((p < alpha) & made).sum(axis=1), made.sum(axis=1)
         of_pairs.append(np.divide(passed, count, out=np.full(count.shape, np.nan), where=count > 0))

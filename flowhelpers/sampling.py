@@ -51,10 +51,9 @@ def texts_of(datasets: Sequence[str], n_texts: int, seed: int = 0) -> dict[str, 
         ValueError: If no dataset or one twice is given, one is unknown, or `n_texts` is below 1.
         ConnectionError: If one of the hub cannot be read.
     """
-    if not datasets or len(set(datasets)) < len(datasets):
-        raise ValueError(
-            f"datasets {list(datasets)}: expected one or more, each once, of {', '.join(CORPORA)}"
-        )
+    if isinstance(datasets, str) or not datasets or len(set(datasets)) < len(datasets):
+        there = ", ".join(CORPORA)
+        raise ValueError(f"datasets {datasets!r}: expected one or more, each once, of {there}")
     return {name: load_texts(name, n_texts, seed, or_fewer=True) for name in datasets}
 
 
@@ -81,7 +80,7 @@ def draw_sample(
     """
     import pandas as pd
 
-    if tokens_per_text < 1:
+    if not isinstance(tokens_per_text, int) or tokens_per_text < 1:
         raise ValueError(f"tokens_per_text={tokens_per_text}: expected 1 or more")
     named = [(dataset, text) for dataset, some in texts.items() for text in some]
     frame = pd.DataFrame(named, columns=["dataset", "text"])
