@@ -7,7 +7,7 @@ import toys
 from test_groups import table_of
 
 from flowhelpers.activations import FeatureActivations
-from flowhelpers.coactivation import coactivation, disagreements
+from flowhelpers.coactivation import MEASURES, by_cosine, coactivation, disagreements
 from flowhelpers.features import Site
 
 TOKENS = 400
@@ -75,3 +75,16 @@ def test_disagreements_are_those_of_cosine_and_correlation(
     assert kinds == {"near, not together": {2, 3}, "together, not near": {0, 1}}
     assert rows.loc[rows["kind"] == "together, not near", "feature"].tolist() == [0, 1]
     assert len(disagreements(found, n=1)) == 2
+
+
+def test_medians_are_those_of_pairs_in_a_range_of_cosines():
+    rng = np.random.default_rng(0)
+    cosines = np.array([0.05] * 9 + [0.21, 0.29] * 6 + [0.55] * 10 + [1.0] * 10)
+    measures = {name: rng.random(len(cosines)) for name in MEASURES}
+    pairs = pd.DataFrame({"module": "res", "cosine": cosines} | measures)
+    found = by_cosine(pairs)
+    assert found["cosine"].tolist() == pytest.approx([0.25, 0.55, 0.95])
+    assert found["pairs"].tolist() == [12, 10, 10]  # nine pairs are too few
+    inside = pairs[pairs["cosine"].between(0.2, 0.3)]
+    for name in MEASURES:
+        assert found[name].iloc[0] == pytest.approx(inside[name].median())

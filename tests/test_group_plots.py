@@ -81,26 +81,31 @@ def test_bars_are_the_shares_with_their_intervals_and_an_empty_group_has_none(fo
         first = part.iloc[0]
         expected = f"{first['share']:.1%} ({first['low']:.1%} to {first['high']:.1%})"
         assert bar.hovertext[0] == f"{expected}, n = {first['n']:,}"
-    marks = [trace for trace in figure.data if trace.type == "scatter"]
-    heights = sorted(y for trace in marks for y in trace.y)
-    assert heights == pytest.approx(sorted(base["share"].dropna()))
+    marks = {trace.meta: trace for trace in figure.data if trace.type == "scatter"}
+    assert set(marks) == {"one", "two"}
+    for name, trace in marks.items():
+        part = base[base["dataset"] == name].dropna(subset="share")
+        assert list(trace.y) == part["share"].tolist()
+        assert [GROUPS[round(x)] for x in trace.x] == part["group"].tolist()
 
 
 def test_layer_0_stands_apart_with_hollow_marks(found: Occurrences):
     shares = share_intervals(found, ("dataset", "layer"), times=5)
     figure = groups_by_layer(shares, CAPTION)
     marks = [t for t in figure.data if t.mode == "markers" and t.name == "From nowhere"]
-    assert len(marks) == 2  # a panel for each dataset
-    for trace, name in zip(marks, ("one", "two"), strict=True):
+    assert len(marks) == 4  # a panel for each dataset, layer 0 apart
+    for number, name in enumerate(("one", "two")):
         part = shares[(shares["dataset"] == name) & (shares["group"] == "From nowhere")]
-        assert list(trace.x) == part["layer"].tolist() == [0, 1, 2]
-        assert list(trace.y) == part["share"].tolist()
-        assert [symbol.endswith("-open") for symbol in trace.marker.symbol] == [True, False, False]
+        later, first = marks[2 * number : 2 * number + 2]
+        assert [*first.x, *later.x] == part["layer"].tolist() == [0, 1, 2]
+        assert [*first.y, *later.y] == part["share"].tolist()
+        assert (first.marker.symbol, later.marker.symbol) == ("x-open", "x")
+        assert later.hovertext[0].startswith(f"{part['share'].iloc[1]:.1%}")
     lines = [t for t in figure.data if t.mode == "lines" and not t.fill]
     assert all(0 not in trace.x for trace in lines)
     two = pd.concat([shares.assign(method="a"), shares.assign(method="b")])
     both = groups_by_layer(two, CAPTION)
-    assert len([t for t in both.data if t.mode == "markers" and t.name == "From RES"]) == 4
+    assert len([t for t in both.data if t.mode == "markers" and t.name == "From RES"]) == 8
     assert sum(bool(t.showlegend) for t in both.data) == len(GROUPS)
 
 
@@ -114,6 +119,10 @@ def test_points_are_single_sources_each_once(found: Occurrences):
         assert row.s_res == table.loc[(row.layer, row.feature), "s_res"]
     figure = group_scatter(points, CAPTION)
     assert sum(len(trace.x) for trace in figure.data) == 2 * len(points)  # s(M) and s(A)
+    for trace, module in zip(figure.data[:2], ("mlp", "att"), strict=True):
+        part = points[(points["layer"] == 1) & (points["group"] == "From nowhere")]
+        assert list(trace.x) == part["s_res"].tolist()
+        assert list(trace.y) == part[f"s_{module}"].tolist()
     with pytest.raises(ValueError, match=r"layers \[0\]: expected some of 1, 2"):
         single_source_points(found, [0])
 
@@ -164,3 +173,15 @@ def test_triangles_and_classes_show_the_shares_of_tests(found: Occurrences, test
         assert list(trace.y) == pytest.approx(part["share"].tolist(), nan_ok=True)
         shown = ["empty" if np.isnan(s) else f"{s:.0%}" for s in part["share"]]
         assert list(trace.text) == shown
+
+
+def test_each_measure_has_its_own_line():
+    values = {measure: [0.1 * i, 0.2 * i] for i, measure in enumerate(MEASURES, 1)}
+    table = pd.DataFrame({"module": "mlp", "cosine": [0.3, 0.7], "pairs": [10, 20]} | values)
+    figure = together_by_cosine(table, CAPTION)
+    names = ["Pearson", "Jaccard", "P(source | target)", "P(target | source)"]
+    assert [trace.name for trace in figure.data] == names
+    for trace, measure in zip(figure.data, MEASURES, strict=True):
+        assert list(trace.x) == [0.3, 0.7]
+        assert list(trace.y) == values[measure]
+        assert list(trace.hovertext) == ["10 pairs", "20 pairs"]

@@ -1,5 +1,6 @@
 """The tests of the groups are SciPy's, one at a time, and intervals are those of texts redrawn."""
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -199,9 +200,37 @@ def test_shares_have_the_intervals_of_samples_made_one_by_one(by: tuple[str, ...
     assert shares.loc[~there, ["low", "high"]].isna().all(axis=None)
 
 
+def test_an_empty_cell_moves_no_other_cells_interval():
+    found, _ = planted_occurrences()
+    gone = (found.table["dataset"] == "one") & (found.table["layer"] == 1)
+    part = replace(found, table=found.table[~gone].reset_index(drop=True))
+    by = ("dataset", "layer")
+    whole, left = share_intervals(found, by, times=50), share_intervals(part, by, times=50)
+    assert left["n"].sum() < whole["n"].sum()
+    keys = [*by, "group"]
+    both = left.dropna(subset="share").merge(whole, on=keys, suffixes=("", "_whole"))
+    assert len(both) > 8
+    for column in ("share", "low", "high"):
+        assert both[column].to_numpy() == pytest.approx(both[f"{column}_whole"])
+    alone = replace(found, table=found.table[found.table["dataset"] == "two"])
+    rows = share_intervals(alone, times=50).set_index("dataset")
+    assert rows.loc["one", ["share", "low", "high"]].isna().all(axis=None)
+    expected = share_intervals(found, times=50).set_index("dataset").loc["two", "low"]
+    assert rows.loc["two", "low"].to_numpy() == pytest.approx(expected, nan_ok=True)
+
+
 def test_the_transition_has_intervals_around_its_shares():
     found, _ = planted_occurrences()
     rows = transition_intervals(found, times=50)
+    again = np.stack(
+        [group_transition(weighted(found, c)).to_numpy().ravel() for c in resamples(found, 50)]
+    )
+    known = ~np.isnan(again).all(axis=0)
+    spread = np.nanquantile(again[:, known], [0.025, 0.5, 0.975], axis=0)
+    share = rows["share"].to_numpy()[known]
+    low, high = share + spread[0] - spread[1], share + spread[2] - spread[1]
+    assert rows["low"].to_numpy()[known] == pytest.approx(low.clip(min=0), abs=1e-9)
+    assert rows["high"].to_numpy()[known] == pytest.approx(high.clip(max=1), abs=1e-9)
     matrix = rows.pivot(index="first", columns="second", values="share")
     pd.testing.assert_frame_equal(
         matrix.loc[list(GROUPS), list(GROUPS)], group_transition(found), check_names=False
@@ -212,13 +241,27 @@ def test_the_transition_has_intervals_around_its_shares():
     assert (there["high"] > there["low"]).any()
 
 
-def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences):
-    tests = significance(drawn, alpha=0.05)
-    classes, pairs = significance_intervals(drawn, tests, alpha=0.05, times=20)
-    again = [significance(weighted(drawn, counts), alpha=0.05) for counts in resamples(drawn, 20)]
-    wide = np.stack([class_shares(each)["share"].to_numpy() for each in again])
-    low, high = np.nanquantile(wide, [0.025, 0.975], axis=0)
-    assert classes["low"].to_numpy() == pytest.approx(low)
-    assert classes["high"].to_numpy() == pytest.approx(high)
-    pd.testing.assert_frame_equal(classes.drop(columns=["low", "high"]), class_shares(tests))
-    pd.testing.assert_frame_equal(pairs.drop(columns=["low", "high"]), pair_shares(tests))
+@pytest.mark.parametrize("unique", [False, True])
+def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences, unique: bool):
+    options = {"alpha": 0.05, "smallest": 5}
+    tests = significance(drawn, unique=unique, **options)
+    classes, pairs = significance_intervals(drawn, tests, times=20, unique=unique, **options)
+    again = [
+        significance(weighted(drawn, counts), unique=unique, **options)
+        for counts in resamples(drawn, 20)
+    ]
+    for found, shares in ((classes, class_shares), (pairs, pair_shares)):
+        wide = np.stack([shares(each)["share"].to_numpy() for each in again])
+        low, high = np.nanquantile(wide, [0.025, 0.975], axis=0)
+        assert found["low"].to_numpy() == pytest.approx(low, nan_ok=True)
+        assert found["high"].to_numpy() == pytest.approx(high, nan_ok=True)
+        assert (found["low"] < found["high"]).any()
+        pd.testing.assert_frame_equal(found.drop(columns=["low", "high"]), shares(tests))
+
+
+def test_intervals_are_asked_for_with_sense(drawn: Occurrences):
+    tests = significance(drawn)
+    with pytest.raises(ValueError, match="alpha=2.0: expected a level between 0 and 1"):
+        significance_intervals(drawn, tests, alpha=2.0)
+    with pytest.raises(ValueError, match="times=0: expected 1 resample or more"):
+        share_intervals(drawn, times=0)

@@ -12,11 +12,11 @@ from flowhelpers.features import MODULES, Site
 from flowhelpers.groups import (
     GROUPS,
     Occurrences,
+    elsewhere,
     group_profiles,
     group_shares,
     group_transition,
     occurrences,
-    stand_ins,
 )
 from flowhelpers.matching import match_table
 
@@ -235,48 +235,80 @@ def test_profiles_say_which_groups_a_feature_falls_into():
     assert profiles["n"].sum() == len(expected)
 
 
-def test_stand_ins_are_other_features_that_are_as_often_active():
+def random_activity(rates: np.ndarray, tokens: int = 400) -> FeatureActivations:
+    """Features active at random at these rates, at the four sites of layer 1; two datasets."""
     rng = np.random.default_rng(0)
-    often = np.linspace(0.02, 0.9, 60)
+    places = ((0, "res"), (1, "mlp"), (1, "att"), (1, "res"))
     codes = {
-        Site(layer, module): (rng.random((400, 60)) < often).astype(float).tolist()
-        for layer, module in ((0, "res"), (1, "mlp"), (1, "att"), (1, "res"))
+        Site(layer, module): (rng.random((tokens, len(rates))) < rates).astype(float).tolist()
+        for layer, module in places
     }
-    activity = toys.planted_activations(codes)
-    chosen = {(1, m, f): [(f, 0.9), (-1, 0.0)] for m in MODULES for f in range(60)}
-    matches = table_of(chosen)
-    found = stand_ins(matches, activity, near=5)
-    own = matches["source"] >= 0
-    assert (found["source"][own] != matches["source"][own]).all()
-    assert (found["source"][~own] == -1).all()
-    counts = activity.by_site[Site(0, "res")].getnnz(axis=0)
-    rank = np.argsort(np.argsort(counts, kind="stable"), kind="stable")
-    part = own & (matches["module"] == "res")
-    apart = np.abs(rank[matches["source"][part]] - rank[found["source"][part]])
-    assert apart.max() <= 10  # 5 at most, but at the ends the window is moved in
-    assert (apart > 5).mean() < 0.2
-    assert (apart > 0).all()
-    assert found.drop(columns="source").equals(matches.drop(columns="source"))
-    assert not found.equals(stand_ins(matches, activity, seed=1, near=5))
-    pd.testing.assert_frame_equal(found, stand_ins(matches, activity, near=5))
-    # Nothing is related here, so that stand-ins are as good as the predecessors.
-    shares = [group_shares(occurrences(m, activity), ()) for m in (matches, found)]
-    assert shares[0]["share"].to_numpy() == pytest.approx(shares[1]["share"], abs=0.03)
+    found = toys.planted_activations(codes)
+    found.tokens["dataset"] = np.where(found.tokens["text"] < 20, "one", "two")
+    return found
+
+
+def test_elsewhere_is_another_text_of_the_same_dataset_for_all_sites_alike():
+    activity = random_activity(np.linspace(0.02, 0.9, 30))
+    # Each token's activation tells which token it is.
+    number = np.arange(1, 401)[:, None]
+    for site, codes in activity.by_site.items():
+        activity.by_site[site] = codes.multiply(number).tocsr()  # pyright: ignore[reportIndexIssue]
+    away = elsewhere(activity)
+    pd.testing.assert_frame_equal(away.tokens, activity.tokens)
+    came_from = {
+        s: codes.max(axis=1).toarray()[:, 0].astype(int) - 1 for s, codes in away.by_site.items()
+    }
+    rows = came_from[Site(1, "res")]
+    for other in came_from.values():
+        assert (other == rows).mean() > 0.95  # but for tokens at which nothing is active
+    known = rows >= 0
+    tokens = activity.tokens
+    source, target = tokens.iloc[rows[known]], tokens[known]
+    assert (source["dataset"].to_numpy() == target["dataset"].to_numpy()).all()
+    assert (source["text"].to_numpy() != target["text"].to_numpy()).all()
+    for dataset in ("one", "two"):
+        inside = (tokens["dataset"] == dataset).to_numpy()
+        for site, codes in activity.by_site.items():
+            often = codes[inside].getnnz(axis=0)
+            assert (away.by_site[site][inside].getnnz(axis=0) == often).all()
+    again = elsewhere(activity).by_site[Site(1, "res")]
+    assert (again != away.by_site[Site(1, "res")]).nnz == 0
+    assert (elsewhere(activity, seed=1).by_site[Site(1, "res")] != again).nnz > 0
+
+
+def test_a_base_rate_is_the_predecessors_own_rate_however_often_it_is_active():
+    # A steep tail: a feature active at nine tokens of ten has no other that is like it.
+    rates = np.array([0.9, *np.full(59, 0.02)])
+    activity = random_activity(rates)
+    matches = table_of({(1, m, f): [(f, 0.9)] for m in MODULES for f in range(60)})
+    real, base = (
+        occurrences(matches, activity, predecessors=away).table
+        for away in (None, elsewhere(activity))
+    )
+    assert len(real) == len(base)
+    for table in (real, base):  # nothing is related: what is found is what chance gives
+        dense = table[table["feature"] == 0]
+        assert dense["res"].mean() == pytest.approx(0.9, abs=0.04)
+        assert table.loc[table["feature"] > 0, "res"].mean() == pytest.approx(0.02, abs=0.02)
+    assert base["rate_res"].to_numpy() == pytest.approx(real["rate_res"])
 
 
 def test_a_base_rate_is_lower_where_predecessors_are_real():
-    rng = np.random.default_rng(1)
-    active = (rng.random((400, 40)) < 0.2).astype(float)
-    noise = {
-        Site(1, module): (rng.random((400, 40)) < 0.2).astype(float).tolist()
-        for module in ("mlp", "att")
-    }
-    same = {Site(0, "res"): active.tolist(), Site(1, "res"): active.tolist()}
-    activity = toys.planted_activations(same | noise)
+    activity = random_activity(np.full(40, 0.2))
+    activity.by_site[Site(0, "res")] = activity.by_site[Site(1, "res")]  # pyright: ignore[reportIndexIssue]
     matches = table_of({(1, m, f): [(f, 0.9)] for m in MODULES for f in range(40)})
     real, base = (
-        occurrences(m, activity).table["res"].mean()
-        for m in (matches, stand_ins(matches, activity))
+        occurrences(matches, activity, predecessors=away).table["res"].mean()
+        for away in (None, elsewhere(activity))
     )
     assert real == 1
     assert base == pytest.approx(0.2, abs=0.03)
+
+
+def test_activations_that_lack_a_site_are_refused(
+    matches: pd.DataFrame, activity: FeatureActivations
+):
+    part = {site: codes for site, codes in activity.by_site.items() if site != Site(1, "mlp")}
+    with pytest.raises(ValueError, match="no activations at 1/mlp, of which the match table"):
+        occurrences(matches, FeatureActivations(activity.tokens, part))

@@ -1034,7 +1034,12 @@ def test_the_sample_has_its_tokens_and_the_dictionaries_see_them_so(
             assert (active[site][mine.index] == expected).mean() > 0.9995  # noise at a threshold
 
 
-def test_groups_and_shares_are_counted_right(groups: Executed, grouped: pd.DataFrame) -> None:
+def test_groups_and_shares_are_counted_right(
+    groups: Executed,
+    grouped: pd.DataFrame,
+    sampled: tuple[pd.DataFrame, dict[str, np.ndarray]],
+) -> None:
+    tokens, active = sampled
     assert groups.results["occurrences"] == len(grouped)
     shares = grouped["group"].value_counts(normalize=True)
     assert groups.results["shares"] == pytest.approx(shares.to_dict())
@@ -1046,7 +1051,16 @@ def test_groups_and_shares_are_counted_right(groups: Executed, grouped: pd.DataF
     assert (table["n"] == 0).sum() == 32 - len(counts)
     for module in ("res", "mlp", "att"):
         assert groups.results["predecessor_active"][module] == pytest.approx(grouped[module].mean())
-        assert groups.results["stand_in_active"][module] < grouped[module].mean() / 2
+        chance = groups.results["active_elsewhere"][module]
+        rates = []
+        for layer, part in grouped.groupby("layer"):
+            sources = best_back(layer, module)[0]
+            there = active[f"{layer - (module == 'res')}/{module}"]
+            for dataset, rows in part.groupby("dataset"):
+                inside = (tokens["dataset"] == dataset).to_numpy()
+                rates += there[inside].mean(axis=0)[sources[rows["feature"]]].tolist()
+        # Each predecessor is as often active there as in its dataset, whichever token it is.
+        assert chance == pytest.approx(np.mean(rates), rel=0.05)
 
 
 def test_tests_are_scipys_and_active_in_one_is_above_in_neither(

@@ -2,7 +2,10 @@
 
 import threading
 import time
+import weakref
 from collections import Counter
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ import toys
 
 from flowhelpers import activations
 from flowhelpers.activations import (
+    FeatureActivations,
     Needs,
     collect,
     load_activations,
@@ -21,14 +25,15 @@ from flowhelpers.activations import (
     read_sample,
     reading_needs,
     save_activations,
+    texts_at_once,
 )
-from flowhelpers.dictionaries import make_dictionary
+from flowhelpers.dictionaries import Dictionary, make_dictionary
 from flowhelpers.features import Site
 from flowhelpers.group_tests import significance
 from flowhelpers.groups import occurrences
 from flowhelpers.intervals import share_intervals, significance_intervals
 from flowhelpers.matching import match_table
-from flowhelpers.model import attention_output, run
+from flowhelpers.model import Tokens, attention_output, run
 from flowhelpers.sampling import (
     LOCAL_DATASETS,
     PAPER_DATASETS,
@@ -38,7 +43,7 @@ from flowhelpers.sampling import (
     sample_sizes,
     texts_of,
 )
-from flowhelpers.suites import Suite, find_suite, load_suite
+from flowhelpers.suites import OnDemand, Suite, find_suite, load_suite
 from flowhelpers.texts import load_texts
 
 TEXTS = {"one": toys.TEXTS, "two": [*reversed(toys.TEXTS), "a"]}
@@ -218,18 +223,79 @@ def test_dictionaries_are_encoded_one_after_the_other(
 
 
 def test_another_sample_model_or_dictionary_is_read_anew(
-    planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: Suite, sample: Sample, tmp_path: Path
 ):
     first = read_sample(planted, sample, tmp_path)
     other = draw_sample(planted.model, TEXTS, tokens_per_text=3, seed=1)
     assert len(read_sample(planted, other, tmp_path).tokens) == len(other.tokens)
     assert len(list(tmp_path.iterdir())) == 2
+    ids = Tokens(sample.ids.ids.flip(1), sample.ids.is_text)
+    read_sample(planted, replace(sample, ids=ids), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    model = copy(planted.model)
+    model.__dict__["fingerprint"] = "another"
+    read_sample(replace(planted, model=model), sample, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
     site = Site(1, "res")
     changed = toys.make_sae(torch.eye(16, toys.D_MODEL), site)
     dictionaries = dict(planted.dictionaries)
     dictionaries[site] = make_dictionary(site, changed, toys.D_MODEL, "changed")
-    found = read_sample(Suite(planted.row, planted.model, dictionaries), sample, tmp_path)
+    found = read_sample(replace(planted, dictionaries=dictionaries), sample, tmp_path)
     assert (found.by_site[site] != first.by_site[site]).nnz > 0
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("harm", ["few sites", "truncated"])
+def test_what_a_stopped_pass_left_is_used_only_where_it_is_whole(
+    planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+):
+    whole = read_sample(planted, sample, tmp_path / "whole", batch=2)
+    few = {Site(1, "res"): planted.dictionary("1/res")}
+    suite = replace(planted, dictionaries=few) if harm == "few sites" else planted
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+
+        def stop(*args: object) -> None:
+            raise Stopped
+
+        patch.setattr(activations, "_encoded", stop)
+        read_sample(suite, sample, tmp_path / "stopped", batch=2)
+    parts = sorted((tmp_path / "stopped").rglob("*.safetensors"))
+    assert len(parts) > 2
+    if harm == "truncated":
+        parts[1].write_bytes(parts[1].read_bytes()[:50])
+    again = read_sample(planted, sample, tmp_path / "stopped", batch=2)
+    for site, codes in whole.by_site.items():
+        assert (codes != again.by_site[site]).nnz == 0
+
+
+def test_a_file_on_disk_that_is_broken_is_made_again(
+    planted: Suite, sample: Sample, tmp_path: Path
+):
+    first = read_sample(planted, sample, tmp_path)
+    path = next(tmp_path.rglob("1-res-*.npz"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=r"made again: .*1-res.* is truncated or corrupt"):
+        again = read_sample(planted, sample, tmp_path)
+    assert (first.by_site[Site(1, "res")] != again.by_site[Site(1, "res")]).nnz == 0
+
+
+def test_no_more_than_a_few_dictionaries_are_in_memory(
+    planted: Suite, sample: Sample, tmp_path: Path
+):
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def load(site: Site) -> Dictionary:
+        nonlocal most
+        found = copy(planted.dictionary(site))
+        alive.append(weakref.ref(found))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return found
+
+    suite = replace(planted, dictionaries=OnDemand(planted.dictionaries, load, kept=2))
+    found = read_sample(suite, sample, tmp_path)
+    assert len(found.by_site) == 9
+    assert most <= 3  # two kept, and the one that is used
 
 
 def test_activations_are_the_same_after_saving(planted: Suite, sample: Sample, tmp_path: Path):
@@ -242,6 +308,10 @@ def test_activations_are_the_same_after_saving(planted: Suite, sample: Sample, t
     )
     for site, codes in found.by_site.items():
         assert (codes != again.by_site[site]).nnz == 0
+    save_activations(found, tmp_path / "one")
+    one = FeatureActivations(found.tokens, {Site(1, "res"): found.by_site[Site(1, "res")]})
+    save_activations(one, tmp_path / "one")  # over the older, of which nothing stays
+    assert list(load_activations(tmp_path / "one").by_site) == [Site(1, "res")]
     path = tmp_path / "saved" / "1-res.npz"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"1-res.npz is truncated or corrupt"):
@@ -265,12 +335,30 @@ def test_a_dictionary_without_encoder_is_refused(sample: Sample, planted: Suite,
 def test_needs_are_said_for_suites_of_any_size():
     gemma = reading_needs(5000, 26 * 3, 2304, 16384)
     llama = reading_needs(5000, 32 * 3, 4096, 32768, element=2)
+    base = {"tokens": 5000, "sites": 78, "d_model": 2304, "width": 16384}
+    for more in ({"tokens": 10000}, {"sites": 96}, {"d_model": 4096}, {"width": 32768}):
+        assert reading_needs(**base | more).memory > gemma.memory
+    long = reading_needs(**base, batch_tokens=64 * 128)
+    assert long.memory > gemma.memory  # of the pass
+    dense = reading_needs(**base, active_share=0.04)
+    assert dense.memory - gemma.memory == int(5000 * 16384 * 0.02) * 8 * 78  # of the result
     assert gemma.disk == 5000 * 78 * 2304 * 4
     assert llama.disk == 5000 * 96 * 4096 * 2
     # One dictionary at a time: neither the widths of all nor the texts' length times all sites.
     assert gemma.memory < 6 * 2**30
     assert llama.memory < 8 * 2**30
     assert str(Needs(2**30, 3 * 2**20)) == "1,024 MiB of memory, 3 MiB of disk"
+
+
+def test_a_pass_takes_fewer_texts_where_there_are_more_sites(planted: Suite, sample: Sample):
+    assert texts_at_once(planted, sample) == 16
+    many = dict.fromkeys(range(10**6))
+    wide = replace(planted, dictionaries=many)  # pyright: ignore[reportArgumentType]
+    assert texts_at_once(wide, sample) == 1
+    of_one = 2 * 300_000 + activations.PASS_TENSORS
+    some = replace(planted, dictionaries=dict.fromkeys(range(300_000)))  # pyright: ignore[reportArgumentType]
+    of_text = sample.ids.ids.shape[1] * toys.D_MODEL * 4 * of_one
+    assert texts_at_once(some, sample) == max(1, 2**30 // of_text)
 
 
 def test_too_little_memory_or_disk_is_told_before_the_pass(
