@@ -252,13 +252,14 @@ def test_what_a_stopped_pass_left_is_used_only_where_it_is_whole(
     whole = read_sample(planted, sample, tmp_path / "whole", batch=2)
     few = {Site(1, "res"): planted.dictionary("1/res")}
     suite = replace(planted, dictionaries=few) if harm == "few sites" else planted
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
 
-        def stop(*args: object) -> None:
-            raise Stopped
+    def stop(*args: object) -> None:
+        raise Stopped
 
+    with monkeypatch.context() as patch:
         patch.setattr(activations, "_encoded", stop)
-        read_sample(suite, sample, tmp_path / "stopped", batch=2)
+        with pytest.raises(Stopped):
+            read_sample(suite, sample, tmp_path / "stopped", batch=2)
     parts = sorted((tmp_path / "stopped").rglob("*.safetensors"))
     assert len(parts) > 2
     if harm == "truncated":
@@ -295,7 +296,7 @@ def test_no_more_than_a_few_dictionaries_are_in_memory(
     suite = replace(planted, dictionaries=OnDemand(planted.dictionaries, load, kept=2))
     found = read_sample(suite, sample, tmp_path)
     assert len(found.by_site) == 9
-    assert most <= 3  # two kept, and the one that is used
+    assert most <= 4  # two kept, one in use, and one that is being read
 
 
 def test_activations_are_the_same_after_saving(planted: Suite, sample: Sample, tmp_path: Path):
