@@ -1,14 +1,18 @@
 """Groups are what the planted activity says, and shares and profiles are counted by hand."""
 
 from collections import Counter
+from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import pytest
 import toys
+from scipy.stats import mannwhitneyu
 
 from flowhelpers.activations import FeatureActivations
 from flowhelpers.features import MODULES, Site
+from flowhelpers.group_tests import significance
 from flowhelpers.groups import (
     GROUPS,
     Occurrences,
@@ -313,3 +317,43 @@ def test_activations_that_lack_a_site_are_refused(
     part = {site: codes for site, codes in activity.by_site.items() if site != Site(1, "mlp")}
     with pytest.raises(ValueError, match="no activations at 1/mlp, of which the match table"):
         occurrences(matches, FeatureActivations(activity.tokens, part))
+
+
+def test_where_all_eight_groups_occur_everything_is_as_counted_by_hand():
+    activity = random_activity(np.random.default_rng(3).uniform(0.2, 0.6, 30))
+    rng = np.random.default_rng(4)
+    source = {(m, f): int(rng.integers(30)) for m in MODULES for f in range(30)}
+    score = {key: float(rng.random()) for key in source}
+    matches = table_of({(1, m, f): [(source[m, f], score[m, f])] for m, f in source})
+    found = occurrences(matches, activity)
+    codes = {site: values.toarray() for site, values in activity.by_site.items()}
+    places = {m: Site(1 - (m == "res"), m) for m in MODULES}
+    counted: Counter[tuple[str, str]] = Counter()
+    members: dict[str, set[int]] = {group: set() for group in GROUPS}
+    scores: dict[str, list[float]] = {group: [] for group in GROUPS}
+    for token, dataset in enumerate(activity.tokens["dataset"]):
+        for feature in np.flatnonzero(codes[Site(1, "res")][token]):
+            bits = tuple(int(codes[places[m]][token, source[m, feature]] > 0) for m in MODULES)
+            counted[dataset, BY_BITS[bits]] += 1
+            members[BY_BITS[bits]].add(int(feature))
+            scores[BY_BITS[bits]].append(score["att", feature])
+    assert min(counted[dataset, group] for dataset in ("one", "two") for group in GROUPS) > 20
+    table = group_shares(found).set_index(["dataset", "group"])
+    for dataset in ("one", "two"):
+        total = sum(counted[dataset, group] for group in GROUPS)
+        for group in GROUPS:
+            assert table.loc[(dataset, group), "n"] == counted[dataset, group]
+            assert table.loc[(dataset, group), "share"] == counted[dataset, group] / total
+    matrix = group_transition(found)
+    for first in GROUPS:
+        for second in GROUPS:
+            share = len(members[first] & members[second]) / len(members[first])
+            assert matrix.loc[first, second] == pytest.approx(share)
+    one = pd.Categorical(["all"] * len(found.table))
+    whole = replace(found, table=found.table.assign(dataset=one))
+    tests = significance(whole).set_index(["score", "first", "second"])
+    for first, second in combinations(GROUPS, 2):
+        expected = mannwhitneyu(scores[first], scores[second])
+        row = tests.loc[("s_att", first, second)]
+        assert row["p"] == pytest.approx(expected.pvalue, rel=1e-9)
+        assert (row["n_first"], row["n_second"]) == (len(scores[first]), len(scores[second]))
