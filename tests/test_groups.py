@@ -332,10 +332,10 @@ def test_where_all_eight_groups_occur_everything_is_as_counted_by_hand():
     members: dict[str, set[int]] = {group: set() for group in GROUPS}
     scores: dict[str, list[float]] = {group: [] for group in GROUPS}
     for token, dataset in enumerate(activity.tokens["dataset"]):
-        for feature in np.flatnonzero(codes[Site(1, "res")][token]):
+        for feature in np.flatnonzero(codes[Site(1, "res")][token]).tolist():
             bits = tuple(int(codes[places[m]][token, source[m, feature]] > 0) for m in MODULES)
             counted[dataset, BY_BITS[bits]] += 1
-            members[BY_BITS[bits]].add(int(feature))
+            members[BY_BITS[bits]].add(feature)
             scores[BY_BITS[bits]].append(score["att", feature])
     assert min(counted[dataset, group] for dataset in ("one", "two") for group in GROUPS) > 20
     table = group_shares(found).set_index(["dataset", "group"])
