@@ -80,9 +80,7 @@ class Cells:
     def __init__(self, table: "pd.DataFrame"):
         keys = table[["dataset", "layer"]].drop_duplicates().sort_values(["dataset", "layer"])
         self.keys = list(keys.itertuples(index=False, name=None))
-        number = {key: place for place, key in enumerate(self.keys)}
-        cell = [number[key] for key in zip(table["dataset"], table["layer"], strict=True)]
-        self.cell = np.array(cell, dtype=np.int64)
+        self.cell = table.groupby(["dataset", "layer"], observed=True).ngroup().to_numpy()
         self.group = table["group"].cat.codes.to_numpy().astype(np.int64)
         self.values = {m: self._places(table[f"s_{m}"].to_numpy()) for m in MODULES}
 

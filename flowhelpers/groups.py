@@ -41,7 +41,7 @@ class Occurrences:
         suite: The suite's name.
         method: How predecessors were matched.
         top_n: How many matches a predecessor stands for.
-        tokens: The tokens: `text`, `position`, `token`, and of a sample `dataset`.
+        tokens: The tokens: `text`, `position`, `token` and `dataset` (`all` if there are none).
         table: One row for each active (feature, token): `dataset`, `text`, `layer`, `feature`,
             `token_row` (row of `tokens`), `activation`; for each module `res`, `mlp`, `att`
             whether a predecessor there is active, the score `s_res` … of the best and the share
@@ -59,8 +59,8 @@ class Occurrences:
     def sample(self) -> str:
         """The suite and what was read, in a line."""
         texts = self.tokens.drop_duplicates("text")
-        names = texts["dataset"] if "dataset" in texts else texts["text"].map(lambda _: "all")
-        sizes = ", ".join(f"{name} {n:,}" for name, n in names.value_counts(sort=False).items())
+        per_set = texts["dataset"].value_counts(sort=False)
+        sizes = ", ".join(f"{name} {n:,}" for name, n in per_set.items())
         tokens = f"{len(self.tokens):,} tokens of {len(texts):,} texts ({sizes})"
         return f"suite {self.suite} · {tokens}"
 
@@ -117,9 +117,7 @@ def occurrences(
         raise ValueError(
             f"no activations at {', '.join(map(str, missing))}, of which the match table speaks"
         )
-    tokens = activations.tokens
-    if "dataset" not in tokens:
-        tokens = tokens.assign(dataset="all")
+    tokens = _with_dataset(activations.tokens)
     parts = []
     for layer in layers if incomplete else complete:
         codes = activations.by_site[Site(layer, "res")].tocoo()
@@ -157,6 +155,10 @@ def occurrences(
     return Occurrences(suite, method, top_n, tokens, table)
 
 
+def _with_dataset(tokens: "pd.DataFrame") -> "pd.DataFrame":
+    return tokens if "dataset" in tokens else tokens.assign(dataset="all")
+
+
 def _any_active(codes: "csr_matrix", sources: np.ndarray) -> "csr_matrix":
     """On which tokens one of each feature's sources is active: `[tokens, features]`, sparse.
 
@@ -186,9 +188,7 @@ def elsewhere(activations: FeatureActivations, seed: int = 0) -> FeatureActivati
         seed: Decides which token stands in for which.
     """
     rng = np.random.default_rng(seed)
-    tokens = activations.tokens
-    if "dataset" not in tokens:
-        tokens = tokens.assign(dataset="all")
+    tokens = _with_dataset(activations.tokens)
     rows = np.arange(len(tokens))
     for _, part in tokens.groupby("dataset", sort=False, observed=True):
         texts = rng.permutation(part["text"].unique())

@@ -92,7 +92,7 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     share = group_transition(found).to_numpy().ravel()
     values = np.stack(matrices).reshape(times, -1)
     low, high = _middle(values)
-    shift = share - np.nan_to_num(_median(values))
+    shift = share - np.nan_to_num(_quantiles(values, 0.5)[0])
     low, high = np.maximum(low + shift, 0), np.minimum(high + shift, 1)
     there = ~np.isnan(share)
     return pd.DataFrame(
@@ -159,26 +159,21 @@ def significance_intervals(
     return classes, pairs
 
 
-def _median(values: np.ndarray) -> np.ndarray:
-    found = np.full(values.shape[1], np.nan)
+def _quantiles(values: np.ndarray, *at: float) -> np.ndarray:
+    """Quantiles of each column, a row each; missing where no resample has a value."""
+    found = np.full((len(at), values.shape[1]), np.nan)
     there = ~np.isnan(values).all(axis=0)
-    found[there] = np.nanmedian(values[:, there], axis=0)
+    found[:, there] = np.nanquantile(values[:, there], at, axis=0)
     return found
 
 
-def _middle(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The middle 95 % of each column; missing where no resample has a value."""
-    found = np.full((2, values.shape[1]), np.nan)
-    there = ~np.isnan(values).all(axis=0)
-    edges = (1 - LEVEL) / 2
-    found[:, there] = np.nanquantile(values[:, there], [edges, 1 - edges], axis=0)
-    return found[0], found[1]
+def _middle(values: np.ndarray) -> np.ndarray:
+    """The least and the greatest of the middle 95 % of each column."""
+    return _quantiles(values, (1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 def _texts(found: Occurrences) -> "pd.DataFrame":
-    columns = [c for c in ("dataset", "text") if c in found.tokens]
-    texts = found.tokens[columns].drop_duplicates().reset_index(drop=True)
-    return texts if "dataset" in texts else texts.assign(dataset="all")
+    return found.tokens[["dataset", "text"]].drop_duplicates().reset_index(drop=True)
 
 
 def _text_of(found: Occurrences, table: "pd.DataFrame") -> np.ndarray:

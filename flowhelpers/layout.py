@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowhelpers.flow import LANES
+
 if TYPE_CHECKING:
     import pandas as pd
 
     from flowhelpers.flow import FlowGraph
 
-LANES = ("att", "res", "mlp")  # from top to bottom
 CENTRED = {"att": "top center", "res": "bottom center", "mlp": "bottom center"}
 BESIDE_EDGES = {"att": "top left", "res": "bottom right", "mlp": "bottom left"}
 BEFORE = 0.4  # a module stands so far before its layer's output

@@ -1,11 +1,10 @@
 """Numbers that the paper prints, and how ours compare."""
 
-from itertools import combinations
 from typing import TYPE_CHECKING
 
 from flowhelpers.features import FeatureId
 from flowhelpers.flow import FlowGraph
-from flowhelpers.group_tests import class_shares
+from flowhelpers.group_tests import NAMED_PAIRS, class_shares
 from flowhelpers.groups import GROUPS
 
 if TYPE_CHECKING:
@@ -80,11 +79,10 @@ def figure_14() -> "pd.DataFrame":
     """The paper's Figure 14 as rows: `score`, `first`, `second`, `paper`."""
     import pandas as pd
 
-    pairs = list(combinations(GROUPS, 2))
     rows = [
         (score, *pair, share)
         for score, shares in FIGURE_14.items()
-        for pair, share in zip(pairs, shares, strict=True)
+        for pair, share in zip(NAMED_PAIRS, shares, strict=True)
     ]
     return pd.DataFrame(rows, columns=["score", "first", "second", "paper"])
 
