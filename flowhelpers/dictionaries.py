@@ -101,6 +101,18 @@ class Dictionary:
         """Activations rebuilt from feature activations."""
         return self.sae.decode(features)
 
+    def rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
+        """What features write for each unit of activation, at the site that is read, z included.
+
+        Raises:
+            ValueError: If there are no weights, or a row was excluded.
+        """
+        if self.sae is None:
+            raise ValueError(f"the dictionary for {self.site} has no weights: it cannot write")
+        if (bad := features[torch.isin(features, self.excluded.to(features.device))]).numel():
+            self.direction(FeatureId(self.site.layer, self.site.module, int(bad[0])))
+        return self.sae.W_dec.detach()[features.to(self.sae.W_dec.device)]
+
     def written(
         self, feature: FeatureId, activation: Float[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch d_model"]:

@@ -44,6 +44,40 @@ class Edit:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """What attention keeps of the tokens of one text: keys and values of every layer.
+
+    Attributes:
+        layers: For each layer keys and values, `[1, heads, position, d_head]`.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return self.layers[0][0].shape[2]
+
+    def first(self, tokens: int) -> "Prefix":
+        """The same of fewer tokens.
+
+        Raises:
+            ValueError: If there are not so many.
+        """
+        if not 0 < tokens <= len(self):
+            raise ValueError(f"{tokens} tokens of a prefix of {len(self)}: expected 1 or more of it")
+        cut = ((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
+        return Prefix(tuple(cut))
+
+    def cache(self, batch: int, layers: int | None = None) -> Any:
+        """It as the cache of transformers, in which every row of a batch has the same prefix."""
+        from transformers import DynamicCache
+
+        # Of layers with a sliding window all is kept as well, and the mask leaves out what is far.
+        rows = [(k.expand(batch, *k.shape[1:]), v.expand(batch, *v.shape[1:])) for k, v in self.layers]
+        return DynamicCache(ddp_cache_data=rows[:layers])
+
+
+@dataclass(frozen=True)
 class Model:
     """A language model behind named sites.
 
@@ -257,6 +291,7 @@ def run(
     read: Iterable[Site] = (),
     edits: Sequence[Edit] = (),
     stop_after: int | None = None,
+    prefix: Prefix | None = None,
 ) -> tuple[Float[Tensor, "batch position vocabulary"] | None, dict[Site, Activations]]:
     """One forward pass: edits applied, sites read (after their edits).
 
@@ -266,6 +301,8 @@ def run(
         read: Sites whose activations are returned.
         edits: Changes to the stream, in order where they share a site.
         stop_after: Stop once this layer is done; there are no logits then.
+        prefix: The tokens before `ids`, as `read_prefix` gives, the same for every row. Positions
+            are then counted from the first of `ids`.
 
     Returns:
         Logits, or None with `stop_after`, and the activations by site.
@@ -288,19 +325,48 @@ def run(
         late = [e.site for e in (*edits, *readings) if e.site.layer > stop_after]
         if late:
             raise ValueError(f"{late[0]} lies after layer {stop_after}, where the pass stops")
+    before: dict[str, Any] = {}
+    if prefix is not None:
+        layers = None if stop_after is None else stop_after + 1
+        before = {"past_key_values": prefix.cache(len(ids), layers), "use_cache": True}
     with editing(model, [*edits, *readings]):
         if stop_after is None:
-            logits = model.bridge(ids, return_type="logits")
+            logits = model.bridge(ids, return_type="logits", **before)
         else:
             if stop_after < model.layers - 1:
                 # The bridge stops before a layer, and only `run_with_hooks` takes the argument.
                 model.bridge.run_with_hooks(
-                    ids, return_type=None, stop_at_layer=stop_after + 1, reset_hooks_end=False
+                    ids,
+                    return_type=None,
+                    stop_at_layer=stop_after + 1,
+                    reset_hooks_end=False,
+                    **before,
                 )
             else:  # all layers, without the logits
-                model.bridge.original_model.base_model(input_ids=ids, use_cache=False)
+                before = before or {"use_cache": False}
+                model.bridge.original_model.base_model(input_ids=ids, **before)
             logits = None
     return logits, kept
+
+
+@torch.no_grad()
+def read_prefix(
+    model: Model, ids: Int[Tensor, "1 position"]
+) -> tuple[Float[Tensor, "1 position vocabulary"], Prefix]:
+    """One pass over a text: its logits, and what later passes need so as to go on after it.
+
+    An edit at a token changes nothing before it. Passes that differ from that token on share all
+    that comes before, and each row of a batch needs no more than its own tokens.
+
+    Args:
+        model: The model.
+        ids: Token ids of one text.
+    """
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    logits = model.bridge(ids, return_type="logits", past_key_values=cache, use_cache=True)
+    return logits, Prefix(tuple((layer.keys, layer.values) for layer in cache.layers))
 
 
 def logits_of(
@@ -414,8 +480,8 @@ def _nucleus(
 def check_sites(model: Model, tolerance: float | None = None) -> None:
     """Check on a few tokens that the sites are what they are called.
 
-    R_{L-1} + A_L + M_L = R_L at every layer, a vector added at any site changes the logits, and a
-    zero vector does not.
+    R_{L-1} + A_L + M_L = R_L at every layer, a vector added at any site changes the logits, a zero
+    vector does not, and a pass that goes on after a prefix gives what a whole one does.
 
     Args:
         model: The model.
@@ -453,6 +519,25 @@ def check_sites(model: Model, tolerance: float | None = None) -> None:
                 " the sites of this architecture are not what they are called"
             )
     _check_edits(model, ids, sites, clean, read)
+    _check_prefix(model, ids, clean, tolerance)
+
+
+@torch.no_grad()
+def _check_prefix(
+    model: Model,
+    ids: Int[Tensor, "1 position"],
+    clean: Float[Tensor, "1 position vocabulary"],
+    tolerance: float,
+) -> None:
+    _, prefix = read_prefix(model, ids)
+    after, _ = run(model, ids[:, 4:].expand(2, -1), prefix=prefix.first(4))
+    assert after is not None
+    off = (after - clean[:, 4:]).abs().max() / clean.abs().max()
+    if not off <= tolerance:
+        raise ValueError(
+            f"{model.name}: a pass that goes on after a prefix gives other logits than a whole one,"
+            f" by {off:.2%} of their size (allowed {tolerance:.2%})"
+        )
 
 
 def _check_edits(
