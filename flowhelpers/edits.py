@@ -177,9 +177,7 @@ def _towards(
     return _edit(dictionary.reads, positions, step)
 
 
-def _edit(
-    site: Site, positions: Sequence[int] | None, step: Callable[[Tensor], Tensor]
-) -> Edit:
+def _edit(site: Site, positions: Sequence[int] | None, step: Callable[[Tensor], Tensor]) -> Edit:
     if positions is not None and not len(positions):
         raise ValueError(f"the edit at {site} names no position: it would reach no token")
 
@@ -208,8 +206,8 @@ def _stepped(
     if lost.any() and (each or bool((lost == meant).all())):
         size = float(step[lost].float().norm(dim=-1).max())
         raise ValueError(
-            f"the edit at {site} leaves {int(lost.sum())} tokens as they were: its step of {size:.1g}"
-            f" is lost to rounding in {activations.dtype}, in a stream of"
+            f"the edit at {site} leaves {int(lost.sum())} tokens as they were: its step of"
+            f" {size:.1g} is lost to rounding in {activations.dtype}, in a stream of"
             f" {float(activations[:, at].float().norm(dim=-1).max()):.3g}"
         )
     return changed

@@ -4,7 +4,7 @@ Every active residual feature at every token falls into one of eight groups, by 
 predecessors (its matches in the stream before, the MLP and attention) are active at that token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -127,8 +127,7 @@ def occurrences(
             "token_row": codes.row.astype(np.int32),
             "activation": codes.data,
         }
-        bits = np.zeros(codes.nnz, dtype=int)
-        for bit, module in enumerate(MODULES):
+        for module in MODULES:
             part = by_place.get((layer, module))
             if part is None:
                 columns[module] = np.zeros(codes.nnz, dtype=bool)
@@ -142,17 +141,28 @@ def occurrences(
             best = part["score"].to_numpy().reshape(width, -1)[:, 0]
             columns[f"s_{module}"] = best[codes.col]
             columns[f"rate_{module}"] = active.getnnz(axis=0)[codes.col] / active.shape[0]
-            bits += columns[module].astype(int) << bit
-        columns["group"] = _OF_BITS[bits]
         parts.append(pd.DataFrame(columns))
     table = pd.concat(parts, ignore_index=True)
-    table["group"] = pd.Categorical.from_codes(table["group"], categories=list(GROUPS))
+    table["group"] = group_names(table)
     for place, column in enumerate(("dataset", "text")):
         table.insert(place, column, tokens[column].to_numpy()[table["token_row"]])
     names = list(dict.fromkeys(tokens["dataset"]))
     table["dataset"] = pd.Categorical(table["dataset"], categories=names)
     suite, method = (str(matches[column].iloc[0]) for column in ("suite", "method"))
     return Occurrences(suite, method, top_n, tokens, table)
+
+
+def modules_of(group: str) -> tuple[str, ...]:
+    """Where a feature of a group has an active predecessor: of `res`, `mlp` and `att`."""
+    return tuple(module for module in MODULES if module.upper() in group)
+
+
+def group_names(active: "Mapping[str, np.ndarray] | pd.DataFrame") -> "pd.Categorical":
+    """The group of each row, by whether a predecessor is active at `res`, `mlp` and `att`."""
+    import pandas as pd
+
+    bits = sum(np.asarray(active[m]).astype(int) << bit for bit, m in enumerate(MODULES))
+    return pd.Categorical.from_codes(_OF_BITS[bits], categories=list(GROUPS))
 
 
 def _with_dataset(tokens: "pd.DataFrame") -> "pd.DataFrame":

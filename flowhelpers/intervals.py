@@ -36,12 +36,18 @@ if TYPE_CHECKING:
 TIMES, LEVEL = 200, 0.95
 
 
-def resamples(found: Occurrences, times: int = TIMES, seed: int = 0) -> np.ndarray:
-    """How often each text counts in each resample, `[times, texts]`; datasets keep their size."""
+def resamples(tokens: "pd.DataFrame", times: int = TIMES, seed: int = 0) -> np.ndarray:
+    """How often each text counts in each resample, `[times, texts]`; datasets keep their size.
+
+    Args:
+        tokens: The sample's tokens, with `dataset` and `text`.
+        times: Resamples.
+        seed: Of these.
+    """
     if times < 1:
         raise ValueError(f"times={times}: expected 1 resample or more")
     rng = np.random.default_rng(seed)
-    texts = _texts(found)
+    texts = _texts(tokens)
     drawn = np.zeros((times, len(texts)), dtype=np.int64)
     for rows in texts.groupby("dataset", sort=False, observed=True).indices.values():
         drawn[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), times)
@@ -59,9 +65,9 @@ def share_intervals(
     keys = [*by, "group"]
     rows = pd.MultiIndex.from_frame(shares[keys].astype(object))
     cell = rows.get_indexer(pd.MultiIndex.from_frame(table[keys].astype(object)))
-    counts = np.zeros((len(_texts(found)), len(shares)))
-    np.add.at(counts, (_text_of(found, table), cell), 1)
-    drawn = resamples(found, times, seed) @ counts
+    counts = np.zeros((len(_texts(found.tokens)), len(shares)))
+    np.add.at(counts, (_text_of(found.tokens, table), cell), 1)
+    drawn = resamples(found.tokens, times, seed) @ counts
     whole = shares.groupby(list(by), observed=True, sort=False).ngroup() if by else shares["n"] * 0
     member = np.equal.outer(whole.to_numpy(), whole.to_numpy()).astype(float)
     total = drawn @ member
@@ -84,9 +90,9 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     import pandas as pd
 
     table = complete(found.table)
-    text = _text_of(found, table)
+    text = _text_of(found.tokens, table)
     matrices = []
-    for drawn in progress(resamples(found, times, seed), "resamples"):
+    for drawn in progress(resamples(found.tokens, times, seed), "resamples"):
         matrices.append(transition_of(seen_in_groups(table[drawn[text] > 0])))
     members = seen_in_groups(table).sum(axis=0)
     share = group_transition(found).to_numpy().ravel()
@@ -105,6 +111,52 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
             "high": np.where(there, high, np.nan),
         }
     )
+
+
+def mean_intervals(
+    table: "pd.DataFrame",
+    columns: Sequence[str],
+    by: Sequence[str],
+    tokens: "pd.DataFrame",
+    times: int = TIMES,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """Means of columns within groups of rows, with intervals.
+
+    Args:
+        table: Rows with `text`; values that are missing count for nothing.
+        columns: The columns whose means are wanted.
+        by: Columns that tell the groups apart; none for all rows together.
+        tokens: The sample's tokens, with `dataset` and `text`.
+        times: Resamples.
+        seed: Of these.
+
+    Returns:
+        One row for each group there is: `by`, `n`, and for each column its mean under its own name,
+        and `<column>_low`, `<column>_high`.
+    """
+    import pandas as pd
+
+    if by:
+        grouped = table.groupby(list(by), observed=True, sort=True)
+        cell = grouped.ngroup().to_numpy()
+        found = grouped.size().rename("n").reset_index()
+    else:
+        cell, found = np.zeros(len(table), dtype=int), pd.DataFrame({"n": [len(table)]})
+    text, drawn = _text_of(tokens, table), resamples(tokens, times, seed)
+    for column in columns:
+        values = table[column].to_numpy(float)
+        there = ~np.isnan(values)
+        sums, counts = np.zeros((2, drawn.shape[1], len(found)))
+        np.add.at(sums, (text[there], cell[there]), values[there])
+        np.add.at(counts, (text[there], cell[there]), 1)
+        many, n = drawn @ sums, drawn @ counts
+        means = np.divide(many, n, out=np.full_like(many, np.nan), where=n > 0)
+        total = counts.sum(axis=0)
+        whole = np.full(len(found), np.nan)
+        found[column] = np.divide(sums.sum(axis=0), total, out=whole, where=total > 0)
+        found[f"{column}_low"], found[f"{column}_high"] = _middle(means)
+    return found
 
 
 def significance_intervals(
@@ -135,12 +187,12 @@ def significance_intervals(
     """
     check_alpha(alpha)
     table = complete(found.table)
-    text, row = _text_of(found, table), np.arange(len(table))
+    text, row = _text_of(found.tokens, table), np.arange(len(table))
     if unique:
         row = table.groupby(ONCE, observed=True).ngroup().to_numpy()
     first = np.unique(row, return_index=True)[1]
     cells, of_pairs = Cells(table.iloc[first]), []
-    for drawn in progress(resamples(found, times, seed), "resamples"):
+    for drawn in progress(resamples(found.tokens, times, seed), "resamples"):
         weights = np.bincount(row, drawn[text], len(first))
         _, p, _ = cells.tested((weights > 0).astype(float) if unique else weights, smallest)
         made = ~np.isnan(p)
@@ -172,13 +224,13 @@ def _middle(values: np.ndarray) -> np.ndarray:
     return _quantiles(values, (1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
-def _texts(found: Occurrences) -> "pd.DataFrame":
-    return found.tokens[["dataset", "text"]].drop_duplicates().reset_index(drop=True)
+def _texts(tokens: "pd.DataFrame") -> "pd.DataFrame":
+    return tokens[["dataset", "text"]].drop_duplicates().reset_index(drop=True)
 
 
-def _text_of(found: Occurrences, table: "pd.DataFrame") -> np.ndarray:
-    """The place of each occurrence's text among `_texts`."""
-    texts = _texts(found)
+def _text_of(tokens: "pd.DataFrame", table: "pd.DataFrame") -> np.ndarray:
+    """The place of each row's text among `_texts`."""
+    texts = _texts(tokens)
     if texts["text"].duplicated().any():
         raise ValueError("texts of several datasets share numbers: expected each number once")
     place = np.zeros(int(texts["text"].max()) + 1, dtype=np.int64)

@@ -64,7 +64,9 @@ class Prefix:
             ValueError: If there are not so many.
         """
         if not 0 < tokens <= len(self):
-            raise ValueError(f"{tokens} tokens of a prefix of {len(self)}: expected 1 or more of it")
+            raise ValueError(
+                f"{tokens} tokens of a prefix of {len(self)}: expected 1 or more of it"
+            )
         cut = ((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
         return Prefix(tuple(cut))
 
@@ -73,7 +75,9 @@ class Prefix:
         from transformers import DynamicCache
 
         # Of layers with a sliding window all is kept as well, and the mask leaves out what is far.
-        rows = [(k.expand(batch, *k.shape[1:]), v.expand(batch, *v.shape[1:])) for k, v in self.layers]
+        rows = [
+            (k.expand(batch, *k.shape[1:]), v.expand(batch, *v.shape[1:])) for k, v in self.layers
+        ]
         return DynamicCache(ddp_cache_data=rows[:layers])
 
 
@@ -364,7 +368,7 @@ def read_prefix(
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     logits = model.bridge(ids, return_type="logits", past_key_values=cache, use_cache=True)
     return logits, Prefix(tuple((layer.keys, layer.values) for layer in cache.layers))
 

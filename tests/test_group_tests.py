@@ -165,13 +165,13 @@ def test_the_classes_of_figure_4_are_the_means_of_figure_14(drawn: Occurrences):
 
 
 def test_texts_are_drawn_within_their_dataset(drawn: Occurrences):
-    counts = resamples(drawn, times=300)
+    counts = resamples(drawn.tokens, times=300)
     assert counts.shape == (300, 12)
     assert (counts[:, :6].sum(axis=1) == 6).all()
     assert (counts[:, 6:].sum(axis=1) == 6).all()
     assert counts.mean(axis=0) == pytest.approx(np.ones(12), abs=0.2)
-    assert (counts == resamples(drawn, times=300)).all()
-    assert (counts != resamples(drawn, times=300, seed=1)).any()
+    assert (counts == resamples(drawn.tokens, times=300)).all()
+    assert (counts != resamples(drawn.tokens, times=300, seed=1)).any()
 
 
 def weighted(found: Occurrences, counts: np.ndarray) -> Occurrences:
@@ -187,7 +187,7 @@ def test_shares_have_the_intervals_of_samples_made_one_by_one(by: tuple[str, ...
     found, _ = planted_occurrences()
     again = [
         group_shares(weighted(found, counts), by)["share"].fillna(0).to_numpy()
-        for counts in resamples(found, 50)
+        for counts in resamples(found.tokens, 50)
     ]
     low, high = np.quantile(np.stack(again), [0.025, 0.975], axis=0)
     shares = share_intervals(found, by, times=50)
@@ -223,7 +223,7 @@ def test_the_transition_has_intervals_around_its_shares():
     found, _ = planted_occurrences()
     rows = transition_intervals(found, times=50)
     again = np.stack(
-        [group_transition(weighted(found, c)).to_numpy().ravel() for c in resamples(found, 50)]
+        [group_transition(weighted(found, c)).to_numpy().ravel() for c in resamples(found.tokens, 50)]
     )
     known = ~np.isnan(again).all(axis=0)
     spread = np.nanquantile(again[:, known], [0.025, 0.5, 0.975], axis=0)
@@ -249,7 +249,7 @@ def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences,
     classes, pairs = significance_intervals(found, tests, times=20, unique=unique, **options)
     again = [
         significance(weighted(found, counts), unique=unique, **options)
-        for counts in resamples(found, 20)
+        for counts in resamples(found.tokens, 20)
     ]
     for rows, shares in ((classes, class_shares), (pairs, pair_shares)):
         wide = np.stack([shares(each)["share"].to_numpy() for each in again])
