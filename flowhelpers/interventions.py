@@ -171,7 +171,7 @@ def intervene(
     table = None
     if loss:
         names = ["loss_before", "token_loss_before", "loss_after", "token_loss_after"]
-        table = pd.DataFrame(torch.cat(losses)[back][row].numpy(), columns=names)
+        table = pd.DataFrame(torch.cat(losses).numpy()[back][row], columns=names)
     clean = {place: _stack(parts) for place, parts in before.items()}
     changed = {place: _stack(parts)[back] for place, parts in after.items()}
     return Outcome(clean, changed, token_of[row], row, table)

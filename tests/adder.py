@@ -1,0 +1,139 @@
+"""A model whose layers only add constants, so that what an edit does can be counted by hand.
+
+A GPT-2 of which attention and the MLP have zero weights and a bias: R_1 is the token's embedding
+plus two constant vectors, whatever was edited before. Dictionaries lie along coordinates; decoder
+rows have norm 2 and encoder rows 1/2, so that an activation is half of the coordinate. Layer 1 has
+six features, named here by what they are made of:
+
+    COPY   of R_0 alone: 1 at every second token
+    SUM    of R_0, 1 at every third token, and the MLP, 1.5; active above 1.25
+    MLP    of the MLP alone, 2
+    OTHER  of a coordinate that no dictionary at R_0 has, 3 at every fourth token; its match there
+           is active at every token and has nothing to do with it
+    ATT    of attention alone, 2.5
+    ALL    of R_0, 1 at every fifth token, the MLP, 1, and attention, 1; active above 1.5
+
+At layer 2 the MLP adds .5 to what COPY is there.
+"""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import torch
+import toys
+from torch import Tensor
+
+from flowhelpers.activations import FeatureActivations, collect_tokens
+from flowhelpers.dictionaries import make_dictionary
+from flowhelpers.features import Site
+from flowhelpers.model import Model, Tokens, load_model
+from flowhelpers.suites import Suite, SuiteRow
+
+D = 32
+COPY, SUM, MLP, OTHER, ATT, ALL = 3, 0, 5, 1, 4, 2  # features of layer 1, in an order of their own
+# The coordinate along which each feature of a site lies.
+AXES = {
+    Site(0, "res"): [7, 6, 0, 1],
+    Site(1, "mlp"): [4, 2, 7, 1],
+    Site(1, "att"): [7, 9, 5],
+    Site(1, "res"): [1, 3, 7, 0, 5, 2],
+    Site(2, "res"): [2, 0, 1],
+}
+THRESHOLDS = {Site(1, "res"): [1.25, 0.5, 1.5, 0.5, 0.5, 0.5]}
+# The match of each feature of layer 1 at each place; the rest have none.
+MATCHES = {
+    "res": {COPY: 2, SUM: 3, OTHER: 1, ALL: 0},
+    "mlp": {SUM: 3, MLP: 1, ALL: 2},
+    "att": {ATT: 2, ALL: 0},
+}
+FORWARD = {COPY: 1, SUM: 2, MLP: 0}  # of layer 1 to layer 2
+
+
+def embeddings(vocabulary: int) -> Tensor:
+    rows = torch.zeros(vocabulary, D)
+    for token in range(vocabulary):
+        rows[token, 0] = 2 * (token % 2 == 1)
+        rows[token, 1] = 2 * (token % 3 == 0)
+        rows[token, 3] = 6 * (token % 4 == 1)
+        rows[token, 7] = 2 * (token % 5 == 0)
+        rows[token, 6] = 4
+        rows[token, 10 + token % 16] = 3  # so that logits tell tokens apart
+    return rows
+
+
+CONSTANTS = {  # coordinate: value, at each layer of the MLP and of attention
+    "mlp": [{30: 0.5}, {1: 3, 2: 4, 4: 1, 7: 2}, {0: 1}],
+    "att": [{31: 0.5}, {5: 5, 7: 2, 9: 1}, {29: 0.5}],
+}
+
+
+def write_adder(folder: Path) -> Path:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from flowhelpers.pretraining import train_tokenizer
+
+    train_tokenizer(iter(toys.TEXTS * 20), toys.VOCABULARY).save_pretrained(folder)
+    config = GPT2Config(
+        vocab_size=toys.VOCABULARY, n_embd=D, n_layer=3, n_head=2, n_positions=32, n_inner=16
+    )
+    model = GPT2LMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+        model.transformer.wte.weight.copy_(embeddings(toys.VOCABULARY))
+        for layer, block in enumerate(model.transformer.h):
+            for norm in (block.ln_1, block.ln_2):
+                norm.weight.fill_(1)
+            for bias, module in ((block.mlp.c_proj.bias, "mlp"), (block.attn.c_proj.bias, "att")):
+                for coordinate, value in CONSTANTS[module][layer].items():
+                    bias[coordinate] = value
+        model.transformer.ln_f.weight.fill_(1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def load_adder(folder: Path) -> Suite:
+    model: Model = load_model(str(write_adder(folder)))
+    dictionaries = {}
+    for site, axes in AXES.items():
+        rows = torch.eye(D)[axes]
+        threshold = torch.tensor(THRESHOLDS.get(site, [0.25] * len(axes)))
+        sae = toys.make_sae(2 * rows, site, threshold, encoder=rows.T / 2)
+        dictionaries[site] = make_dictionary(site, sae, D, "adder")
+    row = SuiteRow("adder", "none", {site: "adder" for site in dictionaries}, parameters=0)
+    return Suite(row, model, dictionaries)
+
+
+def matches() -> pd.DataFrame:
+    """A match table that says what the features are made of."""
+    rows = [
+        {"direction": "backward", "layer": 1, "module": module, "feature": feature,
+         "source_layer": 1 - (module == "res"), "source": source, "rank": 1}
+        for module, of in MATCHES.items() for feature, source in of.items()
+    ]  # fmt: skip
+    rows += [
+        {"direction": "forward", "layer": 2, "module": "res", "feature": feature,
+         "source_layer": 1, "source": source, "rank": 1}
+        for source, feature in FORWARD.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def sample() -> tuple[Tokens, list[int]]:
+    """Three texts whose tokens go through all remainders, and the tokens after BOS."""
+    ids = torch.arange(60, 120).view(3, 20)
+    is_text = torch.ones_like(ids, dtype=torch.bool)
+    is_text[:, 0] = False
+    is_text[2, 15:] = False
+    return Tokens(ids, is_text), ids[is_text].tolist()
+
+
+def world(folder: Path) -> SimpleNamespace:
+    """The suite, its texts, what is active in them and its match table."""
+    suite = load_adder(folder)
+    tokens, words = sample()
+    activations: FeatureActivations = collect_tokens(suite, tokens)
+    return SimpleNamespace(
+        suite=suite, tokens=tokens, words=words, activations=activations, matches=matches()
+    )
