@@ -514,9 +514,16 @@ def success_rates(
         seed: Of these.
 
     Returns:
-        One row a group: `by`, `n`, `success` and `change` with `_low` and `_high`.
+        One row a group: `by`, `n`, `inactive` (targets that were not active, which are not among
+        the n), `success` and `change` with `_low` and `_high`, and likewise `loss_change` if the
+        table has it.
     """
-    return mean_intervals(table, ["success", "change"], by, tokens, times, seed)
+    columns = ["success", "change", *(["loss_change"] if "loss_change" in table else [])]
+    rates = mean_intervals(table, columns, by, tokens, times, seed)
+    off = table["change"].isna()
+    inactive = off.groupby([table[c] for c in by], observed=True).sum() if by else [off.sum()]
+    rates.insert(len(by) + 1, "inactive", np.asarray(inactive, dtype=int))
+    return rates.assign(n=rates["n"] - rates["inactive"])
 
 
 def common_targets(table: "pd.DataFrame") -> "pd.DataFrame":

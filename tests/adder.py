@@ -18,6 +18,7 @@ At layer 2 the MLP adds .5 to what COPY is there.
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import torch
@@ -82,7 +83,8 @@ def write_adder(folder: Path) -> Path:
         for parameter in model.parameters():
             parameter.zero_()
         model.transformer.wte.weight.copy_(embeddings(toys.VOCABULARY))
-        for layer, block in enumerate(model.transformer.h):
+        blocks: Any = model.transformer.h
+        for layer, block in enumerate(blocks):
             for norm in (block.ln_1, block.ln_2):
                 norm.weight.fill_(1)
             for bias, module in ((block.mlp.c_proj.bias, "mlp"), (block.attn.c_proj.bias, "att")):
