@@ -293,9 +293,7 @@ def _pass(
 
 def _change(dictionary: "Dictionary", edits: "pd.DataFrame") -> Edit:
     device = dictionary.norms.device
-    rows, features = (
-        torch.tensor(edits[c].to_numpy(), device=device) for c in ("at", "feature")
-    )
+    rows, features = (torch.tensor(edits[c].to_numpy(), device=device) for c in ("at", "feature"))
     if "amount" not in edits:
         r = torch.tensor(edits["r"].to_numpy(np.float32), device=device)
         return rescale_rows(dictionary, rows, features, r, 0)
