@@ -124,49 +124,54 @@ def intervene(
     """
     import pandas as pd
 
+    read = tuple(dict.fromkeys(read))
     _check(suite, tokens, cases, edits, read)
     row, first, edits = _distinct(cases, edits)
-    chosen = cases.iloc[first].reset_index(drop=True)
+    chosen = cases.iloc[first].reset_index(drop=True).sort_values("layer", kind="stable")
     of_row = edits.groupby("row").indices
     before: dict[tuple[int, str], list] = {place: [] for place in read}
     after: dict[tuple[int, str], list] = {place: [] for place in read}
     order: list[int] = []
     losses: list[Tensor] = []
-    token_of = np.zeros(len(first), dtype=np.int64)
-    tokens_so_far = 0
-    by_text = chosen.groupby(["layer", "text"], sort=True).indices
-    for (layer, text), rows in progress(by_text.items(), "interventions", len(by_text)):
+    seen: dict[tuple[int, int, int], int] = {}
+    # Layers share passes, unless their dictionaries are not all in memory.
+    by = ["text"] if isinstance(suite.dictionaries, dict) else ["layer", "text"]
+    groups = [part for _, part in chosen.groupby(by)]
+    for group in progress(groups, "interventions"):
+        text = int(group["text"].iloc[0])
         end = 1 + int(tokens.is_text[text].nonzero().max())
         ids = tokens.ids[text : text + 1, :end]
         logits, prefix = read_prefix(suite.model, ids)
         early = _losses(logits[:, :-1], ids[:, 1:])[0]
-        for position, there in chosen.iloc[rows].groupby("position").groups.items():
+        for position, there in group.groupby("position"):
             own = ids[:, position : end if loss else position + 1]
             most = rows_at_once(suite.model, prefix, position, own.shape[1], loss)
             start = 0
             while start < len(there):
-                some = there[start : start + min(most, at_once or most)]
-                mine = [of_row[r] for r in some]
+                some = there.iloc[start : start + min(most, at_once or most)]
+                mine = [of_row[r] for r in some.index]
                 part = edits.iloc[np.concatenate(mine)]
-                at = np.repeat(np.arange(len(mine)) + 1, [len(each) for each in mine])
+                at = np.repeat(np.arange(len(mine)), [len(each) for each in mine])
+                part = part.assign(at=at + 1, layer=some["layer"].to_numpy()[at])
                 batch = own.expand(len(some) + 1, -1)
                 try:
                     logits, found = _pass(
-                        suite, batch, prefix.first(position), layer, part.assign(at=at), read, loss
+                        suite, batch, prefix.first(position), some["layer"], part, read, loss
                     )
                 except torch.OutOfMemoryError as error:
                     at_once = _halved(len(some), error)
                     continue
-                for place, codes in found.items():
-                    before[place] += [codes[:1]] if start == 0 else []
+                fresh = {at for at in some["layer"] if (at, text, position) not in seen}
+                for layer in sorted(fresh):
+                    seen[layer, text, position] = len(seen)
+                for (layer, place), codes in found.items():
+                    before[place] += [codes[:1]] if layer in fresh else []
                     after[place].append(codes[1:])
                 if logits is not None:
                     later = _losses(logits[:, :-1], batch[:, 1:])
                     losses.append(_mean_losses(early[:position], later).cpu())
-                order += list(some)
+                order += list(some.index)
                 start += len(some)
-            token_of[there] = tokens_so_far
-            tokens_so_far += 1
     back = np.argsort(order)
     table = None
     if loss:
@@ -174,7 +179,9 @@ def intervene(
         table = pd.DataFrame(torch.cat(losses).numpy()[back][row], columns=names)
     clean = {place: _stack(parts) for place, parts in before.items()}
     changed = {place: _stack(parts)[back] for place, parts in after.items()}
-    return Outcome(clean, changed, token_of[row], row, table)
+    where = cases[["layer", "text", "position"]].itertuples(index=False, name=None)
+    token = np.array([seen[key] for key in where])
+    return Outcome(clean, changed, token, row, table)
 
 
 def rows_at_once(model: Model, prefix: Prefix, before: int, after: int, loss: bool) -> int:
@@ -261,33 +268,42 @@ def _pass(
     suite: "Suite",
     ids: Int[Tensor, "batch position"],
     prefix: Prefix,
-    layer: int,
+    layers: "pd.Series",
     edits: "pd.DataFrame",
     read: Sequence[tuple[int, str]],
     loss: bool,
-) -> "tuple[Tensor | None, dict[tuple[int, str], csr_matrix]]":
-    """One forward pass; row 0 is without edits, and each edit's `at` is its row."""
+) -> "tuple[Tensor | None, dict[tuple[int, tuple[int, str]], csr_matrix]]":
+    """One forward pass; row 0 is without edits, and each edit's `at` is its row.
+
+    Gives logits, and by layer and place the features of row 0 and of the rows of that layer, layers
+    in their order.
+    """
     from scipy.sparse import csr_matrix
 
     changes, first = [], np.full(len(ids), np.inf)
-    for module, part in edits.groupby("module", sort=False, observed=True):
-        dictionary = suite.dictionary(predecessor_site(layer, str(module)))
+    for (layer, module), part in edits.groupby(["layer", "module"], sort=False, observed=True):
+        dictionary = suite.dictionary(predecessor_site(int(layer), str(module)))
         changes.append(_change(dictionary, part))
         np.minimum.at(first, part["at"].to_numpy(), _order(dictionary.reads))
-    there = {place: suite.dictionary(Site(layer + place[0], place[1])) for place in read}
+    rows = {
+        layer: torch.tensor([0, *(np.flatnonzero(layers == layer) + 1)], device=ids.device)
+        for layer in sorted({int(layer) for layer in layers})
+    }
+    there = {
+        (layer, place): suite.dictionary(Site(layer + place[0], place[1]))
+        for layer in rows
+        for place in read
+    }
     wanted = list(dict.fromkeys(dictionary.reads for dictionary in there.values()))
     last = max(site.layer for site in (*wanted, *(change.site for change in changes)))
     logits, found = run(suite.model, ids, wanted, changes, None if loss else last, prefix)
     for site, activations in found.items():
-        _check_order(
-            site,
-            activations[torch.from_numpy(first > _order(site)).to(ids.device)],
-            activations[:1],
-        )
+        unedited = torch.from_numpy(first > _order(site)).to(ids.device)
+        _check_order(site, activations[unedited], activations[:1])
     codes = {}
-    for place, dictionary in there.items():
-        dense = dictionary.encode(found[dictionary.reads][:, 0])
-        codes[place] = csr_matrix(dense.float().cpu().numpy())
+    for (layer, place), dictionary in there.items():
+        dense = dictionary.encode(found[dictionary.reads][rows[layer], 0])
+        codes[layer, place] = csr_matrix(dense.float().cpu().numpy())
     return logits, codes
 
 

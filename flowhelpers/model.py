@@ -8,7 +8,7 @@ reaches the logits.
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -325,32 +325,29 @@ def run(
         return Edit(site, change)
 
     readings = [keep(site) for site in read]
-    if stop_after is not None and stop_after < model.layers - 1:
+    if stop_after is not None:
         late = [e.site for e in (*edits, *readings) if e.site.layer > stop_after]
         if late:
             raise ValueError(f"{late[0]} lies after layer {stop_after}, where the pass stops")
+    changes = [*edits, *readings]
+    if stop_after is not None:
+        changes.append(Edit(Site(stop_after, "res"), _stop))
     before: dict[str, Any] = {}
     if prefix is not None:
         layers = None if stop_after is None else stop_after + 1
         before = {"past_key_values": prefix.cache(len(ids), layers), "use_cache": True}
-    with editing(model, [*edits, *readings]):
-        if stop_after is None:
-            logits = model.bridge(ids, return_type="logits", **before)
-        else:
-            if stop_after < model.layers - 1:
-                # The bridge stops before a layer, and only `run_with_hooks` takes the argument.
-                model.bridge.run_with_hooks(
-                    ids,
-                    return_type=None,
-                    stop_at_layer=stop_after + 1,
-                    reset_hooks_end=False,
-                    **before,
-                )
-            else:  # all layers, without the logits
-                before = before or {"use_cache": False}
-                model.bridge.original_model.base_model(input_ids=ids, **before)
-            logits = None
+    logits = None
+    with editing(model, changes), suppress(_Stopped):
+        logits = model.bridge(ids, return_type="logits", **before)
     return logits, kept
+
+
+class _Stopped(Exception):
+    """A pass has come as far as it was to go."""
+
+
+def _stop(activations: Activations) -> Activations:
+    raise _Stopped
 
 
 @torch.no_grad()

@@ -223,7 +223,10 @@ def test_the_transition_has_intervals_around_its_shares():
     found, _ = planted_occurrences()
     rows = transition_intervals(found, times=50)
     again = np.stack(
-        [group_transition(weighted(found, c)).to_numpy().ravel() for c in resamples(found.tokens, 50)]
+        [
+            group_transition(weighted(found, c)).to_numpy().ravel()
+            for c in resamples(found.tokens, 50)
+        ]
     )
     known = ~np.isnan(again).all(axis=0)
     spread = np.nanquantile(again[:, known], [0.025, 0.5, 0.975], axis=0)

@@ -1,8 +1,9 @@
 """Many edits in a batch give what one at a time gives, and bad input never gives a number."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import adder
@@ -147,6 +148,34 @@ def test_how_many_go_at_once_changes_no_number(flowlet: SimpleNamespace, at_once
     assert known.losses is not None
     assert found.losses is not None
     assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
+
+
+def test_layers_apart_and_together_give_the_same(
+    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    # Where dictionaries are read on demand, a pass serves one layer; else all at the same token.
+    cases, edits = random_cases(flowlet.suite, flowlet.activations, 60, seed=4)
+    cases["position"] = 6
+    apart = replace(flowlet.suite, dictionaries=MappingProxyType(dict(flowlet.suite.dictionaries)))
+    places, passes, outcomes = [(0, "res"), (-1, "res"), (0, "res")], [], []
+
+    def watched(*given: Any) -> Any:
+        passes.append(given[4])
+        return run(*given)
+
+    monkeypatch.setattr(interventions, "run", watched)
+    for suite in (flowlet.suite, apart):
+        outcomes.append(intervene(suite, flowlet.tokens, cases, edits, places, at_once=9))
+        passes.append(None)
+    together, each = outcomes
+    assert passes.index(None) < len(passes) - passes.index(None) - 1
+    for place in places:
+        for name in ("before", "after"):
+            rows = "token" if name == "before" else "row"
+            one, other = (
+                getattr(o, name)[place][getattr(o, rows)].toarray() for o in (together, each)
+            )
+            assert one == pytest.approx(other, abs=1e-5, rel=1e-5)
 
 
 def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace):
