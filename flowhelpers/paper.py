@@ -41,6 +41,8 @@ FIGURE_13 = (
     (0.82, 0.51, 0.67, 0.57, 0.46, 0.37, 1, 0.42),
     (0.74, 0.62, 0.50, 0.47, 0.53, 0.50, 0.37, 1),
 )
+# Table 1, of 1,894 features of two layers of Gemma 2 2B: activation change and success.
+TABLE_1 = {"top-1 cosine": (0.75, 0.65), "top-1 Pearson": (0.74, 0.65), "exhaustive": (0.83, 0.73)}
 # Figure 14: shares of significant tests, the triangle above the diagonal row by row.
 FIGURE_14 = {
     "s_res": (
@@ -56,6 +58,22 @@ FIGURE_14 = {
         *(1, 0.67, 0.81, 0.98, 1, 1, 1, 0.72, 0.82, 0.56),
     ),
 }
+
+
+def compare_table_1(rates: "pd.DataFrame") -> "pd.DataFrame":
+    """The paper's Table 1 beside ours, whatever the suite: it is of Gemma 2 2B.
+
+    Args:
+        rates: As `deactivation.success_rates` gives by `method`.
+
+    Returns:
+        The same with `paper_change` and `paper_success`, methods in the paper's order.
+    """
+    theirs = rates["method"].map(TABLE_1)
+    found = rates.assign(paper_change=theirs.str[0], paper_success=theirs.str[1])
+    order = [*TABLE_1, *sorted(set(rates["method"]) - set(TABLE_1))]
+    key = found["method"].map(order.index)
+    return found.iloc[key.argsort(kind="stable")].reset_index(drop=True)
 
 
 def compare_figure_13(transition: "pd.DataFrame") -> "pd.DataFrame":
