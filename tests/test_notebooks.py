@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -1130,6 +1130,211 @@ def test_active_together_is_counted_pair_by_pair(
         assert row.jaccard == pytest.approx(both / (target | source).sum())
         assert row.source_given_target == pytest.approx(both / target.sum())
         assert row.target_given_source == pytest.approx(both / source.sum())
+
+
+# Deactivation, by plain hooks over whole texts.
+
+
+@pytest.fixture(scope="module")
+def removed(executed: dict[str, Executed]) -> Executed:
+    """Notebook 04, executed."""
+    return executed["04_deactivation"]
+
+
+def rescaled(
+    by_hand: ByHand, target: FeatureId, at: int, edits: dict[FeatureId, float], ids: torch.Tensor
+) -> tuple[float, float, torch.Tensor]:
+    """A feature without and with amounts of others added at its token, and the logits with them."""
+    kept: list[torch.Tensor] = []
+
+    def keep(values: torch.Tensor) -> torch.Tensor:
+        kept.append(sae(target.layer, "res").encode(values[0, at])[target.index])
+        return values
+
+    def push(feature: FeatureId, amount: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        row = sae(feature.layer, feature.module).W_dec[feature.index]
+
+        def change(values: torch.Tensor) -> torch.Tensor:
+            changed = values.clone()
+            changed[0, at] += amount * row
+            return changed
+
+        return change
+
+    with torch.no_grad(), by_hand.hooked(by_hand.part(target), keep):
+        by_hand.model(input_ids=ids)
+        with ExitStack() as stack:
+            for feature, amount in edits.items():
+                part = by_hand.part(feature)
+                stack.enter_context(by_hand.hooked(part, push(feature, amount)))
+            logits = by_hand.model(input_ids=ids).logits
+    return float(kept[0]), float(kept[1]), logits[0]
+
+
+def predecessors_by_hand(
+    by_hand: ByHand, target: FeatureId, at: int, text: str
+) -> dict[str, tuple[FeatureId, float]]:
+    """The best matches by cosine that are active at the token, and their activations."""
+    found = {}
+    for module in ("res", "mlp", "att"):
+        layer = target.layer - (module == "res")
+        source = int(best_back(target.layer, module)[0][target.index])
+        activation = float(by_hand.codes(layer, module, [text])[at - 1, source])
+        if activation > 0:
+            found[module] = FeatureId(layer, module, source), activation
+    return found
+
+
+def test_the_one_edit_is_what_plain_hooks_give(removed: Executed, by_hand: ByHand) -> None:
+    text = inspect(FOLDER / "04_deactivation.ipynb")["sentence"].default
+    target, source = (parse_feature(removed.results[k]) for k in ("feature", "predecessor"))
+    assert source.index == best_back(target.layer, "res")[0][target.index]
+    codes = by_hand.codes(target.layer, "res", [text])[:, target.index]
+    at = int(codes.argmax()) + 1  # after BOS
+    assert list(predecessors_by_hand(by_hand, target, at, text)) == ["res"]
+    amount = -predecessors_by_hand(by_hand, target, at, text)["res"][1]
+    ids = by_hand.ids(text)
+    old, new, logits = rescaled(by_hand, target, at, {source: amount}, ids)
+    assert old == pytest.approx(codes[at - 1], rel=1e-4)
+    row = removed.table("neighbours").set_index("name").loc[str(target)]
+    assert row["before"] == pytest.approx(old, rel=1e-4)
+    assert row["after"] == pytest.approx(new, rel=1e-3, abs=1e-4)
+    with torch.no_grad():
+        clean = by_hand.model(input_ids=ids).logits[0]
+    table = removed.table("next_tokens")
+    likely = clean[at].softmax(-1).topk(8)
+    assert table["before"].to_numpy() == pytest.approx(likely.values.numpy(), rel=1e-3)
+    after = logits[at].softmax(-1)[likely.indices]
+    assert table["after"].to_numpy() == pytest.approx(after.numpy(), rel=1e-3, abs=1e-5)
+    names = [by_hand.tokenizer.decode([i]) for i in likely.indices]
+    assert table["next token"].tolist() == names
+
+
+@pytest.mark.parametrize("name", ["outcomes", "subsets", "sweep"])
+def test_cases_are_what_plain_hooks_over_the_whole_text_give(
+    removed: Executed, by_hand: ByHand, name: str
+) -> None:
+    from flowhelpers.texts import load_texts
+
+    texts, targets = load_texts("fiction", 35), removed.table("targets")
+    table = removed.table(name)
+    if name == "outcomes":
+        table = table[table["method"] == "top-1"]
+    for case in table.sample(12, random_state=7).itertuples():
+        own = targets.loc[case.target]
+        target, at = FeatureId(int(own["layer"]), "res", int(own["feature"])), int(own["position"])
+        text = texts[int(own["text"])]
+        active = predecessors_by_hand(by_hand, target, at, text)
+        assert case.group == "From " + " & ".join(m.upper() for m in active)
+        chosen = [m for m in active if m.upper() in case.removed]
+        assert case.removed == "From " + " & ".join(m.upper() for m in chosen)
+        amounts = {active[m][0]: (case.r - 1) * active[m][1] for m in chosen}
+        ids = by_hand.ids(text)[:, :128]
+        old, new, logits = rescaled(by_hand, target, at, amounts, ids)
+        assert case.old == pytest.approx(old, rel=1e-3, abs=1e-4)
+        assert case.new == pytest.approx(new, rel=1e-3, abs=1e-3)
+        assert case.change == pytest.approx(1 - new / old, abs=1e-3)
+        assert case.success == (case.new == 0)
+        reads = sae(target.layer, "res").W_enc[:, target.index].detach()
+        written = sum(
+            -amount * float(sae(f.layer, f.module).W_dec[f.index].detach() @ reads)
+            for f, amount in amounts.items()
+        )
+        assert case.linear == pytest.approx(written / old, rel=1e-3, abs=1e-4)
+        if name == "sweep":
+            with torch.no_grad():
+                clean = by_hand.model(input_ids=ids).logits[0]
+            losses = [
+                float(torch.nn.functional.cross_entropy(some[:-1].double(), ids[0, 1:]))
+                for some in (clean, logits)
+            ]
+            expected = (losses[1] - losses[0]) / losses[0]
+            assert case.loss_change == pytest.approx(expected, rel=0.02, abs=2e-6)
+
+
+def test_rates_are_counted_from_the_cases(removed: Executed) -> None:
+    outcomes, rates = removed.table("outcomes"), removed.table("figure_6")
+    per_method = outcomes.groupby("target")["method"].nunique()
+    common = outcomes[outcomes["target"].map(per_method) == outcomes["method"].nunique()]
+    assert 500 < len(common) < len(outcomes)
+    for name, part in (("own denominator", outcomes), ("common set", common)):
+        counted = part.groupby(["method", "group"])[["success", "change"]].agg(["mean", "size"])
+        mine = rates[rates["set"] == name].set_index(["method", "group"])
+        assert len(mine) == len(counted)
+        for value in ("success", "change"):
+            expected = counted[value].loc[mine.index]
+            assert mine[value].to_numpy() == pytest.approx(expected["mean"].to_numpy())
+            assert mine["n"].tolist() == expected["size"].tolist()
+            assert (mine[f"{value}_low"] <= mine[value] + 1e-9).mean() > 0.95
+            assert (mine[f"{value}_high"] >= mine[value] - 1e-9).mean() > 0.95
+    shares = removed.table("figure_15a")
+    assert shares.groupby("method")["share"].sum().to_numpy() == pytest.approx(1)
+    nowhere = shares[shares["group"] == "From nowhere"].set_index("method")["n"]
+    cases = outcomes.groupby("method").size()
+    assert (nowhere + cases == len(removed.table("targets"))).all()
+
+
+def test_removing_the_match_in_the_stream_removes_the_feature(removed: Executed) -> None:
+    # What flowlet was built to show, at every layer, with its interval.
+    rates = removed.table("control").set_index(["method", "layer"])
+    assert set(rates.index.get_level_values("layer")) == {2, 4, 6}
+    for layer in (2, 4, 6):
+        match, random = rates.loc[("top-1", layer)], rates.loc[("random", layer)]
+        other = rates.loc[("equal norm, random", layer)]
+        assert match["success_low"] >= 0.50
+        assert match["change_low"] >= 0.70
+        assert match["success_low"] > random["success_high"]
+        assert match["change_low"] > random["change_high"]
+        assert other["change_high"] <= 0.12
+        assert match["n"] > 500
+
+
+def test_what_comes_before_an_edit_is_never_lost_or_won_by_it(removed: Executed) -> None:
+    shares = removed.table("figure_15b")
+    total = shares.groupby(["group", "removed"])["share"].sum()
+    assert total.to_numpy() == pytest.approx(1)
+    assert len(total) == 3 * 1 + 3 * 3 + 7
+    before = {"MLP": {"RES", "ATT"}, "ATT": {"RES"}}
+    for row in shares[shares["after"] != "Deactivated"].itertuples():
+        first = row.removed.removeprefix("From ").split(" & ")
+        if len(first) == 1 and first[0] in before:
+            for place in before[first[0]]:
+                assert (place in row.group) == (place in row.after)
+
+
+def test_the_sweep_does_nothing_at_one_and_more_the_farther(removed: Executed) -> None:
+    sweep = removed.table("sweep")
+    same = sweep[sweep["r"] == 1]
+    for column in ("change", "success", "loss_change"):
+        assert (same[column] == 0).all()
+    means = removed.table("sweep_by_r")
+    assert (means["change"].diff().dropna() < 0).all()  # falls as r grows
+    assert (sweep.loc[sweep["r"] > 1, "success"] == 0).mean() > 0.99
+    assert sweep["target"].nunique() == 200
+
+
+def test_the_search_is_no_worse_than_a_single_match(removed: Executed) -> None:
+    table = removed.table("table_1").set_index(["targets", "method"])
+    assert table.loc["all of them", "n"].nunique() == 1
+    assert table.loc[("where it has one", "top-1 cosine"), "n"] < table["n"].max()
+    assert table.loc["all of them", "paper_change"].tolist() == [0.75, 0.74, 0.83]
+    assert table.loc["all of them", "paper_success"].tolist() == [0.65, 0.65, 0.73]
+    best = table.loc[("all of them", "exhaustive")]
+    for method in ("top-1 cosine", "top-1 Pearson"):
+        assert best["change"] > table.loc[("all of them", method), "change"]
+        assert best["tried"] > 5 * table.loc[("all of them", method), "tried"]
+
+
+def test_layers_above_count_descendants_that_were_active(removed: Executed) -> None:
+    cases, targets = removed.table("further"), removed.table("targets")
+    assert (cases["old"] > 0).all()
+    for row in cases[cases["above"] > 0].sample(200, random_state=0).itertuples():
+        own = targets.loc[row.target]
+        chain = chain_of(int(own["layer"]), int(own["feature"]))
+        assert row.descendant == chain[int(own["layer"]) + row.above]
+    counted = cases.groupby(["method", "layer", "above"])["change"].mean()
+    shown = removed.table("above").set_index(["method", "layer", "above"])["change"]
+    assert shown.to_numpy() == pytest.approx(counted.loc[shown.index].to_numpy())
 
 
 # The edits, by plain hooks on the Hugging Face model.
