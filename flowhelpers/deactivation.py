@@ -6,7 +6,7 @@ asks what is left of the target.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -137,6 +137,7 @@ def removals(
     predecessors: "pd.DataFrame",
     r: Sequence[float] = (0.0,),
     subsets: bool = False,
+    activation: Literal["clean", "live"] = "clean",
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """Cases that rescale all of a target's predecessors, or those of every subset of their places.
 
@@ -147,11 +148,13 @@ def removals(
         predecessors: As `active` gives.
         r: The factors; 0 removes.
         subsets: Whether every non-empty subset of the places is a case (Figures 8 and 15 b).
+        activation: Whether predecessors are rescaled by their activation in the clean run, or by
+            what it is after the edits before them, as of the MLP's after one in the stream
+            (CHOICES 9).
 
     Returns:
         The cases, `target`, `group`, `removed` (the group of the places that are edited), `r`; and
-        their edits, `case`, `module`, `feature`, `amount`, with activations of the clean run
-        (CHOICES 9).
+        their edits, `case`, `module`, `feature`, and `amount`, or `r` if live.
 
     Raises:
         ValueError: If a factor is not finite, or no target has a predecessor.
@@ -183,7 +186,8 @@ def removals(
     edits = cases.reset_index(names="case").merge(inside, on="removed")
     edits = edits.merge(predecessors, on=["target", "module"])
     edits = edits.assign(amount=(edits["r"] - 1) * edits["activation"])
-    return cases, edits[["case", "module", "feature", "amount"]]
+    size = "amount" if activation == "clean" else "r"
+    return cases, edits[["case", "module", "feature", size]]
 
 
 def together(
@@ -226,7 +230,8 @@ def deactivate(
         The cases with `layer`, `feature`, `dataset` and `text` of their targets, and with: `old`
         and `new` activation; `change`, 1 - new / old, negative where the feature grew; `success`, 1
         where it is off and else 0; `linear`, the share of the target's activation that the edits
-        take away by what they write alone, a · v · w_enc / old, before the layer answers; `after`,
+        take away by what they write alone, a · v · w_enc / old, before the layer answers, missing
+        for live activations and for dictionaries that read z; `after`,
         the group afterwards or "Deactivated"; `loss_change` and `token_loss_change`, relative, of
         the text's mean loss and of the token's own (CHOICES 12). A target that is not active is
         counted, with its `change` and `success` missing.
@@ -265,6 +270,8 @@ def _written_share(
     """The share of each target's activation that its edits take away in a linear reading."""
     import torch
 
+    if "amount" not in edits:  # how much is written shows in the pass alone
+        return np.full(len(where), np.nan)
     taken = np.zeros(len(where))
     case = edits["case"].to_numpy()
     layer, target = where["layer"].to_numpy()[case], where["feature"].to_numpy()[case]
@@ -303,7 +310,7 @@ def equal_norm(
     activations: FeatureActivations,
     seed: int = 0,
 ) -> "pd.DataFrame":
-    """The control that the paper lacks: other active features, with a change of the same norm.
+    """The control that the paper lacks: other active features, same norm of change (CHOICES 33).
 
     Each predecessor is replaced by a feature drawn from those that are active at the same site and
     token and are no match of the target; its activation is scaled so that removing it changes the
@@ -364,7 +371,7 @@ def table_1(
     activations: FeatureActivations,
     all_sites: bool = False,
 ) -> "pd.DataFrame":
-    """Single matches against the best of all active candidates (paper 5.2, Table 1).
+    """Single matches against the best of all active candidates (Table 1; CHOICES 13, 34).
 
     Args:
         suite: The suite.
@@ -446,7 +453,7 @@ def further(
     edits: "pd.DataFrame",
     matches: "pd.DataFrame",
 ) -> "pd.DataFrame":
-    """What is left in the layers above: does the model repair what was taken away?
+    """What is left in the layers above: does the model repair it? (CHOICES 35)
 
     A target's descendant one layer up is its best forward match, the next is that one's, and so on.
     Only descendants that are active without the edits count.

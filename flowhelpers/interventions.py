@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from flowhelpers.dictionaries import Dictionary
     from flowhelpers.suites import Suite
 
-TARGET = (0, "res")
-PREDECESSORS = {"res": (-1, "res"), "mlp": (0, "mlp"), "att": (0, "att")}
+TARGET: tuple[int, str] = (0, "res")
+PREDECESSORS: dict[str, tuple[int, str]] = {
+    "res": (-1, "res"),
+    "mlp": (0, "mlp"),
+    "att": (0, "att"),
+}
 MOST_AT_ONCE = 1024  # rows; beyond these a pass only gets longer
 PASS_TENSORS = 48  # of the stream's width, that a pass holds for each token
 LOGIT_TENSORS = 4

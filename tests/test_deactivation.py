@@ -196,6 +196,15 @@ def test_rescaling_adds_r_less_one_times_the_activation(world: SimpleNamespace):
     assert (table.loc[table["r"] == 2, "change"] <= 0).all()
 
 
+def test_live_activations_are_those_after_the_edits_before(world: SimpleNamespace):
+    # Here no place answers to another, so that live and clean are the same; where they differ is
+    # tested with the batches.
+    clean, live = (run_cases(world, r=[0.0, 2.0], activation=each) for each in ("clean", "live"))
+    assert live["new"].to_numpy() == pytest.approx(clean["new"].to_numpy(), abs=1e-5)
+    assert live["linear"].isna().all()
+    assert clean["linear"].notna().all()
+
+
 def test_the_loss_changes_by_what_a_pass_over_the_text_says(world: SimpleNamespace):
     import torch
 
