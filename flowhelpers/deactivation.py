@@ -453,7 +453,7 @@ def further(
     edits: "pd.DataFrame",
     matches: "pd.DataFrame",
 ) -> "pd.DataFrame":
-    """What is left in the layers above: does the model repair it? (CHOICES 35)
+    """What is left in the layers above: does the model repair it (CHOICES 35)?
 
     A target's descendant one layer up is its best forward match, the next is that one's, and so on.
     Only descendants that are active without the edits count.
