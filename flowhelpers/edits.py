@@ -95,15 +95,15 @@ def add_rows(
     site: Site,
     rows: Int[Tensor, "n"],
     vectors: Float[Tensor, "n d_model"],
-    position: int,
+    position: int | None = None,
 ) -> Edit:
-    """Each row of a batch its own edit: `h[row, position] + v`; a row may be named several times.
+    """Each row of a batch its own edit: `h[row] + v`; a row may be named several times.
 
     Args:
         site: Where.
         rows: Rows of the batch.
         vectors: What is added to each, in float32 or the model's type.
-        position: The one token that is changed.
+        position: The one token that is changed; all of them unless given.
 
     Raises:
         ValueError: If a vector is not finite.
@@ -113,14 +113,15 @@ def add_rows(
         raise ValueError(f"what row {bad} of the batch is to have added at {site} is not finite")
 
     def change(activations: Activations) -> Activations:
-        at = _columns([position], activations, site)
+        at = slice(None) if position is None else _columns([position], activations, site)
         if (outside := rows[rows >= len(activations)]).numel():
             raise ValueError(
                 f"the edit at {site} names row {int(outside[0])}: the batch has {len(activations)}"
             )
-        step = torch.zeros_like(activations[:, at[0]], dtype=torch.float32)
+        step = torch.zeros_like(activations[:, 0], dtype=torch.float32)
         step = step.index_add(0, rows.to(step.device), vectors.to(step))
-        return _stepped(activations, at, step[:, None].to(activations), site, each=True)
+        everywhere = step[:, None].to(activations).expand_as(activations[:, at])
+        return _stepped(activations, at, everywhere, site, each=True)
 
     return Edit(site, change)
 

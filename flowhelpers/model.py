@@ -422,62 +422,6 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
         raise RuntimeError(f"the edit at {', '.join(missed)} was never reached by a forward pass")
 
 
-@torch.no_grad()
-def generate(
-    model: Model,
-    prompt: str,
-    max_new_tokens: int = 40,
-    samples: int = 1,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    edits: Sequence[Edit] = (),
-) -> list[str]:
-    """Sample continuations of a prompt, with edits applied to prompt and generated tokens alike.
-
-    Each sample has a random stream of its own, so that a sample does not depend on how many are
-    drawn beside it.
-
-    Returns:
-        The continuations, without the prompt.
-
-    Raises:
-        ValueError: If temperature, top_p, max_new_tokens or samples is out of range.
-    """
-    if temperature <= 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or samples < 1:
-        raise ValueError(
-            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens},"
-            f" samples={samples}: expected temperature > 0, 0 < top_p <= 1, max_new_tokens >= 1"
-            " and samples >= 1"
-        )
-    ids = tokenize(model, prompt).ids.expand(samples, -1)
-    start = ids.shape[1]
-    generators = [torch.Generator().manual_seed(seed * 1_000_003 + i) for i in range(samples)]
-    for _ in range(max_new_tokens):
-        logits = logits_of(model, ids, edits)
-        probabilities = _nucleus(logits[:, -1].float().cpu() / temperature, top_p)
-        drawn = [
-            torch.multinomial(row, 1, generator=generator)
-            for row, generator in zip(probabilities, generators, strict=True)
-        ]
-        ids = torch.cat([ids, torch.stack(drawn).to(ids.device)], dim=1)
-    eos = model.tokenizer.eos_token_id
-    texts = []
-    for row in ids[:, start:].tolist():
-        end = row.index(eos) if eos in row else len(row)
-        texts.append(model.tokenizer.decode(row[:end]))
-    return texts
-
-
-def _nucleus(
-    logits: Float[Tensor, "batch vocabulary"], top_p: float
-) -> Float[Tensor, "batch vocabulary"]:
-    # The smallest set of most likely tokens whose probability reaches top_p, renormalised.
-    values, order = logits.softmax(-1).sort(descending=True)
-    values[values.cumsum(-1) - values >= top_p] = 0
-    return torch.zeros_like(values).scatter(-1, order, values / values.sum(-1, keepdim=True))
-
-
 def check_sites(model: Model, tolerance: float | None = None) -> None:
     """Check on a few tokens that the sites are what they are called.
 

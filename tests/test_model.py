@@ -20,7 +20,6 @@ from flowhelpers.model import (
     check_sites,
     editing,
     final_norm,
-    generate,
     load_model,
     logits_of,
     run,
@@ -333,84 +332,6 @@ def test_a_tokenizer_without_bos_begins_with_eos(toy: Model, toy_folder: Path):
     assert tokens.is_text.sum(1).tolist() == [
         len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("ab", "a")
     ]
-
-
-def test_the_same_seed_gives_the_same_text_and_another_does_not(toy: Model):
-    first = generate(toy, PROMPT, 8, samples=3, seed=1)
-    assert generate(toy, PROMPT, 8, samples=3, seed=1) == first
-    assert generate(toy, PROMPT, 8, samples=3, seed=2) != first
-    assert len(set(first)) == 3
-
-
-def test_a_sample_does_not_depend_on_how_many_are_drawn(toy: Model):
-    many = generate(toy, PROMPT, 8, samples=5, seed=3)
-    assert generate(toy, PROMPT, 8, samples=1, seed=3) == many[:1]
-    assert generate(toy, PROMPT, 8, samples=3, seed=3) == many[:3]
-
-
-def test_a_small_nucleus_or_temperature_takes_the_likeliest_token(
-    toy: Model, plain_toy: Gemma3ForCausalLM
-):
-    ids = tokenize(toy, PROMPT).ids
-    start = ids.shape[1]
-    with torch.no_grad():
-        for _ in range(6):
-            ids = torch.cat([ids, plain_toy(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
-    greedy = toy.tokenizer.decode(ids[0, start:].tolist())
-    assert "<" not in greedy  # no special token, which would end or vanish from the text
-    assert generate(toy, PROMPT, 6, samples=2, top_p=1e-6) == [greedy, greedy]
-    assert generate(toy, PROMPT, 6, samples=2, temperature=1e-4) == [greedy, greedy]
-
-
-def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
-    chances = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2]])
-    for top_p, kept in ((0.39, [1]), (0.41, [1, 3]), (0.66, [1, 3, 4]), (1.0, [0, 1, 2, 3, 4])):
-        found = door._nucleus(chances.log(), top_p)
-        expected = torch.zeros(1, 5)
-        expected[:, kept] = chances[:, kept] / chances[:, kept].sum()
-        assert torch.allclose(found, expected, atol=1e-6), top_p
-
-
-def test_an_edit_reaches_every_generated_token(toy: Model):
-    site = Site(2, "res")
-    vector = toy.unembedding[:, 200].clone()
-    target = int((final_norm(toy, vector) @ toy.unembedding).argmax())
-    pushed = edits.add(site, vector, 1e4)
-    texts = generate(toy, PROMPT, 5, samples=2, top_p=1e-6, edits=[pushed])
-    assert texts == [toy.tokenizer.decode([target] * 5)] * 2
-    assert generate(toy, PROMPT, 5, edits=[edits.add(site, vector, 0.0)]) == generate(
-        toy, PROMPT, 5
-    )
-
-
-def test_a_text_ends_at_eos(toy: Model, monkeypatch: pytest.MonkeyPatch):
-    eos = toy.tokenizer.eos_token_id
-    planned = iter([200, 201, eos, 202])
-
-    def fixed(model: Model, ids: Tensor, edits: Any = ()) -> Tensor:
-        logits = torch.full((*ids.shape, toys.VOCABULARY), -1e9)
-        logits[..., next(planned)] = 0
-        return logits
-
-    monkeypatch.setattr(door, "logits_of", fixed)
-    assert generate(toy, PROMPT, 4) == [toy.tokenizer.decode([200, 201])]
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": 0.0},
-        {"temperature": -1.0},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"max_new_tokens": 0},
-    ],
-)
-def test_settings_out_of_range_are_named(toy: Model, wrong: dict[str, float]):
-    (name, value), = wrong.items()  # fmt: skip
-    settings: dict[str, Any] = {"max_new_tokens": 2} | wrong
-    with pytest.raises(ValueError, match=f"{name}={value}.*expected temperature > 0, 0 < top_p"):
-        generate(toy, PROMPT, **settings)
 
 
 def test_the_tests_check_shapes_as_they_run(toy: Model):

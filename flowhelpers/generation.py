@@ -1,0 +1,199 @@
+"""Sampling text: many samples in one batch, each with a random stream of its own."""
+
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flowhelpers.features import suggestion
+from flowhelpers.model import Activations, Edit, Model, editing, tokenize
+from flowhelpers.runs import progress
+
+PHASES = ("prompt", "generation")
+
+
+class NotFiniteError(FloatingPointError):
+    """Logits are no longer finite.
+
+    Attributes:
+        rows: Rows of the batch where this is so.
+    """
+
+    def __init__(self, rows: Sequence[int], step: int) -> None:
+        super().__init__(
+            f"logits are no longer finite at new token {step} in rows {', '.join(map(str, rows))}"
+        )
+        self.rows = tuple(rows)
+
+
+def generate(
+    model: Model,
+    prompt: str,
+    max_new_tokens: int = 40,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    edits: Sequence[Edit] = (),
+) -> list[str]:
+    """Sample continuations of a prompt, with edits applied to prompt and generated tokens alike.
+
+    Returns:
+        The continuations, without the prompt.
+
+    Raises:
+        ValueError: As `sample_tokens`; also if there is no sample or the prompt is empty.
+    """
+    if samples < 1:
+        raise ValueError(f"samples={samples}: expected 1 or more")
+    ids = prompt_ids(model, prompt, max_new_tokens)
+    seeds = [sample_seed(seed, i) for i in range(samples)]
+    found = sample_tokens(
+        model, ids.expand(samples, -1), seeds, max_new_tokens, temperature, top_p, edits
+    )
+    return continuations(model, found[:, ids.shape[1] :])
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """The seed of one sample: the same whatever else shares its batch."""
+    return seed * 1_000_003 + sample
+
+
+def prompt_ids(model: Model, prompt: str, max_new_tokens: int) -> Int[Tensor, "1 position"]:
+    """A prompt as tokens, BOS first.
+
+    Raises:
+        ValueError: If it is empty, or too long for the model with what is to follow.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: expected some text")
+    ids = tokenize(model, prompt).ids
+    context = model.bridge.cfg.n_ctx
+    if ids.shape[1] + max_new_tokens > context:
+        raise ValueError(
+            f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones: {model.name} has a"
+            f" context of {context}"
+        )
+    return ids
+
+
+def continuations(model: Model, ids: Int[Tensor, "batch position"]) -> list[str]:
+    """Generated tokens as text, up to the end-of-text token."""
+    eos = model.tokenizer.eos_token_id
+    texts = []
+    for row in ids.tolist():
+        end = row.index(eos) if eos in row else len(row)
+        texts.append(model.tokenizer.decode(row[:end]))
+    return texts
+
+
+@torch.no_grad()
+def sample_tokens(
+    model: Model,
+    ids: Int[Tensor, "batch position"],
+    seeds: Sequence[int],
+    max_new_tokens: int = 40,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    edits: Sequence[Edit] = (),
+    phases: Collection[str] = PHASES,
+    spare_bos: bool = False,
+    cache: bool = True,
+) -> Int[Tensor, "batch longer"]:
+    """Sample tokens for every row of a batch.
+
+    Each row has a random stream of its own: it does not depend on what else is in the batch.
+
+    Args:
+        model: The model.
+        ids: The prompts, of one length.
+        seeds: One for each row.
+        max_new_tokens: Tokens to sample for each row.
+        temperature: What logits are divided by.
+        top_p: The share of probability from which tokens are drawn (nucleus).
+        edits: Changes to the stream; they have to treat all positions alike.
+        phases: Whether edits act on the prompt's tokens, the generated ones, or both (CHOICES 20).
+        spare_bos: Whether the first token is left as it is.
+        cache: Whether keys and values are kept, so that each pass has one token; the tokens are the
+            same without.
+
+    Returns:
+        Prompt and sampled tokens; after its end-of-text token a row means nothing.
+
+    Raises:
+        ValueError: If a setting is out of range.
+        NotFiniteError: If logits are no longer finite.
+    """
+    from transformers import DynamicCache
+
+    if temperature <= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}:"
+            " expected temperature > 0, 0 < top_p <= 1 and max_new_tokens >= 1"
+        )
+    if len(seeds) != len(ids):
+        raise ValueError(f"{len(seeds)} seeds for {len(ids)} rows: expected one for each")
+    for phase in phases:
+        if phase not in PHASES:
+            raise ValueError(f"unknown phase {phase!r}{suggestion(phase, PHASES)}")
+    prompt = ids.shape[1]
+    first = (1 if spare_bos else 0) if "prompt" in phases else prompt
+    last = prompt + max_new_tokens if "generation" in phases else prompt
+    kept: Any = DynamicCache() if cache else None
+    more: dict[str, Any] = {"past_key_values": kept, "use_cache": True} if cache else {}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    eos = model.tokenizer.eos_token_id
+    ended = torch.zeros(len(ids), dtype=torch.bool)
+    for step in progress(range(max_new_tokens), "sampling"):
+        start = prompt + step - 1 if cache and step else 0
+        own = ids[:, start:]
+        here = slice(max(first - start, 0), max(last - start, 0))
+        reached = here.start < min(here.stop, own.shape[1])
+        active = [_within(edit, here) for edit in edits] if reached else []
+        with ExitStack() as stack:
+            if active:
+                stack.enter_context(editing(model, active))
+            logits = model.bridge(own, return_type="logits", **more)
+        final = logits[:, -1].float().cpu()
+        _check_finite(final, step)
+        probabilities = _nucleus(final / temperature, top_p)
+        drawn = torch.stack(
+            [
+                torch.multinomial(row, 1, generator=generator)
+                for row, generator in zip(probabilities, generators, strict=True)
+            ]
+        )
+        ids = torch.cat([ids, drawn.to(ids.device)], dim=1)
+        ended |= drawn[:, 0] == eos
+        if ended.all():
+            break
+    return ids
+
+
+def _within(edit: Edit, here: slice) -> Edit:
+    """The edit on some positions only."""
+
+    def change(activations: Activations) -> Activations:
+        changed = activations.clone()
+        changed[:, here] = edit.change(activations[:, here])
+        return changed
+
+    return Edit(edit.site, change)
+
+
+def _check_finite(logits: Float[Tensor, "batch vocabulary"], step: int) -> None:
+    rows = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
+    if rows:
+        raise NotFiniteError(rows, step + 1)
+
+
+def _nucleus(
+    logits: Float[Tensor, "batch vocabulary"], top_p: float
+) -> Float[Tensor, "batch vocabulary"]:
+    # The smallest set of most likely tokens whose probability reaches top_p, renormalised.
+    values, order = logits.softmax(-1).sort(descending=True)
+    values[values.cumsum(-1) - values >= top_p] = 0
+    return torch.zeros_like(values).scatter(-1, order, values / values.sum(-1, keepdim=True))
