@@ -43,7 +43,7 @@ def add(
 def rescale(
     dictionary: Dictionary,
     features: Sequence[FeatureId],
-    r: float,
+    r: float | Sequence[float],
     positions: Sequence[int] | None = None,
     activations: Float[Tensor, "features"] | None = None,
 ) -> Edit:
@@ -54,7 +54,7 @@ def rescale(
     Args:
         dictionary: The dictionary at the site.
         features: Features of that dictionary, all changed at once.
-        r: The factor.
+        r: The factor, or one for each feature.
         positions: Token positions; by default all.
         activations: a, one for each feature, as a clean run has it (CHOICES 9); by default it is
             read live from the stream, after the edits before this one.
@@ -62,8 +62,12 @@ def rescale(
     Raises:
         ValueError: If a feature belongs to another site, none is given, or r is not finite.
     """
-    _check_finite(r, "r")
-    return _towards(dictionary, features, positions, activations, lambda a: r * a)
+    factors = torch.tensor([r] * len(features) if isinstance(r, (int, float)) else r)
+    for factor in factors.tolist():
+        _check_finite(factor, "r")
+    if len(factors) != len(features):
+        raise ValueError(f"{len(factors)} factors for {len(features)} features")
+    return _towards(dictionary, features, positions, activations, lambda a: factors.to(a) * a)
 
 
 def set_to(
@@ -131,7 +135,7 @@ def rescale_rows(
     rows: Int[Tensor, "n"],
     features: Int[Tensor, "n"],
     r: Float[Tensor, "n"],
-    position: int,
+    position: int | None = None,
 ) -> Edit:
     """Each row of a batch its own `rescale`, with the activations read live from the stream.
 
@@ -140,13 +144,26 @@ def rescale_rows(
         rows: Rows of the batch, each once or several times.
         features: The feature that each is to have rescaled.
         r: The factors.
-        position: The one token that is changed.
+        position: The one token that is changed; all of them unless given.
+
+    Raises:
+        ValueError: If a factor is not finite.
     """
+    if not torch.isfinite(r).all():
+        raise ValueError(f"r={float(r[~torch.isfinite(r)][0])}: expected a finite number")
+    chosen, column = features.unique(return_inverse=True)
+    written = dictionary.rows(chosen)
 
     def change(activations: Activations) -> Activations:
-        codes = dictionary.encode(activations[:, position])[rows, features]
-        vectors = ((r.to(codes) - 1) * codes)[:, None] * dictionary.rows(features)
-        return add_rows(dictionary.reads, rows, vectors, position).change(activations)
+        at = (
+            slice(None) if position is None else _columns([position], activations, dictionary.reads)
+        )
+        here = activations[:, at]
+        codes = dictionary.encode(here)[..., chosen]
+        factors = torch.zeros(len(here), len(chosen), device=codes.device, dtype=codes.dtype)
+        factors.index_put_((rows, column), r.to(codes) - 1, accumulate=True)
+        step = (codes * factors[:, None]) @ written.to(codes)
+        return _stepped(activations, at, step.to(here), dictionary.reads, position is not None)
 
     return Edit(dictionary.reads, change)
 
