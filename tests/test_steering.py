@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import adder
 import pytest
 import torch
+import toys
 
 from flowhelpers.features import FeatureId, Site, parse_feature
 from flowhelpers.flow import flow_graph
@@ -239,12 +240,16 @@ def test_steered_and_unsteered_share_their_seeds(planted: Suite):
 
 
 def test_a_strength_that_breaks_the_model_is_named(planted: Suite):
+    # Two features along the same coordinate, whose sum is more than a float32 can hold.
+    pairs = [(toys.COORDINATE[1][i], i) for i in range(toys.RES)]
+    below, above = next(pair for pair in pairs if pair[0] % 3 and pair[1] % 3)
+    names = [f"0/res/{below}", f"1/res/{above}"]
     plans = {
-        "fine": make_plan(planted, ["1/res/3"], 1.0, unit="unit"),
-        "far": make_plan(planted, ["0/res/3", "1/res/3"], 1e30, unit="unit"),
+        "fine": make_plan(planted, names, 1.0, unit="unit"),
+        "far": make_plan(planted, names, 3e38, unit="unit"),
     }
     with pytest.raises(
-        FloatingPointError, match=r"plan 'far' \(add, strengths 1e\+30 .*layers 0 to 1\)"
+        FloatingPointError, match=r"plan 'far' \(add, strengths 3e\+38 .*layers 0 to 1\)"
     ):
         steer(planted, plans, PROMPT, samples=2, max_new_tokens=3)
 
