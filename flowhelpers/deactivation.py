@@ -28,8 +28,9 @@ CONTROL = "equal norm, random"
 
 
 def middle_layers(layers: int, n: int = 3) -> list[int]:
-    """So many layers spread over the depth, as 6, 12 and 18 are over Gemma 2 2B's 26."""
-    return sorted({int(layer) for layer in np.linspace(0, layers, n + 2)[1:-1]} - {0})
+    """So many layers spread over the depth: 6, 12 and 18 of Gemma 2 2B's 26, as in the paper."""
+    step = max(layers // (n + 1), 1)
+    return [number * step for number in range(1, n + 1) if number * step < layers]
 
 
 def draw_targets(
@@ -48,12 +49,15 @@ def draw_targets(
         the token, `dataset`, `text`, `position`, `token`.
 
     Raises:
-        ValueError: If a layer has no residual dictionary, or `per_token` is below 1.
+        ValueError: If a layer has no residual dictionary, there is none or one stands twice, or
+            `per_token` is below 1.
     """
     import pandas as pd
 
     if per_token < 1:
         raise ValueError(f"per_token={per_token}: expected 1 or more")
+    if not len(layers) or len(set(layers)) < len(layers):
+        raise ValueError(f"layers={list(layers)}: expected one or more, each once")
     rng = np.random.default_rng(seed)
     parts = []
     for layer in layers:
@@ -99,10 +103,11 @@ def sources_of(
     Raises:
         ValueError: If the table has no matches at a target's layer, or fewer ranks.
     """
-    ranks = int(matches["rank"].max())
+    chosen = matches[matches["direction"] == "backward"]
+    ranks = int(chosen["rank"].max())
     if not 1 <= top_n <= ranks:
         raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
-    chosen = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
+    chosen = chosen[chosen["rank"] <= top_n]
     if missing := sorted(set(targets["layer"]) - set(chosen["layer"])):
         raise ValueError(f"no matches at layer {missing[0]}: its features have no predecessors")
     chosen = chosen[chosen["source"] >= 0][["layer", "feature", "module", "source", "rank"]]
@@ -161,8 +166,8 @@ def removals(
     """
     import pandas as pd
 
-    if not len(r) or not np.isfinite(r).all():
-        raise ValueError(f"r={list(r)}: expected one or more finite numbers")
+    if not len(r) or not np.isfinite(r).all() or len(set(r)) < len(r):
+        raise ValueError(f"r={list(r)}: expected one or more finite numbers, each once")
     if predecessors.empty:
         raise ValueError("no target has an active predecessor: there is nothing to remove")
     within = {
@@ -220,7 +225,7 @@ def deactivate(
         suite: The suite.
         tokens: The texts of the sample.
         targets: As `draw_targets` gives.
-        cases: As `removals` gives.
+        cases: As `removals` gives; an edit names a case by its place, from 0.
         edits: As `removals` gives.
         sources: As `sources_of` gives; with them the group after the edits is told as well.
         loss: Whether the loss is read too, on the rest of the text.
@@ -234,8 +239,9 @@ def deactivate(
         for live activations and for dictionaries that read z; `after`,
         the group afterwards or "Deactivated"; `loss_change` and `token_loss_change`, relative, of
         the text's mean loss and of the token's own (CHOICES 12). A target that is not active is
-        counted, with its `change` and `success` missing.
+        counted, with its `change`, `success`, `linear` and `after` missing.
     """
+    cases = cases.reset_index(drop=True)
     where = targets.loc[cases["target"]].reset_index(drop=True)
     read = [TARGET]
     if sources is not None:
@@ -249,6 +255,7 @@ def deactivate(
     table["linear"] = _written_share(suite, where, edits, old)
     if sources is not None:
         table["after"] = _groups_after(outcome, cases, sources, new)
+        table.loc[old <= 0, "after"] = None
     if outcome.losses is not None:
         for name in ("loss", "token_loss"):
             before, after = (outcome.losses[f"{name}_{when}"] for when in ("before", "after"))
@@ -312,9 +319,10 @@ def equal_norm(
 ) -> "pd.DataFrame":
     """The control that the paper lacks: other active features, same norm of change (CHOICES 33).
 
-    Each predecessor is replaced by a feature drawn from those that are active at the same site and
-    token and are no match of the target; its activation is scaled so that removing it changes the
-    stream by the same norm. If that does as much, the match is nothing special.
+    Each predecessor is replaced by another feature, drawn from those that are active at the same
+    site and token; its activation is scaled so that removing it changes what its dictionary reads
+    by the same norm, even where that is more than the feature writes. If it does as much to the
+    target, the match is nothing special.
 
     Args:
         suite: The suite.
@@ -373,6 +381,9 @@ def table_1(
 ) -> "pd.DataFrame":
     """Single matches against the best of all active candidates (Table 1; CHOICES 13, 34).
 
+    A target's place is where a method finds its only predecessor. A method that finds predecessors
+    at several places, or none, is held to the place that another one named.
+
     Args:
         suite: The suite.
         tokens: The texts of the sample.
@@ -380,35 +391,42 @@ def table_1(
             by one of the methods at least.
         by_method: Sources by method, one for each place.
         activations: What is active where.
-        all_sites: Whether the search tries features of all three sites, and not only of the site
-            that a method named (CHOICES 13).
+        all_sites: Whether the search tries features of all three sites, and not only of those that
+            a method named (CHOICES 13).
 
     Returns:
         One row for each method, the search among them as "exhaustive", and target: `method`,
         `target`, `layer`, `feature`, `dataset`, `text`, `tried` (interventions), `change`,
-        `success`. A method that finds no predecessor has tried 0 and changed nothing.
+        `success`. A method without an active match at the place has tried 0 and changed nothing.
+        What was tried at a target that is not active has `change` and `success` missing.
 
     Raises:
-        ValueError: If no target has a single source.
+        ValueError: If no target has a single source, or a method several matches at a place.
     """
     import pandas as pd
 
-    named = []
-    for sources in by_method.values():
+    single: dict[str, dict[int, str]] = {}
+    for method, sources in by_method.items():
+        if sources.duplicated(["target", "module"]).any():
+            raise ValueError(f"{method} has several matches at a place: expected one (top-1)")
         group = pd.Series(groups_of(targets, active(sources)), targets.index).astype(str)
-        single = group[group.isin(SINGLE)]
-        named.append(pd.DataFrame({"target": single.index, "place": single}))
-    places = pd.concat(named).drop_duplicates()
-    if places.empty:
+        single[method] = {t: modules_of(g)[0] for t, g in group.items() if g in SINGLE}
+    named: dict[int, list[str]] = {}
+    for places in single.values():
+        for target, module in places.items():
+            named.setdefault(target, []).append(module)
+    if not named:
         raise ValueError("no target has a single source")
-    chosen = targets.loc[sorted(places["target"].unique())]
+    chosen = targets.loc[sorted(named)]
     parts = {}
     for method, sources in by_method.items():
+        place = {target: single[method].get(target, there[0]) for target, there in named.items()}
         mine = active(sources)
-        parts[method] = removals(chosen, mine[mine["target"].isin(chosen.index)])
+        mine = mine[mine["target"].map(place) == mine["module"]]
+        parts[method] = _one_by_one(mine)
     modules = {
-        target: list(MODULES) if all_sites else [modules_of(place)[0] for place in part]
-        for target, part in places.groupby("target")["place"]
+        target: MODULES if all_sites else tuple(dict.fromkeys(there))
+        for target, there in named.items()
     }
     parts["exhaustive"] = _one_by_one(_every_active(chosen, modules, activations))
     cases, edits = together(parts)
@@ -417,10 +435,10 @@ def table_1(
     tried = table.groupby(keys).size().rename("tried")
     best = table.sort_values("change", kind="stable").drop_duplicates(keys, keep="last")
     best = best.set_index(keys)[["change", "success"]].join(tried)
-    every = pd.MultiIndex.from_product([parts, chosen.index], names=keys)
-    best = best.reindex(every).fillna({"tried": 0, "change": 0, "success": 0}).reset_index()
+    best = best.reindex(pd.MultiIndex.from_product([parts, chosen.index], names=keys))
+    best.loc[best["tried"].isna()] = 0.0
     about = chosen[["layer", "feature", "dataset", "text"]]
-    return best.join(about, on="target").astype({"tried": int})
+    return best.reset_index().join(about, on="target").astype({"tried": int})
 
 
 def _every_active(
@@ -441,6 +459,7 @@ def _every_active(
 
 
 def _one_by_one(predecessors: "pd.DataFrame") -> "tuple[pd.DataFrame, pd.DataFrame]":
+    predecessors = predecessors.reset_index(drop=True)
     edits = predecessors.reset_index(names="case").assign(amount=-predecessors["activation"])
     return predecessors[["target"]].assign(r=0.0), edits[["case", "module", "feature", "amount"]]
 

@@ -133,7 +133,7 @@ def mean_intervals(
 
     Returns:
         One row for each group there is: `by`, `n`, and for each column its mean under its own name,
-        and `<column>_low`, `<column>_high`.
+        and `<column>_low`, `<column>_high`, which are missing where there is one text only.
     """
     import pandas as pd
 
@@ -155,7 +155,8 @@ def mean_intervals(
         total = counts.sum(axis=0)
         whole = np.full(len(found), np.nan)
         found[column] = np.divide(sums.sum(axis=0), total, out=whole, where=total > 0)
-        found[f"{column}_low"], found[f"{column}_high"] = _middle(means)
+        spread = _middle(means) if drawn.shape[1] > 1 else np.full((2, len(found)), np.nan)
+        found[f"{column}_low"], found[f"{column}_high"] = spread
     return found
 
 

@@ -37,6 +37,7 @@ PREDECESSORS: dict[str, tuple[int, str]] = {
 MOST_AT_ONCE = 1024  # rows; beyond these a pass only gets longer
 PASS_TENSORS = 48  # of the stream's width, that a pass holds for each token
 LOGIT_TENSORS = 4
+ENCODED_TENSORS = 4
 CPU_BUDGET = 2**30
 
 
@@ -117,8 +118,8 @@ def intervene(
             activation that is read live.
         read: Places whose features are read, after the edits: layers above the case's, and module.
         loss: Whether the pass goes on to the end of the text and the model, for the loss.
-        at_once: Rows in a pass; by default as many as memory allows. If a GPU runs out of memory,
-            it is halved, with a warning.
+        at_once: The most rows in a pass; by default as many as memory allows. If a GPU runs out of
+            memory, it is halved, with a warning.
 
     Raises:
         ValueError: If a text, position (BOS among them), layer, site or feature does not exist, an
@@ -128,6 +129,8 @@ def intervene(
     """
     import pandas as pd
 
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"at_once={at_once}: expected 1 or more")
     read = tuple(dict.fromkeys(read))
     _check(suite, tokens, cases, edits, read)
     row, first, edits = _distinct(cases, edits)
@@ -138,9 +141,11 @@ def intervene(
     order: list[int] = []
     losses: list[Tensor] = []
     seen: dict[tuple[int, int, int], int] = {}
+    layers = chosen["layer"].unique().tolist()
     # Layers share passes, unless their dictionaries are not all in memory.
     by = ["text"] if isinstance(suite.dictionaries, dict) else ["layer", "text"]
     groups = [part for _, part in chosen.groupby(by)]
+    width = max(suite.dictionary(Site(layer + up, m)).width for up, m in read for layer in layers)
     for group in progress(groups, "interventions"):
         text = int(group["text"].iloc[0])
         end = 1 + int(tokens.is_text[text].nonzero().max())
@@ -149,7 +154,7 @@ def intervene(
         early = _losses(logits[:, :-1], ids[:, 1:])[0]
         for position, there in group.groupby("position"):
             own = ids[:, position : end if loss else position + 1]
-            most = rows_at_once(suite.model, prefix, position, own.shape[1], loss)
+            most = rows_at_once(suite.model, prefix, position, own.shape[1], loss, width)
             start = 0
             while start < len(there):
                 some = there.iloc[start : start + min(most, at_once or most)]
@@ -162,6 +167,9 @@ def intervene(
                     logits, found = _pass(
                         suite, batch, prefix.first(position), some["layer"], part, read, loss
                     )
+                    if logits is not None:
+                        later = _losses(logits[:, :-1], batch[:, 1:])
+                        losses.append(_mean_losses(early[:position], later).cpu())
                 except torch.OutOfMemoryError as error:
                     at_once = _halved(len(some), error)
                     continue
@@ -171,9 +179,6 @@ def intervene(
                 for (layer, place), codes in found.items():
                     before[place] += [codes[:1]] if layer in fresh else []
                     after[place].append(codes[1:])
-                if logits is not None:
-                    later = _losses(logits[:, :-1], batch[:, 1:])
-                    losses.append(_mean_losses(early[:position], later).cpu())
                 order += list(some.index)
                 start += len(some)
     back = np.argsort(order)
@@ -188,7 +193,9 @@ def intervene(
     return Outcome(clean, changed, token, row, table)
 
 
-def rows_at_once(model: Model, prefix: Prefix, before: int, after: int, loss: bool) -> int:
+def rows_at_once(
+    model: Model, prefix: Prefix, before: int, after: int, loss: bool, width: int = 0
+) -> int:
     """How many rows a pass can have: half of the memory that is free, on a CPU a GiB at most.
 
     Args:
@@ -197,11 +204,13 @@ def rows_at_once(model: Model, prefix: Prefix, before: int, after: int, loss: bo
         before: Tokens that every row takes from it.
         after: Tokens of its own that a row has.
         loss: Whether logits are needed.
+        width: Features of the widest dictionary that reads a row.
     """
     device, element = str(model.device), model.unembedding.element_size()
     kept = sum(part.shape[1] * part.shape[3] for layer in prefix.layers for part in layer)
     of_row = 3 * kept * (before + after) * element
     of_row += after * model.d_model * PASS_TENSORS * element
+    of_row += width * ENCODED_TENSORS * 4
     of_row += loss * after * model.unembedding.shape[1] * LOGIT_TENSORS * 4
     room = free_memory(device) // 2
     room = room if device.startswith("cuda") else min(room, CPU_BUDGET)
@@ -247,7 +256,8 @@ def _check(
     layers = cases["layer"].to_numpy()[edits["case"]]
     for (layer, module), part in edits.groupby([layers, "module"], observed=True):
         site = predecessor_site(int(layer), str(module))
-        suite.feature(FeatureId(site.layer, site.module, int(part["feature"].max())))
+        for index in (part["feature"].min(), part["feature"].max()):
+            suite.feature(FeatureId(site.layer, site.module, int(index)))
     for layer in cases["layer"].unique():
         for shift, module in read:
             suite.dictionary(Site(int(layer) + shift, module))
@@ -298,7 +308,10 @@ def _pass(
         for layer in rows
         for place in read
     }
-    wanted = list(dict.fromkeys(dictionary.reads for dictionary in there.values()))
+    # What comes before an edit is read as well, to see that it stays as it was.
+    before = [Site(at, m) for layer in rows for at, m in ((layer - 1, "res"), (layer, "att"))]
+    wanted = [dictionary.reads for dictionary in there.values()]
+    wanted = list(dict.fromkeys([*wanted, *(site for site in before if site.layer >= 0)]))
     last = max(site.layer for site in (*wanted, *(change.site for change in changes)))
     logits, found = run(suite.model, ids, wanted, changes, None if loss else last, prefix)
     for site, activations in found.items():
@@ -327,6 +340,8 @@ def _check_order(
     clean: Float[Tensor, "1 position d_in"],
 ) -> None:
     """What lies before the first edit of a row is as it is without edits, at that token."""
+    if not len(activations):
+        return
     off = (activations[:, 0] - clean[:, 0]).abs().max() / clean[:, 0].abs().max()
     if not off <= (1e-4 if clean.dtype == torch.float32 else 3e-2):
         raise RuntimeError(

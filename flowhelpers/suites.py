@@ -116,7 +116,7 @@ class Suite:
         """
         feature = parse_feature(text) if isinstance(text, str) else text
         width = self.dictionary(feature.site).width
-        if feature.index >= width:
+        if not 0 <= feature.index < width:
             raise ValueError(
                 f"no feature {feature} in {self.name}: {feature.site} has features 0 to {width - 1}"
             )

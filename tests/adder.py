@@ -2,7 +2,8 @@
 
 A GPT-2 of which attention and the MLP have zero weights and a bias: R_1 is the token's embedding
 plus two constant vectors, whatever was edited before. Dictionaries lie along coordinates; decoder
-rows have norm 2 and encoder rows 1/2, so that an activation is half of the coordinate. Layer 1 has
+rows have norm 2 (some of R_0 have 4) and encoder rows one over that, so that an activation is half
+(a quarter) of the coordinate, and a feature that is removed leaves none of it. Layer 1 has
 six features, named here by what they are made of:
 
     COPY   of R_0 alone: 1 at every second token
@@ -39,8 +40,9 @@ AXES = {
     Site(1, "mlp"): [4, 2, 7, 1],
     Site(1, "att"): [7, 9, 5],
     Site(1, "res"): [1, 3, 7, 0, 5, 2],
-    Site(2, "res"): [2, 0, 1],
+    Site(2, "res"): [2, 0, 1, 3],
 }
+NORMS = {Site(0, "res"): [2, 4, 2, 4]}
 THRESHOLDS = {Site(1, "res"): [1.25, 0.5, 1.5, 0.5, 0.5, 0.5]}
 # The match of each feature of layer 1 at each place; the rest have none.
 MATCHES = {
@@ -49,6 +51,7 @@ MATCHES = {
     "att": {ATT: 2, ALL: 0},
 }
 FORWARD = {COPY: 1, SUM: 2, MLP: 0}  # of layer 1 to layer 2
+SECOND = 3  # second best of all of them; at layer 2 active at every fourth token
 
 
 def embeddings(vocabulary: int) -> Tensor:
@@ -101,23 +104,24 @@ def load_adder(folder: Path) -> Suite:
     for site, axes in AXES.items():
         rows = torch.eye(D)[axes]
         threshold = torch.tensor(THRESHOLDS.get(site, [0.25] * len(axes)))
-        sae = toys.make_sae(2 * rows, site, threshold, encoder=rows.T / 2)
+        norms = torch.tensor(NORMS.get(site, [2] * len(axes)))[:, None]
+        sae = toys.make_sae(norms * rows, site, threshold, encoder=rows.T / norms.T)
         dictionaries[site] = make_dictionary(site, sae, D, "adder")
     row = SuiteRow("adder", "none", {site: "adder" for site in dictionaries}, parameters=0)
     return Suite(row, model, dictionaries)
 
 
 def matches() -> pd.DataFrame:
-    """A match table that says what the features are made of."""
+    """A match table that says what the features are made of; -1 where there is no match."""
     rows = [
         {"direction": "backward", "layer": 1, "module": module, "feature": feature,
-         "source_layer": 1 - (module == "res"), "source": source, "rank": 1}
-        for module, of in MATCHES.items() for feature, source in of.items()
+         "source_layer": 1 - (module == "res"), "source": of.get(feature, -1), "rank": 1}
+        for module, of in MATCHES.items() for feature in range(6)
     ]  # fmt: skip
     rows += [
         {"direction": "forward", "layer": 2, "module": "res", "feature": feature,
-         "source_layer": 1, "source": source, "rank": 1}
-        for source, feature in FORWARD.items()
+         "source_layer": 1, "source": source, "rank": rank}
+        for source, best in FORWARD.items() for rank, feature in ((2, SECOND), (1, best))
     ]  # fmt: skip
     return pd.DataFrame(rows)
 

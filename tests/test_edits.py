@@ -136,16 +136,15 @@ def test_rows_are_rescaled_as_each_would_be_alone(
     assert (codes[chosen] > 0).all()
     rows, factors = torch.tensor([0, 2, 2]), torch.tensor([-1.0, 0.5, 3.0])
     features = torch.stack([chosen[0], chosen[0], chosen[1]])
-    batch = ids[:1].expand(3, -1)
     edit = edits.rescale_rows(dictionary, rows, features, factors, position)
-    moved = after(planted.model, batch, edit, site) - before(planted.model, batch, site)
+    moved = after(planted.model, ids, edit, site) - before(planted.model, ids, site)
     for row in range(3):
         expected = torch.zeros_like(moved[0])
         for i in (rows == row).nonzero().flatten().tolist():
             of = feature(int(features[i]), dictionary.site.module)
             alone = edits.rescale(dictionary, [of], float(factors[i]), [position])
-            changed = after(planted.model, ids[:1], alone, site)
-            expected += (changed - before(planted.model, ids[:1], site))[0]
+            changed = after(planted.model, ids, alone, site)
+            expected += (changed - before(planted.model, ids, site))[row]
         assert torch.allclose(moved[row], expected, atol=1e-5)
 
 
@@ -231,13 +230,26 @@ def test_edits_that_make_no_sense_are_refused(
         make(planted.dictionary(SITE))
 
 
-def test_a_row_or_position_that_is_not_there_is_named(toy: Model, ids: Tensor):
+def test_a_row_or_position_that_is_not_there_is_named(toy: Model, planted: Suite, ids: Tensor):
     row = edits.add_rows(SITE, torch.tensor([3]), torch.ones(1, D), 0)
     with pytest.raises(ValueError, match="at 1/res names row 3: the batch has 3"):
         logits_of(toy, ids, [row])
-    far = edits.add_rows(SITE, torch.tensor([0]), torch.ones(1, D), 99)
-    with pytest.raises(ValueError, match=r"at 1/res names position 99: the text has \d+"):
-        logits_of(toy, ids, [far])
+    for position in (99, -99):
+        message = rf"at 1/res names position {position}: the text has \d+"
+        one = torch.tensor([0])
+        for far in (
+            edits.add_rows(SITE, one, torch.ones(1, D), position),
+            edits.rescale_rows(planted.dictionary(SITE), one, one, torch.ones(1), position),
+            edits.add(SITE, torch.ones(D), 1.0, [position]),
+        ):
+            with pytest.raises(ValueError, match=message):
+                logits_of(toy, ids, [far])
+
+
+def test_a_negative_strength_goes_the_other_way(toy: Model, ids: Tensor):
+    vector = torch.randn(D, generator=torch.Generator().manual_seed(2))
+    moved = after(toy, ids, edits.add(SITE, vector, -2.5)) - before(toy, ids)
+    assert torch.allclose(moved, (-2.5 * vector).expand_as(moved), atol=1e-5)
 
 
 def test_a_dictionary_without_weights_or_row_cannot_write():

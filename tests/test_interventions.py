@@ -168,7 +168,8 @@ def test_layers_apart_and_together_give_the_same(
         outcomes.append(intervene(suite, flowlet.tokens, cases, edits, places, at_once=9))
         passes.append(None)
     together, each = outcomes
-    assert passes.index(None) < len(passes) - passes.index(None) - 1
+    first = passes.index(None)
+    assert first < len(passes) - first - 2
     for place in places:
         for name in ("before", "after"):
             rows = "token" if name == "before" else "row"
@@ -292,8 +293,18 @@ def test_an_edit_that_reaches_an_earlier_site_is_an_error(
     monkeypatch.setattr(interventions, "add_rows", misplaced)
     cases = cases_of((0, 3, 1), (0, 3, 1))
     edits = edits_of((0, "mlp", 1, -1.0), (1, "res", 1, -1.0))
-    with pytest.raises(RuntimeError, match="an edit changed 1/att, which lies before it, by"):
-        intervene(world.suite, world.tokens, cases, edits, [(0, "att"), (0, "res")])
+    for read in ([(0, "att"), (0, "res")], [(0, "res")]):  # whether it is asked for or not
+        with pytest.raises(RuntimeError, match="an edit changed 1/att, which lies before it, by"):
+            intervene(world.suite, world.tokens, cases, edits, read)
+
+
+def test_what_counts_as_changed_depends_on_the_type():
+    clean = torch.ones(1, 1, 8)
+    moved = clean * torch.tensor([1.0, 1.001])[:, None, None]
+    with pytest.raises(RuntimeError, match="an edit changed 1/att"):
+        interventions._check_order(Site(1, "att"), moved, clean)
+    interventions._check_order(Site(1, "att"), moved.bfloat16(), clean.bfloat16())
+    interventions._check_order(Site(1, "att"), moved[:0], clean)
 
 
 def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
@@ -338,6 +349,20 @@ def test_memory_that_runs_out_halves_the_batch_and_goes_on(
     assert found.losses is not None
     assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
 
+    monkeypatch.setattr(interventions, "run", run)
+    whole = interventions._losses
+
+    def short(logits: Tensor, ids: Tensor) -> Tensor:  # with the logits there, the loss finds none
+        if len(ids) > 12:
+            raise torch.OutOfMemoryError("no room")
+        return whole(logits, ids)
+
+    monkeypatch.setattr(interventions, "_losses", short)
+    with pytest.warns(UserWarning, match="ran out of memory with 20 interventions .* with 10"):
+        again = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
+    assert again.losses is not None
+    assert known.losses.to_numpy() == pytest.approx(again.losses.to_numpy(), abs=1e-5)
+
     def none(*given: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
@@ -362,6 +387,10 @@ def test_the_size_of_a_batch_follows_memory(
     assert 1 < sizes[2**24][0] < 1024
     assert sizes[2**24][1] < sizes[2**24][0]
     assert sizes[2**40][0] == 1024
+    assert sizes[2**24][0] <= 2**23 // (9 * model.d_model * interventions.PASS_TENSORS * 4)
+    monkeypatch.setattr(interventions, "free_memory", lambda device: 2**24)
+    wide = rows_at_once(model, prefix, 5, 9, False, 65536)
+    assert wide == 2**23 // (2**23 // sizes[2**24][0] + 65536 * 16) < sizes[2**24][0]
 
 
 @pytest.mark.parametrize(
@@ -374,6 +403,7 @@ def test_the_size_of_a_batch_follows_memory(
         ([(3, 2, 1)], [(0, "res", 1, 1.0)], (0, "res"), "no text 3: there are 3"),
         ([(0, 2, 1)], [(0, "res", 1, float("nan"))], (0, "res"), "case 0: the change of res/1"),
         ([(0, 2, 1)], [(0, "res", 9, 1.0)], (0, "res"), "no feature 0/res/9 in adder"),
+        ([(0, 2, 1)], [(0, "res", -1, 1.0)], (0, "res"), "no feature 0/res/-1 in adder"),
         ([(0, 2, 1)], [(0, "rse", 1, 1.0)], (0, "res"), "unknown module 'rse'"),
         ([(0, 2, 0)], [(0, "res", 1, 1.0)], (0, "res"), "a feature of layer 0 has no predecessor"),
         ([(0, 2, 2)], [(0, "mlp", 1, 1.0)], (0, "res"), "no dictionary at 2/mlp in suite adder"),
@@ -400,6 +430,15 @@ def test_special_tokens_inside_a_text_are_not_edited(world: SimpleNamespace):
     tokens.is_text[0, 5] = False
     with pytest.raises(ValueError, match="position 5 of text 0 is a special token"):
         intervene(world.suite, tokens, cases_of((0, 5, 1)), edits_of((0, "res", 1, 1.0)))
+
+
+def test_no_rows_in_a_pass_are_too_few(world: SimpleNamespace):
+    for at_once in (0, -1):
+        with pytest.raises(ValueError, match=f"at_once={at_once}: expected 1 or more"):
+            intervene(
+                world.suite, world.tokens, cases_of((0, 5, 1)), edits_of((0, "res", 1, 1.0)),
+                at_once=at_once,
+            )  # fmt: skip
 
 
 def test_an_edit_that_is_lost_in_one_row_is_an_error(world: SimpleNamespace):

@@ -1257,6 +1257,8 @@ def test_rates_are_counted_from_the_cases(removed: Executed) -> None:
     per_method = outcomes.groupby("target")["method"].nunique()
     common = outcomes[outcomes["target"].map(per_method) == outcomes["method"].nunique()]
     assert 500 < len(common) < len(outcomes)
+    groups = removed.table("targets")["group"]  # those of top-1
+    common = common.assign(group=common["target"].map(groups))
     for name, part in (("own denominator", outcomes), ("common set", common)):
         counted = part.groupby(["method", "group"])[["success", "change"]].agg(["mean", "size"])
         mine = rates[rates["set"] == name].set_index(["method", "group"])
@@ -1309,20 +1311,37 @@ def test_the_sweep_does_nothing_at_one_and_more_the_farther(removed: Executed) -
         assert (same[column] == 0).all()
     means = removed.table("sweep_by_r")
     assert (means["change"].diff().dropna() < 0).all()  # falls as r grows
+    medians = sweep.groupby("r")["token_loss_change"].median()
+    assert means["median_token_loss_change"].to_numpy() == pytest.approx(medians.to_numpy())
     assert (sweep.loc[sweep["r"] > 1, "success"] == 0).mean() > 0.99
     assert sweep["target"].nunique() == 200
 
 
 def test_the_search_is_no_worse_than_a_single_match(removed: Executed) -> None:
-    table = removed.table("table_1").set_index(["targets", "method"])
-    assert table.loc["all of them", "n"].nunique() == 1
-    assert table.loc[("where it has one", "top-1 cosine"), "n"] < table["n"].max()
-    assert table.loc["all of them", "paper_change"].tolist() == [0.75, 0.74, 0.83]
-    assert table.loc["all of them", "paper_success"].tolist() == [0.65, 0.65, 0.73]
-    best = table.loc[("all of them", "exhaustive")]
+    cases = removed.table("searched").set_index(["method", "target"])
+    best = cases.loc["exhaustive"]
     for method in ("top-1 cosine", "top-1 Pearson"):
-        assert best["change"] > table.loc[("all of them", method), "change"]
-        assert best["tried"] > 5 * table.loc[("all of them", method), "tried"]
+        own = cases.loc[method]
+        assert set(own["tried"]) == {0, 1}
+        assert (best["change"] >= own["change"] - 1e-4)[own["tried"] > 0].all()
+        assert (own["change"][own["tried"] == 0] == 0).all()
+        assert best["tried"].sum() > 5 * own["tried"].sum()
+    groups = removed.table("targets")["group"]
+    single = groups[groups.isin(["From RES", "From MLP", "From ATT"])]
+    assert set(single.index) <= set(best.index)
+    assert (cases.loc["top-1 cosine", "tried"].loc[single.index] == 1).all()
+    table = removed.table("table_1").set_index(["targets", "method"])
+    everywhere = table.loc["all of them"]
+    assert everywhere["n"].nunique() == 1
+    assert everywhere["paper_change"].tolist() == [0.75, 0.74, 0.83]
+    assert everywhere["paper_success"].tolist() == [0.65, 0.65, 0.73]
+    for method in ("top-1 cosine", "top-1 Pearson"):
+        rows = table.loc[f"where {method} has one"]
+        there = cases.loc[method]["tried"] > 0
+        for name in (method, "exhaustive"):
+            part = cases.loc[name][there]
+            assert rows.loc[name, "n"] == len(part) < everywhere["n"].max()
+            assert rows.loc[name, "change"] == pytest.approx(part["change"].mean())
 
 
 def test_layers_above_count_descendants_that_were_active(removed: Executed) -> None:
@@ -1332,6 +1351,8 @@ def test_layers_above_count_descendants_that_were_active(removed: Executed) -> N
         own = targets.loc[row.target]
         chain = chain_of(int(own["layer"]), int(own["feature"]))
         assert row.descendant == chain[int(own["layer"]) + row.above]
+    sizes = cases.groupby(["method", "layer", "above"]).size().groupby(["method", "layer"])
+    assert (sizes.nunique() == 1).all()  # the same targets all the way up
     counted = cases.groupby(["method", "layer", "above"])["change"].mean()
     shown = removed.table("above").set_index(["method", "layer", "above"])["change"]
     assert shown.to_numpy() == pytest.approx(counted.loc[shown.index].to_numpy())

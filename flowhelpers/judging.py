@@ -1,0 +1,175 @@
+"""Judges of texts: how much of a theme there is in them, and how well they read (paper 5.3, B).
+
+The embedded judge works offline and gives the same every time. It knows a theme from the passages
+that this package brings, and takes for coherent what the unsteered model finds likely. It reads no
+meaning: a text of the theme's words in grammatical order is all it asks for.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flowhelpers.features import suggestion
+from flowhelpers.model import Model, logits_of, tokenize
+from flowhelpers.runs import progress
+from flowhelpers.texts import load_texts, passages
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WINDOW = 30  # words that the embedded judge learns from at a time, about as many as it judges
+HUMAN = ("fiction", "science")  # held-out text that coherence is measured by
+FOLDS = 6
+
+
+@dataclass(frozen=True)
+class EmbeddedJudge:
+    """A judge that needs no network.
+
+    Attributes:
+        theme: The subject of the package's passages that it looks for.
+        model: The unsteered model, whose likelihood of a text is taken for coherence.
+        classifier: Tells the subjects of the passages apart; scikit-learn's.
+        accuracy: Share of held-out pieces of passages of which it names the subject, of all.
+        auc: How often it finds more of the theme in a held-out piece of it than in another.
+        human: Mean loss of human text, in nats a token: what has full coherence.
+        shuffled: Mean loss of the same in shuffled words: what has none.
+    """
+
+    theme: str
+    model: Model
+    classifier: Any
+    accuracy: float
+    auc: float
+    human: float
+    shuffled: float
+
+    def judge(self, texts: Sequence[str]) -> "pd.DataFrame":
+        """Scores from 0 to 1: `behavioral`, `coherence`, one row a text; of an empty text both 0.
+
+        Behavioral is the probability of the theme among the subjects of the passages. Coherence is
+        where the text's loss lies between that of shuffled and of human text.
+        """
+        import pandas as pd
+
+        there = np.array([bool(text.strip()) for text in texts], dtype=bool)
+        scores = np.zeros((len(texts), 2))
+        if there.any():
+            some = [text for text, is_there in zip(texts, there, strict=True) if is_there]
+            column = list(self.classifier.classes_).index(self.theme)
+            scores[there, 0] = self.classifier.predict_proba(some)[:, column]
+            share = (self.shuffled - mean_losses(self.model, some)) / (self.shuffled - self.human)
+            scores[there, 1] = share.clip(0, 1)
+        return pd.DataFrame(scores, columns=["behavioral", "coherence"])
+
+
+def embedded_judge(model: Model, theme: str, seed: int = 0) -> EmbeddedJudge:
+    """Trains the embedded judge for one theme.
+
+    The classifier is naive Bayes over word stems, calibrated on passages that it was not trained
+    on; what it is worth is measured on passages left out once more.
+
+    Args:
+        model: The unsteered model.
+        theme: A subject of `texts.passages()`.
+        seed: Of folds and shuffled words.
+
+    Raises:
+        ValueError: If there is no such subject.
+    """
+    subjects = sorted(passages()["subject"].unique())
+    if theme not in subjects:
+        raise ValueError(f"unknown theme {theme!r}{suggestion(theme, subjects)}")
+    classifier, accuracy, aucs = _classifier(seed)
+    rng = np.random.default_rng(seed)
+    human = [w for name in HUMAN for text in load_texts(name, 40, seed) for w in windows(text)[:2]]
+    mixed = [" ".join(rng.permutation(text.split())) for text in human]
+    losses = [float(mean_losses(model, some).mean()) for some in (human, mixed)]
+    return EmbeddedJudge(theme, model, classifier, accuracy, aucs[theme], *losses)
+
+
+@torch.no_grad()
+def mean_losses(model: Model, texts: Sequence[str], batch: int = 32) -> np.ndarray:
+    """The model's mean next-token cross-entropy over each text, in nats.
+
+    A text without a token is infinitely unlikely.
+    """
+    found = []
+    for start in progress(range(0, len(texts), batch), "likelihood"):
+        tokens = tokenize(model, texts[start : start + batch], model.bridge.cfg.n_ctx)
+        logits = logits_of(model, tokens.ids)[:, :-1].float()
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), tokens.ids[:, 1:].flatten(), reduction="none"
+        ).view(len(tokens.ids), -1)
+        counted = tokens.is_text[:, 1:]
+        total, n = (loss * counted).sum(1), counted.sum(1)
+        found.append(torch.where(n > 0, total / n.clamp(min=1), torch.inf).cpu().numpy())
+    return np.concatenate(found)
+
+
+def windows(text: str, words: int = WINDOW) -> list[str]:
+    """A text in pieces of so many words; a rest shorter than half of that is left out."""
+    all_words = text.split()
+    starts = range(0, max(len(all_words) - words // 2 + 1, 1), words)
+    return [" ".join(all_words[start : start + words]) for start in starts]
+
+
+@cache
+def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
+    """It, its accuracy, and for each subject its area under the curve, by passages left out."""
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.naive_bayes import ComplementNB
+    from sklearn.pipeline import make_pipeline
+
+    rows = [
+        (window, row.subject, number)
+        for number, row in enumerate(passages().itertuples())
+        for window in windows(str(row.text))
+    ]
+    pieces, subject, passage = (np.array(column) for column in zip(*rows, strict=True))
+
+    def folds(of: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+        return list(splitter.split(pieces[of], subject[of], passage[of]))
+
+    def fitted(of: np.ndarray) -> Any:
+        vectors = TfidfVectorizer(tokenizer=stems, token_pattern=None, sublinear_tf=True)
+        both = make_pipeline(vectors, ComplementNB())
+        return CalibratedClassifierCV(both, cv=folds(of)).fit(pieces[of], subject[of])
+
+    everything = np.arange(len(pieces))
+    found = fitted(everything)
+    chances = np.zeros((len(pieces), len(found.classes_)))
+    for train, test in progress(folds(everything), "judge"):
+        chances[test] = fitted(train).predict_proba(pieces[test])
+    accuracy = float((found.classes_[chances.argmax(axis=1)] == subject).mean())
+    aucs = {
+        str(name): float(roc_auc_score(subject == name, chances[:, column]))
+        for column, name in enumerate(found.classes_)
+    }
+    return found, accuracy, aucs
+
+
+def stems(text: str) -> list[str]:
+    """The stems of the words of a text."""
+    return [_stem(word) for word in re.findall(r"[^\W\d_]+", text.lower())]
+
+
+@cache
+def _stem(word: str) -> str:
+    return _stemmer().stem(word)
+
+
+@cache
+def _stemmer() -> Any:
+    from nltk.stem.snowball import SnowballStemmer
+
+    return SnowballStemmer("english")

@@ -1,0 +1,91 @@
+"""The embedded judge ranks planted texts as anyone would, and says what it is worth."""
+
+import numpy as np
+import pytest
+
+from flowhelpers.judging import EmbeddedJudge, embedded_judge, mean_losses, stems, windows
+from flowhelpers.model import Model, logits_of, tokenize
+from flowhelpers.suites import load_suite
+from flowhelpers.texts import load_texts, passages, subjects
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_suite("flowlet").model
+
+
+@pytest.fixture(scope="module")
+def judge(model: Model) -> EmbeddedJudge:
+    return embedded_judge(model, "space")
+
+
+def test_fluent_texts_stand_above_scrambled_ones(judge: EmbeddedJudge) -> None:
+    rng = np.random.default_rng(5)
+    fluent = [windows(text)[0] for text in passages().groupby("subject").head(4)["text"]]
+    fluent += [windows(text)[-1] for text in load_texts("maths", 30, 7)]
+    scrambled = [" ".join(rng.permutation(text.split())) for text in fluent]
+    high, low = (judge.judge(texts)["coherence"].to_numpy() for texts in (fluent, scrambled))
+    assert (high > low).mean() >= 0.95
+    assert (high[:, None] > low).mean() >= 0.95
+    assert np.median(high) > 0.9
+    assert np.median(low) < 0.25
+
+
+def test_texts_of_the_theme_stand_above_others(model: Model, judge: EmbeddedJudge) -> None:
+    # None of these is in the package.
+    others = {
+        "space": "A comet crossed the sky; through the telescope the moons of Saturn were seen.",
+        "cooking": "She stirred the soup, added salt and butter, and put the bread into the oven.",
+        "war": "The soldiers loaded their rifles while the enemy artillery shelled the trenches.",
+        "illness": "The doctor felt his pulse; the fever was high, the patient coughed all night.",
+        "sea": "The sailors hauled the sails, and the ship rolled in the waves off the harbour.",
+    }
+    texts = list(others.values())
+    for theme in others:
+        scores = embedded_judge(model, theme).judge(texts)["behavioral"]
+        assert texts[int(scores.argmax())] == others[theme]
+        assert scores.max() > 2 * scores.drop(scores.argmax()).max()
+
+
+def test_what_it_is_worth_is_measured_on_passages_left_out(
+    model: Model, judge: EmbeddedJudge
+) -> None:
+    assert 0.75 < judge.accuracy < 1  # of eighteen subjects
+    for theme in subjects():
+        assert 0.94 < embedded_judge(model, theme).auc <= 1
+
+
+def test_the_same_text_has_the_same_scores_and_an_empty_one_none(judge: EmbeddedJudge) -> None:
+    texts = ["The stars shone.", "", "  \n", "Stars, planets and the moon."]
+    first = judge.judge(texts)
+    assert first.equals(judge.judge(texts))
+    assert (first.loc[[1, 2]] == 0).all().all()
+    assert (first.loc[[0, 3], "behavioral"] > 0.2).all()
+    assert first.to_numpy().min() >= 0
+    assert first.to_numpy().max() <= 1
+    assert judge.judge([]).empty
+
+
+def test_the_loss_is_that_of_each_text_alone(model: Model) -> None:
+    import torch
+
+    texts = ["The cat sat on the mat and looked at the moon.", "Rain.", "A long walk home, alone."]
+    for text, loss in zip(texts, mean_losses(model, texts), strict=True):
+        ids = tokenize(model, text).ids
+        logits = logits_of(model, ids)[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+        assert loss == pytest.approx(float(expected), rel=1e-4)
+    assert np.isinf(mean_losses(model, [""])).all()
+
+
+def test_windows_and_stems() -> None:
+    text = " ".join(str(i) for i in range(75))
+    assert [len(piece.split()) for piece in windows(text)] == [30, 30, 15]
+    assert [len(piece.split()) for piece in windows(" ".join(["a"] * 74))] == [30, 30]
+    assert windows("only three words") == ["only three words"]
+    assert stems("Planets, planet's PLANETARY 42") == ["planet", "planet", "s", "planetari"]
+
+
+def test_an_unknown_theme_names_the_nearest(model: Model) -> None:
+    with pytest.raises(ValueError, match="unknown theme 'spaec'; did you mean 'space'"):
+        embedded_judge(model, "spaec")
