@@ -51,8 +51,9 @@ def test_what_it_is_worth_is_measured_on_passages_left_out(
     model: Model, judge: EmbeddedJudge
 ) -> None:
     assert 0.75 < judge.accuracy < 1  # of eighteen subjects
-    for theme in subjects():
-        assert 0.94 < embedded_judge(model, theme).auc <= 1
+    aucs = [embedded_judge(model, theme).auc for theme in subjects()]
+    assert 0.93 < min(aucs) <= max(aucs) <= 1
+    assert np.mean(aucs) > 0.97
 
 
 def test_the_same_text_has_the_same_scores_and_an_empty_one_none(judge: EmbeddedJudge) -> None:
