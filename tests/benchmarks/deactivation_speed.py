@@ -7,10 +7,10 @@ intervention, with a hook that edits and one that reads; a second loop cuts the 
 and stops at the layer. The curve is over the rows of a pass, on as many different interventions at
 one token. Last comes an experiment of the size of the paper's: 13,125 features by five methods.
 
-On two cores of an AMD EPYC with `flowlet`, texts of up to 128 tokens: the loop makes 30 a second
-(47 cut and stopped); the batch 1,020 a second over an experiment of the paper's size, 34 (22) times
-as many, which takes 25 s for its 42,645 cases, 25,408 of them different. By rows in a pass: 20, 77,
-294, 1,057, 2,710 and 2,172 a second with 1, 4, 16, 64, 256 and 1,024. Slower machines change the
+On two cores of an AMD EPYC with `flowlet`, texts of up to 128 tokens: the loop makes 31 a second
+(48 cut and stopped); the batch 983 a second over an experiment of the paper's size, 32 (20) times
+as many, which takes 26 s for its 42,645 cases, 25,408 of them different. By rows in a pass: 19, 74,
+276, 1,012, 2,062 and 2,387 a second with 1, 4, 16, 64, 256 and 1,024. Slower machines change the
 times and little of the ratios.
 """
 
