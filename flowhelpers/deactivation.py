@@ -12,12 +12,13 @@ import numpy as np
 
 from flowhelpers.activations import FeatureActivations
 from flowhelpers.features import MODULES, Site
-from flowhelpers.groups import GROUPS, group_names, modules_of
+from flowhelpers.groups import GROUPS, group_names, modules_of, with_dataset
 from flowhelpers.intervals import TIMES, mean_intervals
 from flowhelpers.interventions import PREDECESSORS, TARGET, Outcome, intervene, predecessor_site
 
 if TYPE_CHECKING:
     import pandas as pd
+    from scipy.sparse import csr_matrix
 
     from flowhelpers.model import Tokens
     from flowhelpers.suites import Suite
@@ -77,8 +78,9 @@ def draw_targets(
         part = part.groupby("token_row", sort=False).head(per_token)
         parts.append(part.sort_values(["token_row", "feature"]))
     targets = pd.concat(parts, ignore_index=True)
-    about = activations.tokens.assign(dataset=activations.tokens.get("dataset", "all"))
-    about = about[["dataset", "text", "position", "token"]].iloc[targets["token_row"]]
+    about = with_dataset(activations.tokens)[["dataset", "text", "position", "token"]].iloc[
+        targets["token_row"]
+    ]
     return pd.concat([targets, about.reset_index(drop=True)], axis=1)
 
 
@@ -351,10 +353,8 @@ def equal_norm(
         codes, rows = activations.by_site[site], where["token_row"].to_numpy()[part.index]
         own, drawn = part["feature"].to_numpy(), np.full(len(part), -1)
         for place, (row, feature) in enumerate(zip(rows, own, strict=True)):
-            others = codes.indices[codes.indptr[row] : codes.indptr[row + 1]]
-            others = others[
-                (others != feature) & (codes.data[codes.indptr[row] : codes.indptr[row + 1]] > 0)
-            ]
+            others, values = _at_token(codes, int(row))
+            others = others[(others != feature) & (values > 0)]
             if len(others):
                 drawn[place] = rng.choice(np.sort(others))
         there = drawn >= 0
@@ -369,6 +369,12 @@ def equal_norm(
     whole = predecessors.groupby("target").size()
     kept = found.groupby("target").size().reindex(whole.index) == whole
     return found[found["target"].map(kept)].reset_index(drop=True)
+
+
+def _at_token(codes: "csr_matrix", row: int) -> tuple[np.ndarray, np.ndarray]:
+    """The features that are stored for a token, and their activations."""
+    at = slice(codes.indptr[row], codes.indptr[row + 1])
+    return codes.indices[at], codes.data[at]
 
 
 def table_1(
@@ -452,8 +458,8 @@ def _every_active(
     for target in targets.itertuples():
         for module in modules[target.Index]:
             codes = activations.by_site[predecessor_site(target.layer, module)]
-            at = slice(codes.indptr[target.token_row], codes.indptr[target.token_row + 1])
-            found = pd.DataFrame({"feature": codes.indices[at], "activation": codes.data[at]})
+            indices, values = _at_token(codes, target.token_row)
+            found = pd.DataFrame({"feature": indices, "activation": values})
             parts.append(found.assign(target=target.Index, module=module))
     return active(pd.concat(parts, ignore_index=True))
 

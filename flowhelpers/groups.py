@@ -117,7 +117,7 @@ def occurrences(
         raise ValueError(
             f"no activations at {', '.join(map(str, missing))}, of which the match table speaks"
         )
-    tokens = _with_dataset(activations.tokens)
+    tokens = with_dataset(activations.tokens)
     parts = []
     for layer in layers if incomplete else complete:
         codes = activations.by_site[Site(layer, "res")].tocoo()
@@ -165,7 +165,8 @@ def group_names(active: "Mapping[str, np.ndarray] | pd.DataFrame") -> "pd.Catego
     return pd.Categorical.from_codes(_OF_BITS[bits], categories=list(GROUPS))
 
 
-def _with_dataset(tokens: "pd.DataFrame") -> "pd.DataFrame":
+def with_dataset(tokens: "pd.DataFrame") -> "pd.DataFrame":
+    """Tokens with the `dataset` they are of: `all` unless they say."""
     return tokens if "dataset" in tokens else tokens.assign(dataset="all")
 
 
@@ -198,7 +199,7 @@ def elsewhere(activations: FeatureActivations, seed: int = 0) -> FeatureActivati
         seed: Decides which token stands in for which.
     """
     rng = np.random.default_rng(seed)
-    tokens = _with_dataset(activations.tokens)
+    tokens = with_dataset(activations.tokens)
     rows = np.arange(len(tokens))
     for _, part in tokens.groupby("dataset", sort=False, observed=True):
         texts = rng.permutation(part["text"].unique())

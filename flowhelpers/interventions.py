@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowhelpers.activations import PASS_TENSORS
 from flowhelpers.edits import add_rows, rescale_rows
 from flowhelpers.features import MODULES, FeatureId, Site, suggestion
 from flowhelpers.machine import free_memory
@@ -35,7 +36,6 @@ PREDECESSORS: dict[str, tuple[int, str]] = {
     "att": (0, "att"),
 }
 MOST_AT_ONCE = 1024  # rows; beyond these a pass only gets longer
-PASS_TENSORS = 48  # of the stream's width, that a pass holds for each token
 LOGIT_TENSORS = 4
 ENCODED_TENSORS = 4
 CPU_BUDGET = 2**30

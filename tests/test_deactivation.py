@@ -29,11 +29,10 @@ from flowhelpers.deactivation import (
     table_1,
     together,
 )
-from flowhelpers.dictionaries import make_dictionary
 from flowhelpers.features import MODULES, Site
 from flowhelpers.groups import GROUPS, modules_of
 from flowhelpers.interventions import predecessor_site
-from flowhelpers.model import Model, attention_output, tokenize
+from flowhelpers.model import Model, tokenize
 from flowhelpers.suites import Suite
 
 RES, MLP_ONLY, ATT_ONLY = "From RES", "From MLP", "From ATT"
@@ -513,16 +512,7 @@ def test_a_descendant_that_is_not_active_anyway_is_left_out(world: SimpleNamespa
 
 
 def test_dictionaries_at_z_say_nothing_of_what_is_written(toy: Model, planted: Suite):
-    output = attention_output(toy, 1)
-    generator = torch.Generator().manual_seed(0)
-    sae = toys.make_sae(
-        torch.randn(6, len(output.weights), generator=generator),
-        Site(1, "att"),
-        0.05,
-        encoder=torch.randn(len(output.weights), 6, generator=generator),
-        hook="blocks.1.attn.hook_z",
-    )
-    at_z = make_dictionary(Site(1, "att"), sae, toys.D_MODEL, "planted", output)
+    at_z = toys.dictionary_at_z(toy)
     suite = Suite(planted.row, toy, {**planted.dictionaries, Site(1, "att"): at_z})
     tokens = tokenize(toy, toys.TEXTS[:3])
     read = collect_tokens(suite, tokens)

@@ -10,7 +10,7 @@ from torch import Tensor
 from flowhelpers import edits
 from flowhelpers.dictionaries import Dictionary, make_dictionary
 from flowhelpers.features import FeatureId, Site
-from flowhelpers.model import Edit, Model, attention_output, logits_of, run, tokenize
+from flowhelpers.model import Edit, Model, logits_of, run, tokenize
 from flowhelpers.suites import Suite
 
 SITE, D = Site(1, "res"), toys.D_MODEL
@@ -23,18 +23,7 @@ def ids(toy: Model) -> Tensor:
 
 @pytest.fixture(scope="module")
 def at_z(toy: Model) -> Dictionary:
-    """A dictionary that reads z at layer 1; decoder and encoder differ, and norms are not 1."""
-    output = attention_output(toy, 1)
-    d_z = len(output.weights)
-    generator = torch.Generator().manual_seed(0)
-    sae = toys.make_sae(
-        torch.randn(6, d_z, generator=generator),
-        Site(1, "att"),
-        0.05,
-        encoder=torch.randn(d_z, 6, generator=generator),
-        hook="blocks.1.attn.hook_z",
-    )
-    return make_dictionary(Site(1, "att"), sae, D, "planted", output)
+    return toys.dictionary_at_z(toy)
 
 
 def feature(index: int, module: str = "res") -> FeatureId:

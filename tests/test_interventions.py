@@ -16,7 +16,6 @@ from torch import Tensor
 
 from flowhelpers import interventions
 from flowhelpers.activations import FeatureActivations, collect_tokens
-from flowhelpers.dictionaries import make_dictionary
 from flowhelpers.edits import add, add_rows, rescale
 from flowhelpers.features import MODULES, FeatureId, Site
 from flowhelpers.interventions import intervene, predecessor_site, rows_at_once
@@ -24,7 +23,6 @@ from flowhelpers.model import (
     Edit,
     Model,
     Tokens,
-    attention_output,
     load_model,
     logits_of,
     read_prefix,
@@ -229,16 +227,7 @@ def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace)
 
 
 def test_dictionaries_at_z_are_edited_and_read_there(toy: Model, planted: Suite):
-    generator = torch.Generator().manual_seed(0)
-    output = attention_output(toy, 1)
-    sae = toys.make_sae(
-        torch.randn(6, len(output.weights), generator=generator),
-        Site(1, "att"),
-        0.05,
-        encoder=torch.randn(len(output.weights), 6, generator=generator),
-        hook="blocks.1.attn.hook_z",
-    )
-    at_z = make_dictionary(Site(1, "att"), sae, toys.D_MODEL, "planted", output)
+    at_z = toys.dictionary_at_z(toy)
     suite = Suite(planted.row, toy, {**planted.dictionaries, Site(1, "att"): at_z})
     tokens = tokenize(toy, toys.TEXTS[:2])
     read = collect_tokens(suite, tokens, [Site(1, "att")])

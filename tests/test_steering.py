@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import adder
 import pytest
@@ -14,7 +15,7 @@ from flowhelpers.features import FeatureId, Site, parse_feature
 from flowhelpers.flow import flow_graph
 from flowhelpers.generation import generate
 from flowhelpers.matching import match_table
-from flowhelpers.model import run
+from flowhelpers.model import Edit, run
 from flowhelpers.steering import (
     Plan,
     Step,
@@ -37,9 +38,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return adder.world(tmp_path_factory.mktemp("adder"))
 
 
-def streams(world: SimpleNamespace, *edits: object) -> dict[Site, torch.Tensor]:
+def streams(world: SimpleNamespace, *edits: Edit) -> dict[Site, torch.Tensor]:
     sites = [Site(0, "res"), Site(1, "mlp"), Site(1, "res"), Site(2, "res")]
-    return run(world.suite.model, world.tokens.ids, sites, list(edits))[1]  # type: ignore[arg-type]
+    return run(world.suite.model, world.tokens.ids, sites, list(edits))[1]
 
 
 def row(suite: Suite, name: str) -> torch.Tensor:
@@ -72,9 +73,9 @@ def theta(suite: Suite, name: str) -> float:
     ],
 )
 def test_schedules_are_those_of_the_paper(
-    strategy: str, options: dict[str, float], expected: dict[int, float]
+    strategy: str, options: dict[str, Any], expected: dict[int, float]
 ):
-    found = schedule(8.0, [3, 5, 7], (2, 9), strategy, **options)  # type: ignore[arg-type]
+    found = schedule(8.0, [3, 5, 7], (2, 9), strategy, **options)
     assert found == pytest.approx(expected)
 
 
@@ -158,8 +159,8 @@ def test_plans_of_a_batch_are_each_what_they_are_alone(world: SimpleNamespace):
 
 
 def test_strategies_choose_the_layers(world: SimpleNamespace):
-    def layers(**given: object) -> list[str]:
-        plan = make_plan(world.suite, FEATURES, 1.0, **given)  # type: ignore[arg-type]
+    def layers(**given: Any) -> list[str]:
+        plan = make_plan(world.suite, FEATURES, 1.0, **given)
         return [step.feature for step in plan.steps]
 
     assert layers() == FEATURES
@@ -272,11 +273,11 @@ def test_a_strength_that_breaks_the_model_is_named(planted: Suite):
     ],
 )
 def test_plans_that_make_no_sense_are_refused(
-    world: SimpleNamespace, given: dict[str, object], message: str
+    world: SimpleNamespace, given: dict[str, Any], message: str
 ):
-    settings = {"strength": 1.0} | given
+    settings: dict[str, Any] = {"strength": 1.0} | given
     with pytest.raises(ValueError, match=message):
-        make_plan(world.suite, **settings)  # type: ignore[arg-type]
+        make_plan(world.suite, **settings)
 
 
 def test_a_plan_of_another_suite_is_refused(world: SimpleNamespace, planted: Suite):

@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM
 
 from flowhelpers.activations import FeatureActivations
-from flowhelpers.dictionaries import Dictionary
+from flowhelpers.dictionaries import Dictionary, make_dictionary
 from flowhelpers.features import Site
+from flowhelpers.model import Model, attention_output
 from flowhelpers.suites import Suite, SuiteRow
 
 LAYERS, D_MODEL, CONTEXT, VOCABULARY = 3, 32, 64, 320
@@ -176,6 +177,20 @@ def make_sae(
         ):
             parameter.copy_(torch.as_tensor(value, dtype=torch.float32).expand_as(parameter))
     return sae
+
+
+def dictionary_at_z(model: Model, layer: int = 1) -> Dictionary:
+    """A dictionary that reads z; its decoder and encoder differ, and its norms are not 1."""
+    site, output = Site(layer, "att"), attention_output(model, layer)
+    generator = torch.Generator().manual_seed(0)
+    sae = make_sae(
+        torch.randn(6, len(output.weights), generator=generator),
+        site,
+        0.05,
+        encoder=torch.randn(len(output.weights), 6, generator=generator),
+        hook=f"blocks.{layer}.attn.hook_z",
+    )
+    return make_dictionary(site, sae, D_MODEL, "planted", output)
 
 
 def write_suite(folder: Path, saes: Mapping[Site, Any], model: str = "model") -> Path:
