@@ -15,8 +15,9 @@ from plotly.subplots import make_subplots
 
 from flowhelpers.deactivation import CONTROL, OFF, SINGLE
 from flowhelpers.features import FeatureId
-from flowhelpers.group_plots import GROUP_COLOURS, GROUP_MARKS, _bars, _legend_below, _percent
+from flowhelpers.group_plots import GROUP_COLOURS, GROUP_MARKS, error_bars, legend_below, percent
 from flowhelpers.groups import GROUPS, modules_of
+from flowhelpers.marks import add_line, categories, looks, pattern, rated, told_once
 from flowhelpers.plots import COLOURS, GREY, INK, NAMES, SYMBOLS, dress, escape, step
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ def group_shares_by_method(shares: pd.DataFrame, subtitle: str) -> go.Figure:
     figure = make_subplots(1, 1)
     dress(figure, "Where targets come from, by how matches are found", subtitle, 540)
     for method, look in _looks(shares["method"]).items():
-        part = _rated(_at_group(shares[shares["method"] == method]), "share")
+        part = rated(_at_group(shares[shares["method"] == method]), "share")
         if part.empty:
             continue
         figure.add_bar(
             x=part["at"], y=part["share"], name=escape(method), offsetgroup=method,
-            marker={"color": look["color"], "pattern": _pattern(look["pattern"])},
-            error_y=_bars(part), hovertext=_told(part),
+            marker={"color": look["color"], "pattern": pattern(look["pattern"])},
+            error_y=error_bars(part), hovertext=_told(part),
             hovertemplate="%{x}: %{hovertext}<extra>%{fullData.name}</extra>",
         )  # fmt: skip
     figure.update_layout(barmode="group", bargap=0.25)
@@ -127,7 +128,7 @@ def rescaling_sweep(rates: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_xaxes(title="r, the factor")
     for col, column in enumerate(columns, 1):
         _value_axis(figure, column, 1, col)
-    return _legend_below(_told_once(figure))
+    return legend_below(told_once(figure))
 
 
 def one_at_a_time(rates: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -157,7 +158,7 @@ def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
             that end there, and `share`, of all cases of that group from which that was removed.
         subtitle: Suite, n and choices.
     """
-    table = _rated(shares, "share")
+    table = rated(shares, "share")
     cases = table.groupby(["group", "removed"], observed=True)["n"].transform("sum")
     removed = [_short(each) for each in table["removed"]]
     table = table.assign(
@@ -196,8 +197,8 @@ def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
                 continue
             figure.add_bar(
                 x=part["share"], y=part["bar"], name=after, legendgroup=after, orientation="h",
-                marker={"color": colour, "pattern": _pattern(AFTER_PATTERNS[after])},
-                text=[_percent(share) for share in part["share"]] if after == OFF else None,
+                marker={"color": colour, "pattern": pattern(AFTER_PATTERNS[after])},
+                text=[percent(share) for share in part["share"]] if after == OFF else None,
                 textposition="inside", insidetextanchor="start", textangle=0,
                 hovertext=part["hover"],
                 hovertemplate="%{hovertext}<extra>%{fullData.name}</extra>",
@@ -214,7 +215,7 @@ def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
     )  # fmt: skip
     figure.update_xaxes(tickformat=".0%", range=[0, 1])
     figure.update_xaxes(title="share of cases", row=rows)
-    _legend_below(_told_once(figure)).update_yaxes(showgrid=False)
+    legend_below(told_once(figure)).update_yaxes(showgrid=False)
     return figure.update_layout(margin_l=125)
 
 
@@ -240,7 +241,7 @@ def against_control(rates: pd.DataFrame, subtitle: str) -> go.Figure:
     for col, column in enumerate(columns, 1):
         _value_axis(figure, column, 1, col)
     figure.update_xaxes(title="layer of the target", dtick=step(rates))
-    return _legend_below(_categories(_told_once(figure), map(str, layers)))
+    return legend_below(categories(told_once(figure), map(str, layers)))
 
 
 def in_layers_above(rates: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -273,7 +274,7 @@ def in_layers_above(rates: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_yaxes(title="").update_yaxes(title=PANELS["change"][1], col=1)
     ticks = step(rates.assign(layer=rates["above"]))
     figure.update_xaxes(title="layers above the target", dtick=ticks)
-    return _legend_below(_told_once(figure))
+    return legend_below(told_once(figure))
 
 
 def written_against_change(table: pd.DataFrame, subtitle: str, most: int = 4000) -> go.Figure:
@@ -330,7 +331,7 @@ def written_against_change(table: pd.DataFrame, subtitle: str, most: int = 4000)
     figure.update_xaxes(title="change by what is written", showgrid=True)
     figure.update_yaxes(title="activation change", col=1)
     figure.update_xaxes(range=[low, high]).update_yaxes(range=[low, high])
-    _legend_below(_told_once(figure))  # its top margin, and room for titles of two lines
+    legend_below(told_once(figure))  # its top margin, and room for titles of two lines
     return figure.update_layout(
         height=625, margin_t=135, title={"y": 1 - 50 / 625, "yanchor": "middle"}
     )
@@ -338,22 +339,7 @@ def written_against_change(table: pd.DataFrame, subtitle: str, most: int = 4000)
 
 def _looks(methods: Iterable[str]) -> dict[str, dict[str, str]]:
     """How each method is drawn, in the order given; known ones look alike in all figures."""
-    names, spare = [*dict.fromkeys(methods)], iter(SPARE_LOOKS)
-    if len(set(names) - set(METHOD_LOOKS)) > len(SPARE_LOOKS):
-        raise ValueError(
-            f"methods {', '.join(names)}: expected at most {len(SPARE_LOOKS)} beside "
-            f"{'; '.join(METHOD_LOOKS)}"
-        )
-    found = {name: METHOD_LOOKS[name] if name in METHOD_LOOKS else next(spare) for name in names}
-    parts = ("color", "symbol", "dash", "pattern")
-    return {name: dict(zip(parts, look, strict=True)) for name, look in found.items()}
-
-
-def _rated(table: pd.DataFrame, column: str) -> pd.DataFrame:
-    """The rows that have members, with the column under the names that `group_plots` knows."""
-    names = {column: "share", f"{column}_low": "low", f"{column}_high": "high"}
-    found = table.rename(columns=names).dropna(subset="share")
-    return found[found["n"] > 0]
+    return looks(methods, METHOD_LOOKS, SPARE_LOOKS, "methods")
 
 
 def _told(part: pd.DataFrame, digits: int = 1) -> list[str]:
@@ -382,10 +368,6 @@ def _axis_label(group: str) -> str:
     return _short(group).replace(" & ", " &<br>")
 
 
-def _pattern(shape: str) -> dict[str, object]:
-    return {"shape": shape, "size": 6, "fgcolor": "white", "fillmode": "overlay"}
-
-
 def _add_marks(
     figure: go.Figure,
     table: pd.DataFrame,
@@ -397,13 +379,13 @@ def _add_marks(
     before: str = "%{x}: ",
 ) -> None:
     """Marks with error bars at the table's `at`; those of other series stand beside them."""
-    part = _rated(table, column)
+    part = rated(table, column)
     if part.empty:
         return
     figure.add_scatter(
         x=part["at"], y=part["share"], name=escape(name), legendgroup=name, offsetgroup=name,
         mode="markers", marker={"color": look["color"], "symbol": look["symbol"], "size": 8},
-        error_y=_bars(part), hovertext=_told(part), row=row, col=col,
+        error_y=error_bars(part), hovertext=_told(part), row=row, col=col,
         hovertemplate=before + "%{hovertext}<extra>%{fullData.name}</extra>",
     )  # fmt: skip
 
@@ -419,23 +401,9 @@ def _add_line(
     col: int,
 ) -> None:
     """A line with marks, and its interval as a band."""
-    part = _rated(table, column)
-    if part.empty:
-        return
-    if "low" in part:
-        sure = part.dropna(subset=["low", "high"])
-        figure.add_scatter(
-            x=[*sure[x], *sure[x][::-1]], y=[*sure["high"], *sure["low"][::-1]], mode="lines",
-            fill="toself", fillcolor=look["color"], opacity=0.15, line_width=0, legendgroup=name,
-            hoverinfo="skip", showlegend=False, row=row, col=col,
-        )  # fmt: skip
+    part = rated(table, column)
     hover = _told(part, 3 if column == "loss_change" else 1)
-    figure.add_scatter(
-        x=part[x], y=part["share"], name=escape(name), legendgroup=name, mode="lines+markers",
-        line={"color": look["color"], "dash": look["dash"], "width": 1.5},
-        marker={"symbol": look["symbol"], "size": 7}, hovertext=hover, row=row, col=col,
-        hovertemplate=f"{x} %{{x}}: %{{hovertext}}<extra>%{{fullData.name}}</extra>",
-    )  # fmt: skip
+    add_line(figure, part, x, hover, name, look, row, col, f"{x} %{{x}}: ")
 
 
 def _value_axis(figure: go.Figure, column: str, row: int, col: int) -> None:
@@ -454,27 +422,4 @@ def _over_groups(figure: go.Figure, table: pd.DataFrame, columns: tuple[str, ...
         for col, column in enumerate(columns, 1):
             _value_axis(figure, column, row, col)
     figure.update_xaxes(title="where the target has predecessors", title_standoff=12, row=rows)
-    _legend_below(_categories(_told_once(figure), labels))
-    room, height = 32, figure.layout.height  # labels have up to three lines
-    place = {"height": height + room, "margin_b": 115 + room}
-    return figure.update_layout(**place, legend_y=-(55 + room) / (height - 225))
-
-
-def _categories(figure: go.Figure, labels: Iterable[str]) -> go.Figure:
-    """The labels in their order on all x axes, with series side by side at each."""
-    names = [*labels]
-    figure.update_layout(scattermode="group", scattergap=0.4)
-    return figure.update_xaxes(
-        type="category", categoryorder="array", categoryarray=names, tickangle=0,
-        range=[-0.5, len(names) - 0.5],
-    )  # fmt: skip
-
-
-def _told_once(figure: go.Figure) -> go.Figure:
-    """The figure with one entry of the legend for each name."""
-    seen = set()
-    for trace in figure.data:
-        if trace.showlegend is not False:
-            trace.showlegend = trace.name not in seen
-            seen.add(trace.name)
-    return figure
+    return legend_below(categories(told_once(figure), labels), 32)  # for labels of three lines

@@ -67,7 +67,7 @@ def group_scatter(points: pd.DataFrame, subtitle: str) -> go.Figure:
                 )  # fmt: skip
                 figure.update_yaxes(title=SCORES[f"s_{module}"], row=row, col=column)
     figure.update_xaxes(title="s(R)", showgrid=True)
-    return _legend_below(figure)
+    return legend_below(figure)
 
 
 def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -93,8 +93,8 @@ def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
                 figure.add_bar(
                     x=[*SCORES.values()], y=part["share"], name=f"{pair}: module {name}",
                     legendgroup=pair, showlegend=row == column == 1, marker_color=colours[pair],
-                    error_y=_bars(part), customdata=part["tests"].fillna(0),
-                    text=[_percent(share) for share in part["share"]], textposition="inside",
+                    error_y=error_bars(part), customdata=part["tests"].fillna(0),
+                    text=[percent(share) for share in part["share"]], textposition="inside",
                     textangle=0, insidetextanchor="start",
                     hovertemplate="%{x}: %{y:.1%} of %{customdata} tests<extra>"
                     "%{fullData.name}</extra>",
@@ -103,7 +103,7 @@ def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_layout(barmode="group", bargap=0.25, uniformtext={"minsize": 9, "mode": "hide"})
     figure.update_yaxes(title="share of tests", col=1)
     figure.update_yaxes(tickformat=".0%", range=[0, 1.05])
-    return _legend_below(figure)
+    return legend_below(figure)
 
 
 def groups_by_layer(shares: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -155,7 +155,7 @@ def groups_by_layer(shares: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_xaxes(title="layer", dtick=step(table))
     figure.update_yaxes(title="share of occurrences", col=1)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return _legend_below(figure)
+    return legend_below(figure)
 
 
 def group_bars(shares: pd.DataFrame, base: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -174,7 +174,7 @@ def group_bars(shares: pd.DataFrame, base: pd.DataFrame, subtitle: str) -> go.Fi
         hover = [_in_words(row) for row in part.to_dict("records")]
         figure.add_bar(
             x=part["group"].astype(str), y=part["share"], name=str(dataset), offsetgroup=place,
-            marker_color=colours.get(dataset, GREY), error_y=_bars(part), hovertext=hover,
+            marker_color=colours.get(dataset, GREY), error_y=error_bars(part), hovertext=hover,
             hovertemplate="%{hovertext}<extra>%{fullData.name}</extra>",
         )  # fmt: skip
     width = 0.8 / len(datasets)
@@ -182,7 +182,7 @@ def group_bars(shares: pd.DataFrame, base: pd.DataFrame, subtitle: str) -> go.Fi
         part = base[base["dataset"] == dataset].dropna(subset="share")
         places = [GROUPS.index(group) - 0.4 + width * (place + 0.5) for group in part["group"]]
         figure.add_scatter(
-            x=places, y=part["share"], xaxis="x2", mode="markers", error_y=_bars(part),
+            x=places, y=part["share"], xaxis="x2", mode="markers", error_y=error_bars(part),
             name="by chance: the same predecessors at other tokens", legendgroup="base",
             showlegend=place == 0, meta=str(dataset),
             hovertext=[_in_words(row) for row in part.to_dict("records")],
@@ -196,7 +196,7 @@ def group_bars(shares: pd.DataFrame, base: pd.DataFrame, subtitle: str) -> go.Fi
         xaxis2={"overlaying": "x", "range": [-0.5, 7.5], "visible": False, "matches": None},
     )  # fmt: skip
     figure.update_yaxes(title="share of occurrences", tickformat=".0%", rangemode="tozero")
-    return _legend_below(figure)
+    return legend_below(figure)
 
 
 def score_densities(table: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -224,7 +224,7 @@ def score_densities(table: pd.DataFrame, subtitle: str) -> go.Figure:
                     hovertemplate="%{x:.2f}: %{y:.2f}<extra>%{fullData.name}</extra>",
                 )  # fmt: skip
     figure.update_yaxes(title="density", rangemode="tozero", col=1)
-    return _legend_below(figure)
+    return legend_below(figure)
 
 
 def transition_heatmap(rows: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -323,18 +323,19 @@ def together_by_cosine(table: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_xaxes(title="cosine of the match", range=[0, 1.02])
     figure.update_yaxes(title="median over pairs", col=1)
     figure.update_yaxes(range=[-0.1, 1.03])
-    return _legend_below(figure)
+    return legend_below(figure)
 
 
-def _legend_below(figure: go.Figure) -> go.Figure:
-    """The legend under the axis titles: above, a long subtitle would run into it."""
-    margin = {"t": 110, "b": 115}
-    plot = float(figure.layout.height) - margin["t"] - margin["b"]
-    place = {"x": 0, "xanchor": "left", "y": -55 / plot, "yanchor": "top"}
-    return figure.update_layout(margin=margin, legend=place)
+def legend_below(figure: go.Figure, room: int = 0) -> go.Figure:
+    """The legend under the axis titles, and `room` more: above, long subtitles run into it."""
+    margin = {"t": 110, "b": 115 + room}
+    height = figure.layout.height
+    place = {"x": 0, "xanchor": "left", "y": -(55 + room) / (height - 225), "yanchor": "top"}
+    return figure.update_layout(margin=margin, legend=place, height=height + room)
 
 
-def _bars(part: pd.DataFrame) -> dict[str, object] | None:
+def error_bars(part: pd.DataFrame) -> dict[str, object] | None:
+    """Error bars from `low` to `high` around `share`; none where the table has no intervals."""
     if "low" not in part or part["low"].isna().all():
         return None
     up, down = part["high"] - part["share"], part["share"] - part["low"]
@@ -342,7 +343,8 @@ def _bars(part: pd.DataFrame) -> dict[str, object] | None:
     return {"type": "data", "array": up.clip(lower=0), "arrayminus": down.clip(lower=0)} | look
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share in whole percent; a missing one is of an empty group."""
     return "empty" if np.isnan(share) else f"{share:.0%}"
 
 

@@ -6,6 +6,7 @@ meaning: a text of the theme's words in grammatical order is all it asks for.
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ import torch
 from flowhelpers.features import suggestion
 from flowhelpers.model import Model, logits_of, tokenize
 from flowhelpers.runs import progress
-from flowhelpers.texts import load_texts, passages
+from flowhelpers.texts import load_texts, passages, subjects
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 WINDOW = 30  # words that the embedded judge learns from at a time, about as many as it judges
 HUMAN = ("fiction", "science")  # held-out text that coherence is measured by
 FOLDS = 6
+LOOP = 4  # words that a text without coherence goes on repeating
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,10 @@ class EmbeddedJudge:
         classifier: Tells the subjects of the passages apart; scikit-learn's.
         accuracy: Share of held-out pieces of passages of which it names the subject, of all.
         auc: How often it finds more of the theme in a held-out piece of it than in another.
-        human: Mean loss of human text, in nats a token: what has full coherence.
-        shuffled: Mean loss of the same in shuffled words: what has none.
+        human: Mean loss of human text, in nats a token: what is as likely is coherent.
+        shuffled: Mean loss of the same in shuffled words: what is as unlikely is not.
+        various: Share of different tokens that 95 % of human texts exceed.
+        looped: Mean share in human text that goes on repeating its first words.
     """
 
     theme: str
@@ -48,12 +52,16 @@ class EmbeddedJudge:
     auc: float
     human: float
     shuffled: float
+    various: float
+    looped: float
 
     def judge(self, texts: Sequence[str]) -> "pd.DataFrame":
         """Scores from 0 to 1: `behavioral`, `coherence`, one row a text; of an empty text both 0.
 
         Behavioral is the probability of the theme among the subjects of the passages. Coherence is
-        where the text's loss lies between that of shuffled and of human text.
+        where the text's loss lies between that of shuffled and of human text, times where its share
+        of different tokens lies between that of looped and of human text: nothing is more
+        likely than one word over and over.
         """
         import pandas as pd
 
@@ -63,9 +71,13 @@ class EmbeddedJudge:
             some = [text for text, is_there in zip(texts, there, strict=True) if is_there]
             column = list(self.classifier.classes_).index(self.theme)
             scores[there, 0] = self.classifier.predict_proba(some)[:, column]
-            share = (self.shuffled - mean_losses(self.model, some)) / (self.shuffled - self.human)
-            scores[there, 1] = share.clip(0, 1)
+            scores[there, 1] = self._coherence(some)
         return pd.DataFrame(scores, columns=["behavioral", "coherence"])
+
+    def _coherence(self, texts: Sequence[str]) -> np.ndarray:
+        likely = (self.shuffled - mean_losses(self.model, texts)) / (self.shuffled - self.human)
+        various = (distinct_tokens(self.model, texts) - self.looped) / (self.various - self.looped)
+        return likely.clip(0, 1) * various.clip(0, 1)
 
 
 def embedded_judge(model: Model, theme: str, seed: int = 0) -> EmbeddedJudge:
@@ -82,15 +94,17 @@ def embedded_judge(model: Model, theme: str, seed: int = 0) -> EmbeddedJudge:
     Raises:
         ValueError: If there is no such subject.
     """
-    subjects = sorted(passages()["subject"].unique())
-    if theme not in subjects:
-        raise ValueError(f"unknown theme {theme!r}{suggestion(theme, subjects)}")
+    check_theme(theme)
     classifier, accuracy, aucs = _classifier(seed)
     rng = np.random.default_rng(seed)
     human = [w for name in HUMAN for text in load_texts(name, 40, seed) for w in windows(text)[:2]]
     mixed = [" ".join(rng.permutation(text.split())) for text in human]
+    loops = [" ".join((text.split()[:LOOP] * WINDOW)[:WINDOW]) for text in human]
     losses = [float(mean_losses(model, some).mean()) for some in (human, mixed)]
-    return EmbeddedJudge(theme, model, classifier, accuracy, aucs[theme], *losses)
+    everything = [window for text in passages()["text"] for window in windows(text)[:1]]
+    various = float(np.quantile(distinct_tokens(model, everything), 0.05))
+    looped = float(distinct_tokens(model, loops).mean())
+    return EmbeddedJudge(theme, model, classifier, accuracy, aucs[theme], *losses, various, looped)
 
 
 @torch.no_grad()
@@ -110,6 +124,19 @@ def mean_losses(model: Model, texts: Sequence[str], batch: int = 32) -> np.ndarr
         total, n = (loss * counted).sum(1), counted.sum(1)
         found.append(torch.where(n > 0, total / n.clamp(min=1), torch.inf).cpu().numpy())
     return np.concatenate(found)
+
+
+def distinct_tokens(model: Model, texts: Sequence[str], width: int = 32) -> np.ndarray:
+    """Share of different ones among the tokens of each text (distinct-1, Li et al. 2016).
+
+    It is the mean over pieces of `width` tokens, as a longer text has fewer; 1 where there is none.
+    """
+    found = []
+    for ids in model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        pieces = [ids[start : start + width] for start in range(0, len(ids), width)]
+        shares = [len(set(piece)) / len(piece) for piece in pieces if len(piece) > width // 4]
+        found.append(np.mean(shares) if shares else 1.0)
+    return np.array(found)
 
 
 def windows(text: str, words: int = WINDOW) -> list[str]:
@@ -143,7 +170,8 @@ def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
     def fitted(of: np.ndarray) -> Any:
         vectors = TfidfVectorizer(tokenizer=stems, token_pattern=None, sublinear_tf=True)
         both = make_pipeline(vectors, ComplementNB())
-        return CalibratedClassifierCV(both, cv=folds(of)).fit(pieces[of], subject[of])
+        calibrated = CalibratedClassifierCV(both, cv=folds(of), ensemble=False)
+        return calibrated.fit(pieces[of], subject[of])
 
     everything = np.arange(len(pieces))
     found = fitted(everything)
@@ -156,6 +184,42 @@ def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
         for column, name in enumerate(found.classes_)
     }
     return found, accuracy, aucs
+
+
+def theme_stems(theme: str, n: int = 100) -> list[str]:
+    """The word stems that tell a subject of the passages best from the others, best first.
+
+    They are ranked by the z-score of their log odds, with the counts of all subjects as the prior
+    (Monroe et al. 2008).
+
+    Raises:
+        ValueError: If there is no such subject.
+    """
+    check_theme(theme)
+    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for row in passages().itertuples():
+        counts[row.subject == theme].update(stems(str(row.text)))
+    names = sorted(counts[True] | counts[False])
+    mine, others = (
+        np.array([counts[is_theme][name] for name in names]) for is_theme in (True, False)
+    )
+    prior = (mine + others) / 100
+    odds = []
+    for seen in (mine, others):
+        here = seen + prior
+        odds.append((np.log(here / (here.sum() - here)), 1 / here))
+    z = (odds[0][0] - odds[1][0]) / np.sqrt(odds[0][1] + odds[1][1])
+    return [names[place] for place in np.argsort(-z, kind="stable")[:n]]
+
+
+def check_theme(theme: str) -> None:
+    """The theme is one of the passages' subjects.
+
+    Raises:
+        ValueError: If it is not; the message names the nearest.
+    """
+    if theme not in subjects():
+        raise ValueError(f"unknown theme {theme!r}{suggestion(theme, subjects())}")
 
 
 def stems(text: str) -> list[str]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from flowhelpers.activations import FeatureActivations
 from flowhelpers.features import FeatureId, Site, suggestion
@@ -17,6 +19,25 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from flowhelpers.suites import Suite
+
+
+@torch.no_grad()
+def written_logits(
+    suite: "Suite", site: Site, indices: Int[Tensor, "features"]
+) -> Float[Tensor, "features vocabulary"]:
+    """The logits that directions of a dictionary give by themselves, through the final norm.
+
+    Raises:
+        ValueError: If a row was excluded.
+    """
+    model = suite.model
+    dictionary = suite.dictionary(site)
+    features = (FeatureId(site.layer, site.module, index) for index in indices.tolist())
+    directions = torch.stack([dictionary.direction(feature) for feature in features])
+    directions = directions.to(model.unembedding)
+    # Without the bias that a norm may have: it writes the same tokens for every feature.
+    bias = final_norm(model, torch.zeros_like(directions[:1]))
+    return (final_norm(model, directions) - bias) @ model.unembedding
 
 
 @torch.no_grad()
@@ -30,11 +51,8 @@ def written_tokens(suite: "Suite", feature: FeatureId | str, k: int = 10) -> "pd
     import pandas as pd
 
     feature = suite.feature(feature)
+    logits = written_logits(suite, feature.site, torch.tensor([feature.index]))[0]
     model = suite.model
-    direction = suite.dictionary(feature.site).direction(feature).to(model.unembedding)
-    # Without the bias that a norm may have: it writes the same tokens for every feature.
-    normed = final_norm(model, direction) - final_norm(model, torch.zeros_like(direction))
-    logits = normed @ model.unembedding
     top = (logits - logits.mean()).float().topk(k)
     return pd.DataFrame(
         {"token": token_strings(model, top.indices.tolist()), "logit": top.values.cpu().numpy()}

@@ -37,6 +37,8 @@ STRATEGIES = ("single", "constant", "exponential", "linear")
 UNITS = ("theta", "max", "unit")
 ALPHA, END_STRENGTH = -0.05, 1.0  # the paper's alpha and s*
 
+Push = Mapping[Site, Tensor]  # vectors that are added, whatever they come from, by site
+
 
 @dataclass(frozen=True)
 class Step:
@@ -217,7 +219,7 @@ def _scale(
             raise ValueError(
                 f"the dictionary for {feature.site} has no thresholds: use unit='max' or 'unit'"
             )
-        value = float(threshold[feature.index])
+        value = float(threshold.detach()[feature.index])
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"the unit of {feature} is {value}: expected a number above zero")
     return value
@@ -275,28 +277,42 @@ def plan_edits(suite: "Suite", plan: Plan) -> list[Edit]:
     return found
 
 
-def row_edits(suite: "Suite", plans: Sequence[Plan | None], each: int) -> list[Edit]:
+def push_of(suite: "Suite", plan: Plan) -> Push:
+    """What a plan that adds adds, by the site that is edited.
+
+    Raises:
+        ValueError: If the plan is of another suite, or rescales.
+    """
+    if plan.kind != "add":
+        raise ValueError(f"a plan of kind {plan.kind!r}: what it adds depends on the stream")
+    by_site = _by_site(suite, plan).items()
+    return {suite.dictionary(site).reads: _added(suite.dictionary(site), s) for site, s in by_site}
+
+
+def row_edits(suite: "Suite", plans: Sequence[Plan | Push | None], each: int) -> list[Edit]:
     """Several plans as edits of one batch: `each` rows for the first, as many for the next.
 
     Args:
         suite: The suite.
-        plans: Plans; None for rows without edits.
+        plans: Plans, or vectors to be added; None for rows without edits.
         each: Rows of a plan.
     """
     adds: dict[Site, list[tuple[int, Tensor]]] = {}
     factors: dict[Site, list[tuple[int, int, float]]] = {}
     for number, plan in enumerate(plans):
-        for site, steps in (_by_site(suite, plan) if plan else {}).items():
-            if plan and plan.kind == "add":
-                adds.setdefault(site, []).append((number, _added(suite.dictionary(site), steps)))
-            else:
+        if isinstance(plan, Plan) and plan.kind == "rescale":
+            for site, steps in _by_site(suite, plan).items():
                 some = [(number, feature.index, step.strength) for feature, step in steps]
                 factors.setdefault(site, []).extend(some)
+        elif plan is not None:
+            push = push_of(suite, plan) if isinstance(plan, Plan) else plan
+            for site, vector in push.items():
+                adds.setdefault(site, []).append((number, vector))
     found = []
     for site, vectors in adds.items():
         rows = _rows([number for number, _ in vectors], each)
         stacked = torch.stack([vector for _, vector in vectors]).repeat_interleave(each, dim=0)
-        found.append(add_rows(suite.dictionary(site).reads, rows, stacked))
+        found.append(add_rows(site, rows, stacked))
     for site, some in factors.items():
         dictionary = suite.dictionary(site)
         numbers, indices, r = zip(*some, strict=True)
@@ -309,9 +325,9 @@ def row_edits(suite: "Suite", plans: Sequence[Plan | None], each: int) -> list[E
 
 def steer(
     suite: "Suite",
-    plans: Mapping[str, Plan | None],
+    plans: Mapping[str, Plan | Push | None],
     prompt: str,
-    samples: int = 32,
+    samples: int | Sequence[int] = 32,
     max_new_tokens: int = 36,
     temperature: float = 1.27,
     top_p: float = 0.7,
@@ -319,6 +335,7 @@ def steer(
     phases: Collection[str] = PHASES,
     spare_bos: bool = False,
     at_once: int = 256,
+    bar: bool = True,
 ) -> "pd.DataFrame":
     """Texts of several plans, many samples of each in one batch (paper B.1, B.2).
 
@@ -327,9 +344,9 @@ def steer(
 
     Args:
         suite: The suite.
-        plans: Plans by name; None for text without edits.
+        plans: Plans, or vectors to be added, by name; None for text without edits.
         prompt: What the texts go on from, taken literally (CHOICES 24).
-        samples: Texts of each plan.
+        samples: Texts of each plan, or the numbers of the samples that are wanted.
         max_new_tokens: Tokens of each text.
         temperature: The paper's is 1.27.
         top_p: The paper's is 0.7.
@@ -337,6 +354,7 @@ def steer(
         phases: Where plans act, as in `generation.sample_tokens`.
         spare_bos: Whether the first token is left as it is.
         at_once: The most rows of a batch.
+        bar: Whether a progress bar is shown.
 
     Returns:
         One row a text: `plan`, `sample`, `text` (without the prompt).
@@ -347,32 +365,36 @@ def steer(
     """
     import pandas as pd
 
-    if not plans or samples < 1:
+    numbers = list(range(samples)) if isinstance(samples, int) else list(samples)
+    if not plans or not numbers:
         raise ValueError(f"{len(plans)} plans and samples={samples}: expected 1 or more of each")
     ids = prompt_ids(suite.model, prompt, max_new_tokens)
-    seeds = [sample_seed(seed, sample) for sample in range(samples)]
-    names, tables = list(plans), []
-    together = max(1, at_once // samples)
+    seeds = [sample_seed(seed, number) for number in numbers]
+    names, tables, each = list(plans), [], len(numbers)
+    together = max(1, at_once // each)
     for start in range(0, len(names), together):
         some = names[start : start + together]
-        edits = row_edits(suite, [plans[name] for name in some], samples)
+        edits = row_edits(suite, [plans[name] for name in some], each)
         try:
             found = sample_tokens(
-                suite.model, ids.expand(samples * len(some), -1), seeds * len(some),
-                max_new_tokens, temperature, top_p, edits, phases, spare_bos,
+                suite.model, ids.expand(each * len(some), -1), seeds * len(some),
+                max_new_tokens, temperature, top_p, edits, phases, spare_bos, bar=bar,
             )  # fmt: skip
         except NotFiniteError as error:
-            name = some[error.rows[0] // samples]
+            name = some[error.rows[0] // each]
             raise FloatingPointError(f"{_in_words(name, plans[name])}: {error}") from error
         texts = continuations(suite.model, found[:, ids.shape[1] :])
-        made = {"plan": np.repeat(some, samples), "sample": [*range(samples)] * len(some)}
+        made = {"plan": np.repeat(some, each), "sample": numbers * len(some)}
         tables.append(pd.DataFrame(made | {"text": texts}))
     return pd.concat(tables, ignore_index=True)
 
 
-def _in_words(name: str, plan: Plan | None) -> str:
+def _in_words(name: str, plan: Plan | Push | None) -> str:
     if plan is None:
         return f"plan {name!r} (no edits)"
+    if not isinstance(plan, Plan):
+        norms = ", ".join(f"{vector.float().norm():.3g} at {at}" for at, vector in plan.items())
+        return f"plan {name!r} (vectors of norm {norms})"
     strengths = [step.strength for step in plan.steps]
     layers = sorted({parse_feature(step.feature).layer for step in plan.steps})
     return (

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import toys
@@ -47,10 +48,28 @@ def test_a_small_nucleus_or_temperature_takes_the_likeliest_token(
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
     chances = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2]])
     for top_p, kept in ((0.39, [1]), (0.41, [1, 3]), (0.66, [1, 3, 4]), (1.0, [0, 1, 2, 3, 4])):
-        found = generation._nucleus(chances.log(), top_p)
+        found = torch.from_numpy(generation._nucleus(chances.log(), top_p))
         expected = torch.zeros(1, 5)
-        expected[:, kept] = chances[:, kept] / chances[:, kept].sum()
+        expected[:, kept] = chances[:, kept]
         assert torch.allclose(found, expected, atol=1e-6), top_p
+
+
+def test_tokens_are_drawn_as_often_as_their_chances_say():
+    chances = np.array([[0.0, 0.3, 0.0, 0.1, 0.2, 0.0]])
+    for uniform, expected in (
+        (0.0, 1),
+        (0.499, 1),
+        (0.501, 3),
+        (0.66, 3),
+        (0.67, 4),
+        (1 - 1e-7, 4),
+    ):
+        found = generation._drawn(chances, np.array([uniform], dtype=np.float32))
+        assert found.tolist() == [[expected]], uniform
+    uniform = np.random.default_rng(0).random(20_000).astype(np.float32)
+    drawn = generation._drawn(chances.repeat(len(uniform), axis=0), uniform)[:, 0]
+    shares = np.bincount(drawn, minlength=6) / len(uniform)
+    assert np.allclose(shares, chances[0] / 0.6, atol=0.01)
 
 
 def test_an_edit_reaches_every_generated_token(toy: Model):
@@ -71,9 +90,9 @@ def test_a_text_ends_at_eos_and_nothing_is_sampled_after(
     eos = toy.tokenizer.eos_token_id
     planned = iter([(200, 210), (201, eos), (eos, 220)])
 
-    def fixed(logits: Tensor, top_p: float) -> Tensor:
+    def fixed(logits: Tensor, top_p: float) -> np.ndarray:
         chosen = torch.tensor(next(planned))
-        return torch.nn.functional.one_hot(chosen, logits.shape[1]).float()
+        return torch.nn.functional.one_hot(chosen, logits.shape[1]).float().numpy()
 
     monkeypatch.setattr(generation, "_nucleus", fixed)
     assert generate(toy, PROMPT, 9, samples=2) == [
