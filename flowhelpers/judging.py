@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,15 +96,25 @@ def embedded_judge(model: Model, theme: str, seed: int = 0) -> EmbeddedJudge:
     """
     check_theme(theme)
     classifier, accuracy, aucs = _classifier(seed)
+    return EmbeddedJudge(
+        theme, model, classifier, accuracy, aucs[theme], **_calibration(model, seed)
+    )
+
+
+@lru_cache(maxsize=2)
+def _calibration(model: Model, seed: int) -> dict[str, float]:
+    """What human text and its distortions measure, by this model."""
     rng = np.random.default_rng(seed)
     human = [w for name in HUMAN for text in load_texts(name, 40, seed) for w in windows(text)[:2]]
     mixed = [" ".join(rng.permutation(text.split())) for text in human]
     loops = [" ".join((text.split()[:LOOP] * WINDOW)[:WINDOW]) for text in human]
-    losses = [float(mean_losses(model, some).mean()) for some in (human, mixed)]
     everything = [window for text in passages()["text"] for window in windows(text)[:1]]
-    various = float(np.quantile(distinct_tokens(model, everything), 0.05))
-    looped = float(distinct_tokens(model, loops).mean())
-    return EmbeddedJudge(theme, model, classifier, accuracy, aucs[theme], *losses, various, looped)
+    return {
+        "human": float(mean_losses(model, human).mean()),
+        "shuffled": float(mean_losses(model, mixed).mean()),
+        "various": float(np.quantile(distinct_tokens(model, everything), 0.05)),
+        "looped": float(distinct_tokens(model, loops).mean()),
+    }
 
 
 @torch.no_grad()
@@ -170,7 +180,9 @@ def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
     def fitted(of: np.ndarray) -> Any:
         vectors = TfidfVectorizer(tokenizer=stems, token_pattern=None, sublinear_tf=True)
         both = make_pipeline(vectors, ComplementNB())
-        calibrated = CalibratedClassifierCV(both, cv=folds(of), ensemble=False)
+        calibrated = CalibratedClassifierCV(
+            both, method="temperature", cv=folds(of), ensemble=False
+        )
         return calibrated.fit(pieces[of], subject[of])
 
     everything = np.arange(len(pieces))
