@@ -49,7 +49,7 @@ def random_twin(
         ValueError: If a site was not read, or has too few features.
     """
     rng = np.random.default_rng(seed)
-    taken = {step.feature for step in plan.steps}
+    taken = {str(suite.feature(step.feature)) for step in plan.steps}
     steps = []
     for step in plan.steps:
         feature = suite.feature(step.feature)
@@ -72,7 +72,9 @@ def random_twin(
 
     def resized(step: Step) -> Step:
         at = suite.dictionary(suite.feature(step.feature).site).reads
-        return replace(step, scale=step.scale * norms[0][at] / norms[1][at])
+        # Where strengths are 0, as at the end of a schedule, there is no norm to be had.
+        factor = norms[0][at] / norms[1][at] if norms[1][at] else 1.0
+        return replace(step, scale=step.scale * factor)
 
     return replace(found, steps=tuple(map(resized, found.steps)))
 

@@ -10,7 +10,8 @@ from flowhelpers.groups import GROUPS
 if TYPE_CHECKING:
     import pandas as pd
 
-TABLE_5_SUITE = "gemma-2-2b"
+GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features
+TABLE_5_SUITE = GEMMA
 TABLE_5_SEED = FeatureId(24, "res", 14548)
 TABLE_5_T_MLP = 0.25
 # Table 5: the flow of 24/res/14548, one residual feature a layer; it is not cut.
@@ -30,6 +31,25 @@ TABLE_5_SCORES = {
     (FeatureId(17, "mlp", 8454), FeatureId(17, "res", 8130)): 0.79,
 }
 
+# Table 2: features for suppressing "Scientific concepts and entities"; B.1 has the prompt.
+TABLE_2 = (
+    *("3/res/9811", "18/res/14053", "18/res/1336", "20/res/4506", "21/res/13226", "22/res/9002"),
+    *("22/res/15105", "23/res/4086", "24/res/7017", "24/res/14548"),
+)
+SUPPRESSION_PROMPT = "I think that the biggest problem of contemporary theoretical physics is "
+# Table 3: the features that promote four themes; B.2 has the prompt, which ends with a space.
+TABLE_3 = {
+    "Anger": "12/res/4111",
+    "Mental health": "12/res/16226",
+    "Wedding": "12/res/4230",
+    "Religion": "12/res/5483",
+}
+ACTIVATION_PROMPT = "I think "
+# Table 4: features for promoting "Research methodology and experimentation" (C.3).
+TABLE_4 = (
+    *("12/res/6778", "16/res/13806", "18/res/1056", "18/res/7505", "23/res/10746"),
+    *("24/res/11794", "24/res/1027", "24/res/7391", "24/res/1714", "25/res/6821"),
+)
 # Figure 13: of the features seen in a group (row), the share also seen in another (column).
 FIGURE_13 = (
     (1, 0.49, 0.32, 0.19, 0.26, 0.17, 0.10, 0.11),

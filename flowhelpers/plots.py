@@ -16,9 +16,11 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from flowhelpers.features import MODULES, parse_feature, suggestion
-from flowhelpers.layout import flow_layout
+from flowhelpers.layout import Layout, flow_layout
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import pandas as pd
 
     from flowhelpers.flow import FlowGraph
@@ -93,11 +95,27 @@ def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
     return _with_line_legend(figure)
 
 
-def flow_picture(graph: FlowGraph, subtitle: str) -> go.Figure:
+def flow_picture(
+    graph: FlowGraph,
+    subtitle: str,
+    values: Mapping[str, float] | None = None,
+    named: str = "value",
+) -> go.Figure:
     """A flow graph through the layers, a lane for each module (the paper's Figures 2, 20 and 21).
 
     A line is as thick as its cosine is high, and a node has the colour of its class; a forward
     edge, which the earlier feature chose, bears an open arrow.
+
+    Args:
+        graph: The graph.
+        subtitle: Suite and choices.
+        values: A value for some features, such as the strength that a plan steers them with or the
+            effect that they have: nodes then have the colour of their value, and those without one
+            are empty.
+        named: What the values are.
+
+    Raises:
+        ValueError: If values are given and no node has one.
     """
     layout = flow_layout(graph)
     margin = MARGIN | {"b": 100}
@@ -135,29 +153,13 @@ def flow_picture(graph: FlowGraph, subtitle: str) -> go.Figure:
             showlegend=direction == "forward",
             legendrank=2000,
         )
-    for kind, colour in NODE_COLOURS.items():
-        part = layout.nodes[layout.nodes["kind"] == kind]
-        figure.add_scatter(
-            x=part["x"],
-            y=part["y"],
-            name=kind,
-            mode="markers+text",
-            marker={
-                "color": colour,
-                "size": part["size"],
-                "line": {
-                    "color": part["is_seed"].map({True: INK, False: "white"}),
-                    "width": part["ring"],
-                },
-                "opacity": 1,
-            },
-            text=part["caption"].map(escape),
-            textposition=part["caption_at"],
-            textfont={"size": layout.font, "shadow": HALO},
-            hovertext=part["hover"].map(escape),
-            hoverinfo="text",
-            showlegend=kind in CLASS_COLOURS,
-        )
+    if values is None:
+        for kind, colour in NODE_COLOURS.items():
+            part = layout.nodes[layout.nodes["kind"] == kind]
+            shown = kind in CLASS_COLOURS
+            _add_nodes(figure, layout, part, {"color": colour}, kind, showlegend=shown)
+    else:
+        _add_valued_nodes(figure, layout, values, named)
     layers = sorted(layout.nodes["layer"].unique())
     figure.update_xaxes(title="layer", tickvals=layers, range=layout.across)
     lanes = {"tickvals": [*layout.lanes.values()], "ticktext": [NAMES[m] for m in layout.lanes]}
@@ -169,6 +171,55 @@ def flow_picture(graph: FlowGraph, subtitle: str) -> go.Figure:
         legend=below | {"itemsizing": "constant"},
     )
     return _with_line_legend(figure)
+
+
+def _add_nodes(
+    figure: go.Figure,
+    layout: Layout,
+    part: pd.DataFrame,
+    marker: dict[str, Any],
+    name: str,
+    showlegend: bool = False,
+) -> None:
+    ring = part["is_seed"].map({True: INK, False: "white"})
+    look = {"size": part["size"], "line": {"color": ring, "width": part["ring"]}, "opacity": 1}
+    figure.add_scatter(
+        x=part["x"],
+        y=part["y"],
+        name=name,
+        mode="markers+text",
+        marker=look | marker,
+        text=part["caption"].map(escape),
+        textposition=part["caption_at"],
+        textfont={"size": layout.font, "shadow": HALO},
+        hovertext=part["hover"].map(escape),
+        hoverinfo="text",
+        showlegend=showlegend,
+    )
+
+
+def _add_valued_nodes(
+    figure: go.Figure, layout: Layout, values: Mapping[str, float], named: str
+) -> None:
+    value = layout.nodes["feature"].map(dict(values)).astype(float)
+    known = value.notna()
+    if not known.any():
+        raise ValueError(f"none of {len(values)} values is of a node of this graph")
+    empty = {"color": "white", "line": {"color": GREY, "width": 1.5}}
+    _add_nodes(figure, layout, layout.nodes[~known], empty, f"no {named}", bool((~known).any()))
+    part, value = layout.nodes[known], value[known]
+    hover = [f"{text}\n{named} {x:.3g}" for text, x in zip(part["hover"], value, strict=True)]
+    most = max(value.abs().max(), 1e-9)
+    signed = bool((value < 0).any())
+    scale = {
+        "color": value,
+        "colorscale": "RdBu" if signed else "Blues",
+        "cmin": -most if signed else 0,
+        "cmax": most,
+        "colorbar": {"title": escape(named), "thickness": 12},
+        "line": {"color": INK, "width": part["is_seed"].map({True: 2.5, False: 1.0})},
+    }
+    _add_nodes(figure, layout, part.assign(hover=hover), scale, named)
 
 
 def token_text(tokens: pd.DataFrame, title: str, subtitle: str, columns: int = 80) -> go.Figure:

@@ -40,6 +40,10 @@ ALPHA, END_STRENGTH = -0.05, 1.0  # the paper's alpha and s*
 Push = Mapping[Site, Tensor]  # vectors that are added, whatever they come from, by site
 
 
+class NoFeatureError(ValueError):
+    """There is no feature to steer at a layer."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One feature of a plan.
@@ -194,13 +198,21 @@ def make_plan(
     chosen = [f for f in found if (f.layer == last if strategy == "single" else f.layer <= last)]
     if not chosen:
         there = ", ".join(map(str, sorted({f.layer for f in found})))
-        raise ValueError(f"no feature to steer at layer {last}: there are some at {there}")
+        raise NoFeatureError(f"no feature to steer at layer {last}: there are some at {there}")
     at = schedule(strength, [f.layer for f in chosen], span, strategy, alpha, end_strength, origin)
     steps = tuple(
-        Step(str(f), at[f.layer], _scale(suite, f, unit, greatest) if kind == "add" else 1.0)
+        Step(str(f), float(at[f.layer]), _scale(suite, f, unit, greatest) if kind == "add" else 1.0)
         for f in chosen
     )
     return Plan(suite.name, kind, unit if kind == "add" else "activation", steps, about)
+
+
+def plan_or_none(suite: "Suite", *given: Any, **settings: Any) -> Plan | None:
+    """`make_plan`, or None where there is no feature at the layer, as in the cells of a grid."""
+    try:
+        return make_plan(suite, *given, **settings)
+    except NoFeatureError:
+        return None
 
 
 def _scale(
@@ -361,7 +373,8 @@ def steer(
 
     Raises:
         ValueError: If there is no plan or sample, or a plan is of another suite.
-        FloatingPointError: If a plan makes logits infinite or NaN; it names plan and strengths.
+        FloatingPointError: If strengths, or the logits that a plan makes, are infinite or NaN; it
+            names plan and strengths.
     """
     import pandas as pd
 
@@ -374,6 +387,9 @@ def steer(
     together = max(1, at_once // each)
     for start in range(0, len(names), together):
         some = names[start : start + together]
+        for name in some:
+            if not _is_finite(suite, plans[name]):
+                raise FloatingPointError(f"{_in_words(name, plans[name])}: it is not finite")
         edits = row_edits(suite, [plans[name] for name in some], each)
         try:
             found = sample_tokens(
@@ -387,6 +403,15 @@ def steer(
         made = {"plan": np.repeat(some, each), "sample": numbers * len(some)}
         tables.append(pd.DataFrame(made | {"text": texts}))
     return pd.concat(tables, ignore_index=True)
+
+
+def _is_finite(suite: "Suite", plan: Plan | Push | None) -> bool:
+    if plan is None:
+        return True
+    if isinstance(plan, Plan) and plan.kind == "rescale":
+        return all(math.isfinite(step.strength) for step in plan.steps)
+    push = push_of(suite, plan) if isinstance(plan, Plan) else plan
+    return all(bool(torch.isfinite(vector).all()) for vector in push.values())
 
 
 def _in_words(name: str, plan: Plan | Push | None) -> str:
@@ -419,7 +444,8 @@ def _added(
     rows = dictionary.rows(
         torch.tensor([f.index for f, _ in steps], device=dictionary.norms.device)
     )
-    sizes = torch.tensor([step.strength * step.scale for _, step in steps], device=rows.device)
+    given = [step.strength * step.scale for _, step in steps]
+    sizes = torch.tensor(given, dtype=torch.float32, device=rows.device)
     return sizes @ rows.float()
 
 

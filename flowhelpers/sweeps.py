@@ -4,10 +4,10 @@ A cell is one way to steer for one theme: a strategy, a layer, a strength. The b
 looks better than it is, so it is to be chosen on some samples and reported on others.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,6 +26,7 @@ CELL = ("theme", "strategy", "layer", "strength")
 SCORES = ("behavioral", "coherence", "score")
 
 
+@runtime_checkable
 class Judge(Protocol):
     """What gives texts their scores: the embedded judge, an endpoint, or your own."""
 
@@ -62,7 +63,7 @@ def sweep(
     samples: Sequence[int],
     kept: Path | None = None,
     seed: int = 0,
-    at_once: int = 256,
+    at_once: int = 512,
     **settings: Any,
 ) -> "pd.DataFrame":
     """The texts of every cell. Sample i has the same random stream in all of them.
@@ -95,6 +96,8 @@ def sweep(
             f"{len(cells)} cells of {len(numbers)} samples: expected 1 or more of each"
         )
     common = {"model": suite.model.fingerprint, "samples": numbers, "seed": seed} | settings
+    if "phases" in settings:
+        common["phases"] = sorted(settings["phases"])  # a set will do, and its order means nothing
     keys = [key_of(common | _asked(suite, cell, cell.prompt or prompt)) for cell in cells]
     found = Kept(kept).get(set(keys)) if kept else {}
     missing = {key: cell for key, cell in zip(keys, cells, strict=True) if key not in found}
@@ -165,8 +168,8 @@ def judged(
 
     if missing := set(texts["theme"]) - set(judges):
         raise ValueError(f"no judge for {', '.join(sorted(missing))}: expected one for each theme")
-    parts = []
-    for theme, part in texts.groupby("theme", sort=False):
+    parts, numbered = [], texts.reset_index(drop=True)
+    for theme, part in numbered.groupby("theme", sort=False):
         different = list(dict.fromkeys(part["text"]))
         scores = judges[str(theme)].judge(different)[["behavioral", "coherence"]]
         outside = (scores < 0) | (scores > 1)
@@ -177,7 +180,7 @@ def judged(
             )
         mine = scores.set_index(pd.Index(different)).loc[part["text"]].set_index(part.index)
         parts.append(part.join(mine))
-    found = pd.concat(parts).loc[texts.index]
+    found = pd.concat(parts).sort_index().set_axis(texts.index)
     present = 1 - found["behavioral"] if suppress else found["behavioral"]
     return found.assign(score=present * found["coherence"])
 
@@ -216,6 +219,47 @@ def cell_means(
     return found.join(means.drop(columns=["group", "n"]))
 
 
+def compared(
+    scores: "pd.DataFrame",
+    baseline: str,
+    on: Sequence[str] = ("theme",),
+    by: Sequence[str] = CELL,
+    times: int = TIMES,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """By how much each cell scores above a baseline, sample by sample.
+
+    Steered and unsteered text of one sample share a random stream, so that the differences are
+    surer than two means with intervals of their own.
+
+    Args:
+        scores: As `judged` gives.
+        baseline: The strategy that is the baseline.
+        on: What a text and its baseline have in common, beside the sample.
+        by: Columns that tell cells apart.
+        times: Resamples.
+        seed: Of these.
+
+    Returns:
+        `by`, `n`, `difference`, `difference_low`, `difference_high`; cells of the baseline are left
+        out.
+
+    Raises:
+        ValueError: If there is no baseline.
+    """
+    is_base = scores["strategy"] == baseline
+    if not is_base.any():
+        there = ", ".join(map(str, scores["strategy"].unique()))
+        raise ValueError(f"no cell of the strategy {baseline!r}: there are {there}")
+    keys = [*on, "sample"]
+    base = scores[is_base].groupby(keys)["score"].mean().rename("base")
+    table = scores[~is_base].join(base, on=keys)
+    table = table.assign(score=table["score"] - table["base"])
+    found = cell_means(table, by, times, seed)
+    names = {"score": "difference"} | {f"score_{x}": f"difference_{x}" for x in ("low", "high")}
+    return found[[*by, "n", *names]].rename(columns=names)
+
+
 def best_cells(means: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
     """The cell of highest score for each of `by`, the first of equals; rows of `means`.
 
@@ -237,7 +281,7 @@ def strategy_cells(
     strategies: Iterable[str],
     layers: Iterable[int],
     strengths: Iterable[float],
-    plan_of: Any,
+    plan_of: Callable[[str, int, float], Plan | Push | None],
 ) -> list[Cell]:
     """The cells of every strategy, layer and strength; those without a feature are left out.
 

@@ -1,19 +1,25 @@
-"""Themes to steer for: which features, which prompt; those of the paper, or found by a rule."""
+"""Themes to steer for: those of the paper or of the passages, their judges and their features."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from flowhelpers.activations import FeatureActivations
-from flowhelpers.features import FeatureId, Site
+from flowhelpers.endpoint import EndpointJudge, endpoint_judge
+from flowhelpers.features import FeatureId, Site, suggestion
 from flowhelpers.flow import FlowGraph
-from flowhelpers.judging import check_theme
+from flowhelpers.judging import EmbeddedJudge, check_theme, embedded_judge
 from flowhelpers.labels import subject_scores
+from flowhelpers.model import Model
+from flowhelpers.texts import subjects
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+JUDGES = ("embedded", "endpoint")
 
 
 @dataclass(frozen=True)
@@ -21,20 +27,85 @@ class Theme:
     """A theme.
 
     Attributes:
-        name: What a judge behind an endpoint is told.
-        subject: The subject of the package's passages that it is nearest to, for the embedded
-            judge; None where there is none.
-        seeds: The features that flow graphs start from.
+        name: What it is called, and what a judge behind an endpoint is told.
+        subject: The subject of the package's passages that is nearest to it, which the embedded
+            judge looks for.
+        letter: The subject of the paper's prompt for suppression that it is; empty for none.
     """
 
     name: str
-    subject: str | None
-    seeds: tuple[str, ...]
+    subject: str
+    letter: str = ""
+
+
+PAPER = {
+    theme.name: theme
+    for theme in (
+        Theme("Anger", "anger"),
+        Theme("Mental health", "illness"),
+        Theme("Wedding", "weddings"),
+        Theme("Religion", "religion"),
+        Theme("Scientific concepts and entities", "particle_physics", "b"),
+        Theme("Research methodology and experimentation", "experiments", "c"),
+    )
+}
+
+
+def theme_of(name: str) -> Theme:
+    """One of the paper's themes, or a subject of the package's passages as a theme.
+
+    Raises:
+        ValueError: If there is neither; the message names the nearest.
+    """
+    if name in PAPER:
+        return PAPER[name]
+    if name not in subjects():
+        known = [*subjects(), *PAPER]
+        raise ValueError(f"unknown theme {name!r}{suggestion(name, known)}")
+    letters = {theme.subject: theme.letter for theme in PAPER.values() if theme.letter}
+    return Theme(name, name, letters.get(name, ""))
+
+
+def judge_of(
+    theme: Theme,
+    model: Model,
+    kind: str = "embedded",
+    task: Literal["promote", "suppress"] = "promote",
+    seed: int = 0,
+    **endpoint: Any,
+) -> EmbeddedJudge | EndpointJudge:
+    """The judge of a theme.
+
+    Args:
+        theme: The theme.
+        model: The unsteered model, whose likelihood of a text the embedded judge goes by.
+        kind: `embedded`, or `endpoint` for a language model behind an OpenAI-compatible endpoint.
+        task: What the endpoint is asked about.
+        seed: Of the embedded judge.
+        endpoint: As of `endpoint.endpoint_judge`: `model`, `base_url` and so on.
+
+    Raises:
+        ValueError: If the kind is unknown, or the paper's prompt for suppression does not ask for
+            the theme.
+        PermissionError: If the endpoint refuses the key.
+        ConnectionError: If there is no endpoint.
+    """
+    if kind not in JUDGES:
+        raise ValueError(f"unknown judge {kind!r}{suggestion(kind, JUDGES)}")
+    if kind == "embedded":
+        return embedded_judge(model, theme.subject, seed)
+    if task == "suppress" and not theme.letter:
+        asked = ", ".join(each.name for each in PAPER.values() if each.letter)
+        raise ValueError(
+            f"the paper's prompt for suppression does not ask for {theme.name}: {asked}"
+        )
+    subject = theme.letter if task == "suppress" else None
+    return endpoint_judge(theme.name, task, subject=subject, **endpoint)
 
 
 def theme_features(
     activations: FeatureActivations,
-    subjects: Sequence[str],
+    of_passages: Sequence[str],
     theme: str,
     sites: Iterable[Site] | None = None,
 ) -> "pd.DataFrame":
@@ -45,7 +116,7 @@ def theme_features(
 
     Args:
         activations: Of passages.
-        subjects: The subject of each passage.
+        of_passages: The subject of each passage.
         theme: The theme, one of them.
         sites: The sites whose features are asked for; all that were read unless given.
 
@@ -59,7 +130,7 @@ def theme_features(
     import pandas as pd
 
     check_theme(theme)
-    names = pd.Series(list(subjects))
+    names = pd.Series(list(of_passages))
     on_theme = (names == theme).to_numpy()
     half = (names.groupby(names).cumcount() % 2 == 0).to_numpy()
     parts = []

@@ -15,13 +15,14 @@ from flowhelpers.features import FeatureId, Site, parse_feature
 from flowhelpers.flow import flow_graph
 from flowhelpers.generation import generate
 from flowhelpers.matching import match_table
-from flowhelpers.model import Edit, run
+from flowhelpers.model import Edit, Model, run
 from flowhelpers.steering import (
     Plan,
     Step,
     load_plan,
     make_plan,
     plan_edits,
+    push_of,
     row_edits,
     save_plan,
     schedule,
@@ -238,6 +239,76 @@ def test_steered_and_unsteered_share_their_seeds(planted: Suite):
     assert alone["text"].tolist() == texts["pushed"][:2]
     apart = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=3, at_once=5)
     assert apart.equals(table)
+
+
+def test_what_a_plan_adds_is_known_by_site(world: SimpleNamespace, planted: Suite, toy: Model):
+    suite = world.suite
+    steps = (Step("0/res/2", 3.0), Step("1/res/3", 2.0, 0.5), Step("1/res/5", -1.0, 4.0))
+    push = push_of(suite, Plan(suite.name, "add", "theta", steps))
+    assert set(push) == {Site(0, "res"), Site(1, "res")}
+    assert torch.allclose(push[Site(0, "res")], 3 * row(suite, "0/res/2"))
+    both = row(suite, "1/res/3") - 4 * row(suite, "1/res/5")
+    assert torch.allclose(push[Site(1, "res")], both)
+    # A dictionary that reads z is pushed there.
+    at_z = replace(planted, dictionaries={Site(1, "att"): toys.dictionary_at_z(toy)})
+    push = push_of(at_z, Plan(planted.name, "add", "theta", (Step("1/att/4", 2.0, 0.5),)))
+    assert set(push) == {Site(1, "z")}
+    assert torch.allclose(push[Site(1, "z")], row(at_z, "1/att/4"))
+    with pytest.raises(ValueError, match="a plan of kind 'rescale': what it adds depends on"):
+        push_of(suite, make_plan(suite, ["1/res/3"], 0.0, "rescale"))
+    with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
+        push_of(planted, make_plan(suite, ["1/res/3"], 1.0))
+
+
+def test_vectors_steer_as_the_plan_that_adds_them(planted: Suite):
+    plan = make_plan(planted, ["0/res/2", "1/res/3", "1/mlp/1"], 9.0, unit="unit")
+    push = push_of(planted, plan)
+    scale = make_plan(planted, ["1/res/3"], -9.0, "rescale")
+    plans = {"plan": plan, "none": None, "scale": scale, "push": push}
+    table = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=1)
+    texts = {name: part["text"].tolist() for name, part in table.groupby("plan", sort=False)}
+    assert list(texts) == list(plans)
+    assert texts["push"] == texts["plan"]
+    assert len({tuple(some) for some in texts.values()}) == 3
+    alone = steer(planted, {"push": push}, PROMPT, samples=4, max_new_tokens=8, seed=1)
+    assert alone["text"].tolist() == texts["push"]
+    ids = torch.arange(60, 72).expand(6, -1)
+    mixed = [push, None, plan]
+    _, read = run(
+        planted.model, ids, [Site(1, "res"), Site(2, "res")], row_edits(planted, mixed, 2)
+    )
+    for values in read.values():
+        assert torch.allclose(values[:2], values[4:], atol=1e-6)
+        assert not torch.allclose(values[:2], values[2:4], atol=1e-2)
+
+
+def test_samples_may_be_named_by_their_numbers(planted: Suite):
+    plans = {"none": None, "push": make_plan(planted, ["1/res/3"], 9.0, unit="unit")}
+    whole = steer(planted, plans, PROMPT, samples=6, max_new_tokens=8, seed=2)
+    some = steer(planted, plans, PROMPT, samples=[5, 3], max_new_tokens=8, seed=2)
+    assert some["plan"].tolist() == ["none", "none", "push", "push"]
+    assert some["sample"].tolist() == [5, 3, 5, 3]
+    both = whole.set_index(["plan", "sample"])["text"]
+    expected = [both[name, number] for name in plans for number in (5, 3)]
+    assert some["text"].tolist() == expected
+    assert len(set(whole["text"])) == len(whole)  # else any other would do
+    apart = steer(planted, plans, PROMPT, range(2, 6), max_new_tokens=8, seed=2, at_once=3)
+    assert apart["text"].tolist() == whole.loc[whole["sample"] >= 2, "text"].tolist()
+    with pytest.raises(ValueError, match=r"2 plans and samples=\[\]: expected 1 or more of each"):
+        steer(planted, plans, PROMPT, samples=[])
+
+
+@pytest.mark.parametrize("kind", ["add", "rescale", "vectors"])
+def test_what_is_not_finite_is_named_before_it_is_tried(planted: Suite, kind: str):
+    steps = (Step("1/res/3", 1.0), Step("2/res/1", math.nan))
+    bad: Any = Plan(planted.name, "add" if kind == "vectors" else kind, "unit", steps)
+    words = rf"plan 'bad' \({kind}, .* layers 1 to 2\): it is not finite"
+    if kind == "vectors":
+        bad = push_of(planted, bad)
+        words = r"plan 'bad' \(vectors of norm .* at 1/res, nan at 2/res\): it is not finite"
+    fine = make_plan(planted, ["1/res/3"], 1.0)
+    with pytest.raises(FloatingPointError, match=words):
+        steer(planted, {"none": None, "fine": fine, "bad": bad}, PROMPT, 2, max_new_tokens=3)
 
 
 def test_a_strength_that_breaks_the_model_is_named(planted: Suite):

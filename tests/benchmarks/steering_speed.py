@@ -1,0 +1,115 @@
+"""How many steered tokens a second, beside TransformerLens's `generate`, one text at a time.
+
+    python tests/benchmarks/steering_speed.py [--suite flowlet] [--device cpu]
+
+The loop is what a user of TransformerLens would write: the hooks of a plan are put on, and
+`generate` of the same model is called for each text, with its cache of keys and values. The batch
+is `steer`, with 32 samples of each of 8 plans. Both have the paper's temperature and top-p, and 36
+new tokens; a text counts as far as its end-of-text token. The curve is over the rows of a batch,
+samples of one plan. Each is measured several times, and the fastest counts. The exit status is 1
+where the batch makes less than 8 times as many.
+
+MEASURED
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowhelpers.flow import flow_graph
+from flowhelpers.generation import prompt_ids
+from flowhelpers.matching import match_table
+from flowhelpers.steering import Plan, make_plan, steer
+from flowhelpers.suites import Suite, load_suite
+
+BAR = 8
+PLANS, SAMPLES, NEW = 8, 32, 36
+TEMPERATURE, TOP_P = 1.27, 0.7
+ROWS = (1, 4, 16, 64, 256)
+PROMPT = "From my experience,"
+
+
+def seconds(compute: Callable[[], Any]) -> tuple[float, Any]:
+    """How long it takes, and what it gives."""
+    began = time.perf_counter()
+    found = compute()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, found
+
+
+def plans_of(suite: Suite) -> dict[str, Plan | None]:
+    """Unsteered text, and the flow of a feature in the middle at growing strengths."""
+    graph = flow_graph(suite, f"{suite.layers // 2}/res/0", match_table(suite))
+    strengths = [0.25 * (number + 1) for number in range(PLANS - 1)]
+    return {"unsteered": None} | {f"s = {s}": make_plan(suite, graph, s) for s in strengths}
+
+
+@torch.no_grad()
+def by_generate(suite: Suite, plans: Mapping[str, Plan | None], texts: int) -> list[Tensor]:
+    """Every text on its own; of each plan so many."""
+    ids, found = prompt_ids(suite.model, PROMPT, NEW), []
+    for plan in plans.values():
+        with plan.on(suite) if plan else nullcontext():
+            for _ in range(texts):
+                made = suite.model.bridge.generate(
+                    ids, max_new_tokens=NEW, temperature=TEMPERATURE, top_p=TOP_P,
+                    return_type="tokens", verbose=False,
+                )  # fmt: skip
+                found.append(made[0, ids.shape[1] :])
+    return found
+
+
+def loop_rate(suite: Suite, plans: Mapping[str, Plan | None], texts: int) -> float:
+    """Tokens a second of the loop."""
+    took, found = seconds(lambda: by_generate(suite, plans, texts))
+    return sum(map(len, found)) / took
+
+
+def steer_rate(suite: Suite, plans: Mapping[str, Plan | None], samples: int, seed: int) -> float:
+    """Tokens a second of `steer`."""
+    given = {"max_new_tokens": NEW, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": seed}
+    rows = samples * len(plans)
+    took, table = seconds(
+        lambda: steer(suite, plans, PROMPT, samples, **given, at_once=rows, bar=False)
+    )
+    ids = suite.model.tokenizer(table["text"].tolist(), add_special_tokens=False)["input_ids"]
+    return sum(min(len(row) + 1, NEW) for row in ids) / took  # with the token that ends a text
+
+
+def main() -> None:
+    """Prints what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--suite", default="flowlet")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--loop", type=int, default=3, help="texts of each plan in the loop")
+    parser.add_argument("--repeats", type=int, default=3)
+    given = parser.parse_args()
+    suite = load_suite(given.suite, given.device)
+    plans = plans_of(suite)
+    by_generate(suite, plans, 1)
+    steer_rate(suite, plans, 2, 0)
+    slow, fast = [], []
+    for seed in range(given.repeats):  # in turn, so that both meet the same machine
+        slow.append(loop_rate(suite, plans, given.loop))
+        fast.append(steer_rate(suite, plans, SAMPLES, seed))
+    ratio = max(fast) / max(slow)
+    print(f"one text at a time with generate: {max(slow):,.0f} tokens a second")
+    print(f"steer, {SAMPLES} samples of {PLANS} plans: {max(fast):,.0f} tokens a second")
+    print(f"  {ratio:.1f} times as many (bar: {BAR})")
+    one = dict(list(plans.items())[-1:])
+    for rows in ROWS:
+        rate = max(steer_rate(suite, one, rows, seed) for seed in range(given.repeats))
+        print(f"{rows:>5} rows in a batch: {rate:,.0f} tokens a second")
+    if ratio < BAR:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
