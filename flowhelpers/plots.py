@@ -210,12 +210,12 @@ def _add_valued_nodes(
     part, value = layout.nodes[known], value[known]
     hover = [f"{text}\n{named} {x:.3g}" for text, x in zip(part["hover"], value, strict=True)]
     most = max(value.abs().max(), 1e-9)
-    signed = bool((value < 0).any())
+    low, high = -most * (value.min() < 0), most * (value.max() > 0)
     scale = {
         "color": value,
-        "colorscale": "RdBu" if signed else "Blues",
-        "cmin": -most if signed else 0,
-        "cmax": most,
+        "colorscale": "RdBu" if low and high else "Reds_r" if low else "Blues",
+        "cmin": low,
+        "cmax": high or most * (not low),
         "colorbar": {"title": escape(named), "thickness": 12},
         "line": {"color": INK, "width": part["is_seed"].map({True: 2.5, False: 1.0})},
     }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from flowhelpers.intervals import TIMES, mean_intervals
+from flowhelpers.intervals import mean_intervals
 from flowhelpers.kept import Kept, key_of
 from flowhelpers.runs import progress
 from flowhelpers.steering import Plan, Push, steer
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 UNSTEERED = "unsteered"
 CELL = ("theme", "strategy", "layer", "strength")
+TIMES = 1000  # resamples: the ends of intervals decide what beats what
 SCORES = ("behavioral", "coherence", "score")
 
 
@@ -258,6 +259,28 @@ def compared(
     found = cell_means(table, by, times, seed)
     names = {"score": "difference"} | {f"score_{x}": f"difference_{x}" for x in ("low", "high")}
     return found[[*by, "n", *names]].rename(columns=names)
+
+
+def beside_unsteered(steered: "pd.DataFrame", scores: "pd.DataFrame", kind: str) -> "pd.DataFrame":
+    """Steered texts with the unsteered text of the same theme and sample, to be read.
+
+    Args:
+        steered: Rows of `scores`.
+        scores: As `judged` gives, with unsteered cells.
+        kind: What these are, in words.
+
+    Returns:
+        The rows with `kind`, `steered` and `unsteered`.
+
+    Raises:
+        ValueError: If the unsteered text of one is not there.
+    """
+    plain = scores[scores["strategy"] == UNSTEERED].drop_duplicates(["theme", "sample"])
+    found = plain.set_index(["theme", "sample"])["text"].rename("unsteered")
+    table = steered.join(found, on=["theme", "sample"]).assign(kind=kind, steered=steered["text"])
+    if table["unsteered"].isna().any():
+        raise ValueError(f"{kind}: there is no unsteered text of the same theme and sample")
+    return table
 
 
 def best_cells(means: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":

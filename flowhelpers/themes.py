@@ -69,6 +69,7 @@ def theme_of(name: str) -> Theme:
 def judge_of(
     theme: Theme,
     model: Model,
+    /,  # so that the endpoint's `model` can be given by its name
     kind: str = "embedded",
     task: Literal["promote", "suppress"] = "promote",
     seed: int = 0,

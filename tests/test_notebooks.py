@@ -86,7 +86,8 @@ def test_cells_are_named_and_short(path: Path) -> None:
         assert found, first
         names.append(found[1])
         most = 10 if path.stem == "00_start_here" else 18
-        assert len(rest) <= most or names == ["Versions"], f"{found[1]} has {len(rest)} lines"
+        free = found[1] in ("Versions", "Parameters")
+        assert len(rest) <= most or free, f"{found[1]} has {len(rest)} lines"
     assert len(set(names)) == len(names)
     assert "environment()" in code_cells(path)[0].source
 
@@ -1359,6 +1360,248 @@ def test_layers_above_count_descendants_that_were_active(removed: Executed) -> N
 
 
 # The edits, by plain hooks on the Hugging Face model.
+
+
+@pytest.fixture(scope="module")
+def suppressed(executed: dict[str, Executed]) -> Executed:
+    return executed["05_theme_suppression"]
+
+
+@pytest.fixture(scope="module")
+def promoted(executed: dict[str, Executed]) -> Executed:
+    return executed["06_theme_activation"]
+
+
+def middle_95(scores: Sequence[float]) -> tuple[float, float]:
+    """The interval of a mean, by samples drawn anew."""
+    values = np.array(scores)
+    drawn = np.random.default_rng(9).integers(0, len(values), (2000, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def written_by_hand(
+    by_hand: ByHand,
+    changes: dict[tuple[int, str], Callable[[torch.Tensor], torch.Tensor]],
+    prompt: str,
+    sample: int,
+    tokens: int = 24,
+) -> str:
+    """A text sampled with plain hooks, one pass over the whole of it for each token."""
+    ids = by_hand.ids(prompt)
+    start = ids.shape[1]
+    uniform = torch.rand(tokens, generator=torch.Generator().manual_seed(sample))
+    with ExitStack() as stack, torch.no_grad():
+        for (layer, module), change in changes.items():
+            part = by_hand.part(FeatureId(layer, module, 0))
+            stack.enter_context(by_hand.hooked(part, change))
+        for share in uniform.tolist():
+            logits = by_hand.model(input_ids=ids).logits[0, -1]
+            chances = (logits / 1.27).softmax(-1).numpy()
+            order = np.argsort(-chances, kind="stable")
+            nucleus = order[: int((chances[order].cumsum() < 0.7).sum()) + 1]
+            kept = np.zeros(len(chances))
+            kept[nucleus] = chances[nucleus]
+            token = int(np.searchsorted(kept.cumsum(), share * kept.sum(), side="right"))
+            ids = torch.cat([ids, torch.tensor([[token]])], dim=1)
+            if token == by_hand.tokenizer.eos_token_id:
+                ids = ids[:, :-1]
+                break
+    return by_hand.tokenizer.decode(ids[0, start:].tolist())
+
+
+def test_suppressed_texts_are_what_plain_hooks_give(suppressed: Executed, by_hand: ByHand) -> None:
+    texts, features = suppressed.table("texts"), suppressed.table("features")
+    prompt = "In physics, the energy of a particle is"
+
+    def take(layer: int, module: str, r: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        here = features[(features["layer"] == layer) & (features["module"] == module)]
+        rows = torch.tensor([parse_feature(name).index for name in here["feature"]])
+        dictionary = sae(layer, module)
+
+        def change(values: torch.Tensor) -> torch.Tensor:
+            codes = dictionary.encode(values)[..., rows]
+            return values + (r - 1) * codes @ dictionary.W_dec[rows]
+
+        return change
+
+    for strategy, layer, r in (("single", 3, -4), ("cumulative", 5, -2), ("unsteered", -1, 0)):
+        cell = texts[texts["strategy"] == strategy]
+        if strategy != "unsteered":
+            cell = cell[(cell["layer"] == layer) & (cell["strength"] == r)]
+        first = layer if strategy == "single" else 0
+        sites = features.loc[features["layer"].between(first, layer), ["layer", "module"]]
+        changes = {
+            (at, module): take(at, module, r)
+            for at, module in sites.drop_duplicates().itertuples(index=False)
+        }
+        assert len(cell) == 32
+        for sample in (0, 5):
+            expected = written_by_hand(by_hand, changes, prompt, sample)
+            assert cell.set_index("sample")["text"][sample] == expected, (strategy, sample)
+
+
+def test_suppression_is_scored_and_chosen_as_it_says(suppressed: Executed) -> None:
+    texts, reported = suppressed.table("texts"), suppressed.table("texts_reported")
+    for table in (texts, reported):
+        product = (1 - table["behavioral"]) * table["coherence"]
+        assert np.allclose(table["score"], product)
+        assert (table.groupby("cell").size() == 32).all()
+    assert set(texts["sample"]).isdisjoint(reported["sample"])
+    means = texts.groupby(["strategy", "layer", "strength"])["score"].mean()
+    figure = suppressed.table("figure_10")
+    for row in figure[figure["strategy"].isin(["single", "cumulative"])].itertuples():
+        of_r = means[row.strategy].unstack("strength")[row.strength]
+        assert of_r.idxmax() == row.layer
+        assert of_r.max() == pytest.approx(row.chosen_on)
+        mine = reported[reported["strategy"] == row.strategy]
+        mine = mine[mine["strength"] == row.strength]["score"]
+        assert mine.mean() == pytest.approx(row.score)
+        assert middle_95(mine.tolist()) == pytest.approx((row.score_low, row.score_high), abs=0.03)
+
+
+def test_seeds_are_those_that_tell_the_theme_best_and_the_filter_is_its_rule(
+    suppressed: Executed,
+) -> None:
+    seeds, features = suppressed.table("seeds"), suppressed.table("features")
+    assert seeds["auc"].is_monotonic_decreasing
+    assert len(seeds) == 10
+    assert (features.loc[~features["is_seed"], "auc"] >= 0.8).all()
+    assert set(seeds["feature"]) == set(features.loc[features["is_seed"], "feature"])
+    assert {"mlp", "att"} <= set(features["module"])
+
+
+def test_suppression_beats_no_steering_random_features_and_at_some_r_the_seeds(
+    suppressed: Executed,
+) -> None:
+    figure = suppressed.table("figure_10").set_index("strategy")
+    plain = figure.loc["unsteered", "score_high"]
+    for strategy in ("single", "cumulative", "seeds only"):
+        assert figure.loc[[strategy], "score_low"].max() > plain
+    control = suppressed.table("random_features").set_index("strategy")
+    top = control.drop(index=["unsteered", "random features"]).iloc[0]
+    assert top["score_low"] > control.loc["random features", "score_high"]
+    versus = suppressed.table("against_seeds")
+    reported = suppressed.table("texts_reported").set_index("sample")
+    for row in versus.itertuples():
+        pair = [
+            reported[(reported["strategy"] == name) & (reported["strength"] == row.strength)]
+            for name in (row.strategy, "seeds only")
+        ]
+        assert row.difference == pytest.approx((pair[0]["score"] - pair[1]["score"]).mean())
+    assert (versus["difference_low"] > 0).any()
+
+
+def test_removing_more_costs_more(suppressed: Executed) -> None:
+    means = suppressed.table("means")
+    plain = means[means["strategy"] == "unsteered"].iloc[0]
+    assert plain["norm"] == plain["kl"] == 0
+    steered = means[means["strategy"] != "unsteered"]
+    by_r = steered.groupby(["strategy", "strength"])[["norm", "kl"]].mean().unstack("strategy")
+    assert (by_r.sort_index(ascending=False).diff().iloc[1:] > 0).all(axis=None)
+    alike = suppressed.table("planted").set_index("what")
+    assert alike["behavioral"].idxmin() == "off the theme"
+    assert alike.loc["on the theme", "coherence"] > 2 * alike.loc["on it, backwards", "coherence"]
+    assert alike.loc["one word", "coherence"] == 0
+
+
+def test_promoted_texts_are_what_plain_hooks_give(promoted: Executed, by_hand: ByHand) -> None:
+    texts, features = promoted.table("texts"), promoted.table("features")
+    schedule = {
+        "single": lambda s, layer, span: s,
+        "exponential": lambda s, layer, span: s * np.exp(-0.05 * layer),
+        "linear": lambda s, layer, span: s + (1 - s) * (layer - span[0]) / (span[1] - span[0]),
+    }
+
+    def push(here: pd.DataFrame, s: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        layer, module = int(here["layer"].iloc[0]), str(here["module"].iloc[0])
+        dictionary = sae(layer, module)
+        rows = [parse_feature(name).index for name in here["feature"]]
+        vector = s * (dictionary.threshold[rows, None] * dictionary.W_dec[rows]).sum(0)
+        return lambda values: values + vector
+
+    wide = features.groupby("theme")["layer"].agg(["min", "max"])
+    theme = str((wide["max"] - wide["min"]).idxmax())
+    mine = features[features["theme"] == theme]
+    span = int(mine["layer"].min()), int(mine["layer"].max())
+    for strategy, rule in schedule.items():
+        first = span[1] if strategy == "single" else span[0]
+        steered = mine[mine["layer"] >= first].groupby(["layer", "module"])
+        changes = {
+            (int(layer), str(module)): push(here, rule(4, layer, span))
+            for (layer, module), here in steered
+        }
+        cell = texts[(texts["theme"] == theme) & (texts["strategy"] == strategy)]
+        cell = cell[(cell["layer"] == span[1]) & (cell["strength"] == 4)].set_index("sample")
+        for sample in (1, 7):
+            expected = written_by_hand(by_hand, changes, "I think", sample)
+            assert cell["text"][sample] == expected, (strategy, sample)
+
+
+def test_promotion_beats_no_steering_and_random_features_for_three_themes_of_four(
+    promoted: Executed,
+) -> None:
+    reported, verdicts = promoted.table("texts_reported"), promoted.table("verdicts")
+    assert np.allclose(reported["score"], reported["behavioral"] * reported["coherence"])
+    assert set(reported["sample"]).isdisjoint(promoted.table("texts")["sample"])
+    beaten = 0
+    for row in verdicts.itertuples():
+        of_theme = reported[reported["theme"] == row.theme]
+        ends = {
+            name: middle_95(of_theme.loc[of_theme["strategy"] == name, "score"].tolist())
+            for name in (row.strategy, "unsteered", "random features")
+        }
+        sizes = of_theme.groupby("strategy")["score"].size()
+        assert sizes.min() >= 32
+        low = ends[str(row.strategy)][0]
+        beaten += low > ends["unsteered"][1] and low > ends["random features"][1]
+    assert len(verdicts) == 4
+    assert beaten >= 3
+    both = verdicts["unsteered"] & verdicts["random features"]
+    assert both.sum() >= 3
+
+
+def test_the_best_cell_of_a_strategy_is_chosen_on_the_other_half(promoted: Executed) -> None:
+    texts, figure = promoted.table("texts"), promoted.table("figure_11")
+    cells = ["theme", "strategy", "layer", "strength"]
+    means = texts.groupby(cells, dropna=False)["score"].mean().reset_index()
+    for row in figure[figure["strategy"] != "random features"].itertuples():
+        mine = means[(means["theme"] == row.theme) & (means["strategy"] == row.strategy)]
+        assert mine["score"].max() == pytest.approx(row.chosen_on)
+    layers = promoted.table("figure_16")
+    for row in layers[layers["strategy"] == "single"].itertuples():
+        mine = means[(means["theme"] == row.theme) & (means["strategy"] == "single")]
+        assert mine[mine["layer"] == row.layer]["score"].max() == pytest.approx(row.score)
+
+
+def test_seeds_did_best_in_a_trial_of_other_samples(promoted: Executed) -> None:
+    trial, results = promoted.table("trial"), promoted.results
+    best = trial.loc[trial.groupby("theme")["score"].idxmax()].set_index("theme")["feature"]
+    assert results["seeds"] == best.to_dict()
+    assert trial["output_score"].between(0, 1).all()
+    assert (trial.groupby("theme").size() == 8).all()
+    shares = promoted.table("subjects")
+    assert shares["share"].is_monotonic_decreasing
+    assert shares["subject"].head(4).tolist() == results["themes"]
+
+
+def test_at_equal_norm_the_norms_are_equal(promoted: Executed) -> None:
+    means, equal = promoted.table("means"), promoted.table("equal_norm")
+    assert (means[means["strategy"] == "unsteered"][["norm", "kl"]] == 0).all(axis=None)
+    by = ["theme", "layer", "strength"]
+    for row in equal.itertuples():
+        if row.strategy in ("unsteered", "single"):
+            continue
+        of_theme = means[means["theme"] == row.theme]
+        single = of_theme[of_theme["strategy"] == "single"]
+        budget = single.loc[single["score"].idxmax(), "norm"]
+        mine = of_theme[(of_theme["strategy"] == row.strategy) & (of_theme["layer"] == row.layer)]
+        best = of_theme[of_theme["strategy"] == row.strategy]
+        best = best.loc[best["score"].idxmax()]
+        assert row.strength == pytest.approx(best["strength"] * budget / best["norm"])
+        assert len(mine)
+    wide = means.pivot_table(index=by, columns="strategy", values="norm").dropna()
+    assert (wide["constant"] >= wide["single"] - 1e-6).all()
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from flowhelpers.steering import (
     load_plan,
     make_plan,
     plan_edits,
+    plan_or_none,
     push_of,
     row_edits,
     save_plan,
@@ -171,6 +172,17 @@ def test_strategies_choose_the_layers(world: SimpleNamespace):
     # The span is that of the graph, however far the plan goes.
     plan = make_plan(world.suite, FEATURES, 3.0, strategy="linear", layer=1)
     assert [step.strength for step in plan.steps] == [3, 2, 2, 2]
+
+
+def test_a_layer_without_features_may_have_no_plan(world: SimpleNamespace):
+    suite = world.suite
+    plan = plan_or_none(suite, FEATURES, 2.0, strategy="single", layer=1)
+    assert plan == make_plan(suite, FEATURES, 2.0, strategy="single", layer=1)
+    assert plan_or_none(suite, ["0/res/2"], 2.0, "add", "single", 1) is None
+    assert plan_or_none(suite, ["1/res/3"], 2.0, layer=0) is None
+    for wrong in ({"features": []}, {"features": FEATURES, "kind": "ad"}):
+        with pytest.raises(ValueError, match=r"no feature to steer: exp|unknown kind 'ad'"):
+            plan_or_none(suite, strength=2.0, **wrong)
 
 
 def test_a_plan_of_a_graph_steers_its_nodes(planted: Suite):

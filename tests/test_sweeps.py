@@ -17,9 +17,11 @@ from flowhelpers.steering import Plan, Step, make_plan, push_of, steer
 from flowhelpers.suites import Suite
 from flowhelpers.sweeps import (
     Cell,
+    beside_unsteered,
     best_cells,
     cell_means,
     chosen,
+    compared,
     judged,
     strategy_cells,
     sweep,
@@ -186,6 +188,7 @@ def test_what_texts_depend_on_makes_them_anew(
         {"plan": replace(plan, kind="rescale")},
         {"plan": None},
         {"plan": push},
+        {"plan": push, "prompt": OTHER},
         {"plan": {Site(1, "res"): push[Site(1, "res")] * 1.01}},
         {"plan": {Site(2, "res"): push[Site(1, "res")]}},
         {"prompt": OTHER},
@@ -425,6 +428,64 @@ def test_intervals_are_drawn_by_samples_and_by_the_seed():
     one = cell_means(table[table["sample"] == 120])
     assert one["score"].tolist() == [values[20][0], values[20][0] / 2]
     assert one[["score_low", "score_high"]].isna().all(axis=None)
+
+
+def test_differences_are_taken_sample_by_sample():
+    rng = np.random.default_rng(0)
+    sea, war = rng.random((2, 30)) / 2
+    table = scored(
+        {
+            ("sea", "unsteered", NONE, NONE): [(b, 1) for b in sea],
+            ("sea", "single", 3, 2): [(b + 0.25, 1) for b in sea[:20]] + [(NONE, 1)] * 10,
+            ("war", "unsteered", NONE, NONE): [(NONE, 1)] * 5 + [(b, 1) for b in war[5:]],
+            ("war", "single", 3, 2): [(b - 0.125, 1) for b in war],
+            ("war", "single", 3, 4): [(2 * b, 1) for b in war],
+        }
+    )
+    found = compared(table.sample(frac=1, random_state=1), "unsteered")
+    found = found.sort_values(["theme", "strength"], ignore_index=True)
+    assert list(found.columns) == [
+        *("theme", "strategy", "layer", "strength", "n"),
+        *("difference", "difference_low", "difference_high"),
+    ]
+    assert found["theme"].tolist() == ["sea", "war", "war"]
+    assert found["strength"].tolist() == [2, 2, 4]
+    assert found["n"].tolist() == [20, 25, 25]
+    # The same difference at every sample has no interval, however the samples differ.
+    for column in ("difference", "difference_low", "difference_high"):
+        assert found[column][:2].tolist() == pytest.approx([0.25, -0.125])
+    assert found["difference"][2] == pytest.approx(war[5:].mean())
+    assert found["difference_low"][2] < war[5:].mean() - 0.02
+    assert compared(table, "unsteered").equals(compared(table, "unsteered", seed=0))
+    by_theme = compared(table, "unsteered", by=["theme"])
+    assert by_theme["n"].tolist() == [20, 50]
+    # Against the mean of both themes where the theme is not what they have in common.
+    both = compared(table, "unsteered", on=[], by=["theme"]).set_index("theme")["difference"]
+    base = np.where(np.arange(30) < 5, sea, (sea + war) / 2)
+    assert both["sea"] == pytest.approx((sea + 0.25 - base)[:20].mean())
+    with pytest.raises(ValueError, match="no cell of the strategy 'none': there are unsteered, s"):
+        compared(table, "none")
+
+
+def test_a_steered_text_stands_beside_the_unsteered_one_of_its_sample():
+    rows = [
+        ("sea", "unsteered", 3, "plain sea 3"),
+        ("sea", "single", 7, "wet 7"),
+        ("war", "unsteered", 7, "plain war 7"),
+        ("sea", "unsteered", 7, ""),
+        ("war", "single", 7, "loud 7"),
+        ("war", "unsteered", 7, "another"),
+        ("war", "single", 3, "loud 3"),
+    ]
+    table = pd.DataFrame(rows, columns=["theme", "strategy", "sample", "text"])
+    table = table.assign(score=np.arange(7) / 10)
+    found = beside_unsteered(table.iloc[[4, 1]], table, "the best")
+    assert found["steered"].tolist() == ["loud 7", "wet 7"]
+    assert found["unsteered"].tolist() == ["plain war 7", ""]
+    assert found["score"].tolist() == [0.4, 0.1]
+    assert set(found["kind"]) == {"the best"}
+    with pytest.raises(ValueError, match="the worst: there is no unsteered text of the same theme"):
+        beside_unsteered(table.iloc[[4, 6]], table, "the worst")
 
 
 def test_the_best_cell_is_the_first_of_the_highest():

@@ -1,18 +1,34 @@
 """A feature that is planted on a theme is found, and what its choice is worth is measured apart."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pandas as pd
 import pytest
 import toys
 from scipy.sparse import csr_matrix
 
+from flowhelpers import themes
 from flowhelpers.activations import FeatureActivations
+from flowhelpers.endpoint import TASKS, EndpointJudge
 from flowhelpers.features import Site
 from flowhelpers.flow import FlowGraph, flow_graph
+from flowhelpers.judging import EmbeddedJudge
 from flowhelpers.labels import auc
 from flowhelpers.matching import match_table
+from flowhelpers.model import Model
 from flowhelpers.suites import Suite
-from flowhelpers.themes import clearest_themes, keep_nodes, theme_features
+from flowhelpers.texts import subjects
+from flowhelpers.themes import (
+    PAPER,
+    Theme,
+    clearest_themes,
+    judge_of,
+    keep_nodes,
+    theme_features,
+    theme_of,
+)
 
 SITE, OTHER = Site(1, "res"), Site(0, "mlp")
 # Passages of three subjects in no order, eight of each.
@@ -30,18 +46,18 @@ def numbers(subject: str, half: int | None = None) -> list[int]:
 def read() -> FeatureActivations:
     """Activations of passages, by hand.
 
-    At 1/res: 0 always active alike; 1 on all of space; 2 on the first half of space alone; 3 on the
-    second half alone; 4 on all of space, and less on all of war; 5 nowhere; 6 on all but space. At
+    At 1/res: 0 always active alike; 4 on all of space; 2 on the first half of space alone; 3 on the
+    second half alone; 1 on all of space, and less on all of war; 5 nowhere; 6 on all but space. At
     0/mlp: 2 on the first half of space, twice as much on one of war's; 1 on all of the sea.
     """
     codes = {SITE: np.zeros((len(OF), EACH, 7)), OTHER: np.zeros((len(OF), EACH, 4))}
     res, mlp = codes[SITE], codes[OTHER]
     res[:, :, 0] = 1
-    res[numbers("space"), 3, 1] = 2
+    res[numbers("space"), 3, 4] = 2
     res[numbers("space", 0), :, 2] = 1
     res[numbers("space", 1), :, 3] = 1
-    res[numbers("space"), 5, 4] = 3
-    res[numbers("war"), 5, 4] = 1
+    res[numbers("space"), 5, 1] = 3
+    res[numbers("war"), 5, 1] = 1
     res[numbers("sea") + numbers("war"), 0, 6] = 1
     mlp[numbers("space", 0), 1, 2] = 1
     mlp[numbers("war", 0)[1], 1, 2] = 2
@@ -57,9 +73,9 @@ def test_a_planted_feature_is_found_and_tried_on_the_other_half(read: FeatureAct
         *("feature", "auc", "share", "auc_other", "share_other", "layer", "module")
     ]
     expected = {  # auc, share, auc_other, share_other
-        "1/res/1": (1, 1, 1, 1),
         "1/res/2": (1, 1, 0.5, 0),
-        "1/res/4": (1, 0.75, 1, 0.75),
+        "1/res/4": (1, 1, 1, 1),
+        "1/res/1": (1, 0.75, 1, 0.75),
         "1/res/0": (0.5, 1 / 3, 0.5, 1 / 3),
         "1/res/3": (0.5, 0, 1, 1),
         "1/res/5": (0.5, 0, 0.5, 0),
@@ -75,7 +91,7 @@ def test_a_planted_feature_is_found_and_tried_on_the_other_half(read: FeatureAct
 def test_features_of_all_sites_stand_in_one_table(read: FeatureActivations):
     table = theme_features(read, OF, "space")
     assert len(table) == 11
-    assert table["feature"].tolist()[:4] == ["1/res/1", "1/res/2", "1/res/4", "0/mlp/2"]
+    assert table["feature"].tolist()[:4] == ["1/res/2", "1/res/4", "1/res/1", "0/mlp/2"]
     row = table.iloc[3]
     assert (row["layer"], row["module"]) == (0, "mlp")
     assert row["share"] == pytest.approx(4 / 6)
@@ -126,6 +142,56 @@ def test_the_clearest_themes_have_the_feature_most_their_own():
     assert clearest_themes(features, 9, best=2) == ["law", "sea", "art", "rain", "war"]
     assert clearest_themes(features, 2, best=3) == ["law", "war"]
     assert clearest_themes(features, 2) == ["law", "war"]
+
+
+def test_themes_are_those_of_the_paper_or_of_the_passages():
+    assert theme_of("Wedding") == Theme("Wedding", "weddings")
+    assert theme_of("weddings") == Theme("weddings", "weddings")
+    for name, theme in PAPER.items():
+        assert theme_of(name) == theme
+        assert theme.name == name
+        assert theme.subject in subjects()
+        # The paper's prompt has this name for the letter.
+        assert not theme.letter or TASKS["suppress"].subjects[theme.letter] == name
+    letters = {name: theme_of(name).letter for name in subjects()}
+    assert {name: letter for name, letter in letters.items() if letter} == {
+        "particle_physics": "b",
+        "experiments": "c",
+    }
+    with pytest.raises(ValueError, match="unknown theme 'Weding'; did you mean 'Wedding'"):
+        theme_of("Weding")
+
+
+def test_the_judge_of_a_theme_is_told_what_it_needs(monkeypatch: pytest.MonkeyPatch):
+    asked: list[Any] = []
+
+    def stand_in(kind: type) -> Callable[..., Any]:
+        def made(*given: Any, **named: Any) -> Any:
+            asked.append((kind, given, named))
+            return object.__new__(kind)
+
+        return made
+
+    monkeypatch.setattr(themes, "endpoint_judge", stand_in(EndpointJudge))
+    monkeypatch.setattr(themes, "embedded_judge", stand_in(EmbeddedJudge))
+    model = object.__new__(Model)
+    physics, wedding = theme_of("Scientific concepts and entities"), theme_of("Wedding")
+    assert isinstance(judge_of(wedding, model, seed=3), EmbeddedJudge)
+    assert isinstance(judge_of(wedding, model, "endpoint", model="small"), EndpointJudge)
+    judge_of(physics, model, "endpoint", "suppress", base_url="here")
+    judge_of(physics, model, "endpoint", "promote")
+    judge_of(wedding, model, "embedded", "suppress")
+    assert asked == [
+        (EmbeddedJudge, (model, "weddings", 3), {}),
+        (EndpointJudge, ("Wedding", "promote"), {"subject": None, "model": "small"}),
+        (EndpointJudge, (physics.name, "suppress"), {"subject": "b", "base_url": "here"}),
+        (EndpointJudge, (physics.name, "promote"), {"subject": None}),
+        (EmbeddedJudge, (model, "weddings", 0), {}),
+    ]
+    with pytest.raises(ValueError, match="unknown judge 'embeded'; did you mean 'embedded'"):
+        judge_of(wedding, model, "embeded")
+    with pytest.raises(ValueError, match="does not ask for Wedding: Scientific concepts and ent"):
+        judge_of(wedding, model, "endpoint", "suppress")
 
 
 @pytest.fixture(scope="module")
