@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
-import re
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+from flowhelpers.judging import WORD, stem
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -15,7 +16,6 @@ COLUMNS = (
     "kind", "theme", "strategy", "layer", "strength", "sample", "unsteered", "steered",
     "behavioral", "coherence", "score",
 )  # fmt: skip
-WORD = re.compile(r"[^\W\d_]+")  # what the embedded judge takes for a word
 # Colours are the page's own or half transparent, so that they read on light and on dark pages.
 LINE = "1px solid rgba(128, 128, 128, 0.45)"
 CELL = f"padding: 0.6em 0.8em; vertical-align: top; text-align: left; border-top: {LINE};"
@@ -33,7 +33,7 @@ STYLES = {
 
 
 def marked_generations(
-    texts: pd.DataFrame, words: Collection[str], stem_of: Callable[[str], str]
+    texts: pd.DataFrame, words: Mapping[str, Collection[str]], stem_of: Callable[[str], str] = stem
 ) -> str:
     """Texts as the model writes them beside steered ones, as HTML, the words of a theme marked.
 
@@ -41,7 +41,7 @@ def marked_generations(
         texts: One row a pair: `kind` ("best cell"), `theme`, `strategy`, `layer`, `strength`,
             `sample`, the texts `unsteered` and `steered`, and of the steered one `behavioral`,
             `coherence` and `score`; missing scores are dashes.
-        words: Stems of the theme's words.
+        words: Stems of the words of each theme; of a theme that is not there none are marked.
         stem_of: Gives the stem of a word in small letters.
 
     Raises:
@@ -53,7 +53,7 @@ def marked_generations(
             f"no column {', '.join(lacking)}: expected {', '.join(COLUMNS)}, "
             f"found {', '.join(map(str, texts.columns))}"
         )
-    stems = frozenset(words)
+    stems = {theme: frozenset(some) for theme, some in words.items()}
     widths = "".join(f'<col style="width: {share}%">' for share in (22, 39, 39))
     heads = "".join(
         _element("th", "head", name, ' scope="col"')
@@ -62,7 +62,12 @@ def marked_generations(
     rows = [
         _element("th", "cell", _cell(row), ' scope="row"')
         + "".join(
-            _element("td", "text", _marked(row[name], stems, stem_of), ' dir="auto"')
+            _element(
+                "td",
+                "text",
+                _marked(row[name], stems.get(row["theme"], frozenset()), stem_of),
+                ' dir="auto"',
+            )
             for name in ("unsteered", "steered")
         )
         for row in texts.to_dict("records")

@@ -23,6 +23,7 @@ from flowhelpers.texts import load_texts, passages, subjects
 if TYPE_CHECKING:
     import pandas as pd
 
+WORD = re.compile(r"[^\W\d_]+")
 WINDOW = 30  # words that the embedded judge learns from at a time, about as many as it judges
 HUMAN = ("fiction", "science")  # held-out text that coherence is measured by
 FOLDS = 6
@@ -202,16 +203,19 @@ def theme_stems(theme: str, n: int = 100) -> list[str]:
     """The word stems that tell a subject of the passages best from the others, best first.
 
     They are ranked by the z-score of their log odds, with the counts of all subjects as the prior
-    (Monroe et al. 2008).
+    (Monroe et al. 2008). Words that any text has, such as "the", are left out.
 
     Raises:
         ValueError: If there is no such subject.
     """
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
     check_theme(theme)
+    common = {stem(word) for word in ENGLISH_STOP_WORDS}
     counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for row in passages().itertuples():
         counts[row.subject == theme].update(stems(str(row.text)))
-    names = sorted(counts[True] | counts[False])
+    names = sorted(name for name in counts[True] | counts[False] if name not in common)
     mine, others = (
         np.array([counts[is_theme][name] for name in names]) for is_theme in (True, False)
     )
@@ -236,11 +240,12 @@ def check_theme(theme: str) -> None:
 
 def stems(text: str) -> list[str]:
     """The stems of the words of a text."""
-    return [_stem(word) for word in re.findall(r"[^\W\d_]+", text.lower())]
+    return [stem(word) for word in WORD.findall(text.lower())]
 
 
 @cache
-def _stem(word: str) -> str:
+def stem(word: str) -> str:
+    """The stem of a word in small letters (Snowball)."""
     return _stemmer().stem(word)
 
 

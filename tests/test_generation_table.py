@@ -57,7 +57,8 @@ def stem(word: str) -> str:
 
 
 def shown(*rows: dict, words=("god", "myth")) -> Table:
-    return Table(marked_generations(pd.DataFrame([ROW | row for row in rows]), words, stem))
+    table = pd.DataFrame([ROW | row for row in rows])
+    return Table(marked_generations(table, {theme: words for theme in table["theme"]}, stem))
 
 
 def test_a_pair_is_a_row_with_its_cell_and_scores():
@@ -87,7 +88,7 @@ def test_missing_things_are_dashes_or_left_out():
 @pytest.mark.parametrize("column", ["unsteered", "steered", "kind", "theme", "strategy", "sample"])
 def test_nothing_of_a_text_becomes_html(column: str):
     evil = "<script>alert(\"1\")</script> & <b>bold</b> &lt; 'x' </td>"
-    html = marked_generations(pd.DataFrame([ROW | {column: evil}]), ["god"], stem)
+    html = marked_generations(pd.DataFrame([ROW | {column: evil}]), {ROW["theme"]: ["god"]}, stem)
     assert "<script" not in html
     assert "<b>bold" not in html
     table = Table(html)
@@ -96,6 +97,9 @@ def test_nothing_of_a_text_becomes_html(column: str):
 
 
 def test_marks_are_on_words_of_the_theme_alone():
+    both = pd.DataFrame([ROW | {"theme": theme, "steered": "a god, a ship"} for theme in "ab"])
+    marks = Table(marked_generations(both, {"a": ["god"], "b": ["ship"], "c": ["a"]}, stem)).marks
+    assert [mark for mark in marks if mark in ("god", "ship", "a")] == ["god", "ship"]
     text = "GODS, (god)! Godly “Myths”: god's, mythical; gods—myth 3gods4 _god_ ungod."
     table = shown({"steered": text})
     assert table.marks == ["GODS", "god", "Myths", "god", "gods", "myth", "gods", "god"]
@@ -118,7 +122,7 @@ def test_newlines_and_spaces_stay_visible():
 
 
 def test_it_reads_on_light_and_dark_pages_and_needs_nothing_else():
-    html = marked_generations(pd.DataFrame([ROW]), ["god"], stem)
+    html = marked_generations(pd.DataFrame([ROW]), {ROW["theme"]: ["god"]}, stem)
     table = Table(html)
     assert html.startswith("<table")
     assert not {tag for tag, _ in table.seen} & {"style", "script", "link", "img"}
@@ -135,4 +139,4 @@ def test_a_missing_column_is_an_error_that_names_it():
     with pytest.raises(
         ValueError, match=r"no column kind, score: expected kind, theme.*found theme"
     ):
-        marked_generations(pd.DataFrame([ROW]).drop(columns=["kind", "score"]), [], stem)
+        marked_generations(pd.DataFrame([ROW]).drop(columns=["kind", "score"]), {}, stem)
