@@ -237,15 +237,15 @@ def _scale(
     return value
 
 
-def save_plan(plan: Plan, path: Path) -> None:
+def save_plan(plan: Plan, path: str | Path) -> None:
     """Writes a plan as YAML."""
     import yaml
 
     values = asdict(plan) | {"steps": [asdict(step) for step in plan.steps]}
-    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_text(Path(path), yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def load_plan(path: Path) -> Plan:
+def load_plan(path: str | Path) -> Plan:
     """Reads what `save_plan` wrote, or what was written by hand in the same form.
 
     Raises:
@@ -254,7 +254,7 @@ def load_plan(path: Path) -> Plan:
     import yaml
 
     try:
-        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         steps = tuple(Step(**step) for step in values.pop("steps"))
         plan = Plan(steps=steps, **values)
     except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
