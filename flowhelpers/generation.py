@@ -1,7 +1,6 @@
 """Sampling text: many samples in one batch, each with a random stream of its own."""
 
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -152,35 +151,35 @@ def sample_tokens(
     eos = model.tokenizer.eos_token_id
     ended = torch.zeros(len(ids), dtype=torch.bool)
     steps = range(max_new_tokens)
-    for step in progress(steps, "sampling") if bar else steps:
-        start = prompt + step - 1 if cache and step else 0
-        own = ids[:, start:]
-        here = slice(max(first - start, 0), max(last - start, 0))
-        reached = here.start < min(here.stop, own.shape[1])
-        active = [_within(edit, here) for edit in edits] if reached else []
-        with ExitStack() as stack:
-            if active:
-                stack.enter_context(editing(model, active))
-            logits = model.bridge(own, return_type="logits", **more)
-        final = logits[:, -1].float().cpu()
-        _check_finite(final, step)
-        drawn = _drawn(_nucleus(final / temperature, top_p), uniform[:, step])
-        ids = torch.cat([ids, drawn.to(ids.device)], dim=1)
-        ended |= drawn[:, 0] == eos
-        if ended.all():
-            break
+    start = 0
+
+    def within(edit: Edit) -> Edit:
+        """The edit on the positions of its phases only."""
+
+        def change(activations: Activations) -> Activations:
+            here = slice(max(first - start, 0), max(last - start, 0))
+            if here.start >= min(here.stop, activations.shape[1]):
+                return activations
+            if here.start == 0 and here.stop >= activations.shape[1]:
+                return edit.change(activations)
+            changed = activations.clone()
+            changed[:, here] = edit.change(activations[:, here])
+            return changed
+
+        return Edit(edit.site, change)
+
+    with editing(model, [within(edit) for edit in edits]):  # once: to put hooks on takes its time
+        for step in progress(steps, "sampling") if bar else steps:
+            start = prompt + step - 1 if cache and step else 0
+            logits = model.bridge(ids[:, start:], return_type="logits", **more)
+            final = logits[:, -1].float().cpu()
+            _check_finite(final, step)
+            drawn = _drawn(_nucleus(final / temperature, top_p), uniform[:, step])
+            ids = torch.cat([ids, drawn.to(ids.device)], dim=1)
+            ended |= drawn[:, 0] == eos
+            if ended.all():
+                break
     return ids
-
-
-def _within(edit: Edit, here: slice) -> Edit:
-    """The edit on some positions only."""
-
-    def change(activations: Activations) -> Activations:
-        changed = activations.clone()
-        changed[:, here] = edit.change(activations[:, here])
-        return changed
-
-    return Edit(edit.site, change)
 
 
 def _check_finite(logits: Float[Tensor, "batch vocabulary"], step: int) -> None:

@@ -19,7 +19,7 @@ from flowhelpers.activations import PASS_TENSORS
 from flowhelpers.edits import add_rows, rescale_rows
 from flowhelpers.features import MODULES, FeatureId, Site, suggestion
 from flowhelpers.machine import free_memory
-from flowhelpers.model import Edit, Model, Prefix, Tokens, read_prefix, run
+from flowhelpers.model import Edit, Model, Prefix, Tokens, read_prefix, run, token_losses
 from flowhelpers.runs import progress
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def intervene(
         end = 1 + int(tokens.is_text[text].nonzero().max())
         ids = tokens.ids[text : text + 1, :end]
         logits, prefix = read_prefix(suite.model, ids)
-        early = _losses(logits[:, :-1], ids[:, 1:])[0]
+        early = token_losses(logits[:, :-1], ids[:, 1:])[0]
         for position, there in group.groupby("position"):
             own = ids[:, position : end if loss else position + 1]
             most = rows_at_once(suite.model, prefix, position, own.shape[1], loss, width)
@@ -168,7 +168,7 @@ def intervene(
                         suite, batch, prefix.first(position), some["layer"], part, read, loss
                     )
                     if logits is not None:
-                        later = _losses(logits[:, :-1], batch[:, 1:])
+                        later = token_losses(logits[:, :-1], batch[:, 1:])
                         losses.append(_mean_losses(early[:position], later).cpu())
                 except torch.OutOfMemoryError as error:
                     at_once = _halved(len(some), error)
@@ -352,15 +352,6 @@ def _check_order(
 def _order(site: Site) -> int:
     """The place of a site among all that the stream passes."""
     return 4 * site.layer + ("z", "att", "mlp", "res").index(site.module)
-
-
-def _losses(
-    logits: Float[Tensor, "batch position vocabulary"], ids: Int[Tensor, "batch position"]
-) -> Float[Tensor, "batch position"]:
-    flat = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), ids.flatten(), reduction="none"
-    )
-    return flat.view(ids.shape)
 
 
 def _mean_losses(

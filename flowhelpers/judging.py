@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from flowhelpers.features import suggestion
-from flowhelpers.model import Model, logits_of, tokenize
+from flowhelpers.model import Model, logits_of, token_losses, tokenize
 from flowhelpers.runs import progress
 from flowhelpers.texts import load_texts, passages, subjects
 
@@ -127,10 +127,7 @@ def mean_losses(model: Model, texts: Sequence[str], batch: int = 32) -> np.ndarr
     found = []
     for start in progress(range(0, len(texts), batch), "likelihood"):
         tokens = tokenize(model, texts[start : start + batch], model.bridge.cfg.n_ctx)
-        logits = logits_of(model, tokens.ids)[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1), tokens.ids[:, 1:].flatten(), reduction="none"
-        ).view(len(tokens.ids), -1)
+        loss = token_losses(logits_of(model, tokens.ids)[:, :-1], tokens.ids[:, 1:])
         counted = tokens.is_text[:, 1:]
         total, n = (loss * counted).sum(1), counted.sum(1)
         found.append(torch.where(n > 0, total / n.clamp(min=1), torch.inf).cpu().numpy())

@@ -15,7 +15,7 @@ from flowhelpers.group_tests import share_significant, significance
 from flowhelpers.groups import occurrences
 from flowhelpers.labels import auc, top_contexts, top_tokens, written_tokens
 from flowhelpers.matching import match_table, predecessor_sites, scores
-from flowhelpers.model import Activations, Edit, Tokens, logits_of, run, tokenize
+from flowhelpers.model import Activations, Edit, Tokens, logits_of, run, token_losses, tokenize
 from flowhelpers.runs import progress
 from flowhelpers.texts import load_texts, passages
 
@@ -112,7 +112,7 @@ def bits_per_byte(suite: "Suite", tokens: Tokens, batch: int = 16) -> tuple[floa
     nats, count, size = 0.0, 0, 0
     for rows in progress(torch.arange(len(tokens.ids)).split(batch), "loss"):
         ids, is_text = tokens.ids[rows], tokens.is_text[rows]
-        losses = _losses(logits_of(suite.model, ids), ids)
+        losses = token_losses(logits_of(suite.model, ids)[:, :-1], ids[:, 1:])
         nats += losses[is_text[:, 1:]].double().sum().item()
         count += int(is_text[:, 1:].sum())
         size += sum(
@@ -120,13 +120,6 @@ def bits_per_byte(suite: "Suite", tokens: Tokens, batch: int = 16) -> tuple[floa
             for row, keep in zip(ids, is_text, strict=True)
         )
     return nats / count, nats / size / math.log(2)
-
-
-def _losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-    )
-    return losses.view(len(ids), -1)
 
 
 def measure_dictionaries(
@@ -198,7 +191,8 @@ def loss_recovered(
             def replace(x: Activations, is_text: torch.Tensor = is_text) -> Activations:
                 return torch.where(is_text[..., None], replacement(x), x)
 
-            found = _losses(logits_of(suite.model, ids, [Edit(site, replace)]), ids)
+            logits = logits_of(suite.model, ids, [Edit(site, replace)])
+            found = token_losses(logits[:, :-1], ids[:, 1:])
             losses.append(found[is_text[:, 1:]])
         return torch.cat(losses).double().mean().item()
 

@@ -379,6 +379,18 @@ def logits_of(
     return logits
 
 
+def token_losses(
+    logits: Float[Tensor, "batch position vocabulary"], ids: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch position"]:
+    """The cross-entropy of tokens in nats, each under the logits of its own place.
+
+    Logits foretell the next token: those of a text go with `ids` shifted by one.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), ids.flatten(), reduction="none"
+    ).view(ids.shape)
+
+
 @torch.no_grad()
 def final_norm(
     model: Model, activations: Float[Tensor, "*batch d_model"]

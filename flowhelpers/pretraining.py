@@ -24,6 +24,7 @@ from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 from flowhelpers.files import check_unchanged, read_json, write_json
+from flowhelpers.model import token_losses
 from flowhelpers.sources import Documents, digests, load_source
 from flowhelpers.texts import passages
 
@@ -376,10 +377,7 @@ def next_token_loss(model: Gemma3ForCausalLM, ids: Int[Tensor, "rows context"]) 
     with torch.autocast(ids.device.type, torch.bfloat16):
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         logits = hidden @ model.get_input_embeddings().weight.T
-    losses = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-    )
-    return losses.view(ids.shape[0], -1)
+    return token_losses(logits, ids[:, 1:])
 
 
 def compiled(function: Any) -> Any:

@@ -339,14 +339,14 @@ def test_memory_that_runs_out_halves_the_batch_and_goes_on(
     assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
 
     monkeypatch.setattr(interventions, "run", run)
-    whole = interventions._losses
+    whole = interventions.token_losses
 
     def short(logits: Tensor, ids: Tensor) -> Tensor:  # with the logits there, the loss finds none
         if len(ids) > 12:
             raise torch.OutOfMemoryError("no room")
         return whole(logits, ids)
 
-    monkeypatch.setattr(interventions, "_losses", short)
+    monkeypatch.setattr(interventions, "token_losses", short)
     with pytest.warns(UserWarning, match="ran out of memory with 20 interventions .* with 10"):
         again = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
     assert again.losses is not None

@@ -9,7 +9,10 @@ new tokens; a text counts as far as its end-of-text token. The curve is over the
 samples of one plan. Each is measured several times, and the fastest counts. The exit status is 1
 where the batch makes less than 8 times as many.
 
-MEASURED
+On two cores of an AMD EPYC with `flowlet` and plans of 24 features over all layers: the loop makes
+79 tokens a second; the batch 1,595, 20 times as many (23 times with the machine busy). By rows in a
+batch: 20, 76, 274, 808 and 1,577 a second with 1, 4, 16, 64 and 256. With few rows most of the time
+goes to putting the hooks on anew for each token, which `generate` is spared here.
 """
 
 import argparse
