@@ -197,6 +197,40 @@ def test_schematic_of_no_residual_feature_of_the_graph_is_an_error(
         schematic(chain, feature, "toy")
 
 
+@pytest.mark.parametrize(
+    ("values", "scale", "ends"),
+    [
+        ({"0/res/2": 1.0, "1/res/5": 4.0}, "Blues", (0, 4)),
+        ({"0/res/2": -8.0, "1/res/5": -2.0}, "Reds", (-8, 0)),
+        ({"0/res/2": -1.0, "1/res/5": 3.0}, "RdBu", (-3, 3)),
+        ({"0/res/2": 0.0, "9/res/9": 5.0}, "Blues", (0, 1e-9)),
+    ],
+)
+def test_flow_picture_colours_nodes_by_a_value_and_leaves_others_empty(
+    chain: FlowGraph, values: dict[str, float], scale: str, ends: tuple[float, float]
+) -> None:
+    figure = flow_picture(chain, "toy", values, "strength")
+    (valued,) = [trace for trace in figure.data if trace.name == "strength"]
+    (empty,) = [trace for trace in figure.data if trace.name == "no strength"]
+    named = {text.split("<br>")[0].removesuffix(", a seed"): text for text in valued.hovertext}
+    there = {name: value for name, value in values.items() if name in set(chain.nodes["feature"])}
+    assert set(named) == set(there)
+    for name, value in there.items():
+        assert f"strength {value:.3g}" in named[name]
+    assert sorted(valued.marker.color) == sorted(there.values())
+    assert (valued.marker.cmin, valued.marker.cmax) == pytest.approx(ends)
+    expected = go.Figure().add_scatter(marker={"colorscale": scale}).data[0].marker.colorscale
+    given = valued.marker.colorscale
+    assert given == expected or given == tuple((1 - at, c) for at, c in reversed(expected))
+    assert empty.marker.color == "white"
+    assert len(empty.x) + len(valued.x) == len(chain.nodes)
+
+
+def test_flow_picture_with_values_of_no_node_is_an_error(chain: FlowGraph) -> None:
+    with pytest.raises(ValueError, match="none of 1 values is of a node of this graph"):
+        flow_picture(chain, "toy", {"7/res/7": 1.0}, "strength")
+
+
 def test_flow_picture_joins_source_and_target_of_every_edge_once(web: FlowGraph) -> None:
     drawn = [(source, target) for source, target, _ in edges(flow_picture(web, "toy"))]
     assert sorted(drawn) == sorted(zip(web.edges["source"], web.edges["target"], strict=True))
