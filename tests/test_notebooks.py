@@ -22,6 +22,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from judge_server import JudgeServer, scores
 
 from flowhelpers.features import FeatureId, parse_feature
 from flowhelpers.notebooks import plan
@@ -1602,6 +1603,77 @@ def test_at_equal_norm_the_norms_are_equal(promoted: Executed) -> None:
         assert len(mine)
     wide = means.pivot_table(index=by, columns="strategy", values="norm").dropna()
     assert (wide["constant"] >= wide["single"] - 1e-6).all()
+
+
+KEY = "sk-this-is-the-key-of-nobody-5f21"
+FEW = {"n_samples": 2, "max_new_tokens": 6, "judge": "endpoint"}
+
+
+def run_with_endpoint(
+    name: str, server: JudgeServer, root: Path, key: str, **parameters: object
+) -> subprocess.CompletedProcess[str]:
+    given = FEW | {"judge_url": server.url} | parameters
+    options = [part for k, v in given.items() for part in ("-p", f"{k}={v}")]
+    return subprocess.run(
+        [sys.executable, "-m", "flowhelpers", "run", name, "--out", str(root / "o"), *options],
+        env=os.environ
+        | {
+            "FLOWHELPERS_CACHE": str(root / "cache"),
+            "HF_HUB_OFFLINE": "1",
+            "OPENAI_API_KEY": key,
+            "NO_PROXY": "127.0.0.1",
+        },
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def holds_key(root: Path, done: subprocess.CompletedProcess[str], key: str) -> list[str]:
+    """Where the key stands, of all that a run wrote and said."""
+    files = [path for path in root.rglob("*") if path.is_file()]
+    found = [str(path) for path in files if key.encode() in path.read_bytes()]
+    return found + ["output"] * (key in done.stdout + done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("05_theme_suppression", {"r_values": "[-2]", "layers": "[3]"}),
+        (
+            "06_theme_activation",
+            {"themes": "[space]", "strategies": "[single]", "strengths": "[4]", "candidates": 1},
+        ),
+    ],
+)
+def test_a_judge_behind_an_endpoint_serves_and_its_key_is_written_nowhere(
+    name: str, parameters: dict[str, object], tmp_path: Path
+) -> None:
+    with JudgeServer(KEY) as server:
+        done = run_with_endpoint(name, server, tmp_path, KEY, **parameters)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert len(server.asked()) > 8
+        assert {asked.key for asked in server.requests} == {KEY}
+    ours = Executed(next((tmp_path / "o").glob(f"*-{name}")))
+    texts = ours.table("texts_reported")
+    assert ours.results["missing"] == 0
+    assert np.allclose((texts["behavioral"] * 5) % 1, 0)
+    for row in texts[texts["text"].str.strip() != ""].itertuples():
+        coherence, behavioral = scores(str(row.text))
+        of_theme = behavioral[1 if name.startswith("05") else 0]
+        assert (row.coherence, row.behavioral) == (coherence / 5, of_theme / 5)
+    assert holds_key(tmp_path, done, KEY) == []
+
+
+def test_a_wrong_key_is_an_error_before_any_text_is_written(tmp_path: Path) -> None:
+    with JudgeServer("another") as server:
+        done = run_with_endpoint("05_theme_suppression", server, tmp_path, KEY)
+    assert done.returncode != 0
+    assert "It refuses the key" in done.stderr
+    folder = next((tmp_path / "o").glob("*-05_theme_suppression"))
+    assert not (folder / "texts.sqlite").exists()
+    assert holds_key(tmp_path, done, KEY) == []
 
 
 @pytest.fixture(scope="module")
