@@ -14,7 +14,8 @@ from flowhelpers.activations import FeatureActivations
 from flowhelpers.features import MODULES, Site
 from flowhelpers.groups import GROUPS, group_names, modules_of, with_dataset
 from flowhelpers.intervals import TIMES, mean_intervals
-from flowhelpers.interventions import PREDECESSORS, TARGET, Outcome, intervene, predecessor_site
+from flowhelpers.interventions import PREDECESSORS, TARGET, Outcome, intervene
+from flowhelpers.matching import predecessor_site
 
 if TYPE_CHECKING:
     import pandas as pd

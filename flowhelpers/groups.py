@@ -12,6 +12,7 @@ import numpy as np
 
 from flowhelpers.activations import FeatureActivations
 from flowhelpers.features import MODULES, Site
+from flowhelpers.matching import predecessor_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -111,7 +112,7 @@ def occurrences(
     if not complete:
         raise ValueError("no layer has predecessors at all three of res, mlp and att")
     sources = predecessors or activations
-    sites = {Site(layer - (module == "res"), module) for layer, module in by_place}
+    sites = {predecessor_site(layer, module) for layer, module in by_place}
     sites |= {Site(layer, "res") for layer in layers}
     if missing := sorted(sites - set(sources.by_site)):
         raise ValueError(
@@ -134,7 +135,7 @@ def occurrences(
                 columns[f"s_{module}"] = columns[f"rate_{module}"] = np.full(codes.nnz, np.nan)
                 continue
             width = codes.shape[1]
-            site = Site(layer - (module == "res"), module)
+            site = predecessor_site(layer, module)
             chosen_there = part["source"].to_numpy().reshape(width, -1)
             active = _any_active(sources.by_site[site], chosen_there)
             columns[module] = np.asarray(active[codes.row, codes.col]).ravel() > 0

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from flowhelpers.activations import PASS_TENSORS
 from flowhelpers.edits import add_rows, rescale_rows
-from flowhelpers.features import MODULES, FeatureId, Site, suggestion
+from flowhelpers.features import FeatureId, Site
 from flowhelpers.machine import free_memory
+from flowhelpers.matching import predecessor_site
 from flowhelpers.model import Edit, Model, Prefix, Tokens, read_prefix, run, token_losses
 from flowhelpers.runs import progress
 
@@ -77,21 +78,6 @@ class Outcome:
         old = self.before[place][self.token[chosen], features]
         new = self.after[place][self.row[chosen], features]
         return np.asarray(old).ravel(), np.asarray(new).ravel()
-
-
-def predecessor_site(layer: int, module: str) -> Site:
-    """Where the predecessor of a feature of `layer` lies: R_{L-1}, M_L or A_L.
-
-    Raises:
-        ValueError: If there is no such module, or no stream before the layer.
-    """
-    if module not in MODULES:
-        raise ValueError(f"unknown module {module!r}{suggestion(module, MODULES)}")
-    if module == "res" and layer == 0:
-        raise ValueError(
-            "a feature of layer 0 has no predecessor in the stream: expected mlp or att"
-        )
-    return Site(layer - (module == "res"), module)
 
 
 def intervene(

@@ -56,8 +56,23 @@ def predecessor_sites(site: Site) -> dict[str, Site]:
     """
     if site.module != "res":
         raise ValueError(f"{site} has no predecessors: expected a residual site, such as 12/res")
-    sites = {"mlp": Site(site.layer, "mlp"), "att": Site(site.layer, "att")}
-    return {"res": Site(site.layer - 1, "res"), **sites} if site.layer else sites
+    modules = ("res", "mlp", "att") if site.layer else ("mlp", "att")
+    return {module: predecessor_site(site.layer, module) for module in modules}
+
+
+def predecessor_site(layer: int, module: str) -> Site:
+    """Where the predecessor of a feature of `layer` lies: R_{L-1}, M_L or A_L.
+
+    Raises:
+        ValueError: If there is no such module, or no stream before the layer.
+    """
+    if module not in MODULES:
+        raise ValueError(f"unknown module {module!r}{suggestion(module, MODULES)}")
+    if module == "res" and layer == 0:
+        raise ValueError(
+            "a feature of layer 0 has no predecessor in the stream: expected mlp or att"
+        )
+    return Site(layer - (module == "res"), module)
 
 
 def match_table(

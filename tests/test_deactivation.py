@@ -31,7 +31,7 @@ from flowhelpers.deactivation import (
 )
 from flowhelpers.features import MODULES, Site
 from flowhelpers.groups import GROUPS, modules_of
-from flowhelpers.interventions import predecessor_site
+from flowhelpers.matching import predecessor_site
 from flowhelpers.model import Model, tokenize
 from flowhelpers.suites import Suite
 

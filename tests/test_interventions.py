@@ -18,7 +18,8 @@ from flowhelpers import interventions
 from flowhelpers.activations import FeatureActivations, collect_tokens
 from flowhelpers.edits import add, add_rows, rescale
 from flowhelpers.features import MODULES, FeatureId, Site
-from flowhelpers.interventions import intervene, predecessor_site, rows_at_once
+from flowhelpers.interventions import intervene, rows_at_once
+from flowhelpers.matching import predecessor_site
 from flowhelpers.model import (
     Edit,
     Model,
