@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 import torch
@@ -79,9 +79,16 @@ def random_twin(
     return replace(found, steps=tuple(map(resized, found.steps)))
 
 
-def times(plan: Plan, factor: float) -> Plan:
-    """The plan with all strengths so many times as large."""
-    steps = (replace(step, strength=step.strength * factor) for step in plan.steps)
+@overload
+def times(plan: Plan, factor: float) -> Plan: ...
+@overload
+def times(plan: Push, factor: float) -> Push: ...
+def times(plan: Plan | Push, factor: float) -> Plan | Push:
+    """The plan with a change so many times as large: s times the factor, or r - 1 times it."""
+    if not isinstance(plan, Plan):
+        return {at: vector * factor for at, vector in plan.items()}
+    rest = 1.0 if plan.kind == "rescale" else 0.0
+    steps = (replace(s, strength=rest + (s.strength - rest) * factor) for s in plan.steps)
     return replace(plan, steps=tuple(steps))
 
 

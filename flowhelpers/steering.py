@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 KINDS = ("rescale", "add")
 STRATEGIES = ("single", "constant", "exponential", "linear")
 UNITS = ("theta", "max", "unit")
+ORIGINS = ("absolute", "span")
 ALPHA, END_STRENGTH = -0.05, 1.0  # the paper's alpha and s*
 
 Push = Mapping[Site, Tensor]  # vectors that are added, whatever they come from, by site
@@ -124,13 +125,15 @@ def schedule(
         origin: What l counts from.
 
     Raises:
-        ValueError: If the strategy is unknown or a number is not finite.
+        ValueError: If the strategy or origin is unknown or a number is not finite.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"unknown strategy {strategy!r}{suggestion(strategy, STRATEGIES)}")
     for name, value in (("strength", strength), ("alpha", alpha), ("end_strength", end_strength)):
         if not math.isfinite(value):
             raise ValueError(f"{name}={value}: expected a finite number")
+    if origin not in ORIGINS:
+        raise ValueError(f"unknown origin {origin!r}{suggestion(origin, ORIGINS)}")
     start, end = span
     if strategy == "exponential":
         first = start if origin == "span" else 0
@@ -255,21 +258,35 @@ def load_plan(path: str | Path) -> Plan:
 
     try:
         values: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        steps = tuple(Step(**step) for step in values.pop("steps"))
+        listed = values.pop("steps")
+        steps = tuple(Step(**step) for step in listed)
         plan = Plan(steps=steps, **values)
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError) as error:
+        given = {
+            step.feature for step, values in zip(steps, listed, strict=True) if "scale" in values
+        }
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no plan: {error}") from error
     if plan.kind not in KINDS:
-        raise ValueError(f"{path}: unknown kind {plan.kind!r}{suggestion(plan.kind, KINDS)}")
+        raise ValueError(f"{path}: unknown kind {plan.kind!r}{suggestion(str(plan.kind), KINDS)}")
+    units = UNITS if plan.kind == "add" else ("activation",)
+    if plan.unit not in units:
+        raise ValueError(f"{path}: unknown unit {plan.unit!r}{suggestion(str(plan.unit), units)}")
+    if not isinstance(plan.suite, str):
+        raise ValueError(f"{path}: suite is {plan.suite!r}: expected a name")
     if not plan.steps:
         raise ValueError(f"{path}: the plan has no features")
     for step in plan.steps:
-        parse_feature(step.feature)
-        if not all(
-            isinstance(x, (int, float)) and math.isfinite(x) for x in (step.strength, step.scale)
-        ):
+        parse_feature(str(step.feature))
+        if plan.kind == "add" and step.feature not in given:
+            raise ValueError(f"{path}: {step.feature} has no scale: what is one unit of s?")
+        if not all(map(_is_number, (step.strength, step.scale))):
             raise ValueError(f"{path}: {step.feature} has no finite strength and scale")
     return plan
+
+
+def _is_number(value: Any) -> bool:
+    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_one and math.isfinite(value)
 
 
 def plan_edits(suite: "Suite", plan: Plan) -> list[Edit]:

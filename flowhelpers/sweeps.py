@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from flowhelpers.controls import side_effects
 from flowhelpers.intervals import mean_intervals
 from flowhelpers.kept import Kept, key_of
 from flowhelpers.runs import progress
@@ -259,6 +260,27 @@ def compared(
     found = cell_means(table, by, times, seed)
     names = {"score": "difference"} | {f"score_{x}": f"difference_{x}" for x in ("low", "high")}
     return found[[*by, "n", *names]].rename(columns=names)
+
+
+def with_costs(
+    means: "pd.DataFrame", suite: "Suite", cells: Sequence[Cell], texts: Sequence[str]
+) -> "pd.DataFrame":
+    """Means with what each cell does to texts: `norm` and `kl`, as `controls.side_effects` gives.
+
+    A cell that has another prompt and no edit has neither.
+
+    Args:
+        means: With `cell`.
+        suite: The suite.
+        cells: The cells that it numbers.
+        texts: The texts, such as neutral ones.
+    """
+    names = [str(number) for number in range(len(cells))]
+    plans = {name: cell.plan for name, cell in zip(names, cells, strict=True)}
+    found = side_effects(suite, plans, texts)[["norm", "kl"]]
+    found[[cell.plan is None and cell.prompt is not None for cell in cells]] = np.nan
+    at = means["cell"].to_numpy()
+    return means.assign(norm=found["norm"].to_numpy()[at], kl=found["kl"].to_numpy()[at])
 
 
 def beside_unsteered(steered: "pd.DataFrame", scores: "pd.DataFrame", kind: str) -> "pd.DataFrame":

@@ -159,6 +159,13 @@ def test_a_twin_that_cannot_be_drawn_is_an_error(suite: Suite, seen: FeatureActi
         random_twin(suite, plan, seen)
 
 
+def test_a_plan_that_rescales_is_changed_by_its_distance_from_one(suite: Suite):
+    plan = plan_of(suite, ["1/res/4", "1/res/9"], "rescale")
+    assert {step.strength for step in plan.steps} == {2.0}
+    assert {step.strength for step in times(plan, 3.0).steps} == {4.0}  # 1 + 3 (2 - 1)
+    assert {step.strength for step in times(plan, 0.0).steps} == {1.0}
+
+
 def test_norms_are_those_of_the_stream_and_grow_with_the_strength(suite: Suite):
     plan = plan_of(suite, ["0/res/3", "1/res/4", "1/res/9", "1/att/5", "1/att/0"])
     rows = {s: suite.dictionary(s).sae.W_dec.detach() for s in (Site(0, "res"), RES, ATT)}
@@ -176,6 +183,7 @@ def test_norms_are_those_of_the_stream_and_grow_with_the_strength(suite: Suite):
     assert [replace(step, strength=2.0) for step in thrice.steps] == list(plan.steps)
     assert total_norm(suite, thrice) == pytest.approx(3 * expected, rel=1e-5)
     assert total_norm(suite, times(plan, 0.0)) == 0
+    assert total_norm(suite, times(push_of(suite, plan), 3.0)) == pytest.approx(3 * expected)
     with pytest.raises(ValueError, match="a plan of kind 'rescale'"):
         total_norm(suite, plan_of(suite, ["1/res/4"], "rescale"))
     with pytest.raises(ValueError, match="a plan of suite other: expected one of"):

@@ -1480,8 +1480,19 @@ def test_suppression_beats_no_steering_random_features_and_at_some_r_the_seeds(
     for strategy in ("single", "cumulative", "seeds only"):
         assert figure.loc[[strategy], "score_low"].max() > plain
     control = suppressed.table("random_features").set_index("strategy")
-    top = control.drop(index=["unsteered", "random features"]).iloc[0]
-    assert top["score_low"] > control.loc["random features", "score_high"]
+    randoms = ["random features", "random, same norm"]
+    top = control.drop(index=["unsteered", *randoms]).iloc[0]
+    assert top["score"] > control.loc[randoms, "score"].max()
+    assert control.loc["random, same norm", "norm"].to_numpy() == pytest.approx(
+        top["norm"], rel=0.1
+    )
+    own = suppressed.table("at_their_best").set_index("strategy")
+    best = suppressed.results["best"]
+    chosen = suppressed.table("figure_10").groupby("strategy")["chosen_on"].max()
+    for strategy in ("single", "cumulative"):
+        assert best[strategy]["chosen_on"] == pytest.approx(chosen[strategy])
+        gap = best[strategy]["score"] - best["seeds only"]["score"]
+        assert own.loc[strategy, "difference"] == pytest.approx(gap)
     versus = suppressed.table("against_seeds")
     reported = suppressed.table("texts_reported").set_index("sample")
     for row in versus.itertuples():
@@ -1558,8 +1569,8 @@ def test_promotion_beats_no_steering_and_random_features_for_three_themes_of_fou
         beaten += low > ends["unsteered"][1] and low > ends["random features"][1]
     assert len(verdicts) == 4
     assert beaten >= 3
-    both = verdicts["unsteered"] & verdicts["random features"]
-    assert both.sum() >= 3
+    both = verdicts[["unsteered", "random features"]] == "above"
+    assert both.all(axis=1).sum() >= 3
 
 
 def test_the_best_cell_of_a_strategy_is_chosen_on_the_other_half(promoted: Executed) -> None:
@@ -1592,10 +1603,12 @@ def test_at_equal_norm_the_norms_are_equal(promoted: Executed) -> None:
     by = ["theme", "layer", "strength"]
     for row in equal.itertuples():
         if row.strategy in ("unsteered", "single"):
+            assert row.norm == pytest.approx(0 if row.strategy == "unsteered" else row.norm)
             continue
         of_theme = means[means["theme"] == row.theme]
         single = of_theme[of_theme["strategy"] == "single"]
         budget = single.loc[single["score"].idxmax(), "norm"]
+        assert row.norm == pytest.approx(budget, rel=1e-3)
         mine = of_theme[(of_theme["strategy"] == row.strategy) & (of_theme["layer"] == row.layer)]
         best = of_theme[of_theme["strategy"] == row.strategy]
         best = best.loc[best["score"].idxmax()]

@@ -31,6 +31,7 @@ from flowhelpers.steering import (
 )
 from flowhelpers.suites import Suite
 
+ADDS = "suite: a\nkind: add\nunit: theta\nsteps: "
 FEATURES = ["0/res/2", "1/mlp/1", "1/res/3", "1/res/0", "2/res/1"]
 PROMPT = "The cat sat"
 
@@ -205,15 +206,37 @@ def test_a_plan_survives_saving_and_loading(world: SimpleNamespace, tmp_path: Pa
     assert "Größe" in text
 
 
+def test_a_plan_that_is_no_text_is_refused(tmp_path: Path):
+    (tmp_path / "plan.yaml").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match="is no plan"):
+        load_plan(tmp_path / "plan.yaml")
+
+
+def test_a_plan_by_hand_that_rescales_needs_no_scale(tmp_path: Path):
+    text = "suite: a\nkind: rescale\nunit: activation\nsteps: [{feature: 1/res/2, strength: -2}]"
+    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    expected = Plan("a", "rescale", "activation", (Step("1/res/2", -2),))
+    assert load_plan(tmp_path / "plan.yaml") == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("[1, 2]", "is no plan"),
         ("suite: a\nkind: add\nunit: theta\nsteps: []", "the plan has no features"),
         ("suite: a\nkind: ad\nunit: theta\nsteps: [{feature: 1/res/2, strength: 1}]", "'ad'; did"),
-        ("suite: a\nkind: add\nunit: u\nsteps: [{feature: 1/res, strength: 1}]", "1/res"),
-        ("suite: a\nkind: add\nunit: u\nsteps: [{feature: 1/res/2, strength: .nan}]", "no finite"),
-        ("suite: a\nkind: add\nunit: u\nsteps: [{feature: 1/res/2, s: 1}]", "is no plan"),
+        (ADDS + "[{feature: 1/res, strength: 1, scale: 1}]", "1/res"),
+        (ADDS + "[{feature: 73, strength: 1, scale: 1}]", "73"),
+        (ADDS + "[{feature: 1/res/2, strength: .nan, scale: 1}]", "no finite"),
+        (ADDS + "[{feature: 1/res/2, strength: true, scale: 1}]", "no finite"),
+        (ADDS + "[{feature: 1/res/2, strength: 1}]", "1/res/2 has no scale: what is one unit"),
+        (ADDS + "[{feature: 1/res/2, s: 1}]", "is no plan"),
+        (ADDS.replace("theta", "thet") + "[{feature: 1/res/2, strength: 1}]", "'thet'; did you"),
+        (ADDS.replace("suite: a", "suite: 5") + "[{feature: 1/res/2, strength: 1}]", "suite is 5"),
+        (
+            "suite: a\nkind: rescale\nunit: theta\nsteps: [{feature: 1/res/2, strength: 1}]",
+            "'theta'",
+        ),
         ("suite: a\nkind: add\nsteps: [{feature: 1/res/2, strength: 1}]", "is no plan"),
         ("suite: [", "is no plan"),
     ],

@@ -12,6 +12,7 @@ import torch
 import toys
 
 from flowhelpers import sweeps
+from flowhelpers.controls import side_effects
 from flowhelpers.features import Site
 from flowhelpers.steering import Plan, Step, make_plan, push_of, steer
 from flowhelpers.suites import Suite
@@ -25,6 +26,7 @@ from flowhelpers.sweeps import (
     judged,
     strategy_cells,
     sweep,
+    with_costs,
 )
 
 PROMPT, OTHER = "The cat sat", "Rain fell"
@@ -388,6 +390,19 @@ def test_products_are_taken_before_the_mean():
         assert low[~known].isna().all()
     assert means["score_low"][0] == means["score_high"][0] == 0
     assert means["score_low"][2] < 0.5 < 0.7 < means["score_high"][2]
+
+
+def test_costs_are_those_of_each_cell_and_another_prompt_has_none(
+    planted: Suite, cells: list[Cell]
+):
+    texts = ["The cat sat on the mat.", "Rain fell on the sea."]
+    means = pd.DataFrame({"cell": [6, 3, 0, 1]})
+    found = with_costs(means, planted, cells, texts)
+    alone = side_effects(planted, {"a": cells[3].plan, "b": cells[1].plan}, texts)
+    assert found[["norm", "kl"]].iloc[0].isna().all()  # prompting
+    assert np.allclose(found[["norm", "kl"]].iloc[[1, 3]], alone[["norm", "kl"]], atol=1e-5)
+    assert found["norm"][2] == 0
+    assert found["norm"][3] == pytest.approx(9)
 
 
 def test_rows_in_any_order_give_the_same_means():
