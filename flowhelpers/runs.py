@@ -108,9 +108,10 @@ class Run:
         return figure
 
     def results(self, values: Mapping[str, object]) -> dict[str, Any]:
-        """Adds numbers to `results.json`; returns all that it holds now."""
+        """Adds numbers to `results.json`, null where not finite; returns all that it holds now."""
         path = self.folder / "results.json"
-        write_json(path, (read_json(path) if path.exists() else {}) | dict(values))
+        given = json.loads(to_json(values), parse_constant=lambda _: None)
+        write_json(path, (read_json(path) if path.exists() else {}) | given)
         return read_json(path)
 
     def _path(self, kind: str, name: str, ending: str) -> Path:

@@ -112,7 +112,7 @@ def test_durations_are_written_as_people_do() -> None:
 
 
 def test_the_readmes_example_of_python_runs_as_it_stands(tmp_path: Path) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
     env = os.environ | {"FLOWHELPERS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", code]
     said = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
@@ -121,6 +121,8 @@ def test_the_readmes_example_of_python_runs_as_it_stands(tmp_path: Path) -> None
     assert chain == [str(layer) for layer in range(8)]
     assert "4/res/73" in said.stdout
     assert "telescope" in said.stdout.partition("activation")[2]
+    assert said.stdout.count("unsteered") == said.stdout.count(" steered") == 3
+    assert (tmp_path / "plan.yaml").read_text("utf-8").startswith("suite: flowlet")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)

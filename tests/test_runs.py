@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import pytest
 
 from flowhelpers import runs
-from flowhelpers.files import new_folder, to_json, write_text, write_whole
+from flowhelpers.files import new_folder, write_text, write_whole
 from flowhelpers.runs import RUN_DIR, RUNS, live, progress, start_run
 
 
@@ -176,10 +176,9 @@ def test_no_shell_and_a_terminal_are_not_live(
     assert live() is False
 
 
-def test_what_is_not_finite_is_null_in_json():
+def test_what_is_not_finite_is_null_in_results(tmp_path: Path):
     values = {"a": math.nan, "b": [1.0, -math.inf, {"c": np.array([2.0, math.nan])}], "d": "NaN"}
-    assert json.loads(to_json(values), parse_constant=pytest.fail) == {
-        "a": None,
-        "b": [1.0, None, {"c": [2.0, None]}],
-        "d": "NaN",
-    }
+    found = runs.Run(tmp_path).results(values)
+    assert found == {"a": None, "b": [1.0, None, {"c": [2.0, None]}], "d": "NaN"}
+    text = (tmp_path / "results.json").read_text("utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == found
