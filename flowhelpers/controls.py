@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowhelpers.activations import FeatureActivations
-from flowhelpers.features import FeatureId, Site
+from flowhelpers.features import Site
 from flowhelpers.model import Activations, Edit, Model, attention_output, logits_of, run, tokenize
 from flowhelpers.runs import progress
 from flowhelpers.steering import Plan, Push, Step, push_of, row_edits
@@ -49,22 +49,27 @@ def random_twin(
         ValueError: If a site was not read, or has too few features.
     """
     rng = np.random.default_rng(seed)
-    taken = {str(suite.feature(step.feature)) for step in plan.steps}
+    features = [suite.feature(step.feature) for step in plan.steps]
+    shares: dict[Site, np.ndarray] = {}
+    taken: dict[Site, set[int]] = {}
+    for feature in features:
+        site = feature.site
+        if site not in activations.by_site:
+            raise ValueError(f"the sample was not read at {site}, where {feature} lies")
+        if site not in shares:
+            shares[site] = np.asarray((activations.by_site[site] > 0).mean(axis=0)).ravel()
+            taken[site] = set(suite.dictionary(site).excluded.tolist())
+        taken[site].add(feature.index)
     steps = []
-    for step in plan.steps:
-        feature = suite.feature(step.feature)
-        if feature.site not in activations.by_site:
-            raise ValueError(f"the sample was not read at {feature.site}, where {feature} lies")
-        share = np.asarray((activations.by_site[feature.site] > 0).mean(axis=0)).ravel()
-        names = [str(FeatureId(*_place(feature.site), i)) for i in range(len(share))]
-        taken |= {names[i] for i in suite.dictionary(feature.site).excluded.tolist()}
+    for step, feature in zip(plan.steps, features, strict=True):
+        share, out = shares[feature.site], taken[feature.site]
         order = np.argsort(np.abs(share - share[feature.index]), kind="stable")
-        free = [names[i] for i in order if names[i] not in taken]
+        free = [index for index in order.tolist() if index not in out]
         if not free:
             raise ValueError(f"no feature of {feature.site} is left to stand for {feature}")
-        twin = str(rng.choice(free[:nearest]))
-        taken.add(twin)
-        steps.append(replace(step, feature=twin))
+        twin = int(rng.choice(free[:nearest]))
+        out.add(twin)
+        steps.append(replace(step, feature=f"{feature.site}/{twin}"))
     found = replace(plan, steps=tuple(steps), about=f"random features of seed {seed}")
     if plan.kind == "rescale":
         return found
@@ -181,8 +186,8 @@ def side_effects(
         work += [(piece, start, together) for start in range(0, len(names), together)]
     for piece, start, together in progress(work, "side effects"):
         some = names[start : start + together]
-        tokens = tokenize(model, piece, max_tokens)
         if start == 0:
+            tokens = tokenize(model, piece, max_tokens)
             clean = logits_of(model, tokens.ids).float().log_softmax(-1)
             count += int(tokens.is_text.sum())
         ids, is_text = (part.repeat(len(some), 1) for part in (tokens.ids, tokens.is_text))
@@ -231,7 +236,3 @@ def _in_stream(
 
 def _norms(push: Push) -> dict[Site, float]:
     return {at: float(vector.float().norm()) for at, vector in push.items()}
-
-
-def _place(site: Site) -> tuple[int, str]:
-    return site.layer, site.module

@@ -84,7 +84,7 @@ def effects(
         dictionary = suite.dictionary(site)
         size = factor * dictionary.encode(stream[dictionary.reads][0, 1:]).max()
         if not size > 0:
-            rows += [(str(FeatureId(site.layer, site.module, i)), None, None, "") for i in indices]
+            rows += [(f"{site}/{index}", None, None, "") for index in indices]
             continue
         chosen = torch.tensor(indices, device=ids.device)
         step = size * dictionary.rows(chosen).float()
@@ -100,8 +100,7 @@ def effects(
         changes = (confidence - logs.max(1).values).tolist()
         tokens = written.gather(1, place[:, None])[:, 0].tolist()
         for index, score, change, token in zip(indices, scores, changes, tokens, strict=True):
-            name = str(FeatureId(site.layer, site.module, index))
-            rows.append((name, score, change, model.tokenizer.decode([token])))
+            rows.append((f"{site}/{index}", score, change, model.tokenizer.decode([token])))
     table = pd.DataFrame(rows, columns=["feature", "output_score", "confidence_change", "token"])
     floats = {"output_score": float, "confidence_change": float}
     return table.astype(floats).set_index("feature").loc[map(str, found)].reset_index()

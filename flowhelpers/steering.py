@@ -329,13 +329,13 @@ def row_edits(suite: "Suite", plans: Sequence[Plan | Push | None], each: int) ->
     adds: dict[Site, list[tuple[int, Tensor]]] = {}
     factors: dict[Site, list[tuple[int, int, float]]] = {}
     for number, plan in enumerate(plans):
-        if isinstance(plan, Plan) and plan.kind == "rescale":
+        plan = _ready(suite, plan)
+        if isinstance(plan, Plan):
             for site, steps in _by_site(suite, plan).items():
                 some = [(number, feature.index, step.strength) for feature, step in steps]
                 factors.setdefault(site, []).extend(some)
         elif plan is not None:
-            push = push_of(suite, plan) if isinstance(plan, Plan) else plan
-            for site, vector in push.items():
+            for site, vector in plan.items():
                 adds.setdefault(site, []).append((number, vector))
     found = []
     for site, vectors in adds.items():
@@ -404,10 +404,11 @@ def steer(
     together = max(1, at_once // each)
     for start in range(0, len(names), together):
         some = names[start : start + together]
-        for name in some:
-            if not _is_finite(suite, plans[name]):
+        ready = [_ready(suite, plans[name]) for name in some]
+        for name, plan in zip(some, ready, strict=True):
+            if not _is_finite(plan):
                 raise FloatingPointError(f"{_in_words(name, plans[name])}: it is not finite")
-        edits = row_edits(suite, [plans[name] for name in some], each)
+        edits = row_edits(suite, ready, each)
         try:
             found = sample_tokens(
                 suite.model, ids.expand(each * len(some), -1), seeds * len(some),
@@ -422,13 +423,15 @@ def steer(
     return pd.concat(tables, ignore_index=True)
 
 
-def _is_finite(suite: "Suite", plan: Plan | Push | None) -> bool:
-    if plan is None:
-        return True
-    if isinstance(plan, Plan) and plan.kind == "rescale":
+def _ready(suite: "Suite", plan: Plan | Push | None) -> Plan | Push | None:
+    """The plan, or what it adds where that is known beforehand."""
+    return push_of(suite, plan) if isinstance(plan, Plan) and plan.kind == "add" else plan
+
+
+def _is_finite(plan: Plan | Push | None) -> bool:
+    if isinstance(plan, Plan):
         return all(math.isfinite(step.strength) for step in plan.steps)
-    push = push_of(suite, plan) if isinstance(plan, Plan) else plan
-    return all(bool(torch.isfinite(vector).all()) for vector in push.values())
+    return all(bool(torch.isfinite(vector).all()) for vector in (plan or {}).values())
 
 
 def _in_words(name: str, plan: Plan | Push | None) -> str:

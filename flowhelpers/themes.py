@@ -8,7 +8,7 @@ import numpy as np
 
 from flowhelpers.activations import FeatureActivations
 from flowhelpers.endpoint import EndpointJudge, endpoint_judge
-from flowhelpers.features import FeatureId, Site, suggestion
+from flowhelpers.features import Site, suggestion
 from flowhelpers.flow import FlowGraph
 from flowhelpers.judging import EmbeddedJudge, check_theme, embedded_judge
 from flowhelpers.labels import subject_scores
@@ -138,9 +138,7 @@ def theme_features(
     for site in sites or activations.by_site:
         mine, other = (subject_scores(activations, site, on_theme, h) for h in (half, ~half))
         frame = mine.join(other, rsuffix="_other")
-        frame.insert(
-            0, "feature", [str(FeatureId(site.layer, site.module, i)) for i in frame.index]
-        )
+        frame.insert(0, "feature", [f"{site}/{i}" for i in frame.index])
         parts.append(frame.assign(layer=site.layer, module=site.module))
     found = pd.concat(parts, ignore_index=True)
     return found.sort_values(["auc", "share"], ascending=False, kind="stable", ignore_index=True)

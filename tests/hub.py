@@ -13,12 +13,12 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from loopback import LoopbackServer, QuietHandler
 
 REPOSITORY = Path(__file__).parent.parent
 # What the hub's default .gitattributes keeps as LFS, of the kinds that the tests write.
@@ -47,7 +47,7 @@ class Fault:
     declared: bool = False
 
 
-class Hub:
+class Hub(LoopbackServer):
     """The server: `with Hub(root) as hub`, then `hub.url`."""
 
     def __init__(self, root: Path) -> None:
@@ -57,19 +57,10 @@ class Hub:
         self._lock = threading.Lock()
         self._digests: dict[tuple[Path, int, int], tuple[str, str]] = {}
 
-    def __enter__(self) -> "Hub":
-        handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return self.address
 
     def reset(self) -> None:
         """Forget the requests and the faults."""
@@ -215,13 +206,8 @@ def is_lfs(file: Path) -> bool:
     return file.suffix in LFS or file.stat().st_size > LFS_SIZE
 
 
-class _Handler(BaseHTTPRequestHandler):
-    hub: Hub
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args: object) -> None:
-        pass
+class _Handler(QuietHandler):
+    owner: Hub
 
     def do_HEAD(self) -> None:
         self._answer()
@@ -235,10 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
-        self.hub.requests.append(Request(self.command, path, self.headers.get("Range")))
+        self.owner.requests.append(Request(self.command, path, self.headers.get("Range")))
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         query = parse_qs(url.query)
-        fault = self.hub.take_fault(path, "/resolve" in path and self.command == "GET")
+        fault = self.owner.take_fault(path, "/resolve" in path and self.command == "GET")
         if fault and fault.status:
             return self._error(fault.status, None, ERRORS.get(fault.status, "Error"))
         match [unquote(part) for part in url.path.strip("/").split("/")]:
@@ -262,10 +248,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, kind: str, name: str, revision: str) -> str | None:
         """The commit that a revision means; None once an error has been sent."""
-        if not (self.hub.root / kind / name).is_dir():
+        if not (self.owner.root / kind / name).is_dir():
             self._error(404, "RepoNotFound", "Repository not found")
             return None
-        commit = self.hub.commit(kind, name)
+        commit = self.owner.commit(kind, name)
         if revision != "main" and not (len(revision) > 6 and commit.startswith(revision)):
             self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
             return None
@@ -273,7 +259,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _info(self, kind: str, name: str, revision: str) -> None:
         if commit := self._commit(kind, name, revision):
-            files = self.hub.tree(kind, name, "", True)
+            files = self.owner.tree(kind, name, "", True)
             self._json(
                 {
                     "_id": commit[:24],
@@ -295,27 +281,27 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _tree(self, kind: str, name: str, revision: str, path: str, recursive: bool) -> None:
         if commit := self._commit(kind, name, revision):
-            if not (self.hub.root / kind / name / path).is_dir():
+            if not (self.owner.root / kind / name / path).is_dir():
                 return self._error(404, "EntryNotFound", f"{path} does not exist", commit)
-            self._json(self.hub.tree(kind, name, path, recursive))
+            self._json(self.owner.tree(kind, name, path, recursive))
 
     def _paths_info(self, kind: str, name: str, revision: str, body: str) -> None:
         if self._commit(kind, name, revision):
             is_json = "json" in self.headers.get("Content-Type", "")
             paths = json.loads(body)["paths"] if is_json else parse_qs(body).get("paths", [])
-            folder = self.hub.root / kind / name
+            folder = self.owner.root / kind / name
             found = [folder / path for path in paths if (folder / path).exists()]
-            self._json([self.hub.entry(folder, item) for item in found])
+            self._json([self.owner.entry(folder, item) for item in found])
 
     def _file(self, kind: str, name: str, revision: str, path: str, fault: Fault | None) -> None:
         commit = self._commit(kind, name, revision)
         if not commit:
             return
-        file = self.hub.root / kind / name / path
+        file = self.owner.root / kind / name / path
         if not file.is_file():
             return self._error(404, "EntryNotFound", "Entry not found", commit)
         data = file.read_bytes()
-        git, sha256 = self.hub.digests(file)
+        git, sha256 = self.owner.digests(file)
         headers = {"ETag": f'"{git}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if is_lfs(file):
             headers |= {"ETag": f'"{sha256}"', "X-Linked-Etag": f'"{sha256}"'}
@@ -355,3 +341,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(sent)
         if len(sent) < len(body) and not (fault and fault.declared):
             self.close_connection = True
+
+
+Hub.handler = _Handler

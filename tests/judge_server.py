@@ -10,8 +10,9 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from loopback import LoopbackServer, QuietHandler
 
 MARK = "the subjects are:"  # of the prompt that asks for three scores
 ALL = ""  # misbehaviour for every text
@@ -59,7 +60,7 @@ class Asked:
     path: str
 
 
-class JudgeServer:
+class JudgeServer(LoopbackServer):
     """The server: `with JudgeServer() as server`, then `server.url`.
 
     Attributes:
@@ -79,20 +80,10 @@ class JudgeServer:
         self._faults: dict[str, list[Fault]] = {}
         self._lock = threading.Lock()
 
-    def __enter__(self) -> "JudgeServer":
-        handler = type("Handler", (_Handler,), {"judge": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._server.block_on_close = False  # a slow answer that nobody waits for
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    @property
+    def url(self) -> str:
+        """Its address, as a client is told."""
+        return f"{self.address}/v1"
 
     def misbehave(self, text: str, *faults: Fault) -> None:
         """The next requests for this text (`ALL`: for any) meet these faults, one each."""
@@ -136,13 +127,8 @@ def scores(text: str) -> tuple[int, list[int]]:
     return coherence, behavioral
 
 
-class _Handler(BaseHTTPRequestHandler):
-    judge: JudgeServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args: object) -> None:
-        pass
+class _Handler(QuietHandler):
+    owner: JudgeServer
 
     def do_POST(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
@@ -150,15 +136,15 @@ class _Handler(BaseHTTPRequestHandler):
         scheme, _, key = self.headers.get("Authorization", "").partition(" ")
         system, user = (message["content"] for message in body["messages"])
         text = user.partition('Text:\n"""\n')[2].removesuffix('\n"""\n')
-        fault = self.judge.enter(Asked(body, text, key, time.monotonic(), self.path)) or Fault()
+        fault = self.owner.enter(Asked(body, text, key, time.monotonic(), self.path)) or Fault()
         try:
             time.sleep(fault.delay)
             status, message = fault.status, fault.message.replace("{key}", key)
-            if scheme != "Bearer" or self.judge.key not in (None, key):
+            if scheme != "Bearer" or self.owner.key not in (None, key):
                 status, message = 401, f"Incorrect API key provided: {key}"
             elif self.path != "/v1/chat/completions":
                 status, message = 404, f"no {self.path} here"
-            elif body["model"] not in self.judge.models:
+            elif body["model"] not in self.owner.models:
                 status, message = 404, f"The model {body['model']!r} does not exist"
             coherence, behavioral = scores(text)
             told = behavioral if MARK in system.lower() else behavioral[0]
@@ -172,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:  # the other side did not wait
             self.close_connection = True
         finally:
-            self.judge.leave()
+            self.owner.leave()
 
     def _send(self, status: int, whole: bytes, fault: Fault) -> None:
         if fault.keep is not None:
@@ -204,3 +190,6 @@ def _completion(model: str, content: Any) -> dict[str, Any]:
         ],
         "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
     }
+
+
+JudgeServer.handler = _Handler

@@ -7,10 +7,10 @@ a list of faults: one a request, in their order.
 
 import gzip
 import json
-import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from loopback import LoopbackServer, QuietHandler
 
 MODEL, SOURCE = "gemma-2-2b", "12-gemmascope-res-16k"
 MINI, OPUS = "gpt-4o-mini", "claude-opus"
@@ -64,7 +64,7 @@ def packed(*lines: Any) -> bytes:
     return gzip.compress(b"\n".join(texts) + b"\n")
 
 
-class NeuronpediaServer:
+class NeuronpediaServer(LoopbackServer):
     """The server: `with NeuronpediaServer() as server`, then `server.datasets` and `server.api`.
 
     Attributes:
@@ -89,21 +89,15 @@ class NeuronpediaServer:
         self.requests: list[Asked] = []
         self.faults: dict[str, list[Fault]] = {}
 
-    def __enter__(self) -> "NeuronpediaServer":
-        handler = type("Handler", (_Handler,), {"server_of": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self._server.daemon_threads = True
-        self._server.block_on_close = False
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
-        self._thread.start()
-        self.api = f"http://127.0.0.1:{self._server.server_port}"
-        self.datasets = f"{self.api}/v1"
-        return self
+    @property
+    def api(self) -> str:
+        """The address of the site."""
+        return self.address
 
-    def __exit__(self, *exc: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+    @property
+    def datasets(self) -> str:
+        """The address of the export."""
+        return f"{self.address}/v1"
 
     def misbehave(self, end: str, *faults: Fault) -> None:
         """The next requests for paths that end so meet these faults, one each."""
@@ -138,13 +132,8 @@ class NeuronpediaServer:
         return 404, b'{"message": "Not found"}'
 
 
-class _Handler(BaseHTTPRequestHandler):
-    server_of: NeuronpediaServer
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *args: object) -> None:
-        pass
+class _Handler(QuietHandler):
+    owner: NeuronpediaServer
 
     def handle_one_request(self) -> None:
         try:
@@ -156,9 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         asked = Asked(self.command, self.path, self.headers.get("x-api-key"), body)
-        self.server_of.requests.append(asked)
-        fault = self.server_of.fault(self.path)
-        status, whole = self.server_of.answer(asked)
+        self.owner.requests.append(asked)
+        fault = self.owner.fault(self.path)
+        status, whole = self.owner.answer(asked)
         if fault.status != 200:
             status, whole = fault.status, b"out of order"
         if fault.body is not None:
@@ -175,3 +164,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(whole[: fault.keep])
 
     do_POST = do_GET
+
+
+NeuronpediaServer.handler = _Handler

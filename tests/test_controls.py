@@ -23,7 +23,7 @@ from flowhelpers.controls import (
 from flowhelpers.dictionaries import make_dictionary
 from flowhelpers.features import Site, parse_feature
 from flowhelpers.model import Model, attention_output, logits_of, run, tokenize
-from flowhelpers.steering import Plan, Push, Step, make_plan, plan_edits, push_of
+from flowhelpers.steering import Plan, Push, Step, plan_edits, push_of
 from flowhelpers.suites import Suite
 
 RES, MLP, ATT = Site(1, "res"), Site(1, "mlp"), Site(1, "att")
@@ -304,14 +304,7 @@ def test_without_an_edit_there_is_exactly_no_effect(suite: Suite):
 
 
 def test_a_plan_that_breaks_the_model_is_named(planted: Suite):
-    # Two features along the same coordinate, whose sum is more than a float32 can hold.
-    pairs = [(toys.COORDINATE[1][i], i) for i in range(toys.RES)]
-    below, above = next(pair for pair in pairs if pair[0] % 3 and pair[1] % 3)
-    names = [f"0/res/{below}", f"1/res/{above}"]
-    plans = {
-        "fine": make_plan(planted, names, 1.0, unit="unit"),
-        "far": make_plan(planted, names, 3e38, unit="unit"),
-    }
+    plans = toys.plans_that_break(planted)
     with pytest.raises(FloatingPointError, match="plan 'far': logits are no longer finite"):
         side_effects(planted, plans, TEXTS)
 

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import re
-import signal
 import sqlite3
 import ssl
 import subprocess
@@ -582,7 +581,6 @@ def test_stopped_by_a_person_it_waits_for_nobody(
     assert len(server.requests) == 2, "nor is the reply that came too late asked for again"
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
 def test_killed_it_keeps_what_has_come(
     make: Callable[..., EndpointJudge], server: JudgeServer, tmp_path: Path
 ):

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -110,7 +109,6 @@ def test_processes_share_it_and_lose_nothing(tmp_path: Path):
     assert len(Kept(path).get(keys)) == 120
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no such signal")
 def test_a_killed_process_loses_nothing_that_it_had(tmp_path: Path):
     path = tmp_path / "answers.sqlite"
     code = """if True:

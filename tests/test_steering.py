@@ -347,14 +347,7 @@ def test_what_is_not_finite_is_named_before_it_is_tried(planted: Suite, kind: st
 
 
 def test_a_strength_that_breaks_the_model_is_named(planted: Suite):
-    # Two features along the same coordinate, whose sum is more than a float32 can hold.
-    pairs = [(toys.COORDINATE[1][i], i) for i in range(toys.RES)]
-    below, above = next(pair for pair in pairs if pair[0] % 3 and pair[1] % 3)
-    names = [f"0/res/{below}", f"1/res/{above}"]
-    plans = {
-        "fine": make_plan(planted, names, 1.0, unit="unit"),
-        "far": make_plan(planted, names, 3e38, unit="unit"),
-    }
+    plans = toys.plans_that_break(planted)
     with pytest.raises(
         FloatingPointError, match=r"plan 'far' \(add, strengths 3e\+38 .*layers 0 to 1\)"
     ):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -533,7 +534,7 @@ def test_strategies_layers_and_strengths_make_cells(planted: Suite):
     cells = strategy_cells("sea", iter(["x", "y"]), iter([0, 2, 1]), iter([1, 2.5]), plan_of)
     assert len(asked) == 12
     places = [(c.theme, c.strategy, c.layer, c.strength) for c in cells]
-    assert places == [("sea", n, l, s) for n in "xy" for l in (0, 1) for s in (1.0, 2.5)]  # noqa: E741
+    assert places == [("sea", *cell) for cell in product("xy", (0, 1), (1.0, 2.5))]
     for cell in cells:
         assert isinstance(cell.plan, Plan)
         assert cell.plan.steps[0].feature == f"{cell.layer}/res/3"

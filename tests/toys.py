@@ -21,6 +21,7 @@ from flowhelpers.activations import FeatureActivations
 from flowhelpers.dictionaries import Dictionary, make_dictionary
 from flowhelpers.features import Site
 from flowhelpers.model import Model, attention_output
+from flowhelpers.steering import Plan, make_plan
 from flowhelpers.suites import Suite, SuiteRow
 
 LAYERS, D_MODEL, CONTEXT, VOCABULARY = 3, 32, 64, 320
@@ -223,3 +224,15 @@ def planted_saes(read: Mapping[Site, Tensor]) -> dict[Site, Any]:
             directions * norms, site, threshold, encoder=directions.T, b_dec=b_dec
         )
     return saes
+
+
+def plans_that_break(suite: Suite) -> dict[str, Plan]:
+    """A plan that is fine, and one by which the planted model's logits are no longer finite."""
+    # Two features along the same coordinate, whose sum is more than a float32 can hold.
+    pairs = [(COORDINATE[1][i], i) for i in range(RES)]
+    below, above = next(pair for pair in pairs if pair[0] % 3 and pair[1] % 3)
+    names = [f"0/res/{below}", f"1/res/{above}"]
+    return {
+        "fine": make_plan(suite, names, 1.0, unit="unit"),
+        "far": make_plan(suite, names, 3e38, unit="unit"),
+    }

@@ -16,7 +16,6 @@ times and little of the ratios.
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from clock import seconds
 from torch import Tensor
 
 from flowhelpers.activations import read_sample
@@ -44,15 +44,6 @@ from flowhelpers.suites import Suite, load_suite
 
 PAPER_TARGETS = 13_125
 ROWS = (1, 4, 16, 64, 256, 1024)
-
-
-def seconds(compute: Callable[[], Any]) -> tuple[float, Any]:
-    """How long it takes, and what it gives."""
-    began = time.perf_counter()
-    found = compute()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, found
 
 
 @torch.no_grad()

@@ -17,12 +17,11 @@ goes to putting the hooks on anew for each token, which `generate` is spared her
 
 import argparse
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any
 
 import torch
+from clock import seconds
 from torch import Tensor
 
 from flowhelpers.flow import flow_graph
@@ -36,15 +35,6 @@ PLANS, SAMPLES, NEW = 8, 32, 36
 TEMPERATURE, TOP_P = 1.27, 0.7
 ROWS = (1, 4, 16, 64, 256)
 PROMPT = "From my experience,"
-
-
-def seconds(compute: Callable[[], Any]) -> tuple[float, Any]:
-    """How long it takes, and what it gives."""
-    began = time.perf_counter()
-    found = compute()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began, found
 
 
 def plans_of(suite: Suite) -> dict[str, Plan | None]:
