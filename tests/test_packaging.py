@@ -20,7 +20,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 DEV = PROJECT["optional-dependencies"]["dev"]
 LARGEST = 1_000_000  # bytes
 LARGE = {"flowhelpers/data/flowlet/model/model.safetensors"}
-OURS = {"flowhelpers", *(path.stem for path in (ROOT / "tests").glob("*.py"))}
+OURS = {"flowhelpers", *(path.stem for path in (ROOT / "tests").rglob("*.py"))}
 FENCED = re.compile(r"^```\w*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 OF_ONE_MACHINE = re.compile(rb"(?<![\w.])/(root|work|home)/\w")
 
