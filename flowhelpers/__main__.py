@@ -64,7 +64,8 @@ def notebooks(arguments: argparse.Namespace) -> int:
 
 def suites(arguments: argparse.Namespace) -> int:
     """Lists the suites, or says of one what it holds and needs."""
-    from flowhelpers.suites import BYTES, find_suite, memory_needed, registered
+    from flowhelpers.registry import BYTES, find_suite, registered
+    from flowhelpers.suites import memory_needed
 
     for row in [find_suite(arguments.suite)] if arguments.suite else registered().values():
         where = "no network needed" if row.is_local else "from the hub, then cached"

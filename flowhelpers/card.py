@@ -109,7 +109,8 @@ def measured_bars(name: str, rows: Path | None = None, write: bool = False) -> d
     Raises:
         ValueError: If a card is to be written and the suite is no folder.
     """
-    from flowhelpers.suites import find_suite, load_suite
+    from flowhelpers.registry import find_suite
+    from flowhelpers.suites import load_suite
 
     row = find_suite(name)
     if write and row.folder is None:
@@ -138,7 +139,7 @@ def stored_bars(name: str) -> dict[str, list[Bar]]:
     Raises:
         FileNotFoundError: If it has none.
     """
-    from flowhelpers.suites import find_suite
+    from flowhelpers.registry import find_suite
 
     row = find_suite(name)
     path = row.folder / "card.json" if row.folder else None

@@ -10,8 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from flowhelpers.activations import FeatureActivations
+from flowhelpers.attention import attention_output
 from flowhelpers.features import Site
-from flowhelpers.model import Activations, Edit, Model, attention_output, logits_of, run, tokenize
+from flowhelpers.model import Activations, Edit, Model, logits_of, run, tokenize
 from flowhelpers.runs import progress
 from flowhelpers.steering import Plan, Push, Step, push_of, row_edits
 

@@ -1,7 +1,11 @@
-"""One dictionary: its unit directions in the residual basis, and its encoder."""
+"""One dictionary: its unit directions in the residual basis, and its encoder.
+
+The decoder comes first and by itself; the rest is read when something asks for it.
+"""
 
 import hashlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +15,17 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowhelpers.attention import AttentionOutput
 from flowhelpers.features import FeatureId, Site
-from flowhelpers.model import HOOKS, AttentionOutput
+from flowhelpers.model import HOOKS
+from flowhelpers.sae_files import (
+    SaeFiles,
+    folder_files,
+    load_sae,
+    read_decoder,
+    read_thresholds,
+    release_files,
+)
 
 SMALLEST_THRESHOLD = 1e-6
 
@@ -45,8 +58,10 @@ class Dictionary:
         norms: Norms of the decoder rows before that.
         excluded: Indices of the rows that hold NaN or infinity or are all zero.
         source: Where it was loaded from.
-        sae: sae-lens's SAE, which encodes.
+        whole: sae-lens's SAE, which encodes; or what loads it, once something asks for it.
         reads: Where it reads: its site, or the attention heads' outputs z before W_O, `12/z`.
+        files: The files that it is read from.
+        dtype: Type of the SAE's weights, where it is still to be loaded.
     """
 
     site: Site
@@ -54,17 +69,43 @@ class Dictionary:
     norms: Float[Tensor, "features"]
     excluded: Int[Tensor, "bad"]
     source: str
-    sae: Any = field(repr=False)
+    whole: Any = field(repr=False)
     reads: Site
+    files: SaeFiles | None = field(default=None, repr=False)
+    dtype: str = "float32"
+
+    @cached_property
+    def sae(self) -> Any:
+        """sae-lens's SAE, loaded the first time that it is asked for; None if there is none."""
+        if self.whole is None or isinstance(self.whole, torch.nn.Module):
+            return self.whole
+        return self.whole()
 
     @cached_property
     def fingerprint(self) -> str:
         """A digest of directions and weights, by which tables made from them are known."""
         digest = hashlib.blake2b(digest_size=16)
-        weights = [] if self.sae is None else self.sae.state_dict().values()
-        for tensor in (self.directions, *weights):
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        if self.files is not None:
+            digest.update(f"{self.files.content} {self.dtype}".encode())
+        elif self.sae is not None:
+            for tensor in self.sae.state_dict().values():
+                digest.update(_bytes(tensor))
+        if self.files is None or self.reads != self.site:  # what the model makes of it counts too
+            digest.update(_bytes(self.directions))
         return digest.hexdigest()
+
+    @cached_property
+    def thresholds(self) -> Float[Tensor, "features"] | None:
+        """Each feature's threshold, in units of its activation; None if it has none."""
+        if self.files is not None:
+            return read_thresholds(self.files, self.width)
+        found = getattr(self.sae, "threshold", None)
+        return None if found is None else found.detach().float()
+
+    @property
+    def _by_token(self) -> bool:
+        # Whether what is read is first brought to mean 0 and variance 1, token by token.
+        return self.sae.cfg.normalize_activations == "layer_norm"
 
     @property
     def width(self) -> int:
@@ -87,6 +128,9 @@ class Dictionary:
     ) -> Float[Tensor, "*batch features"]:
         """Feature activations; a feature is active where its value is above zero (CHOICES 4).
 
+        They are such that a feature adds its activation times its decoder row, at every token: of
+        a dictionary that brings each token to variance 1 first, they are scaled back (CHOICES 43).
+
         Raises:
             ValueError: If there is no encoder.
         """
@@ -94,12 +138,34 @@ class Dictionary:
             raise ValueError(
                 f"the dictionary for {self.site} has no encoder: its activations cannot be read"
             )
-        return self.sae.encode(activations.to(self.sae.W_enc.dtype))
+        x = activations.to(self.sae.W_enc.dtype)
+        codes = self.sae.encode(x)
+        return codes * x.std(dim=-1, keepdim=True) if self._by_token else codes
 
     @torch.no_grad()
-    def decode(self, features: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch d_model"]:
-        """Activations rebuilt from feature activations."""
-        return self.sae.decode(features)
+    def decode(
+        self,
+        features: Float[Tensor, "*batch features"],
+        at: Float[Tensor, "*batch d_model"] | None = None,
+    ) -> Float[Tensor, "*batch d_model"]:
+        """Activations rebuilt from feature activations.
+
+        Args:
+            features: Feature activations, as `encode` gives them.
+            at: What they were read from; needed where the dictionary normalises each token.
+
+        Raises:
+            ValueError: If it is needed and not given.
+        """
+        if not self._by_token:
+            return self.sae.decode(features)
+        if at is None:
+            raise ValueError(
+                f"the dictionary for {self.site} normalises each token: decode needs what was read"
+            )
+        at = at.to(self.sae.W_enc.dtype)
+        shift, scale = at.mean(dim=-1, keepdim=True), at.std(dim=-1, keepdim=True)
+        return features @ self.sae.W_dec + self.sae.b_dec * scale + shift
 
     def rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
         """What features write for each unit of activation, at the site that is read, z included.
@@ -136,8 +202,7 @@ class Dictionary:
         Raises:
             ValueError: If there is no threshold to fold in.
         """
-        sae = self.sae
-        threshold = getattr(sae, "threshold", None)
+        sae, threshold = self.sae, self.thresholds
         if threshold is None and folded:
             raise ValueError(
                 f"the dictionary for {self.site} ({self.source}) has no thresholds to fold"
@@ -145,7 +210,7 @@ class Dictionary:
         encoder, bias, decoder = (w.detach().float() for w in (sae.W_enc, sae.b_enc, sae.W_dec))
         if sae.cfg.apply_b_dec_to_input:
             bias = bias - sae.b_dec.detach().float() @ encoder
-        at = torch.zeros_like(bias) if threshold is None else threshold.detach().float()
+        at = torch.zeros_like(bias) if threshold is None else threshold.to(bias)
         found = Weights(encoder.T, bias, decoder, at)
         if not folded:
             return found
@@ -174,39 +239,75 @@ def make_dictionary(
     Raises:
         ValueError: If the width is another, the hook is not the site's, or no row is usable.
     """
-    weights = sae.W_dec.detach().float()
     reads = _hooked_site(site, sae.cfg.metadata.hook_name, source)
-    if reads != site:
-        if output is None:
-            raise ValueError(
-                f"the dictionary for {site} ({source}) reads z, before W_O: it cannot be compared"
-                " with the stream unless its model says how z gets there"
-            )
-        weights = output.in_stream(weights)
-    if weights.shape[1] != d_model:
+    decoder = _in_stream(sae.W_dec.detach(), site, reads, source, output)
+    directions, norms, bad = _units(decoder, site, d_model, source, _silenced(sae))
+    if len(bad):
+        _silence(sae, bad)
+        _warn(bad, len(norms), site, source)
+    return Dictionary(site, directions, norms, bad, source, sae, reads)
+
+
+def _in_stream(
+    decoder: Tensor, site: Site, reads: Site, source: str, output: AttentionOutput | None
+) -> Tensor:
+    if reads == site:
+        return decoder.float()
+    if output is None:
         raise ValueError(
-            f"the dictionary for {site} ({source}) has width {weights.shape[1]}:"
+            f"the dictionary for {site} ({source}) reads z, before W_O: it cannot be compared"
+            " with the stream unless its model says how z gets there"
+        )
+    return output.in_stream(decoder)
+
+
+def _units(
+    decoder: Tensor, site: Site, d_model: int, source: str, silenced: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Rows of unit norm, what their norms were, and the rows that are of no use.
+    if decoder.shape[1] != d_model:
+        raise ValueError(
+            f"the dictionary for {site} ({source}) has width {decoder.shape[1]}:"
             f" expected {d_model}, the width of its model"
         )
-    norms = weights.norm(dim=1)
-    encoder = [sae.W_enc.T, sae.b_enc[:, None], *_thresholds(sae)]
-    finite = torch.stack([torch.isfinite(rows).all(dim=1) for rows in (weights, *encoder)]).all(0)
-    bad = torch.nonzero(~finite | (norms == 0)).flatten()
+    norms = decoder.norm(dim=1)
+    useless = ~torch.isfinite(norms) | (norms == 0)
+    if silenced is not None:
+        useless |= silenced
+    bad = torch.nonzero(useless).flatten()
     if len(bad) == len(norms):
         raise ValueError(f"the dictionary for {site} ({source}) has no decoder row that is usable")
-    directions = weights / norms[:, None]
-    if len(bad):
-        directions[bad] = 0
-        with torch.no_grad():  # never active, and nothing written
-            for rows in (sae.W_dec, *encoder):
-                rows[bad] = 0
-        listed = ", ".join(str(int(i)) for i in bad[:10]) + (", …" if len(bad) > 10 else "")
-        warnings.warn(
-            f"{len(bad)} of {len(norms)} decoder rows for {site} ({source}) are zero, or they or"
-            f" their encoder are not finite; they are left out of matching: {listed}",
-            stacklevel=2,
-        )
-    return Dictionary(site, directions.contiguous(), norms, bad, source, sae, reads)
+    directions = decoder / norms[:, None]
+    directions[bad] = 0
+    return directions.contiguous(), norms, bad
+
+
+def _warn(bad: Tensor, features: int, site: Site, source: str) -> None:
+    listed = ", ".join(str(int(i)) for i in bad[:10]) + (", …" if len(bad) > 10 else "")
+    warnings.warn(
+        f"{len(bad)} of {features} decoder rows for {site} ({source}) are zero, or they or"
+        f" their encoder are not finite; they are left out of matching: {listed}",
+        stacklevel=3,
+    )
+
+
+def _encoder_rows(sae: Any) -> list[Tensor]:
+    return [sae.W_enc.T, sae.b_enc[:, None], *_thresholds(sae)]
+
+
+def _silenced(sae: Any) -> Tensor:
+    return ~torch.stack([torch.isfinite(rows).all(dim=1) for rows in _encoder_rows(sae)]).all(0)
+
+
+@torch.no_grad()
+def _silence(sae: Any, bad: Tensor) -> None:
+    # Never active, and nothing written.
+    for rows in (sae.W_dec, *_encoder_rows(sae)):
+        rows[bad] = 0
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
 def _thresholds(sae: Any) -> list[Tensor]:
@@ -215,12 +316,61 @@ def _thresholds(sae: Any) -> list[Tensor]:
 
 def _hooked_site(site: Site, hook: str | None, source: str) -> Site:
     expected = HOOKS[site.module].format(layer=site.layer)
-    if hook in (None, expected):
+    if hook in (None, "", expected):
         return site
     if site.module == "att" and hook == HOOKS["z"].format(layer=site.layer):
         return Site(site.layer, "z")
     raise ValueError(
         f"the dictionary for {site} ({source}) was trained at {hook}: expected {expected}"
+    )
+
+
+def read_dictionary(
+    files: SaeFiles,
+    load: Callable[[], Any],
+    site: Site,
+    d_model: int,
+    device: str,
+    dtype: str,
+    output: Callable[[], AttentionOutput] | None = None,
+) -> Dictionary:
+    """Read the decoder alone; the SAE is loaded when something asks for it.
+
+    Args:
+        files: The dictionary's files.
+        load: Loads the SAE.
+        site: The site.
+        d_model: Width of the model's stream.
+        device: Torch device of directions and SAE.
+        dtype: Type of the SAE's weights; directions are in float32.
+        output: Says how the model brings z into the stream; asked only if the dictionary reads z.
+
+    Raises:
+        ValueError: As `make_dictionary` does, or if the file is truncated or corrupt.
+    """
+    reads = _hooked_site(site, files.hook, files.source)
+    brings = output() if output is not None and reads != site else None
+    try:
+        decoder = read_decoder(files).to(device)
+    except ValueError as error:
+        raise _unreadable(files.source, site, error) from error
+    decoder = _in_stream(decoder, site, reads, files.source, brings)
+    directions, norms, bad = _units(decoder, site, d_model, files.source)
+    if len(bad):
+        _warn(bad, len(norms), site, files.source)
+
+    def whole() -> Any:
+        sae = load()
+        if reads != site:  # here the heads lie side by side already
+            sae.turn_off_forward_pass_hook_z_reshaping()
+        more = torch.nonzero(_silenced(sae)).flatten()
+        if len(more):
+            _warn(more, len(norms), site, files.source)
+        _silence(sae, torch.cat([bad.to(more), more]))
+        return sae
+
+    return Dictionary(
+        site, directions, norms, bad, files.source, whole, reads, files=files, dtype=dtype
     )
 
 
@@ -230,30 +380,36 @@ def load_folder(
     d_model: int,
     device: str,
     dtype: str,
-    output: AttentionOutput | None = None,
+    output: Callable[[], AttentionOutput] | None = None,
 ) -> Dictionary:
     """Load a dictionary from a folder in sae-lens's format.
 
     Raises:
         FileNotFoundError: If the folder is no sae-lens folder.
-        ValueError: If a file is truncated or corrupt, or the dictionary does not fit.
+        ValueError: If a file is truncated or corrupt, or the dictionary does not fit; what only
+            the encoder tells, once that is asked for.
     """
     from sae_lens import SAE
     from safetensors import SafetensorError
 
-    for name in ("cfg.json", "sae_weights.safetensors"):
-        if not (path / name).is_file():
-            raise FileNotFoundError(
-                f"no {name} in {path} for {site}: expected a folder saved by sae-lens"
-            )
+    def load() -> Any:
+        try:
+            return SAE.load_from_disk(path, device=device, dtype=dtype)
+        except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise _unreadable(path, site, error) from error
+
     try:
-        sae = SAE.load_from_disk(path, device=device, dtype=dtype)
-    except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"the dictionary for {site} in {path} cannot be read,"
-            f" a file of it may be truncated or corrupt: {error}"
-        ) from error
-    return make_dictionary(site, sae, d_model, str(path), output)
+        files = folder_files(path, site)
+    except ValueError as error:
+        raise _unreadable(path, site, error) from error
+    return read_dictionary(files, load, site, d_model, device, dtype, output)
+
+
+def _unreadable(source: str | Path, site: Site, error: Exception) -> ValueError:
+    return ValueError(
+        f"the dictionary for {site} in {source} cannot be read,"
+        f" a file of it may be truncated or corrupt: {error}"
+    )
 
 
 def load_release(
@@ -263,10 +419,22 @@ def load_release(
     d_model: int,
     device: str,
     dtype: str,
-    output: AttentionOutput | None = None,
+    output: Callable[[], AttentionOutput] | None = None,
 ) -> Dictionary:
-    """Load a dictionary of a release that sae-lens knows, from the hub or its cache."""
-    from sae_lens import SAE
+    """Load a dictionary of a release that sae-lens knows, from the hub or its cache.
 
-    sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
-    return make_dictionary(site, sae, d_model, f"{release}/{sae_id}", output)
+    Raises:
+        ValueError: As `make_dictionary` does; if there is no such release or dictionary.
+        What `hub.fetch` raises.
+    """
+    files = release_files(release, sae_id)
+
+    def load() -> Any:
+        return load_sae(release, sae_id, device, dtype)
+
+    if files is not None:
+        return read_dictionary(files, load, site, d_model, device, dtype, output)
+    sae = load()
+    reads_z = str(sae.cfg.metadata.hook_name).endswith("hook_z")
+    brings = output() if output is not None and reads_z else None
+    return make_dictionary(site, sae, d_model, f"{release}/{sae_id}", brings)

@@ -151,7 +151,7 @@ def measure_dictionaries(
         for site in sites:
             x = read[site][is_text].float()
             codes = suite.dictionary(site).encode(x)
-            error = x - suite.dictionary(site).decode(codes).float()
+            error = x - suite.dictionary(site).decode(codes, x).float()
             sums[site]["error"] += error.double().square().sum().item()
             sums[site]["square"] += x.double().square().sum().item()
             sums[site]["active"] += (codes > 0).sum().item()
@@ -197,7 +197,7 @@ def loss_recovered(
         return torch.cat(losses).double().mean().item()
 
     def rebuilt(x: Activations, dictionary: "Dictionary") -> Activations:
-        return dictionary.decode(dictionary.encode(x))
+        return dictionary.decode(dictionary.encode(x), x)
 
     clean = loss(next(iter(suite.dictionaries)), lambda x: x)
     recovered = {}

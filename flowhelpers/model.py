@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowhelpers.features import Site, suggestion
+from flowhelpers.hub import fetched
 
 HOOKS = {
     "res": "blocks.{layer}.hook_resid_post",
@@ -133,46 +134,6 @@ class Model:
 
 
 @dataclass(frozen=True)
-class AttentionOutput:
-    """How one layer brings z, the outputs of its attention heads, into the residual stream.
-
-    Attributes:
-        weights: W_O, the heads' rows one below the other.
-        gain: Of the norm after attention; None where the model has none.
-    """
-
-    weights: Float[Tensor, "z d_model"]
-    gain: Float[Tensor, "d_model"] | None
-
-    def in_stream(self, rows: Float[Tensor, "rows z"]) -> Float[Tensor, "rows d_model"]:
-        """Directions at z as directions of the stream; their norms are not kept.
-
-        Raises:
-            ValueError: If the rows are of another width than z.
-        """
-        if rows.shape[1] != len(self.weights):
-            raise ValueError(f"rows of width {rows.shape[1]}: expected {len(self.weights)}, as z")
-        found = rows.float() @ self.weights.float().to(rows.device)
-        return found if self.gain is None else found * self.gain.float().to(rows.device)
-
-
-@torch.no_grad()
-def attention_output(model: Model, layer: int) -> AttentionOutput:
-    """W_O of a layer, and the gain of the norm that follows where there is one.
-
-    The gain is what the norm makes of ones. Its weights do not tell: of some architectures they
-    hold the gain, of others the gain less 1.
-    """
-    block = model.bridge.blocks[layer]
-    norm = getattr(block, "ln1_post", None)
-    weights = block.attn.W_O
-    if norm is None:
-        return AttentionOutput(weights.flatten(0, 1), None)
-    ones = torch.ones(1, 1, model.d_model, dtype=weights.dtype, device=weights.device)
-    return AttentionOutput(weights.flatten(0, 1), norm(ones)[0, 0])
-
-
-@dataclass(frozen=True)
 class Tokens:
     """A batch of texts as tokens, `<bos>` first, padded on the right.
 
@@ -201,6 +162,7 @@ def load_model(
 
     Raises:
         ValueError: If the model's sites do not add up or an edit does not reach the logits.
+        What `hub.fetch` raises.
     """
     from transformer_lens.model_bridge import TransformerBridge
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -209,10 +171,11 @@ def load_model(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        weights: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, revision=revision, attn_implementation="eager"
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        with fetched(name, revision):
+            weights: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, revision=revision, attn_implementation="eager"
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
     finally:
         if bars:
             logging.enable_progress_bar()

@@ -27,8 +27,8 @@ from flowhelpers.pretraining import (
     token_rows,
     train_model,
 )
+from flowhelpers.registry import DATA
 from flowhelpers.sources import HELD_OUT_PERCENT, digests, load_source
-from flowhelpers.suites import DATA
 from flowhelpers.training import (
     DictionaryRecipe,
     check_begun,

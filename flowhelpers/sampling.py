@@ -12,7 +12,7 @@ from flowhelpers.texts import CORPORA, DOMAINS, load_texts
 if TYPE_CHECKING:
     import pandas as pd
 
-    from flowhelpers.suites import SuiteRow
+    from flowhelpers.registry import SuiteRow
 
 PAPER_DATASETS = ("fineweb", "tinystories", "automathtext", "python-github-code")
 LOCAL_DATASETS = (*DOMAINS, "python")

@@ -229,12 +229,11 @@ def _scale(
             raise ValueError(f"no greatest activation of {feature}: expected one for each feature")
         value = float((greatest or {})[str(feature)])
     else:
-        threshold = getattr(dictionary.sae, "threshold", None)
-        if threshold is None:
+        if dictionary.thresholds is None:
             raise ValueError(
                 f"the dictionary for {feature.site} has no thresholds: use unit='max' or 'unit'"
             )
-        value = float(threshold.detach()[feature.index])
+        value = float(dictionary.thresholds[feature.index])
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"the unit of {feature} is {value}: expected a number above zero")
     return value

@@ -1,60 +1,28 @@
-"""Suites: one language model and the dictionaries trained on it.
+"""Suites: one language model and the dictionaries trained on it, loaded as far as is asked for.
 
-Every suite, the embedded one included, is described in the same few words: a row of
-`data/suites.yaml`, or the `suite.yaml` of a folder.
+Decoders come first: matching, flow graphs and labels need nothing else. Of a suite of the hub the
+model and the encoders are fetched and read once an experiment asks for them.
 """
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, lru_cache, partial
-from math import prod
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flowhelpers.features import MODULES, FeatureId, Site, parse_feature, parse_site, suggestion
+from flowhelpers.features import FeatureId, Site, parse_feature, parse_site, suggestion
+from flowhelpers.hub import OFFLINE_HINT
 from flowhelpers.machine import check_device, check_memory, free_memory
+from flowhelpers.registry import BYTES, SuiteRow, find_suite
 
 if TYPE_CHECKING:
+    from flowhelpers.attention import AttentionOutput
     from flowhelpers.dictionaries import Dictionary
     from flowhelpers.model import Model
 
-DATA = Path(__file__).parent / "data"
 KEPT = 4  # dictionaries at a time where not all fit: a layer's three, and the stream before it
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_KINDS = {int: "a whole number", str: "text"}
-OFFLINE_HINT = "the suite flowlet needs no network"
-
-
-@dataclass(frozen=True)
-class SuiteRow:
-    """What has to be known to load a suite.
-
-    Attributes:
-        name: The suite's name.
-        model: A Hugging Face model, by folder or by hub name.
-        revision: The model's revision on the hub.
-        dictionaries: For each site a sae-lens folder, or `{release, id}` of a release of sae-lens.
-        parameters: Parameters of model and dictionaries together.
-        about: One line on what it is.
-        folder: Where the suite lies, if it is a folder.
-        model_parameters: Those of the model alone, if known.
-    """
-
-    name: str
-    model: str
-    dictionaries: Mapping[Site, str | Mapping[str, str]]
-    parameters: int
-    revision: str | None = None
-    about: str = ""
-    folder: Path | None = None
-    model_parameters: int | None = None
-
-    @property
-    def is_local(self) -> bool:
-        """Whether loading needs no network."""
-        sources = self.dictionaries.values()
-        return Path(self.model).exists() and all(isinstance(source, str) for source in sources)
+LARGE = 1e9  # parameters of a model from which on half precision is the rule on a GPU
 
 
 class OnDemand(Mapping[Site, "Dictionary"]):
@@ -85,18 +53,27 @@ class OnDemand(Mapping[Site, "Dictionary"]):
 
 @dataclass(frozen=True)
 class Suite:
-    """A model and its dictionaries, loaded.
+    """A model and its dictionaries.
 
     Attributes:
         row: What it was loaded from.
-        model: The language model behind named sites.
-        dictionaries: The dictionary at each site; where memory is short, each is read when asked
-            for.
+        source: The language model behind named sites, or what loads it when it is asked for.
+        dictionaries: The dictionary at each site; of a suite that is large or lies on the hub, each
+            is read when it is asked for.
+        device: Where dictionaries and model are.
+        dtype: Type of the weights; directions are in float32 always.
     """
 
     row: SuiteRow
-    model: "Model" = field(repr=False)
+    source: "Model | Callable[[], Model]" = field(repr=False)
     dictionaries: "Mapping[Site, Dictionary]" = field(repr=False)
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    @cached_property
+    def model(self) -> "Model":
+        """The language model, loaded the first time that it is asked for."""
+        return self.source() if callable(self.source) else self.source
 
     @property
     def name(self) -> str:
@@ -106,7 +83,7 @@ class Suite:
     @property
     def layers(self) -> int:
         """Number of layers of the model."""
-        return self.model.layers
+        return self.row.layers or self.model.layers
 
     def feature(self, text: str | FeatureId) -> FeatureId:
         """A feature of this suite, from its written form.
@@ -139,144 +116,13 @@ class Suite:
         raise ValueError(f"no dictionary at {site} in suite {self.name}{near}")
 
 
-@cache
-def registered() -> dict[str, SuiteRow]:
-    """The suites that are known by name."""
-    import yaml
-
-    rows = yaml.safe_load((DATA / "suites.yaml").read_text())
-    return {
-        name: read_suite_folder(DATA / row["folder"]) if "folder" in row else _row(name, row, None)
-        for name, row in rows.items()
-    }
-
-
-def read_suite_folder(folder: Path) -> SuiteRow:
-    """The suite of a folder: its `suite.yaml`.
-
-    Raises:
-        FileNotFoundError: If there is no `suite.yaml`.
-        ValueError: If it lacks something or is not YAML.
-    """
-    import yaml
-
-    path = folder / "suite.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"no suite.yaml in {folder}")
-    try:
-        row = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path} holds no mapping: expected the keys model and dictionaries")
-    return _row(row.get("name", folder.name), row, folder)
-
-
-def _row(name: str, row: Mapping[str, Any], folder: Path | None) -> SuiteRow:
-    where = f"suite {name}" + (f" ({folder / 'suite.yaml'})" if folder else "")
-    known = {"name", "model", "revision", "layers", "dictionaries", "about"}
-    known |= {"parameters", "model_parameters"}
-    for key in row.keys() - known:
-        raise ValueError(f"{where}: unknown key {key!r}{suggestion(key, sorted(known))}")
-    for key in {"model", "dictionaries"} - row.keys():
-        raise ValueError(f"{where}: the key {key!r} is missing")
-    kinds = {"layers": int, "parameters": int, "model_parameters": int}
-    for key, kind in (kinds | {"model": str, "revision": str}).items():
-        if key in row and not isinstance(row[key], kind):
-            raise ValueError(f"{where}: {key} is {row[key]!r}, expected {_KINDS[kind]}")
-    if not isinstance(row["dictionaries"], dict):
-        raise ValueError(f"{where}: the key 'dictionaries' holds no mapping from sites to sources")
-    local = folder / str(row["model"]) if folder else None
-    is_here = local is not None and local.exists()
-    model = str(local if is_here else row["model"])
-    layers = row.get("layers") or (_config(Path(model)).get("num_hidden_layers") if is_here else 0)
-    dictionaries: dict[Site, str | Mapping[str, str]] = {}
-    for key, source in row["dictionaries"].items():
-        if key in MODULES:  # one pattern for every layer
-            if not layers:
-                raise ValueError(
-                    f"{where}: no folder {model} says how many layers there are: a pattern for"
-                    " every layer needs the key 'layers'"
-                )
-            for layer in range(layers):
-                dictionaries[Site(layer, key)] = _filled(source, layer, folder)
-        else:
-            site = parse_site(str(key))
-            dictionaries[site] = _filled(source, site.layer, folder)
-    if not dictionaries:
-        raise ValueError(f"{where}: no dictionary is named")
-    return SuiteRow(
-        name=name,
-        model=model,
-        dictionaries=dictionaries,
-        parameters=row.get("parameters") or _count_parameters(Path(model), dictionaries),
-        revision=row.get("revision"),
-        about=row.get("about", ""),
-        folder=folder,
-        model_parameters=row.get("model_parameters") or _count_parameters(Path(model), {}) or None,
-    )
-
-
-def _config(model: Path) -> dict[str, Any]:
-    path = model / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no config.json in {model}: expected a Hugging Face model folder")
-    return json.loads(path.read_text())
-
-
-def _filled(source: Any, layer: int, folder: Path | None) -> str | Mapping[str, str]:
-    if isinstance(source, str):
-        path = source.replace("{layer}", str(layer))
-        return str(folder / path) if folder else path
-    if not isinstance(source, dict) or set(source) != {"release", "id"}:
-        raise ValueError(
-            f"a dictionary is a sae-lens folder or has the keys release and id: got {source}"
-        )
-    return {key: str(value).replace("{layer}", str(layer)) for key, value in source.items()}
-
-
-def _count_parameters(model: Path, dictionaries: Mapping[Site, Any]) -> int:
-    # From the files' headers; what lies on a hub counts for nothing unless the row declares it.
-    from safetensors import SafetensorError, safe_open
-
-    folders = [
-        model,
-        *(Path(source) for source in dictionaries.values() if isinstance(source, str)),
-    ]
-    total = 0
-    for path in (file for folder in folders for file in sorted(folder.glob("*.safetensors"))):
-        try:
-            with safe_open(path, "np") as tensors:
-                names = tensors.keys()
-                total += sum(prod(tensors.get_slice(name).get_shape()) for name in names)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is truncated or corrupt: {error}") from error
-    return total
-
-
-def find_suite(name: str | Path) -> SuiteRow:
-    """The row of a suite, by its registered name or by its folder.
-
-    Raises:
-        ValueError: If there is neither; the message names the nearest suite.
-    """
-    rows = registered()
-    if str(name) in rows:
-        return rows[str(name)]
-    if (Path(name) / "suite.yaml").is_file():
-        return read_suite_folder(Path(name))
-    raise ValueError(
-        f"unknown suite {str(name)!r}{suggestion(str(name), rows)}; a folder needs a suite.yaml"
-    )
-
-
 def memory_needed(row: SuiteRow, dtype: str = "float32") -> int:
-    """Bytes that a suite takes once loaded: its weights, and unit directions in float32."""
+    """Bytes that a suite takes with all of it in memory: its weights, and unit directions."""
     return row.parameters * BYTES[dtype] + row.parameters * 2
 
 
 def least_memory(row: SuiteRow, dtype: str = "float32") -> int:
-    """Bytes that a suite takes with no more than a few dictionaries in memory at a time.
+    """Bytes that a suite takes with its model and a few dictionaries in memory at a time.
 
     That of a suite which does not say how large its model alone is, is what it takes as a whole.
     """
@@ -287,83 +133,186 @@ def least_memory(row: SuiteRow, dtype: str = "float32") -> int:
     return model + (whole - model) * min(KEPT, count) // count
 
 
-def load_suite(name: str | Path, device: str = "cpu", dtype: str = "float32") -> Suite:
+def directions_memory(row: SuiteRow) -> int:
+    """Bytes that matching takes: the directions of a few dictionaries, and one being read."""
+    count = max(len(row.dictionaries), 1)
+    numbers = (row.parameters - (row.model_parameters or 0)) // (2 * count)
+    return (min(KEPT, count) + 2) * numbers * 4
+
+
+def chosen_device(device: str = "auto") -> str:
+    """A GPU if there is one, unless a device is named."""
+    import torch
+
+    if device != "auto":
+        check_device(device)
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def chosen_dtype(row: SuiteRow, device: str, dtype: str = "auto") -> str:
+    """bfloat16 for a large model on a GPU, or where float32 does not fit; float32 else.
+
+    Raises:
+        ValueError: If the type that is named is unknown.
+    """
+    if dtype != "auto":
+        if dtype not in BYTES:
+            raise ValueError(f"unknown dtype {dtype!r}{suggestion(dtype, ['auto', *BYTES])}")
+        return dtype
+    is_large = (row.model_parameters or 0) >= LARGE
+    fits = least_memory(row) <= free_memory(device)
+    return "bfloat16" if is_large and (device != "cpu" or not fits) else "float32"
+
+
+def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> Suite:
     """Load a language model and its dictionaries.
 
-    Where there is not enough memory for all dictionaries together, each is read when it is needed.
+    A suite of a folder whose memory is there is loaded at once. Of others the first decoder is, so
+    that what is wrong with the first is wrong at once, and the rest when it is asked for.
 
     Args:
-        name: A registered suite, or a folder with a `suite.yaml`.
-        device: Torch device.
-        dtype: Type of the weights: float32, bfloat16 or float16.
+        name: A registered suite, as `registry.find_suite` takes it, or a folder with a
+            `suite.yaml`.
+        device: Torch device; `auto` takes a GPU if there is one.
+        dtype: Type of the weights: float32, bfloat16 or float16; `auto` as `chosen_dtype` says.
 
     Raises:
         ValueError: If the suite is unknown or broken.
-        MemoryError: If the machine has less memory than the model and a few dictionaries need.
+        MemoryError: If the machine has less memory than a few decoders need; once it is asked for,
+            than the model and a few dictionaries.
         ConnectionError: If something has to be fetched and there is no network.
+        PermissionError, FileNotFoundError, OSError: As `hub.fetch` says.
     """
-    import torch
-
     row = find_suite(name)
-    if dtype not in BYTES:
-        raise ValueError(f"unknown dtype {dtype!r}{suggestion(dtype, BYTES)}")
-    check_device(device)
+    device = chosen_device(device)
+    dtype = chosen_dtype(row, device, dtype)
     all_fit = memory_needed(row, dtype) <= free_memory(device)
     if not all_fit:
-        check_memory(least_memory(row, dtype), f"suite {row.name}", device, dtype)
+        check_memory(directions_memory(row), f"matching in suite {row.name}", device)
+    if row.layers:
+        _check_layers(row, row.layers)
+    check_sources(row)
+    load_model = cache(partial(_load_model, row, device, dtype, not all_fit))
+    sites = sorted(row.dictionaries)
+    load = partial(_load_dictionary, row, load_model, device, dtype)
+    dictionaries: Mapping[Site, Dictionary] = OnDemand(sites, load, len(sites) if all_fit else KEPT)
+    if not (row.is_local and all_fit):
+        dictionaries[sites[0]]
+        return Suite(row, load_model, dictionaries, device, dtype)
+    model = load_model()
+    for dictionary in dictionaries.values():
+        dictionary.sae  # noqa: B018  what is wrong with it is wrong at once
+    return Suite(row, model, dict(dictionaries), device, dtype)
 
-    from flowhelpers.dictionaries import load_folder, load_release
-    from flowhelpers.model import attention_output, load_model
 
-    try:
+def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
+    import torch
+
+    from flowhelpers.model import load_model
+
+    if check:
+        check_memory(least_memory(row, dtype), f"the model of suite {row.name}", device, dtype)
+    with _told(row):
         model = load_model(row.model, device, getattr(torch, dtype), row.revision)
-        sites = sorted(row.dictionaries)
-        for site in sites:
-            if not 0 <= site.layer < model.layers:
-                raise ValueError(
-                    f"suite {row.name} names a dictionary at {site}:"
-                    f" its model has layers 0 to {model.layers - 1}"
-                )
+    _check_layers(row, model.layers)
+    if row.d_model not in (None, model.d_model):
+        raise ValueError(
+            f"the model {row.model} of suite {row.name} has width {model.d_model}:"
+            f" expected {row.d_model}"
+        )
+    return model
 
-        def load(site: Site) -> "Dictionary":
-            source = row.dictionaries[site]
-            output = attention_output(model, site.layer) if site.module == "att" else None
-            of = (
-                partial(load_folder, Path(source))
-                if isinstance(source, str)
-                else partial(load_release, source["release"], source["id"])
+
+def _check_layers(row: SuiteRow, layers: int) -> None:
+    for site in row.dictionaries:
+        if not 0 <= site.layer < layers:
+            raise ValueError(
+                f"suite {row.name} names a dictionary at {site}:"
+                f" its model has layers 0 to {layers - 1}"
             )
-            return of(site=site, d_model=model.d_model, device=device, dtype=dtype, output=output)
 
-        kept = len(sites) if all_fit else KEPT
-        dictionaries: Mapping[Site, Dictionary] = OnDemand(sites, load, kept)
-        if all_fit:
-            dictionaries = dict(dictionaries)
-        else:
-            dictionaries[sites[0]]  # what is wrong with the first is wrong at once
-    except (OSError, RuntimeError) as error:
-        links = list(_links(error))
-        if row.is_local or not any(map(_is_network_failure, links)):
-            raise
-        cause = str(links[-1]).partition("\n")[0]
+
+def _load_dictionary(
+    row: SuiteRow, load_model: "Callable[[], Model]", device: str, dtype: str, site: Site
+) -> "Dictionary":
+    from flowhelpers.attention import attention_output, stored_attention_output
+    from flowhelpers.dictionaries import load_folder, load_release
+
+    def output() -> "AttentionOutput":
+        stored = stored_attention_output(row.model, site.layer, row.revision)
+        return stored or attention_output(load_model(), site.layer)
+
+    source = row.dictionaries[site]
+    d_model = row.d_model or load_model().d_model
+    of = (
+        partial(load_folder, Path(source))
+        if isinstance(source, str)
+        else partial(load_release, source["release"], source["id"])
+    )
+    with _told(row):
+        found = of(site=site, d_model=d_model, device=device, dtype=dtype, output=output)
+    if found.files and row.revision and found.files.revision not in (None, row.revision):
+        raise ValueError(
+            f"suite {row.name} has the model at revision {row.revision}, and the dictionary for"
+            f" {site} ({found.source}) was trained on revision {found.files.revision}"
+        )
+    return found
+
+
+def check_sources(row: SuiteRow) -> None:
+    """The dictionaries of a suite are of one model, as far as they say, and that is the suite's.
+
+    Raises:
+        ValueError: If two of them are of different models, naming both.
+
+    Warns:
+        UserWarning: If they were trained on another model than the suite's, such as the base of an
+            instruction-tuned one.
+    """
+    import warnings
+
+    trained_on: dict[str, Site] = {}
+    for site, source in sorted(row.dictionaries.items()):
+        if name := _model_of(source):
+            trained_on.setdefault(name, site)
+    if len(trained_on) > 1:
+        (one, at), (other, there), *_ = trained_on.items()
+        raise ValueError(
+            f"suite {row.name}: its dictionaries are of different models: {at} of {one},"
+            f" {there} of {other}"
+        )
+    for name in trained_on:
+        if not Path(row.model).exists() and _plain(row.model) != name:
+            warnings.warn(
+                f"suite {row.name} has the model {row.model}, and its dictionaries were trained on"
+                f" {name}",
+                stacklevel=3,
+            )
+
+
+def _model_of(source: "str | Mapping[str, str]") -> str | None:
+    from flowhelpers.sae_files import listed_release, trained_on
+
+    if isinstance(source, str):
+        name = trained_on(Path(source))
+    else:
+        name = listed_release(source["release"], source["id"]).model
+    return _plain(name) if name else None
+
+
+def _plain(model: str) -> str:
+    # As libraries call it: TransformerLens has other names for some.
+    name = model.rsplit("/", 1)[-1].lower()
+    return {"gpt2": "gpt2-small"}.get(name, name)
+
+
+@contextmanager
+def _told(row: SuiteRow) -> Iterator[None]:
+    try:
+        yield
+    except ConnectionError as error:
         raise ConnectionError(
             f"suite {row.name} is not cached and could not be fetched: it needs the model"
-            f" {row.model} and {len(row.dictionaries)} dictionaries; {OFFLINE_HINT}"
-            f" ({type(links[-1]).__name__}: {cause})"
+            f" {row.model} and {len(row.dictionaries)} dictionaries; {OFFLINE_HINT} ({error})"
         ) from error
-    return Suite(row, model, dictionaries)
-
-
-def _links(error: BaseException | None) -> Iterator[BaseException]:
-    # An error and what led to it; the last is nearest to the cause.
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_network_failure(error: BaseException) -> bool:
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-    from huggingface_hub.utils import httpx
-
-    kinds = (LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.TransportError, ConnectionError)
-    return isinstance(error, kinds) or "couldn't connect" in str(error)

@@ -30,7 +30,8 @@ from flowhelpers.activations import FeatureActivations, collect_tokens
 from flowhelpers.dictionaries import make_dictionary
 from flowhelpers.features import Site
 from flowhelpers.model import Model, Tokens, load_model
-from flowhelpers.suites import Suite, SuiteRow
+from flowhelpers.registry import SuiteRow
+from flowhelpers.suites import Suite
 
 D = 32
 COPY, SUM, MLP, OTHER, ATT, ALL = 3, 0, 5, 1, 4, 2  # features of layer 1, in an order of their own

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
+
+if TYPE_CHECKING:
+    import pytest
 
 PYTHIA = "EleutherAI/pythia-70m-deduped"
 RELEASES = tuple(f"pythia-70m-deduped-{module}-sm" for module in ("res", "mlp", "att"))
@@ -247,6 +250,21 @@ def _write_tokenizer(folder: Path) -> None:
         "tokenizer_class": "GPTNeoXTokenizer",
     }
     _write(folder / "tokenizer_config.json", json.dumps(config))
+
+
+def shrink(patch: "pytest.MonkeyPatch", suite: str, **sizes: int) -> None:
+    """Make a registered suite as small as the files of it that lie on the loopback hub.
+
+    Args:
+        patch: Undoes it at the end of the test.
+        suite: The suite's name.
+        sizes: What its row says of `layers` and `d_model`.
+    """
+    from flowhelpers import registry
+
+    row = {**registry._table()[suite], **sizes}
+    patch.setitem(registry._table(), suite, row)
+    patch.setitem(registry.registered(), suite, registry._row(suite, row, None))
 
 
 def write_saes(

@@ -37,7 +37,8 @@ from flowhelpers.measures import (
     site_figures,
 )
 from flowhelpers.model import Edit, Tokens, logits_of, run, tokenize
-from flowhelpers.suites import DATA, Suite
+from flowhelpers.registry import DATA
+from flowhelpers.suites import Suite
 
 D = toys.D_MODEL
 BOTH = torch.cat([torch.eye(D), -torch.eye(D)])  # relu(x) and relu(-x): all of x

@@ -13,6 +13,7 @@ import toys
 
 from flowhelpers import controls
 from flowhelpers.activations import FeatureActivations
+from flowhelpers.attention import attention_output
 from flowhelpers.controls import (
     difference_of_means,
     random_twin,
@@ -22,7 +23,7 @@ from flowhelpers.controls import (
 )
 from flowhelpers.dictionaries import make_dictionary
 from flowhelpers.features import Site, parse_feature
-from flowhelpers.model import Model, attention_output, logits_of, run, tokenize
+from flowhelpers.model import Model, logits_of, run, tokenize
 from flowhelpers.steering import Plan, Push, Step, plan_edits, push_of
 from flowhelpers.suites import Suite
 

@@ -9,19 +9,13 @@ import toys
 
 from flowhelpers import edits
 from flowhelpers.activations import collect_tokens
+from flowhelpers.attention import attention_output
 from flowhelpers.cosine import top_k_cosine
 from flowhelpers.dictionaries import Dictionary, load_folder, make_dictionary
 from flowhelpers.features import FeatureId, Site
-from flowhelpers.model import (
-    Edit,
-    Model,
-    Tokens,
-    attention_output,
-    logits_of,
-    run,
-    tokenize,
-)
-from flowhelpers.suites import Suite, SuiteRow
+from flowhelpers.model import Edit, Model, Tokens, logits_of, run, tokenize
+from flowhelpers.registry import SuiteRow
+from flowhelpers.suites import Suite
 
 SITE = Site(1, "res")
 D = toys.D_MODEL
@@ -316,7 +310,7 @@ def test_weights_of_another_size_than_the_configuration_says_are_named(saved: Pa
     config = saved / "cfg.json"
     config.write_text(config.read_text().replace('"d_sae": 3', '"d_sae": 4'))
     with pytest.raises(ValueError, match=r"dictionary for 1/res in .*1-res cannot be read"):
-        load(saved)
+        load(saved).sae  # noqa: B018
 
 
 def test_a_missing_tensor_is_named(saved: Path):
@@ -326,7 +320,7 @@ def test_a_missing_tensor_is_named(saved: Path):
     del weights["threshold"]
     save_file(weights, saved / "sae_weights.safetensors")
     with pytest.raises(ValueError, match="threshold"):
-        load(saved)
+        load(saved).sae  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
@@ -340,4 +334,4 @@ def test_a_missing_file_is_named(saved: Path, name: str):
 def test_a_broken_configuration_is_a_value_error(saved: Path, text: str):
     (saved / "cfg.json").write_text(text)
     with pytest.raises(ValueError, match=r"dictionary for 1/res in .*1-res cannot be read"):
-        load(saved)
+        load(saved).sae  # noqa: B018

@@ -30,7 +30,8 @@ from flowhelpers.model import (
     run,
     tokenize,
 )
-from flowhelpers.suites import Suite, SuiteRow, load_suite
+from flowhelpers.registry import SuiteRow
+from flowhelpers.suites import Suite, load_suite
 
 TEXTS = [
     "At night the astronomers watched the stars and wrote down what they saw.",

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from flowhelpers import matchers
 from flowhelpers.activations import collect
+from flowhelpers.attention import AttentionOutput
 from flowhelpers.cosine import unit_rows
 from flowhelpers.dictionaries import Dictionary, make_dictionary
 from flowhelpers.features import Site
 from flowhelpers.matchers import by_pearson, by_permutation, null_cosines, pearson_candidates
-from flowhelpers.model import AttentionOutput
 from flowhelpers.suites import Suite
 
 FIRST, SECOND = Site(0, "res"), Site(1, "res")

@@ -27,13 +27,15 @@ from flowhelpers.activations import (
     save_activations,
     texts_at_once,
 )
+from flowhelpers.attention import attention_output
 from flowhelpers.dictionaries import Dictionary, make_dictionary
 from flowhelpers.features import Site
 from flowhelpers.group_tests import significance
 from flowhelpers.groups import occurrences
 from flowhelpers.intervals import share_intervals, significance_intervals
 from flowhelpers.matching import match_table
-from flowhelpers.model import Tokens, attention_output, run
+from flowhelpers.model import Tokens, run
+from flowhelpers.registry import find_suite
 from flowhelpers.sampling import (
     LOCAL_DATASETS,
     PAPER_DATASETS,
@@ -43,7 +45,7 @@ from flowhelpers.sampling import (
     sample_sizes,
     texts_of,
 )
-from flowhelpers.suites import OnDemand, Suite, find_suite, load_suite
+from flowhelpers.suites import OnDemand, Suite, load_suite
 from flowhelpers.texts import load_texts
 
 TEXTS = {"one": toys.TEXTS, "two": [*reversed(toys.TEXTS), "a"]}

@@ -18,7 +18,7 @@ import torch
 import toys
 import yaml
 from hub import Hub
-from hub_files import PYTHIA, pythia_weights, random_sae, sae_releases
+from hub_files import PYTHIA, pythia_weights, random_sae, sae_releases, shrink
 from transformers import Gemma3ForCausalLM
 
 from flowhelpers.features import FeatureId, Site
@@ -27,19 +27,17 @@ from flowhelpers.groups import occurrences
 from flowhelpers.labels import written_tokens
 from flowhelpers.matching import match_table, scores
 from flowhelpers.model import final_norm, tokenize
-from flowhelpers.suites import (
-    KEPT,
-    OnDemand,
-    Suite,
-    find_suite,
-    least_memory,
-    load_suite,
-    memory_needed,
-    read_suite_folder,
-    registered,
-)
+from flowhelpers.registry import find_suite, read_suite_folder, registered
+from flowhelpers.suites import KEPT, OnDemand, Suite, least_memory, load_suite, memory_needed
 
 NAME = "pythia-70m-deduped"
+
+
+@pytest.fixture
+def tiny_pythia(pythia: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The suite as small as its files on the loopback hub."""
+    shrink(monkeypatch, NAME, d_model=64)
+    return pythia
 
 
 def test_a_folder_is_loaded_with_what_was_planted(planted: Suite, planted_folder: Path):
@@ -128,7 +126,7 @@ def write(folder: Path, row: object) -> None:
         ({"dictionaries": None}, "the key 'dictionaries' is missing"),
         ({"dictionary": {}}, "unknown key 'dictionary'; did you mean 'dictionaries'"),
         ({"dictionaries": {}}, "no dictionary is named"),
-        ({"dictionaries": ["0-res"]}, "the key 'dictionaries' holds no mapping"),
+        ({"dictionaries": ["0-res"]}, r"dictionaries is \['0-res'\], expected a mapping"),
         ({"dictionaries": {"resid": "0-res"}}, "'resid' is not a site"),
         ({"dictionaries": {"0/rse": "0-res"}}, "unknown module 'rse' in '0/rse'; did you mean 're"),
         ({"dictionaries": {"0/res": {"release": "x"}}}, "or has the keys release and id: got"),
@@ -214,22 +212,33 @@ def test_an_unknown_suite_names_the_nearest(tmp_path: Path):
 
 
 def test_a_suite_that_does_not_fit_is_refused_before_anything_is_fetched(
-    hub_here: Hub, pythia: str, monkeypatch: pytest.MonkeyPatch
+    hub_here: Hub, monkeypatch: pytest.MonkeyPatch
 ):
-    free = SimpleNamespace(available=2**29)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     row = registered()[NAME]
     whole, least = (needed(row) / 2**30 for needed in (memory_needed, least_memory))
     assert whole == pytest.approx(3.77, abs=0.01)
     model = 70_426_624 * 4 / 2**30  # and 4 of 18 dictionaries
     assert least == pytest.approx(model + (whole - model) * 4 / 18)
-    message = rf"{NAME} needs 1\.0 GiB in float32 on cpu, and 0\.5 GiB are free"
-    with pytest.raises(MemoryError, match=message):
+    assert directions_memory(row) == pytest.approx(6 * 32_768 * 512 * 4, rel=1e-3)
+    free = SimpleNamespace(available=2**28)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(MemoryError, match=rf"in suite {NAME} needs 0\.4 GiB on cpu, and 0\.2 GiB"):
         load_suite(NAME)
-    with pytest.raises(MemoryError, match=r"needs 0\.7 GiB in bfloat16 on cpu"):
-        load_suite(NAME, dtype="bfloat16")
     assert least_memory(dataclasses.replace(row, model_parameters=None)) == memory_needed(row)
     assert hub_here.requests == []
+
+
+def test_a_model_that_does_not_fit_is_refused_when_it_is_asked_for(
+    hub_here: Hub, tiny_pythia: str, monkeypatch: pytest.MonkeyPatch
+):
+    suite = load_suite(NAME)
+    free = SimpleNamespace(available=2**28)
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: free)
+        poor = load_suite(NAME)
+        with pytest.raises(MemoryError, match=rf"model of suite {NAME} needs 0\.4 GiB in float32"):
+            poor.model  # noqa: B018
+    assert suite.model.d_model == 64
 
 
 def test_dictionaries_that_do_not_fit_together_are_read_when_they_are_asked_for(
@@ -254,28 +263,32 @@ def test_dictionaries_that_do_not_fit_together_are_read_when_they_are_asked_for(
     pd.testing.assert_frame_equal(match_table(suite, k=2), match_table(planted, k=2))
 
 
-def test_a_suite_by_name_is_fetched_once_and_then_needs_no_network(
-    hub_here: Hub, pythia: str, monkeypatch: pytest.MonkeyPatch
+def test_a_suite_by_name_is_fetched_as_far_as_it_is_needed_and_once(
+    hub_here: Hub, tiny_pythia: str, monkeypatch: pytest.MonkeyPatch
 ):
     from huggingface_hub import constants
 
     suite = load_suite(NAME)
+    assert sum(path.endswith("sae_weights.safetensors") for path in hub_here.fetched()) == 1
+    match_table(suite, k=2)
+    files = hub_here.fetched("/resolve/")
+    assert sum(path.endswith("sae_weights.safetensors") for path in files) == 18
+    assert not [path for path in files if path.startswith(f"/{PYTHIA}")]
+    _check_pythia(suite)
     files = hub_here.fetched("/resolve/")
     assert len(files) == len(set(files))
     weights = [path for path in files if path.endswith("model.safetensors")]
     assert [path.split("/resolve/")[0] for path in weights] == [f"/{PYTHIA}"]
-    assert sum(path.endswith("sae_weights.safetensors") for path in files) == 18
-    _check_pythia(suite)
 
-    hub_here.reset()
-    load_suite(NAME)
-    assert hub_here.fetched("/resolve/") == []
-    hub_here.reset()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    again = load_suite(NAME)
-    assert hub_here.requests == []
-    for site, dictionary in suite.dictionaries.items():
-        assert torch.equal(again.dictionary(site).directions, dictionary.directions)
+    for offline in (False, True):
+        hub_here.reset()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        again = load_suite(NAME)
+        assert torch.equal(again.model.unembedding, suite.model.unembedding)
+        for site, dictionary in suite.dictionaries.items():
+            assert torch.equal(again.dictionary(site).directions, dictionary.directions)
+            assert torch.equal(again.dictionary(site).sae.W_enc, dictionary.sae.W_enc)
+        assert hub_here.requests == []
 
 
 def _check_pythia(suite: Suite) -> None:
@@ -312,40 +325,36 @@ def _check_pythia(suite: Suite) -> None:
 
 
 def test_no_network_and_nothing_cached_says_what_is_missing(
-    hub_here: Hub, pythia: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub_here: Hub, tiny_pythia: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from huggingface_hub import constants
 
     message = (
         rf"suite {NAME} is not cached and could not be fetched: it needs the model {PYTHIA} and"
-        r" 18 dictionaries; the suite flowlet needs no network \(%s"
+        r" 18 dictionaries; the suite flowlet needs no network \(.*cfg\.json is not cached"
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match=message % "LocalEntryNotFoundError"):
+    with pytest.raises(ConnectionError, match=message):
         load_suite(NAME)
     assert hub_here.requests == []
     with Hub(tmp_path) as gone:
         gone.use_in_process(tmp_path / "gone", monkeypatch)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the libraries try again and again
-    with pytest.raises(ConnectionError, match=message % ".*[Cc]onnection refused"):
+    with pytest.raises(ConnectionError, match=message + ".*[Cc]onnection refused"):
         load_suite(NAME)
 
 
-def test_a_cached_model_without_its_dictionaries_says_so_too(
-    hub_here: Hub, pythia: str, monkeypatch: pytest.MonkeyPatch
+def test_a_cached_dictionary_without_its_model_says_so_too(
+    hub_here: Hub, tiny_pythia: str, monkeypatch: pytest.MonkeyPatch
 ):
-    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub import constants
 
-    snapshot_download(PYTHIA)
+    suite = load_suite(NAME)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=f"suite {NAME} is not cached.*needs no network"):
-        load_suite(NAME)
-
-
-def test_a_refusal_by_the_hub_is_told(hub_here: Hub, pythia: str):
-    hub_here.fail("/", 403, times=None)
-    with pytest.raises(ConnectionError, match=f"{NAME} .* could not be fetched: .*403 Forbidden"):
-        load_suite(NAME)
+        suite.model  # noqa: B018
+    with pytest.raises(ConnectionError, match=rf"suite {NAME} is not cached.*3-res-sm/cfg\.json"):
+        suite.dictionary("3/res")
 
 
 def test_ones_own_dictionaries_on_a_model_of_the_hub(
@@ -396,8 +405,8 @@ def test_every_release_and_id_is_in_sae_lens_own_list():
 def test_importing_is_quick_and_brings_no_torch():
     code = (
         "import sys, time; start = time.perf_counter()\n"
-        "import flowhelpers, flowhelpers.suites, flowhelpers.features\n"
-        "print(time.perf_counter() - start); flowhelpers.suites.registered()\n"
+        "import flowhelpers, flowhelpers.suites, flowhelpers.registry, flowhelpers.features\n"
+        "print(time.perf_counter() - start); flowhelpers.registry.registered()\n"
         "print({'torch', 'transformers', 'sae_lens', 'pandas'} & set(sys.modules))"
     )
     runs = [

@@ -18,11 +18,13 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM
 
 from flowhelpers.activations import FeatureActivations
+from flowhelpers.attention import attention_output
 from flowhelpers.dictionaries import Dictionary, make_dictionary
 from flowhelpers.features import Site
-from flowhelpers.model import Model, attention_output
+from flowhelpers.model import Model
+from flowhelpers.registry import SuiteRow
 from flowhelpers.steering import Plan, make_plan
-from flowhelpers.suites import Suite, SuiteRow
+from flowhelpers.suites import Suite
 
 LAYERS, D_MODEL, CONTEXT, VOCABULARY = 3, 32, 64, 320
 RES, MODULE = 16, 8  # features of a residual dictionary, and of a module's

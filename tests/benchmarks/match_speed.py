@@ -30,7 +30,8 @@ from flowhelpers.cosine import quick_dtype, top_k_cosine, unit_rows
 from flowhelpers.dictionaries import Dictionary
 from flowhelpers.features import MODULES, Site
 from flowhelpers.matching import match_table, predecessor_sites
-from flowhelpers.suites import Suite, SuiteRow
+from flowhelpers.registry import SuiteRow
+from flowhelpers.suites import Suite
 
 MIB = 2**20
 
