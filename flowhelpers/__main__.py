@@ -7,10 +7,15 @@ itself, so that `flowhelpers --help` answers at once.
 import argparse
 import os
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flowhelpers import __version__
+
+if TYPE_CHECKING:
+    from flowhelpers.registry import SuiteRow
 
 RUN_NOTES = """examples:
   flowhelpers run                               every notebook, as it stands
@@ -63,21 +68,61 @@ def notebooks(arguments: argparse.Namespace) -> int:
 
 
 def suites(arguments: argparse.Namespace) -> int:
-    """Lists the suites, or says of one what it holds and needs."""
-    from flowhelpers.registry import BYTES, find_suite, registered
-    from flowhelpers.suites import memory_needed
+    """Lists the suites, or says of one what it holds and what each experiment needs."""
+    from flowhelpers.registry import find_suite, registered
 
-    for row in [find_suite(arguments.suite)] if arguments.suite else registered().values():
-        where = "no network needed" if row.is_local else "from the hub, then cached"
-        print(f"{row.name:<22}{row.about}")
-        print(f"{'':<22}{len(row.dictionaries)} dictionaries, {row.parameters / 1e6:.0f} M numbers")
-        needs = (f"{memory_needed(row, t) / 2**30:.2f} GiB in {t}" for t in BYTES if t != "float16")
-        print(f"{'':<22}{', '.join(needs)}; {where}")
-        if arguments.suite:
-            for site, source in sorted(row.dictionaries.items()):
-                named = source if isinstance(source, str) else f"{source['release']}/{source['id']}"
-                print(f"  {site!s:<20}{named}")
+    if not arguments.suite:
+        for row in registered().values():
+            where = "no network needed" if row.is_local else "from the hub, then cached"
+            print(f"{row.name:<22}{row.about}")
+            print(f"{'':<22}{len(row.dictionaries)} dictionaries; {where}")
+            if len(row.variants) > 1:
+                print(f"{'':<22}variants: {', '.join(row.variants)}")
+        print(
+            "\n`flowhelpers suites NAME` says what one needs; a variant is asked for as NAME@65k,"
+        )
+        print("dictionaries by their mean L0 as NAME@l0=70, some modules alone as NAME@res+mlp")
+        return 0
+    row = find_suite(arguments.suite)
+    print(row.name, row.about, sep="\n", end="\n\n")
+    _print_needs(row)
+    print()
+    for note in row.notes:
+        print(
+            textwrap.fill(" ".join(note.split()), 90, initial_indent="- ", subsequent_indent="  ")
+        )
+    print()
+    for site, source in sorted(row.dictionaries.items()):
+        named = source if isinstance(source, str) else f"{source['release']}/{source['id']}"
+        print(f"  {site!s:<10}{named}", row.neuronpedia.get(site, ""), sep="  ")
     return 0
+
+
+def _print_needs(row: "SuiteRow") -> None:
+    from flowhelpers.cosine import quick_dtype
+    from flowhelpers.needs import needs, speed
+    from flowhelpers.suites import chosen_device, chosen_dtype
+
+    device = chosen_device()
+    dtype = chosen_dtype(row, device)
+    quick = str(quick_dtype(device)).removeprefix("torch.")
+    speeds = {"model": speed(device, dtype), "matching": speed(device, quick)}
+    features = f" of {row.features:,} features" if row.features else ""
+    print(f"model {row.model}; {len(row.dictionaries)} dictionaries{features}")
+    print(f"here it runs on {device} in {dtype}; times are rough, from the products alone\n")
+    print(f"{'':<42}{'notebooks':<11}{'fetched':>10}{'memory':>11}{'time':>10}")
+    for need in needs(row, dtype, speeds):
+        fetched = f"{need.fetched / 1e9:.1f} GB" if need.fetched else "nothing"
+        memory = f"{need.memory / 2**30:.1f} GiB"
+        print(f"{need.experiment:<42}{need.notebooks:<11}{fetched:>10}{memory:>11}", end="")
+        print(f"{_duration(need.seconds):>10}")
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
+        if seconds >= 1.5 * size or unit == "s":
+            return f"{max(seconds / size, 1):.0f} {unit}"
+    raise AssertionError(seconds)
 
 
 def train(arguments: argparse.Namespace) -> int:

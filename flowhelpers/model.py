@@ -186,7 +186,7 @@ def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None
     """Put a loaded Hugging Face model behind the door, and check it."""
     if bridge_class is None:
         from transformer_lens.model_bridge import TransformerBridge as bridge_class
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _installing_nothing():
         warnings.simplefilter("ignore")
         bridge = bridge_class.boot_transformers(
             name, hf_model=weights.eval(), tokenizer=tokenizer, device=weights.device
@@ -198,6 +198,23 @@ def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None
     model = Model(name, bridge, bridge.cfg.n_layers, bridge.cfg.d_model)
     check_sites(model)
     return model
+
+
+@contextmanager
+def _installing_nothing() -> Iterator[None]:
+    # For a model that reads images as well, TransformerLens installs torchvision where a processor
+    # does not load, which may bring another torch; it goes on without where that fails.
+    import subprocess
+
+    def refuse(command: Any, *_: Any, **__: Any) -> None:
+        raise PermissionError(f"nothing is installed while a model loads: {command}")
+
+    before = subprocess.check_call
+    subprocess.check_call = refuse
+    try:
+        yield
+    finally:
+        subprocess.check_call = before
 
 
 def hook_name(model: Model, site: Site) -> str:
