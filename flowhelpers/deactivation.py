@@ -239,7 +239,8 @@ def deactivate(
         and `new` activation; `change`, 1 - new / old, negative where the feature grew; `success`, 1
         where it is off and else 0; `linear`, the share of the target's activation that the edits
         take away by what they write alone, a · v · w_enc / old, before the layer answers, missing
-        for live activations and for dictionaries that read z; `after`,
+        for live activations, and where a norm lies between (dictionaries that read z, or that
+        normalise what they read); `after`,
         the group afterwards or "Deactivated"; `loss_change` and `token_loss_change`, relative, of
         the text's mean loss and of the token's own (CHOICES 12). A target that is not active is
         counted, with its `change`, `success`, `linear` and `after` missing.
@@ -287,10 +288,11 @@ def _written_share(
     layer, target = where["layer"].to_numpy()[case], where["feature"].to_numpy()[case]
     for (at, module), rows in edits.groupby([layer, "module"]).indices.items():
         dictionary = suite.dictionary(predecessor_site(int(at), str(module)))
-        if dictionary.reads != dictionary.site:  # what it writes passes a norm on its way
-            taken[case[rows]] = np.nan
+        above = suite.dictionary(Site(int(at), "res"))
+        if dictionary.reads != dictionary.site or above.normalises_tokens:
+            taken[case[rows]] = np.nan  # what is written passes a norm before it is read
             continue
-        encoder = suite.dictionary(Site(int(at), "res")).weights().encoder
+        encoder = above.weights().encoder
         for some in np.array_split(rows, -(-len(rows) // 16384)):
             written = dictionary.rows(torch.tensor(edits["feature"].to_numpy()[some])).float()
             heard = (written * encoder[torch.tensor(target[some])]).sum(1).cpu().numpy()

@@ -103,8 +103,8 @@ class Dictionary:
         return None if found is None else found.detach().float()
 
     @property
-    def _by_token(self) -> bool:
-        # Whether what is read is first brought to mean 0 and variance 1, token by token.
+    def normalises_tokens(self) -> bool:
+        """Whether what is read is first brought to mean 0 and variance 1, token by token."""
         return self.sae.cfg.normalize_activations == "layer_norm"
 
     @property
@@ -140,7 +140,7 @@ class Dictionary:
             )
         x = activations.to(self.sae.W_enc.dtype)
         codes = self.sae.encode(x)
-        return codes * x.std(dim=-1, keepdim=True) if self._by_token else codes
+        return codes * x.std(dim=-1, keepdim=True) if self.normalises_tokens else codes
 
     @torch.no_grad()
     def decode(
@@ -157,7 +157,7 @@ class Dictionary:
         Raises:
             ValueError: If it is needed and not given.
         """
-        if not self._by_token:
+        if not self.normalises_tokens:
             return self.sae.decode(features)
         if at is None:
             raise ValueError(
@@ -369,6 +369,7 @@ def read_dictionary(
         _silence(sae, torch.cat([bad.to(more), more]))
         return sae
 
+    norms = norms / files.scale
     return Dictionary(
         site, directions, norms, bad, files.source, whole, reads, files=files, dtype=dtype
     )

@@ -189,6 +189,17 @@ def declared_l0(source: Source) -> float | None:
     return release.expected_l0.get(source["id"]) or None
 
 
+def declared_variance(source: Source) -> float | None:
+    """The explained variance that sae-lens's list gives for a dictionary, if it does."""
+    if isinstance(source, str):
+        return None
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    release = get_pretrained_saes_directory().get(source["release"])
+    found = release.expected_var_explained.get(source["id"]) if release else None
+    return None if found in (None, 1.0) else found  # 1 is the list's word for what it lacks
+
+
 def read_suite_folder(folder: Path) -> SuiteRow:
     """The suite of a folder: its `suite.yaml`.
 

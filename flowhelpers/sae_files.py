@@ -43,8 +43,8 @@ class SaeFiles:
         revision: The model's revision, if that is said.
         thresholds: The name of the thresholds in the file, or the one threshold of all features;
             None if features have none.
-        scale: What the decoder and the thresholds of the file are divided and multiplied by so as
-            to go with activations as sae-lens gives them.
+        scale: How much larger activations are, as sae-lens gives them, than those that go with the
+            file's numbers: thresholds are larger by that factor, decoder rows smaller.
         content: A digest by which the file is known.
     """
 
@@ -61,7 +61,7 @@ class SaeFiles:
 
 
 def read_decoder(files: SaeFiles) -> Tensor:
-    """The decoder, one row a feature, in the type in which it is stored.
+    """The decoder as it is stored, one row a feature; its rows are to be divided by the scale.
 
     Raises:
         ValueError: If the file is truncated or corrupt, or has no decoder.
@@ -69,8 +69,7 @@ def read_decoder(files: SaeFiles) -> Tensor:
     decoder = _read(files.weights, files.decoder)
     if decoder is None or decoder.ndim != 2:
         raise ValueError(f"{files.weights} of {files.source} has no decoder {files.decoder!r}")
-    decoder = decoder.T if files.by_column else decoder
-    return decoder if files.scale == 1 else decoder / files.scale
+    return decoder.T if files.by_column else decoder
 
 
 def read_thresholds(files: SaeFiles, features: int) -> Tensor | None:

@@ -49,9 +49,7 @@ def test_with_the_network_off_what_is_cached_is_found_and_the_rest_is_named(
     fetch(OWNER, FILE)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert fetch(OWNER, FILE).read_bytes() == CONTENT
-    with pytest.raises(
-        ConnectionError, match=r"config\.json is not cached .* flowlet needs"
-    ):
+    with pytest.raises(ConnectionError, match=r"config\.json is not cached .* flowlet needs"):
         fetch(OWNER, "config.json")
 
 
@@ -74,9 +72,7 @@ def test_a_gated_repository_is_called_that(files: Hub, monkeypatch: pytest.Monke
 
 
 def test_a_file_that_is_not_there_names_the_nearest(files: Hub):
-    with pytest.raises(
-        FileNotFoundError, match=r"layer_1/params.*; did you mean .*_0/pa"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"layer_1/params.*; did you mean .*_0/pa"):
         fetch(OWNER, "layer_1/params.safetensors")
     assert fetch_if_there(OWNER, "layer_1/params.safetensors") is None
     with pytest.raises(FileNotFoundError, match="the hub has no planted/nothing/x"):

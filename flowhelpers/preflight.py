@@ -1,0 +1,106 @@
+"""Whether dictionaries see what they were trained on: a look at a few sentences before long work.
+
+A dictionary at a neighbouring place, or with thresholds in other units, gives numbers that look
+like any others. Its L0 and its explained variance do not (see DOSSIER B6 and B7: figures for the
+raw output of an MLP and for a threshold in the wrong units).
+"""
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowhelpers.features import Site, parse_site
+from flowhelpers.model import run, tokenize
+from flowhelpers.registry import declared_l0, declared_variance
+from flowhelpers.runs import progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from flowhelpers.suites import Suite
+
+FAR_L0 = 2.5  # times more or fewer active features than declared, on a few sentences
+LEAST_VARIANCE = 0.3  # explained, where nothing is declared
+BELOW_DECLARED = 0.25
+TEXTS = 6
+MAX_TOKENS = 128
+
+
+def preflight_sites(suite: "Suite") -> list[Site]:
+    """The sites of the first, the middle and the last layer that has dictionaries."""
+    layers = sorted({site.layer for site in suite.dictionaries})
+    some = {layers[0], layers[len(layers) // 2], layers[-1]}
+    return [site for site in suite.dictionaries if site.layer in some]
+
+
+@torch.no_grad()
+def preflight(
+    suite: "Suite",
+    texts: Sequence[str] | None = None,
+    sites: Iterable[Site | str] | None = None,
+) -> "pd.DataFrame":
+    """L0 and explained variance of dictionaries on a few sentences, against what is declared.
+
+    BOS and other special tokens are left out (CHOICES 1). What is declared are means over much text
+    of another kind: only figures far from them are warned of.
+
+    Args:
+        suite: The suite; its model and these dictionaries are loaded.
+        texts: The sentences; some of the package's own unless given.
+        sites: The sites; those of `preflight_sites` unless given.
+
+    Returns:
+        One row a site: `site`, `tokens`, `l0` (active features a token), `declared_l0`,
+        `explained_variance` (1 less the squared error over the variance), `declared_variance`
+        (missing where none is), and `is_far`.
+
+    Warns:
+        UserWarning: For each site that is far from what is declared, with the figures.
+
+    Raises:
+        ValueError: If there is no text, or no such site.
+    """
+    import pandas as pd
+
+    if texts is None:
+        from flowhelpers.texts import load_texts
+
+        texts = load_texts("science", TEXTS)
+    chosen = preflight_sites(suite) if sites is None else list(sites)
+    tokens = tokenize(suite.model, texts, MAX_TOKENS)
+    rows = []
+    for site in progress([parse_site(s) if isinstance(s, str) else s for s in chosen], "preflight"):
+        dictionary = suite.dictionary(site)
+        read = run(suite.model, tokens.ids, [dictionary.reads], stop_after=site.layer)[1]
+        x = read[dictionary.reads][tokens.is_text]
+        codes = dictionary.encode(x)
+        error = x.double() - dictionary.decode(codes, x).double()
+        spread = x.double() - x.double().mean(0)
+        source = suite.row.dictionaries.get(site, "")
+        rows.append(
+            {
+                "site": str(site),
+                "tokens": len(x),
+                "l0": (codes > 0).sum(-1).double().mean().item(),
+                "declared_l0": declared_l0(source),
+                "explained_variance": 1 - (error.square().sum() / spread.square().sum()).item(),
+                "declared_variance": declared_variance(source),
+            }
+        )
+    table = pd.DataFrame(rows).astype({"declared_l0": float, "declared_variance": float})
+    least = (table["declared_variance"] - BELOW_DECLARED).fillna(LEAST_VARIANCE)
+    ratio = table["l0"] / table["declared_l0"]
+    is_far = (ratio > FAR_L0) | (ratio < 1 / FAR_L0) | ~(table["explained_variance"] >= least)
+    for row in table[is_far].to_dict("records"):
+        declared = row["declared_l0"]
+        said = "" if math.isnan(declared) else f" where {declared:.0f} are declared"
+        warnings.warn(
+            f"{row['site']} of suite {suite.name}: {row['l0']:.1f} features are active a token"
+            f"{said}, and {row['explained_variance']:.2f} of the variance is explained: it may not"
+            " see what it was trained on",
+            stacklevel=2,
+        )
+    return table.assign(is_far=is_far)
