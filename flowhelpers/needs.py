@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from flowhelpers.registry import BYTES, SuiteRow
 from flowhelpers.suites import directions_memory, least_memory
 
-MATCHING = 4.0  # of the bare products: both ways, the scores by chance, and what sorts them
+MATCHING = 6.0  # of the bare products: both ways, scores by chance, what sorts and certifies them
 WORKING = 400 * 2**20  # bytes for products and tables, beside what is loaded
 TRIAL = 2048  # rows of the product that measures a machine
 TOKENS = 20_000  # of the texts of notebook 03

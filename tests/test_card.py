@@ -418,7 +418,7 @@ def test_mistakes_with_a_card_are_a_line(
         "pythia-70m-deduped", "--measure", "--write"
     )
     folder = own_suite(tmp_path, planted, parameters=10**15)
-    assert re.search(r"needs \d+\.\d GiB in float32 on cpu, and", said(str(folder), "--measure"))
+    assert re.search(r"needs \d+\.\d GiB on cpu, and", said(str(folder), "--measure"))
     (folder / "model" / "tokenizer.json").write_text("{")
     message = said(str(folder), "--measure")
     assert f"{folder / 'model' / 'tokenizer.json'} is not JSON" in message

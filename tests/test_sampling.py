@@ -236,7 +236,7 @@ def test_another_sample_model_or_dictionary_is_read_anew(
     assert len(list(tmp_path.iterdir())) == 3
     model = copy(planted.model)
     model.__dict__["fingerprint"] = "another"
-    read_sample(replace(planted, model=model), sample, tmp_path)
+    read_sample(replace(planted, source=model), sample, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
     site = Site(1, "res")
     changed = toys.make_sae(torch.eye(16, toys.D_MODEL), site)

@@ -224,7 +224,7 @@ def test_phases_may_be_a_set(planted: Suite, cells: list[Cell], tmp_path: Path):
 
 
 def test_another_model_makes_texts_anew(planted: Suite, calls: list[list[str]], tmp_path: Path):
-    other = replace(planted, model=replace(planted.model))
+    other = replace(planted, source=replace(planted.model))
     other.model.__dict__["fingerprint"] = "another model of the same name"
     cell = Cell("space", "single", single(planted, 9.0), 1, 9.0)
     for suite in (planted, other, planted, other):

@@ -1,0 +1,136 @@
+"""Peak memory and time of the whole match table of Gemma 2 2B, from files of the true size.
+
+    python tests/benchmarks/gemma_2_memory.py FOLDER [--layers 26] [--k 5]
+
+Files of Gemma Scope's true format and width (26 layers, three sites, 16,384 features) are written
+to FOLDER with random numbers, by default whole: 23 GB. With `--decoders` the encoders, which
+nothing here reads, are left out of the files: 12 GB. The decoders are then read one by one as those
+of a suite of the hub are, and the table is made; memory is watched all the while.
+"""
+
+import argparse
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import psutil
+import torch
+
+from flowhelpers.attention import AttentionOutput
+from flowhelpers.cosine import quick_dtype
+from flowhelpers.dictionaries import Dictionary, read_dictionary
+from flowhelpers.features import MODULES, Site
+from flowhelpers.matching import match_table, predecessor_sites
+from flowhelpers.registry import SuiteRow
+from flowhelpers.sae_files import SaeFiles
+from flowhelpers.suites import KEPT, OnDemand, Suite
+
+FEATURES, D_MODEL, D_Z = 16_384, 2_304, 2_048
+HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+GIB = 2**30
+
+
+def write_files(folder: Path, layers: int, decoders_alone: bool) -> dict[Site, Path]:
+    """A params.npz for every site, as Gemma Scope has them; those that are there stay."""
+    random = np.random.default_rng(0)
+    common = random.standard_normal((FEATURES, D_MODEL), dtype=np.float32)
+    paths = {}
+    for site in (Site(layer, module) for layer in range(layers) for module in MODULES):
+        path = folder / f"layer_{site.layer}" / site.module / "params.npz"
+        paths[site] = path
+        if path.is_file():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        d = D_Z if site.module == "att" else D_MODEL
+        rows = random.standard_normal((FEATURES, d), dtype=np.float32)
+        rows += common[:, :d]  # so that dictionaries are related
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        arrays = {
+            "W_dec": rows,
+            "threshold": np.ones(FEATURES, np.float32),
+            "b_enc": np.zeros(FEATURES, np.float32),
+            "b_dec": np.zeros(d, np.float32),
+        }
+        np.savez(path, **arrays if decoders_alone else {**arrays, "W_enc": rows.T})
+        print(f"\rwritten: {len(paths)} of {3 * layers}", end="", flush=True)
+    print()
+    return paths
+
+
+def suite_of(paths: dict[Site, Path], layers: int) -> Suite:
+    """A suite that reads each decoder when it is asked for, and keeps a few."""
+
+    def output(layer: int) -> AttentionOutput:
+        generator = torch.Generator().manual_seed(layer)
+        weights = torch.randn(D_Z, D_MODEL, generator=generator)
+        return AttentionOutput(weights, torch.rand(D_MODEL, generator=generator) + 0.5)
+
+    def load(site: Site) -> Dictionary:
+        hook = f"blocks.{site.layer}.{HOOKS[site.module]}"
+        files = SaeFiles(
+            str(paths[site]), paths[site], "W_dec", False, hook, None, None, "threshold", 1.0,
+            str(site),
+        )  # fmt: skip
+        brings = partial(output, site.layer)
+        return read_dictionary(files, _nothing, site, D_MODEL, "cpu", "float32", brings)
+
+    row = SuiteRow("gemma-2-2b", "none", dict.fromkeys(paths, "none"), 0, layers=layers)
+    return Suite(row, _nothing, OnDemand(sorted(paths), load, KEPT))
+
+
+def _nothing() -> NoReturn:
+    raise AssertionError("matching needs no model and no encoder")
+
+
+def watched(compute: Callable[[], object]) -> tuple[float, float]:
+    """Seconds that it takes, and the most memory of this process that is in use meanwhile."""
+    process = psutil.Process()
+    used = [process.memory_info().rss]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            used.append(process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    compute()
+    took = time.perf_counter() - began
+    done.set()
+    watcher.join()
+    return took, max(used)
+
+
+def bare_products(layers: int) -> float:
+    """Seconds of one product for each pair of sites, in the type that is quickest here."""
+    rough = torch.ones(FEATURES, D_MODEL, dtype=quick_dtype("cpu"))
+    began = time.perf_counter()
+    for part in rough.split(2048):
+        torch.mm(part, rough.T)
+    once = time.perf_counter() - began
+    return once * sum(len(predecessor_sites(Site(layer, "res"))) for layer in range(layers))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Memory of Gemma 2 2B's match table.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=26)
+    parser.add_argument("--k", type=int, default=5)
+    parser.add_argument("--decoders", action="store_true", help="write decoders alone")
+    options = parser.parse_args()
+    paths = write_files(options.folder, options.layers, options.decoders)
+    suite = suite_of(paths, options.layers)
+    bare = bare_products(options.layers)
+    with tempfile.TemporaryDirectory() as cache:
+        for what in ("made", "read from disk"):
+            took, most = watched(lambda: match_table(suite, options.k, cache=Path(cache)))
+            print(
+                f"{options.layers} layers, {what}: {took:.0f} s, {took / bare:.2f} × the bare"
+                f" products ({bare:.0f} s); peak memory {most / GIB:.2f} GiB in all"
+            )
