@@ -182,7 +182,7 @@ def test_what_texts_depend_on_makes_them_anew(
     other_rows = toys.make_sae(
         dictionary.sae.W_dec.detach() * 1.5, Site(1, "res"), dictionary.sae.threshold.detach()
     )
-    others = {Site(1, "res"): replace(dictionary, sae=other_rows)}
+    others = {Site(1, "res"): replace(dictionary, whole=other_rows)}
     changes: list[dict[str, Any]] = [
         {"plan": replace(plan, steps=(replace(step, strength=9.5),))},
         {"plan": replace(plan, steps=(replace(step, scale=2 * step.scale),))},
