@@ -85,12 +85,13 @@ class Dictionary:
     def fingerprint(self) -> str:
         """A digest of directions and weights, by which tables made from them are known."""
         digest = hashlib.blake2b(digest_size=16)
-        if self.files is not None:
+        by_files = self.files is not None and not isinstance(self.whole, torch.nn.Module)
+        if self.files is not None and by_files:
             digest.update(f"{self.files.content} {self.dtype}".encode())
         elif self.sae is not None:
             for tensor in self.sae.state_dict().values():
                 digest.update(_bytes(tensor))
-        if self.files is None or self.reads != self.site:  # what the model makes of it counts too
+        if not by_files or self.reads != self.site:  # what the model makes of it counts too
             digest.update(_bytes(self.directions))
         return digest.hexdigest()
 
