@@ -211,7 +211,7 @@ def test_what_texts_depend_on_makes_them_anew(
     for change in ({}, *changes):
         assert made(**change) == 0, change
     # The dictionary of a layer that is not steered is nothing to it; nor is what a plan is called.
-    elsewhere = replace(dictionary, site=Site(2, "res"), sae=other_rows)
+    elsewhere = replace(dictionary, site=Site(2, "res"), whole=other_rows)
     suite = replace(planted, dictionaries={**planted.dictionaries, Site(2, "res"): elsewhere})
     assert made(suite=suite) == 0
     assert made(plan=replace(plan, about="in other words")) == 0
