@@ -103,7 +103,7 @@ def _print_needs(row: "SuiteRow") -> None:
     from flowhelpers.needs import needs, speed
     from flowhelpers.suites import chosen_device, chosen_dtype
 
-    device = chosen_device()
+    device = chosen_device(row)
     dtype = chosen_dtype(row, device)
     quick = str(quick_dtype(device)).removeprefix("torch.")
     speeds = {"model": speed(device, dtype), "matching": speed(device, quick)}
@@ -242,6 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.rest = rest
     try:
         return arguments.function(arguments)
+    except BrokenPipeError:  # whoever read it has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if arguments.debug or not is_mistake(error):
             raise

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from flowhelpers.model import Model
 
 KEPT = 4  # dictionaries at a time where not all fit: a layer's three, and the stream before it
-LARGE = 1e9  # parameters of a model from which on half precision is the rule on a GPU
+LARGE = 1e8  # parameters of a model from which on it runs on a GPU where there is one
+VERY_LARGE = 1e9  # and in half precision there
 
 
 class OnDemand(Mapping[Site, "Dictionary"]):
@@ -81,9 +82,19 @@ class Suite:
         return self.row.name
 
     @property
+    def place(self) -> str:
+        """Where it runs and in what type, in words."""
+        return f"on {self.device} in {self.dtype}"
+
+    @property
     def layers(self) -> int:
         """Number of layers of the model."""
         return self.row.layers or self.model.layers
+
+    @property
+    def d_model(self) -> int:
+        """Width of the model's stream."""
+        return self.row.d_model or self.model.d_model
 
     def feature(self, text: str | FeatureId) -> FeatureId:
         """A feature of this suite, from its written form.
@@ -140,18 +151,23 @@ def directions_memory(row: SuiteRow) -> int:
     return (min(KEPT, count) + 2) * numbers * 4
 
 
-def chosen_device(device: str = "auto") -> str:
-    """A GPU if there is one, unless a device is named."""
+def chosen_device(row: SuiteRow, device: str = "auto") -> str:
+    """A GPU for a large model if there is one, unless a device is named.
+
+    Raises:
+        ValueError: If torch does not find the device that is named.
+    """
     import torch
 
     if device != "auto":
         check_device(device)
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    is_large = (row.model_parameters or 0) >= LARGE
+    return "cuda" if is_large and torch.cuda.is_available() else "cpu"
 
 
 def chosen_dtype(row: SuiteRow, device: str, dtype: str = "auto") -> str:
-    """bfloat16 for a large model on a GPU, or where float32 does not fit; float32 else.
+    """bfloat16 for a very large model on a GPU, or where float32 does not fit; float32 else.
 
     Raises:
         ValueError: If the type that is named is unknown.
@@ -160,7 +176,7 @@ def chosen_dtype(row: SuiteRow, device: str, dtype: str = "auto") -> str:
         if dtype not in BYTES:
             raise ValueError(f"unknown dtype {dtype!r}{suggestion(dtype, ['auto', *BYTES])}")
         return dtype
-    is_large = (row.model_parameters or 0) >= LARGE
+    is_large = (row.model_parameters or 0) >= VERY_LARGE
     fits = least_memory(row) <= free_memory(device)
     return "bfloat16" if is_large and (device != "cpu" or not fits) else "float32"
 
@@ -174,7 +190,7 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
     Args:
         name: A registered suite, as `registry.find_suite` takes it, or a folder with a
             `suite.yaml`.
-        device: Torch device; `auto` takes a GPU if there is one.
+        device: Torch device; `auto` as `chosen_device` says.
         dtype: Type of the weights: float32, bfloat16 or float16; `auto` as `chosen_dtype` says.
 
     Raises:
@@ -185,7 +201,7 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
         PermissionError, FileNotFoundError, OSError: As `hub.fetch` says.
     """
     row = find_suite(name)
-    device = chosen_device(device)
+    device = chosen_device(row, device)
     dtype = chosen_dtype(row, device, dtype)
     all_fit = memory_needed(row, dtype) <= free_memory(device)
     if not all_fit:
