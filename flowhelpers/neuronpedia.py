@@ -54,6 +54,10 @@ COSINES = (
 )
 
 
+class NoExport(ValueError):
+    """The export has nothing of a source."""
+
+
 def source_of(patterns: Mapping[str, str], site: Site | str) -> str:
     """What Neuronpedia calls the dictionary of a site.
 
@@ -117,9 +121,10 @@ def bulk_labels(
         fetched. It serves as `own` of `labels.describe`.
 
     Raises:
-        ValueError: If the export has no such source, or rows of another one; if nothing is by
-            `explained_by`; and unless `lenient`, if a line is not as it should be, its index is
-            none of the dictionary, or a batch is missing.
+        NoExport: If the export has no such source.
+        ValueError: If it has rows of another one; if nothing is by `explained_by`; and unless
+            `lenient`, if a line is not as it should be, its index is none of the dictionary, or a
+            batch is missing.
         ConnectionError: If the export cannot be had.
         OSError: If the folder cannot be written to.
     """
@@ -385,7 +390,7 @@ def _download(model_id: str, source: str, base_url: str) -> "pyarrow.Table":
             rows += [(number, *row) for row in batch.rows]
             problems += batch.problems
     if not numbers:
-        raise ValueError(
+        raise NoExport(
             f"the export has no explanations of {model_id}/{source}: {url.format(0)} is not there,"
             " or not public. Is that what Neuronpedia calls the model and the source?"
         )
