@@ -7,13 +7,16 @@ from datetime import date
 from functools import cache, partial
 from pathlib import Path
 from ssl import SSLContext, create_default_context
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pyarrow.parquet as parquet
 import pytest
 import toys
+from IPython.display import IFrame
 from neuronpedia_server import MINI, OPUS, Fault, NeuronpediaServer, packed, row
 
 from flowhelpers import neuronpedia
@@ -461,3 +464,111 @@ def test_what_cannot_be_checked_is_named_before_anybody_is_asked(
     with pytest.raises(ValueError, match="a match table of bare: expected one of other"):
         cosine_check(renamed, table, ["1/res/1"], base_url=server.api)
     assert not server.requests
+
+
+# The notebooks' cells that ask, each run by itself.
+
+
+def run_cell(notebook: str, name: str, **given: Any) -> dict[str, Any]:
+    """What a cell leaves behind; what it displays is `shown`."""
+    cells = nbformat.read(NOTEBOOKS / f"{notebook}.ipynb", as_version=4).cells
+    (source,) = (cell.source for cell in cells if cell.id == name)
+    shown: list[Any] = []
+    space = {"np": np, "pd": pd, "display": shown.append, "shown": shown} | given
+    exec(source, space)
+    return space
+
+
+@pytest.fixture
+def elsewhere(suite: Suite, table: pd.DataFrame, server: NeuronpediaServer) -> Callable[..., Any]:
+    """Runs the cell of notebook 01 that asks for cosines, at layer 1 of the suite."""
+    server.cosines = cosines
+    back = table[(table["direction"] == "backward") & (table["rank"] == 1)]
+    found = back[(back["layer"] == 1) & (back["module"] == "res")]
+    given = {"here": Site(1, "res"), "origin": Site(0, "res"), "matches": table, "found": found}
+    given["run"] = SimpleNamespace(table=lambda name, made: made)
+    given["cosine_check"] = partial(cosine_check, base_url=server.api)
+
+    def elsewhere(check_cossim: int, of: Suite = suite) -> list[Any]:
+        given_now = given | {"loaded": of, "check_cossim": check_cossim}
+        return run_cell("01_matching", "cosines-elsewhere", **given_now)["shown"]
+
+    return elsewhere
+
+
+@pytest.mark.parametrize("n", [1, 5, 99])
+def test_the_notebook_asks_for_as_many_cosines_as_it_was_told(
+    elsewhere: Callable[..., Any],
+    server: NeuronpediaServer,
+    capsys: pytest.CaptureFixture[str],
+    n: int,
+):
+    (shown,) = elsewhere(n)
+    n = min(n, toys.RES)
+    assert len(shown) == shown["feature"].nunique() == len(server.requests) == n
+    assert (
+        f"the same best match for {shown['same'].sum()} of {n} features" in capsys.readouterr().out
+    )
+
+
+def test_the_notebook_asks_nobody_unless_told_and_where_nobody_can_be_asked(
+    elsewhere: Callable[..., Any], server: NeuronpediaServer, capsys: pytest.CaptureFixture[str]
+):
+    assert elsewhere(0) == []
+    assert capsys.readouterr().out.count("\n") == 1
+    assert elsewhere(3, of=toys.bare_suite()) == []
+    said = "Neuronpedia was not asked: 1/res and 0/res of bare are not both there\n"
+    assert capsys.readouterr().out == said
+    assert not server.requests
+    server.key = "another"
+    assert elsewhere(3) == []
+    assert "Neuronpedia gave no answer: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fetch", [False, True])
+@pytest.mark.parametrize("mine", [False, True])
+def test_the_notebook_fetches_labels_if_told_and_ones_own_come_before_them(
+    suite: Suite, server: NeuronpediaServer, tmp_path: Path, fetch: bool, mine: bool
+):
+    path = tmp_path / "mine.csv"
+    path.write_text("feature,label\n1/res/2,mine\n", encoding="utf-8")
+    ask = partial(neuronpedia_labels, base_url=server.datasets, folder=tmp_path / "cache")
+    given = {"loaded": suite, "fetch_labels": fetch, "labels": str(path) if mine else None}
+    given |= {"neuronpedia_labels": ask, "read_labels": read_labels}
+    own = run_cell("02_flow_graphs", "known-labels", **given)["own_labels"]
+    assert bool(server.requests) == fetch
+    found = describe(suite, ["1/res/2", "1/res/4"], own=own, writes=False)["label"].tolist()
+    fetched = ["1/res about 2", "1/res about 4"] if fetch else ["", ""]
+    assert found == (["mine", fetched[1]] if mine else fetched)
+
+
+def test_the_first_notebook_fetches_labels_of_the_places_it_shows_and_no_others(
+    suite: Suite, table: pd.DataFrame, server: NeuronpediaServer, tmp_path: Path
+):
+    ask = partial(neuronpedia_labels, base_url=server.datasets, folder=tmp_path / "cache")
+    places = {"res": Site(0, "res"), "mlp": Site(1, "mlp"), "att": Site(1, "att")}
+    given = {"loaded": suite, "here": Site(1, "res"), "places": places, "matches": table}
+    given |= {"neuronpedia_labels": ask, "flow_graph": flow_graph, "labelled": labelled}
+    given |= {"describe": partial(describe, writes=False), "schematic": schematic}
+    given |= {"run": SimpleNamespace(figure=lambda name, figure: figure)}
+    space = run_cell("01_matching", "figure-1", fetch_labels=True, first="1/res/4", **given)
+    assert server.asked(0) == 3
+    texts = [note.text for note in space["picture"]("1/res/4").layout.annotations]
+    assert any(text.endswith("<br>1/res about 4") for text in texts)
+    server.requests.clear()
+    run_cell("01_matching", "figure-1", fetch_labels=False, first="1/res/4", **given)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("embed", [False, True])
+def test_the_notebook_shows_a_features_page_on_request_only(
+    suite: Suite, capsys: pytest.CaptureFixture[str], embed: bool
+):
+    given = {"feature_page": feature_page, "feature_embed": feature_embed, "IFrame": IFrame}
+    given |= {"embed": embed, "loaded": suite}
+    shown = run_cell("02_flow_graphs", "on-neuronpedia", chosen="1/res/5", **given)["shown"]
+    assert [frame.src for frame in shown] == [feature_embed(suite, "1/res/5")] * embed
+    assert capsys.readouterr().out == f"1/res/5: {PAGE}/1-res/5\n"
+    shown = run_cell("02_flow_graphs", "on-neuronpedia", chosen="1/att/5", **given)["shown"]
+    assert shown == []
+    assert "no page" in capsys.readouterr().out
