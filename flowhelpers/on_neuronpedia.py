@@ -1,7 +1,7 @@
 """A suite on Neuronpedia: the pages of its features, all of its labels, and a check on its matches.
 
 Which dictionaries are there, and by what names, the suite's row says. Nobody is asked for anything
-but by `neuronpedia_labels` and `cosine_check`.
+but by `neuronpedia_labels`, `single_labels` and `cosine_check`.
 """
 
 import json
@@ -18,10 +18,12 @@ from flowhelpers.files import writable_folder, write_whole
 from flowhelpers.neuronpedia import (
     API,
     DATASETS,
-    NoExport,
+    NOBODY,
+    NotThere,
     bulk_labels,
     cosine_neighbours,
     embed,
+    feature_info,
     page,
 )
 from flowhelpers.runs import progress
@@ -69,7 +71,8 @@ def neuronpedia_labels(
 ) -> "pd.DataFrame":
     """Neuronpedia's labels of a suite's features, from its public export.
 
-    They need neither the model nor an encoder. What was fetched is kept in one file for the suite,
+    They need neither the model nor an encoder. All of a dictionary's come at once: for a few,
+    `single_labels` is quicker. What was fetched is kept in one file for the suite,
     with the date; later calls need no network for it. If fetching ends early, the dictionaries that
     were whole by then are kept.
 
@@ -129,6 +132,47 @@ def neuronpedia_labels(
     names = frame["site"].astype(str) + "/" + frame["index"].astype(str)
     labels = frame[["label", "label_from"]].astype(str)
     return labels.assign(feature=names)[["feature", "label", "label_from"]].reset_index(drop=True)
+
+
+def single_labels(
+    suite: "Suite",
+    features: Iterable[FeatureId | str],
+    *,
+    key: str | None = None,
+    base_url: str = API,
+) -> "pd.DataFrame":
+    """Neuronpedia's labels of a few features, asked for one by one and not kept.
+
+    Args:
+        suite: The suite.
+        features: The features; those that Neuronpedia does not have, or has no explanation of,
+            are left out. Of several explanations of one it is the first.
+        key: A key, which is not needed, as in `neuronpedia.feature_info`.
+        base_url: Where the site is.
+
+    Returns:
+        As `neuronpedia_labels`.
+
+    Raises:
+        ValueError: If the suite is not on Neuronpedia; and as `neuronpedia.feature_info` says, like
+            PermissionError and ConnectionError.
+    """
+    import pandas as pd
+
+    _check_there(suite)
+    rows = []
+    for name in progress(list(map(str, features)), "labels of Neuronpedia"):
+        place = _place(suite, name)
+        try:
+            found = feature_info(*place, key=key, base_url=base_url) if place else {}
+        except NotThere:
+            found = {}
+        for each in found.get("explanations") or []:
+            if label := str(each.get("description") or "").strip():
+                who = each.get("explanationModelName") or NOBODY
+                rows.append((name, label, f"neuronpedia, {who}, {date.today().isoformat()}"))
+                break
+    return pd.DataFrame(rows, columns=["feature", "label", "label_from"])
 
 
 def cosine_check(
@@ -261,7 +305,7 @@ def _fetched(
                 base_url=base_url,
                 folder=Path(passing),
             )
-        except NoExport as error:
+        except NotThere as error:
             if not lenient:
                 raise
             warnings.warn(f"{site} is without labels: {error}", stacklevel=3)

@@ -25,12 +25,13 @@ from flowhelpers.flow import FlowGraph, flow_graph, labelled
 from flowhelpers.graph_files import load_graph, save_graph
 from flowhelpers.labels import describe, read_labels
 from flowhelpers.matching import match_table
-from flowhelpers.neuronpedia import NoExport
+from flowhelpers.neuronpedia import NotThere
 from flowhelpers.on_neuronpedia import (
     cosine_check,
     feature_embed,
     feature_page,
     neuronpedia_labels,
+    single_labels,
 )
 from flowhelpers.plots import flow_picture, schematic
 from flowhelpers.stills import flow_svg
@@ -235,7 +236,7 @@ def test_a_dictionary_of_which_the_export_has_nothing_is_an_error_or_left_out(
     labels: Labels, server: NeuronpediaServer
 ):
     del server.others["toy-model/0-mlp"]
-    with pytest.raises(NoExport, match="has no explanations of toy-model/0-mlp"):
+    with pytest.raises(NotThere, match="has no explanations of toy-model/0-mlp"):
         labels()
     with pytest.warns(UserWarning, match="^0/mlp is without labels"):
         found = labels(lenient=True)
@@ -283,6 +284,34 @@ def test_no_dictionary_is_read_for_its_labels_where_the_row_says_how_large_it_is
     unread: Any = dict.fromkeys(suite.dictionaries)
     found = labels(of=dataclasses.replace(suite, row=row_of, dictionaries=unread))
     assert len(found) == 3 * (toys.RES + toys.MODULE) // 2
+
+
+def test_single_features_are_asked_for_one_by_one_with_a_key_or_without(
+    suite: Suite, server: NeuronpediaServer
+):
+    told = {"description": " second\n", "explanationModelName": OPUS}
+    more = {"description": "third", "explanationModelName": MINI}
+    server.features = {
+        "toy-model/1-res/2": {"explanations": [{"description": ""}, told, more]},
+        "toy-model/1-res/3": {"explanations": [{"description": "x", "explanationModelName": None}]},
+        "toy-model/1-res/4": {"explanations": []},
+        "toy-model/1-res/5": {"index": "5"},
+    }
+    names = ["1/res/2", FeatureId(1, "res", 3), "1/res/4", "1/res/5", "1/res/6", "1/att/0"]
+    found = single_labels(suite, names, base_url=server.api)
+    assert found.to_dict("list") == {
+        "feature": ["1/res/2", "1/res/3"],
+        "label": ["second", "x"],
+        "label_from": [f"neuronpedia, {OPUS}, {TODAY}", f"neuronpedia, unknown, {TODAY}"],
+    }
+    assert [request.key for request in server.requests] == [None] * 5  # nobody knows 1/att
+    single_labels(suite, ["1/res/2"], key="sk-1", base_url=server.api)
+    assert server.requests[-1].key == "sk-1"
+    server.key = "another"
+    with pytest.raises(PermissionError):
+        single_labels(suite, ["1/res/2"], base_url=server.api)
+    with pytest.raises(ValueError, match="suite bare is not on Neuronpedia"):
+        single_labels(toys.bare_suite(), ["1/res/2"], base_url=server.api)
 
 
 def test_descriptions_take_them_and_ask_for_no_model(labels: Labels, suite: Suite, tmp_path: Path):
@@ -542,21 +571,31 @@ def test_the_notebook_fetches_labels_if_told_and_ones_own_come_before_them(
     assert found == (["mine", fetched[1]] if mine else fetched)
 
 
-def test_the_first_notebook_fetches_labels_of_the_places_it_shows_and_no_others(
-    suite: Suite, table: pd.DataFrame, server: NeuronpediaServer, tmp_path: Path
+def test_the_first_notebook_asks_for_labels_of_the_features_it_shows_and_no_others(
+    suite: Suite, table: pd.DataFrame, server: NeuronpediaServer
 ):
-    ask = partial(neuronpedia_labels, base_url=server.datasets, folder=tmp_path / "cache")
-    places = {"res": Site(0, "res"), "mlp": Site(1, "mlp"), "att": Site(1, "att")}
-    given = {"loaded": suite, "here": Site(1, "res"), "places": places, "matches": table}
-    given |= {"neuronpedia_labels": ask, "flow_graph": flow_graph, "labelled": labelled}
-    given |= {"describe": partial(describe, writes=False), "schematic": schematic}
+    source = f"0/res/{toys.COORDINATE[1][4]}"
+    server.features = {
+        f"toy-model/{name.replace('/', '-', 1)}": {"explanations": [{"description": f"on {name}"}]}
+        for name in ("1/res/4", source)
+    }
+    given = {"loaded": suite, "here": Site(1, "res"), "matches": table}
+    given |= {"flow_graph": flow_graph, "labelled": labelled, "schematic": schematic}
+    given |= {"single_labels": partial(single_labels, base_url=server.api)}
+    given |= {"describe": partial(describe, writes=False)}
     given |= {"run": SimpleNamespace(figure=lambda name, figure: figure)}
-    space = run_cell("01_matching", "figure-1", fetch_labels=True, first="1/res/4", **given)
-    assert server.asked(0) == 3
-    texts = [note.text for note in space["picture"]("1/res/4").layout.annotations]
-    assert any(text.endswith("<br>1/res about 4") for text in texts)
+    given |= {"first": FeatureId(1, "res", 4)}
+    space = run_cell("01_matching", "figure-1", fetch_labels=True, **given)
+    assert {request.path for request in server.requests} >= {
+        f"/api/feature/{name}" for name in server.features
+    }
+    assert len(server.requests) == 2 + (toys.COORDINATE[1][4] < toys.MODULE)
+    shown = space["picture"]("1/res/4")
+    texts = [note.text for note in shown.layout.annotations]
+    for name in ("1/res/4", source):
+        assert sum(text.endswith(f"<br>on {name}") for text in texts) == 1
     server.requests.clear()
-    run_cell("01_matching", "figure-1", fetch_labels=False, first="1/res/4", **given)
+    run_cell("01_matching", "figure-1", fetch_labels=False, **given)
     assert not server.requests
 
 
