@@ -10,6 +10,7 @@ import numpy as np
 
 from flowhelpers.features import MODULES, FeatureId, parse_feature, suggestion
 from flowhelpers.matching import check_threshold, classify, high_module, scores
+from flowhelpers.on_neuronpedia import feature_page
 
 if TYPE_CHECKING:
     import networkx
@@ -29,9 +30,10 @@ class FlowGraph:
         seeds: The features that it was built from.
         choices: What it was built with.
         nodes: One row a feature: `feature`, `layer`, `module`, `index`, `is_seed`, `label`,
-            `label_from`; for residual features `class`, and for each of `res`, `mlp`, `att` the
-            best predecessor `from_res` …, its score `s_res` …, the null's quantile `null_res` …
-            and the threshold `high_res` … that the class goes by. What does not exist is missing.
+            `label_from`, `link` (its page on Neuronpedia, empty if it has none); for residual
+            features `class`, and for each of `res`, `mlp`, `att` the best predecessor `from_res` …,
+            its score `s_res` …, the null's quantile `null_res` … and the threshold `high_res` …
+            that the class goes by. What does not exist is missing.
         edges: One row a match, from `source` to `target`: `module` (of the source), `direction`
             (which side chose it), `rank`, `score` (what the method ranks by), `cosine`, `margin`,
             `mutual`, `null`, `null_quantile`.
@@ -136,7 +138,7 @@ def flow_graph(
         suite.name,
         tuple(map(str, found)),
         choices,
-        _nodes(nodes, found, classify(scores(table), thresholds)),
+        _nodes(suite, nodes, found, classify(scores(table), thresholds)),
         _sorted_edges(edges),
     )
 
@@ -205,7 +207,10 @@ class _Steps:
 
 
 def _nodes(
-    nodes: Sequence[FeatureId], seeds: Sequence[FeatureId], classes: "pd.DataFrame"
+    suite: "Suite",
+    nodes: Sequence[FeatureId],
+    seeds: Sequence[FeatureId],
+    classes: "pd.DataFrame",
 ) -> "pd.DataFrame":
     import pandas as pd
 
@@ -218,6 +223,7 @@ def _nodes(
             "is_seed": [node in seeds for node in nodes],
             "label": "",
             "label_from": "",
+            "link": [feature_page(suite, node) or "" for node in nodes],
         }
     )
     known = classes.set_index(["layer", "feature"])

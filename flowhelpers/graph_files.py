@@ -47,6 +47,8 @@ def load_graph(path: Path) -> FlowGraph:
         raise ValueError(f"{path} has no nodes: it is no whole flow graph")
     nodes = pd.DataFrame(record["nodes"])
     nodes["class"] = nodes["class"].astype(object)
+    links = nodes["link"].astype(str) if "link" in nodes else pd.Series("", nodes.index)
+    nodes["link"] = links.where(links.str.match("https?://"), "")  # it will be clicked on
     for module in MODULES:
         names = nodes[f"from_{module}"].astype(object)
         nodes[f"from_{module}"] = names.where(names.notna(), None)

@@ -128,36 +128,48 @@ def describe(
     activations: FeatureActivations | None = None,
     k: int = 4,
     own: "pd.DataFrame | None" = None,
+    writes: bool = True,
 ) -> "pd.DataFrame":
     """Labels: your own where you have them, else what features write and where they are active.
+
+    With `writes=False` and no activations, no model is needed and none is loaded.
 
     Args:
         suite: The suite.
         features: The features.
-        activations: Activations on a corpus; without them only what features write is known, and
-            without a model nothing is.
+        activations: Activations on a corpus; without them only what features write is known.
         k: How many tokens of each kind.
-        own: Labels that come before all others, as `read_labels` gives.
+        own: Labels that come before all others, as `read_labels` and
+            `on_neuronpedia.neuronpedia_labels` give; of several for a feature the last.
+        writes: Whether to say what features write, for which the model is needed.
 
     Returns:
         `feature`, `writes`, `active_at` (empty if unknown), `label`, which holds both, one a line,
-        or your own, and `label_from`, which says where the label comes from.
+        or your own, and `label_from`, which says where the label comes from. A feature of which
+        nothing is known has an empty label, from nowhere.
     """
     import pandas as pd
 
-    mine = (
-        {} if own is None else own.set_index("feature")[["label", "label_from"]].T.to_dict("list")
-    )
+    found = [suite.feature(feature) for feature in features]
+    mine = {}
+    if own is not None:
+        rows = own[own["feature"].isin([str(feature) for feature in found])]
+        labels = zip(rows["label"], rows["label_from"], strict=True)
+        mine = dict(zip(rows["feature"], labels, strict=True))
     rows = []
-    for feature in map(suite.feature, features):
-        writes = _listed(written_tokens(suite, feature, k)["token"])
-        reads, label, source = "", f"writes {writes}", "logit lens"
+    for feature in found:
+        written, reads, lines, sources = "", "", [], []
+        if writes:
+            written = _listed(written_tokens(suite, feature, k)["token"])
+            lines.append(f"writes {written}")
+            sources.append("logit lens")
         if activations and feature.site in activations.by_site:
             reads = _listed(top_tokens(suite, feature, activations, k)["token"])
-            label += f"\nactive at {reads or 'nothing read'}"
-            source += " and top tokens"
+            lines.append(f"active at {reads or 'nothing read'}")
+            sources.append("top tokens")
+        label, source = "\n".join(lines), " and ".join(sources)
         label, source = mine.get(str(feature), (label, source))
-        rows.append((str(feature), writes, reads, label, source))
+        rows.append((str(feature), written, reads, label, source))
     return pd.DataFrame(rows, columns=["feature", "writes", "active_at", "label", "label_from"])
 
 

@@ -148,7 +148,7 @@ def _node_hover(row: dict[str, Any]) -> str:
         if isinstance(source, str):
             sign = ">" if score > high else "≤"
             lines.append(f"s({symbol}) = {score:.3f} {sign} {high:.3f}, from {source}")
-    return "\n".join(filter(None, lines))
+    return "\n".join(filter(None, [*lines, row["link"]]))
 
 
 def _edge_hover(row: dict[str, Any], ranked_by: str) -> str:

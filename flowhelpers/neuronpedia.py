@@ -54,6 +54,10 @@ COSINES = (
 )
 
 
+class NotThere(ValueError):
+    """Neuronpedia, or its export, has nothing of that name."""
+
+
 def source_of(patterns: Mapping[str, str], site: Site | str) -> str:
     """What Neuronpedia calls the dictionary of a site.
 
@@ -117,9 +121,10 @@ def bulk_labels(
         fetched. It serves as `own` of `labels.describe`.
 
     Raises:
-        ValueError: If the export has no such source, or rows of another one; if nothing is by
-            `explained_by`; and unless `lenient`, if a line is not as it should be, its index is
-            none of the dictionary, or a batch is missing.
+        NotThere: If the export has no such source.
+        ValueError: If it has rows of another one; if nothing is by `explained_by`; and unless
+            `lenient`, if a line is not as it should be, its index is none of the dictionary, or a
+            batch is missing.
         ConnectionError: If the export cannot be had.
         OSError: If the folder cannot be written to.
     """
@@ -185,14 +190,14 @@ def feature_info(
         base_url: Where the site is.
 
     Raises:
-        ValueError: If there is no such feature.
+        NotThere: If there is no such feature.
         PermissionError: If the key is refused.
         ConnectionError: If the site cannot be reached, fails, or asks to wait for long.
     """
     name = _name(model_id, source, index)
     found = _api("GET", f"/api/feature/{name}", name, key, base_url)
     if not isinstance(found, dict) or not found:
-        raise ValueError(f"Neuronpedia has no feature {name}")
+        raise NotThere(f"Neuronpedia has no feature {name}")
     return found
 
 
@@ -226,7 +231,8 @@ def cosine_neighbours(
         `index` in the target, and `cosine`, best first.
 
     Raises:
-        ValueError: If there is no such feature, or the answer is of another form or dictionary.
+        NotThere: If there is no such feature.
+        ValueError: If the answer is of another form or dictionary.
         PermissionError: If the key is refused.
         ConnectionError: If the site cannot be reached, fails, or asks to wait for long.
     """
@@ -385,7 +391,7 @@ def _download(model_id: str, source: str, base_url: str) -> "pyarrow.Table":
             rows += [(number, *row) for row in batch.rows]
             problems += batch.problems
     if not numbers:
-        raise ValueError(
+        raise NotThere(
             f"the export has no explanations of {model_id}/{source}: {url.format(0)} is not there,"
             " or not public. Is that what Neuronpedia calls the model and the source?"
         )
@@ -545,7 +551,7 @@ def _api(
             hint = f"give another, as key or in {KEY}" if key else f"give one, as key or in {KEY}"
             raise PermissionError(f"{start}. It refuses the key, or wants one: {hint}")
         if status == 404:
-            raise ValueError(f"{start}: Neuronpedia has no {name}")
+            raise NotThere(f"{start}: Neuronpedia has no {name}")
         if status != 200:
             said = (
                 re.sub(re.escape(key), "[key]", response.text, flags=re.I) if key else response.text

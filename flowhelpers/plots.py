@@ -66,10 +66,13 @@ def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
         hint = suggestion(feature, graph.chain["feature"])
         raise ValueError(f"{feature} is no residual feature of this graph{hint}")
     row, layer = rows.iloc[0], parse_feature(feature).layer
-    labels = dict(zip(graph.nodes["feature"], graph.nodes["label"], strict=True))
+    labels, links = (
+        dict(zip(graph.nodes["feature"], graph.nodes[column], strict=True))
+        for column in ("label", "link")
+    )
     figure = dress(go.Figure(), f"Where {feature} may come from", subtitle, 420)
     mine = "\n".join(filter(None, [_class(row), labels[feature]]))
-    _box(figure, (1.0, 0.0), f"R<sub>{layer}</sub>", feature, mine, COLOURS["res"])
+    _box(figure, (1.0, 0.0), f"R<sub>{layer}</sub>", feature, mine, COLOURS["res"], row["link"])
     for module, lane in {"att": 1.0, "res": 0.0, "mlp": -1.0}.items():
         source, score, null = (row[f"{column}_{module}"] for column in ("from", "s", "null"))
         at = layer - (module == "res")
@@ -77,7 +80,8 @@ def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
         if not isinstance(source, str):
             _box(figure, (0.0, lane), site, "no match" if at >= 0 else "nothing", "", GREY)
             continue
-        _box(figure, (0.0, lane), site, source, labels.get(source, ""), COLOURS[module])
+        about, link = labels.get(source, ""), links.get(source, "")
+        _box(figure, (0.0, lane), site, source, about, COLOURS[module], link)
         colour, dash = (COLOURS[module], "solid") if score > null else (GREY, "dot")
         figure.add_scatter(
             x=[0.22, 0.78],
@@ -104,7 +108,8 @@ def flow_picture(
     """A flow graph through the layers, a lane for each module (the paper's Figures 2, 20 and 21).
 
     A line is as thick as its cosine is high, and a node has the colour of its class; a forward
-    edge, which the earlier feature chose, bears an open arrow.
+    edge, which the earlier feature chose, bears an open arrow. The caption of a node that has a
+    page leads there.
 
     Args:
         graph: The graph.
@@ -189,7 +194,7 @@ def _add_nodes(
         name=name,
         mode="markers+text",
         marker=look | marker,
-        text=part["caption"].map(escape),
+        text=[linked(*pair) for pair in zip(part["caption"], part["link"], strict=True)],
         textposition=part["caption_at"],
         textfont={"size": layout.font, "shadow": HALO},
         hovertext=part["hover"].map(escape),
@@ -424,6 +429,14 @@ def escape(text: str) -> str:
     return html.escape(text, quote=False).replace("\n", "<br>")
 
 
+def linked(text: str, address: str) -> str:
+    """Text that plotly shows as it is, and that leads to a page if there is one."""
+    text = escape(text)
+    if not text or not address:
+        return text
+    return f'<a href="{html.escape(address)}" target="_blank">{text}</a>'
+
+
 def dress(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
     """The figure with the look that all have, its title and its subtitle."""
     heading = {"text": escape(title), "subtitle": {"text": escape(subtitle)}}
@@ -453,12 +466,13 @@ def _box(
     feature: str,
     text: str,
     colour: str,
+    link: str = "",
 ) -> None:
     lines = [part for line in text.split("\n") for part in wrap(line, 40)]
     figure.add_annotation(
         x=place[0],
         y=place[1],
-        text="<br>".join([f"<b>{site}</b>  {feature}", *map(escape, lines[:4])]),
+        text="<br>".join([f"<b>{site}</b>  {linked(feature, link)}", *map(escape, lines[:4])]),
         hovertext=escape(f"{feature}\n{text}".rstrip("\n")),
         showarrow=False,
         width=245,

@@ -22,7 +22,10 @@ TOWARDS = {"top": 1, "bottom": -1, "left": -1, "right": 1, "center": 0}
 
 
 def flow_svg(graph: "FlowGraph", subtitle: str) -> str:
-    """The picture of `plots.flow_picture` as SVG, with its hovers as titles and text as text."""
+    """The picture of `plots.flow_picture` as SVG, with its hovers as titles and text as text.
+
+    A node that has a page is a link to it.
+    """
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -73,7 +76,7 @@ def _draw(axes: "Axes", layout: "Layout") -> None:
             "mew": node["ring"],
             "ms": node["size"],
         }
-        axes.plot(*place, "o", gid=_name(node), zorder=3, **fill)
+        axes.plot(*place, "o", gid=_name(node), url=node["link"] or None, zorder=3, **fill)
         vertical, horizontal = node["caption_at"].split()
         away = node["size"] / 2 + 2
         axes.annotate(

@@ -69,9 +69,10 @@ class NeuronpediaServer(LoopbackServer):
 
     Attributes:
         batches: The files of the export, by number.
+        others: Those of other sources, by `model/source`.
         missing: The status of one that is not there.
         features: What the site knows, by path below `/api/feature`.
-        cosines: What it answers when asked for neighbours.
+        cosines: What it answers when asked for neighbours; a function is given what was asked.
         key: The only key that it takes; None for any, and for none.
         requests: What reached it, in order.
     """
@@ -82,6 +83,7 @@ class NeuronpediaServer(LoopbackServer):
     def reset(self) -> None:
         """As at first."""
         self.batches: dict[int, bytes] = {}
+        self.others: dict[str, dict[int, bytes]] = {}
         self.missing = 403
         self.features: dict[str, Any] = {}
         self.cosines: Any = None
@@ -119,13 +121,16 @@ class NeuronpediaServer(LoopbackServer):
         if asked.path.startswith("/v1/"):
             start, _, end = asked.path.partition("/explanations/batch-")
             number = int(end.removesuffix(".jsonl.gz"))
-            if start == f"/v1/{MODEL}/{SOURCE}" and number in self.batches:
-                return 200, self.batches[number]
+            sources = {f"{MODEL}/{SOURCE}": self.batches} | self.others
+            batches = sources.get(start.removeprefix("/v1/"), {})
+            if number in batches:
+                return 200, batches[number]
             return self.missing, b"<Error><Code>AccessDenied</Code></Error>"
         if self.key is not None and asked.key != self.key:
             return 401, json.dumps({"message": f"Invalid API key {asked.key}"}).encode()
         if asked.method == "POST" and asked.path == "/api/cossim":
-            return 200, json.dumps(self.cosines).encode()
+            found = self.cosines(asked.body) if callable(self.cosines) else self.cosines
+            return 200, json.dumps(found).encode()
         name = asked.path.removeprefix("/api/feature/")
         if name in self.features:
             return 200, json.dumps(self.features[name]).encode()

@@ -32,7 +32,7 @@ FOLDER = Path(__file__).parent.parent / "notebooks"
 FLOWLET = Path(__file__).parent.parent / "flowhelpers/data/flowlet"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"
-OF_OTHER_SUITES = {"table_5"}  # tables that flowlet has no use for
+OF_OTHER_SUITES = {"table_5", "cosine_check"}  # tables that flowlet has no use for
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
