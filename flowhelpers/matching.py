@@ -123,6 +123,9 @@ def match_table(
     """
     import pandas as pd
 
+    words = {"method": METHODS, "direction": ("backward", "forward"), "module": MODULES}
+    categories = {name: pd.CategoricalDtype(sorted(some)) for name, some in words.items()}
+    categories["suite"] = pd.CategoricalDtype([suite.name])
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{suggestion(method, METHODS)}")
     if method != "permutation" and (weights != "decoder" or folded):
@@ -183,15 +186,15 @@ def match_table(
         prints = {str(site): suite.dictionary(site).fingerprint for site in sites}
         key = {"suite": suite.name, "layer": layer, "sites": prints}
         key["null"] = (NULL_QUANTILE, NULL_DRAWS)
-        tables.append(
-            cached_table(
-                "matches", key | choices, lambda at=layer: table_of(at), cache, TABLE_VERSION
-            )
+        made = cached_table(
+            "matches", key | choices, lambda at=layer: table_of(at), cache, TABLE_VERSION
         )
+        made.insert(0, "suite", suite.name)
+        # A few words over and over: as categories, all layers of a large suite fit into memory.
+        tables.append(made.astype(categories))
     table = pd.concat(tables, ignore_index=True)
-    table.insert(0, "suite", suite.name)
-    for column in ("suite", "method", "direction", "module"):
-        table[column] = table[column].astype("category")
+    for column in words:
+        table[column] = table[column].cat.remove_unused_categories()
     return table
 
 
