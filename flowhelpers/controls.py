@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NEAREST = 20
 MAX_TOKENS = 64
 ROWS = 64
+LOGITS = 2**28  # of the texts of a pass: a GiB in float32, several times
 
 
 def random_twin(
@@ -162,7 +163,7 @@ def side_effects(
         plans: Plans, or vectors to be added, by name; None for no edit.
         texts: The texts.
         max_tokens: Each text is cut to so many tokens, BOS included.
-        rows: The most texts of a pass.
+        rows: The most texts of a pass; fewer where the vocabulary is large.
 
     Returns:
         One row a plan: `plan`, `norm` (Σ‖Δh‖: the mean over tokens of the norm of each edit's step,
@@ -178,6 +179,7 @@ def side_effects(
     if not plans or not texts:
         raise ValueError(f"{len(plans)} plans and {len(texts)} texts: expected 1 or more of each")
     model, names = suite.model, list(plans)
+    rows = max(1, min(rows, LOGITS // (max_tokens * model.unembedding.shape[1])))
     norms, kls = torch.zeros(2, len(names), dtype=torch.float64)
     pieces = [texts[start : start + rows] for start in range(0, len(texts), rows)]
     count = 0

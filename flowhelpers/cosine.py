@@ -127,10 +127,12 @@ def unit_rows(
 
 @cache
 def quick_dtype(device_type: str) -> torch.dtype:
-    """The type in which products are quickest here: bfloat16 on a GPU, on a CPU the one that is.
+    """The type in which products are quickest here: on a GPU bfloat16, if it has units for that.
 
-    A trial decides, of some milliseconds: whether a CPU has fast bfloat16 depends on its make.
+    On a CPU a trial decides, of some milliseconds: whether it has them depends on its make.
     """
+    if device_type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32
     if device_type == "cuda" or torch.get_float32_matmul_precision() != "highest":
         return torch.bfloat16
     if device_type != "cpu":

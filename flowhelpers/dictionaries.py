@@ -190,7 +190,8 @@ class Dictionary:
         """
         if self.reads != self.site:
             raise ValueError(f"{feature} reads {self.reads}: only the direction it writes is known")
-        return activation[..., None] * self.norms[feature.index] * self.direction(feature)
+        size = activation[..., None].to(self.norms) * self.norms[feature.index]
+        return size * self.direction(feature)
 
     def weights(self, folded: bool = False) -> Weights:
         """Its weights, one row a feature, in float32.

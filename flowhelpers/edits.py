@@ -113,7 +113,7 @@ def add_rows(
         ValueError: If a vector is not finite.
     """
     if not torch.isfinite(vectors).all():
-        bad = int(rows[~torch.isfinite(vectors).all(1)][0])
+        bad = int(rows[(~torch.isfinite(vectors)).any(1).to(rows.device)][0])
         raise ValueError(f"what row {bad} of the batch is to have added at {site} is not finite")
 
     def change(activations: Activations) -> Activations:
@@ -159,7 +159,7 @@ def rescale_rows(
             slice(None) if position is None else _columns([position], activations, dictionary.reads)
         )
         here = activations[:, at]
-        codes = dictionary.encode(here)[..., chosen]
+        codes = dictionary.encode(here)[..., chosen].float()  # r - 1 is lost in half precision
         factors = torch.zeros(len(here), len(chosen), device=codes.device, dtype=codes.dtype)
         factors.index_put_((rows, column), r.to(codes) - 1, accumulate=True)
         step = (codes * factors[:, None]) @ written.to(codes)
@@ -189,7 +189,8 @@ def _towards(
     rows = dictionary.rows(indices)
 
     def step(here: Tensor) -> Tensor:
-        now = dictionary.encode(here)[..., indices] if given is None else given.to(here)
+        now = dictionary.encode(here)[..., indices] if given is None else given.to(here.device)
+        now = now.float()  # a difference is lost in half precision
         return ((wanted(now) - now) @ rows.to(now)).to(here).expand_as(here)
 
     return _edit(dictionary.reads, positions, step)

@@ -19,11 +19,12 @@ def check_device(name: str) -> None:
 
 
 def free_memory(device: str = "cpu") -> int:
-    """Bytes that are free on a device."""
+    """Bytes that are free on a device; on a GPU with what torch keeps of it and does not use."""
     if device.startswith("cuda"):
         import torch
 
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     import psutil
 
     return psutil.virtual_memory().available

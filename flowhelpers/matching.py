@@ -442,7 +442,8 @@ def transition(matches: Matches, width: int) -> Tensor:
     rows, ranks = torch.nonzero(matches.indices >= 0, as_tuple=True)
     places = torch.stack([rows, matches.indices[rows, ranks]])
     shape = (len(matches.indices), width)
-    return torch.sparse_coo_tensor(places, torch.ones(len(rows)), shape, check_invariants=False)
+    ones = torch.ones(len(rows), device=places.device)
+    return torch.sparse_coo_tensor(places, ones, shape, check_invariants=False)
 
 
 def agreement(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
