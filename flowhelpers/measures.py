@@ -140,27 +140,28 @@ def measure_dictionaries(
     import pandas as pd
 
     sites = list(suite.dictionaries)
+    reads = {site: suite.dictionary(site).reads for site in sites}
     sums = {site: dict.fromkeys(("error", "square", "active"), 0.0) for site in sites}
-    totals = {site: torch.zeros(suite.model.d_model, dtype=torch.double) for site in sites}
+    totals: dict[Site, torch.Tensor] = dict.fromkeys(sites, torch.zeros(()))
     fired = {site: torch.zeros(suite.dictionary(site).width, dtype=torch.bool) for site in sites}
     count = 0
     for rows in progress(torch.arange(len(tokens.ids)).split(batch), "reconstruction"):
         ids, is_text = tokens.ids[rows], tokens.is_text[rows]
-        _, read = run(suite.model, ids, read=sites, stop_after=suite.layers - 1)
+        _, read = run(suite.model, ids, read=list(reads.values()), stop_after=suite.layers - 1)
         count += int(is_text.sum())
         for site in sites:
-            x = read[site][is_text].float()
+            x = read[reads[site]][is_text].float()
             codes = suite.dictionary(site).encode(x)
             error = x - suite.dictionary(site).decode(codes, x).float()
             sums[site]["error"] += error.double().square().sum().item()
             sums[site]["square"] += x.double().square().sum().item()
             sums[site]["active"] += (codes > 0).sum().item()
-            totals[site] += x.double().sum(0).cpu()
+            totals[site] = totals[site] + x.double().sum(0).cpu()
             fired[site] |= (codes > 0).any(0).cpu()
     recovered = loss_recovered(suite, tokens, loss_rows, batch)
     records = []
     for site in sites:
-        variance = sums[site]["square"] - totals[site].square().sum().item() / count
+        variance = sums[site]["square"] - float((totals[site] ** 2).sum()) / count
         l0 = sums[site]["active"] / count
         records.append(
             {
@@ -202,8 +203,8 @@ def loss_recovered(
     clean = loss(next(iter(suite.dictionaries)), lambda x: x)
     recovered = {}
     for site, dictionary in progress(list(suite.dictionaries.items()), "loss recovered"):
-        zeroed = loss(site, torch.zeros_like)
-        kept = loss(site, partial(rebuilt, dictionary=dictionary))
+        zeroed = loss(dictionary.reads, torch.zeros_like)
+        kept = loss(dictionary.reads, partial(rebuilt, dictionary=dictionary))
         recovered[site] = (zeroed - kept) / (zeroed - clean)
     return recovered
 

@@ -497,10 +497,11 @@ def _check_edits(
     sizes = [float(read[site].float().norm(dim=-1).mean()) for site in sites]
     edits = [Edit(site, push(row, sizes[row])) for row, site in enumerate(sites)]
     pushed = logits_of(model, ids.expand(len(sites), -1), edits)
-    if not torch.equal(zero, clean):
-        raise ValueError(f"{model.name}: adding a zero vector changed the logits")
-    # A row of a larger batch may differ from the same row alone by rounding.
+    # A row of a larger batch may differ from the same row alone by rounding, as may any two passes
+    # on a GPU.
     rounding = (1e-2 if clean.dtype != torch.float32 else 1e-5) * clean.abs().max()
+    if (zero - clean).abs().max() > (rounding if clean.is_cuda else 0):
+        raise ValueError(f"{model.name}: adding a zero vector changed the logits")
     for row, site in enumerate(sites):
         if (pushed[row] - clean[0]).abs().max() <= rounding:
             raise ValueError(

@@ -228,7 +228,9 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
     from flowhelpers.model import load_model
 
     if check:
-        check_memory(least_memory(row, dtype), f"the model of suite {row.name}", device, dtype)
+        held = torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+        needed = max(least_memory(row, dtype) - held, 0)  # of which decoders may be there already
+        check_memory(needed, f"the model of suite {row.name}", device, dtype)
     with _told(row):
         model = load_model(row.model, device, getattr(torch, dtype), row.revision)
     _check_layers(row, model.layers)

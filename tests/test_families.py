@@ -32,6 +32,7 @@ from flowhelpers.features import MODULES, Site
 from flowhelpers.flow import flow_graph
 from flowhelpers.groups import occurrences
 from flowhelpers.matching import match_table
+from flowhelpers.measures import measure_dictionaries
 from flowhelpers.model import run, tokenize
 from flowhelpers.preflight import preflight
 from flowhelpers.registry import find_suite
@@ -266,6 +267,17 @@ def test_gemma_scope_2_s_attention_comes_into_the_stream(
         check_attention(suite, written[name], layer, "w_dec")
     weights = [path for path in small.fetched() if path.endswith("model.safetensors")]
     assert len(weights) <= 2 * 4 + 1  # ranges for two layers, and the model once
+
+
+def test_what_a_dictionary_at_z_is_worth_is_measured_at_z(small: Hub):
+    suite = load_suite("gemma-3-270m-pt")
+    table = measure_dictionaries(suite, tokenize(suite.model, TEXTS), loss_rows=2)
+    looked = preflight(suite, TEXTS, suite.dictionaries)
+    both = table.set_index("site").join(looked.set_index("site"), rsuffix="_looked")
+    assert both["l0"].tolist() == pytest.approx(both["l0_looked"].tolist())
+    explained = both["explained_variance_looked"].tolist()
+    assert both["explained_variance"].tolist() == pytest.approx(explained, abs=1e-4)
+    assert table["loss_recovered"].notna().all()
 
 
 def check_attention(suite: Suite, family: Written, layer: int, decoder: str) -> None:

@@ -25,6 +25,10 @@ def test_the_suites_that_are_asked_for_are_there():
     assert {"gpt2-small", "pythia-70m-deduped", "gemma-2-2b", "gemma-2-9b", "llama-3.1-8b"} < {*HUB}
     sizes, kinds = ("270m", "1b", "4b", "12b"), ("pt", "it")
     assert {f"gemma-3-{size}-{kind}" for size in sizes for kind in kinds} < {*HUB}
+    assert [name for name, row in registered().items() if row.is_local] == [
+        "flowlet",
+        "flowlet-mini",
+    ]
     assert not registered()["flowlet"].variants
 
 
