@@ -85,7 +85,7 @@ def one_by_one(
     found = {}
     for given, row in chosen_suites(names).items():
         found[row.name] = look(load_suite(given, device))
-        gc.collect()
+        gc.collect()  # a suite may hold itself in a circle
     return found
 
 
@@ -154,8 +154,9 @@ def summary(row: SuiteRow, table: "pd.DataFrame", d_model: int) -> dict[str, Any
     Returns:
         `suite`, `layers`, `d_model`, `dictionaries` and `features` (of those that were matched),
         `parameters` (in all) and `model_parameters`; `mean_res`, `median_res`, `null_res` and
-        `above_res` for each module (missing without one); the share of each class; `mean_life`, in
-        layers, and `through`, the share of features that live from the first layer to the last.
+        `above_res` for each module (missing without one); the share of each class; `mean_life` in
+        layers, `mutual_life` if every step has to be mutual, and `through`, the share of features
+        that live from the first layer to the last.
     """
     layers = row.layers or 1 + int(table["layer"].max())
     found = scores(table)
@@ -178,6 +179,7 @@ def summary(row: SuiteRow, table: "pd.DataFrame", d_model: int) -> dict[str, Any
         seen = name in ("translated", "unexplained") or is_there["mlp"] or is_there["att"]
         record[name] = float(kinds.get(name, 0.0)) if seen else np.nan
     record["mean_life"] = spans["layers"].mean()
+    record["mutual_life"] = lifespans(table, mutual=True)["layers"].mean()
     record["through"] = ((spans["first"] == first) & (spans["last"] == last)).mean()
     return record
 
@@ -243,13 +245,8 @@ def combined(profiles: Sequence[Profile]) -> Profile:
     names = [name for each in profiles for name in each.across["suite"]]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"profiles of {', '.join(names) or 'nothing'}: expected each suite once")
-    tables = {
-        field.name: [t for each in profiles if len(t := getattr(each, field.name))]
-        for field in fields(Profile)
-    }
-    return Profile(
-        **{
-            name: pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-            for name, parts in tables.items()
-        }
-    )
+    tables = {}
+    for name in (field.name for field in fields(Profile)):
+        parts = [table for each in profiles if len(table := getattr(each, name))]
+        tables[name] = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+    return Profile(**tables)

@@ -96,7 +96,7 @@ def _with_chance(
         all(there.at[layer, f"s_{module}"] for module in modules_of(group))
         for layer, group in zip(table["layer"], table["group"], strict=True)
     ]
-    empty = (counts > 0) & able
+    empty = (counts > 0) & np.array(able)
     for column in ("share", "by_chance"):
         table[column] = table[column].where(table[column].notna() | ~empty, 0.0)
     return table

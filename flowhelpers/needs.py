@@ -1,10 +1,15 @@
 """What each experiment needs of a suite: what is fetched, held in memory, and how long it takes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from flowhelpers.machine import free_memory
 from flowhelpers.registry import BYTES, SuiteRow
-from flowhelpers.suites import directions_memory, least_memory
+from flowhelpers.suites import chosen_device, chosen_dtype, directions_memory, least_memory
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MATCHING = 4.0  # of the bare products: both ways, the scores by chance, and what sorts them
 WORKING = 400 * 2**20  # bytes for products and tables, beside what is loaded
@@ -74,6 +79,44 @@ def needs(row: SuiteRow, dtype: str, speeds: Mapping[str, float]) -> list[Need]:
         Need(f"steering, {TEXTS} texts of {LENGTH} tokens", "05 06", both, least,
              TEXTS * LENGTH * 2 * model / speeds["model"]),
     ]  # fmt: skip
+
+
+def needs_table(
+    rows: Iterable[SuiteRow], device: str = "auto", notebooks: Iterable[str] = ("01 02", "03")
+) -> "pd.DataFrame":
+    """What several suites need of this machine, each by itself.
+
+    Args:
+        rows: The suites.
+        device: Where they would run.
+        notebooks: Of which notebooks, as `needs` names them.
+
+    Returns:
+        One row a suite and experiment: `suite`, `experiment`, `fetched_gb`, `memory_gib`,
+        `minutes` (roughly, from the products alone) and `fits`, whether that memory is free now.
+    """
+    import pandas as pd
+
+    from flowhelpers.cosine import quick_dtype
+
+    device, wanted, records = chosen_device(device), set(notebooks), []
+    speeds = {"matching": speed(device, str(quick_dtype(device)).removeprefix("torch."))}
+    for row in rows:
+        dtype = chosen_dtype(row, device)
+        speeds[dtype] = speeds.get(dtype) or speed(device, dtype)
+        for need in needs(row, dtype, {**speeds, "model": speeds[dtype]}):
+            if need.notebooks in wanted:
+                records.append(
+                    {
+                        "suite": row.name,
+                        "experiment": need.experiment,
+                        "fetched_gb": need.fetched / 1e9,
+                        "memory_gib": need.memory / 2**30,
+                        "minutes": need.seconds / 60,
+                        "fits": need.memory <= free_memory(device),
+                    }
+                )
+    return pd.DataFrame(records)
 
 
 def speed(device: str, dtype: str) -> float:
