@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowhelpers.across_flow import depth
 from flowhelpers.features import MODULES
 from flowhelpers.groups import Occurrences, group_shares, modules_of
 from flowhelpers.intervals import share_intervals
@@ -13,11 +14,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 POOLED = "all texts"  # beside the datasets
-
-
-def depth(layers: "pd.Series | np.ndarray", count: int) -> Any:
-    """Relative depth of layers in a model of so many: 0 is the first, 1 the last."""
-    return layers / max(count - 1, 1)
 
 
 def fullest(found: Occurrences) -> Occurrences:
@@ -75,8 +71,8 @@ def group_totals(
     """
     whole = fullest(found)
     there = [m for m in MODULES if whole.table[f"s_{m}"].notna().any()]
-    both = (replace(each, table=each.table.assign(layer=0)) for each in (whole, fullest(base)))
-    table = _with_chance(*both, ["layer"], times, seed).drop(columns="layer")
+    ours, theirs = (replace(o, table=o.table.assign(layer=0)) for o in (whole, fullest(base)))
+    table = _with_chance(ours, theirs, ["layer"], times, seed).drop(columns="layer")
     table.insert(0, "suite", found.suite)
     table.insert(1, "method", found.method)
     table.insert(2, "places", "+".join(there))

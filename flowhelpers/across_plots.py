@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flowhelpers.group_plots import GROUP_COLOURS, GROUP_MARKS, legend_below
+from flowhelpers.group_plots import GROUP_COLOURS, GROUP_MARKS, group_bars, legend_below
 from flowhelpers.groups import GROUPS
 from flowhelpers.marks import told_once
 from flowhelpers.plots import GREY, INK, dress, escape
@@ -109,6 +109,7 @@ def groups_by_depth(
     rows: str = "suite",
     columns: str = "dataset",
     phases: pd.DataFrame | None = None,
+    title: str = "Where active features come from, by depth",
 ) -> go.Figure:
     """The share of each group by relative depth, a panel for each value of two columns.
 
@@ -122,6 +123,7 @@ def groups_by_depth(
         rows: The column whose values stand below each other.
         columns: The column whose values stand side by side.
         phases: As `phases.all_phases` gives them, of one division; thin lines mark where they end.
+        title: What it shows.
     """
     above, beside = (list(dict.fromkeys(groups[column])) for column in (rows, columns))
     titles = [f"{escape(str(b))}, {escape(str(a))}" for a in above for b in beside]
@@ -129,7 +131,7 @@ def groups_by_depth(
         len(above), len(beside), shared_yaxes="all", subplot_titles=titles,
         horizontal_spacing=0.03, vertical_spacing=0.36 / (len(above) + 1),
     )  # fmt: skip
-    dress(figure, "Where active features come from, by depth", subtitle, 170 + 260 * len(above))
+    dress(figure, title, subtitle, 170 + 260 * len(above))
     figure.update_annotations(font_size=13)
     for row, a in enumerate(above, 1):
         for col, b in enumerate(beside, 1):
@@ -150,7 +152,8 @@ def groups_by_depth(
 
 
 def _group_line(figure: go.Figure, part: pd.DataFrame, group: str, row: int, col: int) -> None:
-    look, at = {"color": GROUP_COLOURS[group]}, {"row": row, "col": col, "legendgroup": group}
+    looks: dict[str, tuple[str, str]] = {g: (GROUP_COLOURS[g], GROUP_MARKS[g]) for g in GROUPS}
+    look, at = {"color": looks[group][0]}, {"row": row, "col": col, "legendgroup": group}
     later = part[part["layer"] > 0]
     sure = later.dropna(subset=["low", "high"])
     figure.add_scatter(
@@ -168,10 +171,27 @@ def _group_line(figure: go.Figure, part: pd.DataFrame, group: str, row: int, col
         figure.add_scatter(
             x=piece["depth"], y=piece["share"], name=group, line=look | {"width": 1.5},
             mode="markers" if mark else "lines+markers",
-            marker=look | {"symbol": GROUP_MARKS[group] + mark, "size": 6},
+            marker=look | {"symbol": looks[group][1] + mark, "size": 6},
             hovertext=words, hovertemplate="%{hovertext}<extra>%{fullData.name}</extra>",
             showlegend=not mark, **at,
         )  # fmt: skip
+
+
+def groups_against_chance(totals: pd.DataFrame, subtitle: str) -> go.Figure:
+    """The share of each group in every suite, beside that by chance (Figure 19 a).
+
+    Args:
+        totals: As `across_groups.group_totals` gives it.
+        subtitle: Suites, n and choices.
+    """
+    bars = totals.assign(dataset=totals["suite"])
+    chance = bars[["dataset", "group", "n"]].assign(share=bars["by_chance"])
+    figure = group_bars(bars, chance, subtitle)
+    for suite, (colour, _) in suite_looks(totals["suite"]).items():
+        for trace in figure.data:
+            if trace.type == "bar" and trace.name == suite:
+                trace.marker.color = colour
+    return figure
 
 
 def phases_by_depth(phases: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -190,6 +210,7 @@ def phases_by_depth(phases: pd.DataFrame, subtitle: str) -> go.Figure:
             y=[escape(f"{r.suite}: {r.of}") for r in part.itertuples()],
             x=part["ends"] - part["begins"], base=part["begins"], orientation="h",
             name=f"phase {number}", text=layers, textposition="inside", textangle=0,
+            insidetextanchor="middle",
             marker={"color": PHASE_COLOURS[(int(number) - 1) % len(PHASE_COLOURS)],
                     "line": {"color": INK, "width": 0.5}},
             customdata=part["explained"],

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowhelpers.across_groups import POOLED, depth
+from flowhelpers.across_flow import depth
+from flowhelpers.across_groups import POOLED
 from flowhelpers.groups import GROUPS
 from flowhelpers.matching import CLASSES
 from flowhelpers.paper import PHASES
