@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from flowhelpers.across_flow import flow_profile, summary
-from flowhelpers.across_groups import activity_profile, group_profile, group_totals
+from flowhelpers.across_groups import POOLED, activity_profile, group_profile, group_totals
 from flowhelpers.features import suggestion
+from flowhelpers.groups import GROUPS
 from flowhelpers.registry import SuiteRow, find_suite, registered
 
 if TYPE_CHECKING:
@@ -34,8 +35,8 @@ class Profile:
         across: One row a suite: as `across_flow.summary` gives it, and of its occurrences their
             number, the share of each group under its name, and `chance` before the name for that
             by chance.
-        by_layer: One row a suite and layer: as `across_flow.flow_profile` gives it, and
-            `across_groups.activity_profile`.
+        by_layer: One row a suite and layer: as `across_flow.flow_profile` gives it,
+            `across_groups.activity_profile`, and the share of each group over all texts.
         groups: As `across_groups.group_profile` gives it; empty where no text was read.
         totals: As `across_groups.group_totals` gives it; empty where no text was read.
     """
@@ -120,6 +121,9 @@ def profile(
     if found is not None and base is not None:
         by_layer = by_layer.merge(activity_profile(found, base), "left", on="layer")
         groups = group_profile(found, base, suite.layers, times, seed)
+        pooled = groups[groups["dataset"] == POOLED].astype({"group": str})
+        wide = pooled.pivot(index="layer", columns="group", values="share")
+        by_layer = by_layer.merge(wide[list(GROUPS)].reset_index(), "left", on="layer")
         totals = group_totals(found, base, times, seed)
         record["occurrences"] = int(totals["n"].sum())
         record |= dict(zip(totals["group"].astype(str), totals["share"], strict=True))

@@ -41,7 +41,7 @@ def flow_profile(table: "pd.DataFrame", count: int) -> "pd.DataFrame":
         and `high_res` of the scores, their mean `s_res`, `null_res` and `above_res`, the share
         above it; `translated` … `unexplained`, `born_mlp`, `born_att`, `dies` and `mutual` as
         `lifespans.flow_by_layer` gives them; and `lives`, the mean number of layers that features
-        of this layer live.
+        of this layer live, with `life`, the same as a share of the model's.
     """
     import pandas as pd
 
@@ -62,6 +62,7 @@ def flow_profile(table: "pd.DataFrame", count: int) -> "pd.DataFrame":
     for name in (*CLASSES, "born_mlp", "born_att", "dies", "mutual"):
         columns[name] = flow.get(name, flow["features"] * np.nan).where(_can_be(name, there))
     columns["lives"] = lifespans(table).groupby("layer")["layers"].mean()
+    columns["life"] = columns["lives"] / count
     profile = pd.DataFrame(columns, index=flow.index)
     rows = zip(*(there[module] for module in MODULES), strict=True)
     places = ["+".join(m for m, is_there in zip(MODULES, r, strict=True) if is_there) for r in rows]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowhelpers.across_flow import depth
-from flowhelpers.across_groups import POOLED
 from flowhelpers.groups import GROUPS
 from flowhelpers.matching import CLASSES
 from flowhelpers.paper import PHASES
@@ -183,13 +182,12 @@ def all_phases(
     """
     import pandas as pd
 
-    tables = {"groups": (_wide(found.groups), GROUPS), "classes": (found.by_layer, CLASSES)}
     frames = []
     for suite, count in zip(found.across["suite"], found.across["layers"], strict=True):
-        for of, (table, columns) in tables.items():
-            if table.empty:
+        mine = found.by_layer[found.by_layer["suite"] == suite]
+        for of, columns in {"groups": GROUPS, "classes": CLASSES}.items():
+            if not set(columns) <= set(mine):
                 continue
-            mine = table[table["suite"] == suite]
             ours = phases(mine, columns, int(count), parts, shuffles, seed)
             theirs = paper_phases(suite, mine, columns, int(count))
             frames += [ours.assign(of=of), theirs.assign(of=f"{of}, by the paper")]
@@ -198,14 +196,6 @@ def all_phases(
     columns += ["by_chance", "as_good"]
     kept = [frame for frame in frames if len(frame)]
     return pd.concat(kept, ignore_index=True).reindex(columns=columns) if kept else pd.DataFrame()
-
-
-def _wide(groups: "pd.DataFrame") -> "pd.DataFrame":
-    """A column for each group, of all texts together."""
-    if groups.empty:
-        return groups
-    pooled = groups[groups["dataset"] == POOLED].astype({"group": str})
-    return pooled.pivot(index=["suite", "layer"], columns="group", values="share").reset_index()
 
 
 def _shape(profile: "pd.DataFrame", columns: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
