@@ -109,12 +109,16 @@ def profile(
         seed: Of these.
 
     Raises:
-        ValueError: If one of the occurrences is given without the other.
+        ValueError: If one of the occurrences is given without the other, or they are of another
+            suite.
     """
     import pandas as pd
 
     if (found is None) != (base is None):
         raise ValueError("occurrences: expected those found and those by chance, or neither")
+    for each in (found, base):
+        if each is not None and each.suite != suite.name:
+            raise ValueError(f"occurrences of {each.suite}: expected those of {suite.name}")
     width = suite.dictionary(next(iter(suite.dictionaries))).directions.shape[1]
     record, by_layer = summary(suite.row, table, width), flow_profile(table, suite.layers)
     groups = totals = pd.DataFrame()

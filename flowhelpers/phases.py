@@ -202,6 +202,7 @@ def _shape(profile: "pd.DataFrame", columns: Sequence[str]) -> tuple[np.ndarray,
     """The layers that can be compared, `[layers]`, and their values, `[layers, columns]`."""
     values = profile.sort_values("layer").set_index("layer")[list(columns)].astype(float)
     values = values.dropna(axis=1, how="all").dropna(axis=0, how="any")
+    values = values if len(values.columns) else values[:0]
     return values.index.to_numpy(), values.to_numpy()
 
 
