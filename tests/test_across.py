@@ -151,6 +151,21 @@ def test_a_profile_is_what_is_planted(tables: dict[str, pd.DataFrame]):
     assert found["life"].tolist() == pytest.approx((found["lives"] / 3).tolist())
 
 
+def test_each_pair_of_sites_is_held_against_its_own_null(tables: dict[str, pd.DataFrame]):
+    table = tables["bare"].copy()
+    table.loc[(table["layer"] == 2) & (table["module"] == "res"), "null"] = 0.85
+    table.loc[(table["layer"] == 1) & (table["module"] == "mlp"), "null"] = 0.59
+    table.loc[(table["layer"] == 1) & (table["module"] == "att"), "null"] = 0.61
+    found = flow_profile(table, 3).set_index("layer")
+    assert found.loc[2, "above_res"] == 0
+    assert found.loc[1, ["above_res", "above_mlp", "above_att"]].tolist() == [1, 0.5, 0]
+    assert found.loc[1, ["translated", "processed"]].tolist() == [0.5, 0.5]
+    assert found.loc[2, ["translated", "processed"]].tolist() == [0, 0]
+    whole = summary(suite_of("bare").row, table, toys.D_MODEL)
+    assert whole["above_res"] == 0.5
+    assert whole["translated"] == 0.25
+
+
 def test_what_a_suite_lacks_is_missing_and_the_rest_is_the_same(tables: dict[str, pd.DataFrame]):
     whole = flow_profile(tables["bare"], 3)
     without, stream = (flow_profile(tables[name], 3) for name in ("no attention", "stream"))
@@ -336,6 +351,7 @@ def test_two_suites_of_one_name_are_refused(tables: dict[str, pd.DataFrame], fou
     assert combined([one]).groups.empty
 
 
+@pytest.mark.filterwarnings("error")
 def test_profiles_are_compared_at_the_depths_that_both_reach():
     up = pd.DataFrame({"suite": "up", "depth": np.linspace(0, 1, 5)})
     up["x"] = up["depth"]
