@@ -1,8 +1,8 @@
 """Phases: the parts into which a model's layers fall, each as even within itself as can be.
 
 The paper divides the layers of two models into three parts by eye (Figures 5 and 19). Here the
-division is computed, and held against the same layers in another order: of few layers, three parts
-describe anything well.
+division is computed (CHOICES 43), and held against the same layers in another order: of few layers,
+three parts describe anything well.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ Parts = tuple[tuple[int, int], ...]
 def segments(values: np.ndarray, parts: int = 3) -> Parts:
     """The division of rows into so many runs that has the least sum of squared errors.
 
-    The error of a row is its distance to the mean of its run. Of several such divisions it is the
-    one whose later runs begin first.
+    The error of a row is its distance to the mean of its run. Of several divisions that do as well
+    it is the one whose later runs begin first.
 
     Args:
         values: `[rows, columns]`, in their order.
