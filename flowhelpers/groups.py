@@ -94,8 +94,8 @@ def occurrences(
             `elsewhere` gives.
 
     Raises:
-        ValueError: If no layer has all three sites, the activations lack a site of the table, or
-            the table has fewer ranks than `top_n`.
+        ValueError: If no layer has all three sites and `incomplete` ones are not asked for, the
+            activations lack a site of the table, or the table has fewer ranks than `top_n`.
     """
     import pandas as pd
 
@@ -109,7 +109,7 @@ def occurrences(
     }
     layers = sorted({layer for layer, _ in by_place})
     complete = [layer for layer in layers if all((layer, module) in by_place for module in MODULES)]
-    if not complete:
+    if not (complete or incomplete):
         raise ValueError("no layer has predecessors at all three of res, mlp and att")
     sources = predecessors or activations
     sites = {predecessor_site(layer, module) for layer, module in by_place}

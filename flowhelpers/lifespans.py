@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowhelpers.features import MODULES
-from flowhelpers.matching import check_threshold, classify, high_module, scores
+from flowhelpers.matching import CLASSES, check_threshold, classify, high_module, scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,5 +120,7 @@ def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
                 "largest_funnel": int(counts.iloc[0]),
             }
         records.append(record)
-    columns = ["translated", "processed", "newborn", "unexplained"]
-    return pd.DataFrame(records).fillna(dict.fromkeys(columns, 0.0))
+    found = pd.DataFrame(records)
+    for name in CLASSES:  # one that no feature is of has no column yet
+        found[name] = found[name].fillna(0.0) if name in found else 0.0
+    return found

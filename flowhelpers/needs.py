@@ -1,10 +1,16 @@
 """What each experiment needs of a suite: what is fetched, held in memory, and how long it takes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
 
+from flowhelpers.machine import free_memory
 from flowhelpers.registry import BYTES, SuiteRow
-from flowhelpers.suites import directions_memory, least_memory
+from flowhelpers.suites import chosen_device, chosen_dtype, directions_memory, least_memory
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MATCHING = 6.0  # of the bare products: both ways, scores by chance, what sorts and certifies them
 WORKING = 400 * 2**20  # bytes for products and tables, beside what is loaded
@@ -74,6 +80,46 @@ def needs(row: SuiteRow, dtype: str, speeds: Mapping[str, float]) -> list[Need]:
         Need(f"steering, {TEXTS} texts of {LENGTH} tokens", "05 06", both, least,
              TEXTS * LENGTH * 2 * model / speeds["model"]),
     ]  # fmt: skip
+
+
+def needs_table(
+    rows: Iterable[SuiteRow], device: str = "auto", notebooks: Iterable[str] = ("01 02", "03")
+) -> "pd.DataFrame":
+    """What several suites need of this machine, each by itself.
+
+    Args:
+        rows: The suites.
+        device: Where they would run.
+        notebooks: Of which notebooks, as `needs` names them.
+
+    Returns:
+        One row a suite and experiment: `suite`, `experiment`, `fetched_gb`, `memory_gib`,
+        `minutes` (roughly, from the products alone) and `fits`, whether that memory is free now.
+    """
+    import pandas as pd
+
+    from flowhelpers.cosine import quick_dtype
+
+    wanted, records = set(notebooks), []
+    measured = cache(speed)
+    for row in rows:
+        place = chosen_device(row, device)
+        dtype = chosen_dtype(row, place)
+        quick = str(quick_dtype(place)).removeprefix("torch.")
+        speeds = {"model": measured(place, dtype), "matching": measured(place, quick)}
+        for need in needs(row, dtype, speeds):
+            if need.notebooks in wanted:
+                records.append(
+                    {
+                        "suite": row.name,
+                        "experiment": need.experiment,
+                        "fetched_gb": need.fetched / 1e9,
+                        "memory_gib": need.memory / 2**30,
+                        "minutes": need.seconds / 60,
+                        "fits": need.memory <= free_memory(place),
+                    }
+                )
+    return pd.DataFrame(records)
 
 
 def speed(device: str, dtype: str) -> float:

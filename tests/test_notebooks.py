@@ -1795,3 +1795,48 @@ def test_next_tokens_are_those_of_the_plain_model(start: Executed, by_hand: ByHa
         assert plain[repr(by_hand.tokenizer.decode([token]))] == pytest.approx(value, rel=1e-4)
     changed = table[table["condition"] == "feature"]["value"].to_numpy()
     assert np.abs(changed - plain.to_numpy()).max() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def across(executed: dict[str, Executed]) -> Executed:
+    """Notebook 07, executed."""
+    return executed["07_across_models"]
+
+
+def test_a_suite_among_others_is_what_it_is_by_itself(
+    across: Executed, groups: Executed, flows: Executed
+) -> None:
+    row = across.table("across").set_index("suite").loc["flowlet"]
+    for module in ("res", "mlp", "att"):
+        best = np.concatenate([best_back(layer, module)[1] for layer in range(1, 8)])
+        high = [best_back(layer, module)[1] > null(layer, module) for layer in range(1, 8)]
+        assert row[f"median_{module}"] == pytest.approx(np.median(best.clip(min=0)), abs=1e-5)
+        assert row[f"above_{module}"] == pytest.approx(np.concatenate(high).mean(), abs=1e-3)
+    overall = groups.table("shares_overall").set_index("group")  # the same sample
+    for group, each in overall.iterrows():
+        assert row[str(group)] == pytest.approx(each["share"])
+        assert row[f"chance {group}"] == pytest.approx(each["by_chance"])
+    lives = flows.table("lives_of_all").set_index("steps")["mean layers"]
+    assert row["mean_life"] == pytest.approx(lives["above chance"])
+    assert row["mutual_life"] == pytest.approx(lives["above chance and mutual"])
+    by_layer = across.table("by_layer")
+    mine = by_layer[by_layer["suite"] == "flowlet"].set_index("layer")
+    flow = flows.table("flow_by_layer").set_index("layer")
+    for column in ("processed", "newborn", "dies"):
+        expected = flow[column].where(flow.index > 0) if column != "dies" else flow[column]
+        assert mine[column].to_numpy() == pytest.approx(expected.to_numpy(), nan_ok=True)
+
+
+def test_no_other_division_of_the_layers_is_more_even(across: Executed) -> None:
+    table, by_layer = across.table("phases"), across.table("by_layer")
+    columns = ["translated", "processed", "newborn", "unexplained"]
+    for suite, part in table[table["of"] == "classes"].groupby("suite"):
+        mine = by_layer[by_layer["suite"] == suite].set_index("layer")[columns].dropna()
+
+        def left(ends: Sequence[int], mine: pd.DataFrame = mine) -> float:
+            runs = [mine.loc[a + 1 : b] for a, b in pairwise([0, *ends, len(mine)])]
+            return sum(float(((run - run.mean()) ** 2).sum().sum()) for run in runs)
+
+        least = min(left((a, b)) for b in range(2, len(mine)) for a in range(1, b))
+        assert left(part["last"].tolist()[:2]) == pytest.approx(least)
+        assert part["explained"].iloc[0] == pytest.approx(1 - least / left(()))
