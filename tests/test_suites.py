@@ -2,6 +2,8 @@
 
 import dataclasses
 import gc
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -181,6 +183,84 @@ def test_what_a_suite_names_has_to_be_there(planted_folder: Path, toy_folder: Pa
         load_suite(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no suite\.yaml in "):
         read_suite_folder(tmp_path / "empty")
+
+
+def said_to_be_of(folder: Path, to: Path, **about: Any) -> str:
+    """A copy of a dictionary's folder whose configuration says more about its model."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "cfg.json").read_text())
+    config["metadata"] |= about
+    (to / "cfg.json").write_text(json.dumps(config))
+    return str(to)
+
+
+def test_dictionaries_of_different_models_are_refused(
+    planted_folder: Path, toy_folder: Path, tmp_path: Path
+):
+    sources = {
+        site: said_to_be_of(planted_folder / "0-res", tmp_path / site.replace("/", "-"), **about)
+        for site, about in {
+            "0/res": {"model_name": "google/gemma-2-2b"},
+            "1/res": {"model_name": "gpt2-small"},
+        }.items()
+    }
+    write(tmp_path, {"name": "mine", "model": str(toy_folder), "dictionaries": sources})
+    message = "suite mine: its dictionaries are of different models: 0/res of gemma-2-2b, 1/res of"
+    with pytest.raises(ValueError, match=message):
+        load_suite(tmp_path)
+    releases = {
+        "0/res": {"release": "pythia-70m-deduped-res-sm", "id": "blocks.0.hook_resid_post"},
+        "1/res": {"release": "gpt2-small-resid-post-v5-32k", "id": "blocks.1.hook_resid_post"},
+    }
+    write(tmp_path, {"name": "mine", "model": PYTHIA, "layers": 6, "dictionaries": releases})
+    with pytest.raises(ValueError, match="0/res of pythia-70m-deduped, 1/res of gpt2-small"):
+        load_suite(tmp_path)
+
+
+def test_a_model_at_another_revision_than_its_dictionaries_is_refused(
+    planted_folder: Path, toy_folder: Path, tmp_path: Path
+):
+    kwargs = {"revision": "step3000"}
+    source = said_to_be_of(
+        planted_folder / "0-res", tmp_path / "sae", model_from_pretrained_kwargs=kwargs
+    )
+    row = {"name": "mine", "model": str(toy_folder), "dictionaries": {"0/res": source}}
+    write(tmp_path, row | {"revision": "step1000"})
+    message = r"model at revision step1000, and the dictionary for 0/res .* on revision step3000"
+    with pytest.raises(ValueError, match=message):
+        load_suite(tmp_path)
+    write(tmp_path, row | {"revision": "step3000"})
+    assert load_suite(tmp_path).dictionary("0/res").width == toys.RES
+
+
+def test_dictionaries_of_a_base_model_on_another_are_warned_of(
+    hub_here: Hub, tiny_pythia: str, tmp_path: Path
+):
+    release = {"release": "pythia-70m-deduped-res-sm", "id": "blocks.{layer}.hook_resid_post"}
+    write(tmp_path, {"model": "other/tuned", "layers": 6, "dictionaries": {"res": release}})
+    with (
+        pytest.warns(UserWarning, match="has the model other/tuned, and its .* on pythia-70m-dedu"),
+        pytest.raises(FileNotFoundError, match="the hub has no other/tuned"),
+    ):
+        load_suite(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"release": "pythia-70m-res", "id": "x"}, "no release 'pythia-70m-res'; did you mean 'py"),
+        (
+            {"release": "pythia-70m-deduped-res-sm", "id": "blocks.9.hook_resid_post"},
+            r"has no dictionary 'blocks\.9\.hook_resid_post'; did you mean 'blocks\..\.hook_resi",
+        ),
+    ],
+)
+def test_a_release_that_is_not_there_names_the_nearest(
+    toy_folder: Path, tmp_path: Path, source: dict[str, str], message: str
+):
+    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"0/res": source}})
+    with pytest.raises(ValueError, match=message):
+        load_suite(tmp_path)
 
 
 def test_truncated_files_of_a_suite_are_named(
