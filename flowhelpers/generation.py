@@ -13,8 +13,6 @@ from flowhelpers.model import Activations, Edit, Model, editing, tokenize
 from flowhelpers.runs import progress
 
 PHASES = ("prompt", "generation")
-LIKELIEST = 16_384  # tokens that are sorted, of a vocabulary that is larger
-SLACK = 1e-3  # of their chances, so that rounding does not decide
 
 
 class NotFiniteError(FloatingPointError):
@@ -196,21 +194,10 @@ def _nucleus(logits: Float[Tensor, "batch vocabulary"], top_p: float) -> np.ndar
     Tokens as likely as the last of them are in as well.
     """
     chances = logits.softmax(-1).numpy()
-    if chances.shape[1] <= LIKELIEST:
-        return np.where(chances >= _least(chances, top_p), chances, 0)
-    # Of a large vocabulary the likeliest are enough, but for texts that could go on in any way.
-    likeliest = -np.partition(-chances, LIKELIEST, axis=-1)[:, :LIKELIEST]
-    least = _least(likeliest, top_p)
-    short = likeliest.sum(axis=-1, dtype=np.float64) < top_p + SLACK
-    least[short] = _least(chances[short], top_p)
-    return np.where(chances >= least, chances, 0)
-
-
-def _least(chances: np.ndarray, top_p: float) -> np.ndarray:
-    # Of each row, the chance of the last token of its nucleus.
     falling = np.sort(chances, axis=-1)[:, ::-1]  # many times as fast as torch's
     before = (falling.cumsum(axis=-1) < top_p).sum(axis=-1, keepdims=True)
-    return np.take_along_axis(falling, before.clip(max=falling.shape[1] - 1), axis=-1)
+    least = np.take_along_axis(falling, before.clip(max=falling.shape[1] - 1), axis=-1)
+    return np.where(chances >= least, chances, 0)
 
 
 def _drawn(chances: np.ndarray, uniform: np.ndarray) -> Int[Tensor, "batch 1"]:
