@@ -78,6 +78,8 @@ def suites(arguments: argparse.Namespace) -> int:
             print(f"{'':<22}{len(row.dictionaries)} dictionaries; {where}")
             if len(row.variants) > 1:
                 print(f"{'':<22}variants: {', '.join(row.variants)}")
+            if row.d_att:
+                print(f"{'':<22}no att at d_model: it reads z, and W_O brings it into the stream")
         print(
             "\n`flowhelpers suites NAME` says what one needs; a variant is asked for as NAME@65k,"
         )

@@ -104,6 +104,14 @@ def test_a_family_goes_the_whole_way(name: str, small: Hub):
     assert len(suite.dictionaries) == 6
 
 
+def test_pythia_goes_the_whole_way(hub_here: Hub, pythia: str, monkeypatch: pytest.MonkeyPatch):
+    shrink(monkeypatch, "pythia-70m-deduped", d_model=64)
+    suite = load_suite("pythia-70m-deduped")
+    whole_way(suite, layer=3)
+    assert len(suite.dictionaries) == 18
+    assert suite.model.name == pythia
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_a_family_is_found_with_the_network_off(
     name: str, small: Hub, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,94 @@
+"""The preflight is silent where dictionaries see what they were trained on, and warns where not."""
+
+import copy
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+from flowhelpers import preflight as room
+from flowhelpers.features import Site
+from flowhelpers.model import tokenize
+from flowhelpers.preflight import preflight, preflight_sites
+from flowhelpers.suites import Suite, load_suite
+
+TEXTS = [
+    "At night the astronomers watched the stars and the planets, and wrote down what they saw."
+]
+MLP = Site(4, "mlp")
+
+
+@pytest.fixture(scope="module")
+def flowlet() -> Suite:
+    return load_suite("flowlet")
+
+
+def with_dictionary(suite: Suite, **changed: torch.Tensor) -> Suite:
+    """The suite with other weights in the dictionary at 4/mlp."""
+    sae = copy.deepcopy(suite.dictionary(MLP).sae)
+    for name, value in changed.items():
+        getattr(sae, name).data = value
+    other = replace(suite.dictionary(MLP), whole=sae)
+    return replace(suite, dictionaries={**suite.dictionaries, MLP: other})
+
+
+def test_dictionaries_in_their_place_pass(flowlet: Suite):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = preflight(flowlet, TEXTS)
+    assert table["site"].tolist() == [
+        f"{at}/{m}" for at in (0, 4, 7) for m in ("att", "mlp", "res")
+    ]
+    assert [str(site) for site in preflight_sites(flowlet)] == table["site"].tolist()
+    assert not table["is_far"].any()
+    assert table["declared_l0"].isna().all()
+
+
+def test_figures_are_those_worked_out_by_hand(flowlet: Suite):
+    from flowhelpers.model import run
+
+    found = preflight(flowlet, TEXTS, ["4/mlp"]).iloc[0]
+    tokens = tokenize(flowlet.model, TEXTS)
+    x = run(flowlet.model, tokens.ids, [MLP])[1][MLP][0, 1:]  # all but BOS
+    sae = flowlet.dictionary(MLP).sae
+    with torch.no_grad():
+        codes = sae.encode(x)
+        error = (x - sae.decode(codes)).square().sum() / (x - x.mean(0)).square().sum()
+    assert found["tokens"] == len(x)
+    assert found["l0"] == pytest.approx((codes > 0).sum().item() / len(x))
+    assert found["explained_variance"] == pytest.approx(1 - error.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("factor", [30.0, -30.0])
+def test_thresholds_in_other_units_are_warned_of_with_the_figures(
+    flowlet: Suite, monkeypatch: pytest.MonkeyPatch, factor: float
+):
+    monkeypatch.setattr(room, "declared_l0", lambda source: 15.0)
+    threshold = flowlet.dictionary(MLP).sae.threshold.detach()
+    suite = with_dictionary(flowlet, threshold=threshold * factor)
+    message = r"4/mlp of suite flowlet: \d+\.\d features are active a token where 15 are declared"
+    with pytest.warns(UserWarning, match=message):
+        table = preflight(suite, TEXTS, ["4/mlp"])
+    assert table["is_far"].tolist() == [True]
+    assert not 6 < table["l0"].item() < 37.5
+
+
+def test_variance_that_is_not_explained_is_warned_of(
+    flowlet: Suite, monkeypatch: pytest.MonkeyPatch
+):
+    decoder = flowlet.dictionary(MLP).sae.W_dec.detach()
+    suite = with_dictionary(flowlet, W_dec=decoder.roll(1, dims=1))
+    with pytest.warns(UserWarning, match=r"4/mlp .* of the variance is explained: it may not see"):
+        preflight(suite, TEXTS, ["4/mlp"])
+    monkeypatch.setattr(room, "declared_variance", lambda source: 0.999)
+    monkeypatch.setattr(room, "BELOW_DECLARED", 0.01)
+    with pytest.warns(UserWarning, match="4/res"):
+        preflight(flowlet, TEXTS, ["4/res"])
+
+
+def test_a_site_that_is_not_there_and_no_text_are_errors(flowlet: Suite):
+    with pytest.raises(ValueError, match="no layer 9 in suite flowlet"):
+        preflight(flowlet, TEXTS, ["9/res"])
+    with pytest.raises(ValueError, match="no text given"):
+        preflight(flowlet, [])
