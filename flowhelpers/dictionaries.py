@@ -85,23 +85,27 @@ class Dictionary:
     def fingerprint(self) -> str:
         """A digest of directions and weights, by which tables made from them are known."""
         digest = hashlib.blake2b(digest_size=16)
-        by_files = self.files is not None and not isinstance(self.whole, torch.nn.Module)
-        if self.files is not None and by_files:
-            digest.update(f"{self.files.content} {self.dtype}".encode())
+        if self._stored:
+            digest.update(f"{self._stored.content} {self.dtype}".encode())
         elif self.sae is not None:
             for tensor in self.sae.state_dict().values():
                 digest.update(_bytes(tensor))
-        if not by_files or self.reads != self.site:  # what the model makes of it counts too
+        if not self._stored or self.reads != self.site:  # what the model makes of it counts too
             digest.update(_bytes(self.directions))
         return digest.hexdigest()
 
     @cached_property
     def thresholds(self) -> Float[Tensor, "features"] | None:
         """Each feature's threshold, in units of its activation; None if it has none."""
-        if self.files is not None:
-            return read_thresholds(self.files, self.width)
+        if self._stored:
+            return read_thresholds(self._stored, self.width)
         found = getattr(self.sae, "threshold", None)
         return None if found is None else found.detach().float()
+
+    @property
+    def _stored(self) -> SaeFiles | None:
+        # Its files, unless another SAE was put in their place.
+        return None if isinstance(self.whole, torch.nn.Module) else self.files
 
     @property
     def normalises_tokens(self) -> bool:
