@@ -152,13 +152,14 @@ def start_run(
         ValueError: If a run is taken up again with other settings than it was started with.
         OSError: If no folder can be made.
     """
+    asked = parameters.get("device")
     config = {
         "notebook": notebook,
         "parameters": dict(parameters),
         "choices": dict(choices or {}),
         "suite": suite or parameters.get("suite"),
         "revision": revision,
-        "device": device or parameters.get("device") or _device(),
+        "device": device or (asked if asked != "auto" else None) or _device(),
         "seed": parameters.get("seed") if seed is None else seed,
         "versions": _versions(),
         "platform": platform.platform(),
