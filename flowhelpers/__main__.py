@@ -70,6 +70,7 @@ def notebooks(arguments: argparse.Namespace) -> int:
 def suites(arguments: argparse.Namespace) -> int:
     """Lists the suites, or says of one what it holds and what each experiment needs."""
     from flowhelpers.registry import find_suite, registered
+    from flowhelpers.suites import check_sources
 
     if not arguments.suite:
         for row in registered().values():
@@ -80,19 +81,19 @@ def suites(arguments: argparse.Namespace) -> int:
                 print(f"{'':<22}variants: {', '.join(row.variants)}")
             if row.d_att:
                 print(f"{'':<22}no att at d_model: it reads z, and W_O brings it into the stream")
+        print("\n`flowhelpers suites NAME` says what one needs. A variant is asked for as in")
         print(
-            "\n`flowhelpers suites NAME` says what one needs; a variant is asked for as NAME@65k,"
+            "gemma-2-2b@65k; of Gemma 2, dictionaries by their mean L0 as in gemma-2-2b@l0=70; of"
         )
-        print("dictionaries by their mean L0 as NAME@l0=70, some modules alone as NAME@res+mlp")
+        print("any suite, some modules alone as in flowlet@res+mlp")
         return 0
     row = find_suite(arguments.suite)
+    check_sources(row)
     print(row.name, row.about, sep="\n", end="\n\n")
     _print_needs(row)
     print()
     for note in row.notes:
-        print(
-            textwrap.fill(" ".join(note.split()), 90, initial_indent="- ", subsequent_indent="  ")
-        )
+        print(textwrap.fill(f"- {note}", 90, subsequent_indent="  "))
     print()
     for site, source in sorted(row.dictionaries.items()):
         named = source if isinstance(source, str) else f"{source['release']}/{source['id']}"
@@ -102,6 +103,7 @@ def suites(arguments: argparse.Namespace) -> int:
 
 def _print_needs(row: "SuiteRow") -> None:
     from flowhelpers.cosine import quick_dtype
+    from flowhelpers.machine import free_memory
     from flowhelpers.needs import needs, speed
     from flowhelpers.suites import chosen_device, chosen_dtype
 
@@ -111,13 +113,19 @@ def _print_needs(row: "SuiteRow") -> None:
     speeds = {"model": speed(device, dtype), "matching": speed(device, quick)}
     features = f" of {row.features:,} features" if row.features else ""
     print(f"model {row.model}; {len(row.dictionaries)} dictionaries{features}")
-    print(f"here it runs on {device} in {dtype}; times are rough, from the products alone\n")
+    free = free_memory(device)
+    print(f"here it runs on {device} in {dtype}, where {free / 2**30:.1f} GiB are free;")
+    if not (row.parameters or row.is_local):
+        print("the suite says nothing of its sizes: give it the keys d_model, parameters and")
+        print("model_parameters, so that its needs can be told")
+        return
+    print("times are rough, from the products alone; what is cached is fetched no more\n")
     print(f"{'':<42}{'notebooks':<11}{'fetched':>10}{'memory':>11}{'time':>10}")
     for need in needs(row, dtype, speeds):
         fetched = f"{need.fetched / 1e9:.1f} GB" if need.fetched else "nothing"
         memory = f"{need.memory / 2**30:.1f} GiB"
         print(f"{need.experiment:<42}{need.notebooks:<11}{fetched:>10}{memory:>11}", end="")
-        print(f"{_duration(need.seconds):>10}")
+        print(f"{_duration(need.seconds):>10}", "" if need.memory <= free else " does not fit")
 
 
 def _duration(seconds: float) -> str:

@@ -1,6 +1,5 @@
 """How attention's heads come into the stream: z, W_O, and the norm after it where there is one."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowhelpers.hub import fetch, read_tensors
+from flowhelpers.hub import fetch, read_hub_json, read_tensors
 
 if TYPE_CHECKING:
     from flowhelpers.model import Model
@@ -77,7 +76,7 @@ def stored_attention_output(
     """
     folder = Path(name)
     path = folder / "config.json" if folder.is_dir() else fetch(name, "config.json", revision)
-    if json.loads(path.read_text(encoding="utf-8")).get("model_type") not in GEMMAS:
+    if read_hub_json(path).get("model_type") not in GEMMAS:
         return None
     ends = ("self_attn.o_proj.weight", "post_attention_layernorm.weight")
     names = [[f"{prefix}layers.{layer}.{end}" for end in ends] for prefix in PREFIXES]

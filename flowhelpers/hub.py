@@ -19,20 +19,29 @@ from flowhelpers.files import writable_folder, write_whole
 from flowhelpers.tables import cache_folder
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+FULL = (errno.ENOSPC, errno.EDQUOT)
 OFFLINE_HINT = "the suite flowlet needs no network"
 SMALL = (".json", ".txt", ".model", ".jinja")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
+class NotOnHub(FileNotFoundError):
+    """The hub has no such repository, revision or file."""
+
+
 def cached(repository: str, file: str, revision: str | None = None) -> Path | None:
     """Where a file of the hub lies on this machine; None if it does not."""
+    found = _known(repository, file, revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _known(repository: str, file: str, revision: str | None) -> object:
+    # A path, or the library's mark of a file that the repository was seen not to have, or None.
     from huggingface_hub import constants, try_to_load_from_cache
 
-    found = try_to_load_from_cache(
+    return try_to_load_from_cache(
         repository, file, cache_dir=constants.HF_HUB_CACHE, revision=revision
     )
-    return Path(found) if isinstance(found, str) else None
 
 
 def fetch(repository: str, file: str, revision: str | None = None) -> Path:
@@ -40,7 +49,7 @@ def fetch(repository: str, file: str, revision: str | None = None) -> Path:
 
     Raises:
         PermissionError: If the hub refuses it; the message says what to accept, or how to log in.
-        FileNotFoundError: If the hub has no such repository, revision or file.
+        NotOnHub: If the hub has no such repository, revision or file.
         ConnectionError: If it is not cached and there is no network, or the hub is in trouble.
         ValueError: If what arrived is not what the hub says it is.
         OSError: If the cache cannot be written to, or is full.
@@ -57,11 +66,51 @@ def fetch(repository: str, file: str, revision: str | None = None) -> Path:
 
 
 def fetch_if_there(repository: str, file: str, revision: str | None = None) -> Path | None:
-    """A file of the hub that not every repository has; None if this one does not."""
+    """A file of the hub that not every repository has; None if this one does not.
+
+    That it does not is remembered as well, and known with the network off.
+    """
+    known = _known(repository, file, revision)
+    if known is not None and not isinstance(known, str):
+        return None
     try:
         return fetch(repository, file, revision)
-    except FileNotFoundError:
+    except NotOnHub:
         return None
+
+
+def broken(path: Path, error: Exception) -> ValueError:
+    """What to say of a file that cannot be read; one in a cache is removed, so that it is fetched.
+
+    Args:
+        path: The file.
+        error: What reading it gave.
+    """
+    from huggingface_hub import constants
+
+    said = f"{path} is truncated or corrupt: {error}"
+    caches = (Path(constants.HF_HUB_CACHE), cache_folder())
+    if not any(path.is_relative_to(place) for place in caches):
+        return ValueError(said)
+    blob = path.resolve()
+    path.unlink(missing_ok=True)
+    blob.unlink(missing_ok=True)
+    return ValueError(f"{said}. It was removed from the cache: load again to fetch it")
+
+
+def read_hub_json(path: Path) -> dict[str, Any]:
+    """A JSON file of the hub's cache, or of a folder.
+
+    Raises:
+        ValueError: If it is no JSON object; one in the cache is removed.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        raise ValueError("expected an object")
+    except ValueError as error:
+        raise broken(path, error) from error
 
 
 @contextmanager
@@ -115,7 +164,7 @@ def _is_complete(model: str, revision: str | None) -> bool:
     index = cached(model, INDEX, revision)
     if index is None:
         return False
-    files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    files = read_hub_json(index)["weight_map"].values()
     return all(cached(model, file, revision) for file in set(files))
 
 
@@ -155,7 +204,7 @@ def told(repository: str, file: str = "") -> Iterator[None]:
     except (OfflineModeIsEnabled, httpx.TransportError, ConnectionError) as error:
         raise ConnectionError(f"{missed}; {OFFLINE_HINT} ({_first(error)})") from error
     except OSError as error:
-        if error.errno in UNWRITABLE:
+        if error.errno in FULL or _is_of_cache(error):
             raise _unwritable(error, what) from error
         if "Consistency check failed" in str(error):  # of the library: fewer bytes than said
             raise ConnectionError(f"{missed}: it was cut short ({_first(error)})") from error
@@ -186,9 +235,22 @@ def _refused(error: Any, repository: str, file: str) -> OSError:
     missing = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
     if isinstance(error, missing):
         near = _nearest(repository, file) if isinstance(error, EntryNotFoundError) else ""
-        return FileNotFoundError(f"the hub has no {what}{near} ({_first(error)})")
+        return NotOnHub(f"the hub has no {what}{near} ({_first(error)})")
     return ConnectionError(
         f"{what} is not cached and could not be fetched: the hub says {status} ({_first(error)})"
+    )
+
+
+def _is_of_cache(error: OSError) -> bool:
+    # Whether a file or folder of the hub's could not be made or opened.
+    from huggingface_hub import constants
+
+    if error.errno == errno.EROFS:
+        return True
+    places = [Path(constants.HF_HOME), Path(constants.HF_HUB_CACHE)]
+    places += [folder for place in places for folder in place.parents if len(folder.parts) > 1]
+    return error.filename is not None and any(
+        Path(error.filename).is_relative_to(place) for place in places
     )
 
 
@@ -254,7 +316,7 @@ def _files_of(model: str, names: list[str], revision: str | None) -> dict[str, s
         index = fetch_if_there(model, INDEX, revision)
     if index is None:
         return {SINGLE: None}
-    places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    places: dict[str, str] = read_hub_json(index)["weight_map"]
     files: dict[str, set[str] | None] = {}
     for name in names:
         if name in places:
@@ -272,20 +334,24 @@ def _from_file(path: Path, names: list[str]) -> dict[str, Any]:
             there = set(tensors.keys())
             return {name: tensors.get_tensor(name) for name in names if name in there}
     except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt: {error}") from error
+        raise broken(path, error) from error
 
 
 def _from_hub(model: str, file: str, names: list[str], revision: str | None) -> dict[str, Any]:
     # A safetensors file of those tensors alone, kept beside the tables.
-    digest = hashlib.blake2b(" ".join(names).encode(), digest_size=8).hexdigest()
-    place = cache_folder() / "tensors" / model.replace("/", "--") / (revision or "main")
-    path = place / f"{Path(file).stem}-{digest}.safetensors"
+    path = _kept(model, names, revision, file)
     if not path.is_file():
         with told(model, file):
             content = _some_of(model, file, names, revision)
-        writable_folder(place)
+        writable_folder(path.parent)
         write_whole(path, lambda partial: partial.write_bytes(content))
     return _from_file(path, names)
+
+
+def _kept(model: str, names: list[str], revision: str | None, file: str) -> Path:
+    digest = hashlib.blake2b(" ".join(names).encode(), digest_size=8).hexdigest()
+    place = cache_folder() / "tensors" / model.replace("/", "--") / (revision or "main")
+    return place / f"{Path(file).stem}-{digest}.safetensors"
 
 
 def _some_of(model: str, file: str, names: list[str], revision: str | None) -> bytes:
@@ -301,7 +367,7 @@ def _some_of(model: str, file: str, names: list[str], revision: str | None) -> b
         headers = {**build_hf_headers(), "Range": f"bytes={first}-{first + size - 1}"}
         reply = http_backoff("GET", url, headers=headers, follow_redirects=True)
         hf_raise_for_status(reply)
-        if len(reply.content) != size:
+        if reply.status_code != 206 or len(reply.content) != size:
             raise ConnectionError(f"{len(reply.content)} bytes came, expected {size}")
         return reply.content
 

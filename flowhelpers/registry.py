@@ -18,13 +18,14 @@ from flowhelpers.features import MODULES, Site, parse_site, suggestion
 DATA = Path(__file__).parent / "data"
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 KINDS: dict[str, tuple[type, str]] = {
+    "name": (str, "text"),
     "model": (str, "text"),
     "revision": (str, "text"),
-    "layers": (int, "a whole number"),
-    "d_model": (int, "a whole number"),
-    "d_att": (int, "a whole number"),
-    "parameters": (int, "a whole number"),
-    "model_parameters": (int, "a whole number"),
+    "layers": (int, "a whole number above zero"),
+    "d_model": (int, "a whole number above zero"),
+    "d_att": (int, "a whole number above zero"),
+    "parameters": (int, "a whole number above zero"),
+    "model_parameters": (int, "a whole number above zero"),
     "dictionaries": (dict, "a mapping"),
     "variants": (dict, "a mapping"),
     "by_l0": (dict, "a mapping"),
@@ -32,7 +33,7 @@ KINDS: dict[str, tuple[type, str]] = {
     "stored": (dict, "a mapping"),
     "notes": (list, "a list"),
 }
-KEYS = {"name", "about", *KINDS}
+KEYS = {"about", *KINDS}
 L0 = re.compile(r"l0=(\d+)")
 
 Source = str | Mapping[str, str]
@@ -123,12 +124,17 @@ def _chosen(name: str, asked: Iterable[str]) -> SuiteRow:
     raw, row = _table()[name], registered()[name]
     variant, l0, modules = None, None, None
     for choice in asked:
-        if choice in row.variants:
+        match = L0.fullmatch(choice)
+        if choice in row.variants and variant is None:
             variant = choice
-        elif match := L0.fullmatch(choice):
+        elif match and l0 is None:
             l0 = int(match[1])
-        elif set(choice.split("+")) <= set(MODULES):
+        elif set(choice.split("+")) <= set(MODULES) and modules is None:
             modules = choice.split("+")
+        elif choice in row.variants or match or set(choice.split("+")) <= set(MODULES):
+            raise ValueError(
+                f"suite {name}: {choice!r} is the second of its kind that is asked for"
+            )
         else:
             there = [*row.variants, *(["l0=70"] if "by_l0" in raw else []), "res+mlp"]
             raise ValueError(f"suite {name} has no variant {choice!r}{suggestion(choice, there)}")
@@ -218,7 +224,8 @@ def read_suite_folder(folder: Path) -> SuiteRow:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(row, dict):
         raise ValueError(f"{path} holds no mapping: expected the keys model and dictionaries")
-    return _row(row.get("name", folder.name), row, folder)
+    name = row.get("name")
+    return _row(name if isinstance(name, str) else folder.name, row, folder)
 
 
 def _row(
@@ -230,8 +237,18 @@ def _row(
     for key in {"model", "dictionaries"} - row.keys():
         raise ValueError(f"{where}: the key {key!r} is missing")
     for key, (kind, said) in KINDS.items():
-        if key in row and not isinstance(row[key], kind):
-            raise ValueError(f"{where}: {key} is {row[key]!r}, expected {said}")
+        if key not in row:
+            continue
+        value = row[key]
+        if not isinstance(value, kind) or (kind is int and (value is True or value < 1)):
+            raise ValueError(f"{where}: {key} is {value!r}, expected {said}")
+    for each, words in row.get("variants", {}).items():
+        if not isinstance(words, dict):
+            raise ValueError(f"{where}: variant {each} is {words!r}, expected a mapping")
+    for key, dtype in row.get("stored", {}).items():
+        if key not in ("model", "dictionaries") or dtype not in BYTES:
+            said = f"expected model or dictionaries, each one of {', '.join(BYTES)}"
+            raise ValueError(f"{where}: stored is {key}: {dtype!r}, {said}")
     row = _fill(row, variant)
     local = folder / row["model"] if folder else None
     is_here = local is not None and local.exists()
@@ -242,7 +259,7 @@ def _row(
     neuronpedia: dict[Site, str] = {}
     for key, source in row["dictionaries"].items():
         for site in _sites(str(key), layers, where, model):
-            dictionaries[site] = _filled(source, site.layer, folder)
+            dictionaries[site] = _filled(source, site.layer, folder, f"{where}: ")
     for key, source in row.get("neuronpedia", {}).items():
         for site in _sites(str(key), layers, where, model):
             neuronpedia[site] = _called(source, site, where)
@@ -292,7 +309,10 @@ def _fill(row: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
 
 def _sites(key: str, layers: int, where: str, model: str) -> list[Site]:
     if key not in MODULES:
-        return [parse_site(key)]
+        try:
+            return [parse_site(key)]
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}{suggestion(key, MODULES)}") from error
     if not layers:  # of a pattern for every layer
         raise ValueError(
             f"{where}: no folder {model} says how many layers there are: a pattern for"
@@ -318,13 +338,13 @@ def _config(model: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _filled(source: Any, layer: int, folder: Path | None) -> Source:
+def _filled(source: Any, layer: int, folder: Path | None, where: str = "") -> Source:
     if isinstance(source, str):
         path = source.replace("{layer}", str(layer))
         return str(folder / path) if folder else path
     if not isinstance(source, dict) or set(source) != {"release", "id"}:
         raise ValueError(
-            f"a dictionary is a sae-lens folder or has the keys release and id: got {source}"
+            f"{where}a dictionary is a sae-lens folder or has the keys release and id: got {source}"
         )
     return {key: str(value).replace("{layer}", str(layer)) for key, value in source.items()}
 

@@ -4,7 +4,6 @@ Whole dictionaries are sae-lens's to load. It always reads both matrices, though
 what is known here of each family's format serves to read the decoder by itself.
 """
 
-import json
 import re
 import zipfile
 import zlib
@@ -20,7 +19,15 @@ from torch import Tensor
 
 from flowhelpers.features import Site, suggestion
 from flowhelpers.files import fingerprint
-from flowhelpers.hub import SHA256, cached_only, fetch, fetch_if_there, told
+from flowhelpers.hub import (
+    SHA256,
+    broken,
+    cached_only,
+    fetch,
+    fetch_if_there,
+    read_hub_json,
+    told,
+)
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
@@ -97,14 +104,7 @@ def _read(path: Path, name: str) -> Tensor | None:
         with safe_open(path, "pt") as tensors:
             return tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118
     except BROKEN as error:
-        raise _broken(str(path), error) from error
-
-
-def _broken(path: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{path} is truncated or corrupt: {error}. If it lies in the hub's cache, remove it there"
-        " and load again"
-    )
+        raise broken(path, error) from error
 
 
 def load_sae(release: str, sae_id: str, device: str, dtype: str) -> Any:
@@ -138,7 +138,7 @@ def load_sae(release: str, sae_id: str, device: str, dtype: str) -> Any:
                 release, sae_id, device=device, dtype=dtype, converter=converter
             )
     except BROKEN as error:
-        raise _broken(str(files.weights), error) from error
+        raise broken(files.weights, error) from error
 
 
 def _gemma_scope_2_parts(
@@ -196,7 +196,7 @@ def trained_on(folder: Path) -> str | None:
     path = folder / "cfg.json"
     if not path.is_file():
         return None
-    about = _json(path)
+    about = read_hub_json(path)
     return {**about, **(about.get("metadata") or {})}.get("model_name")
 
 
@@ -241,7 +241,7 @@ def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFil
 
 
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
-    about = _json(config)
+    about = read_hub_json(config)
     about = {**about, **(about.get("metadata") or {})}
     hook = about.get("hook_name") or about.get("hook_point")
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
@@ -285,7 +285,7 @@ def _llama_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> Sae
     folder = listed.saes_map[sae_id]
     config = fetch(listed.repo_id, f"{folder}/hyperparams.json")
     weights = fetch(listed.repo_id, f"{folder}/checkpoints/final.safetensors")
-    about = _json(config)
+    about = read_hub_json(config)
     norm = about["dataset_average_activation_norm"]["in"]
     scale = about["d_model"] ** 0.5 / norm
     folded = listed.norm_scaling_factor.get(sae_id)
@@ -313,16 +313,6 @@ FORMATS: Mapping[str | None, Callable[..., SaeFiles]] = {
 def _hook(folder: str, name: str) -> str:
     layer = re.search(r"layer_(\d+)", folder)
     return f"blocks.{layer[1]}.{name}" if layer else folder
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-        raise ValueError("expected an object")
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read, it may be truncated: {error}") from error
 
 
 def _content(path: Path) -> str:

@@ -203,7 +203,8 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
     row = find_suite(name)
     device = chosen_device(row, device)
     dtype = chosen_dtype(row, device, dtype)
-    all_fit = memory_needed(row, dtype) <= free_memory(device)
+    size_is_known = row.is_local or row.parameters > 0
+    all_fit = size_is_known and memory_needed(row, dtype) <= free_memory(device)
     if not all_fit:
         check_memory(directions_memory(row), f"matching in suite {row.name}", device)
     if row.layers:
@@ -262,7 +263,7 @@ def _load_dictionary(
         return stored or attention_output(load_model(), site.layer)
 
     source = row.dictionaries[site]
-    d_model = row.d_model or load_model().d_model
+    d_model = row.d_model or _stored_width(row) or load_model().d_model
     of = (
         partial(load_folder, Path(source))
         if isinstance(source, str)
@@ -270,12 +271,26 @@ def _load_dictionary(
     )
     with _told(row):
         found = of(site=site, d_model=d_model, device=device, dtype=dtype, output=output)
-    if found.files and row.revision and found.files.revision not in (None, row.revision):
+    trained_on = found.files.revision if found.files else None
+    at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
+    if trained_on is not None and at_issue and trained_on != row.revision:
         raise ValueError(
-            f"suite {row.name} has the model at revision {row.revision}, and the dictionary for"
-            f" {site} ({found.source}) was trained on revision {found.files.revision}"
+            f"suite {row.name} has the model at revision {row.revision or 'main'}, and the"
+            f" dictionary for {site} ({found.source}) was trained on revision {trained_on}"
         )
     return found
+
+
+def _stored_width(row: SuiteRow) -> int | None:
+    # The width of a model of the hub, from its configuration alone.
+    from flowhelpers.hub import fetch, read_hub_json
+
+    if Path(row.model).is_dir():
+        return None
+    with _told(row):
+        config = read_hub_json(fetch(row.model, "config.json", row.revision))
+    config = {**config, **config.get("text_config", {})}
+    return config.get("hidden_size") or config.get("n_embd")
 
 
 def check_sources(row: SuiteRow) -> None:
@@ -332,5 +347,6 @@ def _told(row: SuiteRow) -> Iterator[None]:
     except ConnectionError as error:
         raise ConnectionError(
             f"suite {row.name} is not cached and could not be fetched: it needs the model"
-            f" {row.model} and {len(row.dictionaries)} dictionaries; {OFFLINE_HINT} ({error})"
+            f" {row.model} and {len(row.dictionaries)} dictionaries; {OFFLINE_HINT}"
+            f" ({str(error).replace(f'; {OFFLINE_HINT}', '')})"
         ) from error

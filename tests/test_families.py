@@ -421,5 +421,33 @@ def test_a_hub_file_that_is_cut_short_in_the_cache_is_named(
     assert files is not None
     short = tmp_path / "params.npz"
     short.write_bytes(files.weights.read_bytes()[:1_000_000])
-    with pytest.raises(ValueError, match=r"params\.npz is truncated or corrupt.*remove it there"):
+    with pytest.raises(ValueError, match=r"params\.npz is truncated or corrupt: "):
         read_decoder(dataclasses.replace(files, weights=short))
+
+
+def test_decoders_alone_and_files_that_are_not_there_are_known_with_the_network_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import constants
+
+    with Hub(tmp_path / "hub") as hub:
+        hub.use_in_process(tmp_path / "home", monkeypatch)
+        monkeypatch.setenv("FLOWHELPERS_CACHE", str(tmp_path / "tables"))
+        write_gpt2(hub.root)
+        write_gemma_scope_2(hub.root)
+        optional = [*hub.root.rglob("sparsity.safetensors")]
+        optional += hub.root.glob("models/google/gemma-scope-2-*/*/*/config.json")
+        assert len(optional) > 10
+        for path in optional:
+            path.unlink()
+        names = ("gpt2-small", "gemma-3-270m-pt")
+        for name in names:
+            shrink(monkeypatch, name, **SMALL[name])
+        online = {name: match_table(load_suite(name), k=1) for name in names}
+        hub.reset()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        for name in names:
+            suite = load_suite(name)
+            assert match_table(suite, k=1).equals(online[name])
+            assert suite.dictionary("1/res").sae.cfg.d_in == 64
+        assert hub.requests == []

@@ -13,7 +13,14 @@ import torch
 from hub import Hub, Process
 from safetensors.torch import save_file
 
-from flowhelpers.hub import cached, fetch, fetch_if_there, fetched, read_tensors
+from flowhelpers.hub import (
+    cached,
+    fetch,
+    fetch_if_there,
+    fetched,
+    read_hub_json,
+    read_tensors,
+)
 
 OWNER = "planted/weights"
 FILE = "layer_0/params.safetensors"
@@ -120,6 +127,33 @@ def test_a_file_that_is_not_what_the_hub_says_is_an_error_and_is_not_kept(files:
     assert cached(OWNER, FILE) is None
     path.write_bytes(CONTENT)
     assert fetch(OWNER, FILE).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_CACHE", "HF_HOME"])
+def test_a_cache_that_cannot_be_made_is_told(
+    run_python: Process, hub: Hub, tmp_path: Path, variable: str
+):
+    folder = hub.root / "models" / OWNER
+    (folder / "layer_0").mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_bytes(CONTENT)
+    (tmp_path / "a file").write_text("")
+    code = (
+        "from flowhelpers.hub import fetch, fetch_if_there\n"
+        "try:\n"
+        f"    fetch_if_there({OWNER!r}, {FILE!r})\n"
+        "except OSError as error: print(error)"
+    )
+    result = run_python(code, **{variable: str(tmp_path / "a file" / "x")})
+    assert "cannot be kept in the cache" in result.stdout, result.stderr
+    assert "HF_HOME" in result.stdout
+
+
+def test_a_broken_file_in_the_cache_is_removed_and_fetched_again(files: Hub):
+    path = fetch(OWNER, "config.json")
+    path.resolve().write_text('{"answ', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.json is truncated .* removed from the cache"):
+        read_hub_json(path)
+    assert read_hub_json(fetch(OWNER, "config.json")) == {"answer": 42}
 
 
 @pytest.mark.parametrize(
