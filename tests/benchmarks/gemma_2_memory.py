@@ -6,6 +6,10 @@ Files of Gemma Scope's true format and width (26 layers, three sites, 16,384 fea
 to FOLDER with random numbers, by default whole: 23 GB. With `--decoders` the encoders, which
 nothing here reads, are left out of the files: 12 GB. The decoders are then read one by one as those
 of a suite of the hub are, and the table is made; memory is watched all the while.
+
+On two cores of an AMD EPYC that had other work as well, all 26 layers took 1,608 s, 6.5 times the
+bare products of each pair of sites one way (the table has both ways, and scores by chance), and at
+most 2.35 GiB in all; read from disk again, 85 s.
 """
 
 import argparse
