@@ -106,8 +106,8 @@ def find_suite(name: str | Path) -> SuiteRow:
     """The row of a suite, by its registered name or by its folder.
 
     A name may ask for more, each part after an `@`: a variant (`gemma-2-2b@65k`), the dictionaries
-    whose mean L0 is nearest to a number (`gemma-2-2b@l0=70`; neighbours of equal L0 match best, SAE
-    Match 5.2), or some of the modules alone (`gemma-2-2b@res+mlp`).
+    whose mean L0 is nearest to a number (`gemma-2-2b@l0=70`; SAE Match finds that neighbours of
+    equal L0 match best), or some of the modules alone (`gemma-2-2b@res+mlp`).
 
     Raises:
         ValueError: If there is neither, or no such variant; the message names the nearest.
