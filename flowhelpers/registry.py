@@ -183,27 +183,29 @@ def _of_mean_l0(row: SuiteRow, patterns: Mapping[str, Any], l0: int) -> SuiteRow
 
 def declared_l0(source: Source) -> float | None:
     """The mean L0 that a release gives for a dictionary: of its path, or sae-lens's list."""
-    if isinstance(source, str):
+    release, sae_id = _listing(source)
+    if release is None:
         return None
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-
-    release = get_pretrained_saes_directory().get(source["release"])
-    if release is None or source["id"] not in release.saes_map:
-        return None
-    if match := re.search(r"average_l0_(\d+)", release.saes_map[source["id"]]):
+    if match := re.search(r"average_l0_(\d+)", release.saes_map[sae_id]):
         return float(match[1])
-    return release.expected_l0.get(source["id"]) or None
+    return release.expected_l0.get(sae_id) or None
 
 
 def declared_variance(source: Source) -> float | None:
     """The explained variance that sae-lens's list gives for a dictionary, if it does."""
+    release, sae_id = _listing(source)
+    found = release.expected_var_explained.get(sae_id) if release else None
+    return None if found == 1.0 else found  # the list's word for what it lacks
+
+
+def _listing(source: Source) -> tuple[Any, str]:
+    # What sae-lens lists of the release, None unless it lists the dictionary; and its id.
     if isinstance(source, str):
-        return None
+        return None, source
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     release = get_pretrained_saes_directory().get(source["release"])
-    found = release.expected_var_explained.get(source["id"]) if release else None
-    return None if found in (None, 1.0) else found  # 1 is the list's word for what it lacks
+    return release if release and source["id"] in release.saes_map else None, source["id"]
 
 
 def read_suite_folder(folder: Path) -> SuiteRow:

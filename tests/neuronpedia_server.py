@@ -8,12 +8,31 @@ a list of faults: one a request, in their order.
 import gzip
 import json
 from dataclasses import dataclass, field
+from functools import cache
+from ssl import SSLContext, create_default_context
 from typing import Any
 
+import pytest
 from loopback import LoopbackServer, QuietHandler
 
 MODEL, SOURCE = "gemma-2-2b", "12-gemmascope-res-16k"
 MINI, OPUS = "gpt-4o-mini", "claude-opus"
+
+
+@cache
+def certificates(**options: Any) -> SSLContext:
+    """Those of this machine, read once."""
+    return create_default_context()
+
+
+def be_quick(patch: pytest.MonkeyPatch) -> None:
+    """Short pauses between tries, no key about, and the certificates read once."""
+    from flowhelpers import neuronpedia
+
+    patch.setattr(neuronpedia, "PAUSE", 0.005)
+    patch.delenv("NEURONPEDIA_API_KEY", raising=False)
+    patch.setenv("NO_PROXY", "127.0.0.1")
+    patch.setattr("httpx2._transports.default.create_ssl_context", certificates)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from email.utils import format_datetime
-from functools import cache
 from pathlib import Path
-from ssl import SSLContext, create_default_context
 from typing import Any
 
 import httpx2
@@ -24,6 +22,7 @@ from neuronpedia_server import (
     SOURCE,
     Fault,
     NeuronpediaServer,
+    be_quick,
     packed,
     row,
 )
@@ -55,18 +54,10 @@ def running() -> Iterator[NeuronpediaServer]:
         yield server
 
 
-@cache
-def certificates(**options: Any) -> SSLContext:
-    return create_default_context()
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses, no key about, and the certificates read once."""
-    monkeypatch.setattr(neuronpedia, "PAUSE", 0.005)
-    monkeypatch.delenv("NEURONPEDIA_API_KEY", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("httpx2._transports.default.create_ssl_context", certificates)
+    be_quick(monkeypatch)
 
 
 @pytest.fixture

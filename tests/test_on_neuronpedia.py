@@ -4,9 +4,8 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from datetime import date
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from ssl import SSLContext, create_default_context
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as parquet
 import pytest
 import toys
 from IPython.display import IFrame
-from neuronpedia_server import MINI, OPUS, Fault, NeuronpediaServer, packed, row
+from neuronpedia_server import MINI, OPUS, Fault, NeuronpediaServer, be_quick, packed, row
 
 from flowhelpers import neuronpedia
 from flowhelpers.features import FeatureId, Site
@@ -50,18 +49,10 @@ def running() -> Iterator[NeuronpediaServer]:
         yield server
 
 
-@cache
-def certificates(**options: Any) -> SSLContext:
-    return create_default_context()
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short pauses, no key about, and the certificates read once."""
-    monkeypatch.setattr(neuronpedia, "PAUSE", 0.005)
-    monkeypatch.delenv("NEURONPEDIA_API_KEY", raising=False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("httpx2._transports.default.create_ssl_context", certificates)
+    be_quick(monkeypatch)
 
 
 def refuse() -> NoReturn:

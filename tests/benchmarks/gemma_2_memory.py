@@ -14,7 +14,6 @@ most 2.35 GiB in all; read from disk again, 85 s.
 
 import argparse
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import psutil
 import torch
+from clock import memory
 
 from flowhelpers.attention import AttentionOutput
 from flowhelpers.cosine import quick_dtype
@@ -91,24 +90,11 @@ def _nothing() -> NoReturn:
     raise AssertionError("matching needs no model and no encoder")
 
 
-def watched(compute: Callable[[], object]) -> tuple[float, float]:
+def watched(compute: Callable[[], object]) -> tuple[float, int]:
     """Seconds that it takes, and the most memory of this process that is in use meanwhile."""
-    process = psutil.Process()
-    used = [process.memory_info().rss]
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.01):
-            used.append(process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
     began = time.perf_counter()
-    compute()
-    took = time.perf_counter() - began
-    done.set()
-    watcher.join()
-    return took, max(used)
+    _, most = memory(compute)
+    return time.perf_counter() - began, most
 
 
 def bare_products(layers: int) -> float:

@@ -14,7 +14,6 @@ bfloat16 alone takes 1.6 s there. No GPU has been measured yet.
 
 import argparse
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -22,8 +21,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import torch
+from clock import memory
 from torch import Tensor
 
 from flowhelpers.cosine import quick_dtype, top_k_cosine, unit_rows
@@ -65,20 +64,8 @@ def seconds(compute: Callable[[], object]) -> float:
 
 def peak_beside(compute: Callable[[], object]) -> float:
     """The most memory in use at a time, beside what was in use before, in MiB."""
-    process = psutil.Process()
-    used = [process.memory_info().rss]
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            used.append(process.memory_info().rss)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    compute()
-    done.set()
-    watcher.join()
-    return (max(used) - used[0]) / MIB
+    before, most = memory(compute)
+    return (most - before) / MIB
 
 
 def on_cpu(features: int, width: int, k: int, repeats: int) -> None:
