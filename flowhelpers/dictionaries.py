@@ -1,4 +1,4 @@
-"""One dictionary: its unit directions in the residual basis, and its encoder.
+"""One dictionary: its decoder in the residual basis, and its encoder.
 
 The decoder comes first and by itself; the rest is read when something asks for it.
 """
@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowhelpers.attention import AttentionOutput
+from flowhelpers.cosine import unit_rows
 from flowhelpers.features import FeatureId, Site
 from flowhelpers.model import HOOKS
 from flowhelpers.sae_files import (
@@ -53,9 +54,10 @@ class Dictionary:
 
     Attributes:
         site: The site whose contribution to the stream it describes.
-        directions: Decoder rows in the residual basis, each of unit norm in float32,
-            `[features, d_model]`; zero for the rows in `excluded`, so that they match nothing.
-        norms: Norms of the decoder rows before that.
+        decoder: Decoder rows in the residual basis, of any norm, in the type they are stored in,
+            and memory-mapped where the file allows it; zero for the rows in `excluded`, so that
+            they match nothing.
+        norms: Norms of the decoder rows, in the scale of the activations.
         excluded: Indices of the rows that hold NaN or infinity or are all zero.
         source: Where it was loaded from.
         whole: sae-lens's SAE, which encodes; or what loads it, once something asks for it.
@@ -65,7 +67,7 @@ class Dictionary:
     """
 
     site: Site
-    directions: Float[Tensor, "features d_model"]
+    decoder: Float[Tensor, "features d_model"]
     norms: Float[Tensor, "features"]
     excluded: Int[Tensor, "bad"]
     source: str
@@ -91,7 +93,7 @@ class Dictionary:
             for tensor in self.sae.state_dict().values():
                 digest.update(_bytes(tensor))
         if not self._stored or self.reads != self.site:  # what the model makes of it counts too
-            digest.update(_bytes(self.directions))
+            digest.update(_bytes(self.decoder))
         return digest.hexdigest()
 
     @cached_property
@@ -115,7 +117,15 @@ class Dictionary:
     @property
     def width(self) -> int:
         """Number of features."""
-        return self.directions.shape[0]
+        return self.decoder.shape[0]
+
+    @property
+    def directions(self) -> Float[Tensor, "features d_model"]:
+        """The decoder's rows, each of unit norm in float32; made anew each time that it is asked.
+
+        What compares many of them takes `decoder`, and normalises block by block.
+        """
+        return unit_rows(self.decoder)
 
     def direction(self, feature: FeatureId) -> Float[Tensor, "d_model"]:
         """The unit direction of one feature.
@@ -125,7 +135,7 @@ class Dictionary:
         """
         if feature.index in self.excluded:
             raise ValueError(f"{feature} has no direction: its decoder row is zero or not finite")
-        return self.directions[feature.index]
+        return unit_rows(self.decoder[feature.index][None])[0]
 
     @torch.no_grad()
     def encode(
@@ -229,7 +239,7 @@ class Dictionary:
 def make_dictionary(
     site: Site, sae: Any, d_model: int, source: str, output: AttentionOutput | None = None
 ) -> Dictionary:
-    """Bring an SAE's decoder to unit directions in the residual basis; note what is wrong with it.
+    """Bring an SAE's decoder to the residual basis; note what is wrong with it.
 
     A decoder that writes at z, before W_O, is brought there by W_O and the gain of the norm after
     attention, where the model has one (CHOICES 30; this project's extension). What the norm divides
@@ -247,18 +257,18 @@ def make_dictionary(
     """
     reads = _hooked_site(site, sae.cfg.metadata.hook_name, source)
     decoder = _in_stream(sae.W_dec.detach(), site, reads, source, output)
-    directions, norms, bad = _units(decoder, site, d_model, source, _silenced(sae))
+    decoder, norms, bad = _usable(decoder.clone(), site, d_model, source, _silenced(sae))
     if len(bad):
         _silence(sae, bad)
         _warn(bad, len(norms), site, source)
-    return Dictionary(site, directions, norms, bad, source, sae, reads)
+    return Dictionary(site, decoder, norms, bad, source, sae, reads)
 
 
 def _in_stream(
     decoder: Tensor, site: Site, reads: Site, source: str, output: AttentionOutput | None
 ) -> Tensor:
     if reads == site:
-        return decoder.float()
+        return decoder
     if output is None:
         raise ValueError(
             f"the dictionary for {site} ({source}) reads z, before W_O: it cannot be compared"
@@ -267,25 +277,25 @@ def _in_stream(
     return output.in_stream(decoder)
 
 
-def _units(
+def _usable(
     decoder: Tensor, site: Site, d_model: int, source: str, silenced: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Rows of unit norm, what their norms were, and the rows that are of no use.
+    # The rows, with zeros in place of those that are of no use; their norms; and which those are.
     if decoder.shape[1] != d_model:
         raise ValueError(
             f"the dictionary for {site} ({source}) has width {decoder.shape[1]}:"
             f" expected {d_model}, the width of its model"
         )
-    norms = decoder.norm(dim=1)
+    norms = torch.linalg.vector_norm(decoder, dim=1, dtype=torch.float32)
     useless = ~torch.isfinite(norms) | (norms == 0)
     if silenced is not None:
         useless |= silenced
     bad = torch.nonzero(useless).flatten()
     if len(bad) == len(norms):
         raise ValueError(f"the dictionary for {site} ({source}) has no decoder row that is usable")
-    directions = decoder / norms[:, None]
-    directions[bad] = 0
-    return directions.contiguous(), norms, bad
+    decoder = decoder.contiguous()
+    decoder[bad] = 0
+    return decoder, norms, bad
 
 
 def _warn(bad: Tensor, features: int, site: Site, source: str) -> None:
@@ -347,8 +357,8 @@ def read_dictionary(
         load: Loads the SAE.
         site: The site.
         d_model: Width of the model's stream.
-        device: Torch device of directions and SAE.
-        dtype: Type of the SAE's weights; directions are in float32.
+        device: Torch device of decoder and SAE.
+        dtype: Type of the SAE's weights; the decoder is in the type it is stored in.
         output: Says how the model brings z into the stream; asked only if the dictionary reads z.
 
     Raises:
@@ -361,7 +371,7 @@ def read_dictionary(
     except ValueError as error:
         raise _unreadable(files.source, site, error) from error
     decoder = _in_stream(decoder, site, reads, files.source, brings)
-    directions, norms, bad = _units(decoder, site, d_model, files.source)
+    decoder, norms, bad = _usable(decoder, site, d_model, files.source)
     if len(bad):
         _warn(bad, len(norms), site, files.source)
 
@@ -377,7 +387,7 @@ def read_dictionary(
 
     norms = norms / files.scale
     return Dictionary(
-        site, directions, norms, bad, files.source, whole, reads, files=files, dtype=dtype
+        site, decoder, norms, bad, files.source, whole, reads, files=files, dtype=dtype
     )
 
 

@@ -52,7 +52,7 @@ def by_cosine(
     target: "Dictionary", source: "Dictionary", k: int, device: str | None = None
 ) -> Match:
     """Top-k by cosine (paper 3.2), one match more than k where there is one, for the margin."""
-    later, earlier = target.directions, source.directions
+    later, earlier = target.decoder, source.decoder
     return Match(
         top_k_cosine(later, earlier, min(k + 1, source.width), device=device),
         top_k_cosine(earlier, later, min(k + 1, target.width), device=device),
@@ -63,7 +63,7 @@ def cosine_null(
     target: "Dictionary", source: "Dictionary", seed: int = 0, device: str | None = None
 ) -> Null:
     """What the best cosine is by chance, both ways."""
-    later, earlier = target.directions, source.directions
+    later, earlier = target.decoder, source.decoder
     return Null(
         null_cosines(later, earlier, seed, device=device).cpu().sort().values,
         null_cosines(earlier, later, seed, device=device).cpu().sort().values,
@@ -161,8 +161,9 @@ def by_permutation(
     later, earlier = (_rows(side, weights, folded) for side in (target, source))
     products = (later.to(device) @ earlier.to(device).T).cpu().numpy()
     ends, starts = (torch.from_numpy(side) for side in linear_sum_assignment(products, True))
-    cosines = (target.directions.cpu()[ends] * source.directions.cpu()[starts]).sum(-1)
-    usable = target.directions.cpu()[ends].any(1) & source.directions.cpu()[starts].any(1)
+    directions = target.directions.cpu()[ends], source.directions.cpu()[starts]
+    cosines = (directions[0] * directions[1]).sum(-1)
+    usable = directions[0].any(1) & directions[1].any(1)
     ends, starts, cosines = ends[usable], starts[usable], cosines[usable]
     return Match(
         _one_to_one(ends, starts, cosines, target.width),
@@ -287,8 +288,8 @@ def _all_pairs(targets: int, sources: int) -> np.ndarray:
 
 def _candidates(target: "Dictionary", source: "Dictionary", n: int) -> np.ndarray:
     """Pairs of features that are near by cosine, seen from either side: `[2, pairs]`, sorted."""
-    sources = top_k_cosine(target.directions, source.directions, min(n, source.width)).indices
-    targets = top_k_cosine(source.directions, target.directions, min(n, target.width)).indices
+    sources = top_k_cosine(target.decoder, source.decoder, min(n, source.width)).indices
+    targets = top_k_cosine(source.decoder, target.decoder, min(n, target.width)).indices
     back = np.stack([np.indices(sources.shape)[0], sources.cpu().numpy()]).reshape(2, -1)
     on = np.stack([targets.cpu().numpy(), np.indices(targets.shape)[0]]).reshape(2, -1)
     both = np.concatenate([back, on], axis=1)

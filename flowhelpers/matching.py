@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from flowhelpers.cosine import Matches
+from flowhelpers.cosine import Matches, unit_rows
 from flowhelpers.features import MODULES, Site, suggestion
 from flowhelpers.machine import check_device
 from flowhelpers.matchers import (
@@ -295,7 +295,9 @@ def _chosen_back(other: Tensor, best: Tensor) -> Bool[Tensor, "choosing ranks"]:
 def _cosines(target: "Dictionary", source: "Dictionary", ends: Tensor, starts: Tensor) -> Tensor:
     rows = zip(ends.flatten().split(2**14), starts.flatten().split(2**14), strict=True)
     parts = [
-        (target.directions[t.clamp(min=0)] * source.directions[s.clamp(min=0)]).sum(-1).cpu()
+        (unit_rows(target.decoder[t.clamp(min=0)]) * unit_rows(source.decoder[s.clamp(min=0)]))
+        .sum(-1)
+        .cpu()
         for t, s in ((t.to(target.norms.device), s.to(source.norms.device)) for t, s in rows)
     ]
     missing = (ends.flatten() < 0) | (starts.flatten() < 0)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from flowhelpers.machine import free_memory
 from flowhelpers.registry import BYTES, SuiteRow
-from flowhelpers.suites import chosen_device, chosen_dtype, directions_memory, least_memory
+from flowhelpers.suites import chosen_device, chosen_dtype, decoders_memory, least_memory
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,7 +73,7 @@ def needs(row: SuiteRow, dtype: str, speeds: Mapping[str, float]) -> list[Need]:
     both = files + whole
     return [
         Need("matching, flow graphs, labels", "01 02", files + outputs,
-             directions_memory(row) + WORKING, MATCHING * products / speeds["matching"]),
+             decoders_memory(row) + WORKING, MATCHING * products / speeds["matching"]),
         Need(f"groups, {TOKENS:,} tokens", "03", both, least, TOKENS * reading / speeds["model"]),
         Need(f"deactivation, {OCCURRENCES:,} occurrences", "04", both, least,
              OCCURRENCES * PASSES * CONTEXT * 2 * model / speeds["model"]),

@@ -70,6 +70,8 @@ class SaeFiles:
 def read_decoder(files: SaeFiles) -> Tensor:
     """The decoder as it is stored, one row a feature; its rows are to be divided by the scale.
 
+    Of a safetensors file in the hub's cache it is memory-mapped: what is not used is not read.
+
     Raises:
         ValueError: If the file is truncated or corrupt, or has no decoder.
     """
@@ -94,7 +96,8 @@ def read_thresholds(files: SaeFiles, features: int) -> Tensor | None:
 
 
 def _read(path: Path, name: str) -> Tensor | None:
-    # One array of a file; of safetensors and of an npz alike no more is read than that.
+    # One array of a file; of safetensors and of an npz alike no more is read than that. A file of a
+    # folder may be written anew, which a mapping would not survive: that is copied.
     import numpy as np
 
     try:
@@ -102,7 +105,10 @@ def _read(path: Path, name: str) -> Tensor | None:
             with np.load(path) as arrays:
                 return torch.from_numpy(arrays[name]) if name in arrays else None
         with safe_open(path, "pt") as tensors:
-            return tensors.get_tensor(name) if name in tensors.keys() else None  # noqa: SIM118
+            if name not in tensors.keys():  # noqa: SIM118
+                return None
+            found = tensors.get_tensor(name)
+            return found if _is_blob(path) else found.clone()
     except BROKEN as error:
         raise broken(path, error) from error
 
@@ -317,5 +323,8 @@ def _hook(folder: str, name: str) -> str:
 
 def _content(path: Path) -> str:
     # The hub keeps large files under their SHA-256, which then need not be read.
-    blob = path.resolve().name
-    return blob if SHA256.fullmatch(blob) else fingerprint(path)
+    return path.resolve().name if _is_blob(path) else fingerprint(path)
+
+
+def _is_blob(path: Path) -> bool:
+    return SHA256.fullmatch(path.resolve().name) is not None

@@ -62,7 +62,8 @@ class Suite:
         dictionaries: The dictionary at each site; of a suite that is large or lies on the hub, each
             is read when it is asked for.
         device: Where dictionaries and model are.
-        dtype: Type of the weights; directions are in float32 always.
+        dtype: Type of the weights of model and encoders; decoders that are matched are kept in the
+            type they are stored in.
     """
 
     row: SuiteRow
@@ -128,8 +129,9 @@ class Suite:
 
 
 def memory_needed(row: SuiteRow, dtype: str = "float32") -> int:
-    """Bytes that a suite takes with all of it in memory: its weights, and unit directions."""
-    return row.parameters * BYTES[dtype] + row.parameters * 2
+    """Bytes that a suite takes with all in memory: its weights, and decoders as they are stored."""
+    decoders = (row.parameters - (row.model_parameters or 0)) // 2
+    return row.parameters * BYTES[dtype] + decoders * _stored_bytes(row)
 
 
 def least_memory(row: SuiteRow, dtype: str = "float32") -> int:
@@ -144,11 +146,15 @@ def least_memory(row: SuiteRow, dtype: str = "float32") -> int:
     return model + (whole - model) * min(KEPT, count) // count
 
 
-def directions_memory(row: SuiteRow) -> int:
-    """Bytes that matching takes: the directions of a few dictionaries, and one being read."""
+def decoders_memory(row: SuiteRow) -> int:
+    """Bytes that matching takes: the decoders of a few dictionaries, and one being read."""
     count = max(len(row.dictionaries), 1)
     numbers = (row.parameters - (row.model_parameters or 0)) // (2 * count)
-    return (min(KEPT, count) + 2) * numbers * 4
+    return (min(KEPT, count) + 2) * numbers * _stored_bytes(row)
+
+
+def _stored_bytes(row: SuiteRow) -> int:
+    return BYTES[row.stored.get("dictionaries", "float32")]
 
 
 def chosen_device(row: SuiteRow, device: str = "auto") -> str:
@@ -206,7 +212,7 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
     size_is_known = row.is_local or row.parameters > 0
     all_fit = size_is_known and memory_needed(row, dtype) <= free_memory(device)
     if not all_fit:
-        check_memory(directions_memory(row), f"matching in suite {row.name}", device)
+        check_memory(decoders_memory(row), f"matching in suite {row.name}", device)
     if row.layers:
         _check_layers(row, row.layers)
     check_sources(row)

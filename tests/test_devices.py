@@ -160,7 +160,7 @@ def suite(request: pytest.FixtureRequest, planted_folder: Any) -> Iterator[Suite
     found.model.bridge.cfg.device = str(GPU)
     for dictionary in found.dictionaries.values():
         mark(dictionary.sae)
-        for tensor in (dictionary.directions, dictionary.norms, dictionary.excluded):
+        for tensor in (dictionary.decoder, dictionary.norms, dictionary.excluded):
             place(tensor)
     with pytest.MonkeyPatch.context() as patch, Marked():
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))

@@ -4,11 +4,13 @@ The files are of the true format, on a hub on the loopback interface; Gemma Scop
 width too. What a family is known to be got wrong at has a test of its own.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hub import Hub
@@ -28,7 +30,8 @@ from sae_lens import SAE
 from flowhelpers.activations import collect
 from flowhelpers.attention import attention_output, stored_attention_output
 from flowhelpers.deactivation import active, deactivate, draw_targets, removals, sources_of
-from flowhelpers.features import MODULES, Site
+from flowhelpers.dictionaries import Dictionary, load_folder
+from flowhelpers.features import MODULES, FeatureId, Site
 from flowhelpers.flow import flow_graph
 from flowhelpers.groups import occurrences
 from flowhelpers.matching import match_table
@@ -166,6 +169,45 @@ def test_weights_in_half_precision_match_as_those_in_float32(name: str, small: H
     assert half.dictionary("1/res").sae.W_dec.dtype == torch.bfloat16
     assert half.model.unembedding.dtype == torch.bfloat16
     assert full.dictionary("1/res").fingerprint != half.dictionary("1/res").fingerprint
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_decoders_are_kept_as_they_are_stored(name: str, small: Hub):
+    suite = load_suite(name)
+    stored = getattr(torch, suite.row.stored.get("dictionaries", "float32"))
+    for site, dictionary in suite.dictionaries.items():
+        comes_to_the_stream = dictionary.reads != site  # by products, in float32
+        assert dictionary.decoder.dtype is (torch.float32 if comes_to_the_stream else stored)
+        assert dictionary.norms.dtype is torch.float32
+        assert dictionary.files is not None
+        direction = dictionary.direction(FeatureId(site.layer, site.module, 3))
+        assert torch.allclose(direction, dictionary.directions[3])
+    matches = match_table(suite, k=1)
+    target, source = (suite.dictionary(site).directions for site in ("1/res", "0/res"))
+    of_stream = (matches["module"] == "res") & (matches["direction"] == "backward")
+    found = matches[of_stream & (matches["layer"] == 1)]
+    assert len(found) == len(target)
+    for row in found.itertuples():
+        cosines = source @ target[row.feature]
+        assert row.cosine == pytest.approx(cosines[row.source].item(), abs=1e-5)
+        assert row.cosine == pytest.approx(cosines.max().item(), abs=1e-5)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the system does not say what is mapped")
+def test_decoders_of_safetensors_are_mapped_from_the_cache_and_never_from_a_folder(
+    small: Hub, tmp_path: Path
+):
+    def is_mapped(dictionary: Dictionary) -> bool:
+        assert dictionary.files is not None
+        mapped = {Path(each.path) for each in psutil.Process().memory_maps()}
+        return dictionary.files.weights.resolve() in mapped
+
+    dictionary = load_suite("gpt2-small").dictionary("0/res")
+    assert is_mapped(dictionary)
+    dictionary.sae.save_model(tmp_path)
+    here = load_folder(tmp_path, Site(0, "res"), dictionary.decoder.shape[1], "cpu", "float32")
+    assert torch.equal(here.decoder, dictionary.decoder)
+    assert not is_mapped(here)
 
 
 # Llama Scope: one threshold, in units of the raw stream (traps 21 and 22).

@@ -9,7 +9,7 @@ from flowhelpers import __main__
 from flowhelpers.features import MODULES, Site
 from flowhelpers.needs import needs
 from flowhelpers.registry import declared_l0, find_suite, registered
-from flowhelpers.suites import KEPT, directions_memory
+from flowhelpers.suites import KEPT, decoders_memory
 
 KNOWN = get_pretrained_saes_directory()
 HUB = [name for name, row in registered().items() if row.variants]
@@ -160,8 +160,8 @@ def test_what_an_experiment_needs_follows_from_the_sizes():
     outputs = 26 * 2048 * 2304 * 4
     assert matching.fetched == pytest.approx(4 * numbers + outputs, rel=1e-3)
     assert groups.fetched == pytest.approx(4 * (numbers + 2_614_341_888), rel=1e-3)
-    assert directions_memory(row) < matching.memory < 2 * 2**30 < groups.memory
-    assert directions_memory(row) == pytest.approx((KEPT + 2) * 4 * numbers / 2 / 78, rel=1e-3)
+    assert decoders_memory(row) < matching.memory < 2 * 2**30 < groups.memory
+    assert decoders_memory(row) == pytest.approx((KEPT + 2) * 4 * numbers / 2 / 78, rel=1e-3)
     pairs = 26 * 2 + 25
     assert matching.seconds == pytest.approx(6 * pairs * 2 * 16_384**2 * 2304 / 2e12)
     assert deactivation.memory == steering.memory == groups.memory

@@ -34,7 +34,7 @@ from flowhelpers.suites import (
     KEPT,
     OnDemand,
     Suite,
-    directions_memory,
+    decoders_memory,
     least_memory,
     load_suite,
     memory_needed,
@@ -117,8 +117,9 @@ def test_parameters_are_counted_from_the_files(planted: Suite, plain_toy: Gemma3
         for dictionary in planted.dictionaries.values()
     )
     assert planted.row.parameters == weights + saes
-    assert memory_needed(planted.row) == 6 * (weights + saes)
-    assert memory_needed(planted.row, "bfloat16") == 4 * (weights + saes)
+    decoders = saes // 2 * 4  # as they are stored, beside the weights
+    assert memory_needed(planted.row) == 4 * (weights + saes) + decoders
+    assert memory_needed(planted.row, "bfloat16") == 2 * (weights + saes) + decoders
 
 
 def write(folder: Path, row: object) -> None:
@@ -313,15 +314,18 @@ def test_a_suite_that_does_not_fit_is_refused_before_anything_is_fetched(
 ):
     row = registered()[NAME]
     whole, least = (needed(row) / 2**30 for needed in (memory_needed, least_memory))
-    assert whole == pytest.approx(3.77, abs=0.01)
+    assert whole == pytest.approx(3.64, abs=0.01)
     model = 70_426_624 * 4 / 2**30  # and 4 of 18 dictionaries
     assert least == pytest.approx(model + (whole - model) * 4 / 18)
-    assert directions_memory(row) == pytest.approx(6 * 32_768 * 512 * 4, rel=0.01)
+    assert decoders_memory(row) == pytest.approx(6 * 32_768 * 512 * 4, rel=0.01)
     free = SimpleNamespace(available=2**28)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     with pytest.raises(MemoryError, match=rf"in suite {NAME} needs 0\.4 GiB on cpu, and 0\.2 GiB"):
         load_suite(NAME)
-    assert least_memory(dataclasses.replace(row, model_parameters=None)) == memory_needed(row)
+    half = dataclasses.replace(row, stored={"dictionaries": "bfloat16"})
+    assert decoders_memory(half) == decoders_memory(row) // 2
+    unknown = dataclasses.replace(row, model_parameters=None)
+    assert least_memory(unknown) == memory_needed(unknown)
     assert hub_here.requests == []
 
 
