@@ -17,6 +17,7 @@ from flowhelpers.features import MODULES, FeatureId, Site, parse_site
 from flowhelpers.files import writable_folder, write_whole
 from flowhelpers.machine import check_memory
 from flowhelpers.model import Tokens, run, tokenize
+from flowhelpers.preflight import preflight_once
 from flowhelpers.runs import progress
 from flowhelpers.sampling import Sample
 
@@ -117,6 +118,7 @@ def read_batches(
     if not tokens.is_text.any():
         raise ValueError("no token is left to read: the texts hold special tokens only")
     sites = list(sites or suite.dictionaries)
+    preflight_once(suite, sites)
     reads = [suite.dictionary(site).reads for site in sites]
     for rows in progress(torch.arange(len(tokens.ids)).split(batch), "activations"):
         length = 1 + max(tokens.is_text[rows].any(0).nonzero().flatten().tolist(), default=0)
@@ -322,6 +324,7 @@ def _run_over(suite: "Suite", sample: Sample, folder: Path, batch: int) -> list[
     """Files of the model's activations at the chosen tokens, a file for each batch of texts."""
     from safetensors.torch import save_file
 
+    preflight_once(suite, suite.dictionaries)
     sites = list(dict.fromkeys(suite.dictionary(site).reads for site in suite.dictionaries))
     text, position = (torch.tensor(sample.tokens[c].to_numpy()) for c in ("text", "position"))
     paths = []

@@ -15,6 +15,7 @@ from flowhelpers.features import FeatureId, Site
 from flowhelpers.generation import prompt_ids
 from flowhelpers.labels import written_logits
 from flowhelpers.model import read_prefix, run
+from flowhelpers.preflight import preflight_once
 from flowhelpers.runs import progress
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def effects(
     for feature in found:
         by_site.setdefault(feature.site, []).append(feature.index)
     model = suite.model
+    preflight_once(suite, by_site)
     ids = prompt_ids(model, prompt, 1)
     clean, stream = run(model, ids, [suite.dictionary(site).reads for site in by_site])
     assert clean is not None

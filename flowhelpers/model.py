@@ -414,6 +414,13 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
         raise RuntimeError(f"the edit at {', '.join(missed)} was never reached by a forward pass")
 
 
+def is_edited(model: Model) -> bool:
+    """Whether hooks act on the model's passes now, of `editing` or of TransformerLens."""
+    return any(
+        point.has_hooks(including_permanent=False) for point in model.bridge.hook_dict.values()
+    )
+
+
 def check_sites(model: Model, tolerance: float | None = None) -> None:
     """Check on a few tokens that the sites are what they are called.
 

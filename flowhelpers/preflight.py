@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flowhelpers.features import Site, parse_site
-from flowhelpers.model import run, tokenize
+from flowhelpers.model import is_edited, run, tokenize
 from flowhelpers.registry import declared_l0, declared_variance
 from flowhelpers.runs import progress
 
@@ -29,11 +29,26 @@ TEXTS = 6
 MAX_TOKENS = 128
 
 
-def preflight_sites(suite: "Suite") -> list[Site]:
-    """The sites of the first, the middle and the last layer that has dictionaries."""
-    layers = sorted({site.layer for site in suite.dictionaries})
-    some = {layers[0], layers[len(layers) // 2], layers[-1]}
-    return [site for site in suite.dictionaries if site.layer in some]
+def preflight_sites(sites: Iterable[Site]) -> list[Site]:
+    """Of some sites, those of the first, the middle and the last layer."""
+    sites = list(dict.fromkeys(sites))
+    layers = sorted({site.layer for site in sites})
+    some = {layers[i] for i in (0, len(layers) // 2, -1)} if layers else set()
+    return [site for site in sites if site.layer in some]
+
+
+def preflight_once(suite: "Suite", sites: Iterable[Site]) -> None:
+    """The preflight of dictionaries from the hub, when an experiment first loads them for texts.
+
+    Of the experiment's sites those of `preflight_sites` are looked at, each once; what is wrong is
+    warned of. Dictionaries of a folder are left to who made them, and a model that is being edited
+    is left alone.
+    """
+    if suite.row.is_local or is_edited(suite.model):
+        return
+    asked = [site for site in preflight_sites(sites) if site not in suite.looked_at]
+    if asked:
+        preflight(suite, sites=asked)
 
 
 @torch.no_grad()
@@ -69,10 +84,11 @@ def preflight(
         from flowhelpers.texts import load_texts
 
         texts = load_texts("science", TEXTS)
-    chosen = preflight_sites(suite) if sites is None else list(sites)
+    chosen = preflight_sites(suite.dictionaries) if sites is None else list(sites)
     tokens = tokenize(suite.model, texts, MAX_TOKENS)
     rows = []
     for site in progress([parse_site(s) if isinstance(s, str) else s for s in chosen], "preflight"):
+        suite.looked_at.add(site)
         dictionary = suite.dictionary(site)
         read = run(suite.model, tokens.ids, [dictionary.reads], stop_after=site.layer)[1]
         x = read[dictionary.reads][tokens.is_text]

@@ -25,6 +25,7 @@ from flowhelpers.generation import (
     sample_tokens,
 )
 from flowhelpers.model import Edit, editing
+from flowhelpers.preflight import preflight_once
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -453,6 +454,7 @@ def _by_site(suite: "Suite", plan: Plan) -> "dict[Site, list[tuple[FeatureId, St
     for step in plan.steps:
         feature = suite.feature(step.feature)
         found.setdefault(feature.site, []).append((feature, step))
+    preflight_once(suite, found)
     return found
 
 

@@ -64,6 +64,7 @@ class Suite:
         device: Where dictionaries and model are.
         dtype: Type of the weights of model and encoders; decoders that are matched are kept in the
             type they are stored in.
+        looked_at: The sites that had their preflight.
     """
 
     row: SuiteRow
@@ -71,6 +72,7 @@ class Suite:
     dictionaries: "Mapping[Site, Dictionary]" = field(repr=False)
     device: str = "cpu"
     dtype: str = "float32"
+    looked_at: set[Site] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @cached_property
     def model(self) -> "Model":

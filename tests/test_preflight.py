@@ -2,15 +2,21 @@
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from flowhelpers import preflight as room
+from flowhelpers.activations import collect, read_sample
+from flowhelpers.effects import effects
 from flowhelpers.features import Site
-from flowhelpers.model import tokenize
+from flowhelpers.model import logits_of, tokenize
 from flowhelpers.preflight import preflight, preflight_sites
+from flowhelpers.sampling import draw_sample
+from flowhelpers.steering import make_plan, steer
 from flowhelpers.suites import Suite, load_suite
 
 TEXTS = [
@@ -40,7 +46,7 @@ def test_dictionaries_in_their_place_pass(flowlet: Suite):
     assert table["site"].tolist() == [
         f"{at}/{m}" for at in (0, 4, 7) for m in ("att", "mlp", "res")
     ]
-    assert [str(site) for site in preflight_sites(flowlet)] == table["site"].tolist()
+    assert [str(site) for site in preflight_sites(flowlet.dictionaries)] == table["site"].tolist()
     assert not table["is_far"].any()
     assert table["declared_l0"].isna().all()
 
@@ -92,3 +98,64 @@ def test_a_site_that_is_not_there_and_no_text_are_errors(flowlet: Suite):
         preflight(flowlet, TEXTS, ["9/res"])
     with pytest.raises(ValueError, match="no text given"):
         preflight(flowlet, [])
+
+
+@pytest.fixture
+def looked(flowlet: Suite, monkeypatch: pytest.MonkeyPatch) -> tuple[Suite, list[list[str]]]:
+    """A suite as if it came from the hub, and the sites of each preflight that it has."""
+    looks: list[list[str]] = []
+
+    def look(suite: Suite, texts: object = None, sites: Sequence[Site] = ()) -> None:
+        looks.append([str(site) for site in sites])
+        preflight(suite, TEXTS, sites)
+
+    monkeypatch.setattr(room, "preflight", look)
+    return replace(flowlet, row=replace(flowlet.row, model="someone/a-model")), looks
+
+
+def test_what_first_reads_texts_looks_at_dictionaries_of_the_hub(
+    looked: tuple[Suite, list[list[str]]], tmp_path: Path
+):
+    suite, looks = looked
+    sites = [Site(layer, "res") for layer in range(5)]
+    collect(suite, TEXTS, sites)
+    assert looks == [["0/res", "2/res", "4/res"]]
+    collect(suite, TEXTS, sites)
+    collect(suite, TEXTS, [Site(4, "res"), MLP])
+    assert looks[1:] == [["4/mlp"]]
+    sample = draw_sample(suite.model, {"here": TEXTS}, 3)
+    read_sample(suite, sample, tmp_path)
+    assert looks[2:] == [["0/att", "0/mlp", "4/att", "7/att", "7/mlp", "7/res"]]
+    read_sample(replace(suite), sample, tmp_path)
+    assert len(looks) == 3  # all of it was read from disk
+    plan = make_plan(suite, ["5/mlp/3"], 2.0, unit="unit")
+    steer(suite, {"plan": plan}, "The cat", 1, 1)
+    with plan.on(suite):
+        logits_of(suite.model, tokenize(suite.model, TEXTS).ids)
+    effects(suite, ["6/res/3"], "The cat sat")
+    assert looks[3:] == [["5/mlp"], ["6/res"]]
+
+
+def test_no_look_is_had_at_folders_and_at_models_that_are_edited(
+    looked: tuple[Suite, list[list[str]]], flowlet: Suite
+):
+    suite, looks = looked
+    collect(flowlet, TEXTS, [MLP])
+    with make_plan(flowlet, ["1/res/3"], 2.0, unit="unit").on(flowlet):
+        collect(suite, TEXTS, [MLP])
+    assert looks == []
+    collect(suite, TEXTS, [MLP])
+    assert looks == [["4/mlp"]]
+
+
+def test_a_dictionary_of_the_hub_with_wrong_thresholds_is_warned_of_when_it_is_first_used(
+    flowlet: Suite,
+):
+    threshold = flowlet.dictionary(MLP).sae.threshold.detach()
+    suite = with_dictionary(flowlet, threshold=threshold * 30)
+    suite = replace(suite, row=replace(flowlet.row, model="someone/a-model"))
+    with pytest.warns(UserWarning, match=r"4/mlp of suite flowlet: \d\.\d features are active"):
+        collect(suite, TEXTS, [MLP])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        collect(suite, TEXTS, [MLP])  # it was said
