@@ -84,13 +84,16 @@ def preflight(
         from flowhelpers.texts import load_texts
 
         texts = load_texts("science", TEXTS)
-    chosen = preflight_sites(suite.dictionaries) if sites is None else list(sites)
+    sites = preflight_sites(suite.dictionaries) if sites is None else list(sites)
+    chosen = [parse_site(site) if isinstance(site, str) else site for site in sites]
     tokens = tokenize(suite.model, texts, MAX_TOKENS)
-    rows = []
-    for site in progress([parse_site(s) if isinstance(s, str) else s for s in chosen], "preflight"):
+    rows, read = [], {}
+    for site in progress(chosen, "preflight"):
         suite.looked_at.add(site)
         dictionary = suite.dictionary(site)
-        read = run(suite.model, tokens.ids, [dictionary.reads], stop_after=site.layer)[1]
+        if dictionary.reads not in read:  # those of a layer are read together
+            reads = [suite.dictionary(each).reads for each in chosen if each.layer == site.layer]
+            read = run(suite.model, tokens.ids, reads, stop_after=site.layer)[1]
         x = read[dictionary.reads][tokens.is_text]
         codes = dictionary.encode(x)
         error = x.double() - dictionary.decode(codes, x).double()
@@ -117,6 +120,6 @@ def preflight(
             f"{row['site']} of suite {suite.name}: {row['l0']:.1f} features are active a token"
             f"{said}, and {row['explained_variance']:.2f} of the variance is explained: it may not"
             " see what it was trained on",
-            stacklevel=2,
+            stacklevel=3,
         )
     return table.assign(is_far=is_far)
