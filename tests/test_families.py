@@ -4,21 +4,28 @@ The files are of the true format, on a hub on the loopback interface; Gemma Scop
 width too. What a family is known to be got wrong at has a test of its own.
 """
 
+import shutil
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import psutil
 import pytest
 import torch
+import yaml
 from hub import Hub
 from hub_families import (
+    GPT2_KINDS,
+    HOOKS,
     Written,
     gemma_2_order,
     gemma_2_partners,
     llama_scope_codes,
+    sae_paths,
     write_gemma_2,
     write_gemma_scope_2,
     write_gpt2,
@@ -38,10 +45,11 @@ from flowhelpers.matching import match_table
 from flowhelpers.measures import measure_dictionaries
 from flowhelpers.model import run, tokenize
 from flowhelpers.preflight import preflight
-from flowhelpers.registry import find_suite
+from flowhelpers.registry import DATA, find_suite
 from flowhelpers.sae_files import release_files
 from flowhelpers.steering import make_plan, steer
 from flowhelpers.suites import Suite, load_suite
+from flowhelpers.texts import load_texts
 
 TEXTS = ["The cat sat on the mat and the dog sat by the door.", "Rain fell on seven hills all day."]
 SMALL = {
@@ -208,6 +216,34 @@ def test_decoders_of_safetensors_are_mapped_from_the_cache_and_never_from_a_fold
     here = load_folder(tmp_path, Site(0, "res"), dictionary.decoder.shape[1], "cpu", "float32")
     assert torch.equal(here.decoder, dictionary.decoder)
     assert not is_mapped(here)
+
+
+def test_a_suite_gives_the_same_from_the_hub_as_from_its_folder(hub_here: Hub, tmp_path: Path):
+    folder, models = DATA / "flowlet-mini", hub_here.root / "models"
+    shutil.copytree(folder / "model", models / "someone" / "flowlet-mini")
+    dictionaries = {}
+    for module in MODULES:
+        release = f"gpt2-small-{GPT2_KINDS[module]}-v5-128k"  # a release of sae-lens's own format
+        dictionaries[module] = {"release": release, "id": HOOKS[module]}
+        paths = sae_paths(release, [HOOKS[module].format(layer=layer) for layer in range(6)])
+        for layer, path in enumerate(paths.values()):
+            shutil.copytree(folder / "dictionaries" / f"{layer}-{module}", models / path)
+    row = {"model": "someone/flowlet-mini", "layers": 6, "dictionaries": dictionaries}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(row))
+    with pytest.warns(UserWarning, match="its dictionaries were trained on gpt2-small"):
+        served = load_suite(tmp_path)
+    assert not served.row.is_local
+    here = load_suite("flowlet-mini")
+    for k, together in ((2, match_table), (1, partial(match_table, method="permutation"))):
+        tables = [together(suite, k=k).drop(columns="suite") for suite in (served, here)]
+        pd.testing.assert_frame_equal(*tables)
+    texts = load_texts("fiction", 3)
+    with pytest.warns(UserWarning, match="0/res of suite .* where 32 are declared"):
+        found = collect(served, texts)
+    expected = collect(here, texts)
+    assert all(
+        (found.by_site[site] != expected.by_site[site]).nnz == 0 for site in here.dictionaries
+    )
 
 
 # Llama Scope: one threshold, in units of the raw stream (traps 21 and 22).
