@@ -233,7 +233,7 @@ def _refused(error: Any, repository: str, file: str) -> OSError:
             f" ({_first(error)})"
         )
     missing = (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError)
-    if isinstance(error, missing):
+    if isinstance(error, missing) or status == 404:  # a mirror may not say which of them
         near = _nearest(repository, file) if isinstance(error, EntryNotFoundError) else ""
         return NotOnHub(f"the hub has no {what}{near} ({_first(error)})")
     return ConnectionError(

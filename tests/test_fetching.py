@@ -88,6 +88,13 @@ def test_a_file_that_is_not_there_names_the_nearest(files: Hub):
         fetch(OWNER, FILE, "v2")
 
 
+def test_a_mirror_s_404_that_does_not_say_what_is_missing_is_told_as_such(files: Hub):
+    files.fail(f"/{OWNER}", 404, times=None)
+    with pytest.raises(FileNotFoundError, match=f"the hub has no {OWNER}/{FILE}"):
+        fetch(OWNER, FILE)
+    assert fetch_if_there(OWNER, FILE) is None
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_busy_hub_is_asked_again(files: Hub, status: int):
     files.fail(f"/{OWNER}", status, times=3)
