@@ -12,7 +12,7 @@ from flowhelpers.suites import chosen_device, chosen_dtype, decoders_memory, lea
 if TYPE_CHECKING:
     import pandas as pd
 
-MATCHING = 6.0  # of the bare products: both ways, scores by chance, what sorts and certifies them
+MATCHING = 9.0  # of the bare products: both ways, scores by chance, what sorts and certifies them
 WORKING = 400 * 2**20  # bytes for products and tables, beside what is loaded
 TRIAL = 2048  # rows of the product that measures a machine
 TOKENS = 20_000  # of the texts of notebook 03

@@ -7,9 +7,9 @@ to FOLDER with random numbers, by default whole: 23 GB. With `--decoders` the en
 nothing here reads, are left out of the files: 12 GB. The decoders are then read one by one as those
 of a suite of the hub are, and the table is made; memory is watched all the while.
 
-On two cores of an AMD EPYC that had other work as well, all 26 layers took 1,608 s, 6.5 times the
-bare products of each pair of sites one way (the table has both ways, and scores by chance), and at
-most 2.35 GiB in all; read from disk again, 85 s.
+On two cores of an AMD EPYC all 26 layers of whole files took 1,224 s, 9.3 times the bare products
+of each pair of sites one way (the table has both ways, and scores by chance), and at most 2.36 GiB
+in all; read from disk again, 62 s.
 """
 
 import argparse
