@@ -7,7 +7,7 @@ raw output of the MLP, a tenth of the features are active that should be.
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,10 +44,9 @@ def preflight_once(suite: "Suite", sites: Iterable[Site]) -> None:
     warned of. Dictionaries of a folder are left to who made them, and a model that is being edited
     is left alone.
     """
-    if suite.row.is_local or is_edited(suite.model):
-        return
-    asked = [site for site in preflight_sites(sites) if site not in suite.looked_at]
-    if asked:
+    of_hub = [site for site in sites if isinstance(suite.row.dictionaries.get(site), Mapping)]
+    asked = [site for site in preflight_sites(of_hub) if site not in suite.looked_at]
+    if asked and not is_edited(suite.model):
         preflight(suite, sites=asked)
 
 

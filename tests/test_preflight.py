@@ -13,7 +13,7 @@ from flowhelpers import preflight as room
 from flowhelpers.activations import collect, read_sample
 from flowhelpers.effects import effects
 from flowhelpers.features import Site
-from flowhelpers.model import logits_of, tokenize
+from flowhelpers.model import HOOKS, logits_of, tokenize
 from flowhelpers.preflight import preflight, preflight_sites
 from flowhelpers.sampling import draw_sample
 from flowhelpers.steering import make_plan, steer
@@ -100,6 +100,16 @@ def test_a_site_that_is_not_there_and_no_text_are_errors(flowlet: Suite):
         preflight(flowlet, [])
 
 
+def as_of_hub(suite: Suite) -> Suite:
+    """The suite as if its dictionaries came from a release that declares an L0 of 32."""
+    release, hook = "gpt2-small-resid-post-v5-32k", HOOKS["res"]
+    sources = {
+        site: {"release": release, "id": hook.format(layer=site.layer)}
+        for site in suite.dictionaries
+    }
+    return replace(suite, row=replace(suite.row, dictionaries=sources))
+
+
 @pytest.fixture
 def looked(flowlet: Suite, monkeypatch: pytest.MonkeyPatch) -> tuple[Suite, list[list[str]]]:
     """A suite as if it came from the hub, and the sites of each preflight that it has."""
@@ -110,7 +120,7 @@ def looked(flowlet: Suite, monkeypatch: pytest.MonkeyPatch) -> tuple[Suite, list
         preflight(suite, TEXTS, sites)
 
     monkeypatch.setattr(room, "preflight", look)
-    return replace(flowlet, row=replace(flowlet.row, model="someone/a-model")), looks
+    return as_of_hub(flowlet), looks
 
 
 def test_what_first_reads_texts_looks_at_dictionaries_of_the_hub(
@@ -152,9 +162,9 @@ def test_a_dictionary_of_the_hub_with_wrong_thresholds_is_warned_of_when_it_is_f
     flowlet: Suite,
 ):
     threshold = flowlet.dictionary(MLP).sae.threshold.detach()
-    suite = with_dictionary(flowlet, threshold=threshold * 30)
-    suite = replace(suite, row=replace(flowlet.row, model="someone/a-model"))
-    with pytest.warns(UserWarning, match=r"4/mlp of suite flowlet: \d\.\d features are active"):
+    suite = as_of_hub(with_dictionary(flowlet, threshold=threshold * 30))
+    message = r"4/mlp of suite flowlet: \d\.\d features are active a token where 32 are declared"
+    with pytest.warns(UserWarning, match=message):
         collect(suite, TEXTS, [MLP])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
