@@ -5,7 +5,7 @@ The decoder comes first and by itself; the rest is read when something asks for 
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -227,6 +227,7 @@ class Dictionary:
         if sae.cfg.apply_b_dec_to_input:
             bias = bias - sae.b_dec.detach().float() @ encoder
         at = torch.zeros_like(bias) if threshold is None else threshold.to(bias)
+        at = at.nan_to_num(0.0, 0.0, 0.0)  # as of the encoders that are not finite
         found = Weights(encoder.T, bias, decoder, at)
         if not folded:
             return found
@@ -259,7 +260,7 @@ def make_dictionary(
     decoder = _in_stream(sae.W_dec.detach(), site, reads, source, output)
     decoder, norms, bad = _usable(decoder.clone(), site, d_model, source, _silenced(sae))
     if len(bad):
-        _silence(sae, bad)
+        _silence([sae.W_dec, *_encoder_rows(sae)], bad)
         _warn(bad, len(norms), site, source)
     return Dictionary(site, decoder, norms, bad, source, sae, reads)
 
@@ -294,17 +295,20 @@ def _usable(
     if len(bad) == len(norms):
         raise ValueError(f"the dictionary for {site} ({source}) has no decoder row that is usable")
     decoder = decoder.contiguous()
-    decoder[bad] = 0
+    decoder[bad] = norms[bad] = 0
     return decoder, norms, bad
 
 
 def _warn(bad: Tensor, features: int, site: Site, source: str) -> None:
-    listed = ", ".join(str(int(i)) for i in bad[:10]) + (", …" if len(bad) > 10 else "")
     warnings.warn(
         f"{len(bad)} of {features} decoder rows for {site} ({source}) are zero, or they or"
-        f" their encoder are not finite; they are left out of matching: {listed}",
+        f" their encoder are not finite; they are left out of matching: {_listed(bad)}",
         stacklevel=3,
     )
+
+
+def _listed(rows: Tensor) -> str:
+    return ", ".join(str(int(i)) for i in rows[:10]) + (", …" if len(rows) > 10 else "")
 
 
 def _encoder_rows(sae: Any) -> list[Tensor]:
@@ -316,9 +320,9 @@ def _silenced(sae: Any) -> Tensor:
 
 
 @torch.no_grad()
-def _silence(sae: Any, bad: Tensor) -> None:
-    # Never active, and nothing written.
-    for rows in (sae.W_dec, *_encoder_rows(sae)):
+def _silence(weights: Iterable[Tensor], bad: Tensor) -> None:
+    # Without an encoder a feature is never active; without a decoder it writes nothing.
+    for rows in weights:
         rows[bad] = 0
 
 
@@ -379,10 +383,16 @@ def read_dictionary(
         sae = load()
         if reads != site:  # here the heads lie side by side already
             sae.turn_off_forward_pass_hook_z_reshaping()
-        more = torch.nonzero(_silenced(sae)).flatten()
-        if len(more):
-            _warn(more, len(norms), site, files.source)
-        _silence(sae, torch.cat([bad.to(more), more]))
+        deaf = torch.nonzero(_silenced(sae)).flatten()
+        deaf = deaf[~torch.isin(deaf, bad.to(deaf))]
+        if len(deaf):
+            warnings.warn(
+                f"{len(deaf)} of {len(norms)} features at {site} ({files.source}) have an encoder"
+                f" that is not finite; they are never active here: {_listed(deaf)}",
+                stacklevel=3,
+            )
+            _silence(_encoder_rows(sae), deaf)  # what they would write is known
+        _silence([sae.W_dec, *_encoder_rows(sae)], bad.to(deaf))
         return sae
 
     norms = norms / files.scale

@@ -70,6 +70,8 @@ def fetch_if_there(repository: str, file: str, revision: str | None = None) -> P
 
     That it does not is remembered as well, and known with the network off.
     """
+    from huggingface_hub import constants
+
     known = _known(repository, file, revision)
     if known is not None and not isinstance(known, str):
         return None
@@ -77,6 +79,10 @@ def fetch_if_there(repository: str, file: str, revision: str | None = None) -> P
         return fetch(repository, file, revision)
     except NotOnHub:
         return None
+    except ConnectionError:
+        if constants.HF_HUB_OFFLINE:  # as if it had none: a mirror's plain 404 is not remembered
+            return None
+        raise
 
 
 def broken(path: Path, error: Exception) -> ValueError:

@@ -5,10 +5,9 @@ like any others. Its L0 and its explained variance do not: of Gemma Scope's MLP 
 raw output of the MLP, a tenth of the features are active that should be.
 """
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -85,10 +84,9 @@ def preflight(
         texts = load_texts("science", TEXTS)
     sites = preflight_sites(suite.dictionaries) if sites is None else list(sites)
     chosen = [parse_site(site) if isinstance(site, str) else site for site in sites]
-    tokens = tokenize(suite.model, texts, MAX_TOKENS)
+    tokens = tokenize(suite.model, texts, min(MAX_TOKENS, suite.model.bridge.cfg.n_ctx))
     rows, read = [], {}
     for site in progress(chosen, "preflight"):
-        suite.looked_at.add(site)
         dictionary = suite.dictionary(site)
         if dictionary.reads not in read:  # those of a layer are read together
             reads = [suite.dictionary(each).reads for each in chosen if each.layer == site.layer]
@@ -98,27 +96,34 @@ def preflight(
         error = x.double() - dictionary.decode(codes, x).double()
         spread = x.double() - x.double().mean(0)
         source = suite.row.dictionaries.get(site, "")
-        rows.append(
-            {
-                "site": str(site),
-                "tokens": len(x),
-                "l0": (codes > 0).sum(-1).double().mean().item(),
-                "declared_l0": declared_l0(source),
-                "explained_variance": 1 - (error.square().sum() / spread.square().sum()).item(),
-                "declared_variance": declared_variance(source),
-            }
-        )
-    table = pd.DataFrame(rows).astype({"declared_l0": float, "declared_variance": float})
-    least = (table["declared_variance"] - BELOW_DECLARED).fillna(LEAST_VARIANCE)
-    ratio = table["l0"] / table["declared_l0"]
-    is_far = (ratio > FAR_L0) | (ratio < 1 / FAR_L0) | ~(table["explained_variance"] >= least)
-    for row in table[is_far].to_dict("records"):
-        declared = row["declared_l0"]
-        said = "" if math.isnan(declared) else f" where {declared:.0f} are declared"
-        warnings.warn(
-            f"{row['site']} of suite {suite.name}: {row['l0']:.1f} features are active a token"
-            f"{said}, and {row['explained_variance']:.2f} of the variance is explained: it may not"
-            " see what it was trained on",
-            stacklevel=3,
-        )
-    return table.assign(is_far=is_far)
+        row = {
+            "site": str(site),
+            "tokens": len(x),
+            "l0": (codes > 0).sum(-1).double().mean().item(),
+            "declared_l0": declared_l0(source),
+            "explained_variance": 1 - (error.square().sum() / spread.square().sum()).item(),
+            "declared_variance": declared_variance(source),
+        }
+        rows.append(row | {"is_far": _is_far(row)})
+        suite.looked_at.add(site)
+        if rows[-1]["is_far"]:
+            _warn(suite, row)
+    return pd.DataFrame(rows).astype({"declared_l0": float, "declared_variance": float})
+
+
+def _is_far(row: Mapping[str, Any]) -> bool:
+    l0, variance = row["declared_l0"], row["declared_variance"]
+    least = LEAST_VARIANCE if variance is None else variance - BELOW_DECLARED
+    is_near = l0 is None or l0 / FAR_L0 <= row["l0"] <= l0 * FAR_L0
+    return not (is_near and row["explained_variance"] >= least)  # nor if that is not a number
+
+
+def _warn(suite: "Suite", row: Mapping[str, Any]) -> None:
+    l0 = row["declared_l0"]
+    said = "" if l0 is None else f" where {l0:.0f} are declared"
+    warnings.warn(
+        f"{row['site']} of suite {suite.name}: {row['l0']:.1f} features are active a token"
+        f"{said}, and {row['explained_variance']:.2f} of the variance is explained: it may not"
+        " see what it was trained on",
+        stacklevel=4,
+    )

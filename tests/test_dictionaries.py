@@ -13,6 +13,7 @@ from flowhelpers.attention import attention_output
 from flowhelpers.cosine import top_k_cosine
 from flowhelpers.dictionaries import Dictionary, load_folder, make_dictionary
 from flowhelpers.features import FeatureId, Site
+from flowhelpers.matchers import by_permutation
 from flowhelpers.model import Edit, Model, Tokens, logits_of, run, tokenize
 from flowhelpers.registry import SuiteRow
 from flowhelpers.suites import Suite
@@ -192,6 +193,26 @@ def test_an_encoder_that_is_not_finite_makes_its_feature_unusable():
     codes = dictionary.encode(torch.ones(2, D))
     assert codes.tolist() == [[1, 0, 0, 1, 0]] * 2
     assert torch.isfinite(dictionary.decode(codes)).all()
+
+
+def test_of_a_file_rows_that_are_not_finite_are_told_apart_by_what_they_spoil(tmp_path: Path):
+    decoder, encoder, threshold = torch.eye(6, D), torch.eye(D, 6), torch.full((6,), 0.1)
+    decoder[1, 3], encoder[2, 3], threshold[4] = torch.nan, torch.nan, torch.nan
+    sae = toys.make_sae(decoder, SITE, encoder=encoder, threshold=threshold)
+    sae.save_model(tmp_path)
+    with pytest.warns(UserWarning, match=r"1 of 6 decoder rows .* left out of matching: 1$"):
+        dictionary = load_folder(tmp_path, SITE, D, "cpu", "float32")
+    assert dictionary.excluded.tolist() == [1]
+    assert dictionary.norms.tolist() == [1, 0, 1, 1, 1, 1]
+    said = r"2 of 6 features at 1/res .* an encoder that is not finite; .* never active here: 3, 4$"
+    with pytest.warns(UserWarning, match=said):
+        codes = dictionary.encode(torch.ones(2, D))
+    assert codes.tolist() == [[1, 0, 1, 0, 0, 1]] * 2
+    assert torch.equal(dictionary.rows(torch.tensor([3, 4])), torch.eye(6, D)[3:5])
+    for weights in ("decoder", "all"):
+        for folded in (False, True):
+            match = by_permutation(dictionary, dictionary, weights, folded)
+            assert match.backward.indices[:, 0].tolist() == [0, -1, 2, 3, 4, 5]
 
 
 def test_what_an_unusable_row_would_write_does_not_spoil_the_rest():

@@ -88,10 +88,14 @@ def test_a_file_that_is_not_there_names_the_nearest(files: Hub):
         fetch(OWNER, FILE, "v2")
 
 
-def test_a_mirror_s_404_that_does_not_say_what_is_missing_is_told_as_such(files: Hub):
+def test_a_mirror_s_404_that_does_not_say_what_is_missing_is_told_as_such(
+    files: Hub, monkeypatch: pytest.MonkeyPatch
+):
     files.fail(f"/{OWNER}", 404, times=None)
     with pytest.raises(FileNotFoundError, match=f"the hub has no {OWNER}/{FILE}"):
         fetch(OWNER, FILE)
+    assert fetch_if_there(OWNER, FILE) is None
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert fetch_if_there(OWNER, FILE) is None
 
 

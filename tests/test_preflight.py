@@ -11,6 +11,7 @@ import torch
 
 from flowhelpers import preflight as room
 from flowhelpers.activations import collect, read_sample
+from flowhelpers.dictionaries import Dictionary
 from flowhelpers.effects import effects
 from flowhelpers.features import Site
 from flowhelpers.model import HOOKS, logits_of, tokenize
@@ -169,3 +170,34 @@ def test_a_dictionary_of_the_hub_with_wrong_thresholds_is_warned_of_when_it_is_f
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         collect(suite, TEXTS, [MLP])  # it was said
+
+
+def test_what_ended_a_preflight_takes_no_warning_with_it(
+    flowlet: Suite, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(room, "declared_l0", lambda source: 1000.0)
+    suite = as_of_hub(flowlet)
+    sites = [Site(4, "res"), Site(5, "res"), Site(6, "res")]
+    with monkeypatch.context() as patch:
+        encode = Dictionary.encode
+
+        def fails(dictionary: Dictionary, x: torch.Tensor) -> torch.Tensor:
+            if dictionary.site == sites[1]:
+                raise ConnectionError("the hub is in trouble")
+            return encode(dictionary, x)
+
+        patch.setattr(Dictionary, "encode", fails)
+        with (
+            pytest.warns(UserWarning, match="4/res of suite"),
+            pytest.raises(ConnectionError, match="in trouble"),
+        ):
+            collect(suite, TEXTS, sites)
+    assert suite.looked_at == {sites[0]}
+    with pytest.warns(UserWarning, match="where 1000 are declared") as caught:
+        collect(suite, TEXTS, sites)
+    assert {str(w.message).split()[0] for w in caught} == {"5/res", "6/res"}
+
+
+def test_texts_are_cut_to_what_the_model_can_read(flowlet: Suite, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(flowlet.model.bridge.cfg, "n_ctx", 7)
+    assert preflight(flowlet, TEXTS, ["4/mlp"])["tokens"].item() == 6
