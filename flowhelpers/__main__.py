@@ -37,7 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--resume takes the manifest of a run, a .json file: {manifest}")
         return resume(arguments.out, manifest, timeout=arguments.timeout)
     from flowhelpers.notebooks import plan
+    from flowhelpers.versions import untried
 
+    for sentence in untried():
+        print(f"flowhelpers: {sentence}", file=sys.stderr)
     given = dict(_assignment(text) for text in arguments.parameters)
     planned = plan(arguments.notebooks, given, arguments.preset)
     from flowhelpers.execute import run_notebooks

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowhelpers.features import suggestion
-from flowhelpers.model import Activations, Edit, Model, editing, tokenize
+from flowhelpers.model import Activations, Edit, Model, editing, forward, tokenize
 from flowhelpers.runs import progress
 
 PHASES = ("prompt", "generation")
@@ -145,7 +145,6 @@ def sample_tokens(
     first = (1 if spare_bos else 0) if "prompt" in phases else prompt
     last = prompt + max_new_tokens if "generation" in phases else prompt
     kept: Any = DynamicCache() if cache else None
-    more: dict[str, Any] = {"past_key_values": kept, "use_cache": True} if cache else {}
     generators = (torch.Generator().manual_seed(seed) for seed in seeds)
     uniform = np.stack([torch.rand(max_new_tokens, generator=g).numpy() for g in generators])
     eos = model.tokenizer.eos_token_id
@@ -171,7 +170,7 @@ def sample_tokens(
     with editing(model, [within(edit) for edit in edits]):  # once: to put hooks on takes its time
         for step in progress(steps, "sampling") if bar else steps:
             start = prompt + step - 1 if cache and step else 0
-            logits = model.bridge(ids[:, start:], return_type="logits", **more)
+            logits = forward(model, ids[:, start:], kept)
             final = logits[:, -1].float().cpu()
             _check_finite(final, step)
             drawn = _drawn(_nucleus(final / temperature, top_p), uniform[:, step])

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from flowhelpers.features import Site, suggestion
 from flowhelpers.hub import fetched
+from flowhelpers.versions import naming_untried
 
 HOOKS = {
     "res": "blocks.{layer}.hook_resid_post",
@@ -27,6 +29,7 @@ HOOKS = {
     "z": "blocks.{layer}.attn.hook_z",  # the heads' outputs, side by side, before W_O
 }
 RESID_PRE = "blocks.{layer}.hook_resid_pre"
+CACHE = "past_key_values"  # what keys and values are called; from transformers 5.24 on, "cache"
 
 Activations = Float[Tensor, "batch position d_model"]
 
@@ -75,11 +78,12 @@ class Prefix:
         """It as the cache of transformers, in which every row of a batch has the same prefix."""
         from transformers import DynamicCache
 
+        cache = DynamicCache()
         # Of layers with a sliding window all is kept as well, and the mask leaves out what is far.
-        rows = [
-            (k.expand(batch, *k.shape[1:]), v.expand(batch, *v.shape[1:])) for k, v in self.layers
-        ]
-        return DynamicCache(ddp_cache_data=rows[:layers])
+        for layer, (keys, values) in enumerate(self.layers[:layers]):
+            rows = (each.expand(batch, *each.shape[1:]) for each in (keys, values))
+            cache.update(*rows, layer)
+        return cache
 
 
 @dataclass(frozen=True)
@@ -182,10 +186,13 @@ def load_model(
     return wrap_model(weights.to(device), tokenizer, name, TransformerBridge)
 
 
+@naming_untried()
 def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None) -> Model:
     """Put a loaded Hugging Face model behind the door, and check it."""
     if bridge_class is None:
         from transformer_lens.model_bridge import TransformerBridge as bridge_class
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
     with warnings.catch_warnings(), _installing_nothing():
         warnings.simplefilter("ignore")
         bridge = bridge_class.boot_transformers(
@@ -193,6 +200,10 @@ def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None
         )
         # Until compatibility mode is on, a hook on an alias such as hook_resid_post never fires.
         bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+    for module in bridge.modules():
+        # Those that leave the work to transformers' own attention hand on what they are given.
+        if isinstance(module, AttentionBridge) and type(module).forward is not AttentionBridge.forward:
+            module.register_forward_pre_hook(_hand_on_cache, with_kwargs=True)
     for parameter in bridge.parameters():
         parameter.requires_grad_(False)
     model = Model(name, bridge, bridge.cfg.n_layers, bridge.cfg.d_model)
@@ -312,13 +323,12 @@ def run(
     changes = [*edits, *readings]
     if stop_after is not None:
         changes.append(Edit(Site(stop_after, "res"), _stop))
-    before: dict[str, Any] = {}
+    cache = None
     if prefix is not None:
-        layers = None if stop_after is None else stop_after + 1
-        before = {"past_key_values": prefix.cache(len(ids), layers), "use_cache": True}
+        cache = prefix.cache(len(ids), None if stop_after is None else stop_after + 1)
     logits = None
     with editing(model, changes), suppress(_Stopped):
-        logits = model.bridge(ids, return_type="logits", **before)
+        logits = forward(model, ids, cache)
     return logits, kept
 
 
@@ -346,8 +356,42 @@ def read_prefix(
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()
-    logits = model.bridge(ids, return_type="logits", past_key_values=cache, use_cache=True)
+    logits = forward(model, ids, cache)
     return logits, Prefix(tuple((layer.keys, layer.values) for layer in cache.layers))
+
+
+def forward(
+    model: Model, ids: Int[Tensor, "batch position"], cache: Any = None
+) -> Float[Tensor, "batch position vocabulary"]:
+    """The logits of one pass, which goes on after the keys and values of a cache and extends it.
+
+    Args:
+        model: The model.
+        ids: Token ids: with a cache, of the tokens after those that it holds.
+        cache: A cache of transformers; without one nothing is kept.
+
+    Raises:
+        ValueError: If the model left the cache as it was.
+    """
+    if cache is None:
+        return model.bridge(ids, return_type="logits")
+    before = cache.get_seq_length()
+    accepted = signature(model.bridge.original_model.forward).parameters
+    name = "cache" if "cache" in accepted else CACHE
+    logits = model.bridge(ids, return_type="logits", use_cache=True, **{name: cache})
+    if cache.get_seq_length() != before + ids.shape[1]:
+        raise ValueError(
+            f"{model.name}: after a pass of {ids.shape[1]} tokens its cache holds"
+            f" {cache.get_seq_length()}: expected {before + ids.shape[1]}"
+        )
+    return logits
+
+
+def _hand_on_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A hook before an attention of TransformerLens, which knows the cache by its first name."""
+    if "cache" in kwargs:
+        kwargs = kwargs | {CACHE: kwargs["cache"]}
+    return args, kwargs
 
 
 def logits_of(

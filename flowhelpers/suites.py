@@ -15,6 +15,7 @@ from flowhelpers.features import FeatureId, Site, parse_feature, parse_site, sug
 from flowhelpers.hub import OFFLINE_HINT
 from flowhelpers.machine import check_device, check_memory, free_memory
 from flowhelpers.registry import BYTES, SuiteRow, find_suite
+from flowhelpers.versions import warn_of_untried
 
 if TYPE_CHECKING:
     from flowhelpers.attention import AttentionOutput
@@ -193,7 +194,8 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
     """Load a language model and its dictionaries.
 
     A suite of a folder whose memory is there is loaded at once. Of others the first decoder is, so
-    that what is wrong with the first is wrong at once, and the rest when it is asked for.
+    that what is wrong with the first is wrong at once, and the rest when it is asked for. Packages
+    of versions that were not tried are warned of, once.
 
     Args:
         name: A registered suite, as `registry.find_suite` takes it, or a folder with a
@@ -208,6 +210,7 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
         ConnectionError: If something has to be fetched and there is no network.
         PermissionError, FileNotFoundError, OSError: As `hub.fetch` says.
     """
+    warn_of_untried()
     row = find_suite(name)
     device = chosen_device(row, device)
     dtype = chosen_dtype(row, device, dtype)

@@ -4,7 +4,6 @@ import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -22,13 +21,14 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from answers import NOTEBOOKS as FOLDER
+from answers import write_answered
 from judge_server import JudgeServer, scores
 
 from flowhelpers.features import FeatureId, parse_feature
 from flowhelpers.notebooks import plan
 from flowhelpers.parameters import inspect
 
-FOLDER = Path(__file__).parent.parent / "notebooks"
 FLOWLET = Path(__file__).parent.parent / "flowhelpers/data/flowlet"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PLOTLY = "application/vnd.plotly.v1+json"
@@ -149,33 +149,23 @@ class Executed:
         return json.loads((self.folder / "results.json").read_text("utf-8"))
 
 
-def answered(path: Path, folder: Path) -> int:
-    """Copies a notebook with the code of its answers in its exercises; returns how many."""
-    book = read(path)
-    cells = {cell.id: cell for cell in book.cells}
-    count = 0
-    for name, cell in cells.items():
-        code = re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)
-        if re.fullmatch(r"answer-\d+", name) and code:
-            exercise = cells[name.replace("answer", "exercise")]
-            exercise.source, put = re.subn(
-                r"(?m)^my_\w+:.*= None$", lambda _, code=code: code[1], exercise.source, count=1
-            )
-            count += put
-    nbformat.write(book, folder / path.name)
-    return count
-
-
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Executed]:
-    """Every notebook executed by the command line, without a network."""
+    """Every notebook executed by the command line, without a network.
+
+    The execution is that of the manifest in `FLOWHELPERS_EXECUTED`, where that is set.
+    """
+    manifest = Path(os.environ.get("FLOWHELPERS_EXECUTED") or execute(tmp_path_factory))
+    jobs = json.loads(manifest.read_text("utf-8"))["jobs"]
+    return {Path(job["notebook"]).stem: Executed(manifest.parent / job["folder"]) for job in jobs}
+
+
+def execute(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Executes every notebook; returns the manifest."""
     root = tmp_path_factory.mktemp("executed")
-    (root / "notebooks").mkdir()
-    shutil.copy(FOLDER / "presets.yaml", root / "notebooks")
-    for path in NOTEBOOKS:
-        assert answered(path, root / "notebooks")
+    write_answered(root / "notebooks")
     done = subprocess.run(
-        [sys.executable, "-m", "flowhelpers", "run", "--preset", "quick", "--out", str(root / "o")],
+        [sys.executable, "-m", "flowhelpers", "run", "--out", str(root / "o")],
         env=os.environ
         | {
             "FLOWHELPERS_NOTEBOOKS": str(root / "notebooks"),
@@ -188,8 +178,7 @@ def executed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Executed]:
         timeout=1800,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    jobs = json.loads(next((root / "o").glob("*.json")).read_text("utf-8"))["jobs"]
-    return {Path(job["notebook"]).stem: Executed(root / "o" / job["folder"]) for job in jobs}
+    return next((root / "o").glob("*.json"))
 
 
 @each_notebook
