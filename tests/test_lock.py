@@ -6,6 +6,8 @@ import sys
 import tomllib
 import zipfile
 from importlib import metadata
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 
 import pytest
@@ -148,26 +150,58 @@ def wheel(folder: Path, name: str, version: str, code: str) -> None:
             archive.writestr(path, text)
 
 
-@pytest.fixture
-def newest(tmp_path: Path):
-    """Tries releases planted as wheels, by one check that imports them all."""
-    for name in ("apple", "berry", "cherry", "date_palm"):
-        wheel(tmp_path, name, "999", "")
-    wheel(tmp_path, "berry", "1000", "raise ImportError('planted in berry')")
-    wheel(tmp_path, "cherry", "1000", "import berry\nraise ImportError('planted in cherry')")
+def test_a_broken_release_is_named_and_the_rest_is_tried_without_it(tmp_path: Path):
+    wheel(tmp_path, "apple", "999", "")
+    wheel(tmp_path, "berry", "999", "raise ImportError('planted in berry')")
+    wheel(tmp_path, "cherry", "999", "from apple import *")
+    wheel(tmp_path, "elder", "999", "raise ImportError('planted in elder')")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")  # of this folder alone
 
-    def run(*releases: str) -> "subprocess.CompletedProcess[str]":
-        names = ", ".join(re.sub("[=-].*", "", each) for each in releases)
-        (tmp_path / "fruits.py").write_text(
-            "try:\n    import apple, date_palm\nexcept ModuleNotFoundError:\n    pass\n"
-            "for name in ('berry', 'cherry'):\n    try:\n        __import__(name)\n"
-            "    except ModuleNotFoundError:\n        pass\n"
-        )
-        assert names
-        command = [sys.executable, ROOT / ".ci/newest", "--wheels", tmp_path, *releases]
-        return subprocess.run(
-            [*map(str, command), "--checks", f"runpy {tmp_path / 'fruits.py'}"],
+    def newest(**checks: str) -> list[str]:
+        for name, fruits in checks.items():
+            (tmp_path / f"{name}.py").write_text(
+                "import importlib.util\n\n\ndef test_all_can_be_eaten():\n"
+                f"    for name in {fruits.split()}:\n"
+                "        if name == 'mould' or importlib.util.find_spec(name):\n"
+                "            __import__(name)\n"
+            )
+        done = subprocess.run(
+            [sys.executable, str(ROOT / ".ci/newest"), "--wheels", str(tmp_path)]
+            + [f"{name}==999" for name in ("apple", "berry", "cherry", "elder")]
+            + ["--checks", *(f"pytest -q {tmp_path / name}.py" for name in checks)],
             capture_output=True, text=True, timeout=120,
         )  # fmt: skip
+        said = done.stdout.splitlines()
+        assert said[2] == "newest: cherry 999, in the lock not at all", done.stderr
+        assert done.returncode == (0 if "nothing broken" in said[-1] else 1)
+        return [re.sub("FAILED .* - ", "", line) for line in said[4:]]
 
-    return run
+    assert newest(one="apple berry cherry elder", two="elder apple") == [
+        "newest: pytest is broken by berry 999: ImportError: planted in berry",
+        "newest: pytest is broken by elder 999: ImportError: planted in elder",
+        "newest: 4 newer than the lock, 2 broken",
+    ]
+    assert newest(three="apple cherry") == ["newest: 4 newer than the lock, nothing broken"]
+    assert newest(four="mould")[0].startswith(
+        "newest: pytest is broken by nothing new: it fails on the lock as well: ModuleNotFoundErr"
+    )
+
+
+def test_the_tests_that_the_newest_are_tried_by_are_there():
+    script = (ROOT / ".ci/newest").read_text("utf-8")
+    named = re.findall(r"^tests/(\w+\.py)::(\w+)$", script, re.MULTILINE)
+    assert len(named) >= 12
+    for file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text("utf-8")
+
+
+def test_upper_bounds_are_put_aside_for_the_newest_and_lower_ones_kept():
+    loader = SourceFileLoader("newest", str(ROOT / ".ci/newest"))
+    spec = spec_from_loader("newest", loader)
+    assert spec
+    newest = module_from_spec(spec)
+    loader.exec_module(newest)
+    asked = ["a>=5.23,<=5.24.0", "b>=2,<3", "c==1.2", "d[x]>=1"]
+    assert [newest.uncapped(each) for each in asked] == ["a>=5.23", "b>=2", "c==1.2", "d[x]>=1"]
+    lines = "# x\na-b==1.2 ; python_version < '3'\na-b==1.3 ; python_version > '3'\n    # by c\nd==2"
+    assert newest.pins(lines) == {"a-b": "1.3", "d": "2"}
