@@ -1,6 +1,34 @@
-"""What this machine has: devices, and memory that is free."""
+"""What this machine has: devices, memory that is free, and threads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flowhelpers.features import suggestion
+
+SMALL = 2**25  # multiplications of a product that is done before a second thread has begun
+FEW = 16  # rows of a product for which reading the matrix takes as long as multiplying
+
+
+@contextmanager
+def fitting_threads(rows: int, width: int) -> Iterator[None]:
+    """Inside the block torch has one thread on the CPU if the products are too small for more.
+
+    Several threads wait for each other after every step of a pass. That is soon more than they
+    save, all the more where other programs want the cores as well.
+
+    Args:
+        rows: Of the products in the block, such as the tokens of a pass.
+        width: Of the stream; the largest matrices are taken to be `width` × `4 width`.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if max(rows, FEW) * 4 * width**2 < SMALL:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_device(name: str) -> None:

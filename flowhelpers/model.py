@@ -20,6 +20,7 @@ from torch import Tensor
 
 from flowhelpers.features import Site, suggestion
 from flowhelpers.hub import fetched
+from flowhelpers.machine import fitting_threads
 from flowhelpers.versions import naming_untried
 
 HOOKS = {
@@ -202,7 +203,10 @@ def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None
         bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
     for module in bridge.modules():
         # Those that leave the work to transformers' own attention hand on what they are given.
-        if isinstance(module, AttentionBridge) and type(module).forward is not AttentionBridge.forward:
+        if (
+            isinstance(module, AttentionBridge)
+            and type(module).forward is not AttentionBridge.forward
+        ):
             module.register_forward_pre_hook(_hand_on_cache, with_kwargs=True)
     for parameter in bridge.parameters():
         parameter.requires_grad_(False)
@@ -373,16 +377,18 @@ def forward(
     Raises:
         ValueError: If the model left the cache as it was.
     """
-    if cache is None:
-        return model.bridge(ids, return_type="logits")
-    before = cache.get_seq_length()
-    accepted = signature(model.bridge.original_model.forward).parameters
-    name = "cache" if "cache" in accepted else CACHE
-    logits = model.bridge(ids, return_type="logits", use_cache=True, **{name: cache})
-    if cache.get_seq_length() != before + ids.shape[1]:
+    given: dict[str, Any] = {}
+    expected = ids.shape[1]
+    if cache is not None:
+        accepted = signature(model.bridge.original_model.forward).parameters
+        given = {"cache" if "cache" in accepted else CACHE: cache, "use_cache": True}
+        expected += cache.get_seq_length()
+    with fitting_threads(ids.numel(), model.d_model):
+        logits = model.bridge(ids, return_type="logits", **given)
+    if cache is not None and cache.get_seq_length() != expected:
         raise ValueError(
-            f"{model.name}: after a pass of {ids.shape[1]} tokens its cache holds"
-            f" {cache.get_seq_length()}: expected {before + ids.shape[1]}"
+            f"{model.name}: after a pass its cache holds {cache.get_seq_length()} tokens:"
+            f" expected {expected}"
         )
     return logits
 

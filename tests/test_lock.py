@@ -189,8 +189,8 @@ def test_a_broken_release_is_named_and_the_rest_is_tried_without_it(tmp_path: Pa
 
 def test_the_tests_that_the_newest_are_tried_by_are_there():
     script = (ROOT / ".ci/newest").read_text("utf-8")
-    named = re.findall(r"^tests/(\w+\.py)::(\w+)$", script, re.MULTILINE)
-    assert len(named) >= 12
+    named = re.findall(r"\"tests/(\w+\.py)::(\w+)\"", script, re.MULTILINE)
+    assert len(named) == 12
     for file, test in named:
         assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text("utf-8")
 
@@ -203,5 +203,7 @@ def test_upper_bounds_are_put_aside_for_the_newest_and_lower_ones_kept():
     loader.exec_module(newest)
     asked = ["a>=5.23,<=5.24.0", "b>=2,<3", "c==1.2", "d[x]>=1"]
     assert [newest.uncapped(each) for each in asked] == ["a>=5.23", "b>=2", "c==1.2", "d[x]>=1"]
-    lines = "# x\na-b==1.2 ; python_version < '3'\na-b==1.3 ; python_version > '3'\n    # by c\nd==2"
+    lines = (
+        "# x\na-b==1.2 ; python_version < '3'\na-b==1.3 ; python_version > '3'\n    # by c\nd==2"
+    )
     assert newest.pins(lines) == {"a-b": "1.3", "d": "2"}

@@ -111,8 +111,8 @@ def test_the_readme_has_one_command_for_the_main_job_and_one_for_the_tests():
     commands = [block.removesuffix("\n") for block in blocks]
     assert not any("\n" in command for command in commands), "each is one line, alone in its block"
     # What is built on the way is built by the lock as well, by older and newer releases of pip.
-    pip = "PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt .venv/bin/python -m pip"
-    make = f"python3 -m venv .venv && {pip} install -e"
+    lock = "PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt"
+    make = f"python3 -m venv .venv && {lock} .venv/bin/python -m pip install -e"
     assert commands == [
         f"{make} . && .venv/bin/flowhelpers run",
         f"{make} '.[dev]' && .venv/bin/python -m pytest",
