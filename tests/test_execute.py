@@ -34,7 +34,11 @@ GOOD = [
     squares = run.table("squares", lambda: pd.DataFrame({"n": range(new)}).eval("n2 = n * n"))
     """,
     'run.figure("curve", go.Figure(go.Scatter(y=[3, 1, 2], name="planted trace")))',
-    'run.results({"sum": int(squares.n2.sum()), "live": live(), "python": sys.executable})',
+    """
+    waits = os.environ["OMP_WAIT_POLICY"]
+    results = {"sum": int(squares.n2.sum()), "live": live(), "python": sys.executable}
+    run.results(results | {"waits": waits})
+    """,
     'IntSlider(description="dead widget")',
 ]
 BAD = ["k: float = 1.0", 'raise RuntimeError(f"planted <failure> {k}")']
@@ -123,7 +127,8 @@ def test_run_folder_holds_what_the_notebook_made(executed: Execution) -> None:
     pd.testing.assert_frame_equal(pd.read_parquet(folder / "tables/squares.parquet"), squares)
     pd.testing.assert_frame_equal(pd.read_csv(folder / "tables/squares.csv"), squares)
     results = json.loads((folder / "results.json").read_text())
-    assert results == {"sum": 14, "live": False, "python": sys.executable}
+    expected = {"sum": 14, "live": False, "python": sys.executable, "waits": "PASSIVE"}
+    assert results == expected
     config = json.loads((folder / "config.json").read_text())
     assert config["parameters"] == {"new": 4, "words": ["x", "y"], "device": None}
     left = [file.name for file in executed.out.rglob("*.partial")]
