@@ -82,8 +82,8 @@ class Prefix:
         cache = DynamicCache()
         # Of layers with a sliding window all is kept as well, and the mask leaves out what is far.
         for layer, (keys, values) in enumerate(self.layers[:layers]):
-            rows = (each.expand(batch, *each.shape[1:]) for each in (keys, values))
-            cache.update(*rows, layer)
+            keys, values = (each.expand(batch, *each.shape[1:]) for each in (keys, values))
+            cache.update(keys, values, layer)
         return cache
 
 

@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 import tomllib
-import zipfile
 from importlib import metadata
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from later import write_wheel
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -136,25 +136,11 @@ def test_the_lock_says_by_what_command_it_was_made():
 # The trial of the newest releases.
 
 
-def wheel(folder: Path, name: str, version: str, code: str) -> None:
-    """A wheel of one module."""
-    info = f"{name}-{version}.dist-info"
-    files = {
-        f"{name}.py": code,
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-        f"{info}/RECORD": "",
-    }
-    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        for path, text in files.items():
-            archive.writestr(path, text)
-
-
 def test_a_broken_release_is_named_and_the_rest_is_tried_without_it(tmp_path: Path):
-    wheel(tmp_path, "apple", "999", "")
-    wheel(tmp_path, "berry", "999", "raise ImportError('planted in berry')")
-    wheel(tmp_path, "cherry", "999", "from apple import *")
-    wheel(tmp_path, "elder", "999", "raise ImportError('planted in elder')")
+    write_wheel(tmp_path, "apple", "999", "")
+    write_wheel(tmp_path, "berry", "999", "raise ImportError('planted in berry')")
+    write_wheel(tmp_path, "cherry", "999", "from apple import *")
+    write_wheel(tmp_path, "elder", "999", "raise ImportError('planted in elder')")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")  # of this folder alone
 
     def newest(**checks: str) -> list[str]:
