@@ -27,6 +27,10 @@ RUN_NOTES = """examples:
 
 def run(arguments: argparse.Namespace) -> int:
     """Executes notebooks, or takes up an execution that was stopped."""
+    from flowhelpers.versions import untried
+
+    for sentence in untried():
+        print(f"flowhelpers: {sentence}", file=sys.stderr)
     if arguments.resume is not None:
         if arguments.notebooks or arguments.parameters or arguments.preset or arguments.name:
             raise ValueError("--resume goes on with what was asked for before: give no more to it")
@@ -37,10 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--resume takes the manifest of a run, a .json file: {manifest}")
         return resume(arguments.out, manifest, timeout=arguments.timeout)
     from flowhelpers.notebooks import plan
-    from flowhelpers.versions import untried
 
-    for sentence in untried():
-        print(f"flowhelpers: {sentence}", file=sys.stderr)
     given = dict(_assignment(text) for text in arguments.parameters)
     planned = plan(arguments.notebooks, given, arguments.preset)
     from flowhelpers.execute import run_notebooks

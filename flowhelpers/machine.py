@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from flowhelpers.features import suggestion
 
-SMALL = 2**25  # multiplications of a product that is done before a second thread has begun
+SMALL = 2**24  # a product of fewer multiplications is done before a second thread would have begun
 FEW = 16  # rows of a product for which reading the matrix takes as long as multiplying
 
 
@@ -22,9 +22,11 @@ def fitting_threads(rows: int, width: int) -> Iterator[None]:
     """
     import torch
 
+    if max(rows, FEW) * 4 * width**2 >= SMALL:
+        yield
+        return
     threads = torch.get_num_threads()
-    if max(rows, FEW) * 4 * width**2 < SMALL:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)  # of the calling thread alone
     try:
         yield
     finally:

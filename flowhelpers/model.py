@@ -151,6 +151,7 @@ class Tokens:
     is_text: Bool[Tensor, "batch position"]
 
 
+@naming_untried()
 def load_model(
     name: str,
     device: str | torch.device = "cpu",
@@ -187,7 +188,6 @@ def load_model(
     return wrap_model(weights.to(device), tokenizer, name, TransformerBridge)
 
 
-@naming_untried()
 def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None) -> Model:
     """Put a loaded Hugging Face model behind the door, and check it."""
     if bridge_class is None:

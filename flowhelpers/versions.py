@@ -16,19 +16,23 @@ ASKING = ("flowhelpers", "torchvision", "torchaudio")
 @cache
 def untried() -> tuple[str, ...]:
     """What is installed in another version than it was tried in, a sentence for each."""
-    return tuple(
-        f"{each.name} {installed} is installed: {asking} was tried with {each.specifier}"
-        for asking in ASKING
-        for each in _requirements(asking)
-        if (installed := _installed(each.name)) and installed not in each.specifier
-    )
+    found = []
+    for asking in ASKING:
+        for each in _requirements(asking):
+            installed = _installed(each.name)
+            if installed and installed not in each.specifier:
+                tried = ",".join(sorted(map(str, each.specifier), reverse=True))
+                found.append(
+                    f"{each.name} {installed} is installed; {asking} was tried with {tried}"
+                )
+    return tuple(found)
 
 
 @cache
 def warn_of_untried() -> None:
-    """Warns of what `untried` finds, once a process."""
+    """Warns of what `untried` finds, once a process, at the line that called the caller."""
     for sentence in untried():
-        warnings.warn(sentence, stacklevel=2)
+        warnings.warn(sentence, stacklevel=3)
 
 
 @contextmanager
@@ -36,10 +40,13 @@ def naming_untried() -> Iterator[None]:
     """Where something fails under versions that were not tried, the error names them first.
 
     Raises:
-        ValueError: In place of an error, if there are such versions.
+        ValueError: In place of an error, if there are such versions. Errors of memory, files and
+            network stay as they are.
     """
     try:
         yield
+    except (MemoryError, OSError):
+        raise
     except Exception as error:
         if not untried():
             raise

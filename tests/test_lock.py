@@ -67,9 +67,9 @@ def test_what_is_asked_for_admits_what_is_locked(asked: Requirement):
 
 def test_what_is_leaned_on_is_asked_for_up_to_what_was_tried():
     bounds = {
-        each.name: [each.version for each in asked.specifier if each.operator == "<="]
+        asked.name: [bound.version for bound in asked.specifier if bound.operator == "<="]
         for asked in ASKED
-        if (each := asked).name in LEANED_ON
+        if asked.name in LEANED_ON
     }
     assert bounds == {name: [version_of(pin) for pin in PINS[name]] for name in LEANED_ON}
     assert [version_of(pin) for pin in PINS["torch"]] == ["2.13.0"]
@@ -87,8 +87,6 @@ def test_what_is_installed_is_what_the_lock_says():
         if here and installed not in here[0].specifier:
             off[name] = (installed, version_of(here[0]))
     assert off == {}, "installed, and in the lock: give the README's command again"
-    needed = [line for line in metadata.requires("flowhelpers") or [] if "extra ==" not in line]
-    assert needed
 
 
 def test_whatever_is_installed_with_the_package_is_in_the_lock():
@@ -165,9 +163,9 @@ def test_a_broken_release_is_named_and_the_rest_is_tried_without_it(tmp_path: Pa
     assert newest(one="apple berry cherry elder", two="elder apple") == [
         "newest: pytest is broken by berry 999: ImportError: planted in berry",
         "newest: pytest is broken by elder 999: ImportError: planted in elder",
-        "newest: 4 newer than the lock, 2 broken",
+        "newest: 4 not as in the lock, 2 broken",
     ]
-    assert newest(three="apple cherry") == ["newest: 4 newer than the lock, nothing broken"]
+    assert newest(three="apple cherry") == ["newest: 4 not as in the lock, nothing broken"]
     assert newest(four="mould")[0].startswith(
         "newest: pytest is broken by nothing new: it fails on the lock as well: ModuleNotFoundErr"
     )
@@ -187,8 +185,9 @@ def test_upper_bounds_are_put_aside_for_the_newest_and_lower_ones_kept():
     assert spec
     newest = module_from_spec(spec)
     loader.exec_module(newest)
-    asked = ["a>=5.23,<=5.24.0", "b>=2,<3", "c==1.2", "d[x]>=1"]
-    assert [newest.uncapped(each) for each in asked] == ["a>=5.23", "b>=2", "c==1.2", "d[x]>=1"]
+    asked = ["a>=5.23,<=5.24.0", "b<3,>=2; os_name == 'nt'", "c==1.2", "d[x]>=1"]
+    lower = ["a>=5.23", 'b>=2; os_name == "nt"', "c==1.2", "d[x]>=1"]
+    assert [newest.uncapped(each) for each in asked] == lower
     lines = (
         "# x\na-b==1.2 ; python_version < '3'\na-b==1.3 ; python_version > '3'\n    # by c\nd==2"
     )

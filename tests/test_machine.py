@@ -52,20 +52,25 @@ def threads(rows: int, width: int) -> int:
 def test_small_passes_have_one_thread_and_large_ones_all():
     assert threads(18, 192) == 1  # one text of flowlet
     assert threads(256 * 18, 192) == 2
-    assert threads(1, 2304) == 2  # one token of Gemma 2 2B
+    assert threads(1, 512) == threads(1, 2304) == 2  # one token of Pythia 70M, of Gemma 2 2B
     with pytest.raises(RuntimeError, match="planted"), fitting_threads(1, 8):
         raise RuntimeError("planted")
     assert torch.get_num_threads() == 2
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_a_pass_of_few_tokens_has_one_thread(toy: Model):
+def test_a_pass_of_few_tokens_has_one_thread_and_another_all(
+    toy: Model, monkeypatch: pytest.MonkeyPatch
+):
     seen = []
 
     def look(activations: Tensor) -> Tensor:
         seen.append(torch.get_num_threads())
         return activations
 
-    run(toy, torch.arange(1, 9)[None], edits=[Edit(Site(0, "res"), look)])
-    assert seen == [1]
+    bound = 20 * 4 * toy.d_model**2  # of 20 tokens
+    monkeypatch.setattr("flowhelpers.machine.SMALL", bound)
+    for rows in (2, 3):
+        run(toy, torch.arange(1, 9).expand(rows, -1), edits=[Edit(Site(0, "res"), look)])
+    assert seen == [1, 2]
     assert torch.get_num_threads() == 2

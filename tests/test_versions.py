@@ -20,6 +20,7 @@ TRIED = [
     "transformers>=5.23,<=5.24.0",
     "plotly>=7",
     'pywinpty>=2; sys_platform == "win32"',
+    'numpy>=2,<3; python_version >= "3.11"',
     "pytest>=99; extra == 'dev'",
     "not-installed>=1",
 ]
@@ -29,7 +30,9 @@ TRIED = [
 def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The versions that packages seem to have; flowhelpers asks for TRIED."""
     there = {"torch": "2.13.0+cpu", "transformers": "5.24.0", "plotly": "7.1.0", "pytest": "9.0"}
-    asks = {"flowhelpers": TRIED, "torchvision": ["torch==2.14.1"]}
+    there |= {"numpy": "2.4.6", "pywinpty": "1.0"}
+    asks = {"flowhelpers": TRIED}
+    asks |= {name: ["torch==2.14.1"] for name in ("torchvision", "torchaudio")}
 
     def version(name: str) -> str:
         if name not in there:
@@ -61,23 +64,29 @@ def test_another_version_is_named_with_those_that_were_tried(
 ):
     installed["transformers"] = version
     (sentence,) = versions.untried()
-    assert sentence.startswith(f"transformers {version} is installed: flowhelpers was tried with ")
-    assert sentence.endswith(("<=5.24.0,>=5.23", ">=5.23,<=5.24.0"))
+    asked = "flowhelpers was tried with >=5.23,<=5.24.0"
+    assert sentence == f"transformers {version} is installed; {asked}"
+    installed["numpy"] = "3.0"
+    versions.untried.cache_clear()
+    assert len(versions.untried()) == 2
 
 
-def test_another_torch_is_named_and_what_was_built_for_another(installed: dict[str, str]):
-    installed |= {"torch": "2.14.1", "torchvision": "0.29.1"}
-    assert versions.untried() == ("torch 2.14.1 is installed: flowhelpers was tried with ==2.13.0",)
+@pytest.mark.parametrize("beside", ["torchvision", "torchaudio"])
+def test_another_torch_is_named_and_what_was_built_for_another(
+    installed: dict[str, str], beside: str
+):
+    installed |= {"torch": "2.14.1", beside: "0.29.1"}
+    assert versions.untried() == ("torch 2.14.1 is installed; flowhelpers was tried with ==2.13.0",)
     installed["torch"] = "2.13.0"
     versions.untried.cache_clear()
-    assert versions.untried() == ("torch 2.13.0 is installed: torchvision was tried with ==2.14.1",)
+    assert versions.untried() == (f"torch 2.13.0 is installed; {beside} was tried with ==2.14.1",)
 
 
 def test_loading_a_suite_warns_once(installed: dict[str, str]):
     from flowhelpers.suites import load_suite
 
     installed["plotly"] = "6.9.0"
-    with pytest.warns(UserWarning, match=r"plotly 6\.9\.0 is installed: .* was tried with >=7"):
+    with pytest.warns(UserWarning, match=r"plotly 6\.9\.0 is installed; .* was tried with >=7"):
         load_suite("flowlet-mini")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -92,9 +101,26 @@ def test_a_check_that_fails_names_such_versions_first(
         load_model(str(toy_folder))
     installed["transformers"] = "5.30.0"
     versions.untried.cache_clear()
-    with pytest.raises(ValueError, match=r"^transformers 5\.30\.0 is installed: ") as named:
+    with pytest.raises(ValueError, match=r"^transformers 5\.30\.0 is installed; ") as named:
         load_model(str(toy_folder))
     assert str(named.value).endswith(f" Then: {plain.value}")
+
+
+def test_an_import_that_fails_names_such_versions_and_missing_memory_does_not(
+    installed: dict[str, str], toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import transformers
+
+    installed["transformers"] = "5.30.0"
+    for error, shown in ((ImportError, ValueError), (MemoryError, MemoryError)):
+
+        def fail(*_: Any, error: type[Exception] = error, **__: Any) -> None:
+            raise error("planted")
+
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+        with pytest.raises(shown, match="planted") as said:
+            load_model(str(toy_folder))
+        assert ("5.30.0 is installed" in str(said.value)) == (shown is ValueError)
 
 
 def test_a_run_says_so_before_it_begins(
@@ -103,8 +129,9 @@ def test_a_run_says_so_before_it_begins(
     from flowhelpers.__main__ import main
 
     installed["torch"] = "2.14.1"
-    assert main(["run", "no-such-notebook"]) == 2
-    assert capsys.readouterr().err.startswith("flowhelpers: torch 2.14.1 is installed")
+    for what in ("no-such-notebook", "--resume=no-such-file"):
+        assert main(["run", what]) == 2
+        assert capsys.readouterr().err.startswith("flowhelpers: torch 2.14.1 is installed")
 
 
 def test_the_release_of_transformers_is_the_one_that_was_to_be_tried():
