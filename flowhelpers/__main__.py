@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from flowhelpers import __version__
 
 if TYPE_CHECKING:
-    from flowhelpers.registry import SuiteRow
+    from flowhelpers.suites.registry import SuiteRow
 
 RUN_NOTES = """examples:
   flowhelpers run                               every notebook, as it stands
@@ -27,32 +27,32 @@ RUN_NOTES = """examples:
 
 def run(arguments: argparse.Namespace) -> int:
     """Executes notebooks, or takes up an execution that was stopped."""
-    from flowhelpers.versions import untried
+    from flowhelpers.core.versions import untried
 
     for sentence in untried():
         print(f"flowhelpers: {sentence}", file=sys.stderr)
     if arguments.resume is not None:
         if arguments.notebooks or arguments.parameters or arguments.preset or arguments.name:
             raise ValueError("--resume goes on with what was asked for before: give no more to it")
-        from flowhelpers.execute import resume
+        from flowhelpers.runs.execute import resume
 
         manifest = Path(arguments.resume) if arguments.resume else None
         if manifest and not manifest.is_file():
             raise ValueError(f"--resume takes the manifest of a run, a .json file: {manifest}")
         return resume(arguments.out, manifest, timeout=arguments.timeout)
-    from flowhelpers.notebooks import plan
+    from flowhelpers.runs.notebooks import plan
 
     given = dict(_assignment(text) for text in arguments.parameters)
     planned = plan(arguments.notebooks, given, arguments.preset)
-    from flowhelpers.execute import run_notebooks
+    from flowhelpers.runs.execute import run_notebooks
 
     return run_notebooks(planned, arguments.out, name=arguments.name, timeout=arguments.timeout)
 
 
 def lab(arguments: argparse.Namespace) -> int:
     """Opens JupyterLab on the notebooks; runs go below the folder where this was called."""
-    from flowhelpers.notebooks import notebooks_folder
-    from flowhelpers.runs import RUNS
+    from flowhelpers.runs.notebooks import notebooks_folder
+    from flowhelpers.runs.run import RUNS
 
     os.environ.setdefault(RUNS, str(Path.cwd() / "runs"))
     command = [sys.executable, "-m", "jupyterlab", str(notebooks_folder()), *arguments.rest]
@@ -61,8 +61,8 @@ def lab(arguments: argparse.Namespace) -> int:
 
 def notebooks(arguments: argparse.Namespace) -> int:
     """Lists the notebooks and their parameters."""
-    from flowhelpers.notebooks import find_notebooks
-    from flowhelpers.parameters import inspect
+    from flowhelpers.runs.notebooks import find_notebooks
+    from flowhelpers.runs.parameters import inspect
 
     for notebook in find_notebooks(arguments.notebooks):
         print(notebook.stem)
@@ -73,8 +73,8 @@ def notebooks(arguments: argparse.Namespace) -> int:
 
 def suites(arguments: argparse.Namespace) -> int:
     """Lists the suites, or says of one what it holds and what each experiment needs."""
-    from flowhelpers.registry import find_suite, registered
-    from flowhelpers.suites import check_sources
+    from flowhelpers.suites.load import check_sources
+    from flowhelpers.suites.registry import find_suite, registered
 
     if not arguments.suite:
         for row in registered().values():
@@ -106,10 +106,10 @@ def suites(arguments: argparse.Namespace) -> int:
 
 
 def _print_needs(row: "SuiteRow") -> None:
-    from flowhelpers.cosine import quick_dtype
-    from flowhelpers.machine import free_memory
-    from flowhelpers.needs import needs, speed
-    from flowhelpers.suites import chosen_device, chosen_dtype
+    from flowhelpers.core.machine import free_memory
+    from flowhelpers.matching.cosine import quick_dtype
+    from flowhelpers.suites.load import chosen_device, chosen_dtype
+    from flowhelpers.suites.needs import needs, speed
 
     device = chosen_device(row)
     dtype = chosen_dtype(row, device)
@@ -141,7 +141,7 @@ def _duration(seconds: float) -> str:
 
 def train(arguments: argparse.Namespace) -> int:
     """Trains a suite, or dictionaries for a model that is there already."""
-    from flowhelpers.recipe import train_suite
+    from flowhelpers.training.recipe import train_suite
 
     folder = train_suite(
         arguments.folder, arguments.text, arguments.recipe, arguments.model, arguments.device
@@ -155,7 +155,7 @@ def card(arguments: argparse.Namespace) -> int:
     afresh = arguments.measure or arguments.rows
     if arguments.write and not afresh:
         raise ValueError("--write writes what was measured: give --measure or --rows as well")
-    from flowhelpers.card import measured_bars, stored_bars
+    from flowhelpers.training.card import measured_bars, stored_bars
 
     if afresh:
         figures = measured_bars(arguments.suite, arguments.rows, arguments.write)
@@ -241,7 +241,7 @@ def is_mistake(error: Exception) -> bool:
     last = error.__traceback__
     while last and last.tb_next:
         last = last.tb_next
-    here = last and Path(last.tb_frame.f_code.co_filename).parent == Path(__file__).parent
+    here = last and Path(__file__).parent in Path(last.tb_frame.f_code.co_filename).parents
     return bool(here) and isinstance(error, MISTAKES)
 
 

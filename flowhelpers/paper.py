@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING
 
-from flowhelpers.features import FeatureId
-from flowhelpers.flow import FlowGraph
-from flowhelpers.group_tests import NAMED_PAIRS, class_shares
-from flowhelpers.groups import GROUPS
+from flowhelpers.core.features import FeatureId
+from flowhelpers.flow.graph import FlowGraph
+from flowhelpers.groups.occurrences import GROUPS
+from flowhelpers.groups.significance import NAMED_PAIRS, class_shares
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -26,12 +26,12 @@ import torch
 import toys
 from torch import Tensor
 
-from flowhelpers.activations import FeatureActivations, collect_tokens
-from flowhelpers.dictionaries import make_dictionary
-from flowhelpers.features import Site
-from flowhelpers.model import Model, Tokens, load_model
-from flowhelpers.registry import SuiteRow
-from flowhelpers.suites import Suite
+from flowhelpers.activations.collect import FeatureActivations, collect_tokens
+from flowhelpers.core.features import Site
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.model import Model, Tokens, load_model
+from flowhelpers.suites.registry import SuiteRow
+from flowhelpers.suites.saes import make_dictionary
 
 D = 32
 COPY, SUM, MLP, OTHER, ATT, ALL = 3, 0, 5, 1, 4, 2  # features of layer 1, in an order of their own
@@ -76,7 +76,7 @@ CONSTANTS = {  # coordinate: value, at each layer of the MLP and of attention
 def write_adder(folder: Path) -> Path:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from flowhelpers.pretraining import train_tokenizer
+    from flowhelpers.training.language_model import train_tokenizer
 
     train_tokenizer(iter(toys.TEXTS * 20), toys.VOCABULARY).save_pretrained(folder)
     config = GPT2Config(

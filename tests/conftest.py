@@ -14,8 +14,8 @@ install_import_hook("flowhelpers", "checks.checked")
 if TYPE_CHECKING:
     from transformers import Gemma3ForCausalLM
 
-    from flowhelpers.model import Model
-    from flowhelpers.suites import Suite
+    from flowhelpers.suites.load import Suite
+    from flowhelpers.suites.model import Model
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -72,7 +72,7 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def toy(toy_folder: Path) -> "Model":
     """The toy model behind the door."""
-    from flowhelpers.model import load_model
+    from flowhelpers.suites.model import load_model
 
     return load_model(str(toy_folder))
 
@@ -90,7 +90,7 @@ def planted_folder(toy_folder: Path, toy: "Model") -> Path:
     """A suite's folder around the toy model, with the planted dictionaries at every site."""
     import toys
 
-    from flowhelpers.model import run, tokenize
+    from flowhelpers.suites.model import run, tokenize
 
     tokens = tokenize(toy, toys.TEXTS)
     _, read = run(toy, tokens.ids, read=toy.sites())
@@ -101,6 +101,6 @@ def planted_folder(toy_folder: Path, toy: "Model") -> Path:
 @pytest.fixture(scope="session")
 def planted(planted_folder: Path) -> "Suite":
     """The suite of that folder, loaded."""
-    from flowhelpers.suites import load_suite
+    from flowhelpers.suites.load import load_suite
 
     return load_suite(planted_folder)

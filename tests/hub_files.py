@@ -260,7 +260,7 @@ def shrink(patch: "pytest.MonkeyPatch", suite: str, **sizes: int) -> None:
         suite: The suite's name.
         sizes: What its row says of `layers` and `d_model`.
     """
-    from flowhelpers import registry
+    from flowhelpers.suites import registry
 
     row = {**registry._table()[suite], **sizes}
     patch.setitem(registry._table(), suite, row)

@@ -27,7 +27,7 @@ def certificates(**options: Any) -> SSLContext:
 
 def be_quick(patch: pytest.MonkeyPatch) -> None:
     """Short pauses between tries, no key about, and the certificates read once."""
-    from flowhelpers import neuronpedia
+    from flowhelpers.labels import neuronpedia
 
     patch.setattr(neuronpedia, "PAUSE", 0.005)
     patch.delenv("NEURONPEDIA_API_KEY", raising=False)

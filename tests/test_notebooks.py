@@ -25,9 +25,9 @@ from answers import NOTEBOOKS as FOLDER
 from answers import write_answered
 from judge_server import JudgeServer, scores
 
-from flowhelpers.features import FeatureId, parse_feature
-from flowhelpers.notebooks import plan
-from flowhelpers.parameters import inspect
+from flowhelpers.core.features import FeatureId, parse_feature
+from flowhelpers.runs.notebooks import plan
+from flowhelpers.runs.parameters import inspect
 
 FLOWLET = Path(__file__).parent.parent / "flowhelpers/data/flowlet"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -326,14 +326,14 @@ def codes_of(by_hand: ByHand, layer: int, module: str, texts: tuple[str, ...]) -
 
 def sample_of_01() -> list[str]:
     """The texts that 01 reads."""
-    from flowhelpers.texts import load_texts
+    from flowhelpers.activations.corpora import load_texts
 
     return [t for name in ("fiction", "science", "maths", "python") for t in load_texts(name, 15)]
 
 
 def sample_of_02() -> list[str]:
     """The passages that 02 reads."""
-    from flowhelpers.texts import passages
+    from flowhelpers.activations.corpora import passages
 
     return passages().groupby("subject").head(12)["text"].tolist()
 
@@ -881,7 +881,7 @@ def test_the_seed_is_the_feature_that_tells_its_subject_best(
 ) -> None:
     from sklearn.metrics import roc_auc_score
 
-    from flowhelpers.texts import passages
+    from flowhelpers.activations.corpora import passages
 
     kept = passages().groupby("subject").head(12)
     mine = (kept["subject"] == "illness").to_numpy()
@@ -975,7 +975,7 @@ def groups(executed: dict[str, Executed]) -> Executed:
 @pytest.fixture(scope="module")
 def sampled(groups: Executed) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """The tokens of the run's sample, and whether each feature is active there, by site."""
-    from flowhelpers.activations import load_activations
+    from flowhelpers.activations.collect import load_activations
 
     found = load_activations(groups.folder / "activations")
     return found.tokens, {str(s): c.toarray() > 0 for s, c in found.by_site.items()}
@@ -1008,7 +1008,7 @@ def group_of(row: Any) -> str:
 def test_the_sample_has_its_tokens_and_the_dictionaries_see_them_so(
     groups: Executed, sampled: tuple[pd.DataFrame, dict[str, np.ndarray]], by_hand: ByHand
 ) -> None:
-    from flowhelpers.texts import load_texts
+    from flowhelpers.activations.corpora import load_texts
 
     tokens, active = sampled
     sizes = groups.table("sample").set_index("dataset")
@@ -1205,7 +1205,7 @@ def test_the_one_edit_is_what_plain_hooks_give(removed: Executed, by_hand: ByHan
 def test_cases_are_what_plain_hooks_over_the_whole_text_give(
     removed: Executed, by_hand: ByHand, name: str
 ) -> None:
-    from flowhelpers.texts import load_texts
+    from flowhelpers.activations.corpora import load_texts
 
     texts, targets = load_texts("fiction", 35), removed.table("targets")
     table = removed.table(name)

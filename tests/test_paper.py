@@ -7,10 +7,10 @@ import pytest
 import torch
 import toys
 
-from flowhelpers.features import Site
-from flowhelpers.flow import FlowGraph, flow_graph
-from flowhelpers.group_tests import class_shares
-from flowhelpers.groups import GROUPS
+from flowhelpers.core.features import Site
+from flowhelpers.flow.graph import FlowGraph, flow_graph
+from flowhelpers.groups.occurrences import GROUPS
+from flowhelpers.groups.significance import class_shares
 from flowhelpers.paper import (
     TABLE_5_MLP,
     TABLE_5_RES,

@@ -17,14 +17,14 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from transformers import Gemma3ForCausalLM
 
-from flowhelpers.activations import FeatureActivations
-from flowhelpers.attention import attention_output
-from flowhelpers.dictionaries import Dictionary, make_dictionary
-from flowhelpers.features import Site
-from flowhelpers.model import Model
-from flowhelpers.registry import SuiteRow
-from flowhelpers.steering import Plan, make_plan
-from flowhelpers.suites import Suite
+from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.core.features import Site
+from flowhelpers.steering.plans import Plan, make_plan
+from flowhelpers.suites.attention import attention_output
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.model import Model
+from flowhelpers.suites.registry import SuiteRow
+from flowhelpers.suites.saes import Dictionary, make_dictionary
 
 LAYERS, D_MODEL, CONTEXT, VOCABULARY = 3, 32, 64, 320
 RES, MODULE = 16, 8  # features of a residual dictionary, and of a module's
@@ -102,7 +102,7 @@ def planted_activations(codes: Mapping[Site, Sequence[Sequence[float]]]) -> Feat
 
 def write_model(folder: Path, layers: int = LAYERS, seed: int = 0) -> Path:
     """A Gemma 3 of random seeded weights, norms included, with a tokenizer of its own."""
-    from flowhelpers.pretraining import ModelRecipe, new_model, train_tokenizer
+    from flowhelpers.training.language_model import ModelRecipe, new_model, train_tokenizer
 
     recipe = ModelRecipe(
         sources={"none": 1.0},

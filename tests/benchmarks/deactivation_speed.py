@@ -27,8 +27,9 @@ import torch
 from clock import seconds
 from torch import Tensor
 
-from flowhelpers.activations import read_sample
-from flowhelpers.deactivation import (
+from flowhelpers.activations.collect import read_sample
+from flowhelpers.activations.sampling import datasets_for, draw_sample, texts_of
+from flowhelpers.deactivation.experiments import (
     active,
     draw_targets,
     middle_layers,
@@ -36,11 +37,10 @@ from flowhelpers.deactivation import (
     sources_of,
     together,
 )
-from flowhelpers.interventions import intervene, predecessor_site
-from flowhelpers.matching import match_table
-from flowhelpers.model import Tokens, hook_name
-from flowhelpers.sampling import datasets_for, draw_sample, texts_of
-from flowhelpers.suites import Suite, load_suite
+from flowhelpers.interventions.batched import intervene, predecessor_site
+from flowhelpers.matching.table import match_table
+from flowhelpers.suites.load import Suite, load_suite
+from flowhelpers.suites.model import Tokens, hook_name
 
 PAPER_TARGETS = 13_125
 ROWS = (1, 4, 16, 64, 256, 1024)

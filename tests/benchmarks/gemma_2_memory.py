@@ -24,14 +24,14 @@ import numpy as np
 import torch
 from clock import memory
 
-from flowhelpers.attention import AttentionOutput
-from flowhelpers.cosine import quick_dtype
-from flowhelpers.dictionaries import Dictionary, read_dictionary
-from flowhelpers.features import MODULES, Site
-from flowhelpers.matching import match_table, predecessor_sites
-from flowhelpers.registry import SuiteRow
-from flowhelpers.sae_files import SaeFiles
-from flowhelpers.suites import KEPT, OnDemand, Suite
+from flowhelpers.core.features import MODULES, Site
+from flowhelpers.matching.cosine import quick_dtype
+from flowhelpers.matching.table import match_table, predecessor_sites
+from flowhelpers.suites.attention import AttentionOutput
+from flowhelpers.suites.load import KEPT, OnDemand, Suite
+from flowhelpers.suites.registry import SuiteRow
+from flowhelpers.suites.sae_files import SaeFiles
+from flowhelpers.suites.saes import Dictionary, read_dictionary
 
 FEATURES, D_MODEL, D_Z = 16_384, 2_304, 2_048
 HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}

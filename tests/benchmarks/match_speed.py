@@ -25,12 +25,12 @@ import torch
 from clock import memory
 from torch import Tensor
 
-from flowhelpers.cosine import quick_dtype, top_k_cosine, unit_rows
-from flowhelpers.dictionaries import Dictionary
-from flowhelpers.features import MODULES, Site
-from flowhelpers.matching import match_table, predecessor_sites
-from flowhelpers.registry import SuiteRow
-from flowhelpers.suites import Suite
+from flowhelpers.core.features import MODULES, Site
+from flowhelpers.matching.cosine import quick_dtype, top_k_cosine, unit_rows
+from flowhelpers.matching.table import match_table, predecessor_sites
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.registry import SuiteRow
+from flowhelpers.suites.saes import Dictionary
 
 MIB = 2**20
 

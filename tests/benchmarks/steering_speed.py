@@ -24,11 +24,11 @@ import torch
 from clock import seconds
 from torch import Tensor
 
-from flowhelpers.flow import flow_graph
-from flowhelpers.generation import prompt_ids
-from flowhelpers.matching import match_table
-from flowhelpers.steering import Plan, make_plan, steer
-from flowhelpers.suites import Suite, load_suite
+from flowhelpers.flow.graph import flow_graph
+from flowhelpers.interventions.generation import prompt_ids
+from flowhelpers.matching.table import match_table
+from flowhelpers.steering.plans import Plan, make_plan, steer
+from flowhelpers.suites.load import Suite, load_suite
 
 BAR = 8
 PLANS, SAMPLES, NEW = 8, 32, 36

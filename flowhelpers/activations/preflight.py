@@ -1,0 +1,129 @@
+"""Whether dictionaries see what they were trained on: a look at a few sentences before long work.
+
+A dictionary at a neighbouring place, or with thresholds in other units, gives numbers that look
+like any others. Its L0 and its explained variance do not: of Gemma Scope's MLP dictionaries, on the
+raw output of the MLP, a tenth of the features are active that should be.
+"""
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flowhelpers.core.features import Site, parse_site
+from flowhelpers.runs.run import progress
+from flowhelpers.suites.model import is_edited, run, tokenize
+from flowhelpers.suites.registry import declared_l0, declared_variance
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from flowhelpers.suites.load import Suite
+
+FAR_L0 = 2.5  # times more or fewer active features than declared, on a few sentences
+LEAST_VARIANCE = 0.3  # explained, where nothing is declared
+BELOW_DECLARED = 0.25
+TEXTS = 6
+MAX_TOKENS = 128
+
+
+def preflight_sites(sites: Iterable[Site]) -> list[Site]:
+    """Of some sites, those of the first, the middle and the last layer."""
+    sites = list(dict.fromkeys(sites))
+    layers = sorted({site.layer for site in sites})
+    some = {layers[i] for i in (0, len(layers) // 2, -1)} if layers else set()
+    return [site for site in sites if site.layer in some]
+
+
+def preflight_once(suite: "Suite", sites: Iterable[Site]) -> None:
+    """The preflight of dictionaries from the hub, when an experiment first loads them for texts.
+
+    Of the experiment's sites those of `preflight_sites` are looked at, each once; what is wrong is
+    warned of. Dictionaries of a folder are left to who made them, and a model that is being edited
+    is left alone.
+    """
+    of_hub = [site for site in sites if isinstance(suite.row.dictionaries.get(site), Mapping)]
+    asked = [site for site in preflight_sites(of_hub) if site not in suite.looked_at]
+    if asked and not is_edited(suite.model):
+        preflight(suite, sites=asked)
+
+
+@torch.no_grad()
+def preflight(
+    suite: "Suite",
+    texts: Sequence[str] | None = None,
+    sites: Iterable[Site | str] | None = None,
+) -> "pd.DataFrame":
+    """L0 and explained variance of dictionaries on a few sentences, against what is declared.
+
+    BOS and other special tokens are left out (CHOICES 1). What is declared are means over much text
+    of another kind: only figures far from them are warned of.
+
+    Args:
+        suite: The suite; its model and these dictionaries are loaded.
+        texts: The sentences; some of the package's own unless given.
+        sites: The sites; those of `preflight_sites` unless given.
+
+    Returns:
+        One row a site: `site`, `tokens`, `l0` (active features a token), `declared_l0`,
+        `explained_variance` (1 less the squared error over the variance), `declared_variance`
+        (missing where none is), and `is_far`.
+
+    Warns:
+        UserWarning: For each site that is far from what is declared, with the figures.
+
+    Raises:
+        ValueError: If there is no text, or no such site.
+    """
+    import pandas as pd
+
+    if texts is None:
+        from flowhelpers.activations.corpora import load_texts
+
+        texts = load_texts("science", TEXTS)
+    sites = preflight_sites(suite.dictionaries) if sites is None else list(sites)
+    chosen = [parse_site(site) if isinstance(site, str) else site for site in sites]
+    tokens = tokenize(suite.model, texts, min(MAX_TOKENS, suite.model.bridge.cfg.n_ctx))
+    rows, read = [], {}
+    for site in progress(chosen, "preflight"):
+        dictionary = suite.dictionary(site)
+        if dictionary.reads not in read:  # those of a layer are read together
+            reads = [suite.dictionary(each).reads for each in chosen if each.layer == site.layer]
+            read = run(suite.model, tokens.ids, reads, stop_after=site.layer)[1]
+        x = read[dictionary.reads][tokens.is_text]
+        codes = dictionary.encode(x)
+        error = x.double() - dictionary.decode(codes, x).double()
+        spread = x.double() - x.double().mean(0)
+        source = suite.row.dictionaries.get(site, "")
+        row = {
+            "site": str(site),
+            "tokens": len(x),
+            "l0": (codes > 0).sum(-1).double().mean().item(),
+            "declared_l0": declared_l0(source),
+            "explained_variance": 1 - (error.square().sum() / spread.square().sum()).item(),
+            "declared_variance": declared_variance(source),
+        }
+        rows.append(row | {"is_far": _is_far(row)})
+        suite.looked_at.add(site)
+        if rows[-1]["is_far"]:
+            _warn(suite, row)
+    return pd.DataFrame(rows).astype({"declared_l0": float, "declared_variance": float})
+
+
+def _is_far(row: Mapping[str, Any]) -> bool:
+    l0, variance = row["declared_l0"], row["declared_variance"]
+    least = LEAST_VARIANCE if variance is None else variance - BELOW_DECLARED
+    is_near = l0 is None or l0 / FAR_L0 <= row["l0"] <= l0 * FAR_L0
+    return not (is_near and row["explained_variance"] >= least)  # nor if that is not a number
+
+
+def _warn(suite: "Suite", row: Mapping[str, Any]) -> None:
+    l0 = row["declared_l0"]
+    said = "" if l0 is None else f" where {l0:.0f} are declared"
+    warnings.warn(
+        f"{row['site']} of suite {suite.name}: {row['l0']:.1f} features are active a token"
+        f"{said}, and {row['explained_variance']:.2f} of the variance is explained: it may not"
+        " see what it was trained on",
+        stacklevel=4,
+    )

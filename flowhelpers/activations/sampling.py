@@ -1,0 +1,121 @@
+"""The sample of an experiment: texts of several datasets, and tokens chosen in each (paper A.1)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowhelpers.activations.corpora import CORPORA, DOMAINS, load_texts
+from flowhelpers.suites.model import Model, Tokens, tokenize
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from flowhelpers.suites.registry import SuiteRow
+
+PAPER_DATASETS = ("fineweb", "tinystories", "automathtext", "python-github-code")
+LOCAL_DATASETS = (*DOMAINS, "python")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Texts, and the tokens chosen in them.
+
+    Attributes:
+        texts: One row a text: `dataset`, `text`, and `eligible`, the tokens to choose from.
+        tokens: One row a chosen token, by text and position: `dataset`, `text` (row of `texts`),
+            `position` (0 is BOS), `token` (its id).
+        ids: The texts as token ids, a row each.
+    """
+
+    texts: "pd.DataFrame"
+    tokens: "pd.DataFrame"
+    ids: Tokens
+
+
+def datasets_for(row: "SuiteRow") -> tuple[str, ...]:
+    """The paper's four datasets for a suite of the hub; four without network for a local one."""
+    return LOCAL_DATASETS if row.is_local else PAPER_DATASETS
+
+
+def texts_of(datasets: Sequence[str], n_texts: int, seed: int = 0) -> dict[str, list[str]]:
+    """So many texts of each dataset, or all that it has where these are fewer.
+
+    Args:
+        datasets: Names in `texts.CORPORA`, or paths of your own text.
+        n_texts: Texts of each.
+        seed: Decides which.
+
+    Raises:
+        ValueError: If no dataset or one twice is given, one is unknown, or `n_texts` is below 1.
+        ConnectionError: If one of the hub cannot be read.
+    """
+    if isinstance(datasets, str) or not datasets or len(set(datasets)) < len(datasets):
+        there = ", ".join(CORPORA)
+        raise ValueError(f"datasets {datasets!r}: expected one or more, each once, of {there}")
+    return {name: load_texts(name, n_texts, seed, or_fewer=True) for name in datasets}
+
+
+def draw_sample(
+    model: Model,
+    texts: Mapping[str, Sequence[str]],
+    tokens_per_text: int = 5,
+    max_tokens: int = 128,
+    seed: int = 0,
+) -> Sample:
+    """Chooses tokens at random in every text, none twice (paper A.1; CHOICES 6 and 31).
+
+    BOS and other special tokens are never chosen. A text with fewer tokens gives all it has.
+
+    Args:
+        model: Its tokenizer reads the texts.
+        texts: Texts by dataset.
+        tokens_per_text: Tokens chosen in each text.
+        max_tokens: Each text is cut to so many tokens, BOS included; the paper gives no length.
+        seed: Decides which tokens.
+
+    Raises:
+        ValueError: If `tokens_per_text` is below 1, or a dataset leaves no token to choose.
+    """
+    import pandas as pd
+
+    if not isinstance(tokens_per_text, int) or tokens_per_text < 1:
+        raise ValueError(f"tokens_per_text={tokens_per_text}: expected 1 or more")
+    named = [(dataset, text) for dataset, some in texts.items() for text in some]
+    frame = pd.DataFrame(named, columns=["dataset", "text"])
+    for dataset in texts:
+        if not (frame["dataset"] == dataset).any():
+            raise ValueError(f"dataset {dataset!r} has no text")
+    ids = tokenize(model, frame["text"].tolist(), max_tokens)
+    is_text = ids.is_text.cpu().numpy()
+    rng = np.random.default_rng(seed)
+    rows: list[tuple[int, int]] = []
+    for number, allowed in enumerate(is_text):
+        there = np.flatnonzero(allowed)
+        chosen = rng.choice(there, min(tokens_per_text, len(there)), replace=False)
+        rows += [(number, int(position)) for position in np.sort(chosen)]
+    tokens = pd.DataFrame(rows, columns=["text", "position"])
+    tokens["token"] = ids.ids.cpu().numpy()[tokens["text"], tokens["position"]]
+    tokens.insert(0, "dataset", frame["dataset"].to_numpy()[tokens["text"]])
+    for dataset in texts:
+        if not (tokens["dataset"] == dataset).any():
+            raise ValueError(
+                f"no token is left to choose in {dataset!r}: its texts hold special tokens only"
+            )
+    return Sample(frame.assign(eligible=is_text.sum(axis=1)), tokens, ids)
+
+
+def sample_sizes(sample: Sample, n_texts: int, tokens_per_text: int) -> "pd.DataFrame":
+    """What was asked for and what there is: one row a dataset.
+
+    Returns:
+        `dataset`, `texts`, `texts_asked`, `tokens`, `tokens_asked` and `short_texts`, how many had
+        fewer tokens than asked for.
+    """
+    tokens = sample.tokens.groupby("dataset", sort=False).size()
+    texts = sample.texts.groupby("dataset", sort=False)["eligible"]
+    short = texts.agg(lambda eligible: int((eligible < tokens_per_text).sum()))
+    found = texts.size().rename("texts").to_frame().assign(texts_asked=n_texts, tokens=tokens)
+    found = found.assign(tokens_asked=n_texts * tokens_per_text, short_texts=short)
+    return found.reset_index()

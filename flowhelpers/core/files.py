@@ -1,0 +1,142 @@
+"""Files that appear whole or not at all, folders that no two runs share, and what decided them."""
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+DATA = Path(__file__).parents[1] / "data"  # of the package
+
+
+def writable_folder(folder: Path) -> Path:
+    """Makes a folder unless it is there, and returns it resolved.
+
+    Raises:
+        OSError: If it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise OSError(f"cannot write to the folder {folder}: permission denied")
+    return folder.resolve()
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """Makes `root/name`, or `root/name-2` and so on if that is taken; it is never shared.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    folder, number = writable_folder(root) / name, 1
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = folder.with_name(f"{name}-{number}")
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file whole or not at all: `write` fills one beside it, which takes its place."""
+    path = Path(path)
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    partial = path.with_name(f".{path.name}.{writer}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    write_whole(path, lambda file: file.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as a JSON file, whole or not at all."""
+    write_text(path, to_json(value) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+        ValueError: If it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON, it may be truncated or corrupt: {error}") from error
+
+
+def check_json(folder: Path) -> None:
+    """Every JSON file of a folder can be read.
+
+    Raises:
+        ValueError: Naming the first that cannot.
+    """
+    for path in sorted(folder.glob("*.json")):
+        read_json(path)
+
+
+def to_json(value: object) -> str:
+    """A value as JSON; arrays as lists, what else is unknown as text."""
+
+    def plain(item: Any) -> object:
+        return item.tolist() if hasattr(item, "tolist") else str(item)
+
+    return json.dumps(value, indent=2, ensure_ascii=False, default=plain)
+
+
+def check_unchanged(record: Path, now: Mapping[str, Any]) -> None:
+    """What was begun is taken up only with what it was begun with.
+
+    Args:
+        record: The JSON file that says with what.
+        now: What is asked for now.
+
+    Raises:
+        ValueError: If they differ; the message names each difference.
+    """
+    if not record.is_file():
+        raise ValueError(f"{record.parent} was begun, and no {record.name} says with what recipe")
+    before, asked = dict(_flat(read_json(record))), dict(_flat(json.loads(to_json(now))))
+    changes = [
+        f"{key} was {before.get(key)}, now {asked.get(key)}"
+        for key in before | asked
+        if before.get(key) != asked.get(key)
+    ]
+    if not changes and list(before) != list(asked):
+        changes = ["the order of its keys"]
+    if changes:
+        raise ValueError(
+            f"{record.parent} was begun with another recipe: {'; '.join(changes)}."
+            " Give another folder, or what it was begun with"
+        )
+
+
+def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from _flat(item, f"{key}.{name}" if key else name)
+    else:
+        yield key, value
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of a file, or of all files below a folder with their names."""
+    digest = hashlib.blake2b(digest_size=8)
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        digest.update(file.relative_to(path).as_posix().encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "blake2b").digest())
+    return digest.hexdigest()

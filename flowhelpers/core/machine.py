@@ -1,0 +1,81 @@
+"""What this machine has: devices, memory that is free, and threads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flowhelpers.core.features import suggestion
+
+SMALL = 2**24  # a product of fewer multiplications is done before a second thread would have begun
+FEW = 16  # rows of a product for which reading the matrix takes as long as multiplying
+
+
+@contextmanager
+def fitting_threads(rows: int, width: int) -> Iterator[None]:
+    """Inside the block torch has one thread on the CPU if the products are too small for more.
+
+    Several threads wait for each other after every step of a pass. That is soon more than they
+    save, all the more where other programs want the cores as well.
+
+    Args:
+        rows: Of the products in the block, such as the tokens of a pass.
+        width: Of the stream; the largest matrices are taken to be `width` × `4 width`.
+    """
+    import torch
+
+    if max(rows, FEW) * 4 * width**2 >= SMALL:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of the calling thread alone
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def check_device(name: str) -> None:
+    """Torch finds a device of this name here.
+
+    Raises:
+        ValueError: If it does not; the message names those that there are.
+    """
+    import torch
+
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    here = ["cpu", *(["cuda", *gpus] if gpus else [])]
+    here += ["mps"] if torch.backends.mps.is_available() else []
+    if name not in here:
+        raise ValueError(f"torch finds no device {name!r} on this machine{suggestion(name, here)}")
+
+
+def free_memory(device: str = "cpu") -> int:
+    """Bytes that are free on a device; on a GPU with what torch keeps of it and does not use."""
+    if device.startswith("cuda"):
+        import torch
+
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def check_memory(needed: int, what: str, device: str = "cpu", dtype: str = "") -> None:
+    """So many bytes are free.
+
+    Args:
+        needed: The bytes.
+        what: What needs them, for the message.
+        device: Where.
+        dtype: In what type, for the message.
+
+    Raises:
+        MemoryError: If they are not; the message has both numbers.
+    """
+    free = free_memory(device)
+    if needed > free:
+        as_type = f" in {dtype}" if dtype else ""
+        raise MemoryError(
+            f"{what} needs {needed / 2**30:.1f} GiB{as_type} on {device},"
+            f" and {free / 2**30:.1f} GiB are free"
+        )

@@ -1,0 +1,239 @@
+"""How far to trust a share: intervals from texts drawn anew (bootstrap).
+
+Tokens of one text are not independent, so whole texts are drawn, within their dataset, with
+replacement; the interval holds the middle 95 % of what the share then is.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowhelpers.core.features import MODULES
+from flowhelpers.groups.occurrences import (
+    GROUPS,
+    Occurrences,
+    complete,
+    group_shares,
+    group_transition,
+    seen_in_groups,
+    transition_of,
+)
+from flowhelpers.groups.significance import (
+    ONCE,
+    SMALLEST,
+    Cells,
+    check_alpha,
+    class_shares,
+    pair_shares,
+    pairs_in,
+)
+from flowhelpers.runs.run import progress
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TIMES, LEVEL = 200, 0.95
+
+
+def resamples(tokens: "pd.DataFrame", times: int = TIMES, seed: int = 0) -> np.ndarray:
+    """How often each text counts in each resample, `[times, texts]`; datasets keep their size.
+
+    Args:
+        tokens: The sample's tokens, with `dataset` and `text`.
+        times: Resamples.
+        seed: Of these.
+    """
+    if times < 1:
+        raise ValueError(f"times={times}: expected 1 resample or more")
+    rng = np.random.default_rng(seed)
+    texts = _texts(tokens)
+    drawn = np.zeros((times, len(texts)), dtype=np.int64)
+    for rows in texts.groupby("dataset", sort=False, observed=True).indices.values():
+        drawn[:, rows] = rng.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), times)
+    return drawn
+
+
+def share_intervals(
+    found: Occurrences, by: Sequence[str] = ("dataset",), times: int = TIMES, seed: int = 0
+) -> "pd.DataFrame":
+    """`groups.group_shares` with `low` and `high`."""
+    import pandas as pd
+
+    shares = group_shares(found, by)
+    table = found.table if "layer" in by else complete(found.table)
+    keys = [*by, "group"]
+    rows = pd.MultiIndex.from_frame(shares[keys].astype(object))
+    cell = rows.get_indexer(pd.MultiIndex.from_frame(table[keys].astype(object)))
+    counts = np.zeros((len(_texts(found.tokens)), len(shares)))
+    np.add.at(counts, (_text_of(found.tokens, table), cell), 1)
+    drawn = resamples(found.tokens, times, seed) @ counts
+    whole = shares.groupby(list(by), observed=True, sort=False).ngroup() if by else shares["n"] * 0
+    member = np.equal.outer(whole.to_numpy(), whole.to_numpy()).astype(float)
+    total = drawn @ member
+    values = np.divide(drawn, total, out=np.full_like(drawn, np.nan), where=total > 0)
+    low, high = _middle(values)
+    there = shares["share"].notna()
+    return shares.assign(low=np.where(there, low, np.nan), high=np.where(there, high, np.nan))
+
+
+def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) -> "pd.DataFrame":
+    """`groups.group_transition` in rows, with intervals.
+
+    A resample has fewer distinct texts, so that fewer features are ever seen in a group. The
+    interval is therefore as wide as the resamples spread, but lies around the share itself.
+
+    Returns:
+        `first`, `second`, `features` (seen in the first), `share` (of them seen in the second as
+        well), `low`, `high`.
+    """
+    import pandas as pd
+
+    table = complete(found.table)
+    text = _text_of(found.tokens, table)
+    matrices = []
+    for drawn in progress(resamples(found.tokens, times, seed), "resamples"):
+        matrices.append(transition_of(seen_in_groups(table[drawn[text] > 0])))
+    members = seen_in_groups(table).sum(axis=0)
+    share = group_transition(found).to_numpy().ravel()
+    values = np.stack(matrices).reshape(times, -1)
+    low, high = _middle(values)
+    shift = share - np.nan_to_num(_quantiles(values, 0.5)[0])
+    low, high = np.maximum(low + shift, 0), np.minimum(high + shift, 1)
+    there = ~np.isnan(share)
+    return pd.DataFrame(
+        {
+            "first": np.repeat(GROUPS, len(GROUPS)),
+            "second": np.tile(GROUPS, len(GROUPS)),
+            "features": np.repeat(members, len(GROUPS)),
+            "share": share,
+            "low": np.where(there, low, np.nan),
+            "high": np.where(there, high, np.nan),
+        }
+    )
+
+
+def mean_intervals(
+    table: "pd.DataFrame",
+    columns: Sequence[str],
+    by: Sequence[str],
+    tokens: "pd.DataFrame",
+    times: int = TIMES,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """Means of columns within groups of rows, with intervals.
+
+    Args:
+        table: Rows with `text`; values that are missing count for nothing.
+        columns: The columns whose means are wanted.
+        by: Columns that tell the groups apart; none for all rows together.
+        tokens: The sample's tokens, with `dataset` and `text`.
+        times: Resamples.
+        seed: Of these.
+
+    Returns:
+        One row for each group there is: `by`, `n`, and for each column its mean under its own name,
+        and `<column>_low`, `<column>_high`, which are missing where there is one text only.
+    """
+    import pandas as pd
+
+    if by:
+        grouped = table.groupby(list(by), observed=True, sort=True)
+        cell = grouped.ngroup().to_numpy()
+        found = grouped.size().rename("n").reset_index()
+    else:
+        cell, found = np.zeros(len(table), dtype=int), pd.DataFrame({"n": [len(table)]})
+    text, drawn = _text_of(tokens, table), resamples(tokens, times, seed)
+    for column in columns:
+        values = table[column].to_numpy(float)
+        there = ~np.isnan(values)
+        sums, counts = np.zeros((2, drawn.shape[1], len(found)))
+        np.add.at(sums, (text[there], cell[there]), values[there])
+        np.add.at(counts, (text[there], cell[there]), 1)
+        many, n = drawn @ sums, drawn @ counts
+        means = np.divide(many, n, out=np.full_like(many, np.nan), where=n > 0)
+        total = counts.sum(axis=0)
+        whole = np.full(len(found), np.nan)
+        found[column] = np.divide(sums.sum(axis=0), total, out=whole, where=total > 0)
+        spread = _middle(means) if drawn.shape[1] > 1 else np.full((2, len(found)), np.nan)
+        found[f"{column}_low"], found[f"{column}_high"] = spread
+    return found
+
+
+def significance_intervals(
+    found: Occurrences,
+    tests: "pd.DataFrame",
+    alpha: float = 1e-3,
+    smallest: int = SMALLEST,
+    times: int = TIMES,
+    seed: int = 0,
+    unique: bool = False,
+) -> "tuple[pd.DataFrame, pd.DataFrame]":
+    """Shares of significant tests, by class of pair (Figure 4) and by pair (Figure 14).
+
+    What is tested anew is another sample with fewer distinct texts, of which some count twice; so
+    the interval need not lie around the share.
+
+    Args:
+        found: Occurrences.
+        tests: Their tests, as `group_tests.significance` gives them.
+        alpha: The level of these.
+        smallest: The smallest group of these.
+        times: Resamples.
+        seed: Of these.
+        unique: Whether the tests count a feature once in a group.
+
+    Returns:
+        What `class_shares` and `pair_shares` give, with `low` and `high`.
+    """
+    check_alpha(alpha)
+    table = complete(found.table)
+    text, row = _text_of(found.tokens, table), np.arange(len(table))
+    if unique:
+        row = table.groupby(ONCE, observed=True).ngroup().to_numpy()
+    first = np.unique(row, return_index=True)[1]
+    cells, of_pairs = Cells(table.iloc[first]), []
+    for drawn in progress(resamples(found.tokens, times, seed), "resamples"):
+        weights = np.bincount(row, drawn[text], len(first))
+        _, p, _ = cells.tested((weights > 0).astype(float) if unique else weights, smallest)
+        made = ~np.isnan(p)
+        passed, count = ((p < alpha) & made).sum(axis=1), made.sum(axis=1)
+        of_pairs.append(np.divide(passed, count, out=np.full(count.shape, np.nan), where=count > 0))
+    by_pair = np.stack(of_pairs)
+    classes, of_class = class_shares(tests), []
+    for row in classes.itertuples():
+        inside = by_pair[:, MODULES.index(row.score[2:]), pairs_in(row.module, row.pair)]
+        made = ~np.isnan(inside)
+        total, count = np.where(made, inside, 0).sum(axis=1), made.sum(axis=1)
+        of_class.append(np.divide(total, count, out=np.full(times, np.nan), where=count > 0))
+    classes["low"], classes["high"] = _middle(np.stack(of_class, axis=1))
+    pairs = pair_shares(tests)
+    pairs["low"], pairs["high"] = _middle(by_pair.reshape(times, -1))
+    return classes, pairs
+
+
+def _quantiles(values: np.ndarray, *at: float) -> np.ndarray:
+    """Quantiles of each column, a row each; missing where no resample has a value."""
+    found = np.full((len(at), values.shape[1]), np.nan)
+    there = ~np.isnan(values).all(axis=0)
+    found[:, there] = np.nanquantile(values[:, there], at, axis=0)
+    return found
+
+
+def _middle(values: np.ndarray) -> np.ndarray:
+    """The least and the greatest of the middle 95 % of each column."""
+    return _quantiles(values, (1 - LEVEL) / 2, (1 + LEVEL) / 2)
+
+
+def _texts(tokens: "pd.DataFrame") -> "pd.DataFrame":
+    return tokens[["dataset", "text"]].drop_duplicates().reset_index(drop=True)
+
+
+def _text_of(tokens: "pd.DataFrame", table: "pd.DataFrame") -> np.ndarray:
+    """The place of each row's text among `_texts`."""
+    texts = _texts(tokens)
+    if texts["text"].duplicated().any():
+        raise ValueError("texts of several datasets share numbers: expected each number once")
+    place = np.zeros(int(texts["text"].max()) + 1, dtype=np.int64)
+    place[texts["text"]] = np.arange(len(texts))
+    return place[table["text"]]

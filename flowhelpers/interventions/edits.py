@@ -1,0 +1,247 @@
+"""The one vocabulary for changing the stream: add, rescale, set; for all texts, or row by row.
+
+Every edit adds something to the stream, so that what a dictionary does not explain stays as it is
+(paper 3.5, A.2). A dictionary that reads z, before W_O, is edited there (CHOICES 30). Where an edit
+and a reading share a site, the reading sees what the edit made.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.suites.model import Activations, Edit
+from flowhelpers.suites.saes import Dictionary
+
+
+def add(
+    site: Site,
+    vector: Float[Tensor, "d_model"],
+    strength: float,
+    positions: Sequence[int] | None = None,
+) -> Edit:
+    """Steering: `h + s · v` at the site (paper 3.5).
+
+    Args:
+        site: Where.
+        vector: The direction.
+        strength: s, in units of the vector.
+        positions: Token positions; by default all, in every pass.
+
+    Raises:
+        ValueError: If the vector is zero or not finite, s is not finite, or no position is given.
+    """
+    if not torch.isfinite(vector).all() or not vector.any():
+        raise ValueError(f"the vector to add at {site} is zero or not finite")
+    _check_finite(strength, "strength")
+    return _edit(site, positions, lambda here: (strength * vector.to(here)).expand_as(here))
+
+
+def rescale(
+    dictionary: Dictionary,
+    features: Sequence[FeatureId],
+    r: float | Sequence[float],
+    positions: Sequence[int] | None = None,
+    activations: Float[Tensor, "features"] | None = None,
+) -> Edit:
+    """Rescale features: `h + (r - 1) · a · v` (paper 3.5).
+
+    r = 0 removes the features, r = 1 changes nothing.
+
+    Args:
+        dictionary: The dictionary at the site.
+        features: Features of that dictionary, all changed at once.
+        r: The factor, or one for each feature.
+        positions: Token positions; by default all.
+        activations: a, one for each feature, as a clean run has it (CHOICES 9); by default it is
+            read live from the stream, after the edits before this one.
+
+    Raises:
+        ValueError: If a feature belongs to another site, none is given, or r is not finite.
+    """
+    factors = torch.tensor([r] * len(features) if isinstance(r, (int, float)) else r)
+    for factor in factors.tolist():
+        _check_finite(factor, "r")
+    if len(factors) != len(features):
+        raise ValueError(f"{len(factors)} factors for {len(features)} features")
+    return _towards(dictionary, features, positions, activations, lambda a: factors.to(a) * a)
+
+
+def set_to(
+    dictionary: Dictionary,
+    features: Sequence[FeatureId],
+    value: float,
+    positions: Sequence[int] | None = None,
+    activations: Float[Tensor, "features"] | None = None,
+) -> Edit:
+    """Set features to a value: `h + (value - a) · v`, whether they are active or not.
+
+    Args:
+        dictionary: The dictionary at the site.
+        features: Features of that dictionary, all set at once.
+        value: The activation they are to have.
+        positions: Token positions; by default all.
+        activations: As of `rescale`.
+
+    Raises:
+        ValueError: As `rescale`.
+    """
+    _check_finite(value, "value")
+    return _towards(
+        dictionary, features, positions, activations, lambda a: torch.full_like(a, value)
+    )
+
+
+def add_rows(
+    site: Site,
+    rows: Int[Tensor, "n"],
+    vectors: Float[Tensor, "n d_model"],
+    position: int | None = None,
+) -> Edit:
+    """Each row of a batch its own edit: `h[row] + v`; a row may be named several times.
+
+    Args:
+        site: Where.
+        rows: Rows of the batch.
+        vectors: What is added to each, in float32 or the model's type.
+        position: The one token that is changed; all of them unless given.
+
+    Raises:
+        ValueError: If a vector is not finite.
+    """
+    if not torch.isfinite(vectors).all():
+        bad = int(rows[(~torch.isfinite(vectors)).any(1).to(rows.device)][0])
+        raise ValueError(f"what row {bad} of the batch is to have added at {site} is not finite")
+
+    def change(activations: Activations) -> Activations:
+        at = slice(None) if position is None else _columns([position], activations, site)
+        if (outside := rows[rows >= len(activations)]).numel():
+            raise ValueError(
+                f"the edit at {site} names row {int(outside[0])}: the batch has {len(activations)}"
+            )
+        step = torch.zeros_like(activations[:, 0], dtype=torch.float32)
+        step = step.index_add(0, rows.to(step.device), vectors.to(step))
+        everywhere = step[:, None].to(activations).expand_as(activations[:, at])
+        return _stepped(activations, at, everywhere, site, each=True)
+
+    return Edit(site, change)
+
+
+def rescale_rows(
+    dictionary: Dictionary,
+    rows: Int[Tensor, "n"],
+    features: Int[Tensor, "n"],
+    r: Float[Tensor, "n"],
+    position: int | None = None,
+) -> Edit:
+    """Each row of a batch its own `rescale`, with the activations read live from the stream.
+
+    Args:
+        dictionary: The dictionary at the site.
+        rows: Rows of the batch, each once or several times.
+        features: The feature that each is to have rescaled.
+        r: The factors.
+        position: The one token that is changed; all of them unless given.
+
+    Raises:
+        ValueError: If a factor is not finite.
+    """
+    if not torch.isfinite(r).all():
+        raise ValueError(f"r={float(r[~torch.isfinite(r)][0])}: expected a finite number")
+    chosen, column = features.unique(return_inverse=True)
+    written = dictionary.rows(chosen)
+
+    def change(activations: Activations) -> Activations:
+        at = (
+            slice(None) if position is None else _columns([position], activations, dictionary.reads)
+        )
+        here = activations[:, at]
+        codes = dictionary.encode(here)[..., chosen].float()  # r - 1 is lost in half precision
+        factors = torch.zeros(len(here), len(chosen), device=codes.device, dtype=codes.dtype)
+        factors.index_put_((rows, column), r.to(codes) - 1, accumulate=True)
+        step = (codes * factors[:, None]) @ written.to(codes)
+        return _stepped(activations, at, step.to(here), dictionary.reads, position is not None)
+
+    return Edit(dictionary.reads, change)
+
+
+def _towards(
+    dictionary: Dictionary,
+    features: Sequence[FeatureId],
+    positions: Sequence[int] | None,
+    given: Float[Tensor, "features"] | None,
+    wanted: Callable[[Tensor], Tensor],
+) -> Edit:
+    if not features:
+        raise ValueError("no feature to rescale")
+    for feature in features:
+        if feature.site != dictionary.site:
+            raise ValueError(f"{feature} is no feature of {dictionary.site}")
+    if given is not None and (given.shape != (len(features),) or not torch.isfinite(given).all()):
+        raise ValueError(
+            f"activations of shape {tuple(given.shape)}: expected a finite one for each of the"
+            f" {len(features)} features"
+        )
+    indices = torch.tensor([feature.index for feature in features], device=dictionary.norms.device)
+    rows = dictionary.rows(indices)
+
+    def step(here: Tensor) -> Tensor:
+        now = dictionary.encode(here)[..., indices] if given is None else given.to(here.device)
+        now = now.float()  # a difference is lost in half precision
+        return ((wanted(now) - now) @ rows.to(now)).to(here).expand_as(here)
+
+    return _edit(dictionary.reads, positions, step)
+
+
+def _edit(site: Site, positions: Sequence[int] | None, step: Callable[[Tensor], Tensor]) -> Edit:
+    if positions is not None and not len(positions):
+        raise ValueError(f"the edit at {site} names no position: it would reach no token")
+
+    def change(activations: Activations) -> Activations:
+        at = slice(None) if positions is None else _columns(positions, activations, site)
+        return _stepped(activations, at, step(activations[:, at]), site)
+
+    return Edit(site, change)
+
+
+def _stepped(
+    activations: Activations,
+    at: slice | list[int],
+    step: Float[Tensor, "batch chosen d_model"],
+    site: Site,
+    each: bool = False,
+) -> Activations:
+    """The stream after a step at some positions; one that is lost to rounding is an error.
+
+    Where each row is an edit of its own, each has to change its row; else one token is enough.
+    """
+    changed = activations.clone()
+    changed[:, at] = activations[:, at] + step
+    meant = step.any(-1)
+    lost = meant & (changed[:, at] == activations[:, at]).all(-1)
+    if lost.any() and (each or bool((lost == meant).all())):
+        size = float(step[lost].float().norm(dim=-1).max())
+        raise ValueError(
+            f"the edit at {site} leaves {int(lost.sum())} tokens as they were: its step of"
+            f" {size:.1g} is lost to rounding in {activations.dtype}, in a stream of"
+            f" {float(activations[:, at].float().norm(dim=-1).max()):.3g}"
+        )
+    return changed
+
+
+def _columns(positions: Sequence[int], activations: Activations, site: Site) -> list[int]:
+    length = activations.shape[1]
+    outside = [p for p in positions if not -length <= p < length]
+    if outside:
+        raise ValueError(
+            f"the edit at {site} names position {outside[0]}: the text has {length} tokens"
+        )
+    return list(positions)
+
+
+def _check_finite(value: float, name: str) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value}: expected a finite number")

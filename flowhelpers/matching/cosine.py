@@ -1,0 +1,257 @@
+"""Exact top-k cosine between two dictionaries of any size, in blocks of bounded memory.
+
+A product in low precision makes a short list for every target, where that is faster than float32;
+the list is rescored in float32. Rounding can move a cosine by no more than a bound that is computed
+for each target, so a list whose last entry lies far enough below the k-th best is complete for
+certain. A target whose list is not is given a longer one. The answer is that of float32, always.
+"""
+
+import time
+import warnings
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from flowhelpers.runs.run import progress
+
+MEMORY = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
+GROUP = 64  # columns of which the highest is taken first: far quicker than sorting out all
+LISTED = 24  # entries of a short list beyond the k that are asked for
+FLOAT32_UNIT = 2.0**-24  # rounding of one float32 operation, relative
+BFLOAT16_UNIT = 2.0**-8
+
+
+@dataclass(frozen=True)
+class Matches:
+    """The best sources of every target.
+
+    Attributes:
+        indices: Sources, best first; -1 where there is none.
+        scores: Their scores, for `top_k_cosine` the signed cosines; 0 where the index is -1.
+    """
+
+    indices: Int[Tensor, "targets k"]
+    scores: Float[Tensor, "targets k"]
+
+
+def top_k_cosine(
+    target: Float[Tensor, "targets d_model"],
+    source: Float[Tensor, "sources d_model"],
+    k: int = 1,
+    memory: int | None = None,
+    device: str | torch.device | None = None,
+) -> Matches:
+    """The k sources of highest cosine for each target (paper 3.2).
+
+    Both sides are normalised in float32 (CHOICES 2). The cosine is signed: an antipodal direction
+    is no match. Rows of zeros match nothing. Ties go to the lowest index (CHOICES 3).
+
+    Args:
+        target: Directions to be matched, one a row, in any floating type.
+        source: Directions to choose from, one a row. Either may lie elsewhere than on `device`: it
+            is brought there block by block.
+        k: Matches kept for each target.
+        memory: Bytes to use beside input and answer; 512 MiB on a CPU and 2 GiB on a GPU unless
+            given. A block of one target and 64 sources is the least.
+        device: Where to compute; where `target` lies unless given.
+
+    Raises:
+        ValueError: If the widths differ, k or memory is out of range, or a value is not finite.
+    """
+    if target.ndim != 2 or source.ndim != 2 or target.shape[1] != source.shape[1]:
+        raise ValueError(
+            f"cannot compare target {tuple(target.shape)} with source {tuple(source.shape)}:"
+            " expected two matrices of the same width"
+        )
+    if not 1 <= k <= len(source):
+        raise ValueError(f"k={k}: expected 1 to {len(source)}, the number of source features")
+    device = torch.device(device) if device else target.device
+    if memory is None:
+        memory = MEMORY.get(device.type, MEMORY["cpu"])
+    if memory < 1:
+        raise ValueError(f"memory={memory}: expected a number of bytes")
+    quick = quick_dtype(device.type)
+    sizes = _block_sizes(memory, target.shape[1], len(source), k)
+    indices = torch.full((len(target), k), -1, device=device)
+    scores = torch.zeros(len(target), k, device=device)
+    blocks = [
+        (rows, columns)
+        for columns in torch.arange(len(source)).split(sizes[1])
+        for rows in torch.arange(len(target)).split(sizes[0])
+    ]
+    if not len(target):
+        return Matches(indices, scores)
+    block, of = None, -1
+    for rows, columns in progress(blocks, "cosines"):
+        first, last = int(columns[0]), int(columns[-1]) + 1
+        if block is None or of != first:
+            block = None  # before the next is made, so that there is never room for two
+            block, of = _prepare(source[first:last], first, quick, device), first
+        begin, end = int(rows[0]), int(rows[-1]) + 1
+        part = unit_rows(target[begin:end].to(device), begin)
+        here = _best_of_block(part, block, min(k, last - first))
+        # Earlier blocks stand first, and the sort is stable: of a tie the lowest index stays.
+        both = torch.cat([scores[begin:end], here.scores], dim=1)
+        which = torch.cat([indices[begin:end], here.indices + first], dim=1)
+        both, order = both.sort(dim=1, descending=True, stable=True)
+        scores[begin:end] = both[:, :k]
+        indices[begin:end] = which.gather(1, order)[:, :k].where(both[:, :k] > 0, -1)
+    return Matches(indices, scores.clamp_(0, 1))
+
+
+def unit_rows(
+    matrix: Float[Tensor, "rows d_model"], first: int = 0
+) -> Float[Tensor, "rows d_model"]:
+    """Rows of unit norm in float32; rows of zeros stay zero.
+
+    Args:
+        matrix: The rows.
+        first: The number of the first of them, for messages.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
+    matrix = matrix.float()
+    largest = torch.linalg.vector_norm(matrix, ord=torch.inf, dim=1, keepdim=True)
+    if not torch.isfinite(largest).all():
+        bad = torch.nonzero(~torch.isfinite(largest[:, 0])).flatten() + first
+        raise ValueError(f"{len(bad)} rows are not finite, the first is row {int(bad[0])}")
+    # Divided by the largest entry first, neither huge nor tiny rows are lost in their squares.
+    units = matrix / largest.masked_fill(largest == 0, 1.0)
+    norms = torch.linalg.vector_norm(units, dim=1, keepdim=True)
+    return units.div_(norms.masked_fill_(norms == 0, 1.0))
+
+
+@cache
+def quick_dtype(device_type: str) -> torch.dtype:
+    """The type in which products are quickest here: on a GPU bfloat16, if it has units for that.
+
+    On a CPU a trial decides, of some milliseconds: whether it has them depends on its make.
+    """
+    if device_type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32
+    if device_type == "cuda" or torch.get_float32_matmul_precision() != "highest":
+        return torch.bfloat16
+    if device_type != "cpu":
+        return torch.float32
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16) * 2:
+        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(4096, 1024, dtype=dtype)
+        began = time.perf_counter()
+        torch.mm(a, b.T)
+        seconds[dtype] = time.perf_counter() - began
+    return min(seconds, key=seconds.__getitem__)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Sources of one block, padded with rows of zeros, which match nothing."""
+
+    units: Tensor
+    rough: Tensor  # in the quick type
+    error: float  # the largest norm of what rounding took from a row
+
+
+def _prepare(source: Tensor, first: int, quick: torch.dtype, device: torch.device) -> _Block:
+    units = unit_rows(source.to(device), first)
+    units = torch.nn.functional.pad(units, (0, 0, 0, -len(units) % GROUP))
+    rough, error = _rounded(units, quick)
+    return _Block(units, rough, error.max().item())
+
+
+def _rounded(units: Tensor, quick: torch.dtype) -> tuple[Tensor, Tensor]:
+    rough = units.to(quick)
+    if quick is units.dtype:
+        return rough, units.new_zeros(len(units))
+    errors = [
+        (a - b).norm(dim=1) for a, b in zip(units.split(1024), rough.split(1024), strict=True)
+    ]
+    return rough, torch.cat(errors)
+
+
+def _block_sizes(memory: int, d: int, sources: int, k: int) -> tuple[int, int]:
+    # Half for the sources of a block, in float32 and the quick type; half for all that depends on
+    # its targets: the product, its short list, and the targets themselves.
+    columns = max(GROUP, memory // 2 // (8 * d) // GROUP * GROUP)
+    columns = min(columns, sources + -sources % GROUP)
+    listed = min(k + LISTED, columns)
+    a_row = 12 * d + 6 * columns + listed * (GROUP * 12 + 60)
+    return max(1, memory // 2 // a_row), columns
+
+
+def _best_of_block(target: Tensor, block: _Block, k: int) -> Matches:
+    rough, error = _rounded(target, block.rough.dtype)
+    product = _product(rough, block.rough)
+    slack = 3 * target.shape[1] * FLOAT32_UNIT + 1e-7  # of sums in float32: two products, one norm
+    error = error + (1 + error) * block.error + slack
+    return _certified(target, block, product, error, k, k + LISTED)
+
+
+def _product(target: Tensor, source: Tensor) -> Tensor:
+    if target.dtype is torch.bfloat16 and target.is_cuda:
+        return torch.mm(target, source.T, out_dtype=torch.float32)  # no rounding on the way
+    return target @ source.T
+
+
+def _certified(
+    target: Tensor, block: _Block, product: Tensor, error: Tensor, k: int, listed: int
+) -> Matches:
+    columns = len(block.units)
+    if 4 * listed > columns:
+        scores, indices = _sorted_cosines(target, block.units, k)
+        return Matches(indices, scores)
+    rough, places = _highest(product, listed)
+    places = places.sort(dim=1).values  # so that of a tie the lowest index comes first
+    scores, order = _dots(target, block.units, places).sort(dim=1, descending=True, stable=True)
+    scores, places = scores[:, :k].contiguous(), places.gather(1, order[:, :k])
+    rounding = BFLOAT16_UNIT if product.dtype is torch.bfloat16 else FLOAT32_UNIT
+    beyond = rough[:, -1].float()
+    beyond = beyond + rounding * beyond.abs() + error  # no source that is not listed has more
+    certain = (scores[:, -1] > beyond) | (beyond <= 0) | ~target.any(dim=1)
+    longer = 8  # times; so many fewer targets at a time keep the memory as it is
+    uncertain = torch.nonzero(~certain).flatten()
+    for again in uncertain.split(max(1, len(target) // longer)) if len(uncertain) else ():
+        redone = _certified(target[again], block, product[again], error[again], k, longer * listed)
+        scores[again], places[again] = redone.scores, redone.indices
+    return Matches(places, scores)
+
+
+def _highest(product: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """The n highest of each row: they lie in those n groups of columns that reach highest."""
+    groups = product.view(len(product), -1, GROUP)
+    if groups.shape[1] <= n:
+        return product.topk(n, dim=1)
+    chosen = groups.amax(dim=2).topk(n, dim=1).indices
+    candidates = groups.gather(1, chosen[:, :, None].expand(-1, -1, GROUP)).flatten(1)
+    values, places = candidates.topk(n, dim=1)
+    return values, chosen.gather(1, places // GROUP) * GROUP + places % GROUP
+
+
+def _dots(target: Tensor, source: Tensor, places: Tensor) -> Tensor:
+    """Products of each target with some sources, each summed alike wherever it stands."""
+    if target.is_cuda:
+        rows = max(1, 2**26 // (places.shape[1] * target.shape[1]))
+        parts = zip(target.split(rows), places.split(rows), strict=True)
+        return torch.cat([(source[p] * t[:, None]).sum(-1) for t, p in parts])
+    n, listed = places.shape
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        pattern = torch.sparse_csr_tensor(
+            torch.arange(0, n * listed + 1, listed),
+            places.flatten(),
+            torch.zeros(n * listed),
+            size=(n, len(source)),
+            check_invariants=False,
+        )
+        dots = torch.sparse.sampled_addmm(pattern, target, source.T, beta=0)
+    return dots.values().view(n, listed)
+
+
+def _sorted_cosines(target: Tensor, source: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """All cosines, sorted; in float64, so that equal sources come out equal."""
+    cosines = torch.cat([target.double() @ part.double().T for part in source.split(4096)], dim=1)
+    scores, order = cosines.float().sort(dim=1, descending=True, stable=True)
+    return scores[:, :k], order[:, :k]

@@ -1,0 +1,268 @@
+"""A run's folder: what was asked, and the tables, figures and numbers that came of it.
+
+    runs/<time>-<notebook>[-name]/
+      config.json      parameters, choices, suite and revision, versions, device, seed
+      tables/          each table as .parquet and .csv
+      figures/         each figure as .html (alive, no network needed) and .json, some as .svg
+      results.json     the few numbers that answer the notebook's question
+
+A run that was stopped can be taken up again: `flowhelpers run --resume` hands the same folder to
+the notebook, and tables that were finished are read, not computed a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from flowhelpers.core.files import new_folder, read_json, to_json, write_json, write_text, write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+T = TypeVar("T")
+
+RUN_DIR = "FLOWHELPERS_RUN_DIR"  # set by `flowhelpers run`: the folder of the run in progress
+RUNS = "FLOWHELPERS_RUNS"  # where other runs make their folders; `runs` unless set
+PACKAGES = (
+    "flowhelpers",
+    "torch",
+    "transformers",
+    "sae-lens",
+    "transformer-lens",
+    "plotly",
+    "pandas",
+)
+DECISIVE = ("notebook", "parameters", "choices", "suite", "revision", "seed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a notebook.
+
+    Attributes:
+        folder: Where its files are.
+        kept: The tables that were finished before the run was taken up again.
+    """
+
+    folder: Path
+    kept: frozenset[str] = frozenset()
+
+    def table(self, name: str, compute: pd.DataFrame | Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """Writes a table as `tables/<name>.parquet` and `.csv`.
+
+        Args:
+            name: The file name, without its ending.
+            compute: The table, or a function that computes it; the function is not called if the
+                table was finished before this run was taken up again.
+
+        Returns:
+            The table as read back from its file, so that a first and a resumed run see the same.
+        """
+        import pandas as pd
+
+        path = self._path("tables", name, ".parquet")
+        if not (callable(compute) and name in self.kept):
+            frame: Any = compute() if callable(compute) else compute
+            if not isinstance(frame, pd.DataFrame):
+                raise TypeError(f"table {name!r} is a {type(frame).__name__}, not a DataFrame")
+            index = not isinstance(frame.index, pd.RangeIndex)
+            write_whole(path.with_suffix(".csv"), lambda file: frame.to_csv(file, index=index))
+            write_whole(path, frame.to_parquet)  # last, for its presence says "finished"
+        return pd.read_parquet(path)
+
+    def figure(self, name: str, figure: Figure, svg: str | None = None) -> Figure:
+        """Writes a plotly figure as `figures/<name>.html` and `.json`, and returns it for display.
+
+        The page needs no network: plotly.js lies beside it, once for all figures of the run. A
+        still picture of a figure needs a browser to draw it, unless it is given. The page's camera
+        button saves one as SVG; with Chrome installed, so does
+        `plotly.io.read_json("<name>.json").write_image("<name>.svg")`.
+
+        Args:
+            name: The file name, without its ending.
+            figure: The figure.
+            svg: A still picture of it (as `stills.flow_svg` gives), written as `<name>.svg`.
+        """
+        from plotly.offline import get_plotlyjs
+
+        path = self._path("figures", name, ".html")
+        script = path.with_name("plotly.min.js")
+        if not script.exists():
+            write_text(script, get_plotlyjs())
+        button = {"toImageButtonOptions": {"format": "svg", "filename": name}}
+        write_text(path.with_suffix(".json"), str(figure.to_json()))
+        write_text(path, figure.to_html(config=button, include_plotlyjs="directory"))
+        if svg is not None:
+            write_text(path.with_suffix(".svg"), svg)
+        return figure
+
+    def results(self, values: Mapping[str, object]) -> dict[str, Any]:
+        """Adds numbers to `results.json`, null where not finite; returns all that it holds now."""
+        path = self.folder / "results.json"
+        given = json.loads(to_json(values), parse_constant=lambda _: None)
+        write_json(path, (read_json(path) if path.exists() else {}) | given)
+        return read_json(path)
+
+    def _path(self, kind: str, name: str, ending: str) -> Path:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{name!r} cannot name a file: use letters, digits, '_', '-' and '.'")
+        folder = self.folder / kind
+        folder.mkdir(exist_ok=True)
+        return folder / (name + ending)
+
+
+def start_run(
+    notebook: str,
+    parameters: Mapping[str, object],
+    *,
+    choices: Mapping[str, object] | None = None,
+    suite: str | None = None,
+    revision: str | None = None,
+    device: str | None = None,
+    seed: int | None = None,
+    name: str | None = None,
+) -> Run:
+    """Starts a run and writes its `config.json`.
+
+    Under `flowhelpers run` the folder is the one it made; elsewhere a new one, below `runs/` or
+    what the environment variable FLOWHELPERS_RUNS names.
+
+    Args:
+        notebook: The notebook's name.
+        parameters: Its parameters, as they are after any were overridden.
+        choices: What the paper leaves open and was settled here.
+        suite: The suite; `parameters["suite"]` unless given, and likewise `device` and `seed`.
+        revision: The suite's revision.
+        device: What the model runs on.
+        seed: The seed of what is random.
+        name: A word to tell this run's folder from others.
+
+    Raises:
+        ValueError: If a run is taken up again with other settings than it was started with.
+        OSError: If no folder can be made.
+    """
+    asked = parameters.get("device")
+    config = {
+        "notebook": notebook,
+        "parameters": dict(parameters),
+        "choices": dict(choices or {}),
+        "suite": suite or parameters.get("suite"),
+        "revision": revision,
+        "device": device or (asked if asked != "auto" else None) or _device(),
+        "seed": parameters.get("seed") if seed is None else seed,
+        "versions": _versions(),
+        "platform": platform.platform(),
+        "started": [time.strftime("%Y-%m-%d %H:%M:%S")],
+    }
+    config = json.loads(to_json(config))
+    given = os.environ.get(RUN_DIR)
+    if "IPython" in sys.modules and not given:
+        _store_figures_as_html()
+    root = Path(os.environ.get(RUNS, "runs"))
+    folder = Path(given) if given else new_folder(root, folder_name(notebook, name))
+    path = folder / "config.json"
+    if path.exists():
+        before = read_json(path)
+        if differences := list(_differences(before, config)):
+            raise ValueError(f"{folder} was started with other settings: " + "; ".join(differences))
+        config["started"] = before["started"] + config["started"]
+        for unfinished in folder.rglob(".*.partial"):
+            unfinished.unlink()
+    write_json(path, config)
+    return Run(folder, frozenset(file.stem for file in folder.glob("tables/*.parquet")))
+
+
+def folder_name(notebook: str, name: str | None = None) -> str:
+    """The name of a run's folder: `<time>-<notebook>[-name]`."""
+    parts = [time.strftime("%Y%m%d-%H%M%S"), notebook, name]
+    return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in parts if part)
+
+
+def progress(iterable: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
+    """The iterable with a progress bar and the time left, shown once it takes over two seconds.
+
+    The bar is a widget before a live front end and plain text elsewhere, where it is redrawn
+    seldom enough not to swell the notebook that stores it.
+    """
+    options: dict[str, Any] = {"desc": desc, "total": total, "delay": 2, "leave": False}
+    if live():
+        from tqdm.notebook import tqdm
+    else:
+        from tqdm import tqdm
+
+        # All on one line: a stored page would show the codes that move the cursor between lines.
+        options |= {"position": 0, "file": sys.stderr}
+        options["mininterval"] = 0.1 if sys.stderr.isatty() else 5
+    return tqdm(iterable, **options)
+
+
+def environment() -> str:
+    """Versions, device, cores and memory: what a run depends on, in a few lines."""
+    import psutil
+
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    memory = psutil.virtual_memory()
+    return (
+        f"versions: {versions}\n"
+        f"device: {_device() or 'cpu'}; {os.cpu_count()} cores,"
+        f" {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB of memory free"
+    )
+
+
+def live() -> bool:
+    """Whether a front end with a person before it runs this cell, so that widgets are of use.
+
+    Such a front end offers to answer `input()`; papermill and nbconvert do not.
+    """
+    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    request = shell.get_parent() if hasattr(shell, "get_parent") else {}
+    return bool(request.get("content", {}).get("allow_stdin"))
+
+
+def _store_figures_as_html() -> None:
+    """Has figures stored as HTML too where plotly would store only what JupyterLab can draw.
+
+    Otherwise they are lost on export. The pages of `flowhelpers run` draw them by other means.
+    """
+    import plotly.io
+
+    if plotly.io.renderers.default == "plotly_mimetype":
+        plotly.io.renderers.default = "plotly_mimetype+notebook"
+
+
+def _versions() -> dict[str, str]:
+    installed = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            installed[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def _device() -> str | None:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for key in DECISIVE:
+        old, new = before[key], now[key]
+        if isinstance(old, dict):
+            names = [name for name in old | new if old.get(name) != new.get(name)]
+            yield from (f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names)
+        elif old != new:
+            yield f"{key} was {old!r} and is now {new!r}"

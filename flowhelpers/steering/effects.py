@@ -1,0 +1,108 @@
+"""What a feature does to the next token, by one pass with it turned up: features by effect.
+
+A label says where a feature is active, and not what steering by it would do: the two are almost
+unrelated in most dictionaries (Arad et al. 2025, Wang et al. 2026). Either measure costs one pass
+of one token for each feature.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from flowhelpers.activations.preflight import preflight_once
+from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.interventions.edits import add_rows
+from flowhelpers.interventions.generation import prompt_ids
+from flowhelpers.labels.describe import written_logits
+from flowhelpers.runs.run import progress
+from flowhelpers.suites.model import read_prefix, run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from flowhelpers.suites.load import Suite
+
+PROMPT = "From my experience,"  # of Arad et al.
+FACTOR, TOP = 10.0, 20
+
+
+@torch.no_grad()
+def effects(
+    suite: "Suite",
+    features: Iterable[FeatureId | str],
+    prompt: str = PROMPT,
+    factor: float = FACTOR,
+    top: int = TOP,
+    at_once: int = 256,
+) -> "pd.DataFrame":
+    """Output score and change of token confidence of features (CHOICES 36).
+
+    At the prompt's last token, `factor` times the greatest activation that any feature of the site
+    has in the prompt is added to the feature; what the dictionary cannot explain stays. The output
+    score (Arad et al. 2025, equation 3) looks at the `top` tokens that the feature's direction
+    writes by the logit lens: (1 - rank / vocabulary) · p of the most likely of them. The change of
+    confidence (Wang et al. 2026, with k = 1) is by how much -log p of the most likely token grows:
+    below zero the feature makes the model surer of what it says.
+
+    Args:
+        suite: The suite.
+        features: Features, of any sites.
+        prompt: What the next token is asked of.
+        factor: How far the feature is turned up.
+        top: Tokens that the feature is said to write.
+        at_once: Features of one pass.
+
+    Returns:
+        One row a feature: `feature`, `output_score` (0 to 1), `confidence_change` (nats), `token`
+        (the most likely of those that it writes); missing where no feature of its site is active in
+        the prompt, so that it could not be said how far is far.
+
+    Raises:
+        ValueError: If there is no feature, one does not exist, or the prompt is empty.
+    """
+    import pandas as pd
+
+    found = list(dict.fromkeys(suite.feature(feature) for feature in features))
+    if not found:
+        raise ValueError("no feature given: expected one or more, such as 12/res/4230")
+    by_site: dict[Site, list[int]] = {}
+    for feature in found:
+        by_site.setdefault(feature.site, []).append(feature.index)
+    model = suite.model
+    preflight_once(suite, by_site)
+    ids = prompt_ids(model, prompt, 1)
+    clean, stream = run(model, ids, [suite.dictionary(site).reads for site in by_site])
+    assert clean is not None
+    confidence = clean[0, -1].float().log_softmax(-1).max()
+    _, prefix = read_prefix(model, ids[:, :-1])
+    parts = [
+        (site, indices[start : start + at_once])
+        for site, indices in by_site.items()
+        for start in range(0, len(indices), at_once)
+    ]
+    rows = []
+    for site, indices in progress(parts, "effects"):
+        dictionary = suite.dictionary(site)
+        size = factor * dictionary.encode(stream[dictionary.reads][0, 1:]).max()
+        if not size > 0:
+            rows += [(f"{site}/{index}", None, None, "") for index in indices]
+            continue
+        chosen = torch.tensor(indices, device=ids.device)
+        step = size * dictionary.rows(chosen).float()
+        edit = add_rows(dictionary.reads, torch.arange(len(indices)), step)
+        last = ids[:, -1:].expand(len(indices), -1)
+        steered, _ = run(model, last, edits=[edit], prefix=prefix)
+        assert steered is not None
+        logs = steered[:, -1].float().log_softmax(-1)
+        written = written_logits(suite, site, chosen).topk(top).indices
+        best, place = logs.gather(1, written).max(1)
+        rank = (logs > best[:, None]).sum(1) / logs.shape[1]
+        scores = ((1 - rank) * best.exp()).tolist()
+        changes = (confidence - logs.max(1).values).tolist()
+        tokens = written.gather(1, place[:, None])[:, 0].tolist()
+        for index, score, change, token in zip(indices, scores, changes, tokens, strict=True):
+            rows.append((f"{site}/{index}", score, change, model.tokenizer.decode([token])))
+    table = pd.DataFrame(rows, columns=["feature", "output_score", "confidence_change", "token"])
+    floats = {"output_score": float, "confidence_change": float}
+    return table.astype(floats).set_index("feature").loc[map(str, found)].reset_index()

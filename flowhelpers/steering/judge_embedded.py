@@ -1,0 +1,253 @@
+"""Judges of texts: how much of a theme there is in them, and how well they read (paper 5.3, B).
+
+The embedded judge works offline and gives the same every time. It knows a theme from the passages
+that this package brings, and takes for coherent what the unsteered model finds likely. It reads no
+meaning: a text of the theme's words in grammatical order is all it asks for.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flowhelpers.activations.corpora import load_texts, passages, subjects
+from flowhelpers.core.features import suggestion
+from flowhelpers.runs.run import progress
+from flowhelpers.suites.model import Model, logits_of, token_losses, tokenize
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+WORD = re.compile(r"[^\W\d_]+")
+WINDOW = 30  # words that the embedded judge learns from at a time, about as many as it judges
+HUMAN = ("fiction", "science")  # held-out text that coherence is measured by
+FOLDS = 6
+LOOP = 4  # words that a text without coherence goes on repeating
+
+
+@dataclass(frozen=True)
+class EmbeddedJudge:
+    """A judge that needs no network.
+
+    Attributes:
+        theme: The subject of the package's passages that it looks for.
+        model: The unsteered model, whose likelihood of a text is taken for coherence.
+        classifier: Tells the subjects of the passages apart; scikit-learn's.
+        accuracy: Share of held-out pieces of passages of which it names the subject, of all.
+        auc: How often it finds more of the theme in a held-out piece of it than in another.
+        human: Mean loss of human text, in nats a token: what is as likely is coherent.
+        shuffled: Mean loss of the same in shuffled words: what is as unlikely is not.
+        various: Share of different tokens that 95 % of human texts exceed.
+        looped: Mean share in human text that goes on repeating its first words.
+    """
+
+    theme: str
+    model: Model
+    classifier: Any
+    accuracy: float
+    auc: float
+    human: float
+    shuffled: float
+    various: float
+    looped: float
+
+    def judge(self, texts: Sequence[str]) -> "pd.DataFrame":
+        """Scores from 0 to 1: `behavioral`, `coherence`, one row a text; of an empty text both 0.
+
+        Behavioral is the probability of the theme among the subjects of the passages. Coherence is
+        where the text's loss lies between that of shuffled and of human text, times where its share
+        of different tokens lies between that of looped and of human text: nothing is more
+        likely than one word over and over.
+        """
+        import pandas as pd
+
+        there = np.array([bool(text.strip()) for text in texts], dtype=bool)
+        scores = np.zeros((len(texts), 2))
+        if there.any():
+            some = [text for text, is_there in zip(texts, there, strict=True) if is_there]
+            column = list(self.classifier.classes_).index(self.theme)
+            scores[there, 0] = self.classifier.predict_proba(some)[:, column]
+            scores[there, 1] = self._coherence(some)
+        return pd.DataFrame(scores, columns=["behavioral", "coherence"])
+
+    def _coherence(self, texts: Sequence[str]) -> np.ndarray:
+        likely = (self.shuffled - mean_losses(self.model, texts)) / (self.shuffled - self.human)
+        various = (distinct_tokens(self.model, texts) - self.looped) / (self.various - self.looped)
+        return likely.clip(0, 1) * various.clip(0, 1)
+
+
+def embedded_judge(model: Model, theme: str, seed: int = 0) -> EmbeddedJudge:
+    """Trains the embedded judge for one theme.
+
+    The classifier is naive Bayes over word stems, calibrated on passages that it was not trained
+    on; what it is worth is measured on passages left out once more.
+
+    Args:
+        model: The unsteered model.
+        theme: A subject of `texts.passages()`.
+        seed: Of folds and shuffled words.
+
+    Raises:
+        ValueError: If there is no such subject.
+    """
+    check_theme(theme)
+    classifier, accuracy, aucs = _classifier(seed)
+    return EmbeddedJudge(
+        theme, model, classifier, accuracy, aucs[theme], **_calibration(model, seed)
+    )
+
+
+@lru_cache(maxsize=2)
+def _calibration(model: Model, seed: int) -> dict[str, float]:
+    """What human text and its distortions measure, by this model."""
+    rng = np.random.default_rng(seed)
+    human = [w for name in HUMAN for text in load_texts(name, 40, seed) for w in windows(text)[:2]]
+    mixed = [" ".join(rng.permutation(text.split())) for text in human]
+    loops = [" ".join((text.split()[:LOOP] * WINDOW)[:WINDOW]) for text in human]
+    everything = [window for text in passages()["text"] for window in windows(text)[:1]]
+    return {
+        "human": float(mean_losses(model, human).mean()),
+        "shuffled": float(mean_losses(model, mixed).mean()),
+        "various": float(np.quantile(distinct_tokens(model, everything), 0.05)),
+        "looped": float(distinct_tokens(model, loops).mean()),
+    }
+
+
+@torch.no_grad()
+def mean_losses(model: Model, texts: Sequence[str], batch: int = 32) -> np.ndarray:
+    """The model's mean next-token cross-entropy over each text, in nats.
+
+    A text without a token is infinitely unlikely.
+    """
+    found = []
+    for start in progress(range(0, len(texts), batch), "likelihood"):
+        tokens = tokenize(model, texts[start : start + batch], model.bridge.cfg.n_ctx)
+        loss = token_losses(logits_of(model, tokens.ids)[:, :-1], tokens.ids[:, 1:])
+        counted = tokens.is_text[:, 1:]
+        total, n = (loss * counted).sum(1), counted.sum(1)
+        found.append(torch.where(n > 0, total / n.clamp(min=1), torch.inf).cpu().numpy())
+    return np.concatenate(found)
+
+
+def distinct_tokens(model: Model, texts: Sequence[str], width: int = 32) -> np.ndarray:
+    """Share of different ones among the tokens of each text (distinct-1, Li et al. 2016).
+
+    It is the mean over pieces of `width` tokens, as a longer text has fewer; 1 where there is none.
+    """
+    found = []
+    for ids in model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
+        pieces = [ids[start : start + width] for start in range(0, len(ids), width)]
+        shares = [len(set(piece)) / len(piece) for piece in pieces if len(piece) > width // 4]
+        found.append(np.mean(shares) if shares else 1.0)
+    return np.array(found)
+
+
+def windows(text: str, words: int = WINDOW) -> list[str]:
+    """A text in pieces of so many words; a rest shorter than half of that is left out."""
+    all_words = text.split()
+    starts = range(0, max(len(all_words) - words // 2 + 1, 1), words)
+    return [" ".join(all_words[start : start + words]) for start in starts]
+
+
+@cache
+def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
+    """It, its accuracy, and for each subject its area under the curve, by passages left out."""
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold
+    from sklearn.naive_bayes import ComplementNB
+    from sklearn.pipeline import make_pipeline
+
+    rows = [
+        (window, row.subject, number)
+        for number, row in enumerate(passages().itertuples())
+        for window in windows(str(row.text))
+    ]
+    pieces, subject, passage = (np.array(column) for column in zip(*rows, strict=True))
+
+    def folds(of: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+        return list(splitter.split(pieces[of], subject[of], passage[of]))
+
+    def fitted(of: np.ndarray) -> Any:
+        vectors = TfidfVectorizer(tokenizer=stems, token_pattern=None, sublinear_tf=True)
+        both = make_pipeline(vectors, ComplementNB())
+        calibrated = CalibratedClassifierCV(
+            both, method="temperature", cv=folds(of), ensemble=False
+        )
+        return calibrated.fit(pieces[of], subject[of])
+
+    everything = np.arange(len(pieces))
+    found = fitted(everything)
+    chances = np.zeros((len(pieces), len(found.classes_)))
+    for train, test in progress(folds(everything), "judge"):
+        chances[test] = fitted(train).predict_proba(pieces[test])
+    accuracy = float((found.classes_[chances.argmax(axis=1)] == subject).mean())
+    aucs = {
+        str(name): float(roc_auc_score(subject == name, chances[:, column]))
+        for column, name in enumerate(found.classes_)
+    }
+    return found, accuracy, aucs
+
+
+def theme_stems(theme: str, n: int = 100) -> list[str]:
+    """The word stems that tell a subject of the passages best from the others, best first.
+
+    They are ranked by the z-score of their log odds, with the counts of all subjects as the prior
+    (Monroe et al. 2008). Words that any text has, such as "the", are left out.
+
+    Raises:
+        ValueError: If there is no such subject.
+    """
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    check_theme(theme)
+    common = {stem(word) for word in ENGLISH_STOP_WORDS}
+    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for row in passages().itertuples():
+        counts[row.subject == theme].update(stems(str(row.text)))
+    names = sorted(name for name in counts[True] | counts[False] if name not in common)
+    mine, others = (
+        np.array([counts[is_theme][name] for name in names]) for is_theme in (True, False)
+    )
+    prior = (mine + others) / 100
+    odds = []
+    for seen in (mine, others):
+        here = seen + prior
+        odds.append((np.log(here / (here.sum() - here)), 1 / here))
+    z = (odds[0][0] - odds[1][0]) / np.sqrt(odds[0][1] + odds[1][1])
+    return [names[place] for place in np.argsort(-z, kind="stable")[:n]]
+
+
+def check_theme(theme: str) -> None:
+    """The theme is one of the passages' subjects.
+
+    Raises:
+        ValueError: If it is not; the message names the nearest.
+    """
+    if theme not in subjects():
+        raise ValueError(f"unknown theme {theme!r}{suggestion(theme, subjects())}")
+
+
+def stems(text: str) -> list[str]:
+    """The stems of the words of a text."""
+    return [stem(word) for word in WORD.findall(text.lower())]
+
+
+@cache
+def stem(word: str) -> str:
+    """The stem of a word in small letters (Snowball)."""
+    return _stemmer().stem(word)
+
+
+@cache
+def _stemmer() -> Any:
+    from nltk.stem.snowball import SnowballStemmer
+
+    return SnowballStemmer("english")

@@ -1,0 +1,87 @@
+"""How attention's heads come into the stream: z, W_O, and the norm after it where there is one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowhelpers.suites.hub import fetch, read_hub_json, read_tensors
+
+if TYPE_CHECKING:
+    from flowhelpers.suites.model import Model
+
+GEMMAS = ("gemma2", "gemma3", "gemma3_text")  # a norm follows attention, and holds its gain less 1
+PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+
+
+@dataclass(frozen=True)
+class AttentionOutput:
+    """How one layer brings z, the outputs of its attention heads, into the residual stream.
+
+    Attributes:
+        weights: W_O, the heads' rows one below the other.
+        gain: Of the norm after attention; None where the model has none.
+    """
+
+    weights: Float[Tensor, "z d_model"]
+    gain: Float[Tensor, "d_model"] | None
+
+    def in_stream(self, rows: Float[Tensor, "rows z"]) -> Float[Tensor, "rows d_model"]:
+        """Directions at z as directions of the stream; their norms are not kept.
+
+        Raises:
+            ValueError: If the rows are of another width than z.
+        """
+        if rows.shape[1] != len(self.weights):
+            raise ValueError(f"rows of width {rows.shape[1]}: expected {len(self.weights)}, as z")
+        found = rows.float() @ self.weights.float().to(rows.device)
+        return found if self.gain is None else found * self.gain.float().to(rows.device)
+
+
+@torch.no_grad()
+def attention_output(model: "Model", layer: int) -> AttentionOutput:
+    """W_O of a layer, and the gain of the norm that follows where there is one.
+
+    The gain is what the norm makes of ones. Its weights do not tell: of some architectures they
+    hold the gain, of others the gain less 1.
+    """
+    block = model.bridge.blocks[layer]
+    norm = getattr(block, "ln1_post", None)
+    weights = block.attn.W_O
+    if norm is None:
+        return AttentionOutput(weights.flatten(0, 1), None)
+    ones = torch.ones(1, 1, model.d_model, dtype=weights.dtype, device=weights.device)
+    return AttentionOutput(weights.flatten(0, 1), norm(ones)[0, 0])
+
+
+def stored_attention_output(
+    name: str, layer: int, revision: str | None = None
+) -> AttentionOutput | None:
+    """The same from a model's files, of which no more is read or fetched than those two tensors.
+
+    Args:
+        name: A folder, or a name on the hub.
+        layer: The layer.
+        revision: Of the hub.
+
+    Returns:
+        None for models other than Gemma 2 and 3, of which the files do not tell here.
+
+    Raises:
+        ValueError: If the files lack the tensors.
+        What `hub.fetch` raises.
+    """
+    folder = Path(name)
+    path = folder / "config.json" if folder.is_dir() else fetch(name, "config.json", revision)
+    if read_hub_json(path).get("model_type") not in GEMMAS:
+        return None
+    ends = ("self_attn.o_proj.weight", "post_attention_layernorm.weight")
+    names = [[f"{prefix}layers.{layer}.{end}" for end in ends] for prefix in PREFIXES]
+    found = read_tensors(name, [each for pair in names for each in pair], revision)
+    for weights, gain in names:
+        if weights in found and gain in found:
+            return AttentionOutput(found[weights].float().T, 1 + found[gain].float())
+    raise ValueError(f"{name} has no tensor {names[0][0]} or no {names[0][1]}")

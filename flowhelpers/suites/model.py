@@ -1,0 +1,567 @@
+"""The one door to a language model: read at a site, edit at a site, generate.
+
+Nobody else knows a hook's name. A model that passed `load_model` has been checked: at every layer
+what attention and the MLP add makes up the step of the residual stream, and an edit at every site
+reaches the logits.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from flowhelpers.core.features import Site, suggestion
+from flowhelpers.core.machine import fitting_threads
+from flowhelpers.core.versions import naming_untried
+from flowhelpers.suites.hub import fetched
+
+HOOKS = {
+    "res": "blocks.{layer}.hook_resid_post",
+    "mlp": "blocks.{layer}.hook_mlp_out",
+    "att": "blocks.{layer}.hook_attn_out",
+    "z": "blocks.{layer}.attn.hook_z",  # the heads' outputs, side by side, before W_O
+}
+RESID_PRE = "blocks.{layer}.hook_resid_pre"
+CACHE = "past_key_values"  # what keys and values are called; from transformers 5.24 on, "cache"
+
+Activations = Float[Tensor, "batch position d_model"]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change to the stream at one site.
+
+    Attributes:
+        site: Where.
+        change: From the activations at the site, `[batch, position, d_model]`, to the new ones.
+    """
+
+    site: Site
+    change: Callable[[Activations], Activations]
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What attention keeps of the tokens of one text: keys and values of every layer.
+
+    Attributes:
+        layers: For each layer keys and values, `[1, heads, position, d_head]`.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return self.layers[0][0].shape[2]
+
+    def first(self, tokens: int) -> "Prefix":
+        """The same of fewer tokens.
+
+        Raises:
+            ValueError: If there are not so many.
+        """
+        if not 0 < tokens <= len(self):
+            raise ValueError(
+                f"{tokens} tokens of a prefix of {len(self)}: expected 1 or more of it"
+            )
+        cut = ((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
+        return Prefix(tuple(cut))
+
+    def cache(self, batch: int, layers: int | None = None) -> Any:
+        """It as the cache of transformers, in which every row of a batch has the same prefix."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        # Of layers with a sliding window all is kept as well, and the mask leaves out what is far.
+        for layer, (keys, values) in enumerate(self.layers[:layers]):
+            keys, values = (each.expand(batch, *each.shape[1:]) for each in (keys, values))
+            cache.update(keys, values, layer)
+        return cache
+
+
+@dataclass(frozen=True)
+class Model:
+    """A language model behind named sites.
+
+    Attributes:
+        name: What it was loaded from.
+        bridge: TransformerLens's view of the Hugging Face model; use the functions of this module.
+        layers: Number of layers.
+        d_model: Width of the residual stream.
+    """
+
+    name: str
+    bridge: Any
+    layers: int
+    d_model: int
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's Hugging Face tokenizer."""
+        return self.bridge.tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.bridge.W_E.device
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest by which tables made from this model are known.
+
+        It takes in a few thousand weights of every parameter, evenly spread: training changes all.
+        """
+        digest = hashlib.blake2b(digest_size=16)
+        for name, weights in self.bridge.original_model.named_parameters():
+            flat = weights.detach().flatten()
+            some = flat[:: max(1, len(flat) // 4096)].cpu().float()
+            digest.update(f"{name} {tuple(weights.shape)} ".encode() + some.numpy().tobytes())
+        return digest.hexdigest()
+
+    @property
+    def unembedding(self) -> Float[Tensor, "d_model vocabulary"]:
+        """The matrix from the final norm's output to logits."""
+        return self.bridge.W_U
+
+    def sites(self) -> list[Site]:
+        """Every site, in the order in which the stream passes them."""
+        return [
+            Site(layer, module) for layer in range(self.layers) for module in ("att", "mlp", "res")
+        ]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A batch of texts as tokens, `<bos>` first, padded on the right.
+
+    Attributes:
+        ids: Token ids.
+        is_text: True at tokens of the text; False at BOS, padding and other special tokens.
+    """
+
+    ids: Int[Tensor, "batch position"]
+    is_text: Bool[Tensor, "batch position"]
+
+
+@naming_untried()
+def load_model(
+    name: str,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Model:
+    """Load a Hugging Face model, by folder or by name, and check that its sites can be trusted.
+
+    Args:
+        name: A local folder or a hub name.
+        device: Torch device.
+        dtype: Type of the weights.
+        revision: Revision on the hub.
+
+    Raises:
+        ValueError: If the model's sites do not add up or an edit does not reach the logits.
+        What `hub.fetch` raises.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with fetched(name, revision):
+            weights: Any = AutoModelForCausalLM.from_pretrained(
+                name, dtype=dtype, revision=revision, attn_implementation="eager"
+            )
+            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return wrap_model(weights.to(device), tokenizer, name, TransformerBridge)
+
+
+def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None) -> Model:
+    """Put a loaded Hugging Face model behind the door, and check it."""
+    if bridge_class is None:
+        from transformer_lens.model_bridge import TransformerBridge as bridge_class
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    with warnings.catch_warnings(), _installing_nothing():
+        warnings.simplefilter("ignore")
+        bridge = bridge_class.boot_transformers(
+            name, hf_model=weights.eval(), tokenizer=tokenizer, device=weights.device
+        )
+        # Until compatibility mode is on, a hook on an alias such as hook_resid_post never fires.
+        bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+    for module in bridge.modules():
+        # Those that leave the work to transformers' own attention hand on what they are given.
+        if (
+            isinstance(module, AttentionBridge)
+            and type(module).forward is not AttentionBridge.forward
+        ):
+            module.register_forward_pre_hook(_hand_on_cache, with_kwargs=True)
+    for parameter in bridge.parameters():
+        parameter.requires_grad_(False)
+    model = Model(name, bridge, bridge.cfg.n_layers, bridge.cfg.d_model)
+    check_sites(model)
+    return model
+
+
+@contextmanager
+def _installing_nothing() -> Iterator[None]:
+    # For a model that reads images as well, TransformerLens installs torchvision where a processor
+    # does not load, which may bring another torch; it goes on without where that fails.
+    import subprocess
+
+    def refuse(command: Any, *_: Any, **__: Any) -> None:
+        raise PermissionError(f"nothing is installed while a model loads: {command}")
+
+    before = subprocess.check_call
+    subprocess.check_call = refuse
+    try:
+        yield
+    finally:
+        subprocess.check_call = before
+
+
+def hook_name(model: Model, site: Site) -> str:
+    """The name of the hook at a site.
+
+    Raises:
+        ValueError: If the model has no such layer or module.
+    """
+    if site.module not in HOOKS:
+        raise ValueError(f"unknown module {site.module!r}{suggestion(site.module, HOOKS)}")
+    if not 0 <= site.layer < model.layers:
+        raise ValueError(f"no layer {site.layer} in {model.name}: expected 0 to {model.layers - 1}")
+    return HOOKS[site.module].format(layer=site.layer)
+
+
+def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = None) -> Tokens:
+    """Texts to token ids with exactly one BOS in front, padded on the right.
+
+    Args:
+        model: The model whose tokenizer is used.
+        texts: One text or several; one that begins with BOS gets no second.
+        max_tokens: Cut each text to so many tokens, BOS included.
+
+    Raises:
+        ValueError: If there is no text at all, or none would be left of it.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    if not texts:
+        raise ValueError("no text given: expected a text or a list of texts")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens={max_tokens}: expected 1 or more, BOS included")
+    tokenizer = model.tokenizer
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        bos = tokenizer.eos_token_id
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [[bos, *row[row[:1] == [bos] :]][:max_tokens] for row in rows]
+    length = max(map(len, rows))
+    pad = bos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    ids = torch.full((len(rows), length), pad)
+    is_text = torch.zeros((len(rows), length), dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        is_text[i, 1 : len(row)] = True
+    special = torch.tensor(sorted(tokenizer.all_special_ids))
+    return Tokens(ids.to(model.device), (is_text & ~torch.isin(ids, special)).to(model.device))
+
+
+def token_strings(model: Model, ids: Iterable[int]) -> list[str]:
+    """Each token id as the text it stands for."""
+    return [model.tokenizer.decode([int(i)]) for i in ids]
+
+
+@torch.no_grad()
+def run(
+    model: Model,
+    ids: Int[Tensor, "batch position"],
+    read: Iterable[Site] = (),
+    edits: Sequence[Edit] = (),
+    stop_after: int | None = None,
+    prefix: Prefix | None = None,
+) -> tuple[Float[Tensor, "batch position vocabulary"] | None, dict[Site, Activations]]:
+    """One forward pass: edits applied, sites read (after their edits).
+
+    Args:
+        model: The model; its own state is the same before and after.
+        ids: Token ids.
+        read: Sites whose activations are returned.
+        edits: Changes to the stream, in order where they share a site.
+        stop_after: Stop once this layer is done; there are no logits then.
+        prefix: The tokens before `ids`, as `read_prefix` gives, the same for every row. Positions
+            are then counted from the first of `ids`.
+
+    Returns:
+        Logits, or None with `stop_after`, and the activations by site.
+
+    Raises:
+        ValueError: If a site does not exist.
+        RuntimeError: If an edit or a reading was never reached.
+    """
+    kept: dict[Site, Activations] = {}
+
+    def keep(site: Site) -> Edit:
+        def change(activations: Activations) -> Activations:
+            kept[site] = activations.detach().clone()
+            return activations
+
+        return Edit(site, change)
+
+    readings = [keep(site) for site in read]
+    if stop_after is not None:
+        late = [e.site for e in (*edits, *readings) if e.site.layer > stop_after]
+        if late:
+            raise ValueError(f"{late[0]} lies after layer {stop_after}, where the pass stops")
+    changes = [*edits, *readings]
+    if stop_after is not None:
+        changes.append(Edit(Site(stop_after, "res"), _stop))
+    cache = None
+    if prefix is not None:
+        cache = prefix.cache(len(ids), None if stop_after is None else stop_after + 1)
+    logits = None
+    with editing(model, changes), suppress(_Stopped):
+        logits = forward(model, ids, cache)
+    return logits, kept
+
+
+class _Stopped(Exception):
+    """A pass has come as far as it was to go."""
+
+
+def _stop(activations: Activations) -> Activations:
+    raise _Stopped
+
+
+@torch.no_grad()
+def read_prefix(
+    model: Model, ids: Int[Tensor, "1 position"]
+) -> tuple[Float[Tensor, "1 position vocabulary"], Prefix]:
+    """One pass over a text: its logits, and what later passes need so as to go on after it.
+
+    An edit at a token changes nothing before it. Passes that differ from that token on share all
+    that comes before, and each row of a batch needs no more than its own tokens.
+
+    Args:
+        model: The model.
+        ids: Token ids of one text.
+    """
+    from transformers import DynamicCache
+
+    cache: Any = DynamicCache()
+    logits = forward(model, ids, cache)
+    return logits, Prefix(tuple((layer.keys, layer.values) for layer in cache.layers))
+
+
+def forward(
+    model: Model, ids: Int[Tensor, "batch position"], cache: Any = None
+) -> Float[Tensor, "batch position vocabulary"]:
+    """The logits of one pass, which goes on after the keys and values of a cache and extends it.
+
+    Args:
+        model: The model.
+        ids: Token ids: with a cache, of the tokens after those that it holds.
+        cache: A cache of transformers; without one nothing is kept.
+
+    Raises:
+        ValueError: If the model left the cache as it was.
+    """
+    given: dict[str, Any] = {}
+    expected = ids.shape[1]
+    if cache is not None:
+        accepted = signature(model.bridge.original_model.forward).parameters
+        given = {"cache" if "cache" in accepted else CACHE: cache, "use_cache": True}
+        expected += cache.get_seq_length()
+    with fitting_threads(ids.numel(), model.d_model):
+        logits = model.bridge(ids, return_type="logits", **given)
+    if cache is not None and cache.get_seq_length() != expected:
+        raise ValueError(
+            f"{model.name}: after a pass its cache holds {cache.get_seq_length()} tokens:"
+            f" expected {expected}"
+        )
+    return logits
+
+
+def _hand_on_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A hook before an attention of TransformerLens, which knows the cache by its first name."""
+    if "cache" in kwargs:
+        kwargs = kwargs | {CACHE: kwargs["cache"]}
+    return args, kwargs
+
+
+def logits_of(
+    model: Model, ids: Int[Tensor, "batch position"], edits: Sequence[Edit] = ()
+) -> Float[Tensor, "batch position vocabulary"]:
+    """The logits of one forward pass, with edits applied."""
+    logits, _ = run(model, ids, edits=edits)
+    assert logits is not None  # run gives none only where it stops early
+    return logits
+
+
+def token_losses(
+    logits: Float[Tensor, "batch position vocabulary"], ids: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch position"]:
+    """The cross-entropy of tokens in nats, each under the logits of its own place.
+
+    Logits foretell the next token: those of a text go with `ids` shifted by one.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), ids.flatten(), reduction="none"
+    ).view(ids.shape)
+
+
+@torch.no_grad()
+def final_norm(
+    model: Model, activations: Float[Tensor, "*batch d_model"]
+) -> Float[Tensor, "*batch d_model"]:
+    """The norm before the unembedding, applied to any vectors of the stream."""
+    return model.bridge.ln_final(activations.reshape(1, -1, model.d_model)).view_as(activations)
+
+
+@contextmanager
+def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
+    """Apply edits to every pass inside the block; afterwards the model is as it was.
+
+    Yields:
+        How often each edit has been reached so far, by its place in `edits`.
+
+    Raises:
+        RuntimeError: At the end of the block, if an edit was never reached.
+    """
+    reached = dict.fromkeys(range(len(edits)), 0)
+
+    def hook_of(place: int, edit: Edit) -> Callable[..., Tensor]:
+        def hook(activations: Tensor, hook: Any = None) -> Tensor:
+            reached[place] += 1
+            # Where the heads stand on an axis of their own, they are laid side by side.
+            flat = activations.flatten(2)
+            changed = edit.change(flat)
+            if changed.shape != flat.shape:
+                raise ValueError(
+                    f"the edit at {edit.site} gave shape {tuple(changed.shape)}:"
+                    f" expected {tuple(flat.shape)}"
+                )
+            return changed.view_as(activations)
+
+        return hook
+
+    hooks = [(hook_name(model, edit.site), hook_of(i, edit)) for i, edit in enumerate(edits)]
+    with model.bridge.hooks(fwd_hooks=hooks):
+        yield reached
+    missed = [str(edits[place].site) for place, times in reached.items() if not times]
+    if missed:
+        raise RuntimeError(f"the edit at {', '.join(missed)} was never reached by a forward pass")
+
+
+def is_edited(model: Model) -> bool:
+    """Whether hooks act on the model's passes now, of `editing` or of TransformerLens."""
+    return any(
+        point.has_hooks(including_permanent=False) for point in model.bridge.hook_dict.values()
+    )
+
+
+def check_sites(model: Model, tolerance: float | None = None) -> None:
+    """Check on a few tokens that the sites are what they are called.
+
+    R_{L-1} + A_L + M_L = R_L at every layer, a vector added at any site changes the logits, a zero
+    vector does not, and a pass that goes on after a prefix gives what a whole one does.
+
+    Args:
+        model: The model.
+        tolerance: Largest residue allowed, as a share of the largest activation; by default 1e-4
+            in float32 and 3e-2 in half precision.
+
+    Raises:
+        ValueError: Naming the layer that failed, and by how much.
+    """
+    half = model.bridge.W_E.dtype != torch.float32
+    tolerance = tolerance or (3e-2 if half else 1e-4)
+    vocabulary = model.bridge.cfg.d_vocab
+    ids = torch.arange(1, 9, device=model.device)[None] * (vocabulary // 10)
+    sites = model.sites()
+    before: dict[int, Tensor] = {}
+
+    def keep_before(layer: int) -> Callable[..., None]:
+        def hook(activations: Tensor, hook: Any = None) -> None:
+            before[layer] = activations.detach().clone()
+
+        return hook
+
+    pre = [(RESID_PRE.format(layer=i), keep_before(i)) for i in range(model.layers)]
+    with torch.no_grad(), model.bridge.hooks(fwd_hooks=pre):
+        clean, read = run(model, ids, read=sites)
+    assert clean is not None
+    for layer in range(model.layers):
+        after = read[Site(layer, "res")].float()
+        parts = before[layer] + read[Site(layer, "att")] + read[Site(layer, "mlp")]
+        residue = (after - parts.float()).abs().max() / after.abs().max()
+        if not residue <= tolerance:
+            raise ValueError(
+                f"{model.name}: at layer {layer} the stream before plus attention plus MLP differs"
+                f" from the stream after by {residue:.2%} of its size (allowed {tolerance:.2%}):"
+                " the sites of this architecture are not what they are called"
+            )
+    _check_edits(model, ids, sites, clean, read)
+    _check_prefix(model, ids, clean, tolerance)
+
+
+@torch.no_grad()
+def _check_prefix(
+    model: Model,
+    ids: Int[Tensor, "1 position"],
+    clean: Float[Tensor, "1 position vocabulary"],
+    tolerance: float,
+) -> None:
+    _, prefix = read_prefix(model, ids)
+    after, _ = run(model, ids[:, 4:].expand(2, -1), prefix=prefix.first(4))
+    assert after is not None
+    off = (after - clean[:, 4:]).abs().max() / clean.abs().max()
+    if not off <= tolerance:
+        raise ValueError(
+            f"{model.name}: a pass that goes on after a prefix gives other logits than a whole one,"
+            f" by {off:.2%} of their size (allowed {tolerance:.2%})"
+        )
+
+
+def _check_edits(
+    model: Model,
+    ids: Int[Tensor, "1 position"],
+    sites: list[Site],
+    clean: Float[Tensor, "1 position vocabulary"],
+    read: dict[Site, Activations],
+) -> None:
+    def push(row: int, size: float) -> Callable[[Activations], Activations]:
+        def change(activations: Activations) -> Activations:
+            changed = activations.clone()
+            changed[row, :, 0] += size
+            return changed
+
+        return change
+
+    zero = logits_of(model, ids, [Edit(site, push(0, 0.0)) for site in sites])
+    # One row of the batch for each site, so that one pass tells for all of them.
+    sizes = [float(read[site].float().norm(dim=-1).mean()) for site in sites]
+    edits = [Edit(site, push(row, sizes[row])) for row, site in enumerate(sites)]
+    pushed = logits_of(model, ids.expand(len(sites), -1), edits)
+    # A row of a larger batch may differ from the same row alone by rounding, as may any two passes
+    # on a GPU.
+    rounding = (1e-2 if clean.dtype != torch.float32 else 1e-5) * clean.abs().max()
+    if (zero - clean).abs().max() > (rounding if clean.is_cuda else 0):
+        raise ValueError(f"{model.name}: adding a zero vector changed the logits")
+    for row, site in enumerate(sites):
+        if (pushed[row] - clean[0]).abs().max() <= rounding:
+            raise ValueError(
+                f"{model.name}: a vector added at {site} left the logits as they were:"
+                f" the hook {hook_name(model, site)} does not edit the stream"
+            )

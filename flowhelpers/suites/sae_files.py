@@ -1,0 +1,330 @@
+"""The files of a dictionary: which they are, and the decoder alone out of them.
+
+Whole dictionaries are sae-lens's to load. It always reads both matrices, though matching needs one:
+what is known here of each family's format serves to read the decoder by itself.
+"""
+
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flowhelpers.core.features import Site, suggestion
+from flowhelpers.core.files import fingerprint
+from flowhelpers.suites.hub import (
+    SHA256,
+    broken,
+    cached_only,
+    fetch,
+    fetch_if_there,
+    read_hub_json,
+    told,
+)
+
+if TYPE_CHECKING:
+    from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
+
+BROKEN = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError)
+UNITS_AGREE = 0.01  # how far two statements of one scale may lie apart
+
+
+@dataclass(frozen=True)
+class SaeFiles:
+    """What has to be known to read a dictionary's decoder by itself.
+
+    Attributes:
+        source: `release/id`, or a folder.
+        weights: The file with the weights.
+        decoder: The decoder's name in it.
+        by_column: Whether each feature is a column of the decoder, and not a row.
+        hook: TransformerLens's name of the place where the dictionary was trained.
+        model: The model it was trained on, if that is said.
+        revision: The model's revision, if that is said.
+        thresholds: The name of the thresholds in the file, or the one threshold of all features;
+            None if features have none.
+        scale: How much larger activations are, as sae-lens gives them, than those that go with the
+            file's numbers: thresholds are larger by that factor, decoder rows smaller.
+        content: A digest by which the file is known.
+    """
+
+    source: str
+    weights: Path
+    decoder: str
+    by_column: bool
+    hook: str
+    model: str | None
+    revision: str | None
+    thresholds: str | float | None
+    scale: float
+    content: str
+
+
+def read_decoder(files: SaeFiles) -> Tensor:
+    """The decoder as it is stored, one row a feature; its rows are to be divided by the scale.
+
+    Of a safetensors file in the hub's cache it is memory-mapped: what is not used is not read.
+
+    Raises:
+        ValueError: If the file is truncated or corrupt, or has no decoder.
+    """
+    decoder = _read(files.weights, files.decoder)
+    if decoder is None or decoder.ndim != 2:
+        raise ValueError(f"{files.weights} of {files.source} has no decoder {files.decoder!r}")
+    return decoder.T if files.by_column else decoder
+
+
+def read_thresholds(files: SaeFiles, features: int) -> Tensor | None:
+    """The thresholds in float32, one for each feature; None if it has none.
+
+    Raises:
+        ValueError: If the file is truncated or corrupt.
+    """
+    if files.thresholds is None:
+        return None
+    if not isinstance(files.thresholds, str):
+        return torch.full((features,), files.thresholds * files.scale)
+    found = _read(files.weights, files.thresholds)
+    return None if found is None else found.float() * files.scale
+
+
+def _read(path: Path, name: str) -> Tensor | None:
+    # One array of a file; of safetensors and of an npz alike no more is read than that. A file of a
+    # folder may be written anew, which a mapping would not survive: that is copied.
+    import numpy as np
+
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                return torch.from_numpy(arrays[name]) if name in arrays else None
+        with safe_open(path, "pt") as tensors:
+            if name not in tensors.keys():  # noqa: SIM118
+                return None
+            found = tensors.get_tensor(name)
+            return found if _is_blob(path) else found.clone()
+    except BROKEN as error:
+        raise broken(path, error) from error
+
+
+def load_sae(release: str, sae_id: str, device: str, dtype: str) -> Any:
+    """The whole of a dictionary, by sae-lens, from files that are on this machine.
+
+    Args:
+        release: A release that sae-lens knows.
+        sae_id: A dictionary of it.
+        device: Torch device.
+        dtype: Type of the weights.
+
+    Raises:
+        ValueError: If a file is truncated or corrupt.
+        What `hub.fetch` raises, for formats that are not known here.
+    """
+    from sae_lens import SAE
+
+    listed = listed_release(release, sae_id)
+    if listed.conversion_func not in FORMATS:
+        with told(listed.repo_id, listed.saes_map[sae_id]):
+            return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
+    files = release_files(release, sae_id)
+    assert files is not None
+    # Of Gemma Scope 2 sae-lens's own way asks the hub for the shapes each time.
+    converter = (
+        partial(_gemma_scope_2_parts, files) if listed.conversion_func == "gemma_3" else None
+    )
+    try:
+        with cached_only():
+            return SAE.from_pretrained(
+                release, sae_id, device=device, dtype=dtype, converter=converter
+            )
+    except BROKEN as error:
+        raise broken(files.weights, error) from error
+
+
+def _gemma_scope_2_parts(
+    files: SaeFiles, device: str, cfg_overrides: dict[str, Any] | None = None, **_: Any
+) -> tuple[dict[str, Any], dict[str, Tensor], None]:
+    # Configuration and weights as sae-lens takes them from a converter.
+    from safetensors.torch import load_file
+
+    weights = load_file(files.weights, device=device)
+    d_in, d_sae = weights["w_enc"].shape
+    config = {
+        "architecture": "jumprelu",
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": device,
+        "model_name": files.model,
+        "hook_name": files.hook,
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "prepend_bos": True,
+        "context_size": 1024,
+    }
+    state = {
+        "W_enc": weights["w_enc"],
+        "W_dec": weights["w_dec"],
+        **{name: weights[name] for name in ("b_enc", "b_dec", "threshold")},
+    }
+    return config | (cfg_overrides or {}), state, None
+
+
+def folder_files(folder: Path, site: Site) -> SaeFiles:
+    """The files of a dictionary that sae-lens saved in a folder.
+
+    Args:
+        folder: The folder.
+        site: Whose dictionary it is, for messages.
+
+    Raises:
+        FileNotFoundError: If the folder is no sae-lens folder.
+        ValueError: If its configuration cannot be read.
+    """
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"no {name} in {folder} for {site}: expected a folder saved by sae-lens"
+            )
+    weights = folder / "sae_weights.safetensors"
+    return _of_sae_lens(str(folder), folder / "cfg.json", weights)
+
+
+def trained_on(folder: Path) -> str | None:
+    """The model that a dictionary in a folder says it was trained on."""
+    path = folder / "cfg.json"
+    if not path.is_file():
+        return None
+    about = read_hub_json(path)
+    return {**about, **(about.get("metadata") or {})}.get("model_name")
+
+
+def release_files(release: str, sae_id: str) -> SaeFiles | None:
+    """The files of a dictionary of a release that sae-lens knows, from the hub or its cache.
+
+    Returns:
+        None for the formats that are not known here; sae-lens alone reads those.
+
+    Raises:
+        ValueError: If there is no such release, or no such dictionary in it.
+        What `hub.fetch` raises.
+    """
+    listed = listed_release(release, sae_id)
+    read = FORMATS.get(listed.conversion_func)
+    return None if read is None else read(f"{release}/{sae_id}", listed, sae_id)
+
+
+def listed_release(release: str, sae_id: str) -> "PretrainedSAELookup":
+    """What sae-lens's list says of a release.
+
+    Raises:
+        ValueError: If there is no such release, or no such dictionary in it.
+    """
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    known = get_pretrained_saes_directory()
+    if release not in known:
+        raise ValueError(f"sae-lens knows no release {release!r}{suggestion(release, known)}")
+    if sae_id not in known[release].saes_map:
+        near = suggestion(sae_id, known[release].saes_map)
+        raise ValueError(f"release {release} has no dictionary {sae_id!r}{near}")
+    return known[release]
+
+
+def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
+    folder = listed.saes_map[sae_id]
+    config = fetch(listed.repo_id, f"{folder}/cfg.json")
+    weights = fetch(listed.repo_id, f"{folder}/sae_weights.safetensors")
+    fetch_if_there(listed.repo_id, f"{folder}/sparsity.safetensors")  # sae-lens asks for it
+    return _of_sae_lens(source, config, weights)
+
+
+def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
+    about = read_hub_json(config)
+    about = {**about, **(about.get("metadata") or {})}
+    hook = about.get("hook_name") or about.get("hook_point")
+    revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
+    return SaeFiles(
+        source, weights, "W_dec", False, hook or "", about.get("model_name"), revision,
+        "threshold", 1.0, _content(weights) + _content(config),
+    )  # fmt: skip
+
+
+def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
+    # The folder and the repository name the place; attention dictionaries read z.
+    folder = listed.saes_map[sae_id]
+    weights = fetch(listed.repo_id, f"{folder}/params.npz")
+    module = listed.repo_id.rsplit("-", 1)[-1]
+    hook = _hook(
+        folder, {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}[module]
+    )
+    return SaeFiles(
+        source, weights, "W_dec", False, hook, listed.model, None, "threshold", 1.0,
+        _content(weights),
+    )  # fmt: skip
+
+
+def _gemma_scope_2(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
+    # Folders of attention dictionaries say attn_out, and hold what reads the input of o_proj.
+    folder = listed.saes_map[sae_id]
+    fetch_if_there(listed.repo_id, f"{folder}/config.json")
+    weights = fetch(listed.repo_id, f"{folder}/params.safetensors")
+    hooks = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "attn.hook_z"}
+    kind = next((name for name in hooks if folder.startswith(name)), None)
+    hook = _hook(folder, hooks[kind]) if kind else folder
+    return SaeFiles(
+        source, weights, "w_dec", False, hook, listed.model, None, "threshold", 1.0,
+        _content(weights),
+    )  # fmt: skip
+
+
+def _llama_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
+    # Its one threshold counts in units of the raw stream; sae-lens's activations are larger by the
+    # factor that brings the stream to a norm of √d.
+    folder = listed.saes_map[sae_id]
+    config = fetch(listed.repo_id, f"{folder}/hyperparams.json")
+    weights = fetch(listed.repo_id, f"{folder}/checkpoints/final.safetensors")
+    about = read_hub_json(config)
+    norm = about["dataset_average_activation_norm"]["in"]
+    scale = about["d_model"] ** 0.5 / norm
+    folded = listed.norm_scaling_factor.get(sae_id)
+    if folded is None or abs(folded / scale - 1) > UNITS_AGREE:
+        raise ValueError(
+            f"{source}: sae-lens scales its activations by {folded}, and {config.name} says"
+            f" {scale:.4g} (√{about['d_model']} / {norm}): their units are not known"
+        )
+    return SaeFiles(
+        source, weights, "decoder.weight", True, about["hook_point_in"], listed.model, None,
+        float(about["jump_relu_threshold"]), folded, _content(weights) + _content(config),
+    )  # fmt: skip
+
+
+# By sae-lens's name of the function that reads a format.
+FORMATS: Mapping[str | None, Callable[..., SaeFiles]] = {
+    None: _sae_lens,
+    "sae_lens": _sae_lens,
+    "gemma_2": _gemma_scope,
+    "gemma_3": _gemma_scope_2,
+    "llama_scope": _llama_scope,
+}
+
+
+def _hook(folder: str, name: str) -> str:
+    layer = re.search(r"layer_(\d+)", folder)
+    return f"blocks.{layer[1]}.{name}" if layer else folder
+
+
+def _content(path: Path) -> str:
+    # The hub keeps large files under their SHA-256, which then need not be read.
+    return path.resolve().name if _is_blob(path) else fingerprint(path)
+
+
+def _is_blob(path: Path) -> bool:
+    return SHA256.fullmatch(path.resolve().name) is not None

@@ -1,0 +1,99 @@
+"""Collected activations are those of one text at a time, encoded by hand."""
+
+import numpy as np
+import pytest
+import torch
+import toys
+
+from flowhelpers.activations.collect import collect, collect_tokens
+from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.model import Tokens, run, tokenize
+
+LAST = Site(2, "res")
+
+
+def by_hand(suite: Suite, site: Site, texts: list[str]) -> np.ndarray:
+    rows = []
+    for text in texts:
+        ids = tokenize(suite.model, text).ids
+        _, read = run(suite.model, ids, read=[site])
+        rows.append(suite.dictionary(site).encode(read[site][0, 1:]))
+    return torch.cat(rows).numpy()
+
+
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_activations_are_those_of_each_text_alone(planted: Suite, batch: int):
+    found = collect(planted, toys.TEXTS, batch=batch)
+    assert list(found.by_site) == list(planted.dictionaries)
+    for site in planted.dictionaries:
+        expected = by_hand(planted, site, toys.TEXTS)
+        assert found.by_site[site].shape == expected.shape
+        assert np.allclose(found.by_site[site].toarray(), expected, atol=1e-4)
+        assert 0.05 < (expected > 0).mean() < 0.5
+
+
+def test_the_rows_are_the_tokens_of_the_texts_without_bos_and_padding(planted: Suite):
+    found = collect(planted, toys.TEXTS, [LAST], batch=2)
+    encode = planted.model.tokenizer
+    expected = [
+        (number, position + 1, token)
+        for number, text in enumerate(toys.TEXTS)
+        for position, token in enumerate(encode(text, add_special_tokens=False)["input_ids"])
+    ]
+    assert list(found.tokens.itertuples(index=False, name=None)) == expected
+    assert found.by_site[LAST].shape == (len(expected), toys.RES)
+    assert not set(found.tokens["token"]) & set(encode.all_special_ids)
+
+
+def test_special_tokens_inside_a_text_are_left_out(planted: Suite):
+    found = collect(planted, ["ab<eos>cd"], [LAST])
+    whole = by_hand(planted, LAST, ["ab<eos>cd"])
+    ids = tokenize(planted.model, "ab<eos>cd").ids[0, 1:].tolist()
+    kept = [i for i, token in enumerate(ids) if token != planted.model.tokenizer.eos_token_id]
+    assert len(kept) == len(ids) - 1
+    assert np.allclose(found.by_site[LAST].toarray(), whole[kept], atol=1e-4)
+    assert found.tokens["position"].tolist() == [i + 1 for i in kept]
+
+
+def test_texts_are_cut(planted: Suite):
+    cut = collect(planted, toys.TEXTS, [LAST], max_tokens=4)
+    assert cut.tokens["position"].max() == 3
+    whole = collect(planted, toys.TEXTS, [LAST])
+    kept = (whole.tokens["position"] <= 3).to_numpy()
+    assert np.allclose(cut.by_site[LAST].toarray(), whole.by_site[LAST].toarray()[kept], atol=1e-4)
+
+
+def test_texts_without_a_token_are_no_hindrance(planted: Suite):
+    found = collect(planted, ["", "", toys.TEXTS[0], ""], [LAST], batch=2)
+    assert set(found.tokens["text"]) == {2}
+    expected = by_hand(planted, LAST, [toys.TEXTS[0]])
+    assert np.allclose(found.by_site[LAST].toarray(), expected, atol=1e-4)
+    with pytest.raises(ValueError, match="no token is left to read"):
+        collect(planted, ["", "<eos>"], [LAST])
+
+
+def test_chosen_sites_are_read_and_the_pass_stops_after_them(planted: Suite):
+    calls: list[int] = []
+    hook = ("blocks.1.hook_attn_out", lambda x, hook: calls.append(1))
+    with planted.model.bridge.hooks(fwd_hooks=[hook]):
+        found = collect(planted, toys.TEXTS, [Site(0, "mlp"), Site(0, "res")])
+    assert list(found.by_site) == [Site(0, "mlp"), Site(0, "res")]
+    assert calls == []
+    with pytest.raises(ValueError, match="no layer 7 in suite"):
+        collect(planted, toys.TEXTS, [Site(7, "res")])
+
+
+def test_tokens_of_ones_own_are_read_where_they_are_marked(planted: Suite):
+    tokens = tokenize(planted.model, toys.TEXTS[:1])
+    mask = torch.zeros_like(tokens.is_text)
+    mask[0, [2, 5]] = True
+    found = collect_tokens(planted, Tokens(tokens.ids, mask), [LAST])
+    expected = by_hand(planted, LAST, toys.TEXTS[:1])[[1, 4]]
+    assert np.allclose(found.by_site[LAST].toarray(), expected, atol=1e-4)
+
+
+def test_one_features_activations_are_its_column(planted: Suite):
+    found = collect(planted, toys.TEXTS, [LAST])
+    dense = found.by_site[LAST].toarray()
+    assert np.array_equal(found.of(FeatureId(2, "res", 9)), dense[:, 9])

@@ -1,0 +1,432 @@
+"""A sample holds what it says; it is read once, goes on where it was stopped, and fits memory."""
+
+import threading
+import time
+import weakref
+from collections import Counter
+from copy import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+import toys
+
+from flowhelpers.activations import collect as activations
+from flowhelpers.activations.collect import (
+    FeatureActivations,
+    Needs,
+    collect,
+    load_activations,
+    needs_of,
+    read_sample,
+    reading_needs,
+    save_activations,
+    texts_at_once,
+)
+from flowhelpers.activations.corpora import load_texts
+from flowhelpers.activations.sampling import (
+    LOCAL_DATASETS,
+    PAPER_DATASETS,
+    Sample,
+    datasets_for,
+    draw_sample,
+    sample_sizes,
+    texts_of,
+)
+from flowhelpers.core.features import Site
+from flowhelpers.groups.intervals import share_intervals, significance_intervals
+from flowhelpers.groups.occurrences import occurrences
+from flowhelpers.groups.significance import significance
+from flowhelpers.matching.table import match_table
+from flowhelpers.suites.attention import attention_output
+from flowhelpers.suites.load import OnDemand, Suite, load_suite
+from flowhelpers.suites.model import Tokens, run
+from flowhelpers.suites.registry import find_suite
+from flowhelpers.suites.saes import Dictionary, make_dictionary
+
+TEXTS = {"one": toys.TEXTS, "two": [*reversed(toys.TEXTS), "a"]}
+
+
+@pytest.fixture(scope="module")
+def sample(planted: Suite) -> Sample:
+    """Three tokens of each text of two datasets."""
+    return draw_sample(planted.model, TEXTS, tokens_per_text=3)
+
+
+def test_tokens_are_drawn_without_repeats_and_never_special(planted: Suite, sample: Sample):
+    special = set(planted.model.tokenizer.all_special_ids)
+    assert not set(sample.tokens["token"]) & special
+    assert (sample.tokens["position"] > 0).all()
+    assert not sample.tokens.duplicated(["text", "position"]).any()
+    counts = sample.tokens.groupby("text").size()
+    eligible = sample.texts["eligible"]
+    assert counts.to_dict() == {i: min(3, n) for i, n in enumerate(eligible) if n}
+    ids = sample.ids.ids.numpy()
+    for row in sample.tokens.itertuples():
+        assert ids[row.text, row.position] == row.token
+        assert row.dataset == sample.texts.loc[row.text, "dataset"]
+
+
+def test_every_token_is_as_likely(planted: Suite):
+    text = max(toys.TEXTS, key=len)
+    counts: Counter[int] = Counter()
+    for seed in range(300):
+        drawn = draw_sample(planted.model, {"one": [text]}, 2, seed=seed)
+        counts.update(drawn.tokens["position"])
+    places = int(drawn.texts["eligible"][0])
+    assert set(counts) == set(range(1, places + 1))
+    expected = 600 / places
+    assert max(abs(n - expected) for n in counts.values()) < 4 * expected**0.5
+
+
+def test_the_same_seed_draws_the_same_tokens(planted: Suite, sample: Sample):
+    again = draw_sample(planted.model, TEXTS, tokens_per_text=3)
+    pd.testing.assert_frame_equal(again.tokens, sample.tokens)
+    other = draw_sample(planted.model, TEXTS, tokens_per_text=3, seed=1)
+    assert not other.tokens.equals(sample.tokens)
+
+
+def test_what_there_is_stands_beside_what_was_asked_for(sample: Sample):
+    sizes = sample_sizes(sample, 100, 3).set_index("dataset")
+    assert sizes.loc["one", ["texts", "texts_asked", "tokens_asked"]].tolist() == [
+        len(toys.TEXTS), 100, 300,
+    ]  # fmt: skip
+    assert sizes["tokens"].sum() == len(sample.tokens)
+    two = sample.texts[sample.texts["dataset"] == "two"]
+    assert sizes.loc["two", "short_texts"] == (two["eligible"] < 3).sum() > 0
+
+
+def test_a_dataset_with_fewer_texts_gives_all_it_has():
+    found = texts_of(["fiction", "maths"], 150)
+    assert len(found["fiction"]) == 150
+    assert sorted(found["maths"]) == sorted(load_texts("maths", None))
+    assert len(found["maths"]) < 150
+    with pytest.raises(ValueError, match="unknown corpus 'fictoin'; did you mean 'fiction'"):
+        texts_of(["fictoin"], 5)
+    for datasets in ([], ["maths", "maths"]):
+        with pytest.raises(ValueError, match="expected one or more, each once, of"):
+            texts_of(datasets, 5)
+    with pytest.raises(ValueError, match="cannot load n=0 texts"):
+        texts_of(["maths"], 0)
+
+
+def test_local_suites_have_datasets_that_need_no_network():
+    assert datasets_for(find_suite("flowlet")) == LOCAL_DATASETS
+    assert datasets_for(find_suite("pythia-70m-deduped")) == PAPER_DATASETS
+
+
+def test_texts_without_a_token_to_choose_are_refused(planted: Suite):
+    bos = planted.model.tokenizer.bos_token
+    with pytest.raises(ValueError, match="no token is left to choose in 'empty'"):
+        draw_sample(planted.model, {"one": toys.TEXTS, "empty": [bos, ""]})
+    with pytest.raises(ValueError, match="dataset 'none' has no text"):
+        draw_sample(planted.model, {"one": toys.TEXTS, "none": []})
+    with pytest.raises(ValueError, match="tokens_per_text=0: expected 1 or more"):
+        draw_sample(planted.model, TEXTS, 0)
+
+
+# Reading it.
+
+
+def test_what_is_read_is_what_every_dictionary_says_of_the_whole_text(
+    planted: Suite, sample: Sample, tmp_path: Path
+):
+    found = read_sample(planted, sample, tmp_path, batch=2)
+    pd.testing.assert_frame_equal(found.tokens, sample.tokens)
+    whole = collect(planted, sample.texts["text"].tolist())
+    place = whole.tokens.reset_index().set_index(["text", "position"])["index"]
+    rows = place.loc[list(zip(sample.tokens["text"], sample.tokens["position"], strict=True))]
+    assert set(found.by_site) == set(planted.dictionaries)
+    for site, codes in found.by_site.items():
+        expected = whole.by_site[site][rows.to_numpy()].toarray()
+        assert codes.nnz > 0
+        assert codes.toarray() == pytest.approx(expected, abs=1e-5)
+
+
+class Stopped(Exception):
+    """A pass that was stopped."""
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_a_pass_that_was_stopped_goes_on_and_ends_the_same(
+    planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+):
+    whole = read_sample(planted, sample, tmp_path / "whole", batch=2)
+    calls: list[int] = []
+    true = activations.run
+
+    def counted(*args: object, **options: object) -> object:
+        if len(calls) == after:
+            raise Stopped
+        calls.append(1)
+        return true(*args, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(activations, "run", counted)
+    with pytest.raises(Stopped):
+        read_sample(planted, sample, tmp_path / "stopped", batch=2)
+    batches = -(-len(sample.texts) // 2)
+    passes: list[int] = []
+
+    def second(*args: object, **options: object) -> object:
+        passes.append(1)
+        return true(*args, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(activations, "run", second)
+    again = read_sample(planted, sample, tmp_path / "stopped", batch=2)
+    assert len(passes) == batches - after  # each text is read once, whatever happened
+    for site, codes in whole.by_site.items():
+        assert (codes != again.by_site[site]).nnz == 0
+    read_sample(planted, sample, tmp_path / "stopped", batch=2)
+    assert len(passes) == batches - after  # and not at all the next time
+    assert not list((tmp_path / "stopped").rglob("*.safetensors"))
+
+
+def test_encoding_that_was_stopped_goes_on_and_ends_the_same(
+    planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = read_sample(planted, sample, tmp_path / "whole", batch=2)
+    true, encoded = activations._encoded, []
+
+    def stopping(*args: object) -> object:
+        if len(encoded) == 4:
+            raise Stopped
+        encoded.append(1)
+        return true(*args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(activations, "_encoded", stopping)
+    with pytest.raises(Stopped):
+        read_sample(planted, sample, tmp_path / "stopped", batch=2)
+    monkeypatch.setattr(activations, "_encoded", true)
+    monkeypatch.setattr(activations, "run", None)  # the model has been run already
+    again = read_sample(planted, sample, tmp_path / "stopped", batch=2)
+    for site, codes in whole.by_site.items():
+        assert (codes != again.by_site[site]).nnz == 0
+
+
+def test_dictionaries_are_encoded_one_after_the_other(
+    planted: Suite, sample: Sample, tmp_path: Path
+):
+    asked: list[Site] = []
+
+    class Watched(dict):
+        def __getitem__(self, site: Site):
+            asked.append(site)
+            return super().__getitem__(site)
+
+    suite = Suite(planted.row, planted.model, Watched(planted.dictionaries))
+    read_sample(suite, sample, tmp_path)
+    assert asked[-1] == list(planted.dictionaries)[-1]
+    order = [site for place, site in enumerate(asked) if site not in asked[place + 1 :]]
+    assert order == list(planted.dictionaries)
+
+
+def test_another_sample_model_or_dictionary_is_read_anew(
+    planted: Suite, sample: Sample, tmp_path: Path
+):
+    first = read_sample(planted, sample, tmp_path)
+    other = draw_sample(planted.model, TEXTS, tokens_per_text=3, seed=1)
+    assert len(read_sample(planted, other, tmp_path).tokens) == len(other.tokens)
+    assert len(list(tmp_path.iterdir())) == 2
+    ids = Tokens(sample.ids.ids.flip(1), sample.ids.is_text)
+    read_sample(planted, replace(sample, ids=ids), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+    model = copy(planted.model)
+    model.__dict__["fingerprint"] = "another"
+    read_sample(replace(planted, source=model), sample, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+    site = Site(1, "res")
+    changed = toys.make_sae(torch.eye(16, toys.D_MODEL), site)
+    dictionaries = dict(planted.dictionaries)
+    dictionaries[site] = make_dictionary(site, changed, toys.D_MODEL, "changed")
+    found = read_sample(replace(planted, dictionaries=dictionaries), sample, tmp_path)
+    assert (found.by_site[site] != first.by_site[site]).nnz > 0
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("harm", ["few sites", "truncated"])
+def test_what_a_stopped_pass_left_is_used_only_where_it_is_whole(
+    planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
+):
+    whole = read_sample(planted, sample, tmp_path / "whole", batch=2)
+    few = {Site(1, "res"): planted.dictionary("1/res")}
+    suite = replace(planted, dictionaries=few) if harm == "few sites" else planted
+
+    def stop(*args: object) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(activations, "_encoded", stop)
+        with pytest.raises(Stopped):
+            read_sample(suite, sample, tmp_path / "stopped", batch=2)
+    parts = sorted((tmp_path / "stopped").rglob("*.safetensors"))
+    assert len(parts) > 2
+    if harm == "truncated":
+        parts[1].write_bytes(parts[1].read_bytes()[:50])
+    again = read_sample(planted, sample, tmp_path / "stopped", batch=2)
+    for site, codes in whole.by_site.items():
+        assert (codes != again.by_site[site]).nnz == 0
+
+
+def test_a_file_on_disk_that_is_broken_is_made_again(
+    planted: Suite, sample: Sample, tmp_path: Path
+):
+    first = read_sample(planted, sample, tmp_path)
+    path = next(tmp_path.rglob("1-res-*.npz"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.warns(UserWarning, match=r"made again: .*1-res.* is truncated or corrupt"):
+        again = read_sample(planted, sample, tmp_path)
+    assert (first.by_site[Site(1, "res")] != again.by_site[Site(1, "res")]).nnz == 0
+
+
+def test_no_more_than_a_few_dictionaries_are_in_memory(
+    planted: Suite, sample: Sample, tmp_path: Path
+):
+    alive: list[weakref.ref] = []
+    most = 0
+
+    def load(site: Site) -> Dictionary:
+        nonlocal most
+        found = copy(planted.dictionary(site))
+        alive.append(weakref.ref(found))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return found
+
+    suite = replace(planted, dictionaries=OnDemand(planted.dictionaries, load, kept=2))
+    found = read_sample(suite, sample, tmp_path)
+    assert len(found.by_site) == 9
+    assert most <= 4  # two kept, one in use, and one that is being read
+
+
+def test_activations_are_the_same_after_saving(planted: Suite, sample: Sample, tmp_path: Path):
+    found = read_sample(planted, sample, tmp_path)
+    save_activations(found, tmp_path / "saved")
+    again = load_activations(tmp_path / "saved")
+    pd.testing.assert_frame_equal(again.tokens, found.tokens, check_dtype=False)
+    assert list(again.by_site) == sorted(
+        found.by_site, key=lambda s: (s.layer, ("res", "mlp", "att").index(s.module))
+    )
+    for site, codes in found.by_site.items():
+        assert (codes != again.by_site[site]).nnz == 0
+    save_activations(found, tmp_path / "one")
+    one = FeatureActivations(found.tokens, {Site(1, "res"): found.by_site[Site(1, "res")]})
+    save_activations(one, tmp_path / "one")  # over the older, of which nothing stays
+    assert list(load_activations(tmp_path / "one").by_site) == [Site(1, "res")]
+    path = tmp_path / "saved" / "1-res.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"1-res.npz is truncated or corrupt"):
+        load_activations(tmp_path / "saved")
+    with pytest.raises(FileNotFoundError, match=r"no tokens.parquet in"):
+        load_activations(tmp_path)
+
+
+def test_a_dictionary_without_encoder_is_refused(sample: Sample, planted: Suite, tmp_path: Path):
+    bare = {
+        site: toys.bare_dictionary(site, d.directions) for site, d in planted.dictionaries.items()
+    }
+    suite = Suite(planted.row, planted.model, bare)
+    with pytest.raises(ValueError, match="has no encoder: its activations cannot be read"):
+        read_sample(suite, sample, tmp_path)
+
+
+# Memory.
+
+
+def test_needs_are_said_for_suites_of_any_size():
+    gemma = reading_needs(5000, 26 * 3, 2304, 16384)
+    llama = reading_needs(5000, 32 * 3, 4096, 32768, element=2)
+    base = {"tokens": 5000, "sites": 78, "d_model": 2304, "width": 16384}
+    for more in ({"tokens": 10000}, {"sites": 96}, {"d_model": 4096}, {"width": 32768}):
+        assert reading_needs(**base | more).memory > gemma.memory
+    long = reading_needs(**base, batch_tokens=64 * 128)
+    assert long.memory > gemma.memory  # of the pass
+    dense = reading_needs(**base, active_share=0.04)
+    assert dense.memory - gemma.memory == int(5000 * 16384 * 0.02) * 8 * 78  # of the result
+    assert gemma.disk == 5000 * 78 * 2304 * 4
+    assert llama.disk == 5000 * 96 * 4096 * 2
+    # One dictionary at a time: neither the widths of all nor the texts' length times all sites.
+    assert gemma.memory < 6 * 2**30
+    assert llama.memory < 8 * 2**30
+    assert str(Needs(2**30, 3 * 2**20)) == "1,024 MiB of memory, 3 MiB of disk"
+
+
+def test_a_pass_takes_fewer_texts_where_there_are_more_sites(planted: Suite, sample: Sample):
+    assert texts_at_once(planted, sample) == 16
+    many = dict.fromkeys(range(10**6))
+    wide = replace(planted, dictionaries=many)  # pyright: ignore[reportArgumentType]
+    assert texts_at_once(wide, sample) == 1
+    of_one = 2 * 300_000 + activations.PASS_TENSORS
+    some = replace(planted, dictionaries=dict.fromkeys(range(300_000)))  # pyright: ignore[reportArgumentType]
+    of_text = sample.ids.ids.shape[1] * toys.D_MODEL * 4 * of_one
+    assert texts_at_once(some, sample) == max(1, 2**30 // of_text)
+
+
+def test_too_little_memory_or_disk_is_told_before_the_pass(
+    planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(activations, "run", None)
+    usage = type("Usage", (), {"free": 100})
+    monkeypatch.setattr(activations, "disk_usage", lambda folder: usage)
+    with pytest.raises(OSError, match=r"the sample needs .* MiB of disk; .* has 0 MiB"):
+        read_sample(planted, sample, tmp_path)
+    free = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(MemoryError, match=r"the sample needs .* GiB"):
+        read_sample(planted, sample, tmp_path)
+
+
+def test_the_pass_keeps_within_what_was_said(tmp_path: Path):
+    suite = load_suite("flowlet")
+    texts = texts_of(LOCAL_DATASETS, 60)
+    read_sample(suite, draw_sample(suite.model, {"one": texts["maths"][:2]}), tmp_path / "warm")
+    sample = draw_sample(suite.model, texts, tokens_per_text=20)
+    process, used, done = psutil.Process(), [], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            used.append(process.memory_info().rss)
+
+    before = process.memory_info().rss
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began = time.perf_counter()
+    found = read_sample(suite, sample, tmp_path / "all")
+    done.set()
+    watcher.join()
+    assert time.perf_counter() - began < 120
+    assert max(used) - before < needs_of(suite, sample).memory
+    assert np.mean([codes.nnz for codes in found.by_site.values()]) > len(sample.tokens)
+
+
+def test_a_dictionary_at_z_is_read_at_z(planted: Suite, sample: Sample, tmp_path: Path):
+    at_z, att = Site(1, "z"), Site(1, "att")
+    _, read = run(planted.model, sample.ids.ids, read=[at_z])
+    width = read[at_z].shape[-1]
+    rows = torch.randn(12, width, generator=torch.Generator().manual_seed(0))
+    sae = toys.make_sae(rows, att, hook="blocks.1.attn.hook_z")
+    output = attention_output(planted.model, 1)
+    dictionary = make_dictionary(att, sae, toys.D_MODEL, "planted", output)
+    suite = Suite(planted.row, planted.model, {**planted.dictionaries, att: dictionary})
+    found = read_sample(suite, sample, tmp_path).by_site[att]
+    tokens = torch.tensor(sample.tokens[["text", "position"]].to_numpy())
+    expected = sae.encode(read[at_z][tokens[:, 0], tokens[:, 1]]).detach().numpy()
+    assert found.nnz > 0
+    assert found.toarray() == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_tables_bit_for_bit(
+    planted: Suite, sample: Sample, tmp_path: Path
+):
+    tables = []
+    for number in range(2):
+        again = draw_sample(planted.model, TEXTS, tokens_per_text=3)
+        read = read_sample(planted, again, tmp_path / str(number))
+        found = occurrences(match_table(planted, k=1), read, incomplete=True)
+        tests = significance(found, smallest=2)
+        intervals = significance_intervals(found, tests, smallest=2, times=5)
+        tables.append([found.table, tests, share_intervals(found, times=5), *intervals])
+    for first, second in zip(*tables, strict=True):
+        pd.testing.assert_frame_equal(first, second, check_exact=True)

@@ -1,0 +1,124 @@
+"""Documents are held out by what they are, and never trained on."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+from hub import Hub
+
+from flowhelpers.activations.sources import (
+    HELD_OUT_PERCENT,
+    Documents,
+    digests,
+    hub_documents,
+    is_held_out,
+    load_source,
+    pydoc_topics,
+    stdlib_modules,
+    text_documents,
+)
+
+TEXTS = [f"Document {i} is about {i * i} and nothing else." for i in range(500)]
+
+
+def source_of(texts: list[str]) -> Documents:
+    return Documents("planted", lambda: ((text, text) for text in texts))
+
+
+def test_what_is_held_out_hangs_on_the_text_alone_and_is_about_two_percent():
+    held = {text for text in TEXTS if is_held_out(text)}
+    assert held == {text for text in reversed(TEXTS) if is_held_out(text)}
+    many = sum(is_held_out(f"{i}") for i in range(20_000)) / 20_000
+    assert many == pytest.approx(HELD_OUT_PERCENT / 100, abs=0.004)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_no_seed_order_or_budget_brings_a_held_out_text_into_training(seed: int):
+    source = source_of(TEXTS + TEXTS[::-2])
+    train, held = source.train(seed, 10**9), source.held_out(seed, 10**9)
+    assert set(train).isdisjoint(held)
+    assert sorted(train + held) == sorted(TEXTS + TEXTS[::-2])
+    assert 0 < len(held) < 0.05 * len(TEXTS) * 1.5
+
+
+def test_the_order_is_seeded_and_a_larger_budget_only_adds():
+    source = source_of(TEXTS)
+    whole = source.train(3, 10**9)
+    assert source.train(3, 10**9) == whole
+    assert source.train(4, 10**9) != whole
+    assert whole != [text for text in TEXTS if not is_held_out(text)]
+    for budget in (0, 100, 5_000):
+        part = source.train(3, budget)
+        assert "".join(part) == "".join(whole)[:budget]
+
+
+def test_a_file_is_parted_at_its_separators(tmp_path: Path):
+    file = tmp_path / "a.txt"
+    file.write_text(
+        " one\n<|endoftext|>\ntwo <|endoftext|>  \n<|endoftext|>thrée", encoding="utf-8"
+    )
+    expected = ["one", "two", "thrée"]
+    assert list(text_documents(file)) == [(text, text) for text in expected]
+    packed = tmp_path / "deep" / "b.txt.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(gzip.compress("fóur".encode()))
+    assert [text for _, text in text_documents(tmp_path)] == [*expected, "fóur"]
+
+
+def test_broken_files_are_named(tmp_path: Path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(ValueError, match=r"empty\.txt is empty: expected text"):
+        list(text_documents(tmp_path))
+    (tmp_path / "empty.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"empty\.txt is not UTF-8 text"):
+        list(text_documents(tmp_path))
+
+
+def test_a_source_is_looked_up_in_the_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "a.txt").write_text("outside")
+    (tmp_path / "texts" / "a.txt").write_text("inside")
+    assert next(load_source("a.txt").pairs())[0] == "outside"
+    assert next(load_source("a.txt", tmp_path / "texts").pairs())[0] == "inside"
+    with pytest.raises(
+        FileNotFoundError, match=r"no text source 'b\.txt': .*texts\).*did you mean 'a\.txt'"
+    ):
+        load_source("b.txt", tmp_path / "texts")
+
+
+def test_a_dataset_of_the_hub_is_a_source(hub_here: Hub, paper_datasets: dict[str, list[str]]):
+    source = load_source("roneneldan/TinyStories")
+    assert {text for _, text in source.pairs()} == set(paper_datasets["tinystories"])
+    with pytest.raises(ValueError, match="has no column 'txt'; did you mean 'text'"):
+        list(hub_documents("roneneldan/TinyStories", column="txt"))
+    with pytest.raises(ValueError, match="cannot read the dataset roneneldan/None, split 'train'"):
+        list(hub_documents("roneneldan/None"))
+
+
+def test_the_digest_of_a_source_hangs_on_its_content_alone(tmp_path: Path):
+    for place in ("here", "there"):
+        (tmp_path / place / "folder").mkdir(parents=True)
+        (tmp_path / place / "a.txt").write_text("one")
+        (tmp_path / place / "folder" / "b.txt").write_text("two")
+    names = ["a.txt", "folder", "stdlib", "owner/name"]
+    here, there = (digests(names, tmp_path / place) for place in ("here", "there"))
+    assert here == there
+    assert set(here) == {"a.txt", "folder"}
+    (tmp_path / "there" / "folder" / "b.txt").rename(tmp_path / "there" / "folder" / "c.txt")
+    (tmp_path / "there" / "a.txt").write_text("six")
+    changed = digests(names, tmp_path / "there")
+    assert changed["folder"] != here["folder"]
+    assert changed["a.txt"] != here["a.txt"]
+
+
+def test_the_interpreters_own_texts_have_keys_and_no_tests():
+    modules = dict(stdlib_modules())
+    assert "json/decoder.py" in modules
+    assert "class JSONDecoder" in modules["json/decoder.py"]
+    skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
+    assert not [key for key in modules if skipped & set(key.split("/"))]
+    assert load_source("stdlib").pairs is stdlib_modules
+    topics = dict(pydoc_topics())
+    assert "lambda" in topics["lambda"].lower()
+    assert load_source("pydoc").pairs is pydoc_topics

@@ -1,0 +1,330 @@
+"""Corpora: planted texts come back, samples are seeded and without repetition, errors help."""
+
+import gzip
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from hub import Hub, Process
+from hub_files import WRONG
+
+from flowhelpers.activations import corpora as texts
+from flowhelpers.activations.corpora import CORPORA, load_texts, passages, python_pieces, subjects
+from flowhelpers.activations.sources import is_held_out, stdlib_modules
+
+ON_HUB = {
+    "fineweb": ("HuggingFaceFW/fineweb", "default"),
+    "tinystories": ("roneneldan/TinyStories", None),
+    "automathtext": ("math-ai/AutoMathText", "web-0.80-to-1.00"),
+    "python-github-code": ("tomekkorbak/python-github-code", None),
+}
+LOCAL = ("python", "fiction", "science", "maths")
+
+
+@pytest.fixture
+def planted_passages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """Passages of the package replaced by ten of fiction, four of science and one of maths."""
+    rows = [("fiction", f"Tale {i}.", f"subject {i % 2}") for i in range(10)]
+    rows += [("science", f"Fact {i}.", "stars") for i in range(4)] + [("maths", "Sum.", "sums")]
+    for name, part in {"b": rows[:6], "a": rows[6:]}.items():
+        lines = [json.dumps({"subject": s, "domain": d, "text": t}) for d, t, s in part]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    monkeypatch.setattr(texts, "PASSAGES", tmp_path)
+    return {name: [t for d, t, _ in rows if d == name] for name in LOCAL[1:]}
+
+
+def no_network(*args: object, **kwargs: object) -> None:
+    raise AssertionError("a local corpus reached for the network")
+
+
+def test_the_table_names_the_papers_corpora_and_those_without_a_network():
+    assert {n: (c.hub_id, c.config) for n, c in CORPORA.items() if c.hub_id} == ON_HUB
+    assert tuple(name for name, corpus in CORPORA.items() if not corpus.hub_id) == LOCAL
+    assert all(corpus.name == name for name, corpus in CORPORA.items())
+
+
+def test_passages_of_a_domain_are_sampled_once_each(planted_passages: dict[str, list[str]]):
+    assert sorted(load_texts("fiction", 10)) == sorted(planted_passages["fiction"])
+    assert sorted(load_texts("science", None)) == planted_passages["science"]
+    assert load_texts("maths", 1) == ["Sum."]
+
+
+def test_the_seed_decides_the_sample(planted_passages: dict[str, list[str]]):
+    first = load_texts("fiction", 5, seed=3)
+    assert first == load_texts("fiction", 5, seed=3)
+    assert load_texts("fiction", 8, seed=3)[:5] == first
+    assert load_texts("fiction", None, seed=3)[:5] == first
+    assert len({tuple(load_texts("fiction", 5, seed=seed)) for seed in range(5)}) == 5
+
+
+def test_passages_keep_their_order(planted_passages: dict[str, list[str]]):
+    table = passages()
+    assert list(table.columns) == ["subject", "domain", "text"]
+    files_in_order = ["Tale 6.", "Tale 7.", "Tale 8.", "Tale 9.", "Fact 0.", "Fact 1.", "Fact 2."]
+    files_in_order += ["Fact 3.", "Sum."] + [f"Tale {i}." for i in range(6)]
+    assert list(table["text"]) == files_in_order
+    assert subjects() == ["subject 0", "subject 1", "stars", "sums"]
+
+
+def test_a_passage_of_another_form_is_named_by_file_and_line(
+    planted_passages: dict[str, list[str]],
+):
+    with (texts.PASSAGES / "a.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"subject": "s", "domain": "poetry", "text": "t"}) + "\n")
+    with pytest.raises(ValueError, match=r"a\.jsonl:10 is not a passage.*fiction, science, maths"):
+        load_texts("fiction", 1)
+
+
+def test_no_passages_at_all_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(texts, "PASSAGES", tmp_path)
+    with pytest.raises(FileNotFoundError, match="no passages in"):
+        passages()
+
+
+def test_the_passages_of_the_package_are_whole_and_different():
+    table = passages()
+    assert set(table["domain"]) == set(LOCAL[1:])
+    assert table["text"].is_unique
+    assert table["text"].str.strip().eq(table["text"]).all()
+    assert table.groupby("subject")["domain"].nunique().eq(1).all()
+
+
+def test_python_is_cut_from_held_out_modules_only():
+    held_out = [
+        source
+        for path, source in stdlib_modules()
+        if is_held_out(path) and not path.startswith("encodings/")
+    ]
+    pieces = load_texts("python", None)
+    assert len(pieces) > 100
+    assert len(set(pieces)) == len(pieces)
+    for piece in pieces:
+        assert any(piece in source for source in held_out)
+        assert 60 <= len(piece.split()) <= 150
+
+
+def test_a_module_that_was_trained_on_gives_nothing(monkeypatch: pytest.MonkeyPatch):
+    code = {
+        path: f"def {path[:-3]}(x):\n" + "    x = x + 1  # one more\n" * 12
+        for path in (f"module{i}.py" for i in range(400))
+    }
+    monkeypatch.setattr(texts, "stdlib_modules", lambda: iter(code.items()))
+    texts._held_out_python.cache_clear()
+    try:
+        found = load_texts("python", None)
+    finally:
+        texts._held_out_python.cache_clear()
+    expected = [source.strip("\n") for path, source in code.items() if is_held_out(path)]
+    assert sorted(found) == sorted(expected)
+    assert 0 < len(expected) < 40
+
+
+def test_pieces_end_where_a_function_begins_or_before_they_are_too_long():
+    short = "def short():\n" + "    a = b + c\n" * 4  # 22 words: too short to stand alone
+    whole = "@decorated\ndef whole():\n" + "    a = b + c\n" * 14  # 73 words
+    long = "class Long:\n" + "    a = b + c\n" * 40  # 202 words: cut at 147
+    assert python_pieces(short + whole) == [(short + whole).strip("\n")]
+    assert python_pieces(whole + short) == [whole.strip("\n")]
+    assert python_pieces(whole + "\n\n" + whole) == [whole.strip("\n")] * 2
+    first = "class Long:\n" + "    a = b + c\n" * 29
+    assert python_pieces(long) == [first.strip("\n")]
+    assert python_pieces("x " * 500) == []
+    assert python_pieces("x\n" * 151) == ["x\n" * 149 + "x"]
+    begun = "x\n" * 59 + "def f():\n" + "x\n" * 70
+    assert python_pieces(begun) == [begun.strip("\n")]
+    assert python_pieces("x\n" + begun) == ["x\n" * 59 + "x", begun[118:].strip("\n")]
+    assert python_pieces(whole.replace("c\n", "c\x0c\n")) == [
+        whole.replace("c\n", "c\x0c\n").strip("\n")
+    ]
+
+
+def test_more_than_there_is_says_how_many_there_are(planted_passages: dict[str, list[str]]):
+    with pytest.raises(ValueError, match="'science' has 4 different texts, 5 were asked for"):
+        load_texts("science", 5)
+    with pytest.raises(ValueError, match="n=0 texts: expected at least 1"):
+        load_texts("science", 0)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"unknown corpus 'scince'; did you mean 'science'\?"):
+        load_texts("scince", 1)
+    with pytest.raises(ValueError, match=r"valid: fineweb, tinystories, .*, maths"):
+        load_texts("qqqq", 1)
+    with pytest.raises(FileNotFoundError, match=r"no file, folder or corpus 'notes/mine\.txt'"):
+        load_texts("notes/mine.txt", 1)
+
+
+def test_a_file_is_parted_by_separators(tmp_path: Path):
+    file = tmp_path / "own.txt"
+    file.write_text("\ufeffone\r\n<|endoftext|>\ntwo\n<|endoftext|>\ntwo\n", encoding="utf-8")
+    assert sorted(load_texts(file, None)) == ["one", "two"]
+    assert sorted(load_texts(str(file), 2)) == ["one", "two"]
+    with pytest.raises(ValueError, match=r"has 2 different texts, 3 .*<\|endoftext\|>"):
+        load_texts(file, 3)
+
+
+def test_a_path_that_is_named_as_a_corpus_is_still_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "python").write_text("of my own", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert load_texts(Path("python"), None) == load_texts("./python", 1) == ["of my own"]
+    assert load_texts("python", 1) != ["of my own"]
+
+
+def test_a_folder_gives_the_texts_of_its_files(tmp_path: Path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "one.txt").write_text("one", encoding="utf-8")
+    (tmp_path / "sub" / "two.md").write_text("zwei: schön", encoding="utf-8")
+    (tmp_path / "three.txt.gz").write_bytes(gzip.compress(b"three"))
+    (tmp_path / ".DS_Store").write_bytes(b"\x00\xff")
+    assert sorted(load_texts(tmp_path, None)) == ["one", "three", "zwei: schön"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"", "is empty"),
+        ("blank.txt", b" \n\n", "is empty"),
+        ("latin.txt", "schön".encode("latin-1"), "is not UTF-8 text"),
+        ("utf16.txt", "text".encode("utf-16"), "is not UTF-8 text"),
+        ("zeros.bin", bytes(100), "holds zero bytes"),
+        ("bars.txt", b"<|endoftext|>\n<|endoftext|>", "nothing but separators"),
+        ("not.txt.gz", b"plain text", "cannot read"),
+        ("cut.txt.gz", gzip.compress(b"text" * 100)[:20], "cannot read"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "." in value else "",
+)
+def test_a_file_that_is_no_text_is_named(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name} .*{message}|{message} .*{name}"):
+        load_texts(tmp_path / name, 1)
+    with pytest.raises(ValueError, match=name):
+        load_texts(tmp_path, 1)
+
+
+def test_an_empty_folder_is_an_error(tmp_path: Path):
+    with pytest.raises(ValueError, match="is an empty folder"):
+        load_texts(tmp_path, 1)
+
+
+def test_local_corpora_never_touch_the_network(
+    planted_passages: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(socket, "socket", no_network)
+    monkeypatch.setattr(socket, "getaddrinfo", no_network)
+    for name in LOCAL:
+        assert load_texts(name, 1)
+
+
+def test_importing_texts_is_light(run_python: Process):
+    done = run_python(
+        "import sys, flowhelpers.activations.corpora as t; t.load_texts('python', 2);"
+        "print({'torch', 'pandas', 'datasets', 'huggingface_hub'} & set(sys.modules))"
+    )
+    assert done.stdout.strip() == "set()", done.stderr
+
+
+@pytest.mark.parametrize("name", ON_HUB)
+def test_a_hub_corpus_gives_its_texts_once_each_by_seed(
+    name: str, hub_here: Hub, paper_datasets: dict[str, list[str]]
+):
+    planted = paper_datasets[name]
+    assert sorted(load_texts(name, len(planted))) == sorted(planted)
+    assert WRONG not in planted
+    sample = load_texts(name, 6, seed=1)
+    assert sample == load_texts(name, 6, seed=1)
+    assert load_texts(name, 9, seed=1)[:6] == sample
+    assert sample != load_texts(name, 6, seed=2)
+    assert all(CORPORA[name].hub_id in path for path in hub_here.fetched())
+
+
+def test_a_hub_corpus_that_is_too_small_says_how_many_there_are(
+    hub_here: Hub, paper_datasets: dict[str, list[str]]
+):
+    with pytest.raises(ValueError, match="'automathtext' has 24 different texts, 25 were asked"):
+        load_texts("automathtext", 25)
+    with pytest.raises(ValueError, match=r"n=None .*'automathtext' is on the hub, give a number"):
+        load_texts("automathtext", None)
+
+
+def test_a_hub_corpus_without_its_column_names_those_it_has(
+    hub_here: Hub, paper_datasets: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    corpus = texts.Corpus("maths2", "", "math-ai/AutoMathText", "web-0.80-to-1.00", column="txt")
+    monkeypatch.setitem(CORPORA, "maths2", corpus)
+    with pytest.raises(ValueError, match=r"no column 'txt'; did you mean 'text'.*url, text, meta"):
+        load_texts("maths2", 1)
+
+
+def test_a_hub_corpus_without_its_configuration_names_those_it_has(
+    hub_here: Hub, paper_datasets: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    corpus = texts.Corpus("maths2", "", "math-ai/AutoMathText", "web")
+    monkeypatch.setitem(CORPORA, "maths2", corpus)
+    with pytest.raises(ValueError, match=r"web-0\.80-to-1\.00"):
+        load_texts("maths2", 1)
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 500])
+def test_a_hub_that_refuses_is_quoted(
+    status: int, hub_here: Hub, paper_datasets: dict[str, list[str]]
+):
+    hub_here.fail("/api/datasets/roneneldan", status)
+    with pytest.raises(ConnectionError, match=f"dataset roneneldan/TinyStories.*{status}"):
+        load_texts("tinystories", 1)
+    assert len(hub_here.requests) == 1
+
+
+def test_files_that_are_refused_or_cut_are_an_error(
+    hub_here: Hub, paper_datasets: dict[str, list[str]]
+):
+    commit = hub_here.commit("datasets", "roneneldan/TinyStories")
+    files = f"/datasets/roneneldan/TinyStories/resolve/{commit}/data"
+    hub_here.fail(files, 403, times=None)
+    with pytest.raises(ConnectionError, match=r"dataset roneneldan/TinyStories.*403"):
+        load_texts("tinystories", 24)
+    hub_here.reset()
+    hub_here.truncate(files, keep=100, declared=True, times=None)
+    with pytest.raises(ConnectionError, match=r"dataset roneneldan/TinyStories.*Parquet"):
+        load_texts("tinystories", 24)
+
+
+def test_a_dataset_that_is_gone_is_named(hub_here: Hub, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(CORPORA, "gone", texts.Corpus("gone", "", "nobody/nothing"))
+    with pytest.raises(ConnectionError, match=r"dataset nobody/nothing.*404"):
+        load_texts("gone", 1)
+
+
+def test_no_network_says_what_to_fetch_and_what_needs_none(
+    hub_here: Hub, paper_datasets: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}"
+        )
+        with pytest.raises(ConnectionError) as error:
+            load_texts("fineweb", 1)
+    assert "HuggingFaceFW/fineweb, configuration 'default', split 'train'" in str(error.value)
+    assert "No network is needed for python, fiction, science, maths" in str(error.value)
+
+
+def test_offline_a_cached_copy_is_read_and_a_missing_one_is_named(
+    run_python: Process, hub: Hub, paper_datasets: dict[str, list[str]]
+):
+    fetch = "from datasets import load_dataset; load_dataset('roneneldan/TinyStories')"
+    assert run_python(fetch).returncode == 0
+    hub.reset()
+    offline = run_python(
+        "import datasets; datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0\n"
+        "from flowhelpers.activations.corpora import load_texts\n"
+        "import json; print(json.dumps(load_texts('tinystories', 24)))\n"
+        "load_texts('automathtext', 1)",
+        HF_HUB_OFFLINE="1",
+    )
+    assert sorted(json.loads(offline.stdout)) == sorted(paper_datasets["tinystories"])
+    assert "ConnectionError: cannot read 'automathtext'" in offline.stderr
+    assert "math-ai/AutoMathText" in offline.stderr
+    assert hub.requests == []

@@ -1,0 +1,551 @@
+"""The experiments of 5.2, on a model of which every answer is known."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import adder
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toys
+from adder import ALL, ATT, COPY, MLP, OTHER, SUM
+
+from flowhelpers.activations.collect import collect_tokens
+from flowhelpers.core.features import MODULES, Site
+from flowhelpers.deactivation.experiments import (
+    CONTROL,
+    OFF,
+    active,
+    common_targets,
+    deactivate,
+    draw_targets,
+    equal_norm,
+    further,
+    groups_of,
+    middle_layers,
+    removals,
+    sources_of,
+    success_rates,
+    table_1,
+    together,
+)
+from flowhelpers.groups.occurrences import GROUPS, modules_of
+from flowhelpers.matching.table import predecessor_site
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.model import Model, tokenize
+
+RES, MLP_ONLY, ATT_ONLY = "From RES", "From MLP", "From ATT"
+BOTH, WITH_ATT, THREE = "From RES & MLP", "From MLP & ATT", "From RES & MLP & ATT"
+
+# By construction: feature, group, what is removed → activation before and after, share of the
+# activation that is written away, and the group afterwards.
+BUILT = {
+    (COPY, RES, RES): (1, 0, 1, OFF),
+    (SUM, MLP_ONLY, MLP_ONLY): (1.5, 0, 1, OFF),
+    (SUM, BOTH, RES): (2.5, 1.5, 0.4, MLP_ONLY),
+    (SUM, BOTH, MLP_ONLY): (2.5, 0, 0.6, OFF),  # what is left lies below the threshold
+    (SUM, BOTH, BOTH): (2.5, 0, 1, OFF),
+    (MLP, MLP_ONLY, MLP_ONLY): (2, 0, 1, OFF),
+    (OTHER, RES, RES): (3, 3, 0, "From nowhere"),
+    (ATT, ATT_ONLY, ATT_ONLY): (2.5, 0, 1, OFF),
+    (ALL, WITH_ATT, MLP_ONLY): (2, 0, 0.5, OFF),
+    (ALL, WITH_ATT, ATT_ONLY): (2, 0, 0.5, OFF),
+    (ALL, WITH_ATT, WITH_ATT): (2, 0, 1, OFF),
+    (ALL, THREE, RES): (3, 2, 1 / 3, WITH_ATT),
+    (ALL, THREE, MLP_ONLY): (3, 2, 1 / 3, "From RES & ATT"),
+    (ALL, THREE, ATT_ONLY): (3, 2, 1 / 3, BOTH),
+    (ALL, THREE, BOTH): (3, 0, 2 / 3, OFF),
+    (ALL, THREE, "From RES & ATT"): (3, 0, 2 / 3, OFF),
+    (ALL, THREE, WITH_ATT): (3, 0, 2 / 3, OFF),
+    (ALL, THREE, THREE): (3, 0, 1, OFF),
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    found = adder.world(tmp_path_factory.mktemp("adder"))
+    found.targets = draw_targets(found.activations, [1])
+    found.sources = sources_of(found.targets, found.matches, found.activations)
+    return found
+
+
+def run_cases(world: SimpleNamespace, **given: Any) -> pd.DataFrame:
+    cases, edits = removals(world.targets, active(world.sources), **given)
+    return deactivate(world.suite, world.tokens, world.targets, cases, edits, world.sources)
+
+
+def test_targets_are_the_active_features_of_chosen_tokens(world: SimpleNamespace):
+    targets, tokens = world.targets, world.activations.tokens
+    codes = world.activations.by_site[Site(1, "res")]
+    assert len(targets) == codes.nnz
+    assert targets["activation"].tolist() == [
+        codes[row, feature]
+        for row, feature in zip(targets["token_row"], targets["feature"], strict=True)
+    ]
+    for column in ("text", "position", "token"):
+        assert (targets[column].to_numpy() == tokens[column].to_numpy()[targets["token_row"]]).all()
+    assert set(targets["dataset"]) == {"all"}
+    assert (targets["position"] > 0).all()
+    # OTHER is active at every fourth token: three in the first text (65, 69 … of 61 to 79), say.
+    named = targets[targets["feature"] == OTHER]
+    assert named["token"].tolist() == [t for t in world.words if t % 4 == 1]
+
+
+def test_no_more_targets_than_asked_for_at_a_token_and_by_the_seed(world: SimpleNamespace):
+    few = draw_targets(world.activations, [1, 2], per_token=2, seed=3)
+    counts = few.groupby(["layer", "token_row"]).size()
+    assert counts.max() == 2
+    assert set(few["layer"]) == {1, 2}
+    assert few.equals(draw_targets(world.activations, [1, 2], per_token=2, seed=3))
+    assert not few.equals(draw_targets(world.activations, [1, 2], per_token=2, seed=4))
+    drawn = few[few["layer"] == 1]["feature"].value_counts()
+    assert set(drawn.index) == {COPY, SUM, MLP, OTHER, ATT, ALL}
+    for layers in ([], [1, 1]):
+        with pytest.raises(ValueError, match="expected one or more, each once"):
+            draw_targets(world.activations, layers)
+    with pytest.raises(ValueError, match="per_token=0: expected 1 or more"):
+        draw_targets(world.activations, [1], per_token=0)
+    with pytest.raises(ValueError, match=r"no activations at 5/res: expected a layer of \[0, 1, 2"):
+        draw_targets(world.activations, [5])
+
+
+def test_sources_are_the_matches_with_what_they_do_at_that_token(world: SimpleNamespace):
+    for row in world.sources.itertuples():
+        target = world.targets.loc[row.target]
+        assert adder.MATCHES[row.module][int(target["feature"])] == row.feature
+        codes = world.activations.by_site[predecessor_site(1, row.module)]
+        assert row.activation == codes[target["token_row"], row.feature]
+    assert not world.sources.duplicated(["target", "module"]).any()
+    expected = sum(
+        (world.targets["feature"] == feature).sum()
+        for of in adder.MATCHES.values()
+        for feature in of
+    )
+    assert len(world.sources) == expected
+    assert (active(world.sources)["activation"] > 0).all()
+    with pytest.raises(ValueError, match="top_n=2: expected 1 to 1"):
+        sources_of(world.targets, world.matches, world.activations, 2)
+    above = draw_targets(world.activations, [2])
+    with pytest.raises(ValueError, match="no matches at layer 2"):
+        sources_of(above, world.matches, world.activations)
+
+
+def test_several_matches_at_a_place_count_and_go_together(world: SimpleNamespace):
+    # A second match of SUM at R_0, the one that is active at every token.
+    more = world.matches.iloc[:1].assign(feature=SUM, source=1, rank=2)
+    table = pd.concat([world.matches, more], ignore_index=True)
+    sources = sources_of(world.targets, table, world.activations, 2)
+    of_sum = world.targets[world.targets["feature"] == SUM]
+    groups = pd.Series(groups_of(world.targets, active(sources)), world.targets.index)
+    assert (groups[of_sum.index] == BOTH).all()
+    cases, edits = removals(world.targets, active(sources))
+    places = edits.groupby("case")["module"].value_counts().unstack(fill_value=0)
+    two = cases.index[cases["target"].isin(of_sum.index)]
+    has_first = (of_sum["token"] % 3 == 0).to_numpy()
+    assert places.loc[two, "res"].tolist() == (1 + has_first).tolist()
+    one = sources_of(world.targets, table, world.activations, 1)
+    assert one.equals(world.sources)
+    # The second adds nothing to what is written along SUM, and takes nothing from it.
+    outcomes = deactivate(world.suite, world.tokens, world.targets, cases, edits)
+    plain = run_cases(world)
+    both = outcomes["group"] == plain["group"]
+    assert (both & (outcomes["feature"] == SUM)).any()
+    assert outcomes["linear"][both].to_numpy() == pytest.approx(plain["linear"][both].to_numpy())
+
+
+def test_groups_are_those_of_the_tokens(world: SimpleNamespace):
+    groups = pd.Series(groups_of(world.targets, active(world.sources)), world.targets.index)
+    known = {COPY: RES, MLP: MLP_ONLY, OTHER: RES, ATT: ATT_ONLY}
+    for (feature, token), group in zip(
+        world.targets[["feature", "token"]].itertuples(index=False), groups, strict=True
+    ):
+        if feature == SUM:
+            assert group == (BOTH if token % 3 == 0 else MLP_ONLY)
+        elif feature == ALL:
+            assert group == (THREE if token % 5 == 0 else WITH_ATT)
+        else:
+            assert group == known[feature]
+    none = groups_of(world.targets, active(world.sources)[:0])
+    assert set(none) == {"From nowhere"}
+
+
+def test_every_subset_does_what_is_built(world: SimpleNamespace):
+    table = run_cases(world, subsets=True)
+    seen = table.groupby(["feature", "group", "removed"])
+    assert set(seen.groups) == set(BUILT)
+    for key, part in seen:
+        old, new, linear, after = BUILT[key]
+        assert part["old"].to_numpy() == pytest.approx(old, abs=1e-5)
+        assert part["new"].to_numpy() == pytest.approx(new, abs=1e-5)
+        assert part["change"].to_numpy() == pytest.approx(1 - new / old, abs=1e-5)
+        assert part["linear"].to_numpy() == pytest.approx(linear, abs=1e-5)
+        assert set(part["success"]) == {float(new == 0)}
+        assert set(part["after"]) == {after}
+    own = world.targets.loc[table["target"]].reset_index(drop=True)
+    for column in ("layer", "feature", "text", "dataset"):
+        assert (table[column] == own[column]).all()
+
+
+def test_without_subsets_all_predecessors_go_at_once(world: SimpleNamespace):
+    table = run_cases(world)
+    assert (table["group"] == table["removed"]).all()
+    assert len(table) == len(world.targets)  # here every target has a predecessor
+    expected = [BUILT[f, g, g][1] for f, g in zip(table["feature"], table["group"], strict=True)]
+    assert table["new"].to_numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_rescaling_adds_r_less_one_times_the_activation(world: SimpleNamespace):
+    table = run_cases(world, r=[-1.0, 1.0, 2.0])
+    assert len(table) == 3 * len(world.targets)
+    for row in table.itertuples():
+        old, _, linear, _ = BUILT[row.feature, row.group, row.group]
+        value = old * (1 + (row.r - 1) * linear)
+        threshold = adder.THRESHOLDS[Site(1, "res")][row.feature]
+        assert row.new == pytest.approx(value if value > threshold else 0, abs=1e-5)
+        assert row.linear == pytest.approx((1 - row.r) * linear, abs=1e-5)
+    same = table[table["r"] == 1]
+    assert (same["new"] == same["old"]).all()
+    assert (same["change"] == 0).all()
+    assert (table.loc[table["r"] == 2, "change"] <= 0).all()
+
+
+def test_live_activations_are_those_after_the_edits_before(world: SimpleNamespace):
+    # Here no place answers to another, so that live and clean are the same; where they differ is
+    # tested with the batches.
+    clean, live = (run_cases(world, r=[0.0, 2.0], activation=each) for each in ("clean", "live"))
+    assert live["new"].to_numpy() == pytest.approx(clean["new"].to_numpy(), abs=1e-5)
+    assert live["linear"].isna().all()
+    assert clean["linear"].notna().all()
+
+
+def test_the_loss_changes_by_what_a_pass_over_the_text_says(world: SimpleNamespace):
+    from flowhelpers.interventions.edits import add
+    from flowhelpers.suites.model import logits_of
+
+    cases, edits = removals(world.targets, active(world.sources), r=[-30.0, 1.0])
+    table = deactivate(world.suite, world.tokens, world.targets, cases, edits, loss=True)
+    same = table[table["r"] == 1]
+    assert (same["loss_change"] == 0).all()
+    assert (same["token_loss_change"].dropna() == 0).all()
+    row = table.index[(table["feature"] == COPY) & (table["r"] == -30)][2]
+    target, edit = world.targets.loc[table["target"][row]], edits[edits["case"] == row].iloc[0]
+    end = 1 + int(world.tokens.is_text[target["text"]].nonzero().max())
+    ids = world.tokens.ids[target["text"] : target["text"] + 1, :end]
+    vector = world.suite.dictionary("0/res").sae.W_dec[edit["feature"]]
+    change = add(Site(0, "res"), vector, float(edit["amount"]), [int(target["position"])])
+    losses = [
+        torch.nn.functional.cross_entropy(
+            logits_of(world.suite.model, ids, some)[0, :-1], ids[0, 1:]
+        )
+        for some in ([], [change])
+    ]
+    expected = float((losses[1] - losses[0]) / losses[0])
+    assert abs(expected) > 0.01  # so that what it is divided by shows
+    assert table["loss_change"][row] == pytest.approx(expected, rel=1e-3)
+    # The token's own loss moves by as much as the whole text's, which has as many as it predicts.
+    assert abs(table["token_loss_change"][row]) > abs(table["loss_change"][row])
+    last = world.targets.loc[table["target"], "position"].to_numpy() == 19
+    assert table["token_loss_change"][last].isna().all()
+    assert table["token_loss_change"][table["layer"].eq(1) & ~last].notna().any()
+
+
+def test_rates_are_means_within_groups_with_intervals_of_texts(world: SimpleNamespace):
+    table = run_cases(world)
+    tokens = world.activations.tokens.assign(dataset="all")
+    rates = success_rates(table, ["group"], tokens, times=50).set_index("group")
+    from_res = table[table["group"] == RES]
+    assert rates.loc[RES, "n"] == len(from_res)
+    copies = (from_res["feature"] == COPY).mean()
+    assert 0 < copies < 1
+    assert rates.loc[RES, "success"] == pytest.approx(copies)
+    assert rates.loc[RES, "change"] == pytest.approx(copies)
+    # By hand: draw texts anew, and take the share over all their cases.
+    from flowhelpers.groups.intervals import resamples
+
+    of_text = from_res.groupby("text")["success"].agg(["sum", "count"]).reindex(range(3))
+    drawn = resamples(tokens, 50)
+    shares = drawn @ of_text["sum"].to_numpy() / (drawn @ of_text["count"].to_numpy())
+    low, high = np.quantile(shares, [0.025, 0.975])
+    assert rates.loc[RES, "success_low"] == pytest.approx(low)
+    assert rates.loc[RES, "success_high"] == pytest.approx(high)
+    assert rates.loc[THREE, "success_low"] == rates.loc[THREE, "success_high"] == 1
+    whole = success_rates(table, [], tokens, times=20)
+    assert whole["n"].tolist() == [len(table)]
+    assert whole["success"][0] == pytest.approx(table["success"].mean())
+
+
+def test_a_target_that_is_off_is_counted_and_not_divided_by(world: SimpleNamespace):
+    targets = world.targets.copy()
+    sums = targets.index[targets["feature"] == COPY]
+    off = targets.index[(targets["token"] % 4 != 1)][0]
+    targets.loc[off, "feature"] = OTHER  # not active at this token
+    assert len(sums)
+    sources = sources_of(targets, world.matches, world.activations)
+    cases, edits = removals(targets, active(sources))
+    table = deactivate(world.suite, world.tokens, targets, cases, edits, sources)
+    row = table[table["target"] == off].iloc[0]
+    assert (row["old"], row["new"]) == (0, 0)
+    assert row[["change", "success", "linear", "after"]].isna().all()
+    rates = success_rates(table, [], world.activations.tokens.assign(dataset="all"), times=5)
+    assert rates["n"][0] == len(table) - 1
+    assert rates["inactive"][0] == 1
+    assert not np.isnan(rates["success"][0])
+    given = (world.suite, world.tokens, targets, {"cosine": sources}, world.activations)
+    searched = table_1(*given).set_index("target").loc[off]
+    assert (searched["tried"] > 0).all()
+    assert searched[["change", "success"]].isna().all().all()
+
+
+def test_cases_in_another_order_are_told_of_the_right_targets(world: SimpleNamespace):
+    cases, edits = removals(world.targets, active(world.sources))
+    order = np.random.default_rng(0).permutation(len(cases))
+    mixed = cases.iloc[order]
+    moved = edits.assign(case=np.argsort(order)[edits["case"]])
+    table = deactivate(world.suite, world.tokens, world.targets, mixed, moved)
+    plain = deactivate(world.suite, world.tokens, world.targets, cases, edits)
+    assert table["target"].tolist() == mixed["target"].tolist()
+    for column in ("feature", "new", "linear", "text"):
+        assert table[column].tolist() == plain[column].iloc[order].tolist()
+
+
+def test_methods_are_put_side_by_side_each_with_its_own_denominator(world: SimpleNamespace):
+    # A method that knows the MLP's matches alone has fewer targets.
+    fewer = active(world.sources)
+    fewer = fewer[fewer["module"] == "mlp"]
+    cases, edits = together(
+        {
+            "all": removals(world.targets, active(world.sources)),
+            "mlp": removals(world.targets, fewer),
+        }
+    )
+    table = deactivate(world.suite, world.tokens, world.targets, cases, edits)
+    assert table["method"].value_counts()["all"] == len(world.targets)
+    with_mlp = world.targets["feature"].isin([SUM, MLP, ALL])
+    assert table["method"].value_counts()["mlp"] == with_mlp.sum()
+    mine = table[(table["method"] == "mlp") & (table["feature"] == ALL)]
+    tens = world.targets.loc[mine["target"], "token"] % 5 == 0
+    assert mine["success"].to_numpy() == pytest.approx(np.where(tens, 0, 1))
+    common = common_targets(table)
+    assert set(common["target"]) == set(world.targets.index[with_mlp])
+    assert len(common) == 2 * with_mlp.sum()
+
+
+def test_removals_refuse_what_is_no_number(world: SimpleNamespace):
+    for r in ([float("nan")], [0.0, float("inf")], [], [0.0, 0.0]):
+        with pytest.raises(ValueError, match="expected one or more finite numbers"):
+            removals(world.targets, active(world.sources), r)
+    with pytest.raises(ValueError, match="no target has an active predecessor"):
+        removals(world.targets, active(world.sources)[:0])
+
+
+def test_the_control_changes_the_stream_by_the_same_norm(world: SimpleNamespace):
+    drawn = equal_norm(world.suite, world.targets, world.sources, world.activations)
+    kept = active(world.sources).merge(drawn, on=["target", "module"], suffixes=("", "_drawn"))
+    assert len(kept) == len(drawn)
+    assert (kept["feature"] != kept["feature_drawn"]).all()
+    for row in kept.itertuples():
+        site = predecessor_site(1, row.module)
+        rows = world.suite.dictionary(site).sae.W_dec.detach().norm(dim=1)
+        norms = [float(rows[f]) * a for f, a in (
+            (row.feature, row.activation), (row.feature_drawn, row.activation_drawn)
+        )]  # fmt: skip
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        token = world.targets.loc[row.target, "token_row"]
+        assert world.activations.by_site[site][token, row.feature_drawn] > 0
+    # A target without another active feature at one of its places is left out whole.
+    others = {
+        target: all(
+            world.activations.by_site[predecessor_site(1, m)][
+                world.targets.loc[target, "token_row"]
+            ].nnz
+            > 1
+            for m in part["module"]
+        )
+        for target, part in active(world.sources).groupby("target")
+    }
+    assert set(drawn["target"]) == {target for target, there in others.items() if there}
+    again = equal_norm(world.suite, world.targets, world.sources, world.activations)
+    assert drawn.equals(again)
+    other = equal_norm(world.suite, world.targets, world.sources, world.activations, seed=1)
+    assert not drawn.equals(other)
+
+
+def test_the_control_does_nothing_to_a_feature_it_has_nothing_to_do_with(world: SimpleNamespace):
+    drawn = equal_norm(world.suite, world.targets, world.sources, world.activations)
+    cases, edits = together(
+        {
+            "top-1": removals(world.targets, active(world.sources)),
+            CONTROL: removals(world.targets, drawn),
+        }
+    )
+    table = deactivate(world.suite, world.tokens, world.targets, cases, edits)
+    control = table[table["method"] == CONTROL]
+    assert (control["new"] == control["old"]).all()
+    assert table[table["method"] == "top-1"]["success"].mean() > 0.8
+    twice = pd.concat([world.sources, world.sources.assign(rank=2, feature=0)])
+    with pytest.raises(ValueError, match="several predecessors at a place"):
+        equal_norm(world.suite, world.targets, twice, world.activations)
+
+
+def test_the_search_finds_what_a_method_misses(world: SimpleNamespace):
+    # A method whose matches at R_0 are wrong for COPY and ALL; the search finds the right ones.
+    wrong = world.sources.copy()
+    place = (wrong["module"] == "res") & wrong["target"].isin(
+        world.targets.index[world.targets["feature"] == COPY]
+    )
+    wrong.loc[place, "feature"] = 1
+    wrong.loc[place, "activation"] = 1.0
+    table = table_1(
+        world.suite,
+        world.tokens,
+        world.targets,
+        {"cosine": world.sources, "other": wrong},
+        world.activations,
+    )
+    single = pd.Series(groups_of(world.targets, active(world.sources)), world.targets.index)
+    chosen = set(single.index[single.isin([RES, MLP_ONLY, ATT_ONLY])])
+    assert set(table["target"]) == chosen
+    assert table.groupby("method").size().to_dict() == dict.fromkeys(
+        ["cosine", "other", "exhaustive"], len(chosen)
+    )
+    by = table.set_index(["method", "target"])
+    copies = [t for t in chosen if world.targets.loc[t, "feature"] == COPY]
+    assert len(copies) > 5
+    for target in copies:
+        assert by.loc[("cosine", target), "change"] == pytest.approx(1, abs=1e-5)
+        assert by.loc[("other", target), "change"] == pytest.approx(0, abs=1e-5)
+        assert by.loc[("exhaustive", target), ["change", "success"]].tolist() == [1, 1]
+        codes = world.activations.by_site[Site(0, "res")]
+        there = codes[world.targets.loc[target, "token_row"]].nnz
+        assert by.loc[("exhaustive", target), "tried"] == there
+        assert by.loc[("cosine", target), "tried"] == 1
+    best = by.loc["exhaustive", "change"]
+    for method in ("cosine", "other"):
+        assert (best >= by.loc[method, "change"] - 1e-5).all()
+
+
+def test_a_method_that_finds_several_places_is_held_to_the_one_named(world: SimpleNamespace):
+    # To `blind` SUM at tokens with R_0 is "From RES", to `cosine` it is "From RES & MLP".
+    sums = world.targets.index[world.targets["feature"] == SUM]
+    at_mlp = (world.sources["module"] == "mlp") & world.sources["target"].isin(sums)
+    blind = world.sources[~at_mlp]
+    methods = {"cosine": world.sources, "blind": blind}
+    table = table_1(world.suite, world.tokens, world.targets, methods, world.activations)
+    by = table.set_index(["method", "target"])
+    group = pd.Series(groups_of(world.targets, active(world.sources)), world.targets.index)
+    both = [target for target in sums if group[target] == BOTH]
+    assert len(both) > 5
+    for target in both:
+        for method in methods:
+            assert by.loc[(method, target), ["tried", "change"]].tolist() == [1, pytest.approx(0.4)]
+    # Where cosine names the MLP and `blind` nothing, `blind` is held to the MLP and has no match.
+    alone = [target for target in sums if group[target] == MLP_ONLY]
+    assert (by.loc["blind"].loc[alone, ["tried", "change"]] == 0).all().all()
+    best = by.loc["exhaustive", "change"]
+    for method in methods:
+        assert (best >= by.loc[method, "change"] - 1e-5).all()
+    twice = pd.concat([world.sources, world.sources.assign(rank=2, feature=0)])
+    with pytest.raises(ValueError, match="cosine has several matches at a place"):
+        table_1(world.suite, world.tokens, world.targets, {"cosine": twice}, world.activations)
+
+
+def test_a_method_without_a_predecessor_has_tried_nothing(world: SimpleNamespace):
+    sources = world.sources[world.sources["module"] != "att"]
+    table = table_1(
+        world.suite,
+        world.tokens,
+        world.targets,
+        {"cosine": world.sources, "other": sources},
+        world.activations,
+    )
+    row = table[(table["method"] == "other") & (table["feature"] == ATT)]
+    assert len(row) > 10
+    assert (row[["tried", "change", "success"]] == 0).all().all()
+    assert (table[(table["method"] == "cosine") & (table["feature"] == ATT)]["success"] == 1).all()
+
+
+def test_the_search_over_all_sites_tries_more(world: SimpleNamespace):
+    given = (world.suite, world.tokens, world.targets, {"cosine": world.sources}, world.activations)
+    own = table_1(*given).set_index(["method", "target"]).loc["exhaustive"]
+    every = table_1(*given, all_sites=True).set_index(["method", "target"]).loc["exhaustive"]
+    rows = world.targets.loc[every.index, "token_row"]
+    counts = sum(
+        np.diff(world.activations.by_site[predecessor_site(1, m)].indptr)[rows] for m in MODULES
+    )
+    assert every["tried"].tolist() == np.asarray(counts).tolist()
+    assert (every["tried"] > own["tried"]).any()
+    assert (every["change"] >= own["change"] - 1e-5).all()
+    nothing = world.sources.assign(activation=0.0)
+    with pytest.raises(ValueError, match="no target has a single source"):
+        table_1(*given[:3], {"cosine": nothing}, world.activations)
+
+
+def test_what_grows_again_above_is_seen(world: SimpleNamespace):
+    cases, edits = removals(world.targets, active(world.sources))
+    table = further(world.suite, world.tokens, world.targets, cases, edits, world.matches)
+    own = table[table["above"] == 0].set_index("target")
+    plain = deactivate(world.suite, world.tokens, world.targets, cases, edits).set_index("target")
+    assert own["change"].to_numpy() == pytest.approx(plain["change"].loc[own.index].to_numpy())
+    above = table[table["above"] == 1]
+    features = world.targets.loc[above["target"], "feature"].to_numpy()
+    assert set(features) == {COPY, SUM, MLP}
+    assert above["descendant"].tolist() == [adder.FORWARD[f] for f in features]
+    # The MLP of layer 2 gives COPY .5 of its 1.5 back; nothing is given to the others.
+    expected = np.where(features == COPY, 2 / 3, 1.0)
+    assert above["change"].to_numpy() == pytest.approx(expected, abs=1e-5)
+    assert (above["layer"] == 1).all()
+    assert set(table["above"]) == {0, 1}
+
+
+def test_a_descendant_that_is_not_active_anyway_is_left_out(world: SimpleNamespace):
+    matches = world.matches.copy()
+    first = (matches["direction"] == "forward") & (matches["rank"] == 1)
+    matches.loc[first & (matches["source"] == MLP), "feature"] = adder.SECOND
+    cases, edits = removals(world.targets, active(world.sources))
+    table = further(world.suite, world.tokens, world.targets, cases, edits, matches)
+    own = world.targets.loc[table["target"]].reset_index(drop=True)
+    above = (table["above"] == 1) & (own["feature"] == MLP)
+    assert (table["old"] > 0).all()
+    assert (table["descendant"][above] == adder.SECOND).all()
+    assert set(own["token"][above] % 4) == {1}
+
+
+def test_dictionaries_at_z_say_nothing_of_what_is_written(toy: Model, planted: Suite):
+    at_z = toys.dictionary_at_z(toy)
+    suite = Suite(planted.row, toy, {**planted.dictionaries, Site(1, "att"): at_z})
+    tokens = tokenize(toy, toys.TEXTS[:3])
+    read = collect_tokens(suite, tokens)
+    targets = draw_targets(read, [1])
+    sources = pd.concat(
+        [
+            pd.DataFrame({"target": targets.index, "module": m, "feature": 0, "rank": 1})
+            for m in ("res", "att")
+        ]
+    )
+    sources["activation"] = [
+        read.by_site[predecessor_site(1, m)][targets.loc[t, "token_row"], 0]
+        for t, m in zip(sources["target"], sources["module"], strict=True)
+    ]
+    cases, edits = removals(targets, active(sources))
+    table = deactivate(suite, tokens, targets, cases, edits)
+    with_att = table["group"].isin(["From ATT", "From RES & ATT"])
+    assert with_att.any()
+    assert (~with_att).any()
+    assert table["linear"][with_att].isna().all()
+    assert table["linear"][~with_att].notna().all()
+    assert table["change"].notna().all()
+
+
+def test_layers_in_the_middle_are_spread_over_the_depth():
+    assert middle_layers(26) == [6, 12, 18]  # as in the paper
+    assert middle_layers(32) == [8, 16, 24]
+    assert middle_layers(8) == [2, 4, 6]
+    assert middle_layers(2) == [1]
+    assert all(0 < layer < n for n in range(2, 40) for layer in middle_layers(n))
+
+
+def test_groups_name_their_places():
+    assert modules_of("From nowhere") == ()
+    assert modules_of("From RES & ATT") == ("res", "att")
+    assert [len(modules_of(group)) for group in GROUPS] == [0, 1, 1, 1, 2, 2, 2, 3]

@@ -1,0 +1,573 @@
+"""A flow graph is the planted chain, from whichever of its nodes it is built."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toys
+from torch import Tensor
+
+from flowhelpers.core import tables
+from flowhelpers.core.features import Site, parse_feature
+from flowhelpers.flow.files import load_graph, save_graph, to_attribution_graph
+from flowhelpers.flow.graph import (
+    FlowGraph,
+    ancestors,
+    chains,
+    descendants,
+    flow_graph,
+    labelled,
+    lifespan,
+    merged,
+    path,
+    to_networkx,
+    turns,
+)
+from flowhelpers.flow.lifespans import flow_by_layer, lifespans
+from flowhelpers.matching.table import classify, match_table, scores
+from flowhelpers.suites.load import Suite
+
+AXES = torch.eye(12)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables are kept in a folder of the test's own."""
+    monkeypatch.setenv(tables.CACHE, str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def suite() -> Suite:
+    return toys.bare_suite()
+
+
+@pytest.fixture
+def table(suite: Suite) -> pd.DataFrame:
+    return match_table(suite, k=3)
+
+
+def nodes_of(coordinate: int) -> list[str]:
+    """The planted chain of the features that descend from a coordinate."""
+    return [f"{at}/res/{order.index(coordinate)}" for at, order in toys.COORDINATE.items()]
+
+
+def bare(directions: dict[str, Tensor], layers: int = 3) -> Suite:
+    """A suite of residual dictionaries with these directions, by site."""
+    sites = {Site(int(key[0]), key[2:]): rows for key, rows in directions.items()}
+    return toys.bare_suite(sites, layers)
+
+
+def built(directions: dict[str, Tensor], seed: str, layers: int = 3, **options: Any) -> FlowGraph:
+    small = bare(directions, layers)
+    return flow_graph(small, seed, match_table(small, k=1), **options)
+
+
+@pytest.mark.parametrize("coordinate", [2, 13])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_the_planted_chain_is_found_from_each_of_its_nodes(
+    suite: Suite, table: pd.DataFrame, coordinate: int, layer: int
+):
+    nodes = nodes_of(coordinate)
+    graph = flow_graph(suite, nodes[layer], table)
+    chain = graph.chain
+    assert chain["feature"].tolist() == nodes
+    assert chain["is_seed"].tolist() == [at == layer for at in range(3)]
+    assert chain["from_res"].tolist()[1:] == nodes[:2]
+    assert chain["s_res"].tolist()[1:] == pytest.approx([0.8, 0.8])
+    assert chain.loc[0, ["from_res", "s_res", "null_res", "high_res"]].isna().all()
+    has, lacks = ("mlp", "att") if coordinate < toys.MODULE else ("att", "mlp")
+    modules = [f"{at}/{has}/{coordinate % 8}" for at in range(3)]
+    assert chain[f"from_{has}"].tolist() == modules
+    assert chain[f"s_{has}"].tolist() == pytest.approx([1, 0.6, 0.96])
+    assert chain[f"from_{lacks}"].isna().all()
+    assert sorted(graph.nodes["feature"]) == sorted([*nodes, *modules])
+    edges = {(row.source, row.target): row for row in graph.edges.itertuples()}
+    assert set(edges) == {
+        *pairwise(nodes),
+        *zip(modules, nodes, strict=True),
+    }
+    for (source, target), row in edges.items():
+        expected = {"res": 0.8, has: {0: 1, 1: 0.6, 2: 0.96}[int(target[0])]}[row.module]
+        assert row.cosine == pytest.approx(expected)
+        assert row.mutual
+        forward = row.module == "res" and int(source[0]) >= layer
+        assert row.direction == ("forward" if forward else "backward")
+
+
+def test_scores_nulls_and_classes_are_those_of_the_table(suite: Suite, table: pd.DataFrame):
+    thresholds = {
+        (1, "mlp"): 0.7,
+        (1, "att"): 0.7,
+        (2, "mlp"): 0.7,
+        (1, "res"): 0.5,
+        (2, "res"): 0.9,
+    }
+    graph = flow_graph(suite, nodes_of(2)[1], table, thresholds=thresholds)
+    chain = graph.chain
+    assert chain["class"].tolist()[1:] == ["translated", "newborn"]
+    assert chain["high_mlp"].tolist()[1:] == [0.7, 0.7]
+    nulls = table[table["direction"] == "backward"].groupby(["layer", "module"], observed=True)
+    for module in ("res", "mlp", "att"):
+        for row in chain.to_dict("records")[1:]:
+            assert row[f"null_{module}"] == pytest.approx(
+                nulls["null"].first()[row["layer"], module]
+            )
+    others = graph.nodes[graph.nodes["module"] != "res"]
+    assert others[["class", "s_res", "high_mlp", "from_res"]].isna().all(axis=None)
+
+
+def test_one_way_only_is_one_way_only(suite: Suite, table: pd.DataFrame):
+    nodes = nodes_of(5)
+    assert flow_graph(suite, nodes[1], table, forward=False).chain["feature"].tolist() == nodes[:2]
+    assert flow_graph(suite, nodes[1], table, backward=False).chain["feature"].tolist() == nodes[1:]
+
+
+def test_forward_goes_to_the_best_of_the_next_layer_whosever_match_that_is():
+    between = (0.6 * AXES[0] + 0.8 * AXES[1])[None]
+    weaker = (0.5 * AXES[0] + 0.75**0.5 * AXES[2])[None]
+    directions = {"0/res": AXES[:2], "1/res": torch.cat([weaker, between])}
+    graph = built(directions, "0/res/0")
+    assert graph.chain["feature"].tolist() == ["0/res/0", "1/res/1"]
+    assert graph.chain["from_res"].tolist()[1] == "0/res/1"
+    edge = graph.edges.iloc[0]
+    assert (edge["direction"], edge["cosine"], edge["mutual"]) == (
+        "forward",
+        pytest.approx(0.6),
+        False,
+    )
+    back = built(directions, "1/res/1")
+    assert back.chain["feature"].tolist() == ["0/res/1", "1/res/1"]
+
+
+def test_a_chain_ends_where_nothing_points_the_same_way():
+    layers = {"0/res": AXES[:1], "1/res": torch.stack([AXES[1], AXES[2]]), "2/res": -AXES[1:2]}
+    graph = built(layers, "1/res/0")
+    assert graph.nodes["feature"].tolist() == ["1/res/0"]
+    assert graph.edges.empty
+
+
+def test_a_suite_with_some_sites_only_is_followed_through_these():
+    alone = built({"1/res": AXES[:2], "2/res": AXES[[1, 0]]}, "2/res/0", layers=4)
+    assert alone.chain["feature"].tolist() == ["1/res/1", "2/res/0"]
+    partial = {"1/res": AXES[:2], "1/mlp": AXES[1:2], "3/res": AXES}
+    graph = built(partial, "1/res/1", layers=4)
+    assert graph.nodes["feature"].tolist() == ["1/res/1", "1/mlp/0"]
+
+
+def rising(cosines: list[float]) -> dict[str, Tensor]:
+    """One residual feature a layer, each at the given cosine from the one before."""
+    rows = [AXES[0]]
+    for number, cosine in enumerate(cosines, 1):
+        rows.append(cosine * rows[-1] + (1 - cosine**2) ** 0.5 * AXES[number])
+    return {f"{layer}/res": row[None] for layer, row in enumerate(rows)}
+
+
+def test_a_cut_leaves_the_run_of_layers_around_the_seed():
+    # CHOICES 26: the failing edge is taken out, the nodes on the seed's side stay.
+    chain = rising([0.9, 0.4, 0.7, 0.6, 0.3, 0.8])
+    for seed, span in (("3/res/0", [2, 3, 4]), ("0/res/0", [0, 1]), ("6/res/0", [5, 6])):
+        graph = built(chain, seed, layers=7, t_res=0.5)
+        assert graph.chain["layer"].tolist() == span
+        assert (graph.edges["cosine"] >= 0.5).all()
+        whole = built(chain, seed, layers=7)
+        assert whole.chain["layer"].tolist() == list(range(7))
+        assert lifespan(whole, seed, 0.5) == (span[0], span[-1])
+    assert built(chain, "3/res/0", layers=7, t_res=0.6).chain["layer"].tolist() == [2, 3, 4]
+
+
+def test_module_predecessors_below_their_threshold_are_left_out(suite: Suite, table: pd.DataFrame):
+    nodes = nodes_of(2)  # s(M) is 1, 0.6 and 0.96
+    modules = flow_graph(suite, nodes[0], table, t_mlp=0.7).edges.query("module == 'mlp'")
+    assert modules["target"].tolist() == [nodes[0], nodes[2]]
+    kept = flow_graph(suite, nodes[0], table, t_mlp=0.6, t_att=0.9).edges.query("module == 'mlp'")
+    assert kept["target"].tolist() == nodes
+    attention = flow_graph(suite, nodes_of(13)[0], table, t_att=0.7).edges.query("module == 'att'")
+    assert attention["target"].tolist() == [nodes_of(13)[0], nodes_of(13)[2]]
+
+
+def test_top_n_follows_so_many_of_each():
+    first = torch.stack([AXES[0], AXES[1], AXES[2], AXES[3]])
+    second = torch.stack([0.8 * AXES[0] + 0.6 * AXES[1], AXES[2]])
+    small = bare({"0/res": first, "1/res": second}, 2)
+    graph = flow_graph(small, "1/res/0", match_table(small, k=2), top_n=2)
+    assert graph.chain["feature"].tolist() == ["0/res/0", "0/res/1", "1/res/0"]
+    assert graph.edges["rank"].tolist() == [1, 2]
+    assert graph.edges["cosine"].tolist() == pytest.approx([0.8, 0.6])
+    with pytest.raises(ValueError, match="top_n=3: expected 1 to 2, the table's ranks"):
+        flow_graph(small, "1/res/0", match_table(small, k=2), top_n=3)
+
+
+def test_a_module_seed_leads_to_the_residual_features_it_matches(suite: Suite, table: pd.DataFrame):
+    nodes = nodes_of(2)
+    graph = flow_graph(suite, "1/mlp/2", table)
+    assert graph.chain["feature"].tolist() == nodes
+    assert graph.nodes.set_index("feature").loc["1/mlp/2", "is_seed"]
+    assert not graph.chain["is_seed"].any()
+
+
+def test_a_table_of_another_suite_is_refused(suite: Suite, table: pd.DataFrame):
+    other = replace(suite, row=replace(suite.row, name="other"))
+    with pytest.raises(ValueError, match="a match table of bare: expected one of other"):
+        flow_graph(other, nodes_of(2)[1], table)
+
+
+def test_a_merged_graph_is_the_graph_of_all_seeds(suite: Suite, table: pd.DataFrame):
+    seeds = [nodes_of(2)[1], "1/att/3", nodes_of(13)[0], nodes_of(2)[2]]
+    whole = flow_graph(suite, seeds, table)
+    together = merged([flow_graph(suite, seed, table) for seed in seeds])
+    pd.testing.assert_frame_equal(together.nodes, whole.nodes, check_dtype=False)
+    pd.testing.assert_frame_equal(together.edges, whole.edges, check_dtype=False)
+    low = flow_graph(suite, seeds[0], table, thresholds={(1, "res"): 0.5})
+    assert low.choices["high"] == {"1/res": 0.5}
+    with pytest.raises(ValueError, match="cannot merge graphs of"):
+        merged([low, flow_graph(suite, seeds[1], table)])
+
+
+def test_flows_of_several_seeds_share_their_nodes(suite: Suite, table: pd.DataFrame):
+    seeds = [nodes_of(2)[1], nodes_of(13)[0], nodes_of(2)[2]]
+    graph = flow_graph(suite, seeds, table)
+    assert graph.seeds == tuple(seeds)
+    assert sorted(graph.chain["feature"]) == sorted([*nodes_of(2), *nodes_of(13)])
+    assert len(graph.nodes) == 12
+    assert chains(graph) == {seeds[0]: nodes_of(2), seeds[1]: nodes_of(13), seeds[2]: []}
+    alone = [flow_graph(suite, seed, table) for seed in seeds]
+    together = merged(alone)
+    assert together.seeds == graph.seeds
+    assert set(together.nodes["feature"]) == set(graph.nodes["feature"])
+    pairs = [set(zip(g.edges["source"], g.edges["target"], strict=True)) for g in (together, graph)]
+    assert pairs[0] == pairs[1]
+    assert together.nodes["is_seed"].sum() == 3
+    with pytest.raises(ValueError, match="expected one suite and one set of choices"):
+        merged([alone[0], flow_graph(suite, seeds[1], table, t_res=0.5)])
+    with pytest.raises(ValueError, match="cannot merge graphs of none"):
+        merged([])
+
+
+def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
+    # 0/res/0 goes on to 1/res/1, whose own match back is 0/res/1; that one leads to 1/res/0.
+    between = 0.6 * AXES[0] + 0.8 * AXES[1]
+    directions = {"0/res": AXES[:2], "1/res": torch.stack([between, AXES[2]])}
+    directions["2/res"] = between[None]
+    small = bare(directions)
+    table = match_table(small, k=1)
+    seeds = ["0/res/0", "2/res/0"]
+    together = flow_graph(small, seeds, table)
+    apart = merged([flow_graph(small, seed, table) for seed in seeds])
+    assert set(together.nodes["feature"]) == set(apart.nodes["feature"])
+    pairs = [set(zip(g.edges["source"], g.edges["target"], strict=True)) for g in (together, apart)]
+    assert pairs[0] == pairs[1]
+    assert ("0/res/0", "1/res/0") in pairs[0]
+
+
+def test_lifespans_of_residual_dictionaries_alone_begin_at_their_first_layer():
+    small = bare(rising([0.9, 0.8]))
+    found = lifespans(match_table(small, k=1), 0.5)
+    assert found[["layer", "first", "last"]].values.tolist() == [[0, 0, 2], [1, 0, 2], [2, 0, 2]]
+
+
+def test_ancestors_descendants_and_ways_are_those_of_the_chain(suite: Suite, table: pd.DataFrame):
+    nodes = nodes_of(2)
+    graph = flow_graph(suite, nodes[1], table)
+    assert ancestors(graph, nodes[1]) == [nodes[0], "0/mlp/2", "1/mlp/2"]
+    assert descendants(graph, "0/mlp/2") == nodes
+    way = path(graph, "0/mlp/2", nodes[2])
+    assert way["source"].tolist() == ["0/mlp/2", *nodes[:2]]
+    assert way["target"].tolist() == nodes
+    assert way["cosine"].tolist() == pytest.approx([1, 0.8, 0.8])
+    with pytest.raises(
+        ValueError, match=f"no way leads from {nodes[2]} to {nodes[0]} in this graph"
+    ):
+        path(graph, nodes[2], nodes[0])
+    with pytest.raises(ValueError, match="1/res/15 is not in this graph; did you mean"):
+        ancestors(graph, "1/res/15")
+
+
+def test_of_two_ways_the_one_of_higher_cosines_is_taken():
+    first, second = (
+        AXES[:1],
+        torch.stack([0.8 * AXES[0] + 0.6 * AXES[1], 0.5 * AXES[0] + 0.75**0.5 * AXES[2]]),
+    )
+    third = (second[0] + second[1])[None]
+    small = bare({"0/res": first, "1/res": second, "2/res": third / third.norm()})
+    table = match_table(small, k=1)
+    table = pd.concat([table, table])  # both sides' choices are there; give the second as well
+    graph = flow_graph(small, ["2/res/0", "1/res/1"], table.drop_duplicates())
+    assert path(graph, "0/res/0", "2/res/0")["target"].tolist() == ["1/res/0", "2/res/0"]
+
+
+def test_a_turn_is_where_a_module_lies_nearer_than_the_stream(suite: Suite, table: pd.DataFrame):
+    nodes = nodes_of(13)  # s(A) is 1, 0.6 and 0.96 beside s(R) of 0.8
+    low = {(layer, module): 0.5 for layer in range(3) for module in ("res", "mlp", "att")}
+    found = turns(flow_graph(suite, nodes[0], table, thresholds=low))
+    assert found[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
+    high = low | {(2, "att"): 0.97}
+    assert turns(flow_graph(suite, nodes[0], table, thresholds=high)).empty
+
+
+def test_networkx_has_every_node_and_edge_with_its_columns(suite: Suite, table: pd.DataFrame):
+    graph = flow_graph(suite, [nodes_of(2)[1], nodes_of(9)[1]], table)
+    network = to_networkx(graph)
+    assert set(network) == set(graph.nodes["feature"])
+    assert set(network.edges) == set(zip(graph.edges["source"], graph.edges["target"], strict=True))
+    assert network.edges[nodes_of(2)[0], nodes_of(2)[1]]["cosine"] == pytest.approx(0.8)
+    assert network.nodes[nodes_of(2)[1]]["is_seed"]
+    assert network.graph["suite"] == "bare"
+
+
+def test_labels_are_laid_over_the_nodes(suite: Suite, table: pd.DataFrame):
+    nodes = nodes_of(2)
+    labels = pd.DataFrame({"feature": [nodes[0]], "label": ["first"], "label_from": ["mine.csv"]})
+    found = labelled(flow_graph(suite, nodes[1], table), labels).nodes.set_index("feature")
+    assert found.loc[nodes[0], ["label", "label_from"]].tolist() == ["first", "mine.csv"]
+    assert found.loc[nodes[1], ["label", "label_from"]].tolist() == ["", ""]
+
+
+def test_a_graph_is_the_same_after_saving(suite: Suite, table: pd.DataFrame, tmp_path: Path):
+    graph = flow_graph(suite, [nodes_of(2)[1], "1/att/3"], table, t_res=0.5)
+    save_graph(graph, tmp_path / "graph.json")
+    again = load_graph(tmp_path / "graph.json")
+    assert (again.suite, again.seeds, again.choices) == (graph.suite, graph.seeds, graph.choices)
+    pd.testing.assert_frame_equal(again.nodes, graph.nodes, check_dtype=False)
+    pd.testing.assert_frame_equal(again.edges, graph.edges, check_dtype=False)
+    pd.testing.assert_frame_equal(turns(again), turns(graph), check_dtype=False)
+
+
+@pytest.mark.parametrize("slug", ["", "a/b", "a b"])
+def test_a_slug_that_no_address_can_hold_is_refused(suite: Suite, table: pd.DataFrame, slug: str):
+    with pytest.raises(ValueError, match="expected letters, digits and hyphens"):
+        to_attribution_graph(flow_graph(suite, "1/res/1", table), slug)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "holds 'list': expected 'flowhelpers flow graph, version 2'"),
+        ('{"format": "other"}', "holds 'other': expected 'flowhelpers flow graph, version 2'"),
+    ],
+)
+def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, content: str, message: str):
+    (tmp_path / "graph.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_graph(tmp_path / "graph.json")
+
+
+def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame):
+    nodes = nodes_of(2)
+    labels = pd.DataFrame({"feature": nodes, "label": "a\nb", "label_from": "x"})
+    graph = labelled(flow_graph(suite, [nodes[1], nodes_of(9)[1]], table), labels)
+    found = json.loads(json.dumps(to_attribution_graph(graph, "a-flow", "gemma-2-2b")))
+    assert set(found) == {"metadata", "qParams", "nodes", "links"}
+    assert found["metadata"]["slug"] == "a-flow"
+    assert found["metadata"]["scan"] == "gemma-2-2b"
+    ids = {node["node_id"]: node for node in found["nodes"]}
+    assert len(ids) == len(graph.nodes)
+    assert {end for link in found["links"] for end in (link["source"], link["target"])} <= set(ids)
+    assert len(found["links"]) == len(graph.edges)
+    for node in found["nodes"]:
+        layer, index, place = map(int, node["node_id"].split("_"))
+        assert (node["layer"], node["ctx_idx"]) == (str(layer), place)
+        assert found["metadata"]["prompt_tokens"][place] in ("att", "res", "mlp")
+        total = layer + index + 1000 * {1: 0, 2: 1, 0: 2}[place]  # not the number of a res feature
+        assert node["feature"] == total * (total + 1) // 2 + index
+    assert len({node["feature"] for node in found["nodes"]}) == len(found["nodes"])
+    seed = parse_feature(nodes[1])
+    assert ids[f"1_{seed.index}_1"]["clerp"] == "a; b"
+    of_module = flow_graph(suite, "1/mlp/2", table)
+    assert chains(of_module) == {"1/mlp/2": nodes}
+    supernodes = {name: members for name, *members in found["qParams"]["supernodes"]}
+    assert set(supernodes) == set(graph.seeds)
+    assert supernodes[nodes[1]] == [f"{n[0]}_{parse_feature(n).index}_1" for n in nodes]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "options", "message"),
+    [
+        ("1/res/16", {}, "no feature 1/res/16 in bare: 1/res has features 0 to 15"),
+        ("7/res/1", {}, "no layer 7 in suite bare: it has layers 0 to 2"),
+        ("x", {}, "'x' is not a feature"),
+        ([], {}, "no seed given"),
+        ("1/res/1", {"t_res": 1.5}, "threshold 1.5 for t_res: expected a cosine, from -1 to 1"),
+        ("1/res/1", {"t_mlp": -2.0}, "threshold -2.0 for t_mlp"),
+        ("1/res/1", {"t_att": float("nan")}, "threshold nan for t_att"),
+        ("1/res/1", {"top_n": 0}, "top_n=0: expected 1 to 3"),
+        ("1/res/1", {"thresholds": {(9, "res"): 0.5}}, r"a threshold for \(9, 'res'\): expected"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    suite: Suite, table: pd.DataFrame, seeds: Any, options: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        flow_graph(suite, seeds, table, **options)
+
+
+# The whole model.
+
+
+def long_chain() -> Suite:
+    """Eight layers, in each a chain, its decoys, and what is born and what dies there.
+
+    Feature 0 of layer 0 lives through all layers; one that an MLP writes is born at layer 2 and
+    ends at 5; decoys are copies of the first chain's features that lie a little further off.
+    """
+    axes = torch.eye(64)
+    directions: dict[Site, Tensor] = {}
+    first, second = axes[0], axes[20]
+    for layer in range(8):
+        rows = [axes[40 + layer], axes[50 + layer]]  # born and dead in this layer
+        mlp = [axes[30 + layer]]
+        if layer:
+            first = 0.9 * first + 0.19**0.5 * axes[layer]
+        rows.append(0.97 * first + (1 - 0.97**2) ** 0.5 * axes[10 + layer])  # a decoy
+        rows.append(first)
+        if 2 <= layer <= 5:
+            second = axes[20] if layer == 2 else 0.8 * second + 0.6 * axes[20 + layer]
+            rows.append(second)
+        if layer == 2:
+            mlp.append(0.7 * axes[20] + 0.51**0.5 * axes[63])
+        directions[Site(layer, "res")] = torch.stack(rows)
+        directions[Site(layer, "mlp")] = torch.stack(mlp)
+    return toys.bare_suite(directions, layers=8)
+
+
+def test_lifespans_of_planted_chains_come_out_exactly():
+    suite = long_chain()
+    table = match_table(suite, k=1)
+    found = lifespans(table, 0.5).set_index(["layer", "feature"])
+    for layer in range(8):
+        assert found.loc[(layer, 0), ["first", "last", "layers"]].tolist() == [layer, layer, 1]
+        assert found.loc[(layer, 3), ["first", "last", "layers"]].tolist() == [0, 7, 8]
+        graph = flow_graph(suite, f"{layer}/res/3", table)
+        assert graph.chain["feature"].tolist() == [f"{at}/res/3" for at in range(8)]
+        assert lifespan(graph, f"{layer}/res/3", 0.5) == (0, 7)
+        # A decoy goes back to the chain's feature, as that lies nearer than the decoy before it.
+        decoy = flow_graph(suite, f"{layer}/res/2", table, forward=False)
+        assert decoy.chain["feature"].tolist() == [
+            *(f"{at}/res/3" for at in range(layer)),
+            f"{layer}/res/2",
+        ]
+    for layer in range(2, 6):
+        assert found.loc[(layer, 4), ["first", "last"]].tolist() == [2, 5]
+    strict = lifespans(table, 0.95)
+    assert strict.set_index(["layer", "feature"]).loc[(4, 3), "layers"] == 1
+    mutual = lifespans(table, 0.5, mutual=True).set_index(["layer", "feature"])
+    assert mutual.loc[(4, 3), ["first", "last"]].tolist() == [0, 7]
+    assert mutual.loc[(4, 2), ["first", "last"]].tolist() == [4, 4]
+    with pytest.raises(ValueError, match="threshold 2 for t_res: expected a cosine"):
+        lifespans(table, 2)
+
+
+def busy_chain() -> Suite:
+    """Eight layers with a chain and its exact copy; layer 6 processes it, and one is born at 4.
+
+    Features 0 and 1 are the same direction everywhere. At layer 6 the MLP writes it as well.
+    Feature 2 is written by attention at layer 4, where the MLP writes it too, but not enough.
+    """
+    axes = torch.eye(64)
+    directions: dict[Site, Tensor] = {}
+    first, second = axes[0], axes[20]
+    for layer in range(8):
+        rows, mlp, att = [first] * 2, [axes[30 + layer]], [axes[40 + layer]]
+        if layer >= 4:
+            rows.append(second)
+        if layer == 4:
+            att.append(0.6 * second + 0.8 * axes[61])
+            mlp.append(0.65 * second + (1 - 0.65**2) ** 0.5 * axes[62])
+        if layer == 6:
+            mlp.append(0.7 * first + 0.51**0.5 * axes[63])
+        for module, directions_there in (("res", rows), ("mlp", mlp), ("att", att)):
+            directions[Site(layer, module)] = torch.stack(directions_there)
+        first = 0.9 * first + 0.19**0.5 * axes[layer + 1]
+        second = 0.8 * second + 0.6 * axes[21 + layer]
+    return toys.bare_suite(directions, layers=8)
+
+
+HIGH = {(layer, name): 0.5 for layer in range(8) for name in ("res", "mlp", "att")}
+HIGH |= {(4, "mlp"): 0.7}  # where attention, though less near, is the one that is high
+
+
+def test_every_class_of_planted_features_comes_out_exactly():
+    table = match_table(busy_chain(), k=1)
+    found = classify(scores(table), HIGH).set_index(["layer", "feature"])["class"].unstack()
+    chain = ["unexplained", *["translated"] * 5, "processed", "translated"]
+    assert found[0].tolist() == chain
+    assert found[1].tolist() == chain
+    assert found[2].dropna().to_dict() == {
+        **{4: "newborn", 5: "translated", 6: "translated", 7: "translated"}
+    }
+
+
+def test_of_exact_copies_the_lowest_index_is_the_predecessor():
+    suite = busy_chain()
+    graph = flow_graph(suite, "7/res/1", match_table(suite, k=1))
+    assert graph.chain["feature"].tolist() == [*(f"{at}/res/0" for at in range(7)), "7/res/1"]
+    assert graph.edges.query("module == 'res'")["margin"].tolist() == pytest.approx([0] * 7)
+    forward = flow_graph(suite, "0/res/1", match_table(suite, k=1))
+    assert forward.chain["feature"].tolist() == ["0/res/1", *(f"{at}/res/0" for at in range(1, 8))]
+
+
+def test_a_birth_is_by_the_module_whose_score_is_high(monkeypatch: pytest.MonkeyPatch):
+    suite = busy_chain()
+    table = match_table(suite, k=1)
+    graph = flow_graph(suite, "6/res/2", table, thresholds=HIGH)
+    born = graph.chain.set_index("feature").loc["4/res/2"]
+    assert born["class"] == "newborn"
+    assert born["s_mlp"] > born["s_att"]
+    assert turns(graph)[["feature", "turned_by"]].values.tolist() == [["4/res/2", "att"]]
+    limits = pd.Series(HIGH)[pd.MultiIndex.from_frame(table[["layer", "module"]].astype(object))]
+    by_layer = flow_by_layer(table.assign(null=limits.to_numpy())).set_index("layer")
+    assert by_layer["born_att"].tolist() == pytest.approx([0, 0, 0, 0, 1 / 3, 0, 0, 0])
+    assert by_layer["born_mlp"].tolist() == [0] * 8
+    assert by_layer["processed"].tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 2 / 3, 0])
+
+
+def test_a_seed_at_a_layer_that_the_table_lacks_is_refused(suite: Suite):
+    part = match_table(suite, k=3, layers=[0])
+    with pytest.raises(ValueError, match="the match table has nothing at layer 2, of 2/res/1"):
+        flow_graph(suite, "2/res/1", part)
+
+
+def test_a_table_of_chosen_layers_says_nothing_of_the_others(suite: Suite):
+    found = flow_by_layer(match_table(suite, k=1, layers=[0, 2])).set_index("layer")
+    assert found["dies"].notna().to_dict() == {0: False, 1: True, 2: False}
+
+
+def test_a_suite_of_the_stream_alone_has_its_first_layer_too():
+    suite = bare({"0/res": AXES[:3], "1/res": AXES[[0, 1, 9]]}, layers=2)
+    found = flow_by_layer(match_table(suite, k=1).assign(null=np.float32(0.5))).set_index("layer")
+    assert found["features"].to_dict() == {0: 3, 1: 3}
+    assert found["dies"][0] == pytest.approx(1 / 3)
+    assert found["translated"].tolist() == pytest.approx([0, 2 / 3])
+
+
+def test_a_layer_that_nothing_leads_on_from_dies_whole():
+    suite = bare({"0/res": AXES[:2], "1/res": AXES[2:4], "2/res": AXES[2:4]})
+    assert flow_by_layer(match_table(suite, k=1))["dies"].tolist()[:2] == [1, 0]
+    broken = bare({"0/res": AXES[:2], "0/mlp": AXES[:2], "1/res": AXES[2:4]}, layers=2)
+    dies = flow_by_layer(match_table(broken, k=1)).set_index("layer")["dies"]
+    assert dies[0] == 1
+    assert np.isnan(dies[1])
+
+
+def test_births_deaths_and_funnels_of_planted_chains_come_out_exactly():
+    table = match_table(long_chain(), k=1).assign(null=np.float32(0.5))
+    found = flow_by_layer(table).set_index("layer")
+    assert found["features"].tolist() == [4, 4, 5, 5, 5, 5, 4, 4]
+    # At layer 2 feature 4 is born from the MLP; features 0 and 1 of each layer come from nowhere.
+    assert found["newborn"].tolist() == pytest.approx([0, 0, 0.2, 0, 0, 0, 0, 0])
+    assert found["born_mlp"].tolist() == pytest.approx([0, 0, 0.2, 0, 0, 0, 0, 0])
+    assert found["born_att"].tolist() == [0] * 8
+    assert found["unexplained"].tolist() == pytest.approx([1, 0.5, 0.4, 0.4, 0.4, 0.4, 0.5, 0.5])
+    assert found["translated"].tolist() == pytest.approx([0, 0.5, 0.4, 0.6, 0.6, 0.6, 0.5, 0.5])
+    # Two features of each layer die there, and at layer 5 the second chain does as well.
+    assert found["dies"].tolist()[:7] == pytest.approx([0.5, 0.5, 0.4, 0.4, 0.4, 0.6, 0.5])
+    assert np.isnan(found["dies"].iloc[7])
+    # The chain's feature and its decoy both go back to the chain's feature of the layer before.
+    assert found["largest_funnel"].tolist()[1:] == [2] * 7
+    assert found["mutual"].tolist()[1:] == pytest.approx([0.25, 0.2, 0.4, 0.4, 0.4, 0.25, 0.25])

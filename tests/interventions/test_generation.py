@@ -1,0 +1,206 @@
+"""Sampling: seeds, the nucleus, the cache, and where edits act."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import toys
+from torch import Tensor
+from transformers import Gemma3ForCausalLM
+
+from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.interventions import edits, generation
+from flowhelpers.interventions.generation import NotFiniteError, generate, prompt_ids, sample_tokens
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.model import Edit, Model, final_norm, tokenize
+
+PROMPT = "The cat sat"
+
+
+def test_the_same_seed_gives_the_same_text_and_another_does_not(toy: Model):
+    first = generate(toy, PROMPT, 8, samples=3, seed=1)
+    assert generate(toy, PROMPT, 8, samples=3, seed=1) == first
+    assert generate(toy, PROMPT, 8, samples=3, seed=2) != first
+    assert len(set(first)) == 3
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(toy: Model):
+    many = generate(toy, PROMPT, 8, samples=5, seed=3)
+    assert generate(toy, PROMPT, 8, samples=1, seed=3) == many[:1]
+    assert generate(toy, PROMPT, 8, samples=3, seed=3) == many[:3]
+
+
+def test_a_small_nucleus_or_temperature_takes_the_likeliest_token(
+    toy: Model, plain_toy: Gemma3ForCausalLM
+):
+    ids = tokenize(toy, PROMPT).ids
+    start = ids.shape[1]
+    with torch.no_grad():
+        for _ in range(6):
+            ids = torch.cat([ids, plain_toy(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+    greedy = toy.tokenizer.decode(ids[0, start:].tolist())
+    assert "<" not in greedy  # no special token, which would end or vanish from the text
+    assert generate(toy, PROMPT, 6, samples=2, top_p=1e-6) == [greedy, greedy]
+    assert generate(toy, PROMPT, 6, samples=2, temperature=1e-4) == [greedy, greedy]
+
+
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
+    chances = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2]])
+    for top_p, kept in ((0.39, [1]), (0.41, [1, 3]), (0.66, [1, 3, 4]), (1.0, [0, 1, 2, 3, 4])):
+        found = torch.from_numpy(generation._nucleus(chances.log(), top_p))
+        expected = torch.zeros(1, 5)
+        expected[:, kept] = chances[:, kept]
+        assert torch.allclose(found, expected, atol=1e-6), top_p
+
+
+def test_tokens_are_drawn_as_often_as_their_chances_say():
+    chances = np.array([[0.0, 0.3, 0.0, 0.1, 0.2, 0.0]])
+    for uniform, expected in (
+        (0.0, 1),
+        (0.499, 1),
+        (0.501, 3),
+        (0.66, 3),
+        (0.67, 4),
+        (1 - 1e-7, 4),
+    ):
+        found = generation._drawn(chances, np.array([uniform], dtype=np.float32))
+        assert found.tolist() == [[expected]], uniform
+    uniform = np.random.default_rng(0).random(20_000).astype(np.float32)
+    drawn = generation._drawn(chances.repeat(len(uniform), axis=0), uniform)[:, 0]
+    shares = np.bincount(drawn, minlength=6) / len(uniform)
+    assert np.allclose(shares, chances[0] / 0.6, atol=0.01)
+
+
+def test_an_edit_reaches_every_generated_token(toy: Model):
+    site = Site(2, "res")
+    vector = toy.unembedding[:, 200].clone()
+    target = int((final_norm(toy, vector) @ toy.unembedding).argmax())
+    pushed = edits.add(site, vector, 1e4)
+    texts = generate(toy, PROMPT, 5, samples=2, top_p=1e-6, edits=[pushed])
+    assert texts == [toy.tokenizer.decode([target] * 5)] * 2
+    assert generate(toy, PROMPT, 5, edits=[edits.add(site, vector, 0.0)]) == generate(
+        toy, PROMPT, 5
+    )
+
+
+def test_a_text_ends_at_eos_and_nothing_is_sampled_after(
+    toy: Model, monkeypatch: pytest.MonkeyPatch
+):
+    eos = toy.tokenizer.eos_token_id
+    planned = iter([(200, 210), (201, eos), (eos, 220)])
+
+    def fixed(logits: Tensor, top_p: float) -> np.ndarray:
+        chosen = torch.tensor(next(planned))
+        return torch.nn.functional.one_hot(chosen, logits.shape[1]).float().numpy()
+
+    monkeypatch.setattr(generation, "_nucleus", fixed)
+    assert generate(toy, PROMPT, 9, samples=2) == [
+        toy.tokenizer.decode([200, 201]),
+        toy.tokenizer.decode([210]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0.0},
+        {"temperature": -1.0},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"max_new_tokens": 0},
+    ],
+)
+def test_settings_out_of_range_are_named(toy: Model, wrong: dict[str, float]):
+    (name, value), = wrong.items()  # fmt: skip
+    settings: dict[str, Any] = {"max_new_tokens": 2} | wrong
+    with pytest.raises(ValueError, match=f"{name}={value}.*expected temperature > 0, 0 < top_p"):
+        generate(toy, PROMPT, **settings)
+
+
+PHASES = [("prompt", "generation"), ("prompt",), ("generation",)]
+
+
+@pytest.mark.parametrize("phases", PHASES)
+@pytest.mark.parametrize("spare_bos", [False, True])
+def test_with_and_without_the_cache_the_same_tokens(
+    planted: Suite, phases: tuple[str, ...], spare_bos: bool
+):
+    toy = planted.model
+    dictionary = planted.dictionary("1/res")
+    live = edits.rescale(dictionary, [FeatureId(1, "res", i) for i in range(8)], -3.0)
+    push = edits.add(Site(0, "mlp"), dictionary.directions[3], 4.0)
+    ids = tokenize(toy, PROMPT).ids.expand(3, -1)
+    settings: dict[str, Any] = {"phases": phases, "spare_bos": spare_bos, "top_p": 0.8}
+    found = [
+        sample_tokens(toy, ids, [1, 2, 3], 12, edits=[live, push], cache=cache, **settings)
+        for cache in (True, False)
+    ]
+    assert torch.equal(*found)
+    plain = sample_tokens(toy, ids, [1, 2, 3], 12, top_p=0.8)
+    assert not torch.equal(found[0], plain)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_edits_act_in_the_phases_asked_for_and_nowhere_else(toy: Model, cache: bool):
+    ids = tokenize(toy, PROMPT).ids
+    n, seen = ids.shape[1], []
+
+    def watch(activations: Tensor) -> Tensor:
+        seen.append(activations.shape[1])
+        return activations
+
+    watched = [Edit(Site(1, "res"), watch)]
+    expected = {
+        PHASES[0]: [n, 1, 1] if cache else [n, n + 1, n + 2],
+        PHASES[1]: [n] if cache else [n, n, n],
+        PHASES[2]: [1, 1] if cache else [1, 2],
+    }
+    for phases, lengths in expected.items():
+        seen.clear()
+        sample_tokens(toy, ids, [0], 3, edits=watched, phases=phases, cache=cache)
+        assert seen == lengths
+    seen.clear()
+    sample_tokens(toy, ids, [0], 3, edits=watched, spare_bos=True, cache=cache)
+    assert seen == ([n - 1, 1, 1] if cache else [n - 1, n, n + 1])
+
+
+def test_each_row_has_its_own_edit_and_its_own_stream(toy: Model):
+    site, ids = Site(2, "res"), tokenize(toy, PROMPT).ids
+    vector = 1e4 * toy.unembedding[:, 200]
+    target = int((final_norm(toy, toy.unembedding[:, 200]) @ toy.unembedding).argmax())
+    push = edits.add_rows(site, torch.tensor([1]), vector[None])
+    both = sample_tokens(toy, ids.expand(2, -1), [5, 5], 6, top_p=1e-6, edits=[push])
+    alone = sample_tokens(toy, ids, [5], 6, top_p=1e-6)
+    assert torch.equal(both[:1], alone)
+    assert both[1, ids.shape[1] :].tolist() == [target] * 6
+
+
+def test_logits_that_are_not_finite_stop_it_by_row(toy: Model):
+    ids = tokenize(toy, PROMPT).ids.expand(3, -1)
+    calls = []
+
+    def burst(activations: Tensor) -> Tensor:
+        calls.append(1)
+        changed = activations.clone()
+        if len(calls) == 3:
+            changed[1] = torch.inf
+        return changed
+
+    with pytest.raises(NotFiniteError, match="at new token 3 in rows 1") as caught:
+        sample_tokens(toy, ids, [0, 1, 2], 5, edits=[Edit(Site(1, "res"), burst)])
+    assert caught.value.rows == (1,)
+
+
+def test_prompts_that_cannot_be_are_refused(toy: Model):
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        generate(toy, "")
+    with pytest.raises(ValueError, match=rf"and 60 new ones: .* has a context of {toys.CONTEXT}"):
+        prompt_ids(toy, "the cat sat on the mat", 60)
+    with pytest.raises(ValueError, match="samples=0: expected 1 or more"):
+        generate(toy, PROMPT, samples=0)
+    ids = tokenize(toy, PROMPT).ids
+    with pytest.raises(ValueError, match="2 seeds for 1 rows"):
+        sample_tokens(toy, ids, [1, 2])
+    with pytest.raises(ValueError, match="unknown phase 'promt'; did you mean 'prompt'"):
+        sample_tokens(toy, ids, [1], phases=["promt"])

@@ -1,0 +1,507 @@
+"""Many edits in a batch give what one at a time gives, and bad input never gives a number."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import adder
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toys
+from torch import Tensor
+
+from flowhelpers.activations.collect import FeatureActivations, collect_tokens
+from flowhelpers.core.features import MODULES, FeatureId, Site
+from flowhelpers.interventions import batched as interventions
+from flowhelpers.interventions.batched import intervene, rows_at_once
+from flowhelpers.interventions.edits import add, add_rows, rescale
+from flowhelpers.matching.table import predecessor_site
+from flowhelpers.suites.load import Suite, load_suite
+from flowhelpers.suites.model import (
+    Edit,
+    Model,
+    Tokens,
+    load_model,
+    logits_of,
+    read_prefix,
+    run,
+    tokenize,
+)
+from flowhelpers.suites.registry import SuiteRow
+
+TEXTS = [
+    "At night the astronomers watched the stars and wrote down what they saw.",
+    "The cook put the bread into the oven, and the whole house smelt of it.",
+    "If a number is even, then half of it is a number too; call it n.",
+]
+
+
+@pytest.fixture(scope="module")
+def flowlet() -> SimpleNamespace:
+    suite = load_suite("flowlet")
+    tokens = tokenize(suite.model, TEXTS)
+    return SimpleNamespace(suite=suite, tokens=tokens, activations=collect_tokens(suite, tokens))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return adder.world(tmp_path_factory.mktemp("adder"))
+
+
+def cases_of(*rows: tuple[int, int, int]) -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["text", "position", "layer"])
+
+
+def edits_of(*rows: tuple[int, str, int, float], size: str = "amount") -> pd.DataFrame:
+    return pd.DataFrame(rows, columns=["case", "module", "feature", size])
+
+
+def random_cases(
+    suite: Suite, activations: FeatureActivations, n: int, seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Cases at all layers; each rescales active features at one to three of its places."""
+    rng = np.random.default_rng(seed)
+    cases, edits = [], []
+    while len(cases) < n:
+        row = int(rng.integers(len(activations.tokens)))
+        layer = int(rng.integers(1, suite.layers))
+        mine = []
+        for module in rng.permutation(MODULES)[: rng.integers(1, 4)]:
+            codes = activations.by_site[predecessor_site(layer, str(module))][row]
+            if codes.nnz:
+                at = int(rng.integers(codes.nnz))
+                r = float(rng.choice([-2, -1, 0, 0.5, 2, 3]))
+                amount = (r - 1) * float(codes.data[at])
+                mine.append((len(cases), str(module), int(codes.indices[at]), amount))
+        if mine:
+            token = activations.tokens.iloc[row]
+            cases.append((int(token["text"]), int(token["position"]), layer))
+            edits += mine
+    return cases_of(*cases), edits_of(*edits)
+
+
+def one_at_a_time(
+    suite: Suite, tokens: Tokens, case: Any, edits: pd.DataFrame
+) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
+    """Features at the edited token and the loss at every token, from a pass over the whole text."""
+    end = 1 + int(tokens.is_text[case.text].nonzero().max())
+    ids = tokens.ids[case.text : case.text + 1, :end]
+    changes = []
+    for edit in edits.itertuples():
+        site = predecessor_site(case.layer, edit.module)
+        dictionary = suite.dictionary(site)
+        vector = dictionary.sae.W_dec[edit.feature]
+        changes.append(add(dictionary.reads, vector, edit.amount, [case.position]))
+    places = {(0, "res"): Site(case.layer, "res"), (0, "mlp"): Site(case.layer, "mlp")}
+    logits, read = run(suite.model, ids, places.values(), changes)
+    assert logits is not None
+    codes = {
+        place: suite.dictionary(site).encode(read[site][0, case.position])
+        for place, site in places.items()
+    }
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
+    return codes, loss
+
+
+def test_a_batch_gives_what_one_at_a_time_gives(flowlet: SimpleNamespace):
+    suite, tokens = flowlet.suite, flowlet.tokens
+    cases, edits = random_cases(suite, flowlet.activations, 200)
+    assert set(edits["module"]) == set(MODULES)
+    assert (edits["amount"] > 0).any()
+    assert (edits["amount"] < 0).any()
+    places = [(0, "res"), (0, "mlp")]
+    outcome = intervene(suite, tokens, cases, edits, places, loss=True)
+    losses = outcome.losses
+    assert losses is not None
+    moved = 0
+    for i, case in enumerate(cases.itertuples()):
+        codes, loss = one_at_a_time(suite, tokens, case, edits[edits["case"] == i])
+        clean, clean_loss = one_at_a_time(suite, tokens, case, edits[:0])
+        for place in places:
+            after = outcome.after[place][outcome.row[i]].toarray()[0]
+            before = outcome.before[place][outcome.token[i]].toarray()[0]
+            assert after == pytest.approx(codes[place].numpy(), abs=1e-5, rel=1e-5)
+            assert before == pytest.approx(clean[place].numpy(), abs=1e-5, rel=1e-5)
+            moved += bool(np.abs(after - before).max() > 1e-3)
+        assert losses["loss_after"][i] == pytest.approx(float(loss.mean()), abs=1e-5)
+        assert losses["loss_before"][i] == pytest.approx(float(clean_loss.mean()), abs=1e-5)
+        if case.position < len(loss):
+            own = float(loss[case.position])
+            assert losses["token_loss_after"][i] == pytest.approx(own, abs=1e-5)
+        else:
+            assert np.isnan(losses["token_loss_after"][i])
+    assert moved > 200  # at R_L an edit shows always, at M_L where it came before
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 64])
+def test_how_many_go_at_once_changes_no_number(flowlet: SimpleNamespace, at_once: int):
+    cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=1)
+    cases[["text", "position"]] = (1, 7)  # so that a batch is full
+    known = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
+    found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True, at_once=at_once)
+    assert np.abs((known.after[0, "res"] - found.after[0, "res"]).toarray()).max() < 1e-5
+    assert np.abs((known.before[0, "res"] - found.before[0, "res"]).toarray()).max() < 1e-5
+    assert known.losses is not None
+    assert found.losses is not None
+    assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
+
+
+def test_layers_apart_and_together_give_the_same(
+    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    # Where dictionaries are read on demand, a pass serves one layer; else all at the same token.
+    cases, edits = random_cases(flowlet.suite, flowlet.activations, 60, seed=4)
+    cases["position"] = 6
+    apart = replace(flowlet.suite, dictionaries=MappingProxyType(dict(flowlet.suite.dictionaries)))
+    places, passes, outcomes = [(0, "res"), (-1, "res"), (0, "res")], [], []
+
+    def watched(*given: Any) -> Any:
+        passes.append(given[4])
+        return run(*given)
+
+    monkeypatch.setattr(interventions, "run", watched)
+    for suite in (flowlet.suite, apart):
+        outcomes.append(intervene(suite, flowlet.tokens, cases, edits, places, at_once=9))
+        passes.append(None)
+    together, each = outcomes
+    first = passes.index(None)
+    assert first < len(passes) - first - 2
+    for place in places:
+        for name in ("before", "after"):
+            rows = "token" if name == "before" else "row"
+            one, other = (
+                getattr(o, name)[place][getattr(o, rows)].toarray() for o in (together, each)
+            )
+            assert one == pytest.approx(other, abs=1e-5, rel=1e-5)
+
+
+def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace):
+    cases = cases_of((0, 3, 1), (0, 3, 1), (0, 3, 1), (0, 4, 1), (1, 3, 1))
+    edits = edits_of(
+        (0, "res", 1, -1.0), (0, "mlp", 1, -2.0), (1, "mlp", 1, -2.0), (1, "res", 1, -1.0),
+        (2, "res", 1, -1.0), (3, "res", 1, -1.0), (4, "res", 1, -1.0),
+    )  # fmt: skip
+    outcome = intervene(world.suite, world.tokens, cases, edits)
+    assert outcome.row.tolist() == [0, 0, 1, 2, 3]
+    assert outcome.token.tolist() == [0, 0, 0, 1, 2]
+    assert outcome.after[0, "res"].shape[0] == 4
+    assert outcome.before[0, "res"].shape[0] == 3
+
+
+def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace):
+    # With r = 0 at R_{L-1} the MLP answers, so that its own activation is no longer the clean one.
+    suite, tokens, read = flowlet.suite, flowlet.tokens, flowlet.activations
+    layer, token = 4, read.tokens.iloc[12]
+    res, mlp = read.by_site[Site(3, "res")][12], read.by_site[Site(4, "mlp")][12]
+    first, second = (int(codes.indices[codes.data.argmax()]) for codes in (res, mlp))
+    cases = cases_of((int(token["text"]), int(token["position"]), layer))
+    edits = edits_of((0, "res", first, -2.0), (0, "mlp", second, 0.0), size="r")
+    outcome = intervene(suite, tokens, cases, edits, [(0, "res"), (0, "mlp")])
+    end = 1 + int(tokens.is_text[token["text"]].nonzero().max())
+    changes = [
+        rescale(
+            suite.dictionary(site),
+            [FeatureId(site.layer, site.module, index)],
+            r,
+            [int(token["position"])],
+        )
+        for site, index, r in ((Site(3, "res"), first, -2.0), (Site(4, "mlp"), second, 0.0))
+    ]
+    ids = tokens.ids[token["text"] : token["text"] + 1, :end]
+    _, found = run(suite.model, ids, [Site(4, "res"), Site(4, "mlp")], changes)
+    for place in ((0, "res"), (0, "mlp")):
+        expected = suite.dictionary(Site(4, place[1])).encode(
+            found[Site(4, place[1])][0, int(token["position"])]
+        )
+        assert outcome.after[place].toarray()[0] == pytest.approx(
+            expected.numpy(), abs=1e-5, rel=1e-5
+        )
+    clean = edits_of(
+        (0, "res", first, -3.0 * float(res.data.max())),
+        (0, "mlp", second, -float(mlp.data.max())),
+    )
+    other = intervene(suite, tokens, cases, clean, [(0, "res"), (0, "mlp")])
+    assert np.abs((other.after[0, "mlp"] - outcome.after[0, "mlp"]).toarray()).max() > 1e-3
+
+
+def test_dictionaries_at_z_are_edited_and_read_there(toy: Model, planted: Suite):
+    at_z = toys.dictionary_at_z(toy)
+    suite = Suite(planted.row, toy, {**planted.dictionaries, Site(1, "att"): at_z})
+    tokens = tokenize(toy, toys.TEXTS[:2])
+    read = collect_tokens(suite, tokens, [Site(1, "att")])
+    codes = read.by_site[Site(1, "att")].tocoo()
+    row, index, activation = int(codes.row[0]), int(codes.col[0]), float(codes.data[0])
+    text, position = (int(read.tokens[c][row]) for c in ("text", "position"))
+    cases, edits = cases_of((text, position, 1)), edits_of((0, "att", index, -activation))
+    places = [(-1, "res"), (0, "att"), (0, "mlp"), (0, "res")]
+    outcome = intervene(suite, tokens, cases, edits, places)
+    edit = rescale(at_z, [FeatureId(1, "att", index)], 0.0, [position])
+    end = 1 + int(tokens.is_text[text].nonzero().max())
+    sites = {place: Site(1 + place[0], place[1]) for place in places}
+    wanted = [suite.dictionary(site).reads for site in sites.values()]
+    _, found = run(toy, tokens.ids[text : text + 1, :end], wanted, [edit])
+    for place, site in sites.items():
+        dictionary = suite.dictionary(site)
+        expected = dictionary.encode(found[dictionary.reads][0, position]).numpy()
+        assert outcome.after[place].toarray()[0] == pytest.approx(expected, abs=1e-5)
+    before, after = outcome.before[0, "att"].toarray(), outcome.after[0, "att"].toarray()
+    assert before[0, index] == pytest.approx(activation, abs=1e-5)
+    assert np.abs(before - after).max() > 1e-2
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_comes_before_an_edit_stays_as_it_was(flowlet: SimpleNamespace, module: str):
+    # Trap 14: after an edit at M_L, A_L and R_{L-1} are as they were at that token.
+    cases, edits = random_cases(flowlet.suite, flowlet.activations, 60, seed=2)
+    edits = edits[edits["module"] == module]
+    cases = cases.iloc[edits["case"]].reset_index(drop=True)
+    edits = edits.assign(case=range(len(edits)))
+    places = {"res": (-1, "res"), "att": (0, "att"), "mlp": (0, "mlp"), "target": (0, "res")}
+    outcome = intervene(flowlet.suite, flowlet.tokens, cases, edits, list(places.values()))
+    order = list(places)
+    for name, place in places.items():
+        before = outcome.before[place][outcome.token].toarray()
+        after = outcome.after[place][outcome.row].toarray()
+        moved = np.abs(before - after).max(axis=1) > 1e-4
+        if order.index(name) < order.index(module):
+            assert not moved.any()
+        else:
+            assert moved.mean() > 0.5
+
+
+def test_an_edit_that_reaches_an_earlier_site_is_an_error(
+    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    def misplaced(site: Site, rows: Tensor, vectors: Tensor, position: int) -> Edit:
+        earlier = Site(1, "att") if site.module == "mlp" else site
+        made = add_rows(earlier, rows, vectors, position)
+        return Edit(earlier, made.change)
+
+    monkeypatch.setattr(interventions, "add_rows", misplaced)
+    cases = cases_of((0, 3, 1), (0, 3, 1))
+    edits = edits_of((0, "mlp", 1, -1.0), (1, "res", 1, -1.0))
+    for read in ([(0, "att"), (0, "res")], [(0, "res")]):  # whether it is asked for or not
+        with pytest.raises(RuntimeError, match="an edit changed 1/att, which lies before it, by"):
+            intervene(world.suite, world.tokens, cases, edits, read)
+
+
+def test_what_counts_as_changed_depends_on_the_type():
+    clean = torch.ones(1, 1, 8)
+    moved = clean * torch.tensor([1.0, 1.001])[:, None, None]
+    with pytest.raises(RuntimeError, match="an edit changed 1/att"):
+        interventions._check_order(Site(1, "att"), moved, clean)
+    interventions._check_order(Site(1, "att"), moved.bfloat16(), clean.bfloat16())
+    interventions._check_order(Site(1, "att"), moved[:0], clean)
+
+
+def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    passes = []
+
+    def watched(*given: Any) -> Any:
+        passes.append((given[1].shape, given[4], len(given[5])))
+        return run(*given)
+
+    monkeypatch.setattr(interventions, "run", watched)
+    cases = cases_of((0, 5, 2), (0, 5, 2), (0, 8, 6))
+    edits = edits_of((0, "res", 3, 1.0), (1, "mlp", 3, 1.0), (2, "att", 3, 1.0))
+    intervene(flowlet.suite, flowlet.tokens, cases, edits)
+    assert passes == [((3, 1), 2, 5), ((2, 1), 6, 8)]
+    passes.clear()
+    intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
+    length = int(flowlet.tokens.is_text[0].sum()) + 1
+    assert passes == [((3, length - 5), None, 5), ((2, length - 8), None, 8)]
+
+
+def test_memory_that_runs_out_halves_the_batch_and_goes_on(
+    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=3)
+    cases[["text", "position", "layer"]] = (1, 7, 4)
+    known = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
+    sizes = []
+
+    def small(model: Model, ids: Tensor, *rest: Any) -> Any:
+        sizes.append(len(ids) - 1)
+        if len(ids) > 12:
+            raise torch.OutOfMemoryError("no room")
+        return run(model, ids, *rest)
+
+    monkeypatch.setattr(interventions, "run", small)
+    with pytest.warns(UserWarning, match="ran out of memory with 20 interventions .* with 10"):
+        found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
+    n = known.after[0, "res"].shape[0]
+    assert sizes[:4] == [n, n // 2, n // 4, n // 4]
+    assert np.abs((known.after[0, "res"] - found.after[0, "res"]).toarray()).max() < 1e-5
+    assert known.losses is not None
+    assert found.losses is not None
+    assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
+
+    monkeypatch.setattr(interventions, "run", run)
+    whole = interventions.token_losses
+
+    def short(logits: Tensor, ids: Tensor) -> Tensor:  # with the logits there, the loss finds none
+        if len(ids) > 12:
+            raise torch.OutOfMemoryError("no room")
+        return whole(logits, ids)
+
+    monkeypatch.setattr(interventions, "token_losses", short)
+    with pytest.warns(UserWarning, match="ran out of memory with 20 interventions .* with 10"):
+        again = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
+    assert again.losses is not None
+    assert known.losses.to_numpy() == pytest.approx(again.losses.to_numpy(), abs=1e-5)
+
+    def none(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(interventions, "run", none)
+    with (
+        pytest.warns(UserWarning, match="ran out of memory"),
+        pytest.raises(MemoryError, match="not even one intervention"),
+    ):
+        intervene(flowlet.suite, flowlet.tokens, cases, edits)
+
+
+def test_the_size_of_a_batch_follows_memory(
+    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    model = flowlet.suite.model
+    _, prefix = read_prefix(model, flowlet.tokens.ids[:1])
+    sizes = {}
+    for room in (2**20, 2**24, 2**40):
+        monkeypatch.setattr(interventions, "free_memory", lambda device, room=room: room)
+        sizes[room] = [rows_at_once(model, prefix, 5, 9, loss) for loss in (False, True)]
+    assert sizes[2**20] == [1, 1]
+    assert 1 < sizes[2**24][0] < 1024
+    assert sizes[2**24][1] < sizes[2**24][0]
+    assert sizes[2**40][0] == 1024
+    assert sizes[2**24][0] <= 2**23 // (9 * model.d_model * interventions.PASS_TENSORS * 4)
+    monkeypatch.setattr(interventions, "free_memory", lambda device: 2**24)
+    wide = rows_at_once(model, prefix, 5, 9, False, 65536)
+    assert wide == 2**23 // (2**23 // sizes[2**24][0] + 65536 * 16) < sizes[2**24][0]
+
+
+@pytest.mark.parametrize(
+    ("cases", "edits", "read", "message"),
+    [
+        ([(0, 0, 1)], [(0, "res", 1, 1.0)], (0, "res"), "position 0 of text 0 is BOS"),
+        ([(0, 20, 1)], [(0, "res", 1, 1.0)], (0, "res"), "20 lies outside text 0, which has 20"),
+        ([(2, 15, 1)], [(0, "res", 1, 1.0)], (0, "res"), "15 lies outside text 2, which has 15"),
+        ([(0, -1, 1)], [(0, "res", 1, 1.0)], (0, "res"), "-1 lies outside text 0"),
+        ([(3, 2, 1)], [(0, "res", 1, 1.0)], (0, "res"), "no text 3: there are 3"),
+        ([(0, 2, 1)], [(0, "res", 1, float("nan"))], (0, "res"), "case 0: the change of res/1"),
+        ([(0, 2, 1)], [(0, "res", 9, 1.0)], (0, "res"), "no feature 0/res/9 in adder"),
+        ([(0, 2, 1)], [(0, "res", -1, 1.0)], (0, "res"), "no feature 0/res/-1 in adder"),
+        ([(0, 2, 1)], [(0, "rse", 1, 1.0)], (0, "res"), "unknown module 'rse'"),
+        ([(0, 2, 0)], [(0, "res", 1, 1.0)], (0, "res"), "a feature of layer 0 has no predecessor"),
+        ([(0, 2, 2)], [(0, "mlp", 1, 1.0)], (0, "res"), "no dictionary at 2/mlp in suite adder"),
+        ([(0, 2, 1)], [(0, "res", 1, 1.0)], (2, "res"), "no layer 3 in suite adder"),
+        ([(0, 2, 1)], [(0, "res", 1, 1.0)] * 2, (0, "res"), "case 0 names res/1 twice"),
+        ([(0, 2, 1)] * 2, [(0, "res", 1, 1.0)], (0, "res"), "case 1 has no edit"),
+        ([(0, 2, 1)], [(0, "res", 1, 1.0), (4, "res", 1, 1.0)], (0, "res"), "names case 4"),
+        ([], [], (0, "res"), "0 cases and 0 edits: expected one or more"),
+    ],
+)
+def test_bad_input_is_named(
+    world: SimpleNamespace,
+    cases: list[tuple[int, int, int]],
+    edits: list[tuple[int, str, int, float]],
+    read: tuple[int, str],
+    message: str,
+):
+    with pytest.raises(ValueError, match=message):
+        intervene(world.suite, world.tokens, cases_of(*cases), edits_of(*edits), [read])
+
+
+def test_special_tokens_inside_a_text_are_not_edited(world: SimpleNamespace):
+    tokens = Tokens(world.tokens.ids, world.tokens.is_text.clone())
+    tokens.is_text[0, 5] = False
+    with pytest.raises(ValueError, match="position 5 of text 0 is a special token"):
+        intervene(world.suite, tokens, cases_of((0, 5, 1)), edits_of((0, "res", 1, 1.0)))
+
+
+def test_no_rows_in_a_pass_are_too_few(world: SimpleNamespace):
+    for at_once in (0, -1):
+        with pytest.raises(ValueError, match=f"at_once={at_once}: expected 1 or more"):
+            intervene(
+                world.suite, world.tokens, cases_of((0, 5, 1)), edits_of((0, "res", 1, 1.0)),
+                at_once=at_once,
+            )  # fmt: skip
+
+
+def test_an_edit_that_is_lost_in_one_row_is_an_error(world: SimpleNamespace):
+    cases = cases_of((0, 3, 1), (0, 3, 1))
+    edits = edits_of((0, "res", 1, -1.0), (1, "res", 1, 1e-12))
+    with pytest.raises(ValueError, match="at 0/res leaves 1 tokens as they were"):
+        intervene(world.suite, world.tokens, cases, edits)
+
+
+def families() -> dict[str, Callable[[], Any]]:
+    """Small models of every architecture that the hub's suites have."""
+    import transformers
+
+    size = {"vocab_size": toys.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3}
+    size |= {"num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
+    grouped: Any = size | {"num_key_value_heads": 2}
+    window = grouped | {"head_dim": 8, "sliding_window": 6}
+    gpt2: Any = {"vocab_size": toys.VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    ends: Any = {"bos_token_id": 2, "eos_token_id": 1}
+    return {
+        "gemma2": lambda: transformers.Gemma2Config(**window, **ends),
+        "gemma3": lambda: transformers.Gemma3TextConfig(**window, **ends),
+        "llama": lambda: transformers.LlamaConfig(**grouped, **ends),
+        "gpt2": lambda: transformers.GPT2Config(**gpt2, **ends),
+        "pythia": lambda: transformers.GPTNeoXConfig(**size, **ends),
+    }
+
+
+@pytest.mark.parametrize("family", families())
+def test_a_pass_after_a_prefix_is_a_whole_pass(family: str, toy_folder: Path, tmp_path: Path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.manual_seed(0)
+    config = families()[family]()
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(toy_folder).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path))
+    ids = torch.arange(20, 60)[None]  # longer than the window where there is one
+    whole = logits_of(model, ids)
+    logits, prefix = read_prefix(model, ids)
+    assert len(prefix) == 40
+    assert torch.allclose(logits, whole, atol=1e-5)
+    site = Site(1, "mlp")
+    _, there = run(model, ids, [site])
+    for position in (1, 7, 30, 39):
+        rest = ids[:, position:].expand(3, -1)
+        after, _ = run(model, rest, prefix=prefix.first(position))
+        assert after is not None
+        assert torch.allclose(after, whole[:, position:].expand(3, -1, -1), atol=1e-5)
+        for stop in (1, 2):
+            _, read = run(model, rest, [site], stop_after=stop, prefix=prefix.first(position))
+            assert torch.allclose(
+                read[site], there[site][:, position:].expand(3, -1, -1), atol=1e-5
+            )
+    with pytest.raises(ValueError, match="41 tokens of a prefix of 40"):
+        prefix.first(41)
+
+
+def test_a_model_whose_prefix_is_ignored_is_refused(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from transformers import DynamicCache
+
+    from flowhelpers.suites.model import Prefix
+
+    monkeypatch.setattr(Prefix, "cache", lambda self, batch, layers=None: DynamicCache())
+    with pytest.raises(ValueError, match="goes on after a prefix gives other logits"):
+        load_model(str(toy_folder))
+
+
+def test_a_site_without_a_dictionary_is_named(world: SimpleNamespace):
+    row = SuiteRow("bare", "none", {Site(1, "res"): "x"}, 0)
+    bare = Suite(row, world.suite.model, {Site(1, "res"): world.suite.dictionary("1/res")})
+    with pytest.raises(ValueError, match="no dictionary at 0/res in suite bare"):
+        intervene(bare, world.tokens, cases_of((0, 2, 1)), edits_of((0, "res", 1, 1.0)))

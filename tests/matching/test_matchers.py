@@ -1,0 +1,254 @@
+"""The ways to match find what was planted, and their nulls are what theory gives."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import toys
+from scipy.stats import beta
+from torch import Tensor
+
+from flowhelpers.activations.collect import collect
+from flowhelpers.core.features import Site
+from flowhelpers.matching import matchers
+from flowhelpers.matching.cosine import unit_rows
+from flowhelpers.matching.matchers import (
+    by_pearson,
+    by_permutation,
+    null_cosines,
+    pearson_candidates,
+)
+from flowhelpers.suites.attention import AttentionOutput
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.saes import Dictionary, make_dictionary
+
+FIRST, SECOND = Site(0, "res"), Site(1, "res")
+D = toys.D_MODEL
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("planted", [False, True])
+def test_the_null_is_what_theory_gives_for_random_directions(planted: bool):
+    # The cosine of two random directions in d dimensions is 2 Beta((d-1)/2, (d-1)/2) - 1, and the
+    # best of n has the n-th power of its distribution. What is planted does not change that.
+    d, n = 24, 400
+    source = unit_rows(normal(n, d))
+    target = source if planted else normal(n, d, seed=1)
+    found = null_cosines(target, source, seed=3, draws=6400)
+    assert found.shape == (6400,)
+    for q, tolerance in ((0.5, 0.005), (0.99, 0.015)):
+        expected = 2 * beta.ppf(q ** (1 / n), (d - 1) / 2, (d - 1) / 2) - 1
+        assert np.quantile(found, q) == pytest.approx(expected, abs=tolerance)
+    assert torch.equal(null_cosines(target, source, 4), null_cosines(target, source, 4))
+    assert not torch.equal(null_cosines(target, source, 4), null_cosines(target, source, 5))
+
+
+def test_rows_of_zeros_are_no_chance():
+    target = normal(30, 8)
+    target[3:20] = 0
+    found = null_cosines(target, normal(50, 8, seed=1))
+    assert found.shape == (13 * 16,)
+    assert (found > 0).all()
+    assert null_cosines(torch.zeros(4, 8), normal(5, 8)).tolist() == [0]
+
+
+# The permutation.
+
+
+def dictionary_at(site: Site, decoder: Tensor, **more: Any) -> Dictionary:
+    return make_dictionary(site, toys.make_sae(decoder, site, **more), decoder.shape[1], "planted")
+
+
+def planted_pair(features: int = 60, noise: float = 0.2) -> tuple[Dictionary, Dictionary, Tensor]:
+    """A dictionary, the same permuted and noised, and from which feature each descends."""
+    source = unit_rows(normal(features, D))
+    order = torch.randperm(features, generator=torch.Generator().manual_seed(1))
+    target = unit_rows(source[order] + noise * D**-0.5 * normal(features, D, seed=2))
+    threshold = normal(features, seed=3).abs() + 0.1
+    encoder = unit_rows(normal(features, D, seed=4))
+    earlier = dictionary_at(FIRST, source, threshold=threshold, encoder=encoder.T, b_enc=0.1)
+    later = dictionary_at(
+        SECOND, target, threshold=threshold[order], encoder=encoder[order].T, b_enc=0.1
+    )
+    return later, earlier, order
+
+
+@pytest.mark.parametrize("weights", ["decoder", "all"])
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_permuted_noised_dictionary_is_recovered_in_the_stated_direction(
+    weights: str, folded: bool
+):
+    later, earlier, order = planted_pair()
+    match = by_permutation(later, earlier, weights, folded)  # pyright: ignore[reportArgumentType]
+    # The predecessor of target j is the source that it descends from.
+    assert torch.equal(match.backward.indices[:, 0], order)
+    assert torch.equal(match.forward.indices[order, 0], torch.arange(60))
+    cosines = (later.directions * earlier.directions[order]).sum(1)
+    assert torch.allclose(match.backward.scores[:, 0], cosines)
+    assert torch.allclose(match.forward.scores[order, 0], cosines)
+
+
+def test_the_assignment_is_of_highest_sum_and_not_greedy():
+    # Both targets like source 0 best; the sum is highest if the second yields.
+    source = torch.eye(2, 3)
+    target = unit_rows(torch.tensor([[1.0, 0.0, 0.2], [1.0, 0.9, 0.0]]))
+    match = by_permutation(dictionary_at(SECOND, target), dictionary_at(FIRST, source))
+    assert match.backward.indices.tolist() == [[0], [1]]
+
+
+def test_every_feature_has_one_however_poor_unless_there_are_too_few():
+    later, earlier, _ = planted_pair(features=20, noise=9.0)
+    fewer = dictionary_at(FIRST, earlier.directions[:12])
+    match = by_permutation(later, fewer)
+    found = match.backward.indices[:, 0]
+    assert sorted(found[found >= 0].tolist()) == list(range(12))
+    assert (match.forward.indices >= 0).all()
+    assert (match.backward.scores[found < 0] == 0).all()
+
+
+def test_weights_that_cannot_be_compared_are_refused():
+    later, _, _ = planted_pair()
+    with pytest.raises(ValueError, match="weights='encoder': expected 'decoder' or 'all'"):
+        matchers._rows(later, "encoder", False)
+    wider = toys.make_sae(normal(10, 48), Site(1, "att"), hook="blocks.1.attn.hook_z")
+    output = AttentionOutput(normal(48, D), None)
+    at_z = make_dictionary(Site(1, "att"), wider, D, "planted", output)
+    assert by_permutation(later, at_z).forward.indices.min() >= 0
+    with pytest.raises(ValueError, match="1/att reads 1/z, in a space of its own"):
+        by_permutation(later, at_z, "all")
+
+
+@pytest.mark.parametrize("d_z", [D, 48])
+def test_a_folded_dictionary_at_z_is_compared_in_the_stream(d_z: int):
+    # Of the same width as the stream, raw rows at z would be compared without a word.
+    output = AttentionOutput(normal(d_z, D, seed=5), normal(D, seed=6))
+    decoder, threshold = normal(12, d_z, seed=7), torch.linspace(0.5, 2, 12)
+    sae = toys.make_sae(decoder, Site(1, "att"), threshold, hook="blocks.1.attn.hook_z")
+    at_z = make_dictionary(Site(1, "att"), sae, D, "planted", output)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(8))
+    later = dictionary_at(SECOND, output.in_stream(decoder)[order], threshold=threshold[order])
+    for folded in (False, True):
+        match = by_permutation(later, at_z, folded=folded)
+        assert torch.equal(match.backward.indices[:, 0], order)
+
+
+def test_a_permutation_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch):
+    later, earlier, _ = planted_pair()
+    free = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(MemoryError, match=r"permutation of 1/res and 0/res needs .* GiB are free"):
+        by_permutation(later, earlier)
+
+
+def test_folding_leaves_reconstructions_as_they_are():
+    later, _, _ = planted_pair()
+    x = 3 * normal(200, D, seed=9)
+    rebuilt = {}
+    for folded in (False, True):
+        found = later.weights(folded)
+        before = x @ found.encoder.T + found.bias
+        codes = before * (before > found.threshold)
+        rebuilt[folded] = codes @ found.decoder
+    expected = later.decode(later.encode(x))
+    assert (expected != 0).any(dim=1).float().mean() > 0.9
+    assert torch.allclose(rebuilt[False], expected, atol=1e-5)
+    assert torch.allclose(rebuilt[True], expected, atol=1e-5)
+    assert torch.equal(later.weights(True).threshold, torch.ones(60))
+    assert not torch.allclose(later.weights(True).decoder, later.weights().decoder)
+
+
+# Correlation.
+
+
+@pytest.fixture(scope="module")
+def activations(planted: Suite) -> dict[Site, np.ndarray]:
+    return {s: codes.toarray() for s, codes in collect(planted, toys.TEXTS).by_site.items()}
+
+
+@pytest.mark.parametrize("candidates", [None, 3])
+def test_correlations_are_those_of_the_activations(
+    planted: Suite, activations: dict[Site, np.ndarray], candidates: int | None
+):
+    pairs = [(SECOND, FIRST), (SECOND, Site(1, "mlp"))]
+    found = by_pearson(planted, toys.TEXTS, pairs, 3, candidates=candidates, least_active=1)
+    for target, source in pairs:
+        a, b = activations[target], activations[source]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            expected = np.nan_to_num(np.corrcoef(a.T, b.T)[: a.shape[1], a.shape[1] :])
+        match, _ = found[target, source]
+        for exact, side in ((expected, match.backward), (expected.T, match.forward)):
+            indices, scores = side.indices.numpy(), side.scores.numpy()
+            best = -np.sort(-exact, axis=1)[:, : scores.shape[1]]
+            if candidates is None:
+                assert scores == pytest.approx(best.clip(0), abs=1e-5)
+            rows, ranks = np.nonzero(indices >= 0)
+            assert len(rows) >= 5
+            assert scores[rows, ranks] == pytest.approx(exact[rows, indices[rows, ranks]], abs=1e-5)
+            assert (scores[indices < 0] == 0).all()
+            assert (scores[rows, ranks] > 0).all()
+
+
+def test_candidates_are_the_sources_of_highest_cosine(planted: Suite):
+    target, source = planted.dictionary(SECOND), planted.dictionary(FIRST)
+    few = by_pearson(planted, toys.TEXTS, [(SECOND, FIRST)], 1, candidates=3, least_active=1)[
+        SECOND, FIRST
+    ][0]
+    cosines = target.directions @ source.directions.T
+    near = torch.zeros_like(cosines, dtype=torch.bool)
+    near.scatter_(1, cosines.topk(3, dim=1).indices, True)
+    near.scatter_(0, cosines.topk(3, dim=0).indices, True)
+    for side, allowed in ((few.backward, near), (few.forward, near.T)):
+        rows, ranks = torch.nonzero(side.indices >= 0, as_tuple=True)
+        assert len(rows) >= 5
+        assert allowed[rows, side.indices[rows, ranks]].all()
+    # Not only the sources that are somebody's candidate: every source has candidates of its own.
+    everything = by_pearson(planted, toys.TEXTS, [(SECOND, FIRST)], 1, least_active=1)
+    same = everything[SECOND, FIRST][0].forward.indices[:, 0] == few.forward.indices[:, 0]
+    assert same.float().mean() > 0.5
+
+
+def test_a_correlation_of_few_tokens_is_none(planted: Suite, activations: dict[Site, np.ndarray]):
+    pair = (SECOND, FIRST)
+    times = (activations[SECOND] > 0).sum(axis=0)
+    assert (times == 11).all()
+    enough, _ = by_pearson(planted, toys.TEXTS, [pair], 1, least_active=11)[SECOND, FIRST]
+    assert (enough.backward.indices[:, 0] >= 0).all()
+    match, null = by_pearson(planted, toys.TEXTS, [pair], 1, least_active=12)[SECOND, FIRST]
+    assert (match.backward.indices == -1).all()
+    assert null.backward.tolist() == [0]
+
+
+def test_few_candidates_are_looked_at_where_all_do_not_fit():
+    widths = [(100, 200), (100, 50)]
+    needed = 16 * 100 * 250
+    assert pearson_candidates(widths, memory=needed) is None
+    assert pearson_candidates(widths, memory=needed - 1, few=7) == 7
+
+
+def test_a_feature_that_is_never_active_correlates_with_nothing(planted: Suite):
+    silent = toys.make_sae(torch.eye(4, D), SECOND, threshold=1e9)
+    dictionaries = {
+        FIRST: planted.dictionary(FIRST),
+        SECOND: make_dictionary(SECOND, silent, D, "planted"),
+    }
+    suite = dataclasses.replace(planted, dictionaries=dictionaries)
+    pair = (SECOND, FIRST)
+    match, null = by_pearson(suite, toys.TEXTS, [pair], 2)[SECOND, FIRST]
+    assert (match.backward.indices == -1).all()
+    assert (null.backward == 0).all()
+
+
+def test_chance_correlations_are_lower_than_real_ones(planted: Suite):
+    pair = (SECOND, FIRST)
+    texts = [f"{text} {again}" for text in toys.TEXTS for again in toys.TEXTS]
+    match, null = by_pearson(planted, texts, [pair], 1, least_active=1)[SECOND, FIRST]
+    assert null.backward.mean() < 0.7 * match.backward.scores[:, 0].mean()
+    assert len(null.backward) <= 16
+    _, again = by_pearson(planted, texts, [pair], 1, least_active=1)[SECOND, FIRST]
+    assert torch.equal(null.backward, again.backward)

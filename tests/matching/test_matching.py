@@ -1,0 +1,476 @@
+"""The match table holds the planted chain in both directions, and its classes are the paper's."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toys
+from torch import Tensor
+
+from flowhelpers.core import tables
+from flowhelpers.core.features import Site
+from flowhelpers.groups.occurrences import Occurrences
+from flowhelpers.matching import table as matching
+from flowhelpers.matching.cosine import Matches
+from flowhelpers.matching.matchers import null_cosines
+from flowhelpers.matching.table import (
+    agreement,
+    classify,
+    match_table,
+    predecessor_sites,
+    scores,
+    transition,
+    youden_thresholds,
+)
+from flowhelpers.suites.load import Suite, load_suite
+
+CODE = {"res": 0, "mlp": 1, "att": 2}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Tables are kept in a folder of the test's own."""
+    monkeypatch.setenv(tables.CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache" / "matches"
+
+
+@pytest.fixture
+def table() -> pd.DataFrame:
+    return match_table(toys.bare_suite(), k=3)
+
+
+def backward(table: pd.DataFrame, layer: int, module: str, rank: int = 1) -> pd.DataFrame:
+    """The matches that the features of a layer chose at a module, by feature."""
+    keep = (table["layer"] == layer) & (table["module"] == module) & (table["rank"] == rank)
+    return table[keep & (table["direction"] == "backward")].set_index("feature").sort_index()
+
+
+def two_layers(first: Tensor, second: Tensor) -> Suite:
+    return toys.bare_suite({Site(0, "res"): first, Site(1, "res"): second}, layers=2)
+
+
+def test_predecessors_are_the_layer_before_and_the_modules_of_the_same_layer():
+    assert predecessor_sites(Site(3, "res")) == {
+        "res": Site(2, "res"),
+        "mlp": Site(3, "mlp"),
+        "att": Site(3, "att"),
+    }
+    assert predecessor_sites(Site(0, "res")) == {"mlp": Site(0, "mlp"), "att": Site(0, "att")}
+    with pytest.raises(ValueError, match="3/mlp has no predecessors: expected a residual site"):
+        predecessor_sites(Site(3, "mlp"))
+
+
+def test_the_table_holds_each_feature_site_and_rank_once(table: pd.DataFrame):
+    counts = table.groupby(["direction", "layer", "module", "source_layer"], observed=True).size()
+    expected = {("backward", layer, m, layer): 48 for layer in range(3) for m in ("mlp", "att")}
+    expected |= {("forward", layer, m, layer): 24 for layer in range(3) for m in ("mlp", "att")}
+    expected |= {
+        (way, layer, "res", layer - 1): 48 for layer in (1, 2) for way in ("backward", "forward")
+    }
+    assert counts.to_dict() == expected
+    for direction, chooser in (("backward", "feature"), ("forward", "source")):
+        mine = table[table["direction"] == direction]
+        assert not mine.duplicated(["layer", "module", chooser, "rank"]).any()
+    assert set(table["rank"]) == {1, 2, 3}
+    assert set(table["method"]) == {"cosine"}
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_the_table_finds_the_planted_chain(table: pd.DataFrame, layer: int):
+    best = backward(table, layer, "res")
+    assert best["source"].tolist() == toys.RES_FROM[layer]
+    assert best["cosine"].to_numpy() == pytest.approx(0.8, abs=1e-6)
+    assert best["mutual"].all()
+    of_module = {1: 0.6, 2: 0.96}[layer]
+    for feature, coordinate in enumerate(toys.COORDINATE[layer]):
+        has, lacks = ("mlp", "att") if coordinate < toys.MODULE else ("att", "mlp")
+        row = backward(table, layer, has).loc[feature]
+        assert (row["source"], row["mutual"]) == (coordinate % toys.MODULE, True)
+        assert row["cosine"] == pytest.approx(of_module, abs=1e-6)
+        row = backward(table, layer, lacks).loc[feature]
+        assert (row["source"], row["cosine"], row["mutual"]) == (-1, 0, False)
+
+
+def test_forward_matches_are_those_that_sources_choose(table: pd.DataFrame):
+    keep = (table["direction"] == "forward") & (table["rank"] == 1)
+    onward = table[keep & (table["module"] == "res")].set_index(["layer", "source"])["feature"]
+    for layer in (1, 2):
+        for feature, source in enumerate(toys.RES_FROM[layer]):
+            assert onward[layer, source] == feature
+    of_mlp = table[keep & (table["module"] == "mlp") & (table["layer"] == 2)]
+    for source, feature in of_mlp.set_index("source")["feature"].items():
+        assert toys.COORDINATE[2][feature] == source
+
+
+def test_layer_0_has_module_predecessors_only(table: pd.DataFrame):
+    wide = scores(table).set_index(["layer", "feature"])
+    first = wide.loc[0]
+    assert first[["s_res", "source_res", "null_res"]].isna().all(axis=None)
+    assert first["source_mlp"].tolist() == [*range(8), *[-1] * 8]
+    assert first["source_att"].tolist() == [*[-1] * 8, *range(8)]
+    assert wide.loc[1, "source_res"].tolist() == toys.RES_FROM[1]
+    assert wide.loc[2, "s_res"].to_numpy() == pytest.approx(0.8, abs=1e-6)
+    assert wide.loc[1, "null_res"].nunique() == 1
+
+
+def test_the_null_of_the_table_is_a_quantile_of_the_best_by_chance():
+    suite = toys.bare_suite()
+    table = match_table(suite, k=1, seed=7)
+    for layer, module, source in ((1, "res", Site(0, "res")), (2, "att", Site(2, "att"))):
+        target = suite.dictionary(Site(layer, "res")).directions
+        chance = null_cosines(target, suite.dictionary(source).directions, 7).numpy()
+        rows = backward(table, layer, module)
+        assert rows["null"].to_numpy() == pytest.approx(np.quantile(chance, 0.999), abs=1e-6)
+        below = [(chance < score).mean() for score in rows["score"]]
+        assert rows["null_quantile"].to_numpy() == pytest.approx(below, abs=1e-6)
+
+
+def test_margin_is_the_lead_over_the_next_and_mutual_asks_both_sides():
+    axes = torch.eye(5)
+    targets = torch.stack(
+        [
+            0.9 * axes[0] + 0.19**0.5 * axes[4],
+            0.8 * axes[0] + 0.6 * axes[3],
+            0.5 * axes[0] + 0.3 * axes[1] + 0.2 * axes[2] + 0.62**0.5 * axes[4],
+        ]
+    )
+    table = match_table(two_layers(axes[:3], targets), k=2)
+    first, second = (backward(table, 1, "res", rank) for rank in (1, 2))
+    assert first["cosine"].tolist() == pytest.approx([0.9, 0.8, 0.5])
+    assert first["margin"].tolist() == pytest.approx([0.9, 0.8, 0.2])
+    assert first["mutual"].tolist() == [True, False, False]
+    assert second["source"].tolist() == [-1, -1, 1]
+    # The third is the best that source 1 has; but source 1 is not the best that the third has.
+    assert second["mutual"].tolist() == [False, False, False]
+    assert second["margin"].tolist() == pytest.approx([0, 0, 0.1])
+    # All that there is was asked for: there is no next to lead over.
+    assert (
+        backward(match_table(two_layers(axes[:3], targets), k=3), 1, "res", 3)["margin"]
+        .isna()
+        .all()
+    )
+
+
+@pytest.mark.parametrize("k", [0, -1, 9])
+def test_k_out_of_range_is_an_error_that_names_the_site(k: int):
+    with pytest.raises(ValueError, match=f"k={k}: expected 1 to 8, the features of 0/att"):
+        match_table(toys.bare_suite(), k=k)
+
+
+def test_rows_that_were_excluded_are_no_ones_match():
+    directions = toys.planted_directions()
+    lost = toys.RES_FROM[1][0]
+    directions[Site(0, "res")] = directions[Site(0, "res")].clone()
+    directions[Site(0, "res")][lost] = 0
+    table = match_table(toys.bare_suite(directions), k=1)
+    wide = scores(table).set_index(["layer", "feature"])
+    assert wide.loc[1, "source_res"].tolist() == [-1, *toys.RES_FROM[1][1:]]
+    assert wide.loc[(0, lost), ["source_mlp", "source_att"]].tolist() == [-1, -1]
+    ahead = table[(table["direction"] == "forward") & (table["module"] == "res")]
+    assert ahead.set_index(["layer", "source"]).loc[(1, lost), "feature"] == -1
+
+
+def test_a_suite_without_two_sites_that_follow_is_an_error():
+    suite = toys.bare_suite({Site(0, "res"): torch.eye(4), Site(2, "res"): torch.eye(4)})
+    with pytest.raises(ValueError, match="bare has no residual dictionary with one that prec"):
+        match_table(suite, k=1)
+
+
+def test_a_method_that_does_not_exist_or_lacks_its_texts_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would speak first
+    with pytest.raises(ValueError, match="unknown method 'cosin'; did you mean 'cosine'"):
+        match_table(toys.bare_suite(), 1, method="cosin")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="method='pearson': texts are for 'pearson', which needs"):
+        match_table(toys.bare_suite(), 1, method="pearson")
+    with pytest.raises(ValueError, match="method='cosine': texts are for 'pearson'"):
+        match_table(toys.bare_suite(), 1, texts=["a"])
+
+
+# Tables on disk.
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one for every pair of sites that is matched."""
+    calls: list[int] = []
+    true = matching.by_cosine
+
+    def counted(*args: object) -> object:
+        calls.append(1)
+        return true(*args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(matching, "by_cosine", counted)
+    return calls
+
+
+def test_a_table_is_read_from_disk_and_is_the_same(cache: Path, computed: list[int]):
+    first = match_table(toys.bare_suite(), k=2)
+    assert len(computed) == 8
+    again = match_table(toys.bare_suite(), k=2)
+    assert len(computed) == 8
+    pd.testing.assert_frame_equal(first, again)
+    assert len(list(cache.glob("*.parquet"))) == 3
+    assert not list(cache.glob(".*"))
+
+
+def test_every_thing_that_a_table_depends_on_makes_another(computed: list[int]):
+    suite = toys.bare_suite()
+    match_table(suite, k=2)
+    for k, seed, method in ((1, 0, "cosine"), (2, 1, "cosine"), (2, 0, "random")):
+        before = len(computed)
+        match_table(suite, k, seed, method)  # pyright: ignore[reportArgumentType]
+        assert len(computed) == before + 8
+    directions = toys.planted_directions()
+    directions[Site(2, "mlp")] = directions[Site(2, "mlp")].flip(0)
+    before = len(computed)
+    match_table(toys.bare_suite(directions), k=2)
+    assert len(computed) == before + 3  # the layer that has the changed dictionary
+
+
+@pytest.mark.parametrize("harm", ["truncated", "empty", "other", "not parquet", "one bit"])
+def test_a_file_that_is_not_what_it_should_be_is_made_again(
+    cache: Path, computed: list[int], harm: str
+):
+    first = match_table(toys.bare_suite(), k=2)
+    files = sorted(cache.glob("*.parquet"), key=lambda file: pd.read_parquet(file)["layer"][0])
+    content = files[2].read_bytes()
+    harmed = {
+        "truncated": content[: len(content) // 2],
+        "empty": b"",
+        "other": files[1].read_bytes(),
+        "not parquet": b"PAR1 of sorts",
+        "one bit": content[:600] + bytes([content[600] ^ 1]) + content[601:],
+    }
+    files[2].write_bytes(harmed[harm])
+    with pytest.warns(UserWarning, match=r"parquet is made again: \w"):
+        again = match_table(toys.bare_suite(), k=2)
+    assert len(computed) == 11
+    pd.testing.assert_frame_equal(first, again)
+    assert files[2].read_bytes() == content
+
+
+def test_a_table_that_was_stopped_goes_on_where_it_was(
+    cache: Path, computed: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    whole = match_table(toys.bare_suite(), k=2)
+    for file in cache.glob("*"):
+        file.unlink()
+    computed.clear()
+    true = matching.by_cosine
+
+    def stopped(*args: object) -> object:
+        if len(computed) == 6:
+            raise KeyboardInterrupt
+        return true(*args)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(matching, "by_cosine", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        match_table(toys.bare_suite(), k=2)
+    assert len(list(cache.iterdir())) == 2  # layers 0 and 1, whole; nothing of layer 2
+    monkeypatch.setattr(matching, "by_cosine", true)
+    computed.clear()
+    pd.testing.assert_frame_equal(match_table(toys.bare_suite(), k=2), whole)
+    assert len(computed) == 3
+
+
+def _made(number: int) -> pd.DataFrame:
+    return match_table(toys.bare_suite(), k=2)
+
+
+def test_processes_may_make_the_same_table_at_once(cache: Path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        found = pool.map(_made, range(2), chunksize=1)
+    for other in found:
+        pd.testing.assert_frame_equal(match_table(toys.bare_suite(), k=2), other)
+    assert len(list(cache.glob("*.parquet"))) == 3
+    assert not list(cache.glob(".*"))
+
+
+def test_what_a_method_has_no_use_for_is_refused():
+    for method in ("cosine", "random"):
+        for given in ({"weights": "all"}, {"folded": True}):
+            with pytest.raises(ValueError, match="weights and folded are for 'permutation' alone"):
+                match_table(toys.bare_suite(), 1, method=method, **given)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="torch finds no device 'cpuu' on this machine"):
+        match_table(toys.bare_suite(), 1, device="cpuu")
+
+
+def test_a_match_of_lower_rank_is_not_mutual(table: pd.DataFrame):
+    assert not table.loc[table["rank"] > 1, "mutual"].any()
+    assert table.loc[table["rank"] == 1, "mutual"].any()
+
+
+def test_some_layers_are_those_of_the_whole_table():
+    some = match_table(toys.bare_suite(), k=3, layers=[2, 0])
+    whole = match_table(toys.bare_suite(), k=3)
+    expected = whole[whole["layer"].isin([0, 2])].reset_index(drop=True)
+    pd.testing.assert_frame_equal(some, expected)
+    for layers in ([], [3], [-1]):
+        with pytest.raises(ValueError, match=r"layers=\[.*\]: bare has matches at layers 0, 1, 2"):
+            match_table(toys.bare_suite(), k=3, layers=layers)
+
+
+def test_a_table_of_another_version_is_made_again_with_a_word(
+    computed: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    first = match_table(toys.bare_suite(), k=2)
+    monkeypatch.setattr(matching, "TABLE_VERSION", matching.TABLE_VERSION + 1)
+    with pytest.warns(UserWarning, match=r"are made again: they are of version \d, this is"):
+        again = match_table(toys.bare_suite(), k=2)
+    assert len(computed) == 16
+    pd.testing.assert_frame_equal(first, again)
+
+
+def test_a_cache_that_cannot_be_written_to_is_told_before_anything_is_computed(
+    tmp_path: Path, computed: list[int]
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot make the folder"):
+        match_table(toys.bare_suite(), k=2, cache=tmp_path / "file")
+    assert not computed
+
+
+# The other methods fill the same table.
+
+
+def test_random_draws_each_of_the_first_k_alike_often():
+    rng = torch.Generator().manual_seed(0)
+    source = torch.nn.functional.normalize(torch.randn(40, 16, generator=rng), dim=1)
+    target = torch.nn.functional.normalize(torch.randn(3000, 16, generator=rng), dim=1)
+    suite = two_layers(source, target)
+    top = match_table(suite, k=5)
+    top = top[top["direction"] == "backward"].pivot(
+        index="feature", columns="rank", values="source"
+    )
+    table = match_table(suite, k=5, method="random")
+    drawn = backward(table, 1, "res")
+    assert set(table["rank"]) == {1}
+    assert set(table["method"]) == {"random"}
+    place = (top.to_numpy() == drawn["source"].to_numpy()[:, None]).argmax(axis=1)
+    assert (top.to_numpy() == drawn["source"].to_numpy()[:, None]).any(axis=1).all()
+    counts = np.bincount(place, minlength=5)
+    assert (abs(counts - 600) < 90).all()
+    pd.testing.assert_frame_equal(table, match_table(suite, k=5, method="random"))
+    assert not table["source"].equals(match_table(suite, k=5, seed=1, method="random")["source"])
+    exact = (target.double() @ source.double().T).numpy()
+    assert drawn["cosine"].to_numpy() == pytest.approx(
+        exact[np.arange(3000), drawn["source"]], abs=1e-6
+    )
+
+
+def test_a_permutation_of_the_layers_is_found_in_both_directions():
+    table = match_table(toys.bare_suite(), k=1, method="permutation")
+    for layer in (1, 2):
+        assert backward(table, layer, "res")["source"].tolist() == toys.RES_FROM[layer]
+    assert table["mutual"].sum() == (table["source"] >= 0).sum() - (table["feature"] < 0).sum()
+
+
+def test_methods_agree_where_they_choose_the_same():
+    first = pd.DataFrame(
+        {
+            "rank": 1, "direction": "backward", "layer": 1, "module": ["res"] * 4 + ["mlp"],
+            "feature": [0, 1, 2, 3, 0], "source": [5, 6, 7, -1, 2],
+        }
+    )  # fmt: skip
+    second = first.assign(source=[5, 6, 9, 3, 2])
+    found = agreement({"a": first, "b": second}).set_index("module")
+    assert found.loc["res", ["first", "second", "features"]].tolist() == ["a", "b", 3]
+    assert found.loc["res", "same"] == pytest.approx(2 / 3)
+    assert found.loc["mlp", "same"] == 1
+
+
+def test_the_transition_matrix_has_a_one_for_each_match():
+    matches = Matches(torch.tensor([[2, 0], [1, -1], [-1, -1]]), torch.zeros(3, 2))
+    found = transition(matches, 4)
+    assert found.is_sparse
+    assert found.to_dense().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+# Classes.
+
+
+def scored(**columns: list[float]) -> pd.DataFrame:
+    count = len(next(iter(columns.values())))
+    base: dict[str, object] = {"layer": [1] * count, "feature": list(range(count))}
+    for module in CODE:
+        base[f"null_{module}"] = [0.3] * count
+    return pd.DataFrame(base | columns)
+
+
+def test_the_four_classes_are_those_of_the_paper():
+    table = scored(
+        s_res=[0.9, 0.9, 0.9, 0.1, 0.1, 0.1, 0.3],
+        s_mlp=[0.1, 0.5, 0.1, 0.5, 0.1, 0.1, 0.3],
+        s_att=[0.1, 0.1, 0.5, 0.1, 0.5, 0.1, 0.3],
+    )
+    found = classify(table)
+    assert found["class"].tolist() == [
+        *["translated", "processed", "processed", "newborn", "newborn", "unexplained"],
+        "unexplained",  # what equals the line is not above it
+    ]
+    assert found["high_res"].tolist() == [0.3] * 7
+    moved = classify(table, {(1, "mlp"): 0.6, (1, "res"): 0.95})
+    assert moved["class"].tolist() == [
+        *["unexplained", "unexplained", "newborn", "unexplained", "newborn"],
+        *["unexplained", "unexplained"],
+    ]
+    assert (moved["high_mlp"].iloc[0], moved["high_att"].iloc[0]) == (0.6, 0.3)
+
+
+def test_a_feature_of_layer_0_can_only_be_newborn_or_unexplained(table: pd.DataFrame):
+    found = classify(scores(table), {(layer, m): 0.5 for layer in range(3) for m in CODE})
+    assert found.groupby("layer")["class"].unique().map(list).to_dict() == {
+        0: ["newborn"],
+        1: ["processed"],
+        2: ["processed"],
+    }
+
+
+@pytest.mark.parametrize("threshold", [1.5, -1.01, float("nan")])
+def test_a_threshold_that_is_no_cosine_is_refused(threshold: float):
+    table = scored(s_res=[0.5], s_mlp=[0.5], s_att=[0.5])
+    with pytest.raises(ValueError, match="for 1/mlp: expected a cosine, from -1 to 1"):
+        classify(table, {(1, "mlp"): threshold})
+
+
+def test_a_threshold_of_a_place_that_does_not_exist_is_refused():
+    table = scored(s_res=[0.5], s_mlp=[0.5], s_att=[0.5])
+    for place in ((9, "res"), (1, "MLP")):
+        with pytest.raises(ValueError, match=r"expected \(layer, module\), a layer of 1 and"):
+            classify(table, {place: 0.5})
+
+
+def test_youdens_cut_is_the_one_of_highest_j_and_high_means_above_it():
+    rng = np.random.default_rng(0)
+    s = rng.uniform(-0.2, 1, 400)
+    active = rng.uniform(size=400) < np.where(s > 0.6, 0.9, 0.2)
+    table = pd.DataFrame(
+        {"layer": 3, "res": active, "s_res": s, "mlp": True, "s_mlp": s, "att": active, "s_att": -s}
+    )
+    none = pd.DataFrame()
+    cuts = youden_thresholds(Occurrences("toy", "cosine", 1, none, table))
+    assert set(cuts) == {(3, "res"), (3, "att")}
+
+    def j(cut: float) -> float:
+        return (s[active] > cut).mean() - (s[~active] > cut).mean()
+
+    assert j(cuts[3, "res"]) == pytest.approx(max(j(cut) for cut in [*s, -1]))
+
+
+def test_the_table_of_flowlet_is_made_in_seconds_and_read_in_less():
+    suite = load_suite("flowlet")
+    seconds = []
+    for _ in range(2):
+        began = time.perf_counter()
+        table = match_table(suite, k=5)
+        seconds.append(time.perf_counter() - began)
+    assert len(table) == 2 * 5 * 1024 * (8 + 7) + 5 * 8 * (1024 + 512)
+    assert seconds[0] < 20
+    assert seconds[1] < 1

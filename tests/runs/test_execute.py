@@ -1,0 +1,367 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+
+from flowhelpers import __version__
+from flowhelpers.__main__ import main
+from flowhelpers.runs.execute import load_manifest, resume, run_notebooks
+from flowhelpers.runs.notebooks import NOTEBOOKS, plan
+from flowhelpers.runs.run import RUN_DIR
+
+COMMAND = [sys.executable, "-m", "flowhelpers", "run"]
+GOOD = [
+    'new: int = 3  # how many\nwords: list[str] = ["a"]\ndevice: str | None = None',
+    """
+    import os, sys
+    import pandas as pd
+    import plotly.graph_objects as go
+    from ipywidgets import IntSlider
+    from flowhelpers.runs.run import live, start_run
+    run = start_run("01_good", dict(new=new, words=words, device=device), seed=1)
+    squares = run.table("squares", lambda: pd.DataFrame({"n": range(new)}).eval("n2 = n * n"))
+    """,
+    'run.figure("curve", go.Figure(go.Scatter(y=[3, 1, 2], name="planted trace")))',
+    """
+    waits = os.environ["OMP_WAIT_POLICY"]
+    results = {"sum": int(squares.n2.sum()), "live": live(), "python": sys.executable}
+    run.results(results | {"waits": waits})
+    """,
+    'IntSlider(description="dead widget")',
+]
+BAD = ["k: float = 1.0", 'raise RuntimeError(f"planted <failure> {k}")']
+LAST = ["k: float = 1.0", "print(k * 2)"]
+SLOW = [
+    "k: int = 1",
+    """
+    import os, time
+    from pathlib import Path
+    import pandas as pd
+    from flowhelpers.runs.run import start_run
+    run = start_run("01_slow", dict(k=k))
+    here = Path(os.environ["FLOWHELPERS_NOTEBOOKS"])
+    """,
+    """
+    def compute():
+        with open(here / "computed", "a") as file:
+            file.write("once ")
+        return pd.DataFrame({"k": [k]})
+    run.table("t", compute)
+    """,
+    """
+    (here / f"pid{len(list(here.glob('pid*')))}").write_text(f"{os.getpid()}.")
+    while not (here / "go").exists():
+        time.sleep(0.05)
+    """,
+]
+
+
+def write_notebook(path: Path, cells: list[str], text: str = "") -> None:
+    """A notebook of these code cells, the first of which holds its parameters."""
+    code = [new_code_cell(re.sub(r"(?m)^    ", "", cell).strip()) for cell in cells]
+    code[0].metadata["tags"] = ["parameters"]
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(new_notebook(cells=[new_markdown_cell(text), *code]), path)
+
+
+@dataclass(frozen=True)
+class Execution:
+    """What an execution of notebooks left."""
+
+    status: int
+    out: Path
+    said: str
+
+    @property
+    def jobs(self) -> list[dict]:
+        return json.loads(next(self.out.glob("*.json")).read_text())["jobs"]
+
+    def folder(self, index: int) -> Path:
+        return self.out / self.jobs[index]["folder"]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> Execution:
+    """Three notebooks, the second of which fails, executed by the command line."""
+    root = tmp_path_factory.mktemp("executed")
+    text = "Planted $x_1$ and $$\\frac{a}{b}$$ [last](03_last.ipynb)"
+    write_notebook(root / "notebooks/01_good.ipynb", GOOD, text)
+    write_notebook(root / "notebooks/02_bad.ipynb", BAD)
+    write_notebook(root / "notebooks/03_last.ipynb", LAST)
+    done = subprocess.run(
+        [*COMMAND, "--name", "trial", "-p", "new=4", "words=x,y", "k=2"],
+        env=os.environ | {NOTEBOOKS: str(root / "notebooks")},
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return Execution(done.returncode, root / "runs", done.stderr)
+
+
+def test_others_run_when_one_fails(executed: Execution) -> None:
+    assert executed.status == 1
+    assert [job["status"] for job in executed.jobs] == ["finished", "failed", "finished"]
+    last = nbformat.read(executed.folder(2) / "notebook.ipynb", as_version=4)
+    assert last.cells[-1].outputs[0].text == "4.0\n"
+    assert "[2/3] failed after" in executed.said
+    assert "RuntimeError: planted <failure> 2.0" in executed.said
+
+
+def test_run_folder_holds_what_the_notebook_made(executed: Execution) -> None:
+    folder = executed.folder(0)
+    assert re.fullmatch(r"\d{8}-\d{6}-01_good-trial", folder.name)
+    squares = pd.DataFrame({"n": [0, 1, 2, 3], "n2": [0, 1, 4, 9]})
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "tables/squares.parquet"), squares)
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "tables/squares.csv"), squares)
+    results = json.loads((folder / "results.json").read_text())
+    expected = {"sum": 14, "live": False, "python": sys.executable, "waits": "PASSIVE"}
+    assert results == expected
+    config = json.loads((folder / "config.json").read_text())
+    assert config["parameters"] == {"new": 4, "words": ["x", "y"], "device": None}
+    left = [file.name for file in executed.out.rglob("*.partial")]
+    assert left == []
+
+
+def test_page_needs_no_network_and_has_the_figure(executed: Execution) -> None:
+    from plotly.offline import get_plotlyjs
+
+    page = (executed.folder(0) / "notebook.html").read_text()
+    assert page.count(get_plotlyjs()) == 1
+    page = page.replace(get_plotlyjs(), "")
+    assert not re.search(r"<(script|link|iframe)[^>]*(src|href)=", page)
+    assert "import(" not in page
+    assert "cdn" not in page
+    assert page.count('class="plotly-graph-div"') == 1
+    assert '"name":"planted trace"' in page
+    assert page.count("<math") == 2
+    assert "<mfrac>" in page
+    assert "widget-view" not in page
+
+
+def test_failed_notebook_has_its_page_too(executed: Execution) -> None:
+    assert "planted &lt;failure&gt; 2.0" in (executed.folder(1) / "notebook.html").read_text()
+
+
+def test_index_leads_to_everything(executed: Execution) -> None:
+    page = next(executed.out.glob("*.html")).read_text()
+    links = re.findall(r'href="([^"]*)"', page)
+    good = executed.folder(0).name
+    made = ["notebook.html", "notebook.ipynb", "config.json"]
+    made += ["figures/curve.html", "tables/squares.csv"]
+    assert [link for link in links if link.startswith(good)] == [f"{good}/{name}" for name in made]
+    assert [link for link in links if not (executed.out / link).is_file()] == []
+    assert "RuntimeError: planted &lt;failure&gt; 2.0" in page
+    assert "<tr><th>sum</th><td>14</td></tr>" in page
+    assert re.findall(r'class="status (\w+)"', page) == ["finished", "failed", "finished"]
+    assert "2 of 3 notebooks finished" in page
+    assert "http" not in page
+
+
+def test_pages_lead_to_one_another(executed: Execution) -> None:
+    page = (executed.folder(0) / "notebook.html").read_text()
+    links = re.findall(r'<a data-to[^>]* href="([^"]*)">', page)
+    assert links == [f"../{executed.folder(2).name}/notebook.html"]
+    assert (executed.folder(0) / links[0]).is_file()
+
+
+def test_nothing_is_left_but_what_was_made(executed: Execution) -> None:
+    hidden = [path.name for path in executed.out.rglob(".*")]
+    empty = [path for path in executed.out.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    assert hidden + empty == []
+
+
+@pytest.fixture
+def notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of one notebook that waits in its last cell until it may go on."""
+    folder = tmp_path / "notebooks"
+    write_notebook(folder / "01_slow.ipynb", SLOW)
+    monkeypatch.setenv(NOTEBOOKS, str(folder))
+    return folder
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+    """Waits until the condition holds; an AssertionError if it does not in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.05)
+
+
+def test_stopped_by_any_signal_then_taken_up_again(notebooks: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [*COMMAND, "--out", str(out)]
+    folders = []
+    for number, stop in enumerate([signal.SIGINT, signal.SIGTERM, signal.SIGKILL]):
+        running = subprocess.Popen(
+            command + ["--resume"] * (number > 0), stderr=subprocess.PIPE, text=True
+        )
+        pid = notebooks / f"pid{number}"
+        wait_for(lambda pid=pid: pid.exists() and pid.read_text().endswith("."))
+        if number == 1:  # what is running is not up for taking
+            with pytest.raises(FileNotFoundError, match="still running"):
+                resume(out)
+        running.send_signal(stop)
+        said = running.communicate(timeout=60)[1]
+        kernel = int(pid.read_text().removesuffix("."))
+        wait_for(lambda kernel=kernel: not psutil.pid_exists(kernel), 10)
+        manifest = load_manifest(next(out.glob("*.json")))
+        folders.append(manifest.jobs[0].folder)
+        if stop != signal.SIGKILL:
+            assert running.returncode == 130
+            assert manifest.jobs[0].status == "stopped"
+            assert f"flowhelpers run --resume {manifest.path}" in said
+    (notebooks / "go").touch()
+    assert main(["run", "--out", str(out), "--resume"]) == 0
+    manifest = load_manifest(next(out.glob("*.json")))
+    assert [job.status for job in manifest.jobs] == ["finished"]
+    assert {*folders, manifest.jobs[0].folder} == {folders[0]}
+    assert (notebooks / "computed").read_text() == "once "
+    assert main(["run", "--out", str(out), "--resume"]) == 2  # for nothing is left to do
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["01_slwo"], "unknown notebook '01_slwo': did you mean '01_slow'"),
+        (["-p", "kk=1"], "unknown parameter 'kk': did you mean 'k'"),
+        (["-p", "k=one"], "parameter 'k' is int, not 'one'; for example k=1"),
+        (["-p", "k"], "-p takes name=value, not 'k'"),
+        (["-p", "sentence=x"], "unknown parameter 'sentence'. Known: k"),
+        (["--preset", "quick"], "unknown preset 'quick'"),
+        (["--preset", "paper", "01"], "01_slow.ipynb has no preset 'paper'"),
+        (["none/01_slow.ipynb"], "there is no notebook none/01_slow.ipynb"),
+        (["broken.ipynb"], "broken.ipynb is not a notebook"),
+        (["--resume"], "nothing to take up"),
+        (["--resume", "none.json"], "--resume takes the manifest of a run"),
+        (["01", "--resume"], "--resume goes on with what was asked for before"),
+    ],
+)
+def test_errors_are_a_line_and_write_nothing(
+    notebooks: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("broken.ipynb").write_text("{")
+    (notebooks / "presets.yaml").write_text("02_other:\n  paper: {k: 2}\n")
+    out = tmp_path / "out"
+    assert main(["run", "--out", str(out), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("flowhelpers: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert not out.exists()
+    with pytest.raises((ValueError, OSError)):
+        main(["--debug", "run", "--out", str(out), *arguments])
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception | None = None) -> None:
+        if error:
+            raise error
+        json.loads("")  # a ValueError, of a library
+
+    for error in (TypeError("a bug"), KeyError("a bug"), None):
+        monkeypatch.setattr("flowhelpers.training.card.stored_bars", lambda _, error=error: fail(error))
+        with pytest.raises((TypeError, KeyError, ValueError)):
+            main(["card"])
+
+
+@pytest.mark.parametrize("seconds", ["-5", "0", "1.5", "soon"])
+def test_a_timeout_is_of_some_seconds(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", f"--timeout={seconds}"])
+    assert stopped.value.code == 2
+    assert f"a whole number of seconds from 1, got '{seconds}'" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"flowhelpers {__version__}\n"
+
+
+def test_other_files_do_not_keep_a_run_from_being_taken_up(
+    notebooks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (notebooks / "go").touch()
+    write_notebook(notebooks / "02_bad.ipynb", BAD)
+    out = tmp_path / "out"
+    assert main(["run", "--out", str(out)]) == 1
+    for stray, content in (("99999999.json", "{}"), ("zz.json", "not JSON"), ("00.json", "[]")):
+        (out / stray).write_text(content)
+    write_notebook(notebooks / "02_bad.ipynb", LAST)
+    assert main(["run", "--out", str(out), "--resume"]) == 0
+    assert not list(out.glob(".*"))
+    capsys.readouterr()
+    assert main(["run", "--resume", str(out / "zz.json")]) == 2
+    assert "zz.json is not the manifest of a run" in capsys.readouterr().err
+
+
+def test_folder_that_cannot_be_written_is_an_error(
+    notebooks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main(["run", "--out", str(tmp_path / "file/runs")]) == 2
+    assert "flowhelpers: cannot make the folder" in capsys.readouterr().err
+    assert main(["run", "--out", str(tmp_path / "file")]) == 2
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_runs_of_the_same_second_are_apart(
+    notebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (notebooks / "go").touch()
+    made: list[str] = []
+
+    def pretend(notebook: str, output: str, **options: object) -> None:
+        folder = Path(os.environ[RUN_DIR])
+        made.append(folder.name)
+        if len(made) == 1:  # a second execution starts while the first is running
+            run_notebooks(plan(), tmp_path / "out")
+            os.environ[RUN_DIR] = str(folder)
+        write_notebook(Path(output), ["k: int = 1"])
+
+    monkeypatch.setattr("flowhelpers.runs.execute.papermill.execute_notebook", pretend)
+    monkeypatch.setattr("flowhelpers.runs.execute.time.strftime", lambda _: "20261121-221500")
+    assert run_notebooks(plan(), tmp_path / "out") == 0
+    assert made == ["20261121-221500-01_slow", "20261121-221500-01_slow-2"]
+    names = sorted(file.name for file in (tmp_path / "out").glob("*.json"))
+    assert names == ["20261121-221500-2.json", "20261121-221500.json"]
+
+
+def test_lab_opens_on_the_notebooks(notebooks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[list[str]] = []
+
+    def execv(_: str, command: list[str]) -> None:
+        called.append(command)
+        raise SystemExit  # what takes the place of this process does not return
+
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(SystemExit):
+        main(["lab", "--no-browser", "--port=8899"])
+    assert called[0][1:] == ["-m", "jupyterlab", str(notebooks), "--no-browser", "--port=8899"]
+
+
+def test_notebooks_are_listed_with_their_parameters(
+    notebooks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["notebooks"]) == 0
+    assert capsys.readouterr().out.split() == ["01_slow", "k:", "int", "=", "1"]

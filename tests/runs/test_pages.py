@@ -1,0 +1,148 @@
+"""What is read: pages of a run, and the words that the package points its reader to."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from html import unescape
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_markdown_cell, new_notebook
+
+from flowhelpers.runs.pages import duration, index_page, link_pages, notebook_page
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def page_of(folder: Path, text: str) -> Path:
+    folder.mkdir(parents=True)
+    notebook = folder / "notebook.ipynb"
+    nbformat.write(new_notebook(cells=[new_markdown_cell(text)]), notebook)
+    return notebook_page(notebook)
+
+
+@pytest.mark.parametrize(
+    ("tex", "drawn"),
+    [
+        (r"\mathbf f \cdot \mathbf W_k", "𝐟·𝐖k"),
+        (r"\mathbf{ab12}", "𝐚𝐛𝟏𝟐"),
+        (r"\mathbf \theta", "𝛉"),
+        (r"\boldsymbol{\theta}", "𝜽"),
+        (r"\mathbb I \mathbb R", "𝕀ℝ"),
+        (r"\mathcal L", "ℒ"),
+        (r"\mathrm{top}_k x", "topkx"),
+    ],
+)
+def test_letters_of_formulae_are_unicodes_own(tmp_path: Path, tex: str, drawn: str) -> None:
+    page = page_of(tmp_path / "run", f"Planted ${tex}$").read_text("utf-8")
+    formula = re.findall(r"<math.*?</math>", page)[0]
+    assert unescape(re.sub(r"<[^>]*>", "", formula)) == drawn
+    assert set(re.findall(r'mathvariant="(.*?)"', formula)) <= {"normal"}
+
+
+def test_what_a_maximum_is_taken_over_stands_below_it(tmp_path: Path) -> None:
+    page = page_of(tmp_path / "run", "$$\\arg\\max_k x$$").read_text("utf-8")
+    assert re.search(r"<munder><mo>max</mo><mi>k</mi></munder>", page)
+
+
+def test_links_lead_to_pages_of_the_run_or_are_plain_text(tmp_path: Path) -> None:
+    text = (
+        "[two](02_two.ipynb#a-place) [gone](09_gone.ipynb) [*read*](../README.md)"
+        " [web](https://example.org) [here](#there)"
+    )
+    one, two = page_of(tmp_path / "1 one", text), page_of(tmp_path / "2-two", "[one](01_one.ipynb)")
+
+    def links(page: Path) -> list[str]:
+        return re.findall(r'<a [^>]*href="([^"#]+#?[^"]*)"[^>]*>', page.read_text("utf-8"))
+
+    assert links(one) == ["https://example.org"]
+    link_pages({"01_one": one})  # the other is yet to run
+    assert links(one) == ["https://example.org"]
+    link_pages({"01_one": one, "02_two": two})
+    assert links(one) == ["../2-two/notebook.html#a-place", "https://example.org"]
+    assert links(two) == ["../1%20one/notebook.html"]
+    html = one.read_text("utf-8")
+    assert re.search(r"<span[^>]*>gone</span> <span[^>]*><em>read</em></span>", html)
+    assert '<a href="#there">here</a>' in html
+    link_pages({"01_one": one})  # a page that is gone
+    assert links(one) == ["https://example.org"]
+
+
+def test_results_are_rounded_and_laid_out(tmp_path: Path) -> None:
+    results = {
+        "share_above_chance": {"res": 0.9486607142857143, "mlp": 0.36811123, "att": 1 / 3},
+        "count": 1234,
+        "score": -0.000123456,
+        "large": 123456.789,
+        "feature": "4/res/<17>",
+        "found": ["res", 0.50001],
+        "nothing": None,
+        "nested": {"the_first": {"a": 1, "W_O": 2.5}, "second": "x"},
+    }
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(results))
+    entry = {"name": "01_one", "status": "finished", "seconds": 75.0, "parameters": {}}
+    index_page(tmp_path / "index.html", "planted", [entry | {"folder": "run", "error": None}])
+    page = (tmp_path / "index.html").read_text("utf-8")
+    rows = dict(re.findall(r"<tr><th>([^<]*)</th><td>([^<]*)</td></tr>", page))
+    assert rows == {
+        "share above chance": "res: 0.949 · mlp: 0.368 · att: 0.333",
+        "count": "1234",
+        "score": "-0.000123",
+        "large": "123,457",
+        "feature": "4/res/&lt;17&gt;",
+        "found": "res, 0.5",
+        "nothing": "null",
+        "the first": "a: 1 · W_O: 2.5",
+        "second": "x",
+    }
+    assert "<th>nested</th><td><table>" in page
+    assert "1 min 15 s" in page
+    assert "{" not in page.split("</style>")[1]
+
+
+def test_durations_are_written_as_people_do() -> None:
+    assert [duration(s) for s in (7.2, 200, 7500)] == ["7 s", "3 min 20 s", "2 h 5 min"]
+
+
+def test_the_readmes_example_of_python_runs_as_it_stands(tmp_path: Path) -> None:
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL))
+    env = os.environ | {"FLOWHELPERS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert said.returncode == 0, said.stderr
+    chain = re.findall(r"^\d +(\d)/res/\d+ ", said.stdout, re.MULTILINE)
+    assert chain == [str(layer) for layer in range(8)]
+    assert "4/res/73" in said.stdout
+    assert "telescope" in said.stdout.partition("activation")[2]
+    assert said.stdout.count("unsteered") == said.stdout.count(" steered") == 3
+    assert (tmp_path / "plan.yaml").read_text("utf-8").startswith("suite: flowlet")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_the_readme_names_the_time_that_the_notebook_does(path: Path) -> None:
+    first = nbformat.read(path, as_version=4).cells[0].source
+    time = re.findall(r"\*\*Time\*\* (.*?) (?:to run )?on two CPU cores", first)
+    rows = re.findall(rf"^\| \[{path.stem}\].*\|$", README, re.MULTILINE)
+    assert [row.split(" | ")[3] for row in rows] == time
+
+
+def test_every_choice_that_is_cited_can_be_looked_up() -> None:
+    choices = (ROOT / "flowhelpers/CHOICES.md").read_text("utf-8")
+    numbers = set(re.findall(r"^\| (\d+) \|", choices, re.MULTILINE))
+    cited: set[str] = set()
+    for path in [*ROOT.glob("flowhelpers/*.py"), *ROOT.glob("notebooks/*.ipynb")]:
+        for found in re.findall(r"CHOICES (\d+(?:(?:,| and|–|-) ?\d+)*)", path.read_text("utf-8")):
+            cited |= set(re.findall(r"\d+", found))
+    assert cited
+    assert cited <= numbers
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["flowhelpers"]  # whole, what is no Python included
+    assert "(flowhelpers/CHOICES.md)" in README

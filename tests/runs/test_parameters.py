@@ -1,0 +1,192 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from flowhelpers.runs.notebooks import NOTEBOOKS, find_notebooks, plan
+from flowhelpers.runs.parameters import accepts, from_text, inspect
+
+CELL = '''"""What may be set."""
+from typing import Literal
+
+suite: str = "flowlet"  # which suite: é, # and "quotes" do not confuse
+k: int = 5
+share: float = 0.5  # of the features
+layers: list[int] = [
+    1,
+    2,
+]  # which layers
+texts: list[str] = ["a, b", "c"]
+device: str | None = None  # found out if None
+deep: bool = False
+mode: Literal["add", "set"] = "add"
+limit: int | float | None = 3
+plain = 4
+some: list[int] | None = None
+'''
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a notebook with a parameters cell into the notebooks' folder."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    monkeypatch.setenv(NOTEBOOKS, str(folder))
+
+    def write(name: str, cell: str = CELL) -> Path:
+        cells = [
+            new_code_cell("before = 1"),
+            new_code_cell(cell, metadata={"tags": ["parameters"]}),
+            new_code_cell("after = 2"),
+        ]
+        path = folder / f"{name}.ipynb"
+        nbformat.write(new_notebook(cells=cells), path)
+        return path
+
+    return write
+
+
+def test_inspect_reads_names_types_defaults_and_help(write: Write) -> None:
+    found = inspect(write("n"))
+    assert [(each.name, each.type, each.default) for each in found.values()] == [
+        ("suite", "str", "flowlet"),
+        ("k", "int", 5),
+        ("share", "float", 0.5),
+        ("layers", "list[int]", [1, 2]),
+        ("texts", "list[str]", ["a, b", "c"]),
+        ("device", "str | None", None),
+        ("deep", "bool", False),
+        ("mode", "Literal['add', 'set']", "add"),
+        ("limit", "int | float | None", 3),
+        ("plain", "int", 4),
+        ("some", "list[int] | None", None),
+    ]
+    helps = {name: each.help for name, each in found.items() if each.help}
+    assert helps == {
+        "suite": 'which suite: é, # and "quotes" do not confuse',
+        "share": "of the features",
+        "layers": "which layers",
+        "device": "found out if None",
+    }
+
+
+@pytest.mark.parametrize(
+    "cell", ["x: int = len([1])", "x: Path = 1", "x: int = 'one'", "x: int", "%matplotlib inline"]
+)
+def test_inspect_refuses_what_cannot_be_a_parameter(write: Write, cell: str) -> None:
+    with pytest.raises(ValueError, match=r"n\.ipynb: its parameters cannot be read"):
+        inspect(write("n", cell))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("k", "7", 7),
+        ("share", "1", 1.0),
+        ("share", "1e-3", 0.001),
+        ("suite", "12", "12"),
+        ("suite", "None", "None"),
+        ("layers", "2,4", [2, 4]),
+        ("layers", "[2, 4]", [2, 4]),
+        ("layers", "3", [3]),
+        ("layers", "[]", []),
+        ("texts", "[a, b]", ["a", "b"]),
+        ("texts", '["Hello, world", "x"]', ["Hello, world", "x"]),
+        ("suite", '"quoted"', '"quoted"'),
+        ("suite", "1,2", "1,2"),
+        ("some", "2, 4", [2, 4]),
+        ("some", "none", None),
+        ("device", "None", None),
+        ("device", "cuda:1", "cuda:1"),
+        ("deep", "true", True),
+        ("deep", "False", False),
+        ("mode", "set", "set"),
+        ("limit", "2.5", 2.5),
+        ("limit", "2", 2),
+        ("limit", "none", None),
+    ],
+)
+def test_texts_become_values_of_the_type(write: Write, name: str, text: str, value: object) -> None:
+    made = from_text("n", inspect(write("n"))[name], text)
+    assert made == value
+    assert type(made) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("k", "2.5", "n: parameter 'k' is int, not '2.5'; for example k=5"),
+        ("k", "True", "'k' is int"),
+        ("layers", "1,x", r"'layers' is list\[int\], not '1,x'; for example layers=\[1, 2\]"),
+        ("layers", "[1.5]", "'layers' is list"),
+        ("deep", "1", "'deep' is bool"),
+        ("mode", "ad", r"'mode' is Literal\['add', 'set'\], not 'ad'"),
+        ("limit", "many", r"'limit' is int \| float \| None"),
+    ],
+)
+def test_wrong_types_are_refused_with_an_example(
+    write: Write, name: str, text: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        from_text("n", inspect(write("n"))[name], text)
+
+
+@pytest.mark.parametrize(
+    ("kind", "yes", "no"),
+    [
+        (int, [0, -1], [True, 1.0, "1", None]),
+        (float, [1, 1.5], [True, "1"]),
+        (bool, [True], [1, 0]),
+        (str | None, ["a", None], [1]),
+        (list[int], [[], [1]], [[1, "a"], [True], (1,), 1]),
+        (dict[str, float], [{"a": 1}], [{1: 1}, {"a": "b"}]),
+    ],
+)
+def test_accepts(kind: Any, yes: list[object], no: list[object]) -> None:
+    assert [value for value in yes if not accepts(kind, value)] == []
+    assert [value for value in no if accepts(kind, value)] == []
+
+
+def test_parameters_go_to_every_notebook_that_has_them(write: Write) -> None:
+    one, two = write("01_one", "k: int = 1\nseed: int = 0"), write("02_two", "k: float = 1.0")
+    assert plan(given={"k": "3", "seed": "4"}) == {one: {"k": 3, "seed": 4}, two: {"k": 3.0}}
+
+
+def test_unknown_parameter_names_the_nearest(write: Write) -> None:
+    write("01_one", "layers: list[int] = [1]\nseed: int = 0")
+    with pytest.raises(ValueError, match="unknown parameter 'laeyrs': did you mean 'layers'"):
+        plan(given={"laeyrs": "2"})
+    with pytest.raises(ValueError, match=r"unknown parameter 'xyz'\. Known: layers, seed$"):
+        plan(given={"xyz": "2"})
+
+
+def test_notebooks_are_found_by_name_number_and_path(write: Write, tmp_path: Path) -> None:
+    one, two = write("01_matching"), write("02_groups")
+    mine = tmp_path / "mine.ipynb"
+    mine.write_bytes(one.read_bytes())
+    assert find_notebooks() == [one, two]
+    assert find_notebooks(["02", "01_matching.ipynb", str(mine)]) == [two, one, mine]
+    with pytest.raises(ValueError, match="unknown notebook '01_mathcing': did you mean '01_match"):
+        find_notebooks(["01_mathcing"])
+
+
+def test_presets_lie_below_what_is_given(write: Write) -> None:
+    one, two = write("01_one", "k: int = 1\nn: int = 1"), write("02_two", "k: int = 1")
+    presets = one.with_name("presets.yaml")
+    presets.write_text("01_one:\n  quick: {k: 2, n: 3}\n  paper: {k: 9}\n")
+    assert plan(given={"n": "4"}, preset="quick") == {one: {"k": 2, "n": 4}, two: {}}
+    assert plan(["01"], preset="quick") == {one: {"k": 2, "n": 3}}
+    with pytest.raises(ValueError, match=r"02_two\.ipynb has no preset 'quick'"):
+        plan(["01", "02"], preset="quick")
+    with pytest.raises(ValueError, match="unknown preset 'quik': did you mean 'quick'"):
+        plan(preset="quik")
+    presets.write_text("01_one:\n  quick: {kk: 2}\n")
+    with pytest.raises(ValueError, match="preset quick of 01_one: unknown parameter 'kk': did you"):
+        plan(preset="quick")
+    presets.write_text("01_one:\n  quick: {k: two}\n")
+    with pytest.raises(ValueError, match="preset quick of 01_one: parameter 'k' is int, not 'two'"):
+        plan(preset="quick")

@@ -1,0 +1,184 @@
+import json
+import math
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import IPython
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+from flowhelpers.runs import run as runs
+from flowhelpers.core.files import new_folder, write_text, write_whole
+from flowhelpers.runs.run import RUN_DIR, RUNS, live, progress, start_run
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that `flowhelpers run` would have made for the run in progress."""
+    folder = tmp_path / "given"
+    folder.mkdir()
+    monkeypatch.setenv(RUN_DIR, str(folder))
+    return folder
+
+
+def test_import_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, flowhelpers.runs.run, flowhelpers.__main__\n"
+        "print({'pandas', 'plotly', 'torch', 'papermill', 'tqdm'} & sys.modules.keys())"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
+
+
+def test_config_says_what_was_asked(folder: Path) -> None:
+    asked = {"suite": "flowlet", "layers": [1, 2], "seed": 7, "share": np.float64(0.5)}
+    run = start_run("01_matching", asked, choices={"null": "rotated"}, revision="abc")
+    config = json.loads((folder / "config.json").read_text())
+    assert run.folder == folder
+    assert config["parameters"] == asked
+    assert config["choices"] == {"null": "rotated"}
+    assert (config["suite"], config["revision"], config["seed"]) == ("flowlet", "abc", 7)
+    assert config["versions"]["python"] == sys.version.split()[0]
+    assert config["versions"]["pandas"] == pd.__version__
+
+
+def test_without_a_given_folder_each_run_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(RUN_DIR, raising=False)
+    monkeypatch.setenv(RUNS, str(tmp_path / "runs"))
+    monkeypatch.setattr(runs.time, "strftime", lambda _: "20261121-221500")
+    names = [start_run("01_matching", {}, name="my try").folder.name for _ in range(3)]
+    first = "20261121-221500-01_matching-my_try"
+    assert names == [first, f"{first}-2", f"{first}-3"]
+
+
+def test_folders_of_one_second_are_never_shared(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        made = list(pool.map(lambda _: new_folder(tmp_path, "same"), range(64)))
+    assert len(set(made)) == 64
+
+
+def test_table_comes_back_as_it_was_computed(folder: Path) -> None:
+    frame = pd.DataFrame(
+        {"feature": ["12/res/4230", "0/mlp/1"], "cosine": [0.25, -1.0]},
+        index=pd.Index([5, 9], name="at"),
+    )
+    written = start_run("n", {}).table("matches", lambda: frame)
+    pd.testing.assert_frame_equal(written, frame)
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / "tables/matches.parquet"), frame)
+    pd.testing.assert_frame_equal(pd.read_csv(folder / "tables/matches.csv", index_col="at"), frame)
+
+
+def test_finished_table_is_kept_when_taken_up_again_and_only_then(folder: Path) -> None:
+    calls = []
+
+    def compute() -> pd.DataFrame:
+        calls.append(1)
+        return pd.DataFrame({"call": [len(calls)]})
+
+    first = start_run("n", {"k": 1})
+    assert first.table("t", compute)["call"].item() == 1
+    assert first.table("t", compute)["call"].item() == 2  # the cell was changed and run again
+    again = start_run("n", {"k": 1})
+    assert again.table("t", compute)["call"].item() == 2
+    assert len(calls) == 2
+    assert len(json.loads((folder / "config.json").read_text())["started"]) == 2
+
+
+def test_table_stopped_midway_is_not_taken_for_finished(folder: Path) -> None:
+    def fail_at_parquet() -> pd.DataFrame:
+        return pd.DataFrame({"mixed": [1, "one"]})  # which parquet cannot hold
+
+    with pytest.raises(Exception, match="mixed"):
+        start_run("n", {}).table("t", fail_at_parquet)
+    (folder / "tables/.t.parquet.1.partial").write_text("left by a kill")
+    again = start_run("n", {})
+    assert again.kept == frozenset()
+    again.table("t", pd.DataFrame({"x": [1]}))
+    assert sorted(file.name for file in folder.glob("tables/*")) == ["t.csv", "t.parquet"]
+
+
+def test_other_settings_are_refused_by_name(folder: Path) -> None:
+    start_run("n", {"k": 3, "layers": [1]}, suite="flowlet")
+    with pytest.raises(ValueError, match=r"k was 3 and is now 4$"):
+        start_run("n", {"k": 4, "layers": [1]}, suite="flowlet")
+    with pytest.raises(ValueError, match="suite was 'flowlet' and is now 'gemma-2-2b'"):
+        start_run("n", {"k": 3, "layers": [1]}, suite="gemma-2-2b")
+    assert json.loads((folder / "config.json").read_text())["parameters"]["k"] == 3
+
+
+def test_figures_share_one_script_and_fetch_nothing(folder: Path) -> None:
+    run = start_run("n", {})
+    for name in ("one", "two"):
+        figure = go.Figure(go.Scatter(y=[1, 2], name=f"planted {name}"))
+        assert run.figure(name, figure) is figure
+    names = sorted(file.name for file in folder.glob("figures/*"))
+    assert names == ["one.html", "one.json", "plotly.min.js", "two.html", "two.json"]
+    page = (folder / "figures/two.html").read_text()
+    assert "planted two" in page
+    assert 'src="plotly.min.js"' in page
+    assert "http" not in page.replace("http://www.w3.org", "").split("Plotly.newPlot")[0]
+    assert json.loads((folder / "figures/one.json").read_text())["data"][0]["name"] == "planted one"
+
+
+def test_results_are_merged(folder: Path) -> None:
+    run = start_run("n", {})
+    run.results({"a": 1, "b": 2})
+    merged = {"a": 1, "b": 0.5, "c": [1, 2]}
+    assert run.results({"b": np.float32(0.5), "c": np.array([1, 2])}) == merged
+    assert json.loads((folder / "results.json").read_text()) == merged
+
+
+@pytest.mark.parametrize("name", ["12/res/4230", "../out", "", ".hidden"])
+def test_names_that_are_no_file_names_are_refused(folder: Path, name: str) -> None:
+    with pytest.raises(ValueError, match="cannot name a file"):
+        start_run("n", {}).table(name, pd.DataFrame())
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+
+
+def test_failed_writing_leaves_the_old_file(tmp_path: Path) -> None:
+    def half(file: Path) -> None:
+        file.write_text("new, but only ha")
+        raise OSError("disk full")
+
+    write_text(tmp_path / "file", "old")
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(tmp_path / "file", half)
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
+
+
+def test_progress_yields_all_and_is_silent_when_quick(capsys: pytest.CaptureFixture[str]) -> None:
+    assert list(progress(range(5), "planted")) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("allow_stdin", [True, False])
+def test_live_is_where_a_person_could_answer(
+    monkeypatch: pytest.MonkeyPatch, allow_stdin: bool
+) -> None:
+    shell = SimpleNamespace(get_parent=lambda: {"content": {"allow_stdin": allow_stdin}})
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    assert live() is allow_stdin
+    bar = type(progress([], "planted"))
+    assert bar.__module__ == ("tqdm.notebook" if allow_stdin else "tqdm.std")
+
+
+@pytest.mark.parametrize("shell", [None, SimpleNamespace()])
+def test_no_shell_and_a_terminal_are_not_live(
+    monkeypatch: pytest.MonkeyPatch, shell: object
+) -> None:
+    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
+    assert live() is False
+
+
+def test_what_is_not_finite_is_null_in_results(tmp_path: Path):
+    values = {"a": math.nan, "b": [1.0, -math.inf, {"c": np.array([2.0, math.nan])}], "d": "NaN"}
+    found = runs.Run(tmp_path).results(values)
+    assert found == {"a": None, "b": [1.0, None, {"c": [2.0, None]}], "d": "NaN"}
+    text = (tmp_path / "results.json").read_text("utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == found

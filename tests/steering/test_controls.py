@@ -1,0 +1,321 @@
+"""What steering is held against, on planted frequencies, streams and steps that are known."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import adder
+import numpy as np
+import pytest
+import torch
+import toys
+
+from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.core.features import Site, parse_feature
+from flowhelpers.steering import controls
+from flowhelpers.steering.controls import (
+    difference_of_means,
+    random_twin,
+    side_effects,
+    times,
+    total_norm,
+)
+from flowhelpers.steering.plans import Plan, Push, Step, plan_edits, push_of
+from flowhelpers.suites.attention import attention_output
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.model import Model, logits_of, run, tokenize
+from flowhelpers.suites.saes import make_dictionary
+
+RES, MLP, ATT = Site(1, "res"), Site(1, "mlp"), Site(1, "att")
+# Feature ORDER[i] is active at i (i + 1) / 2 of 128 tokens: the nearest to it is ORDER[i - 1].
+ORDER = torch.randperm(toys.RES, generator=torch.Generator().manual_seed(5)).tolist()
+TEXTS = [*toys.TEXTS, "The rivers rose and the cat sat on the hills."]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return adder.world(tmp_path_factory.mktemp("adder"))
+
+
+@pytest.fixture(scope="module")
+def suite(planted: Suite, toy: Model) -> Suite:
+    """The planted suite, with a dictionary at z and one of directions that are not orthogonal."""
+    rows = torch.randn(toys.RES, toys.D_MODEL, generator=torch.Generator().manual_seed(1))
+    sae = toys.make_sae(rows * torch.arange(1, toys.RES + 1)[:, None], RES, 0.5)
+    slanted = make_dictionary(RES, sae, toys.D_MODEL, "planted")
+    own = {RES: slanted, ATT: toys.dictionary_at_z(toy)}
+    return replace(planted, dictionaries={**planted.dictionaries, **own})
+
+
+@pytest.fixture(scope="module")
+def seen() -> FeatureActivations:
+    """Activations at which every feature of a residual site has a share of tokens of its own."""
+    counts = np.zeros(toys.RES, dtype=int)
+    counts[ORDER] = [i * (i + 1) // 2 for i in range(toys.RES)]
+    rng = np.random.default_rng(0)
+    codes = {}
+    for site, width in ((Site(0, "res"), toys.RES), (RES, toys.RES), (MLP, toys.MODULE), (ATT, 6)):
+        made = np.zeros((128, width), dtype=np.float32)
+        for feature, count in enumerate(counts[:width]):
+            # How often counts, and not how much.
+            made[rng.permutation(128)[:count], feature] = rng.uniform(0.1, 90, count)
+        codes[site] = made.tolist()
+    return toys.planted_activations(codes)
+
+
+def plan_of(suite: Suite, names: Sequence[str], kind: str = "add", strength: float = 2.0) -> Plan:
+    scales = [1.0 if kind == "rescale" else 1.5 + i for i in range(len(names))]
+    steps = tuple(Step(n, strength, scale) for n, scale in zip(names, scales, strict=True))
+    return Plan(suite.name, kind, "theta", steps)
+
+
+def indices(plan: Plan) -> list[int]:
+    return [parse_feature(step.feature).index for step in plan.steps]
+
+
+def test_the_nearest_twin_is_the_feature_active_as_often(suite: Suite, seen: FeatureActivations):
+    for i in range(1, toys.RES):
+        twin = random_twin(suite, plan_of(suite, [f"1/res/{ORDER[i]}"]), seen, nearest=1)
+        assert indices(twin) == [ORDER[i - 1]]
+    # 15, 21, 28, 36, 45: what is taken is passed over, be it by the plan or by a twin.
+    plan = plan_of(suite, [f"1/res/{ORDER[7]}", f"1/res/{ORDER[6]}"])
+    assert indices(random_twin(suite, plan, seen, nearest=1)) == [ORDER[8], ORDER[5]]
+    plan = plan_of(suite, [f"1/res/{ORDER[6]}", f"1/res/{ORDER[7]}"])
+    assert indices(random_twin(suite, plan, seen, nearest=1)) == [ORDER[5], ORDER[8]]
+
+
+def test_a_plan_written_by_hand_keeps_its_own_features_too(suite: Suite, seen: FeatureActivations):
+    plan = plan_of(suite, [f"1/res/{ORDER[7]}", f"1/res/0{ORDER[6]}"])
+    assert indices(random_twin(suite, plan, seen, nearest=1)) == [ORDER[8], ORDER[5]]
+
+
+def test_an_excluded_feature_stands_for_none(suite: Suite, seen: FeatureActivations):
+    without = replace(suite.dictionary(RES), excluded=torch.tensor([ORDER[8], ORDER[6]]))
+    other = replace(suite, dictionaries={**suite.dictionaries, RES: without})
+    plan = plan_of(suite, [f"1/res/{ORDER[7]}"])
+    assert indices(random_twin(other, plan, seen, nearest=1)) == [ORDER[5]]
+
+
+def test_twins_are_drawn_from_the_nearest_by_the_seed(suite: Suite, seen: FeatureActivations):
+    plan = plan_of(suite, [f"1/res/{ORDER[9]}"])
+    drawn = [indices(random_twin(suite, plan, seen, seed, nearest=3))[0] for seed in range(60)]
+    assert set(drawn) == {ORDER[8], ORDER[10], ORDER[7]}  # 45: 36, 55 and 28
+    assert min(drawn.count(feature) for feature in set(drawn)) > 8
+    plan = plan_of(suite, [f"1/res/{i}" for i in range(5)] + ["1/mlp/2"])
+    twins = [random_twin(suite, plan, seen, seed) for seed in (1, 1, 2, 3)]
+    assert twins[0] == twins[1]
+    assert len({tuple(indices(twin)) for twin in twins}) == 3
+
+
+def test_a_twin_writes_the_same_norm_at_every_site(suite: Suite, seen: FeatureActivations):
+    names = ["0/res/3", "1/res/4", "1/mlp/2", "1/res/9", "1/att/5", "1/res/11", "1/att/0"]
+    plan = plan_of(suite, names)
+    for seed in range(4):
+        twin = random_twin(suite, plan, seen, seed)
+        sites = [parse_feature(step.feature).site for step in twin.steps]
+        assert sites == [parse_feature(name).site for name in names]
+        chosen = [step.feature for step in twin.steps]
+        assert len({*chosen, *names}) == 2 * len(names)
+        assert [step.strength for step in twin.steps] == [2.0] * len(names)
+        assert (twin.suite, twin.kind, twin.unit) == (plan.suite, plan.kind, plan.unit)
+        assert twin.about == f"random features of seed {seed}"
+        own, other = push_of(suite, plan), push_of(suite, twin)
+        assert set(own) == set(other) == {Site(0, "res"), MLP, RES, Site(1, "z")}
+        for at, vector in own.items():
+            assert float(other[at].norm()) == pytest.approx(float(vector.norm()), rel=1e-5)
+            assert not torch.allclose(other[at], vector, rtol=0.1)
+        # Features of one site keep their proportions.
+        scales = [step.scale for step in twin.steps]
+        assert scales[3] / scales[1] == pytest.approx(plan.steps[3].scale / plan.steps[1].scale)
+
+
+def test_where_a_plan_adds_nothing_its_twin_adds_nothing(suite: Suite, seen: FeatureActivations):
+    # As at the end of a linear schedule down to 0.
+    steps = (Step("0/res/3", 2.0), Step("1/res/4", 0.0), Step("1/res/5", 0.0))
+    plan = Plan(suite.name, "add", "theta", steps)
+    twin = random_twin(suite, plan, seen)
+    assert [step.strength for step in twin.steps] == [2.0, 0.0, 0.0]
+    own, other = push_of(suite, plan), push_of(suite, twin)
+    assert not other[RES].any()
+    assert float(other[Site(0, "res")].norm()) == pytest.approx(float(own[Site(0, "res")].norm()))
+
+
+def test_a_twin_of_a_plan_that_rescales_has_its_factors(suite: Suite, seen: FeatureActivations):
+    steps = (Step("1/res/3", 0.0), Step("1/res/5", -2.0), Step("1/mlp/1", 0.5))
+    plan = Plan(suite.name, "rescale", "activation", steps)
+    twin = random_twin(suite, plan, seen, seed=4)
+    assert [(s.strength, s.scale) for s in twin.steps] == [(0.0, 1.0), (-2.0, 1.0), (0.5, 1.0)]
+    assert twin.kind == "rescale"
+    chosen = [parse_feature(step.feature) for step in twin.steps]
+    assert [feature.site for feature in chosen] == [RES, RES, MLP]
+    assert len({*map(str, chosen), *(step.feature for step in steps)}) == 6
+
+
+def test_a_twin_that_cannot_be_drawn_is_an_error(suite: Suite, seen: FeatureActivations):
+    with pytest.raises(ValueError, match="the sample was not read at 2/res, where 2/res/1 lies"):
+        random_twin(suite, plan_of(suite, ["1/res/3", "2/res/1"]), seen)
+    plan = plan_of(suite, [f"1/mlp/{i}" for i in range(5)])
+    with pytest.raises(ValueError, match="no feature of 1/mlp is left to stand for 1/mlp/3"):
+        random_twin(suite, plan, seen)
+
+
+def test_a_plan_that_rescales_is_changed_by_its_distance_from_one(suite: Suite):
+    plan = plan_of(suite, ["1/res/4", "1/res/9"], "rescale")
+    assert {step.strength for step in plan.steps} == {2.0}
+    assert {step.strength for step in times(plan, 3.0).steps} == {4.0}  # 1 + 3 (2 - 1)
+    assert {step.strength for step in times(plan, 0.0).steps} == {1.0}
+
+
+def test_norms_are_those_of_the_stream_and_grow_with_the_strength(suite: Suite):
+    plan = plan_of(suite, ["0/res/3", "1/res/4", "1/res/9", "1/att/5", "1/att/0"])
+    rows = {s: suite.dictionary(s).sae.W_dec.detach() for s in (Site(0, "res"), RES, ATT)}
+    output = attention_output(suite.model, 1)
+    assert output.gain is not None
+    expected = float((2 * 1.5 * rows[Site(0, "res")][3]).norm())
+    expected += float((2 * 2.5 * rows[RES][4] + 2 * 3.5 * rows[RES][9]).norm())
+    at_z = 2 * 4.5 * rows[ATT][5] + 2 * 5.5 * rows[ATT][0]
+    expected += float((at_z @ output.weights * output.gain).norm())
+    assert total_norm(suite, plan) == pytest.approx(expected, rel=1e-5)
+    assert total_norm(suite, push_of(suite, plan)) == pytest.approx(expected, rel=1e-5)
+    thrice = times(plan, -3.0)
+    assert [step.strength for step in thrice.steps] == [-6.0] * 5
+    assert replace(thrice, steps=plan.steps) == plan
+    assert [replace(step, strength=2.0) for step in thrice.steps] == list(plan.steps)
+    assert total_norm(suite, thrice) == pytest.approx(3 * expected, rel=1e-5)
+    assert total_norm(suite, times(plan, 0.0)) == 0
+    assert total_norm(suite, times(push_of(suite, plan), 3.0)) == pytest.approx(3 * expected)
+    with pytest.raises(ValueError, match="a plan of kind 'rescale'"):
+        total_norm(suite, plan_of(suite, ["1/res/4"], "rescale"))
+    with pytest.raises(ValueError, match="a plan of suite other: expected one of"):
+        total_norm(suite, replace(plan, suite="other"))
+
+
+@pytest.mark.parametrize("max_tokens", [64, 4])
+def test_the_difference_of_means_is_that_of_the_tokens(
+    world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+):
+    # The adder's stream is the token's embedding and constants; texts differ in length, and come
+    # in several batches.
+    model, rows = world.suite.model, adder.embeddings(toys.VOCABULARY)
+    texts, others = [TEXTS[0], TEXTS[5], TEXTS[4]], [TEXTS[1], TEXTS[3]]
+    monkeypatch.setattr(controls, "ROWS", 2)
+
+    def mean(some: list[str]) -> torch.Tensor:
+        ids = model.tokenizer(some, add_special_tokens=False)["input_ids"]
+        return rows[[token for text in ids for token in text[: max_tokens - 1]]].mean(0)
+
+    expected = mean(texts) - mean(others)
+    assert expected.norm() > 0.3
+    for site in (Site(0, "res"), Site(2, "res")):
+        found = difference_of_means(model, site, texts, others, max_tokens)
+        assert torch.allclose(found, expected, atol=1e-5)
+    reverse = difference_of_means(model, Site(1, "res"), others, texts, max_tokens)
+    assert torch.allclose(reverse, -expected, atol=1e-5)
+
+
+def test_the_difference_of_nothing_is_an_error(world: SimpleNamespace):
+    model, site = world.suite.model, Site(1, "res")
+    with pytest.raises(ValueError, match="0 texts of the theme and 2 others: no token"):
+        difference_of_means(model, site, [], TEXTS[:2])
+    with pytest.raises(ValueError, match="2 texts of the theme and 0 others: no token"):
+        difference_of_means(model, site, TEXTS[:2], [])
+    with pytest.raises(ValueError, match="1 texts of the theme and 1 others: no token"):
+        difference_of_means(model, site, TEXTS[:1], [""])
+    with pytest.raises(ValueError, match="have the same mean at 1/res"):
+        difference_of_means(model, site, TEXTS[:2], TEXTS[:2])
+
+
+def kl_by_hand(suite: Suite, plan: Plan, texts: Sequence[str]) -> float:
+    """Text by text and token by token."""
+    found = []
+    for text in texts:
+        tokens = tokenize(suite.model, text)
+        clean = logits_of(suite.model, tokens.ids)[0].double().softmax(-1)
+        steered = logits_of(suite.model, tokens.ids, plan_edits(suite, plan))[0].double()
+        steered = steered.softmax(-1)
+        for at in tokens.is_text[0].nonzero().flatten().tolist():
+            p, q = clean[at], steered[at]
+            found.append(float((p * (p / q).log()).sum()))
+    return float(np.mean(found))
+
+
+def test_side_effects_are_those_of_every_token_by_hand(suite: Suite):
+    adds = plan_of(suite, ["0/res/3", "1/mlp/2", "1/att/5", "1/att/0", "1/res/4"], strength=0.2)
+    scales = Plan(
+        suite.name, "rescale", "activation", (Step("1/res/3", 0.5), Step("1/res/5", -1.0))
+    )
+    plans = {"adds": adds, "vectors": push_of(suite, adds), "scales": scales}
+    table = side_effects(suite, plans, TEXTS).set_index("plan")
+    assert list(table.index) == list(plans)
+    assert table.loc["adds", "norm"] == pytest.approx(total_norm(suite, adds), rel=1e-4)
+    assert table.loc["vectors"].to_numpy() == pytest.approx(table.loc["adds"].to_numpy(), rel=1e-5)
+    for name in ("adds", "scales"):
+        expected = kl_by_hand(suite, dict(adds=adds, scales=scales)[name], TEXTS)
+        assert expected > 0.01
+        assert table.loc[name, "kl"] == pytest.approx(expected, rel=1e-3)
+    rows = suite.dictionary(RES).sae.W_dec.detach()
+    steps = []
+    for text in TEXTS:
+        tokens = tokenize(suite.model, text)
+        codes = suite.dictionary(RES).encode(run(suite.model, tokens.ids, [RES])[1][RES])
+        step = -0.5 * codes[..., [3]] * rows[3] - 2 * codes[..., [5]] * rows[5]
+        steps += step.norm(dim=-1)[tokens.is_text].tolist()
+    assert min(steps) < max(steps)
+    assert table.loc["scales", "norm"] == pytest.approx(np.mean(steps), rel=1e-4)
+
+
+def test_texts_and_plans_may_come_in_pieces(suite: Suite):
+    plans = {
+        "adds": plan_of(suite, ["0/res/3", "1/att/5"]),
+        "none": None,
+        "more": plan_of(suite, ["0/res/2", "2/res/1"], strength=-1.0),
+        "scales": plan_of(suite, ["1/res/3", "0/mlp/1"], "rescale", strength=-3.0),
+        "scale": plan_of(suite, ["1/res/5", "1/att/1"], "rescale", strength=0.0),
+    }
+    together = side_effects(suite, plans, TEXTS)
+    assert together["plan"].tolist() == list(plans)
+    for rows in (1, 4, 12, 13):
+        apart = side_effects(suite, plans, TEXTS, rows=rows)
+        for column in ("norm", "kl"):
+            expected = pytest.approx(together[column].to_numpy(), rel=1e-4, abs=1e-6)
+            assert apart[column].to_numpy() == expected
+    for number, (name, plan) in enumerate(plans.items()):
+        alone = side_effects(suite, {name: plan}, TEXTS)
+        for column in ("norm", "kl"):
+            expected = pytest.approx(together[column][number], rel=1e-4, abs=1e-6)
+            assert alone[column][0] == expected
+    short = side_effects(suite, plans, TEXTS, max_tokens=5)
+    ids = [tokenize(suite.model, text, 5).ids[0].tolist() for text in TEXTS]
+    assert max(map(len, ids)) == 5
+    assert short["norm"][0] == pytest.approx(together["norm"][0], rel=1e-4)
+    assert short["norm"][3] != pytest.approx(together["norm"][3], rel=1e-2)
+
+
+def test_without_an_edit_there_is_exactly_no_effect(suite: Suite):
+    plans = {"none": None, "nothing": times(plan_of(suite, ["1/res/4", "1/att/0"]), 0.0)}
+    for name, plan in plans.items():
+        table = side_effects(suite, {name: plan}, TEXTS)
+        assert table[["norm", "kl"]].to_numpy().tolist() == [[0.0, 0.0]]
+    beside: Mapping[str, Any] = {"adds": plan_of(suite, ["0/res/3"]), **plans}
+    table = side_effects(suite, beside, TEXTS).set_index("plan")
+    assert table.loc[["none", "nothing"], "norm"].tolist() == [0.0, 0.0]
+    # A row of a larger batch may differ by rounding.
+    assert table.loc[["none", "nothing"], "kl"].tolist() == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_plan_that_breaks_the_model_is_named(planted: Suite):
+    plans = toys.plans_that_break(planted)
+    with pytest.raises(FloatingPointError, match="plan 'far': logits are no longer finite"):
+        side_effects(planted, plans, TEXTS)
+
+
+def test_side_effects_of_nothing_are_refused(suite: Suite):
+    with pytest.raises(ValueError, match="0 plans and 6 texts: expected 1 or more of each"):
+        side_effects(suite, {}, TEXTS)
+    with pytest.raises(ValueError, match="1 plans and 0 texts: expected 1 or more of each"):
+        side_effects(suite, {"none": None}, [])
+    push: Push = {RES: torch.ones(toys.D_MODEL)}
+    assert side_effects(suite, {"push": push}, TEXTS)["norm"][0] == pytest.approx(32**0.5)
+    with pytest.raises(ValueError, match="a plan of suite other: expected one of"):
+        side_effects(suite, {"one": replace(plan_of(suite, ["1/res/4"]), suite="other")}, TEXTS)

@@ -1,0 +1,160 @@
+"""Effects of features, beside passes that are made and read by hand, one feature at a time."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import toys
+from transformers import Gemma3ForCausalLM
+
+from flowhelpers.core.features import FeatureId, Site, parse_feature
+from flowhelpers.interventions.edits import add
+from flowhelpers.steering.effects import effects
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.model import Model, load_model, run, tokenize
+from flowhelpers.suites.saes import make_dictionary
+
+PROMPT = "The cat sat"
+# Of several sites, not in the order of sites or indices.
+FEATURES = ["1/res/3", "0/mlp/2", "2/att/1", "1/res/0", "1/mlp/6", "0/res/5", "2/res/1", "1/mlp/1"]
+COLUMNS = ["output_score", "confidence_change"]
+
+
+def by_hand(
+    suite: Suite,
+    plain: Gemma3ForCausalLM,
+    name: str,
+    prompt: str = PROMPT,
+    factor: float = 10.0,
+    top: int = 20,
+) -> tuple[float, float, str, int]:
+    """Score, change, token and its rank, of one feature, from passes over the whole prompt."""
+    feature = parse_feature(name)
+    dictionary = suite.dictionary(feature.site)
+    ids = tokenize(suite.model, prompt).ids
+    clean, read = run(suite.model, ids, [dictionary.reads])
+    greatest = float(dictionary.encode(read[dictionary.reads][0, 1:]).max())
+    row = dictionary.sae.W_dec.detach()[feature.index]
+    push = add(dictionary.reads, row, factor * greatest, positions=[ids.shape[1] - 1])
+    steered, _ = run(suite.model, ids, edits=[push])
+    assert clean is not None
+    assert steered is not None
+    before, after = (logits[0, -1].double().softmax(-1) for logits in (clean, steered))
+    with torch.no_grad():
+        lens = plain.lm_head(plain.model.norm(dictionary.directions[feature.index]))
+    written = lens.argsort(descending=True)[:top]
+    token = int(written[after[written].argmax()])
+    rank = after.argsort(descending=True).tolist().index(token)
+    score = (1 - rank / len(after)) * float(after[token])
+    change = -float(after.max().log()) + float(before.max().log())
+    return score, change, suite.model.tokenizer.decode([token]), rank
+
+
+def check(table: pd.DataFrame, rows: list[tuple[float, float, str, int]]) -> None:
+    scores, changes, tokens, _ = zip(*rows, strict=True)
+    assert table["output_score"].to_numpy() == pytest.approx(scores, rel=1e-3)
+    assert table["confidence_change"].to_numpy() == pytest.approx(changes, abs=1e-4)
+    assert table["token"].tolist() == list(tokens)
+
+
+def test_effects_are_those_of_whole_passes_one_feature_at_a_time(
+    planted: Suite, plain_toy: Gemma3ForCausalLM
+):
+    table = effects(planted, FEATURES, PROMPT)
+    assert list(table.columns) == ["feature", *COLUMNS, "token"]
+    assert table["feature"].tolist() == FEATURES
+    rows = [by_hand(planted, plain_toy, name) for name in FEATURES]
+    check(table, rows)
+    assert any(rank > 0 for *_, rank in rows)  # else the formula was not put to the test
+    # BOS is no part of the prompt: at this site nothing is more active than it.
+    ids = tokenize(planted.model, PROMPT).ids
+    codes = planted.dictionary("1/mlp").encode(
+        run(planted.model, ids, [Site(1, "mlp")])[1][Site(1, "mlp")][0]
+    )
+    assert codes[0].max() > codes[1:].max()
+
+
+def test_prompt_factor_and_number_of_tokens_are_what_is_asked_for(
+    planted: Suite, plain_toy: Gemma3ForCausalLM
+):
+    other = "The rivers rose and the cat"
+    changes: list[dict[str, Any]] = [{"prompt": other}, {"factor": 3.0}, {"top": 2}]
+    for given in changes:
+        rows = [by_hand(planted, plain_toy, name, **given) for name in FEATURES]
+        asked: dict[str, Any] = {"prompt": PROMPT} | given
+        check(effects(planted, FEATURES, **asked), rows)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_batches_of_any_size_give_the_same(planted: Suite, at_once: int):
+    names = FEATURES + [f"2/res/{i}" for i in range(7, 12)]
+    whole, parts = (effects(planted, names, PROMPT, at_once=n) for n in (256, at_once))
+    assert parts[["feature", "token"]].equals(whole[["feature", "token"]])
+    assert parts[COLUMNS].to_numpy() == pytest.approx(whole[COLUMNS].to_numpy(), abs=1e-5)
+
+
+def test_no_feature_is_listed_twice(planted: Suite):
+    names = ["1/res/3", FeatureId(0, "mlp", 2), " 1/res/3", FeatureId(1, "res", 3), "0/mlp/2"]
+    table = effects(planted, iter(names), PROMPT)
+    assert table["feature"].tolist() == ["1/res/3", "0/mlp/2"]
+    assert table.equals(effects(planted, ["1/res/3", "0/mlp/2"], PROMPT))
+
+
+def test_a_dictionary_at_z_is_turned_up_before_w_o(
+    planted: Suite, toy: Model, plain_toy: Gemma3ForCausalLM
+):
+    at_z = {**planted.dictionaries, Site(1, "att"): toys.dictionary_at_z(toy)}
+    suite = replace(planted, dictionaries=at_z)
+    names = [f"1/att/{i}" for i in (4, 0, 2)]
+    check(effects(suite, names, PROMPT), [by_hand(suite, plain_toy, name) for name in names])
+
+
+def test_a_feature_that_writes_a_token_has_a_score_near_one(tmp_path: Path):
+    # A toy model that is sure of what it says: the gain of its final norm is large.
+    folder, site, tokens = toys.write_model(tmp_path / "sure"), Site(2, "res"), [70, 200, 300]
+    weights = Gemma3ForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        weights.model.norm.weight.fill_(40.0)
+    weights.save_pretrained(folder)
+    model = load_model(str(folder))
+    unembedding = weights.lm_head.weight.detach()
+    rows = (unembedding - unembedding.mean(0))[tokens]
+    rows = rows / rows.norm(dim=1, keepdim=True) * 20
+    sae = toys.make_sae(rows, site, encoder=torch.ones(toys.D_MODEL, 3), b_enc=50.0)
+    dictionary = make_dictionary(site, sae, toys.D_MODEL, "planted")
+    row = replace(SUITE_ROW, dictionaries={site: "planted"})
+    table = effects(Suite(row, model, {site: dictionary}), ["2/res/1", "2/res/2", "2/res/0"])
+    assert table["token"].tolist() == [model.tokenizer.decode([t]) for t in (200, 300, 70)]
+    assert (table["output_score"] > 0.95).all()
+    assert (table["output_score"] <= 1).all()
+
+
+SUITE_ROW = toys.bare_suite().row
+
+
+def test_where_nothing_is_active_the_effect_is_missing(planted: Suite):
+    site = Site(1, "mlp")
+    rows = toys.planted_directions()[site]
+    silent = make_dictionary(site, toys.make_sae(rows, site, 1e9), toys.D_MODEL, "planted")
+    suite = replace(planted, dictionaries={**planted.dictionaries, site: silent})
+    table = effects(suite, FEATURES, PROMPT).set_index("feature")
+    assert list(table.index) == FEATURES
+    missing = table.index.str.startswith("1/mlp")
+    assert table.loc[missing, COLUMNS].isna().all(axis=None)
+    assert (table.loc[missing, "token"] == "").all()
+    assert table[~missing].equals(effects(planted, FEATURES, PROMPT).set_index("feature")[~missing])
+    alone = effects(suite, ["1/mlp/1"], PROMPT)
+    assert alone[COLUMNS].isna().all(axis=None)
+    assert alone[COLUMNS].dtypes.astype(str).tolist() == ["float64"] * 2
+
+
+def test_what_cannot_be_asked_is_refused(planted: Suite):
+    with pytest.raises(ValueError, match="no feature given: expected one or more"):
+        effects(planted, [])
+    with pytest.raises(ValueError, match="no feature 1/res/99 in"):
+        effects(planted, ["1/res/3", "1/res/99"])
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        effects(planted, ["1/res/3"], "")

@@ -1,0 +1,304 @@
+"""The embedded judge ranks planted texts as anyone would, and says what it is worth."""
+
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+from flowhelpers.activations.corpora import load_texts, passages, subjects
+from flowhelpers.steering.judge_embedded import (
+    EmbeddedJudge,
+    check_theme,
+    distinct_tokens,
+    embedded_judge,
+    mean_losses,
+    stems,
+    theme_stems,
+    windows,
+)
+from flowhelpers.suites.load import load_suite
+from flowhelpers.suites.model import Model, logits_of, tokenize
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_suite("flowlet").model
+
+
+@pytest.fixture(scope="module")
+def judge(model: Model) -> EmbeddedJudge:
+    return embedded_judge(model, "space")
+
+
+def test_fluent_texts_stand_above_scrambled_ones(judge: EmbeddedJudge) -> None:
+    rng = np.random.default_rng(5)
+    fluent = [windows(text)[0] for text in passages().groupby("subject").head(4)["text"]]
+    fluent += [windows(text)[-1] for text in load_texts("maths", 30, 7)]
+    scrambled = [" ".join(rng.permutation(text.split())) for text in fluent]
+    high, low = (judge.judge(texts)["coherence"].to_numpy() for texts in (fluent, scrambled))
+    assert (high > low).mean() >= 0.95
+    assert (high[:, None] > low).mean() >= 0.95
+    assert np.median(high) > 0.9
+    assert np.median(low) < 0.25
+
+
+def test_texts_of_the_theme_stand_above_others(model: Model, judge: EmbeddedJudge) -> None:
+    # None of these is in the package.
+    others = {
+        "space": "A comet crossed the sky; through the telescope the moons of Saturn were seen.",
+        "cooking": "She stirred the soup, added salt and butter, and put the bread into the oven.",
+        "war": "The soldiers loaded their rifles while the enemy artillery shelled the trenches.",
+        "illness": "The doctor felt his pulse; the fever was high, the patient coughed all night.",
+        "sea": "The sailors hauled the sails, and the ship rolled in the waves off the harbour.",
+    }
+    texts = list(others.values())
+    for theme in others:
+        scores = embedded_judge(model, theme).judge(texts)["behavioral"]
+        assert texts[int(scores.argmax())] == others[theme]
+        assert scores.max() > 2 * scores.drop(scores.argmax()).max()
+
+
+def test_what_it_is_worth_is_measured_on_passages_left_out(
+    model: Model, judge: EmbeddedJudge
+) -> None:
+    assert 0.75 < judge.accuracy < 1  # of eighteen subjects
+    aucs = [embedded_judge(model, theme).auc for theme in subjects()]
+    assert 0.93 < min(aucs) <= max(aucs) <= 1
+    assert np.mean(aucs) > 0.97
+
+
+def test_the_same_text_has_the_same_scores_and_an_empty_one_none(judge: EmbeddedJudge) -> None:
+    texts = ["The stars shone.", "", "  \n", "Stars, planets and the moon."]
+    first = judge.judge(texts)
+    assert first.equals(judge.judge(texts))
+    assert (first.loc[[1, 2]] == 0).all().all()
+    assert (first.loc[[0, 3], "behavioral"] > 0.2).all()
+    assert first.to_numpy().min() >= 0
+    assert first.to_numpy().max() <= 1
+    assert judge.judge([]).empty
+
+
+def test_the_loss_is_that_of_each_text_alone(model: Model) -> None:
+    import torch
+
+    texts = ["The cat sat on the mat and looked at the moon.", "Rain.", "A long walk home, alone."]
+    for text, loss in zip(texts, mean_losses(model, texts), strict=True):
+        ids = tokenize(model, text).ids
+        logits = logits_of(model, ids)[0, :-1]
+        expected = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+        assert loss == pytest.approx(float(expected), rel=1e-4)
+    assert np.isinf(mean_losses(model, [""])).all()
+
+
+def test_windows_and_stems() -> None:
+    text = " ".join(str(i) for i in range(75))
+    assert [len(piece.split()) for piece in windows(text)] == [30, 30, 15]
+    assert [len(piece.split()) for piece in windows(" ".join(["a"] * 74))] == [30, 30]
+    assert windows("only three words") == ["only three words"]
+    assert stems("Planets, planet's PLANETARY 42") == ["planet", "planet", "s", "planetari"]
+
+
+def test_an_unknown_theme_names_the_nearest(model: Model) -> None:
+    with pytest.raises(ValueError, match="unknown theme 'spaec'; did you mean 'space'"):
+        embedded_judge(model, "spaec")
+
+
+# Two short texts on each theme, written for this test: nothing like them is in the package.
+OWN = {
+    "animals": [
+        "The fox crept past the sleeping hens, its tail low, while an owl watched from the barn"
+        " and mice hid in the straw.",
+        "A herd of deer grazed by the forest, and the young bear followed its mother down to the"
+        " stream to catch salmon.",
+    ],
+    "cooking": [
+        "Chop the onions, fry them in butter until golden, add garlic and tomatoes, and let the"
+        " sauce simmer with a pinch of salt.",
+        "He kneaded the dough, left it to rise, brushed it with egg and baked two loaves of bread"
+        " in the hot oven.",
+    ],
+    "geometry": [
+        "Draw a circle through the three corners of the triangle; its centre lies where the lines"
+        " that halve the sides at right angles meet.",
+        "The diagonals of a square are equal in length, cross at right angles, and cut it into"
+        " four triangles of the same area.",
+    ],
+    "illness": [
+        "The nurse took her temperature, the doctor listened to her lungs and gave her medicine"
+        " against the fever and the cough.",
+        "After the operation the patient lay pale in the hospital bed, weak from pain, and the"
+        " wound was slow to heal.",
+    ],
+    "money": [
+        "He owed the bank more than he earned, so he sold the shop to pay his debts and the"
+        " interest on the loan.",
+        "She counted the coins twice, put the notes into her purse, and saved half her wages for"
+        " the rent and taxes.",
+    ],
+    "plants": [
+        "The seeds sprouted in the damp soil; soon green leaves opened to the light, and roots"
+        " reached down for water.",
+        "Roses and lilies bloomed along the garden wall, and bees carried pollen from one flower"
+        " to the petals of the next.",
+    ],
+    "religion": [
+        "The priest knelt before the altar, and the people bowed their heads in prayer and sang a"
+        " hymn to God.",
+        "Pilgrims came to the holy temple to pray, light candles, and hear the monk read from the"
+        " sacred book of their faith.",
+    ],
+    "school": [
+        "The teacher wrote the sum on the blackboard, and the pupils bent over their desks and"
+        " copied it into their exercise books.",
+        "After the lesson the bell rang, the class ran out to play, and the headmaster marked the"
+        " examination papers.",
+    ],
+    "sea": [
+        "The captain steered the ship away from the rocks as waves broke over the deck and the"
+        " sailors lowered the sails.",
+        "At low tide the fishermen dragged their boats down the beach and rowed out to pull in"
+        " the nets before the harbour froze.",
+    ],
+    "space": [
+        "The astronomer turned her telescope to Jupiter and counted its moons, four points of"
+        " light in orbit about the giant planet.",
+        "A dying star swells, sheds its gas into a glowing cloud, and collapses under its own"
+        " gravity far across the galaxy.",
+    ],
+    "war": [
+        "The general sent his troops across the river at dawn, but the enemy guns opened fire and"
+        " many soldiers fell in battle.",
+        "The regiment dug trenches, loaded their rifles, and waited for the attack while shells"
+        " burst over the ruined village.",
+    ],
+    "weather": [
+        "Dark clouds rolled in from the west, thunder followed the lightning, and the rain poured"
+        " down until the storm had passed.",
+        "A cold wind blew all morning; the fog lifted, frost melted in the sunshine, and by evening"
+        " it began to snow.",
+    ],
+    "weddings": [
+        "The bride walked up the aisle in a white dress, the groom put the ring on her finger, and"
+        " the guests threw flowers.",
+        "At the wedding feast the bridesmaids danced, the best man gave a toast, and the married"
+        " couple cut the cake.",
+    ],
+}
+
+
+def test_short_texts_are_ranked_by_their_theme(model: Model) -> None:
+    texts = [text for both in OWN.values() for text in both]
+    assert all(15 <= len(text.split()) <= 27 for text in texts)
+    of = np.repeat(list(OWN), 2)
+    right = {}
+    for theme in OWN:
+        scores = embedded_judge(model, theme).judge(texts)["behavioral"].to_numpy()
+        right[theme] = (scores[of == theme][:, None] > scores[of != theme]).mean()
+    assert len(right) >= 10
+    assert np.mean(list(right.values())) >= 0.95, right
+    assert min(right.values()) >= 0.85, right
+
+
+def test_a_looping_text_is_not_coherent_though_it_is_likely(
+    model: Model, judge: EmbeddedJudge
+) -> None:
+    loops = [
+        "the stars of the " * 9,
+        "the moon " * 16,
+        "It was the first time that " * 6,
+        "stars, stars, stars, " * 8,
+    ]
+    fluent = [text for both in OWN.values() for text in both]
+    assert mean_losses(model, loops).max() < mean_losses(model, fluent).mean() - 1
+    assert mean_losses(model, loops).max() < judge.human  # the loss alone would call it human
+    assert judge.judge(loops)["coherence"].max() < 0.15
+    assert judge.judge(fluent)["coherence"].median() > 0.8
+    # Going on and on about it does not help.
+    assert judge.judge([text * 3 for text in loops])["coherence"].max() < 0.15
+    assert judge.looped < 0.3 < 0.6 < judge.various <= 1
+
+
+def test_coherence_is_likelihood_times_variety(model: Model, judge: EmbeddedJudge) -> None:
+    texts = [
+        "The planets go round the sun, and the moon goes round the earth, and the earth goes.",
+        "Sun moon the of planet the stars a the in light the of a the the gas.",
+        "The cat sat on the mat and the cat sat on the mat and the dog sat on the cat.",
+    ]
+    likely = (judge.shuffled - mean_losses(model, texts)) / (judge.shuffled - judge.human)
+    various = distinct_tokens(model, texts) - judge.looped
+    various = various / (judge.various - judge.looped)
+    expected = np.clip(likely, 0, 1) * np.clip(various, 0, 1)
+    assert ((expected > 0.02) & (expected < 0.98)).any()
+    assert judge.judge(texts)["coherence"].to_numpy() == pytest.approx(expected, abs=1e-6)
+
+
+def test_different_tokens_are_counted_in_pieces(model: Model) -> None:
+    words = [" cat", " moon", " tree", " house", " water", " hand"]
+    ids = model.tokenizer(words, add_special_tokens=False)["input_ids"]
+    assert all(len(row) == 1 for row in ids)  # so that a word is a token
+    cat, moon, tree, house, water, hand = words
+    expected = {
+        cat * 12: 1 / 12,
+        (cat + moon + tree) * 4: 3 / 12,
+        cat * 4 + moon + tree + house + water + hand: 6 / 9,
+        cat * 8: 1.0,  # eight tokens of 32 are too few to tell
+        cat * 9: 1 / 9,
+        cat * 32 + moon * 16: (1 / 32 + 1 / 16) / 2,
+        cat * 16 + moon * 16 + (cat + moon + tree + house) * 8: (2 / 32 + 4 / 32) / 2,
+        cat * 32 + (moon + tree) * 4: 1 / 32,  # the rest is too short
+        "": 1.0,
+    }
+    found = distinct_tokens(model, list(expected))
+    assert found.tolist() == pytest.approx(list(expected.values()))
+    assert distinct_tokens(model, [cat * 12], width=5).tolist() == pytest.approx([0.3])
+    pair = distinct_tokens(model, [(cat + moon) * 6], width=4)
+    assert pair.tolist() == pytest.approx([0.5])
+
+
+def test_the_stems_of_a_theme_are_words_that_anyone_would_name() -> None:
+    named = {
+        "space": {"star", "moon", "planet", "telescop", "orbit"},
+        "sea": {"sea", "ship", "wave", "sailor"},
+        "cooking": {"oven", "butter", "bake", "bread"},
+        "war": {"soldier", "gun", "enemi"},
+        "geometry": {"triangl", "circl", "angl"},
+    }
+    first: dict[str, list[str]] = {}
+    for theme, words in named.items():
+        first[theme] = theme_stems(theme)
+        assert len(first[theme]) == len(set(first[theme])) == 100
+        assert words <= set(first[theme]), words - set(first[theme])
+        assert theme_stems(theme, 7) == first[theme][:7]
+        assert theme_stems(theme) == first[theme]
+    for theme, words in named.items():
+        for other in named.keys() - {theme}:
+            assert not words & set(first[other])
+
+
+def test_stems_are_ranked_by_their_log_odds_by_hand() -> None:
+    counts = {"sea": Counter(), "others": Counter()}
+    for subject, text in passages()[["subject", "text"]].itertuples(index=False):
+        counts["sea" if subject == "sea" else "others"].update(stems(text))
+    for common in {"the", "he", "was", *stems(" ".join(ENGLISH_STOP_WORDS))}:
+        for some in counts.values():
+            del some[common]
+    total = counts["sea"] + counts["others"]
+    sizes = {side: sum(some.values()) + sum(total.values()) / 100 for side, some in counts.items()}
+
+    def z(stem: str) -> float:
+        seen = {side: some[stem] + total[stem] / 100 for side, some in counts.items()}
+        odds = [math.log(seen[side] / (sizes[side] - seen[side])) for side in ("sea", "others")]
+        return (odds[0] - odds[1]) / math.sqrt(sum(1 / n for n in seen.values()))
+
+    expected = sorted(total, key=lambda stem: (-round(z(stem), 9), stem))
+    assert theme_stems("sea", 40) == expected[:40]
+
+
+def test_themes_that_are_unknown_name_the_nearest() -> None:
+    for check in (check_theme, theme_stems):
+        with pytest.raises(ValueError, match="unknown theme 'weding'; did you mean 'weddings'"):
+            check("weding")
+    for theme in subjects():
+        check_theme(theme)

@@ -1,0 +1,389 @@
+"""Plans do what their formulas say, on a model whose stream is known; texts keep their seeds."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import adder
+import pytest
+import torch
+import toys
+
+from flowhelpers.core.features import FeatureId, Site, parse_feature
+from flowhelpers.flow.graph import flow_graph
+from flowhelpers.interventions.generation import generate
+from flowhelpers.matching.table import match_table
+from flowhelpers.steering.plans import (
+    Plan,
+    Step,
+    load_plan,
+    make_plan,
+    plan_edits,
+    plan_or_none,
+    push_of,
+    row_edits,
+    save_plan,
+    schedule,
+    steer,
+)
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.model import Edit, Model, run
+
+ADDS = "suite: a\nkind: add\nunit: theta\nsteps: "
+FEATURES = ["0/res/2", "1/mlp/1", "1/res/3", "1/res/0", "2/res/1"]
+PROMPT = "The cat sat"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return adder.world(tmp_path_factory.mktemp("adder"))
+
+
+def streams(world: SimpleNamespace, *edits: Edit) -> dict[Site, torch.Tensor]:
+    sites = [Site(0, "res"), Site(1, "mlp"), Site(1, "res"), Site(2, "res")]
+    return run(world.suite.model, world.tokens.ids, sites, list(edits))[1]
+
+
+def row(suite: Suite, name: str) -> torch.Tensor:
+    feature = parse_feature(name)
+    return suite.dictionary(feature.site).sae.W_dec.detach()[feature.index]
+
+
+def theta(suite: Suite, name: str) -> float:
+    feature = parse_feature(name)
+    return float(suite.dictionary(feature.site).sae.threshold[feature.index])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "expected"),
+    [
+        ("constant", {}, {3: 8, 5: 8, 7: 8}),
+        ("single", {}, {3: 8, 5: 8, 7: 8}),
+        # 8 · exp(-0.05 · 3), · 5, · 7, worked out by hand
+        ("exponential", {}, {3: 6.885663811400462, 5: 6.230406264571239, 7: 5.637504718973491}),
+        # from the span's start at layer 2
+        (
+            "exponential",
+            {"origin": "span"},
+            {3: 7.609835396005712, 5: 6.885663811400462, 7: 6.230406264571239},
+        ),
+        ("exponential", {"alpha": -0.25}, {3: 3.7789324219, 5: 2.2920383749, 7: 1.3901915476}),
+        # from (2, 8) to (9, 1): one less at each layer
+        ("linear", {}, {3: 7, 5: 5, 7: 3}),
+        ("linear", {"end_strength": 15.0}, {3: 9, 5: 11, 7: 13}),
+    ],
+)
+def test_schedules_are_those_of_the_paper(
+    strategy: str, options: dict[str, Any], expected: dict[int, float]
+):
+    found = schedule(8.0, [3, 5, 7], (2, 9), strategy, **options)
+    assert found == pytest.approx(expected)
+
+
+def test_a_linear_schedule_of_one_layer_is_the_strength():
+    assert schedule(8.0, [4], (4, 4), "linear") == {4: 8.0}
+    with pytest.raises(ValueError, match="unknown strategy 'expnential'; did you mean 'expon"):
+        schedule(8.0, [4], (4, 4), "expnential")
+    with pytest.raises(ValueError, match="strength=nan: expected a finite"):
+        schedule(math.nan, [4], (4, 4))
+
+
+@pytest.mark.parametrize("unit", ["theta", "max", "unit"])
+def test_what_is_added_is_the_formula_at_every_site_and_token(world: SimpleNamespace, unit: str):
+    suite = world.suite
+    greatest = {name: 1.0 + i for i, name in enumerate(FEATURES)}
+    plan = make_plan(
+        suite, FEATURES, 3.0, strategy="exponential", unit=unit, greatest=greatest, alpha=-0.5
+    )
+    clean, steered = streams(world), streams(world, *plan_edits(suite, plan))
+    added = {}
+    for name in FEATURES:
+        scale = {"theta": theta(suite, name), "max": greatest[name], "unit": 0.5}[unit]
+        added[name] = 3 * math.exp(-0.5 * int(name[0])) * scale * row(suite, name)
+    # The stream keeps what was added below; this model's layers answer nothing.
+    expected = {
+        Site(0, "res"): added["0/res/2"],
+        Site(1, "mlp"): added["1/mlp/1"],
+    }
+    expected[Site(1, "res")] = sum(v for n, v in added.items() if n[0] in "01")
+    expected[Site(2, "res")] = sum(added.values())
+    for site, step in expected.items():
+        moved = steered[site] - clean[site]
+        assert torch.allclose(moved, step.expand_as(moved), atol=1e-6), site
+
+
+def test_rescaling_reads_each_feature_live_after_the_layers_below(world: SimpleNamespace):
+    suite = world.suite
+    plan = make_plan(suite, ["0/res/2", "1/res/3"], -2.0, "rescale")
+    clean, steered = streams(world), streams(world, *plan_edits(suite, plan))
+    a = suite.dictionary("0/res").encode(clean[Site(0, "res")])[..., 2:3]
+    below = clean[Site(0, "res")] - 3 * a * row(suite, "0/res/2")
+    assert torch.allclose(steered[Site(0, "res")], below, atol=1e-6)
+    assert (a > 0).any()
+    # Both lie along the same coordinate: what is left of it below is 1 - 3 < 0, and so off above.
+    moved = steered[Site(1, "res")] - clean[Site(1, "res")]
+    assert torch.allclose(moved, -3 * a * row(suite, "0/res/2"), atol=1e-6)
+    alone = streams(world, *plan_edits(suite, make_plan(suite, ["1/res/3"], -2.0, "rescale")))
+    codes = suite.dictionary("1/res").encode(clean[Site(1, "res")])[..., 3:4]
+    moved = alone[Site(1, "res")] - clean[Site(1, "res")]
+    assert torch.allclose(moved, -3 * codes * row(suite, "1/res/3"), atol=1e-6)
+
+
+def test_features_of_one_site_are_rescaled_together_each_by_its_own_factor(world: SimpleNamespace):
+    suite = world.suite
+    plan = Plan(suite.name, "rescale", "activation", (Step("1/res/3", 0.0), Step("1/res/5", 2.0)))
+    clean, steered = streams(world), streams(world, *plan_edits(suite, plan))
+    codes = suite.dictionary("1/res").encode(clean[Site(1, "res")])
+    step = -codes[..., 3:4] * row(suite, "1/res/3") + codes[..., 5:6] * row(suite, "1/res/5")
+    moved = steered[Site(1, "res")] - clean[Site(1, "res")]
+    assert torch.allclose(moved, step, atol=1e-6)
+    assert len(plan_edits(suite, plan)) == 1
+
+
+def test_plans_of_a_batch_are_each_what_they_are_alone(world: SimpleNamespace):
+    suite = world.suite
+    plans = [
+        make_plan(suite, FEATURES, 2.0, strategy="linear"),
+        None,
+        make_plan(suite, ["0/res/2", "1/res/3", "1/res/5"], -1.0, "rescale"),
+        make_plan(suite, FEATURES, 5.0, strategy="single", layer=1, unit="unit"),
+    ]
+    ids = world.tokens.ids[:1].expand(8, -1)
+    sites = [Site(0, "res"), Site(1, "res"), Site(2, "res")]
+    _, together = run(suite.model, ids, sites, row_edits(suite, plans, 2))
+    for number, plan in enumerate(plans):
+        edits = plan_edits(suite, plan) if plan else []
+        _, alone = run(suite.model, ids[:1], sites, edits)
+        for site in sites:
+            mine = together[site][2 * number : 2 * number + 2]
+            assert torch.allclose(mine, alone[site].expand_as(mine), atol=1e-6)
+
+
+def test_strategies_choose_the_layers(world: SimpleNamespace):
+    def layers(**given: Any) -> list[str]:
+        plan = make_plan(world.suite, FEATURES, 1.0, **given)
+        return [step.feature for step in plan.steps]
+
+    assert layers() == FEATURES
+    assert layers(layer=1) == FEATURES[:4]
+    assert layers(strategy="single", layer=1) == FEATURES[1:4]
+    assert layers(strategy="linear", layer=0) == FEATURES[:1]
+    # The span is that of the graph, however far the plan goes.
+    plan = make_plan(world.suite, FEATURES, 3.0, strategy="linear", layer=1)
+    assert [step.strength for step in plan.steps] == [3, 2, 2, 2]
+
+
+def test_a_layer_without_features_may_have_no_plan(world: SimpleNamespace):
+    suite = world.suite
+    plan = plan_or_none(suite, FEATURES, 2.0, strategy="single", layer=1)
+    assert plan == make_plan(suite, FEATURES, 2.0, strategy="single", layer=1)
+    assert plan_or_none(suite, ["0/res/2"], 2.0, "add", "single", 1) is None
+    assert plan_or_none(suite, ["1/res/3"], 2.0, layer=0) is None
+    for wrong in ({"features": []}, {"features": FEATURES, "kind": "ad"}):
+        with pytest.raises(ValueError, match=r"no feature to steer: exp|unknown kind 'ad'"):
+            plan_or_none(suite, strength=2.0, **wrong)
+
+
+def test_a_plan_of_a_graph_steers_its_nodes(planted: Suite):
+    graph = flow_graph(planted, "1/res/3", match_table(planted, k=2))
+    plan = make_plan(planted, graph, 2.0)
+    assert {step.feature for step in plan.steps} == set(graph.nodes["feature"])
+    table = plan.table()
+    assert list(table.columns) == ["feature", "layer", "module", "index", "strength", "scale"]
+    assert len(table) == len(graph.nodes)
+    with pytest.raises(ValueError, match="a flow graph of suite other: expected one of"):
+        make_plan(planted, replace(graph, suite="other"), 2.0)
+
+
+def test_a_plan_survives_saving_and_loading(world: SimpleNamespace, tmp_path: Path):
+    plan = make_plan(world.suite, FEATURES, 3.3, strategy="exponential", about="Größe: a test")
+    save_plan(plan, tmp_path / "plan.yaml")
+    assert load_plan(tmp_path / "plan.yaml") == plan
+    text = (tmp_path / "plan.yaml").read_text("utf-8")
+    assert "feature: 1/mlp/1" in text
+    assert "Größe" in text
+
+
+def test_a_plan_that_is_no_text_is_refused(tmp_path: Path):
+    (tmp_path / "plan.yaml").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match="is no plan"):
+        load_plan(tmp_path / "plan.yaml")
+
+
+def test_a_plan_by_hand_that_rescales_needs_no_scale(tmp_path: Path):
+    text = "suite: a\nkind: rescale\nunit: activation\nsteps: [{feature: 1/res/2, strength: -2}]"
+    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    expected = Plan("a", "rescale", "activation", (Step("1/res/2", -2),))
+    assert load_plan(tmp_path / "plan.yaml") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "is no plan"),
+        ("suite: a\nkind: add\nunit: theta\nsteps: []", "the plan has no features"),
+        ("suite: a\nkind: ad\nunit: theta\nsteps: [{feature: 1/res/2, strength: 1}]", "'ad'; did"),
+        (ADDS + "[{feature: 1/res, strength: 1, scale: 1}]", "1/res"),
+        (ADDS + "[{feature: 73, strength: 1, scale: 1}]", "73"),
+        (ADDS + "[{feature: 1/res/2, strength: .nan, scale: 1}]", "no finite"),
+        (ADDS + "[{feature: 1/res/2, strength: true, scale: 1}]", "no finite"),
+        (ADDS + "[{feature: 1/res/2, strength: 1}]", "1/res/2 has no scale: what is one unit"),
+        (ADDS + "[{feature: 1/res/2, s: 1}]", "is no plan"),
+        (ADDS.replace("theta", "thet") + "[{feature: 1/res/2, strength: 1}]", "'thet'; did you"),
+        (ADDS.replace("suite: a", "suite: 5") + "[{feature: 1/res/2, strength: 1}]", "suite"),
+        (
+            "suite: a\nkind: rescale\nunit: theta\nsteps: [{feature: 1/res/2, strength: 1}]",
+            "'theta'",
+        ),
+        ("suite: a\nkind: add\nsteps: [{feature: 1/res/2, strength: 1}]", "is no plan"),
+        ("suite: [", "is no plan"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str, message: str):
+    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_plan(tmp_path / "plan.yaml")
+
+
+def test_a_plan_serves_any_code_and_leaves_nothing_behind(world: SimpleNamespace):
+    suite = world.suite
+    plan = make_plan(suite, FEATURES, 4.0)
+    ids = world.tokens.ids
+    clean = suite.model.bridge(ids, return_type="logits")
+    with plan.on(suite):
+        steered = suite.model.bridge(ids, return_type="logits")
+    assert not torch.allclose(clean, steered, atol=1e-3)
+    assert torch.equal(clean, suite.model.bridge(ids, return_type="logits"))
+
+
+def test_steered_and_unsteered_share_their_seeds(planted: Suite):
+    push = make_plan(planted, [FeatureId(1, "res", 3)], 50.0, unit="unit")
+    nothing = make_plan(planted, [FeatureId(1, "res", 3)], 0.0, unit="unit")
+    same = make_plan(planted, [FeatureId(1, "res", 3)], 1.0, "rescale")
+    plans = {"plain": None, "nothing": nothing, "pushed": push, "r = 1": same}
+    table = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=3)
+    texts = {name: part["text"].tolist() for name, part in table.groupby("plan", sort=False)}
+    assert list(texts) == list(plans)
+    assert table["sample"].tolist() == [0, 1, 2, 3] * 4
+    expected = generate(planted.model, PROMPT, 8, samples=4, temperature=1.27, top_p=0.7, seed=3)
+    assert texts["plain"] == texts["nothing"] == texts["r = 1"] == expected
+    assert texts["pushed"] != expected
+    alone = steer(planted, {"pushed": push}, PROMPT, samples=2, max_new_tokens=8, seed=3)
+    assert alone["text"].tolist() == texts["pushed"][:2]
+    apart = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=3, at_once=5)
+    assert apart.equals(table)
+
+
+def test_what_a_plan_adds_is_known_by_site(world: SimpleNamespace, planted: Suite, toy: Model):
+    suite = world.suite
+    steps = (Step("0/res/2", 3.0), Step("1/res/3", 2.0, 0.5), Step("1/res/5", -1.0, 4.0))
+    push = push_of(suite, Plan(suite.name, "add", "theta", steps))
+    assert set(push) == {Site(0, "res"), Site(1, "res")}
+    assert torch.allclose(push[Site(0, "res")], 3 * row(suite, "0/res/2"))
+    both = row(suite, "1/res/3") - 4 * row(suite, "1/res/5")
+    assert torch.allclose(push[Site(1, "res")], both)
+    # A dictionary that reads z is pushed there.
+    at_z = replace(planted, dictionaries={Site(1, "att"): toys.dictionary_at_z(toy)})
+    push = push_of(at_z, Plan(planted.name, "add", "theta", (Step("1/att/4", 2.0, 0.5),)))
+    assert set(push) == {Site(1, "z")}
+    assert torch.allclose(push[Site(1, "z")], row(at_z, "1/att/4"))
+    with pytest.raises(ValueError, match="a plan of kind 'rescale': what it adds depends on"):
+        push_of(suite, make_plan(suite, ["1/res/3"], 0.0, "rescale"))
+    with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
+        push_of(planted, make_plan(suite, ["1/res/3"], 1.0))
+
+
+def test_vectors_steer_as_the_plan_that_adds_them(planted: Suite):
+    plan = make_plan(planted, ["0/res/2", "1/res/3", "1/mlp/1"], 9.0, unit="unit")
+    push = push_of(planted, plan)
+    scale = make_plan(planted, ["1/res/3"], -9.0, "rescale")
+    plans = {"plan": plan, "none": None, "scale": scale, "push": push}
+    table = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=1)
+    texts = {name: part["text"].tolist() for name, part in table.groupby("plan", sort=False)}
+    assert list(texts) == list(plans)
+    assert texts["push"] == texts["plan"]
+    assert len({tuple(some) for some in texts.values()}) == 3
+    alone = steer(planted, {"push": push}, PROMPT, samples=4, max_new_tokens=8, seed=1)
+    assert alone["text"].tolist() == texts["push"]
+    ids = torch.arange(60, 72).expand(6, -1)
+    mixed = [push, None, plan]
+    _, read = run(
+        planted.model, ids, [Site(1, "res"), Site(2, "res")], row_edits(planted, mixed, 2)
+    )
+    for values in read.values():
+        assert torch.allclose(values[:2], values[4:], atol=1e-6)
+        assert not torch.allclose(values[:2], values[2:4], atol=1e-2)
+
+
+def test_samples_may_be_named_by_their_numbers(planted: Suite):
+    plans = {"none": None, "push": make_plan(planted, ["1/res/3"], 9.0, unit="unit")}
+    whole = steer(planted, plans, PROMPT, samples=6, max_new_tokens=8, seed=2)
+    some = steer(planted, plans, PROMPT, samples=[5, 3], max_new_tokens=8, seed=2)
+    assert some["plan"].tolist() == ["none", "none", "push", "push"]
+    assert some["sample"].tolist() == [5, 3, 5, 3]
+    both = whole.set_index(["plan", "sample"])["text"]
+    expected = [both[name, number] for name in plans for number in (5, 3)]
+    assert some["text"].tolist() == expected
+    assert len(set(whole["text"])) == len(whole)  # else any other would do
+    apart = steer(planted, plans, PROMPT, range(2, 6), max_new_tokens=8, seed=2, at_once=3)
+    assert apart["text"].tolist() == whole.loc[whole["sample"] >= 2, "text"].tolist()
+    with pytest.raises(ValueError, match=r"2 plans and samples=\[\]: expected 1 or more of each"):
+        steer(planted, plans, PROMPT, samples=[])
+
+
+@pytest.mark.parametrize("kind", ["add", "rescale", "vectors"])
+def test_what_is_not_finite_is_named_before_it_is_tried(planted: Suite, kind: str):
+    steps = (Step("1/res/3", 1.0), Step("2/res/1", math.nan))
+    bad: Any = Plan(planted.name, "add" if kind == "vectors" else kind, "unit", steps)
+    words = rf"plan 'bad' \({kind}, .* layers 1 to 2\): it is not finite"
+    if kind == "vectors":
+        bad = push_of(planted, bad)
+        words = r"plan 'bad' \(vectors of norm .* at 1/res, nan at 2/res\): it is not finite"
+    fine = make_plan(planted, ["1/res/3"], 1.0)
+    with pytest.raises(FloatingPointError, match=words):
+        steer(planted, {"none": None, "fine": fine, "bad": bad}, PROMPT, 2, max_new_tokens=3)
+
+
+def test_a_strength_that_breaks_the_model_is_named(planted: Suite):
+    plans = toys.plans_that_break(planted)
+    with pytest.raises(
+        FloatingPointError, match=r"plan 'far' \(add, strengths 3e\+38 .*layers 0 to 1\)"
+    ):
+        steer(planted, plans, PROMPT, samples=2, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"features": []}, "no feature to steer: expected a graph or features"),
+        ({"features": ["1/res/99"]}, "no feature 1/res/99 in adder"),
+        ({"features": FEATURES, "layer": 7, "strategy": "single"}, "layer 7: there are some at 0"),
+        ({"features": FEATURES, "kind": "ad"}, "unknown kind 'ad'; did you mean 'add'"),
+        ({"features": FEATURES, "unit": "thet"}, "unknown unit 'thet'; did you mean 'theta'"),
+        ({"features": FEATURES, "unit": "max"}, "no greatest activation of 0/res/2"),
+        (
+            {"features": ["1/res/3"], "unit": "max", "greatest": {"1/res/3": 0.0}},
+            "the unit of 1/res/3 is 0.0: expected a number above zero",
+        ),
+        ({"features": FEATURES, "strength": math.inf}, "strength=inf"),
+        ({"features": FEATURES, "kind": "rescale", "strategy": "linear"}, "r is the same at all"),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(
+    world: SimpleNamespace, given: dict[str, Any], message: str
+):
+    settings: dict[str, Any] = {"strength": 1.0} | given
+    with pytest.raises(ValueError, match=message):
+        make_plan(world.suite, **settings)
+
+
+def test_a_plan_of_another_suite_is_refused(world: SimpleNamespace, planted: Suite):
+    plan = make_plan(world.suite, ["1/res/3"], 1.0)
+    with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
+        plan_edits(planted, plan)
+    with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
+        steer(planted, {"one": plan}, PROMPT, samples=1)
+    with pytest.raises(ValueError, match="0 plans and samples=3: expected 1 or more of each"):
+        steer(planted, {}, PROMPT, samples=3)

@@ -1,0 +1,540 @@
+"""Every family of the hub, by its name: its numbers are right, and it goes the whole way.
+
+The files are of the true format, on a hub on the loopback interface; Gemma Scope's are of the true
+width too. What a family is known to be got wrong at has a test of its own.
+"""
+
+import shutil
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+import yaml
+from hub import Hub
+from hub_families import (
+    GPT2_KINDS,
+    HOOKS,
+    Written,
+    gemma_2_order,
+    gemma_2_partners,
+    llama_scope_codes,
+    sae_paths,
+    write_gemma_2,
+    write_gemma_scope_2,
+    write_gpt2,
+    write_llama_scope,
+)
+from hub_files import shrink
+from sae_lens import SAE
+
+from flowhelpers.activations.collect import collect
+from flowhelpers.activations.corpora import load_texts
+from flowhelpers.activations.preflight import preflight
+from flowhelpers.core.features import MODULES, FeatureId, Site
+from flowhelpers.deactivation.experiments import (
+    active,
+    deactivate,
+    draw_targets,
+    removals,
+    sources_of,
+)
+from flowhelpers.flow.graph import flow_graph
+from flowhelpers.groups.occurrences import occurrences
+from flowhelpers.matching import matchers
+from flowhelpers.matching.table import match_table
+from flowhelpers.steering.plans import make_plan, steer
+from flowhelpers.suites.attention import attention_output, stored_attention_output
+from flowhelpers.suites.load import Suite, load_suite
+from flowhelpers.suites.model import run, tokenize
+from flowhelpers.suites.registry import DATA, find_suite
+from flowhelpers.suites.sae_files import release_files
+from flowhelpers.suites.saes import Dictionary, load_folder
+from flowhelpers.training.measures import measure_dictionaries
+
+TEXTS = ["The cat sat on the mat and the dog sat by the door.", "Rain fell on seven hills all day."]
+SMALL = {
+    "llama-3.1-8b": {"layers": 2, "d_model": 64, "model_parameters": 100_000},
+    "gpt2-small": {"layers": 2, "d_model": 64, "model_parameters": 100_000},
+    "gemma-3-270m-pt": {"layers": 2, "d_model": 64, "d_att": 128, "model_parameters": 100_000},
+    "gemma-3-4b-pt": {"layers": 2, "d_model": 64, "d_att": 128, "model_parameters": 100_000},
+}
+
+
+@pytest.fixture(scope="module")
+def written(hub: Hub) -> dict[str, Written]:
+    """The families that are small."""
+    return {
+        "llama-3.1-8b": write_llama_scope(hub.root),
+        "gpt2-small": write_gpt2(hub.root),
+        "gemma-3-270m-pt": write_gemma_scope_2(hub.root),
+        "gemma-3-4b-pt": write_gemma_scope_2(hub.root, size="4b"),
+    }
+
+
+@pytest.fixture
+def small(written: dict[str, Written], hub_here: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The hub with all of them, and their rows as small as they are."""
+    for name, sizes in SMALL.items():
+        shrink(monkeypatch, name, **sizes)
+    return hub_here
+
+
+def whole_way(suite: Suite, layer: int = 1) -> None:
+    """Matches, a graph, groups, a deactivation and a steered text, each of which says something."""
+    matches = match_table(suite, k=2)
+    assert set(matches["module"]) == set(MODULES)
+    assert matches["cosine"].between(-1, 1).all()
+    activations = collect(suite, TEXTS, batch=1)
+    found = occurrences(matches, activations)
+    of_layer = found.table[found.table["layer"] == layer]
+    assert len(of_layer) == activations.by_site[Site(layer, "res")].nnz > 0
+    best = of_layer.groupby("feature").size().idxmax()
+    graph = flow_graph(suite, f"{layer}/res/{best}", matches)
+    assert len(graph.nodes) > 1
+
+    targets = draw_targets(activations, [layer])
+    targets = targets[targets["token_row"] < targets["token_row"].min() + 3]
+    sources = sources_of(targets, matches, activations)
+    cases, edits = removals(targets, active(sources))
+    assert len(cases)
+    tokens = tokenize(suite.model, TEXTS)
+    table = deactivate(suite, tokens, targets, cases, edits, sources)
+    assert len(table) == len(cases)
+    assert table["new"].notna().all()
+    assert (table["new"] != table["old"]).any()
+
+    plan = make_plan(suite, graph, 40.0, strategy="constant", unit="unit")
+    texts = steer(suite, {"unsteered": None, "steered": plan}, "The cat", 3, max_new_tokens=4)
+    assert len(texts) == 6
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_family_goes_the_whole_way(name: str, small: Hub):
+    suite = load_suite(name)
+    whole_way(suite)
+    assert len(suite.dictionaries) == 6
+
+
+def test_pythia_goes_the_whole_way(hub_here: Hub, pythia: str, monkeypatch: pytest.MonkeyPatch):
+    shrink(monkeypatch, "pythia-70m-deduped", d_model=64)
+    suite = load_suite("pythia-70m-deduped")
+    whole_way(suite, layer=3)
+    assert len(suite.dictionaries) == 18
+    assert suite.model.name == pythia
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_family_is_found_with_the_network_off(
+    name: str, small: Hub, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import constants
+
+    first = load_suite(name)
+    codes = {
+        site: d.encode(torch.ones(1, d.sae.cfg.d_in)) for site, d in first.dictionaries.items()
+    }
+    assert first.model.layers == 2
+    small.reset()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    again = load_suite(name)
+    for site, dictionary in again.dictionaries.items():
+        assert torch.equal(dictionary.encode(torch.ones(1, dictionary.sae.cfg.d_in)), codes[site])
+    assert again.model.layers == 2
+    assert small.requests == []
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_directions_are_the_decoder_s_rows_at_unit_norm_whatever_the_file(
+    name: str, small: Hub, written: dict[str, Written]
+):
+    suite = load_suite(name)
+    for site in (Site(0, "res"), Site(1, "mlp")):
+        source = suite.row.dictionaries[site]
+        assert not isinstance(source, str)
+        arrays = written[name].arrays(source["release"], source["id"])
+        by_column = "decoder.weight" in arrays
+        decoder = (
+            arrays["decoder.weight"].T if by_column else arrays.get("W_dec", arrays.get("w_dec"))
+        )
+        assert decoder is not None
+        rows = decoder / np.linalg.norm(decoder, axis=1, keepdims=True)
+        found = suite.dictionary(site)
+        assert np.allclose(found.directions, rows, atol=1e-6)
+        assert found.directions.dtype == torch.float32
+        # What a feature writes for one unit of its activation, decoder alone and the whole agree.
+        assert torch.allclose(found.norms, found.sae.W_dec.detach().norm(dim=1), rtol=1e-3)
+        limits, whole = found.thresholds, getattr(found.sae, "threshold", None)
+        assert (limits is None) == (whole is None)
+        if limits is not None and whole is not None:
+            assert torch.allclose(limits, whole.detach(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-3-270m-pt"])
+def test_weights_in_half_precision_match_as_those_in_float32(name: str, small: Hub):
+    full, half = (load_suite(name, dtype=dtype) for dtype in ("float32", "bfloat16"))
+    for site in full.dictionaries:
+        assert torch.equal(full.dictionary(site).directions, half.dictionary(site).directions)
+    assert half.dictionary("1/res").sae.W_dec.dtype == torch.bfloat16
+    assert half.model.unembedding.dtype == torch.bfloat16
+    assert full.dictionary("1/res").fingerprint != half.dictionary("1/res").fingerprint
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_decoders_are_kept_as_they_are_stored(name: str, small: Hub):
+    suite = load_suite(name)
+    stored = getattr(torch, suite.row.stored.get("dictionaries", "float32"))
+    for site, dictionary in suite.dictionaries.items():
+        comes_to_the_stream = dictionary.reads != site  # by products, in float32
+        assert dictionary.decoder.dtype is (torch.float32 if comes_to_the_stream else stored)
+        assert dictionary.norms.dtype is torch.float32
+        assert dictionary.files is not None
+        direction = dictionary.direction(FeatureId(site.layer, site.module, 3))
+        assert torch.allclose(direction, dictionary.directions[3])
+    matches = match_table(suite, k=1)
+    target, source = (suite.dictionary(site).directions for site in ("1/res", "0/res"))
+    of_stream = (matches["module"] == "res") & (matches["direction"] == "backward")
+    found = matches[of_stream & (matches["layer"] == 1)]
+    assert len(found) == len(target)
+    for row in found.itertuples():
+        cosines = source @ target[row.feature]
+        assert row.cosine == pytest.approx(cosines[row.source].item(), abs=1e-5)
+        assert row.cosine == pytest.approx(cosines.max().item(), abs=1e-5)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="the system does not say what is mapped")
+def test_decoders_of_safetensors_are_mapped_from_the_cache_and_never_from_a_folder(
+    small: Hub, tmp_path: Path
+):
+    def is_mapped(dictionary: Dictionary) -> bool:
+        assert dictionary.files is not None
+        mapped = {Path(each.path) for each in psutil.Process().memory_maps()}
+        return dictionary.files.weights.resolve() in mapped
+
+    dictionary = load_suite("gpt2-small").dictionary("0/res")
+    assert is_mapped(dictionary)
+    dictionary.sae.save_model(tmp_path)
+    here = load_folder(tmp_path, Site(0, "res"), dictionary.decoder.shape[1], "cpu", "float32")
+    assert torch.equal(here.decoder, dictionary.decoder)
+    assert not is_mapped(here)
+
+
+def test_a_suite_gives_the_same_from_the_hub_as_from_its_folder(hub_here: Hub, tmp_path: Path):
+    folder, models = DATA / "flowlet-mini", hub_here.root / "models"
+    shutil.copytree(folder / "model", models / "someone" / "flowlet-mini")
+    dictionaries = {}
+    for module in MODULES:
+        release = f"gpt2-small-{GPT2_KINDS[module]}-v5-128k"  # a release of sae-lens's own format
+        dictionaries[module] = {"release": release, "id": HOOKS[module]}
+        paths = sae_paths(release, [HOOKS[module].format(layer=layer) for layer in range(6)])
+        for layer, path in enumerate(paths.values()):
+            shutil.copytree(folder / "dictionaries" / f"{layer}-{module}", models / path)
+    row = {"model": "someone/flowlet-mini", "layers": 6, "dictionaries": dictionaries}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(row))
+    with pytest.warns(UserWarning, match="its dictionaries were trained on gpt2-small"):
+        served = load_suite(tmp_path)
+    assert not served.row.is_local
+    here = load_suite("flowlet-mini")
+    for k, together in ((2, match_table), (1, partial(match_table, method="permutation"))):
+        tables = [together(suite, k=k).drop(columns="suite") for suite in (served, here)]
+        pd.testing.assert_frame_equal(*tables)
+    texts = load_texts("fiction", 3)
+    with pytest.warns(UserWarning, match="0/res of suite .* where 32 are declared"):
+        found = collect(served, texts)
+    expected = collect(here, texts)
+    assert all(
+        (found.by_site[site] != expected.by_site[site]).nnz == 0 for site in here.dictionaries
+    )
+
+
+# Llama Scope: one threshold, in units of the raw stream (traps 21 and 22).
+
+
+def test_llama_scope_s_threshold_is_in_raw_units(small: Hub, written: dict[str, Written]):
+    suite = load_suite("llama-3.1-8b")
+    tokens = tokenize(suite.model, TEXTS)
+    sites = [Site(layer, module) for layer in (0, 1) for module in MODULES]
+    _, read = run(suite.model, tokens.ids, read=sites)
+    for site in sites:
+        source = suite.row.dictionaries[site]
+        assert not isinstance(source, str)
+        family = written["llama-3.1-8b"]
+        arrays = family.arrays(source["release"], source["id"])
+        about = family.config(source["release"], source["id"])
+        x = read[site][tokens.is_text]
+        raw = llama_scope_codes(arrays, about, x.numpy())
+        dictionary = suite.dictionary(site)
+        codes = dictionary.encode(x)
+        near = np.abs(raw - about["jump_relu_threshold"]) < 1e-2 * about["jump_relu_threshold"]
+        assert ((codes > 0).numpy() == (raw > 0))[~near].all()
+        assert 1 < (raw > 0).sum(1).mean() < 60
+        # In the stream both scales are one: what is written is the raw code times the raw row.
+        feature = int(codes.sum(0).argmax())
+        written_here = codes[:, [feature]] * dictionary.rows(torch.tensor([feature]))
+        row = torch.from_numpy(arrays["decoder.weight"].T[feature].copy())
+        expected = torch.from_numpy(raw[:, [feature]]).float() * row
+        assert torch.allclose(written_here, expected, rtol=2e-2, atol=1e-3)
+        assert dictionary.thresholds is not None
+        scale = about["d_model"] ** 0.5 / about["dataset_average_activation_norm"]["in"]
+        expected_threshold = about["jump_relu_threshold"] * scale
+        assert dictionary.thresholds[0].item() == pytest.approx(expected_threshold, rel=1e-2)
+
+
+def test_a_scale_that_sae_lens_does_not_share_is_refused(small: Hub, written: dict[str, Written]):
+    source = find_suite("llama-3.1-8b").dictionaries[Site(0, "res")]
+    assert not isinstance(source, str)
+    path = written["llama-3.1-8b"].folder(source["release"], source["id"]) / "hyperparams.json"
+    before = path.read_text()
+    about = written["llama-3.1-8b"].config(source["release"], source["id"])
+    norm = about["dataset_average_activation_norm"]["in"]
+    try:
+        path.write_text(before.replace(str(norm), str(norm * 2)))
+        with pytest.raises(
+            ValueError, match=r"sae-lens scales its activations by .* are not known"
+        ):
+            release_files(source["release"], source["id"])
+    finally:
+        path.write_text(before)
+
+
+def test_a_llama_scope_dictionary_at_z_tells_by_its_hook(small: Hub, written: dict[str, Written]):
+    source = find_suite("llama-3.1-8b").dictionaries[Site(0, "att")]
+    assert not isinstance(source, str)
+    path = written["llama-3.1-8b"].folder(source["release"], source["id"]) / "hyperparams.json"
+    before = path.read_text()
+    try:
+        path.write_text(before.replace("blocks.0.hook_attn_out", "blocks.0.attn.hook_z"))
+        suite = load_suite("llama-3.1-8b")
+        found = suite.dictionary("0/att")
+        assert found.reads == Site(0, "z")
+        rows = written["llama-3.1-8b"].arrays(source["release"], source["id"])["decoder.weight"].T
+        moved = attention_output(suite.model, 0).in_stream(torch.from_numpy(rows.copy()))
+        moved = moved / moved.norm(dim=1, keepdim=True)
+        assert torch.allclose(found.directions, moved, atol=1e-5)
+    finally:
+        path.write_text(before)
+
+
+# GPT-2: top-k, each token normalised first.
+
+
+def test_gpt2_s_features_write_their_activation_times_their_row(small: Hub):
+    suite = load_suite("gpt2-small")
+    tokens = tokenize(suite.model, TEXTS)
+    for site in suite.dictionaries:
+        _, read = run(suite.model, tokens.ids, read=[site])
+        x = read[site][tokens.is_text]
+        dictionary = suite.dictionary(site)
+        assert dictionary.thresholds is None
+        codes = dictionary.encode(x)
+        assert ((codes > 0).sum(1) <= 8).all()
+        assert (codes > 0).any()
+        with torch.no_grad():
+            expected = dictionary.sae.decode(dictionary.sae.encode(x))  # which keeps the scale
+        assert torch.allclose(dictionary.decode(codes, x), expected, atol=1e-4)
+        feature = int(codes.sum(0).argmax())
+        without = codes.clone()
+        without[:, feature] = 0
+        step = dictionary.decode(codes, x) - dictionary.decode(without, x)
+        row = dictionary.rows(torch.tensor([feature]))
+        assert torch.allclose(step, codes[:, [feature]] * row, atol=1e-4)
+        with pytest.raises(ValueError, match="normalises each token: decode needs what was read"):
+            dictionary.decode(codes)
+
+
+# Gemma Scope 2: attention dictionaries read z, whatever their folders are called.
+
+
+@pytest.mark.parametrize("name", ["gemma-3-270m-pt", "gemma-3-4b-pt"])
+def test_gemma_scope_2_s_attention_comes_into_the_stream(
+    name: str, small: Hub, written: dict[str, Written]
+):
+    suite = load_suite(name)
+    for layer in (0, 1):
+        check_attention(suite, written[name], layer, "w_dec")
+    weights = [path for path in small.fetched() if path.endswith("model.safetensors")]
+    assert len(weights) <= 2 * 4 + 1  # ranges for two layers, and the model once
+
+
+def test_what_a_dictionary_at_z_is_worth_is_measured_at_z(small: Hub):
+    suite = load_suite("gemma-3-270m-pt")
+    table = measure_dictionaries(suite, tokenize(suite.model, TEXTS), loss_rows=2)
+    looked = preflight(suite, TEXTS, suite.dictionaries)
+    both = table.set_index("site").join(looked.set_index("site"), rsuffix="_looked")
+    assert both["l0"].tolist() == pytest.approx(both["l0_looked"].tolist())
+    explained = both["explained_variance_looked"].tolist()
+    assert both["explained_variance"].tolist() == pytest.approx(explained, abs=1e-4)
+    assert table["loss_recovered"].notna().all()
+
+
+def check_attention(suite: Suite, family: Written, layer: int, decoder: str) -> None:
+    """Directions at a layer's attention are its rows through the model's W_O and gain."""
+    source = suite.row.dictionaries[Site(layer, "att")]
+    assert not isinstance(source, str)
+    found = suite.dictionary(Site(layer, "att"))
+    assert found.reads == Site(layer, "z")
+    stored = stored_attention_output(suite.row.model, layer)
+    of_model = attention_output(suite.model, layer)
+    assert stored is not None
+    assert stored.gain is not None
+    assert of_model.gain is not None
+    assert torch.allclose(stored.weights, of_model.weights.float(), atol=1e-6)
+    assert torch.allclose(stored.gain, of_model.gain.float(), rtol=1e-3)
+    rows = torch.from_numpy(family.arrays(source["release"], source["id"])[decoder][:64])
+    expected = (rows @ of_model.weights.float()) * of_model.gain.float()
+    expected = expected / expected.norm(dim=1, keepdim=True)
+    assert torch.allclose(found.directions[:64], expected, atol=1e-4)
+    without_gain = torch.nn.functional.normalize(rows @ of_model.weights.float())
+    assert (without_gain * expected).sum(1).mean() < 0.999
+
+
+# Gemma Scope, at its true width.
+
+
+@pytest.fixture(scope="module")
+def gemma_2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Written]]:
+    """Gemma 2 2B's first two layers with all their dictionaries, on a hub of their own."""
+    with Hub(tmp_path_factory.mktemp("gemma-hub")) as hub:
+        yield hub, write_gemma_2(hub.root)
+
+
+@pytest.fixture(scope="module")
+def gemma_suite(
+    gemma_2: tuple[Hub, Written], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Suite, Written]]:
+    """The suite, loaded by its name, with the requests that its dictionaries took."""
+    hub, family = gemma_2
+    with pytest.MonkeyPatch.context() as patch:
+        hub.use_in_process(tmp_path_factory.mktemp("gemma-home"), patch)
+        shrink(patch, "gemma-2-2b", layers=2, model_parameters=200_000_000)
+        # Chance is drawn less often: at this width it takes as long as the matches themselves.
+        patch.setattr(matchers, "null_cosines", partial(matchers.null_cosines, draws=512))
+        yield load_suite("gemma-2-2b"), family
+
+
+def test_gemma_scope_s_matches_are_those_planted_and_need_no_model(
+    gemma_suite: tuple[Suite, Written], gemma_2: tuple[Hub, Written]
+):
+    suite, _ = gemma_suite
+    matches = match_table(suite, k=2)
+    asked = [r for r in gemma_2[0].requests if "gemma-2-2b" in r.path and "safetensors" in r.path]
+    assert all(r.range for r in asked if r.method == "GET" and not r.path.endswith("json"))
+    assert "model" not in vars(suite)
+    assert all("sae" not in vars(suite.dictionary(site)) for site in suite.dictionaries)
+    best = matches[(matches["direction"] == "backward") & (matches["rank"] == 1)]
+    at = best[(best["layer"] == 1) & (best["module"] == "res")].set_index("feature").sort_index()
+    even = np.arange(0, 16_384, 2)
+    partners = np.asarray(gemma_2_partners("res", 16_384))
+    assert (at["source"].to_numpy()[even] == partners[even]).all()
+    assert np.allclose(at["cosine"].to_numpy()[even], 1, atol=1e-5)
+    mlp = best[(best["layer"] == 1) & (best["module"] == "mlp")].set_index("feature").sort_index()
+    order = np.asarray(gemma_2_order("mlp", 16_384))
+    odd = np.flatnonzero(order % 2)
+    assert (mlp["source"].to_numpy()[order[odd]] == odd).all()
+
+
+def test_gemma_scope_s_attention_comes_into_the_stream(gemma_suite: tuple[Suite, Written]):
+    for layer in (0, 1):
+        check_attention(*gemma_suite, layer, "W_dec")
+
+
+def test_gemma_s_mlp_is_read_after_its_norm(gemma_suite: tuple[Suite, Written]):
+    # Trap 4: on the raw output of the MLP, L0 and explained variance are far off.
+    suite, _ = gemma_suite
+    tokens = tokenize(suite.model, TEXTS)
+    kept: dict[str, torch.Tensor] = {}
+    block = suite.model.bridge.original_model.model.layers[1]
+
+    def keep(name: str) -> Any:
+        def hook(module: Any, given: Any, output: torch.Tensor) -> None:
+            kept[name] = output.detach()
+
+        return hook
+
+    hooks = [
+        block.mlp.register_forward_hook(keep("raw")),
+        block.post_feedforward_layernorm.register_forward_hook(keep("after")),
+    ]
+    _, read = run(suite.model, tokens.ids, read=[Site(1, "mlp")])
+    for hook in hooks:
+        hook.remove()
+    assert torch.allclose(read[Site(1, "mlp")], kept["after"], atol=1e-5)
+    assert not torch.allclose(kept["raw"], kept["after"], rtol=0.1)
+
+
+def test_gemma_scope_encodes_as_sae_lens_does(gemma_suite: tuple[Suite, Written]):
+    suite, _ = gemma_suite
+    tokens = tokenize(suite.model, TEXTS)
+    for site in (Site(1, "res"), Site(1, "att")):
+        dictionary = suite.dictionary(site)
+        _, read = run(suite.model, tokens.ids, read=[dictionary.reads])
+        x = read[dictionary.reads][tokens.is_text]
+        source = suite.row.dictionaries[site]
+        assert not isinstance(source, str)
+        plain = SAE.from_pretrained(source["release"], source["id"])
+        shaped = x.unflatten(-1, (8, 256)) if site.module == "att" else x
+        with torch.no_grad():
+            codes = plain.encode(shaped)
+        assert (codes > 0).any()
+        assert torch.equal(dictionary.encode(x), codes)
+
+
+def test_gemma_scope_passes_its_preflight(gemma_suite: tuple[Suite, Written]):
+    table = preflight(gemma_suite[0], TEXTS, ["0/res", "1/mlp", "1/att"])
+    assert table["declared_l0"].tolist() == [105, 105, 79]
+    assert (table["l0"] / table["declared_l0"]).between(0.2, 5).all()
+
+
+def test_gemma_scope_goes_the_whole_way(gemma_suite: tuple[Suite, Written]):
+    whole_way(gemma_suite[0])
+
+
+def test_a_hub_file_that_is_cut_short_in_the_cache_is_named(
+    gemma_suite: tuple[Suite, Written], tmp_path: Path
+):
+    import dataclasses
+
+    from flowhelpers.suites.sae_files import read_decoder
+
+    source = gemma_suite[0].row.dictionaries[Site(0, "res")]
+    assert not isinstance(source, str)
+    files = release_files(source["release"], source["id"])
+    assert files is not None
+    short = tmp_path / "params.npz"
+    short.write_bytes(files.weights.read_bytes()[:1_000_000])
+    with pytest.raises(ValueError, match=r"params\.npz is truncated or corrupt: "):
+        read_decoder(dataclasses.replace(files, weights=short))
+
+
+def test_decoders_alone_and_files_that_are_not_there_are_known_with_the_network_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import constants
+
+    with Hub(tmp_path / "hub") as hub:
+        hub.use_in_process(tmp_path / "home", monkeypatch)
+        monkeypatch.setenv("FLOWHELPERS_CACHE", str(tmp_path / "tables"))
+        write_gpt2(hub.root)
+        write_gemma_scope_2(hub.root)
+        optional = [*hub.root.rglob("sparsity.safetensors")]
+        optional += hub.root.glob("models/google/gemma-scope-2-*/*/*/config.json")
+        assert len(optional) > 10
+        for path in optional:
+            path.unlink()
+        names = ("gpt2-small", "gemma-3-270m-pt")
+        for name in names:
+            shrink(monkeypatch, name, **SMALL[name])
+        online = {name: match_table(load_suite(name), k=1) for name in names}
+        hub.reset()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        for name in names:
+            suite = load_suite(name)
+            assert match_table(suite, k=1).equals(online[name])
+            assert suite.dictionary("1/res").sae.cfg.d_in == 64
+        assert hub.requests == []

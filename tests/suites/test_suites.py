@@ -1,0 +1,514 @@
+"""Suites load by folder and by name; what is unknown, broken or too large is said plainly."""
+
+import dataclasses
+import gc
+import json
+import shutil
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+import torch
+import toys
+import yaml
+from hub import Hub
+from hub_files import PYTHIA, pythia_weights, random_sae, sae_releases, shrink
+from transformers import Gemma3ForCausalLM
+
+from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.groups.occurrences import occurrences
+from flowhelpers.groups.significance import significance
+from flowhelpers.labels.describe import written_tokens
+from flowhelpers.matching.table import match_table, scores
+from flowhelpers.suites.load import (
+    KEPT,
+    OnDemand,
+    Suite,
+    decoders_memory,
+    least_memory,
+    load_suite,
+    memory_needed,
+)
+from flowhelpers.suites.model import final_norm, tokenize
+from flowhelpers.suites.registry import find_suite, read_suite_folder, registered
+
+NAME = "pythia-70m-deduped"
+
+
+@pytest.fixture
+def tiny_pythia(pythia: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The suite as small as its files on the loopback hub."""
+    shrink(monkeypatch, NAME, d_model=64)
+    return pythia
+
+
+def test_a_folder_is_loaded_with_what_was_planted(planted: Suite, planted_folder: Path):
+    assert planted.name == planted_folder.name
+    assert planted.row.about == "planted"
+    assert planted.row.is_local
+    assert planted.layers == toys.LAYERS
+    directions = toys.planted_directions()
+    assert list(planted.dictionaries) == sorted(directions)
+    for site, rows in directions.items():
+        dictionary = planted.dictionary(site)
+        assert torch.allclose(dictionary.directions, rows, atol=1e-6)
+        norms = [(0.5, 1.0, 2.0)[i % 3] for i in range(len(rows))]
+        assert dictionary.norms.tolist() == pytest.approx(norms)
+        assert dictionary.source == str(planted_folder / f"{site.layer}-{site.module}")
+
+
+def test_a_folder_goes_the_whole_way_from_matches_to_groups(planted: Suite):
+    from flowhelpers.activations.collect import collect
+
+    table = scores(match_table(planted, k=2))
+    for layer in (1, 2):
+        part = table[table["layer"] == layer]
+        assert part["source_res"].tolist() == toys.RES_FROM[layer]
+    activations = collect(planted, toys.TEXTS)
+    found = occurrences(match_table(planted, k=2), activations)
+    active = sum(activations.by_site[Site(layer, "res")].nnz for layer in (1, 2))
+    assert len(found.table) == active
+    assert found.table["group"].nunique() > 3
+    assert len(significance(found)) > 0
+
+
+def test_features_of_a_suite_are_checked(planted: Suite):
+    assert planted.feature("2/mlp/7") == FeatureId(2, "mlp", 7)
+    assert planted.feature(FeatureId(0, "res", 15)) == FeatureId(0, "res", 15)
+    for text, message in (
+        ("1/res/99999", f"no feature 1/res/99999 in {planted.name}: 1/res has features 0 to 15"),
+        ("12/res/3", f"no layer 12 in suite {planted.name}: it has layers 0 to 2"),
+        ("12/foo/3", r"unknown module 'foo' in '12/foo/3' \(valid: res, mlp, att\)"),
+        ("x", "'x' is not a feature: expected layer/module/index, such as 12/res/4230"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            planted.feature(text)
+    assert planted.dictionary("1/att") is planted.dictionaries[Site(1, "att")]
+    with pytest.raises(ValueError, match="'x' is not a site"):
+        planted.dictionary("x")
+
+
+def test_a_pattern_stands_for_every_layer(toy_folder: Path, planted_folder: Path, tmp_path: Path):
+    patterns = {m: f"{planted_folder}/{{layer}}-{m}" for m in ("res", "mlp", "att")}
+    write(tmp_path, {"name": "mine", "model": str(toy_folder), "dictionaries": patterns})
+    row = find_suite(tmp_path)
+    assert row.name == "mine"
+    assert {str(site): source for site, source in row.dictionaries.items()} == {
+        f"{layer}/{m}": f"{planted_folder}/{layer}-{m}"
+        for layer in range(3)
+        for m in ("res", "mlp", "att")
+    }
+    write(tmp_path, {"model": str(toy_folder), "layers": 2, "dictionaries": patterns})
+    assert len(find_suite(tmp_path).dictionaries) == 6
+
+
+def test_parameters_are_counted_from_the_files(planted: Suite, plain_toy: Gemma3ForCausalLM):
+    weights = sum(p.numel() for p in plain_toy.parameters())
+    saes = sum(
+        sum(p.numel() for p in dictionary.sae.parameters())
+        for dictionary in planted.dictionaries.values()
+    )
+    assert planted.row.parameters == weights + saes
+    decoders = saes // 2 * 4  # as they are stored, beside the weights
+    assert memory_needed(planted.row) == 4 * (weights + saes) + decoders
+    assert memory_needed(planted.row, "bfloat16") == 2 * (weights + saes) + decoders
+
+
+def write(folder: Path, row: object) -> None:
+    text = row if isinstance(row, str) else yaml.safe_dump(row)
+    (folder / "suite.yaml").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("a: [", r"suite\.yaml is not YAML: "),
+        ("- model", "holds no mapping: expected the keys model and dictionaries"),
+        ("", "holds no mapping"),
+        ({"model": None}, r"suite .* \(.*suite\.yaml\): the key 'model' is missing"),
+        ({"dictionaries": None}, "the key 'dictionaries' is missing"),
+        ({"dictionary": {}}, "unknown key 'dictionary'; did you mean 'dictionaries'"),
+        ({"dictionaries": {}}, "no dictionary is named"),
+        ({"dictionaries": ["0-res"]}, r"dictionaries is \['0-res'\], expected a mapping"),
+        ({"dictionaries": {"resid": "0-res"}}, "'resid' is not a site"),
+        ({"dictionaries": {"0/rse": "0-res"}}, "unknown module 'rse' in '0/rse'; did you mean 're"),
+        ({"dictionaries": {"0/res": {"release": "x"}}}, "or has the keys release and id: got"),
+        ({"dictionaries": {"0/res": 7}}, "or has the keys release and id: got 7"),
+        ({"dictionaries": {7: "0-res"}}, "'7' is not a site"),
+        ({"layers": "many"}, "layers is 'many', expected a whole number"),
+        ({"layers": True}, "layers is True, expected a whole number above zero"),
+        ({"d_model": -2}, "d_model is -2, expected a whole number above zero"),
+        ({"name": ["x"]}, r"name is \['x'\], expected text"),
+        ({"variants": {"a": 3}}, r"suite\.yaml\): variant a is 3, expected a mapping"),
+        (
+            {"stored": {"model": "float8"}},
+            "stored is model: 'float8', expected .* float32, float16",
+        ),
+        ({"neuronpedia": {"rez": "a/b"}}, r"suite\.yaml\): 'rez' is not a site"),
+        ({"parameters": "big"}, "parameters is 'big', expected a whole number"),
+        ({"model": 3}, "model is 3, expected text"),
+    ],
+)
+def test_a_broken_suite_file_says_what_is_wrong(
+    planted_folder: Path, tmp_path: Path, change: Any, message: str
+):
+    good = {"model": str(planted_folder / "model"), "dictionaries": {"0/res": "0-res"}}
+    if isinstance(change, dict):
+        change = {key: value for key, value in (good | change).items() if value is not None}
+    write(tmp_path, change)
+    with pytest.raises(ValueError, match=message):
+        load_suite(tmp_path)
+
+
+def test_what_a_suite_names_has_to_be_there(planted_folder: Path, toy_folder: Path, tmp_path: Path):
+    source = f"{planted_folder}/0-res"
+    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"3/res": source}})
+    with pytest.raises(
+        ValueError, match="names a dictionary at 3/res: its model has layers 0 to 2"
+    ):
+        load_suite(tmp_path)
+    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"1/res": source}})
+    with pytest.raises(ValueError, match=r"was trained at blocks\.0\.hook_resid_post: expected"):
+        load_suite(tmp_path)
+    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"0/res": "none"}})
+    with pytest.raises(FileNotFoundError, match=r"no cfg\.json in .*none for 0/res"):
+        load_suite(tmp_path)
+    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"res": "{level}-res"}})
+    with pytest.raises(FileNotFoundError, match=r"no cfg\.json in .*\{level\}-res for 0/res"):
+        load_suite(tmp_path)
+    write(tmp_path, {"model": "modle", "dictionaries": {"res": source}})
+    with pytest.raises(ValueError, match=r"no folder modle says how many layers .* key 'lay"):
+        load_suite(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write(tmp_path, {"model": "empty", "dictionaries": {"res": source}})
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in .*empty: expected a Hugging"):
+        load_suite(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no suite\.yaml in "):
+        read_suite_folder(tmp_path / "empty")
+
+
+def said_to_be_of(folder: Path, to: Path, **about: Any) -> str:
+    """A copy of a dictionary's folder whose configuration says more about its model."""
+    shutil.copytree(folder, to)
+    config = json.loads((to / "cfg.json").read_text())
+    config["metadata"] |= about
+    (to / "cfg.json").write_text(json.dumps(config))
+    return str(to)
+
+
+def test_dictionaries_of_different_models_are_refused(
+    planted_folder: Path, toy_folder: Path, tmp_path: Path
+):
+    sources = {
+        site: said_to_be_of(planted_folder / "0-res", tmp_path / site.replace("/", "-"), **about)
+        for site, about in {
+            "0/res": {"model_name": "google/gemma-2-2b"},
+            "1/res": {"model_name": "gpt2-small"},
+        }.items()
+    }
+    write(tmp_path, {"name": "mine", "model": str(toy_folder), "dictionaries": sources})
+    message = "suite mine: its dictionaries are of different models: 0/res of gemma-2-2b, 1/res of"
+    with pytest.raises(ValueError, match=message):
+        load_suite(tmp_path)
+    releases = {
+        "0/res": {"release": "pythia-70m-deduped-res-sm", "id": "blocks.0.hook_resid_post"},
+        "1/res": {"release": "gpt2-small-resid-post-v5-32k", "id": "blocks.1.hook_resid_post"},
+    }
+    write(tmp_path, {"name": "mine", "model": PYTHIA, "layers": 6, "dictionaries": releases})
+    with pytest.raises(ValueError, match="0/res of pythia-70m-deduped, 1/res of gpt2-small"):
+        load_suite(tmp_path)
+
+
+def test_a_model_at_another_revision_than_its_dictionaries_is_refused(
+    planted_folder: Path, toy_folder: Path, tmp_path: Path
+):
+    kwargs = {"revision": "step3000"}
+    source = said_to_be_of(
+        planted_folder / "0-res", tmp_path / "sae", model_from_pretrained_kwargs=kwargs
+    )
+    row = {"name": "mine", "model": str(toy_folder), "dictionaries": {"0/res": source}}
+    write(tmp_path, row | {"revision": "step1000"})
+    message = r"model at revision step1000, and the dictionary for 0/res .* on revision step3000"
+    with pytest.raises(ValueError, match=message):
+        load_suite(tmp_path)
+    write(tmp_path, row | {"revision": "step3000"})
+    assert load_suite(tmp_path).dictionary("0/res").width == toys.RES
+
+
+def test_dictionaries_of_a_base_model_on_another_are_warned_of(
+    hub_here: Hub, tiny_pythia: str, tmp_path: Path
+):
+    release = {"release": "pythia-70m-deduped-res-sm", "id": "blocks.{layer}.hook_resid_post"}
+    write(tmp_path, {"model": "other/tuned", "layers": 6, "dictionaries": {"res": release}})
+    with (
+        pytest.warns(UserWarning, match="has the model other/tuned, and its .* on pythia-70m-dedu"),
+        pytest.raises(FileNotFoundError, match="the hub has no other/tuned"),
+    ):
+        load_suite(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"release": "pythia-70m-res", "id": "x"}, "no release 'pythia-70m-res'; did you mean 'py"),
+        (
+            {"release": "pythia-70m-deduped-res-sm", "id": "blocks.9.hook_resid_post"},
+            r"has no dictionary 'blocks\.9\.hook_resid_post'; did you mean 'blocks\..\.hook_resi",
+        ),
+    ],
+)
+def test_a_release_that_is_not_there_names_the_nearest(
+    toy_folder: Path, tmp_path: Path, source: dict[str, str], message: str
+):
+    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"0/res": source}})
+    with pytest.raises(ValueError, match=message):
+        load_suite(tmp_path)
+
+
+def test_truncated_files_of_a_suite_are_named(
+    planted_folder: Path, toy_folder: Path, tmp_path: Path
+):
+    sae = tmp_path / "0-res"
+    sae.mkdir()
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        (sae / name).write_bytes((planted_folder / "0-res" / name).read_bytes()[:300])
+    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"0/res": "0-res"}})
+    with pytest.raises(ValueError, match=r"0-res.sae_weights\.safetensors is truncated or corrupt"):
+        load_suite(tmp_path)
+
+
+@pytest.mark.parametrize("device", ["cudaa", "cuda:97", "nowhere"])
+def test_a_device_that_is_not_there_is_named(planted_folder: Path, device: str):
+    with pytest.raises(
+        ValueError, match=rf"torch finds no device '{device}' on this machine.*valid: cpu"
+    ):
+        load_suite(planted_folder, device)
+
+
+def test_a_site_without_a_dictionary_names_the_nearest(planted: Suite):
+    some = {site: d for site, d in planted.dictionaries.items() if site.module != "att"}
+    suite = dataclasses.replace(planted, dictionaries=some)
+    with pytest.raises(ValueError, match=r"no dictionary at 1/att in .*\(valid: 0/mlp, 0/res"):
+        suite.feature("1/att/0")
+
+
+def test_an_unknown_suite_names_the_nearest(tmp_path: Path):
+    with pytest.raises(ValueError, match=f"'pythia-70m'; did you mean '{NAME}'.*; a folder needs"):
+        load_suite("pythia-70m")
+    with pytest.raises(ValueError, match=r"unknown suite .*\(valid: flowlet, .*a suite\.yaml"):
+        load_suite(tmp_path)
+    with pytest.raises(ValueError, match="unknown dtype 'float61'; did you mean 'float16'"):
+        load_suite(NAME, dtype="float61")
+
+
+def test_a_suite_that_does_not_fit_is_refused_before_anything_is_fetched(
+    hub_here: Hub, monkeypatch: pytest.MonkeyPatch
+):
+    row = registered()[NAME]
+    whole, least = (needed(row) / 2**30 for needed in (memory_needed, least_memory))
+    assert whole == pytest.approx(3.64, abs=0.01)
+    model = 70_426_624 * 4 / 2**30  # and 4 of 18 dictionaries
+    assert least == pytest.approx(model + (whole - model) * 4 / 18)
+    assert decoders_memory(row) == pytest.approx(6 * 32_768 * 512 * 4, rel=0.01)
+    free = SimpleNamespace(available=2**28)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    with pytest.raises(MemoryError, match=rf"in suite {NAME} needs 0\.4 GiB on cpu, and 0\.2 GiB"):
+        load_suite(NAME)
+    half = dataclasses.replace(row, stored={"dictionaries": "bfloat16"})
+    assert decoders_memory(half) == decoders_memory(row) // 2
+    unknown = dataclasses.replace(row, model_parameters=None)
+    assert least_memory(unknown) == memory_needed(unknown)
+    assert hub_here.requests == []
+
+
+def test_a_model_that_does_not_fit_is_refused_when_it_is_asked_for(
+    hub_here: Hub, tiny_pythia: str, monkeypatch: pytest.MonkeyPatch
+):
+    suite = load_suite(NAME)
+    free = SimpleNamespace(available=2**28)
+    with monkeypatch.context() as patch:
+        patch.setattr(psutil, "virtual_memory", lambda: free)
+        poor = load_suite(NAME)
+        with pytest.raises(MemoryError, match=rf"model of suite {NAME} needs 0\.4 GiB in float32"):
+            poor.model  # noqa: B018
+    assert suite.model.d_model == 64
+
+
+def test_dictionaries_that_do_not_fit_together_are_read_when_they_are_asked_for(
+    planted: Suite, planted_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    least, whole = least_memory(planted.row), memory_needed(planted.row)
+    assert least < whole
+    free = SimpleNamespace(available=(least + whole) // 2)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    suite = load_suite(planted_folder)
+    assert isinstance(suite.dictionaries, OnDemand)
+    assert list(suite.dictionaries) == list(planted.dictionaries)
+    assert len(suite.dictionaries) == len(planted.dictionaries) == 9
+    assert Site(9, "res") not in suite.dictionaries
+    with pytest.raises(ValueError, match="no layer 9 in suite"):
+        suite.dictionary("9/res")
+    alive = [weakref.ref(suite.dictionary(site)) for site in suite.dictionaries]
+    gc.collect()
+    assert sum(ref() is not None for ref in alive) == KEPT
+    monkeypatch.undo()
+    monkeypatch.setenv("FLOWHELPERS_CACHE", str(tmp_path))
+    pd.testing.assert_frame_equal(match_table(suite, k=2), match_table(planted, k=2))
+
+
+def test_a_suite_by_name_is_fetched_as_far_as_it_is_needed_and_once(
+    hub_here: Hub, tiny_pythia: str, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import constants
+
+    suite = load_suite(NAME)
+    assert sum(path.endswith("sae_weights.safetensors") for path in hub_here.fetched()) == 1
+    match_table(suite, k=2)
+    files = hub_here.fetched("/resolve/")
+    assert sum(path.endswith("sae_weights.safetensors") for path in files) == 18
+    assert not [path for path in files if path.startswith(f"/{PYTHIA}")]
+    _check_pythia(suite)
+    files = hub_here.fetched("/resolve/")
+    assert len(files) == len(set(files))
+    weights = [path for path in files if path.endswith("model.safetensors")]
+    assert [path.split("/resolve/")[0] for path in weights] == [f"/{PYTHIA}"]
+
+    for offline in (False, True):
+        hub_here.reset()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        again = load_suite(NAME)
+        assert torch.equal(again.model.unembedding, suite.model.unembedding)
+        for site, dictionary in suite.dictionaries.items():
+            assert torch.equal(again.dictionary(site).directions, dictionary.directions)
+            assert torch.equal(again.dictionary(site).sae.W_enc, dictionary.sae.W_enc)
+        assert hub_here.requests == []
+
+
+def _check_pythia(suite: Suite) -> None:
+    """Weights, directions, encoder and tokens are what lies on the hub."""
+    planted = pythia_weights(seed=0)
+    embed = planted["gpt_neox.embed_in.weight"].astype(np.float32)
+    assert np.array_equal(suite.model.bridge.W_E, embed)
+    assert suite.layers == 6
+    hooks: dict[str, str] = dict(zip(("res", "mlp", "att"), sae_releases(), strict=True))
+    assert len(suite.dictionaries) == 18
+    for site, dictionary in suite.dictionaries.items():
+        sae = random_sae(hooks[site.module], f"blocks.{site.layer}.{toys.HOOK_ENDS[site.module]}")
+        rows = sae["W_dec"] / np.linalg.norm(sae["W_dec"], axis=1, keepdims=True)
+        assert np.allclose(dictionary.directions, rows, atol=1e-6)
+        x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+        codes = np.maximum((x.numpy() - sae["b_dec"]) @ sae["W_enc"] + sae["b_enc"], 0)
+        assert np.allclose(dictionary.encode(x), codes, atol=1e-5)
+    tokens = tokenize(suite.model, ["The cat", "a"])
+    bos = suite.model.tokenizer.bos_token_id
+    assert tokens.ids[:, 0].tolist() == [bos, bos]
+    assert (tokens.ids[0] == bos).sum() == 1
+    assert not tokens.is_text[tokens.ids == bos].any()
+    # The final norm has a bias here: it is not what the feature writes.
+    direction = suite.dictionary("3/res").directions[7]
+    gain = torch.from_numpy(planted["gpt_neox.final_layer_norm.weight"].astype(np.float32))
+    centred = direction - direction.mean()
+    normed = gain * centred / (centred.square().mean() + 1e-5).sqrt()
+    logits = normed @ suite.model.unembedding
+    best = (logits - logits.mean()).topk(4).values
+    assert written_tokens(suite, "3/res/7", 4)["logit"].to_numpy() == pytest.approx(
+        best.numpy(), abs=1e-4
+    )
+    assert final_norm(suite.model, torch.zeros(64)).abs().max() > 0
+
+
+def test_no_network_and_nothing_cached_says_what_is_missing(
+    hub_here: Hub, tiny_pythia: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import constants
+
+    message = (
+        rf"suite {NAME} is not cached and could not be fetched: it needs the model {PYTHIA} and"
+        r" 18 dictionaries; the suite flowlet needs no network \(.*cfg\.json is not cached"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=message):
+        load_suite(NAME)
+    assert hub_here.requests == []
+    with Hub(tmp_path) as gone:
+        gone.use_in_process(tmp_path / "gone", monkeypatch)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the libraries try again and again
+    with pytest.raises(ConnectionError, match=message + ".*[Cc]onnection refused"):
+        load_suite(NAME)
+
+
+def test_a_cached_dictionary_without_its_model_says_so_too(
+    hub_here: Hub, tiny_pythia: str, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import constants
+
+    suite = load_suite(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match=f"suite {NAME} is not cached.*needs no network"):
+        suite.model  # noqa: B018
+    with pytest.raises(ConnectionError, match=rf"suite {NAME} is not cached.*3-res-sm/cfg\.json"):
+        suite.dictionary("3/res")
+
+
+def test_ones_own_dictionaries_on_a_model_of_the_hub(
+    hub_here: Hub, pythia: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    rows = torch.eye(5, 64)
+    site = Site(2, "mlp")
+    toys.write_suite(tmp_path, {site: toys.make_sae(rows, site)}, model=PYTHIA)
+    suite = load_suite(tmp_path)
+    assert suite.row.model == PYTHIA
+    assert not suite.row.is_local
+    assert torch.equal(suite.dictionary(site).directions, rows)
+
+
+def test_a_local_model_with_dictionaries_of_the_hub_needs_the_network(
+    toy_folder: Path, hub_here: Hub, pythia: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import constants
+
+    release = {"release": "pythia-70m-deduped-mlp-sm", "id": "blocks.{layer}.hook_mlp_out"}
+    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"1/mlp": release}})
+    row = find_suite(tmp_path)
+    assert row.dictionaries == {Site(1, "mlp"): release | {"id": "blocks.1.hook_mlp_out"}}
+    assert not row.is_local
+    with pytest.raises(ValueError, match="has width 64: expected 32"):
+        load_suite(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="and 1 dictionaries; "):
+        load_suite(tmp_path)
+
+
+def test_importing_is_quick_and_brings_no_torch():
+    code = (
+        "import sys, time; start = time.perf_counter()\n"
+        "import flowhelpers, flowhelpers.suites.load, flowhelpers.suites.registry\n"
+        "print(time.perf_counter() - start); flowhelpers.suites.registry.registered()\n"
+        "print({'torch', 'transformers', 'sae_lens', 'pandas'} & set(sys.modules))"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    seconds, loaded = zip(*(run.stdout.split(maxsplit=1) for run in runs), strict=True)
+    assert [text.strip() for text in loaded] == ["set()"] * 2
+    assert min(map(float, seconds)) < 1
+
+
+def test_flowlet_loads_in_seconds():
+    load_suite("flowlet")  # brings what has to be imported
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        load_suite("flowlet")
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 4

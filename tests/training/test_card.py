@@ -1,0 +1,424 @@
+"""The figures of a card are 1 for what is perfect, 0 for what is worthless, and by hand between."""
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toys
+import yaml
+from scipy.sparse import csr_matrix
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from transformers import Gemma3ForCausalLM
+
+from flowhelpers.__main__ import main
+from flowhelpers.activations.collect import FeatureActivations, collect
+from flowhelpers.core.features import Site
+from flowhelpers.suites.load import Suite
+from flowhelpers.suites.model import Edit, Tokens, logits_of, run, tokenize
+from flowhelpers.suites.registry import DATA
+from flowhelpers.suites.saes import make_dictionary
+from flowhelpers.training import measures
+from flowhelpers.training.card import Bar, asked_of, bars, measured_bars, stored_bars, write_card
+from flowhelpers.training.measures import (
+    bits_per_byte,
+    example_features,
+    flow_figures,
+    loss_recovered,
+    measure,
+    measure_dictionaries,
+    measure_flow,
+    measure_themes,
+    row_tokens,
+    site_figures,
+)
+
+D = toys.D_MODEL
+BOTH = torch.cat([torch.eye(D), -torch.eye(D)])  # relu(x) and relu(-x): all of x
+PERFECT, WORTHLESS, HALF, DEAD = Site(0, "mlp"), Site(1, "att"), Site(1, "res"), Site(2, "res")
+
+
+@pytest.fixture(scope="module")
+def suite(planted: Suite) -> Suite:
+    """Four dictionaries: perfect, of zeros, of half of what is there, and the mean alone."""
+    _, read = run(planted.model, tokenize(planted.model, toys.TEXTS).ids, read=[DEAD])
+    saes = {
+        PERFECT: toys.make_sae(BOTH, PERFECT),
+        WORTHLESS: toys.make_sae(BOTH, WORTHLESS, threshold=1e9),
+        HALF: toys.make_sae(0.5 * BOTH, HALF, encoder=BOTH.T),
+        DEAD: toys.make_sae(BOTH, DEAD, threshold=1e9, b_dec=read[DEAD][0, 3]),
+    }
+    found = {site: make_dictionary(site, sae, D, "planted") for site, sae in saes.items()}
+    return dataclasses.replace(planted, dictionaries=found)
+
+
+@pytest.fixture(scope="module")
+def tokens(planted: Suite) -> Tokens:
+    return tokenize(planted.model, toys.TEXTS)
+
+
+def test_loss_recovered_is_1_for_a_perfect_dictionary_and_0_for_zeros(suite: Suite, tokens: Tokens):
+    found = loss_recovered(suite, tokens, batch=2)
+    assert found[PERFECT] == pytest.approx(1, abs=1e-5)
+    assert found[WORTHLESS] == 0
+    assert list(found) == [PERFECT, WORTHLESS, HALF, DEAD]
+
+
+def test_loss_recovered_is_the_share_by_hand(suite: Suite, tokens: Tokens):
+    def loss(factor: float) -> float:
+        def change(x: Tensor) -> Tensor:
+            return torch.where(tokens.is_text[..., None], factor * x, x)
+
+        logits = logits_of(suite.model, tokens.ids, [Edit(HALF, change)]).log_softmax(-1)
+        losses = -logits[:, :-1].gather(-1, tokens.ids[:, 1:, None])[..., 0]
+        return losses[tokens.is_text[:, 1:]].mean().item()
+
+    expected = (loss(0.0) - loss(0.5)) / (loss(0.0) - loss(1.0))
+    assert loss_recovered(suite, tokens)[HALF] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_figures_of_a_site_are_those_by_hand(suite: Suite, tokens: Tokens, batch: int):
+    found = measure_dictionaries(suite, tokens, batch).set_index("site")
+    _, read = run(suite.model, tokens.ids, read=list(suite.dictionaries))
+    for site, rebuilt in (
+        (PERFECT, lambda x: x),
+        (WORTHLESS, lambda x: 0 * x),
+        (HALF, lambda x: 0.5 * x),
+        (DEAD, lambda x: suite.dictionary(DEAD).sae.b_dec.detach().expand_as(x)),
+    ):
+        x = read[site][tokens.is_text]
+        spread = (x - x.mean(0)).square().sum()
+        explained = 1 - (x - rebuilt(x)).square().sum() / spread
+        row = found.loc[str(site)]
+        assert row["explained_variance"] == pytest.approx(explained.item(), abs=1e-4)
+    assert found["explained_variance"].tolist()[0] == pytest.approx(1)
+    assert found.loc[str(WORTHLESS), "explained_variance"] < 0
+    # Every coordinate is on one side of zero, and so half of the features are active.
+    assert found["l0"].tolist() == pytest.approx([D, 0, D, 0])
+    assert found["l0_share_of_d"].tolist() == pytest.approx([1, 0, 1, 0])
+    x = read[PERFECT][tokens.is_text]
+    silent = [(x <= 0).all(0).sum() + (x >= 0).all(0).sum()]
+    assert found.loc[str(PERFECT), "dead_share"] == pytest.approx(silent[0].item() / (2 * D))
+    assert found.loc[str(DEAD), "dead_share"] == 1
+
+
+def test_bits_per_byte_is_the_loss_by_hand_over_the_bytes(
+    planted: Suite, plain_toy: Gemma3ForCausalLM
+):
+    texts = [*toys.TEXTS, "naïve — café"]
+    losses = []
+    for text in texts:
+        ids = tokenize(planted.model, text).ids
+        with torch.no_grad():
+            logits = plain_toy(input_ids=ids).logits[0].log_softmax(-1)
+        losses += [-logits[i, token].item() for i, token in enumerate(ids[0, 1:])]
+    nats, bits = bits_per_byte(planted, tokenize(planted.model, texts), batch=2)
+    size = len("".join(texts).encode())
+    assert nats == pytest.approx(np.mean(losses), rel=1e-5)
+    assert bits == pytest.approx(sum(losses) / size / math.log(2), rel=1e-5)
+
+
+def test_rows_of_ids_are_text_but_for_their_special_tokens(planted: Suite):
+    tokens = row_tokens(planted, np.array([[2, 70, 1, 71]], dtype=np.uint32))
+    assert tokens.ids.tolist() == [[2, 70, 1, 71]]
+    assert tokens.is_text.tolist() == [[False, True, False, True]]
+
+
+def test_flow_against_chance_is_counted_by_hand():
+    scores = pd.DataFrame(
+        {
+            "layer": [0, 1, 1, 1, 1],
+            "feature": [0, 0, 1, 2, 3],
+            "s_res": [math.nan, 0.9, 0.5, 0.3, 0.99],
+            "null_res": [math.nan, 0.4, 0.4, 0.4, 0.4],
+            "s_mlp": [0.1, 0.1, 0.6, 0.1, 0.9],  # feature 1 is from the MLP alone,
+            "null_mlp": 0.5,
+            "s_att": [0.1, 0.1, 0.1, 0.6, 0.9],  # feature 2 from attention alone
+            "null_att": 0.5,
+        }
+    )
+    codes = [[1.0, 0.0, 2.0, 0.0], [0.0, 3.0, 1.0, 0.0]]  # feature 3 is dead
+    activations = toys.planted_activations({Site(1, "res"): codes})
+    found = pd.DataFrame(
+        {"layer": 1, "res": [True, True, True, False], "rate_res": [0.1, 0.2, 0.3, 0.4]}
+    )
+    row = measure_flow(scores, activations, found).iloc[0]
+    assert (row["layer"], row["live"]) == (1, 3)
+    assert row["s_res_above_null"] == pytest.approx(2 / 3)
+    assert row["module_above_null"] == pytest.approx(2 / 3)
+    assert row["predecessor_active"] == 0.75
+    assert row["by_chance"] == pytest.approx(0.25)
+    assert row["ratio"] == pytest.approx(3)
+
+
+def test_themes_find_the_planted_feature_and_its_auc(
+    planted: Suite, monkeypatch: pytest.MonkeyPatch
+):
+    subjects = ["sea", "war", "food"] * 12
+    frame = pd.DataFrame({"subject": subjects, "domain": "fiction", "text": "x"})
+    rng = np.random.default_rng(0)
+    sites = [Site(layer, "res") for layer in range(3)]
+    codes = {site: rng.random((36, 3, toys.RES)).astype(np.float32) for site in sites}
+    # One token of each text about the sea, and most of those about war, tells what it is about.
+    about = {name: np.array([s == name for s in subjects]) for name in set(subjects)}
+    codes[sites[1]][about["sea"], 1, 9] = 5
+    codes[sites[2]][about["war"], 2, 4] = rng.uniform(0.9, 3, 12)
+    tokens = pd.DataFrame({"text": np.repeat(range(36), 3), "position": 1, "token": 70})
+
+    def collected(suite: Suite, texts: list[str], at: list[Site]) -> FeatureActivations:
+        assert (len(texts), at) == (36, sites)
+        flat = {site: csr_matrix(codes[site].reshape(108, -1)) for site in at}
+        return FeatureActivations(tokens, flat)
+
+    monkeypatch.setattr(measures, "passages", lambda: frame)
+    monkeypatch.setattr(measures, "collect", collected)
+    found = measure_themes(planted).set_index("subject")
+    assert found.index.tolist() == ["food", "sea", "war"]
+    assert found.loc["sea"].tolist() == ["1/res/9", 1.0, 1.0]
+    assert found.loc["war", "feature"] == "2/res/4"
+    # The two halves together are all of the texts, and their AUCs lie on both sides of the whole's.
+    whole = roc_auc_score(about["war"], codes[sites[2]][..., 4].max(1))
+    parts = found.loc["war", ["auc_chosen_on", "auc_held_out"]]
+    assert min(parts) - 0.05 <= whole <= max(parts) + 0.05
+    # Of 48 features of noise the best on one half is no good on the other.
+    assert found.loc["food", "auc_chosen_on"] > 0.75
+    chance = [measure_themes(planted, seed).set_index("subject") for seed in range(8)]
+    assert np.mean([table.loc["food", "auc_held_out"] for table in chance]) < 0.65
+
+
+def test_examples_are_chosen_by_rule(planted: Suite):
+    activations = collect(planted, toys.TEXTS)
+    site = Site(1, "res")
+    often = (activations.by_site[site].toarray() > 0).sum(0)
+    live = sorted((count, feature) for feature, count in enumerate(often) if count)
+    expected = [live[int(share * len(live))] for share in (1 / 3, 2 / 3)]
+    found = example_features(planted, activations)
+    assert len(found) == 18
+    mine = found[found["feature"].str.startswith("1/res/")]
+    assert mine["feature"].tolist() == [f"1/res/{feature}" for _, feature in expected]
+    count = len(activations.tokens)
+    assert mine["active_share"].tolist() == pytest.approx([n / count for n, _ in expected])
+
+
+def test_a_site_without_a_live_feature_has_no_example(suite: Suite):
+    found = example_features(suite, collect(suite, toys.TEXTS))
+    assert {name.rsplit("/", 1)[0] for name in found["feature"]} == {str(PERFECT), str(HALF)}
+
+
+def test_a_bar_is_met_or_missed():
+    assert Bar("a", 0.5, 0.5).met
+    assert not Bar("a", 0.49, 0.5).met
+    assert Bar("a", 0.5, 0.5, at_least=False).met
+    assert not Bar("a", 0.51, 0.5, at_least=False).met
+    assert not Bar("a", math.nan, 0.5).met
+    assert not Bar("a", math.nan, 0.5, at_least=False).met
+    assert Bar("a", 1.0).met
+    assert str(Bar("name", 0.49, 0.5)).split() == ["MISSED", "name", "0.490", "≥", "0.5"]
+    assert str(Bar("name", 0.49, 0.5, at_least=False)).split() == ["name", "0.490", "≤", "0.5"]
+
+
+def test_the_figures_of_the_sites_are_those_of_the_worst():
+    sites = pd.DataFrame(
+        {
+            "site": ["0/mlp", "0/res", "1/att", "1/res"],
+            "l0_share_of_d": [0.01, 0.04, 0.03, 0.02],
+            "explained_variance": [0.5, 0.9, 0.7, 0.8],
+            "dead_share": [0.1, 0.0, 0.3, 0.2],
+            "loss_recovered": [0.2, 0.95, 0.3, 0.99],
+        }
+    )
+    expected = {
+        "L0 / d_model, highest site": 0.04,
+        "explained variance, lowest res": 0.8,
+        "explained variance, lowest mlp, att": 0.5,
+        "dead share, highest site": 0.3,
+        "loss recovered, lowest res": 0.95,
+    }
+    assert site_figures(sites) == expected
+    residual = site_figures(sites[sites["site"].str.endswith("res")])
+    assert set(expected) - set(residual) == {"explained variance, lowest mlp, att"}
+
+
+def test_the_figures_of_the_flow_are_those_of_the_worst_layer_or_the_mean():
+    flow = pd.DataFrame(
+        {
+            "layer": [1, 2, 3],
+            "s_res_above_null": [0.8, 0.97, 0.93],
+            "module_above_null": [0.1, 0.3, 0.2],
+            "ratio": [8.0, 6.0, 7.0],
+        }
+    )
+    tests = pd.DataFrame({"score": ["s_att", "s_res"], "AO": [0.9, 1.0], "IB": [0.7, 0.4]})
+    expected = {
+        "s(R) above null, layer 1": 0.8,
+        "s(R) above null, lowest later layer": 0.93,
+        "s(M) or s(A) above null, mean of layers": 0.2,
+        "residual predecessor active, all occurrences": 0.46,
+        "… against chance, lowest layer": 6.0,
+        "significant tests, s_att, one active (AO)": 0.9,
+        "significant tests, s_res, one active (AO)": 1.0,
+        "… s_att, AO − both inactive (IB)": 0.2,
+        "… s_res, AO − both inactive (IB)": 0.6,
+    }
+    assert flow_figures(flow, tests, 0.46) == pytest.approx(expected)
+    later = flow_figures(flow[flow["layer"] > 1], tests, 0.46)
+    assert math.isnan(later["s(R) above null, layer 1"])  # there is none in such a suite
+
+
+def test_what_is_asked_of_a_suite_lies_in_its_folder(tmp_path: Path):
+    assert asked_of(None) == asked_of(tmp_path) == {}
+    (tmp_path / "bars.yaml").write_text("a: {at_least: 2}\nb: {at_most: 0.5}\nd: {at_least: 0}\n")
+    asked = asked_of(tmp_path)
+    assert asked == {"a": (2, True), "b": (0.5, False), "d": (0, True)}
+    found = bars({"a": 1.0, "b": 0.25, "c": 3.0}, asked)
+    assert found[:3] == [Bar("a", 1.0, 2, True), Bar("b", 0.25, 0.5, False), Bar("c", 3.0)]
+    assert [bar.met for bar in found] == [False, True, True, False]  # d was not measured
+    assert bars({"a": 1.0}, {}) == [Bar("a", 1.0)]
+
+
+@pytest.mark.parametrize(
+    "content", ["a: [", "- a", "a: 3", "a: {}", "a: {above: 1}", "a: {at_least: much}", "5"]
+)
+def test_a_broken_file_of_bars_is_named(tmp_path: Path, content: str):
+    (tmp_path / "bars.yaml").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"bars\.yaml: expected figures, each with at_least or at_m"
+    ):
+        asked_of(tmp_path)
+
+
+def test_what_is_asked_of_flowlet_is_what_its_card_has():
+    asked = asked_of(DATA / "flowlet")
+    for found in stored_bars("flowlet").values():
+        assert {b.name: (b.asked, b.at_least) for b in found if b.asked is not None} == asked
+
+
+def test_the_whole_is_measured_and_a_card_gives_it_back(
+    planted: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    frame = pd.DataFrame({"subject": ["a", "b"] * 4, "domain": "x", "text": toys.TEXTS[:4] * 2})
+    monkeypatch.setattr(measures, "passages", lambda: frame)
+    tokens = tokenize(planted.model, toys.TEXTS)
+    values, tables = measure(planted, tokens)
+    nats, bits = bits_per_byte(planted, tokens)
+    sites = measure_dictionaries(planted, tokens)
+    assert (values["bits per byte"], values["nats per token"]) == (bits, nats)
+    res = sites["site"].str.endswith("res")
+    assert values["explained variance, lowest res"] == sites["explained_variance"][res].min()
+    assert values["dead share, highest site"] == sites["dead_share"].max()
+    assert values["s(R) above null, layer 1"] == 1.0  # every planted match is at 0.8
+    assert set(tables) == {"sites", "flow", "tests", "themes", "examples"}
+
+    (tmp_path / "about.md").write_text("# A toy\n")
+    found = bars(values, {"bits per byte": (1.7, False), "nats per token": (0.0, True)})
+    write_card(tmp_path, {"a text": (found, tables)})
+    text = (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert text.startswith("# A toy\n")
+    assert f"| bits per byte | {bits:.3f} | ≤ 1.7 | missed |" in text
+    assert f"| nats per token | {nats:.3f} | ≥ 0 |  |" in text
+    dead = sites["dead_share"].max()
+    assert f"| dead share, highest site | {dead:.3f} |  |  |" in text
+    record = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))
+    assert record["a text"]["tables"]["flow"][0]["layer"] == 1
+    (tmp_path / "suite.yaml").write_text(
+        f"model: {planted.row.model}\ndictionaries: {{0/res: {planted.row.folder}/0-res}}\n"
+    )
+    stored = stored_bars(str(tmp_path))
+    assert [bar.name for bar in stored["a text"]] == [bar.name for bar in found]
+    for before, after in zip(found, stored["a text"], strict=True):
+        assert after.value == pytest.approx(before.value, nan_ok=True)
+        assert (after.asked, after.at_least, after.met) == (
+            before.asked,
+            before.at_least,
+            before.met,
+        )
+    with pytest.raises(FileNotFoundError, match=r"has no card; `card .* --measure` meas"):
+        stored_bars(str(planted.row.folder))
+
+
+def test_a_suite_of_residual_dictionaries_alone_has_a_card_without_flow(
+    planted: Suite, monkeypatch: pytest.MonkeyPatch
+):
+    frame = pd.DataFrame({"subject": ["a", "b"] * 4, "domain": "x", "text": toys.TEXTS[:4] * 2})
+    monkeypatch.setattr(measures, "passages", lambda: frame)
+    tokens = tokenize(planted.model, toys.TEXTS)
+
+    def only(module: str) -> Suite:
+        kept = {site: d for site, d in planted.dictionaries.items() if site.module == module}
+        return dataclasses.replace(planted, dictionaries=kept)
+
+    values, tables = measure(only("res"), tokens)
+    assert set(tables) == {"sites", "themes", "examples"}
+    assert values["nats per token"] == bits_per_byte(planted, tokens)[0]
+    with pytest.raises(ValueError, match="has no residual dictionary: there is no flow in it"):
+        measure(only("mlp"), tokens)
+
+
+def own_suite(folder: Path, planted: Suite, **more: object) -> Path:
+    """A suite of one dictionary, its model in a folder of its own."""
+    shutil.copytree(planted.row.model, folder / "model")
+    row = {"model": "model", "dictionaries": {"0/res": f"{planted.row.folder}/0-res"}, **more}
+    (folder / "suite.yaml").write_text(yaml.safe_dump(row))
+    return folder
+
+
+def test_the_bars_of_another_suite_are_not_flowlets(
+    planted: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from flowhelpers.training import card
+
+    folder = own_suite(tmp_path, planted)
+    tables = {"examples": pd.DataFrame({"feature": ["0/res/1"]})}
+    monkeypatch.setattr(card, "measure", lambda *_: ({"bits per byte": 9.0}, tables))
+    (found,) = measured_bars(str(folder), write=True).values()
+    assert found == [Bar("bits per byte", 9.0)]
+    assert "missed" not in (folder / "card.md").read_text(encoding="utf-8")
+    (folder / "bars.yaml").write_text("bits per byte: {at_most: 1.7}\n")
+    (found,) = measured_bars(str(folder)).values()
+    assert found == [Bar("bits per byte", 9.0, 1.7, False)]
+
+
+def test_a_missed_bar_is_shown_and_is_no_error(
+    planted: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = own_suite(tmp_path, planted)
+    write_card(folder, {"a text": (bars({"x": 1.0, "y": 2.0}, {"x": (2.0, True)}), {})})
+    assert main(["card", str(folder)]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "measured on a text: 1 bars were set, 1 missed"
+    assert [line.split() for line in rest] == [["MISSED", "x", "1.000", "≥", "2"], ["y", "2.000"]]
+
+
+def test_the_readme_says_what_flowlet_misses():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    missed = [bar for found in stored_bars("flowlet").values() for bar in found if not bar.met]
+    assert [f"{bar.value:.1%}".replace("%", " %") in readme for bar in missed] == [True]
+
+
+def test_mistakes_with_a_card_are_a_line(
+    planted: Suite, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    def said(*arguments: str) -> str:
+        assert main(["card", *arguments]) == 2
+        text = capsys.readouterr().err
+        assert text.startswith("flowhelpers: ")
+        assert text.count("\n") == 1
+        return text
+
+    assert "--write writes what was measured: give --measure" in said(str(tmp_path), "--write")
+    assert "is no folder: there is no place for its card" in said(
+        "pythia-70m-deduped", "--measure", "--write"
+    )
+    folder = own_suite(tmp_path, planted, parameters=10**15)
+    assert re.search(r"needs \d+\.\d GiB on cpu, and", said(str(folder), "--measure"))
+    (folder / "model" / "tokenizer.json").write_text("{")
+    message = said(str(folder), "--measure")
+    assert f"{folder / 'model' / 'tokenizer.json'} is not JSON" in message
