@@ -80,15 +80,13 @@ def suites(arguments: argparse.Namespace) -> int:
         for row in registered().values():
             where = "no network needed" if row.is_local else "from the hub, then cached"
             print(f"{row.name:<22}{row.about}")
-            print(f"{'':<22}{len(row.dictionaries)} dictionaries; {where}")
+            print(f"{'':<22}{len(row.saes)} SAEs; {where}")
             if len(row.variants) > 1:
                 print(f"{'':<22}variants: {', '.join(row.variants)}")
             if row.d_att:
                 print(f"{'':<22}no att at d_model: it reads z, and W_O brings it into the stream")
         print("\n`flowhelpers suites NAME` says what one needs. A variant is asked for as in")
-        print(
-            "gemma-2-2b@65k; of Gemma 2, dictionaries by their mean L0 as in gemma-2-2b@l0=70; of"
-        )
+        print("gemma-2-2b@65k; of Gemma 2, SAEs by their mean L0 as in gemma-2-2b@l0=70; of")
         print("any suite, some modules alone as in flowlet@res+mlp")
         return 0
     row = find_suite(arguments.suite)
@@ -99,7 +97,7 @@ def suites(arguments: argparse.Namespace) -> int:
     for note in row.notes:
         print(textwrap.fill(f"- {note}", 90, subsequent_indent="  "))
     print()
-    for site, source in sorted(row.dictionaries.items()):
+    for site, source in sorted(row.saes.items()):
         named = source if isinstance(source, str) else f"{source['release']}/{source['id']}"
         print(f"  {site!s:<10}{named}", row.neuronpedia.get(site, ""), sep="  ")
     return 0
@@ -116,7 +114,7 @@ def _print_needs(row: "SuiteRow") -> None:
     quick = str(quick_dtype(device)).removeprefix("torch.")
     speeds = {"model": speed(device, dtype), "matching": speed(device, quick)}
     features = f" of {row.features:,} features" if row.features else ""
-    print(f"model {row.model}; {len(row.dictionaries)} dictionaries{features}")
+    print(f"model {row.model}; {len(row.saes)} SAEs{features}")
     free = free_memory(device)
     print(f"here it runs on {device} in {dtype}, where {free / 2**30:.1f} GiB are free;")
     if not (row.parameters or row.is_local):
@@ -140,7 +138,7 @@ def _duration(seconds: float) -> str:
 
 
 def train(arguments: argparse.Namespace) -> int:
-    """Trains a suite, or dictionaries for a model that is there already."""
+    """Trains a suite, or SAEs for a model that is there already."""
     from flowhelpers.training.recipe import train_suite
 
     folder = train_suite(
@@ -205,13 +203,13 @@ def parser() -> argparse.ArgumentParser:
     one.set_defaults(function=suites)
     one.add_argument("suite", nargs="?", help="a registered name or a folder with a suite.yaml")
 
-    one = commands.add_parser("train", help="train a suite, or dictionaries for your own model")
+    one = commands.add_parser("train", help="train a suite, or SAEs for your own model")
     one.set_defaults(function=train)
     add = one.add_argument
     add("folder", type=Path, help="where the suite goes; called again, training is taken up there")
     add("--text", type=Path, metavar="FOLDER", help="where the recipe's text files lie")
     add("--recipe", metavar="YAML", help="a recipe file (default: the one of flowlet)")
-    add("--model", help="a Hugging Face folder or name: train dictionaries for it alone")
+    add("--model", help="a Hugging Face folder or name: train SAEs for it alone")
     add("--device", default="auto", help="torch device (default: a GPU if there is one)")
 
     one = commands.add_parser(

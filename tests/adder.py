@@ -1,7 +1,7 @@
 """A model whose layers only add constants, so that what an edit does can be counted by hand.
 
 A GPT-2 of which attention and the MLP have zero weights and a bias: R_1 is the token's embedding
-plus two constant vectors, whatever was edited before. Dictionaries lie along coordinates; decoder
+plus two constant vectors, whatever was edited before. SAEs lie along coordinates; decoder
 rows have norm 2 (some of R_0 have 4) and encoder rows one over that, so that an activation is half
 (a quarter) of the coordinate, and a feature that is removed leaves none of it. Layer 1 has
 six features, named here by what they are made of:
@@ -9,7 +9,7 @@ six features, named here by what they are made of:
     COPY   of R_0 alone: 1 at every second token
     SUM    of R_0, 1 at every third token, and the MLP, 1.5; active above 1.25
     MLP    of the MLP alone, 2
-    OTHER  of a coordinate that no dictionary at R_0 has, 3 at every fourth token; its match there
+    OTHER  of a coordinate that no SAE at R_0 has, 3 at every fourth token; its match there
            is active at every token and has nothing to do with it
     ATT    of attention alone, 2.5
     ALL    of R_0, 1 at every fifth token, the MLP, 1, and attention, 1; active above 1.5
@@ -31,7 +31,7 @@ from flowhelpers.core.features import Site
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model, Tokens, load_model
 from flowhelpers.suites.registry import SuiteRow
-from flowhelpers.suites.saes import make_dictionary
+from flowhelpers.suites.saes import make_sae
 
 D = 32
 COPY, SUM, MLP, OTHER, ATT, ALL = 3, 0, 5, 1, 4, 2  # features of layer 1, in an order of their own
@@ -101,15 +101,15 @@ def write_adder(folder: Path) -> Path:
 
 def load_adder(folder: Path) -> Suite:
     model: Model = load_model(str(write_adder(folder)))
-    dictionaries = {}
+    saes = {}
     for site, axes in AXES.items():
         rows = torch.eye(D)[axes]
         threshold = torch.tensor(THRESHOLDS.get(site, [0.25] * len(axes)))
         norms = torch.tensor(NORMS.get(site, [2] * len(axes)))[:, None]
-        sae = toys.make_sae(norms * rows, site, threshold, encoder=rows.T / norms.T)
-        dictionaries[site] = make_dictionary(site, sae, D, "adder")
-    row = SuiteRow("adder", "none", {site: "adder" for site in dictionaries}, parameters=0)
-    return Suite(row, model, dictionaries)
+        lens_sae = toys.write_lens_sae(norms * rows, site, threshold, encoder=rows.T / norms.T)
+        saes[site] = make_sae(site, lens_sae, D, "adder")
+    row = SuiteRow("adder", "none", {site: "adder" for site in saes}, parameters=0)
+    return Suite(row, model, saes)
 
 
 def matches() -> pd.DataFrame:

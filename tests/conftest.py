@@ -56,7 +56,7 @@ def paper_datasets(hub: Hub) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="session")
 def pythia(hub: Hub) -> str:
-    """`EleutherAI/pythia-70m-deduped` on the hub, tiny, with its dictionaries; returns its name."""
+    """`EleutherAI/pythia-70m-deduped` on the hub, tiny, with its SAEs; returns its name."""
     write_saes(hub.root)
     return write_pythia(hub.root)
 
@@ -87,13 +87,13 @@ def plain_toy(toy_folder: Path) -> "Gemma3ForCausalLM":
 
 @pytest.fixture(scope="session")
 def planted_folder(toy_folder: Path, toy: "Model") -> Path:
-    """A suite's folder around the toy model, with the planted dictionaries at every site."""
+    """A suite's folder around the toy model, with the planted SAEs at every site."""
     import toys
 
-    from flowhelpers.suites.model import run, tokenize
+    from flowhelpers.suites.model import run_model, tokenize
 
     tokens = tokenize(toy, toys.TEXTS)
-    _, read = run(toy, tokens.ids, read=toy.sites())
+    _, read = run_model(toy, tokens.ids, read=toy.sites())
     text = {site: values[tokens.is_text] for site, values in read.items()}
     return toys.write_suite(toy_folder.parent, toys.planted_saes(text))
 

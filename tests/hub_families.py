@@ -1,4 +1,4 @@
-"""Small repositories of the model families that have public dictionaries, for the loopback hub.
+"""Small repositories of the model families that have public SAEs, for the loopback hub.
 
 Names, folders, file formats, tensor names and configuration keys are those of the real
 repositories; layers, vocabularies and content are not, and widths are true only for Gemma 2.
@@ -78,11 +78,11 @@ class Written:
     paths: dict[str, dict[str, str]]
 
     def folder(self, release: str, sae_id: str) -> Path:
-        """Where a dictionary lies."""
+        """Where an SAE lies."""
         return self.root / "models" / self.paths[release][sae_id]
 
     def arrays(self, release: str, sae_id: str) -> Arrays:
-        """The tensors of a dictionary by the names in its file; bfloat16 as float32."""
+        """The tensors of an SAE by the names in its file; bfloat16 as float32."""
         folder = self.folder(release, sae_id)
         file = next(folder / name for name in FILES if (folder / name).is_file())
         if file.suffix == ".npz":
@@ -91,7 +91,7 @@ class Written:
         return read_tensors(file)
 
     def config(self, release: str, sae_id: str) -> dict[str, Any]:
-        """What the repository says about a dictionary, beside its tensors."""
+        """What the repository says about an SAE, beside its tensors."""
         folder = self.folder(release, sae_id)
         return next(
             json.loads((folder / name).read_text()) for name in CONFIGS if (folder / name).is_file()
@@ -109,19 +109,19 @@ def write_gemma_2(
     extra: Mapping[str, Sequence[str]] | None = None,
     weights: Plant | None = None,
 ) -> Written:
-    """`google/gemma-2-2b` with two layers and a narrow MLP, and Gemma Scope's dictionaries.
+    """`google/gemma-2-2b` with two layers and a narrow MLP, and Gemma Scope's SAEs.
 
     The loader of sae-lens takes the width from the id, `width_16k`, and refuses a file of another:
-    `features` has to stay as it is wherever sae-lens is to read what is written. One dictionary of
+    `features` has to stay as it is wherever sae-lens is to read what is written. One SAE of
     this width is 0.3 GB (0.27 GB at z).
 
     Args:
         root: The hub's root.
-        dtype: Of the model's weights, `bfloat16` or `float32`; dictionaries are in float32.
+        dtype: Of the model's weights, `bfloat16` or `float32`; SAEs are in float32.
         seed: Of the model's weights.
-        layers: Layers whose dictionaries are written, of 0 and 1.
-        modules: Their modules; a dictionary of `att` reads z.
-        features: Width of the dictionaries.
+        layers: Layers whose SAEs are written, of 0 and 1.
+        modules: Their modules; an SAE of `att` reads z.
+        features: Width of the SAEs.
         extra: For modules, further ids of the full lists, `layer_0/width_16k/average_l0_68`.
         weights: From module and layer to the members of the file, to plant directions; by default
             those of `gemma_2_arrays`.
@@ -252,7 +252,7 @@ def write_llama_scope(
     expansion: int = 8,
     weights: Plant | None = None,
 ) -> Written:
-    """`meta-llama/Llama-3.1-8B` with two layers of width 64, and Llama Scope's dictionaries.
+    """`meta-llama/Llama-3.1-8B` with two layers of width 64, and Llama Scope's SAEs.
 
     What a file says of the average norm at its site is chosen so that the factor that sae-lens's
     own table has for the id, of the true files, is right, and the model's activations have about
@@ -261,7 +261,7 @@ def write_llama_scope(
     Args:
         root: The hub's root.
         seed: Of the model's weights.
-        layers: Layers whose dictionaries are written, of 0 and 1.
+        layers: Layers whose SAEs are written, of 0 and 1.
         modules: Their modules.
         expansion: Features for each of the 64 coordinates.
         weights: From module and layer to the tensors of the file; by default `llama_scope_arrays`.
@@ -325,7 +325,7 @@ def write_llama(root: Path, seed: int = 0) -> str:
 def llama_weights(seed: int) -> Arrays:
     """The model's tensors, by their names in the file.
 
-    What attention and the MLP write has about the norms that the dictionaries' files state.
+    What attention and the MLP write has about the norms that the SAEs' files state.
     """
     rng = np.random.default_rng(seed)
     half = D_MODEL // 2  # keys and values: 2 of 4 heads
@@ -349,7 +349,7 @@ def llama_weights(seed: int) -> Arrays:
 
 
 def llama_scope_arrays(module: str, layer: int, features: int) -> Arrays:
-    """The tensors of one dictionary; decoder rows have norms about 1.5, encoder rows 1 / 1.5."""
+    """The tensors of one SAE; decoder rows have norms about 1.5, encoder rows 1 / 1.5."""
     name = f"llama {module} {layer}"
     rng = _generator(f"{name} norms")
     norms = LLAMA_NORM * rng.uniform(0.9, 1.1, (features, 1)).astype(np.float32)
@@ -363,7 +363,7 @@ def llama_scope_arrays(module: str, layer: int, features: int) -> Arrays:
 
 
 def llama_hyperparams(module: str, layer: int, features: int) -> dict[str, Any]:
-    """What `hyperparams.json` says of a dictionary.
+    """What `hyperparams.json` says of an SAE.
 
     In raw units a feature's value has a standard deviation of about `average / √64 / 1.5` over
     tokens; the threshold is such that about 12 of 512 features lie above it.
@@ -395,7 +395,7 @@ def llama_hyperparams(module: str, layer: int, features: int) -> dict[str, Any]:
 def average_norm(module: str, layer: int) -> float:
     """The norm at a site by which the factor of sae-lens's table comes out at width 64."""
     release, sae_id = f"llama_scope_lx{_letter(module)}_8x", f"l{layer}{_letter(module)}_8x"
-    entry = next(sae for sae in sae_table()[release]["saes"] if sae["id"] == sae_id)
+    entry = next(lens_sae for lens_sae in sae_table()[release]["saes"] if lens_sae["id"] == sae_id)
     return D_MODEL**0.5 / entry["norm_scaling_factor"]
 
 
@@ -425,14 +425,14 @@ def write_gpt2(
     k: int = 8,
     weights: Plant | None = None,
 ) -> Written:
-    """`openai-community/gpt2` with two layers of width 64, and OpenAI's v5 dictionaries.
+    """`openai-community/gpt2` with two layers of width 64, and OpenAI's v5 SAEs.
 
     Args:
         root: The hub's root.
         seed: Of the model's weights.
-        layers: Layers whose dictionaries are written, of 0 and 1.
+        layers: Layers whose SAEs are written, of 0 and 1.
         modules: Their modules.
-        features: Width of the dictionaries.
+        features: Width of the SAEs.
         k: Features active at a token.
         weights: From module and layer to the tensors of the file; by default `gpt2_arrays`.
     """
@@ -514,7 +514,7 @@ def gpt2_weights(seed: int) -> Arrays:
 
 
 def gpt2_arrays(module: str, layer: int, features: int) -> Arrays:
-    """The tensors of one dictionary: unit rows, the encoder is the decoder transposed."""
+    """The tensors of one SAE: unit rows, the encoder is the decoder transposed."""
     name = f"gpt2 {module} {layer}"
     decoder, rng = unit_rows(name, features, D_MODEL), _generator(f"{name} biases")
     return {
@@ -536,7 +536,7 @@ def write_gemma_scope_2(
     features: int = 256,
     weights: Plant | None = None,
 ) -> Written:
-    """A Gemma 3 with two layers of width 64, and Gemma Scope 2's dictionaries.
+    """A Gemma 3 with two layers of width 64, and Gemma Scope 2's SAEs.
 
     The width of z is 128. The loader of sae-lens reads the width from the file, so that files of
     16k may be small.
@@ -545,10 +545,10 @@ def write_gemma_scope_2(
         root: The hub's root.
         size: `270m`, `1b`, or `4b`, which is multimodal.
         seed: Of the model's weights.
-        layers: Layers whose dictionaries are written, of 0 and 1.
-        modules: Their modules; a dictionary of `att` reads z.
+        layers: Layers whose SAEs are written, of 0 and 1.
+        modules: Their modules; an SAE of `att` reads z.
         kinds: By how many features are active.
-        features: Width of the dictionaries.
+        features: Width of the SAEs.
         weights: From module and layer to the tensors of the file; by default `gemma_3_arrays`.
     """
     multimodal = size == "4b"
@@ -717,7 +717,7 @@ def sae_table() -> dict[str, Any]:
 def sae_paths(release: str, sae_ids: Iterable[str]) -> dict[str, str]:
     """The path on the hub, `<repository>/<folder>`, that sae-lens's table has for each id."""
     entry = sae_table()[release]
-    folders = {sae["id"]: sae["path"] for sae in entry["saes"]}
+    folders = {lens_sae["id"]: lens_sae["path"] for lens_sae in entry["saes"]}
     return {sae_id: f"{entry['repo_id']}/{folders[sae_id]}" for sae_id in sae_ids}
 
 

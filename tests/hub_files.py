@@ -270,7 +270,7 @@ def shrink(patch: "pytest.MonkeyPatch", suite: str, **sizes: int) -> None:
 def write_saes(
     root: Path, weights: Callable[[str, str], dict[str, np.ndarray]] | None = None
 ) -> dict[str, dict[str, str]]:
-    """Every dictionary of the three pythia releases of sae-lens, with 96 features.
+    """Every SAE of the three pythia releases of sae-lens, with 96 features.
 
     Args:
         root: The hub's root.
@@ -283,11 +283,11 @@ def write_saes(
     written: dict[str, dict[str, str]] = {}
     for release, entry in sae_releases().items():
         written[release] = {}
-        for sae in entry["saes"]:
-            path = f"{entry['repo_id']}/{sae['path']}"
-            arrays = (weights or random_sae)(release, sae["id"])
-            write_sae(root / "models" / path, sae["id"], arrays)
-            written[release][sae["id"]] = path
+        for lens_sae in entry["saes"]:
+            path = f"{entry['repo_id']}/{lens_sae['path']}"
+            arrays = (weights or random_sae)(release, lens_sae["id"])
+            write_sae(root / "models" / path, lens_sae["id"], arrays)
+            written[release][lens_sae["id"]] = path
     return written
 
 
@@ -318,7 +318,7 @@ def random_sae(release: str, sae_id: str) -> dict[str, np.ndarray]:
 
 
 def write_sae(folder: Path, hook: str, arrays: dict[str, np.ndarray]) -> None:
-    """One dictionary as the releases have it: cfg.json, sae_weights and sparsity."""
+    """One SAE as the releases have it: cfg.json, sae_weights and sparsity."""
     from safetensors.numpy import save_file
 
     d_sae, d_in = arrays["W_dec"].shape

@@ -173,7 +173,7 @@ def test_a_broken_release_is_named_and_the_rest_is_tried_without_it(tmp_path: Pa
 
 def test_the_tests_that_the_newest_are_tried_by_are_there():
     script = (ROOT / ".ci/newest").read_text("utf-8")
-    named = re.findall(r"\"tests/(\w+\.py)::(\w+)\"", script, re.MULTILINE)
+    named = re.findall(r"\"tests/([\w/]+\.py)::(\w+)\"", script, re.MULTILINE)
     assert len(named) == 12
     for file, test in named:
         assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text("utf-8")

@@ -241,7 +241,7 @@ def test_the_folded_answers_are_right(path: Path, executed: dict[str, Executed])
 
 @dataclass(frozen=True)
 class ByHand:
-    """The model of the suite as Hugging Face has it, and its dictionaries as sae-lens has them."""
+    """The model of the suite as Hugging Face has it, and its SAEs as sae-lens has them."""
 
     model: Any
     tokenizer: Any
@@ -288,7 +288,7 @@ class ByHand:
         with torch.no_grad():
             if without:
                 other = parse_feature(without)
-                theirs = sae(other.layer, other.module)
+                theirs = lens_sae(other.layer, other.module)
                 with (
                     self.hooked(self.part(other), take_away),
                     self.hooked(self.part(feature), keep),
@@ -297,7 +297,7 @@ class ByHand:
             else:
                 with self.hooked(self.part(feature), keep):
                     self.model(input_ids=ids)
-            codes = sae(feature.layer, feature.module).encode(kept[0][0])
+            codes = lens_sae(feature.layer, feature.module).encode(kept[0][0])
             return codes[:, feature.index].numpy()
 
     def codes(self, layer: int, module: str, texts: Sequence[str]) -> np.ndarray:
@@ -321,7 +321,7 @@ def codes_of(by_hand: ByHand, layer: int, module: str, texts: tuple[str, ...]) -
             ids = by_hand.ids(text)[:, :128]
             by_hand.model.model(input_ids=ids)
             rows.append(kept.pop()[~torch.isin(ids[0], special)])
-        return sae(layer, module).encode(torch.cat(rows)).numpy()
+        return lens_sae(layer, module).encode(torch.cat(rows)).numpy()
 
 
 def sample_of_01() -> list[str]:
@@ -354,15 +354,15 @@ def by_hand() -> ByHand:
 @cache
 def decoder(layer: int, module: str) -> torch.Tensor:
     """Decoder rows as sae-lens has them, made unit in double precision."""
-    rows = sae(layer, module).W_dec.detach().double()
+    rows = lens_sae(layer, module).W_dec.detach().double()
     return rows / rows.norm(dim=1, keepdim=True)
 
 
 @cache
-def sae(layer: int, module: str) -> Any:
+def lens_sae(layer: int, module: str) -> Any:
     from sae_lens import SAE
 
-    return SAE.load_from_disk(FLOWLET / f"dictionaries/{layer}-{module}", device="cpu")
+    return SAE.load_from_disk(FLOWLET / f"saes/{layer}-{module}", device="cpu")
 
 
 @cache
@@ -476,7 +476,7 @@ def test_matches_cover_every_feature_and_place(matches: pd.DataFrame) -> None:
 
 @pytest.mark.parametrize("module", ["res", "mlp", "att"])
 @pytest.mark.parametrize("direction", ["backward", "forward"])
-def test_the_null_is_the_quantile_of_best_cosines_into_turned_dictionaries(
+def test_the_null_is_the_quantile_of_best_cosines_into_turned_saes(
     matches: pd.DataFrame, module: str, direction: str
 ) -> None:
     found = matches.query("direction == @direction and module == @module")["null"]
@@ -682,7 +682,7 @@ def test_the_matrix_has_a_one_for_each_match(executed: dict[str, Executed]) -> N
         assert row["shared by several"] == (columns > 1).mean()
 
 
-def test_a_dictionary_at_z_comes_back_by_both_steps_and_by_no_fewer(
+def test_a_sae_at_z_comes_back_by_both_steps_and_by_no_fewer(
     executed: dict[str, Executed], by_hand: ByHand
 ) -> None:
     table = executed["01_matching"].table("attention_at_z").set_index("step")
@@ -1005,7 +1005,7 @@ def group_of(row: Any) -> str:
     return "From " + (" & ".join(on) or "nowhere")
 
 
-def test_the_sample_has_its_tokens_and_the_dictionaries_see_them_so(
+def test_the_sample_has_its_tokens_and_the_saes_see_them_so(
     groups: Executed, sampled: tuple[pd.DataFrame, dict[str, np.ndarray]], by_hand: ByHand
 ) -> None:
     from flowhelpers.activations.corpora import load_texts
@@ -1139,11 +1139,11 @@ def rescaled(
     kept: list[torch.Tensor] = []
 
     def keep(values: torch.Tensor) -> torch.Tensor:
-        kept.append(sae(target.layer, "res").encode(values[0, at])[target.index])
+        kept.append(lens_sae(target.layer, "res").encode(values[0, at])[target.index])
         return values
 
     def push(feature: FeatureId, amount: float) -> Callable[[torch.Tensor], torch.Tensor]:
-        row = sae(feature.layer, feature.module).W_dec[feature.index]
+        row = lens_sae(feature.layer, feature.module).W_dec[feature.index]
 
         def change(values: torch.Tensor) -> torch.Tensor:
             changed = values.clone()
@@ -1226,9 +1226,9 @@ def test_cases_are_what_plain_hooks_over_the_whole_text_give(
         assert case.new == pytest.approx(new, rel=1e-3, abs=1e-3)
         assert case.change == pytest.approx(1 - new / old, abs=1e-3)
         assert case.success == (case.new == 0)
-        reads = sae(target.layer, "res").W_enc[:, target.index].detach()
+        reads = lens_sae(target.layer, "res").W_enc[:, target.index].detach()
         written = sum(
-            -amount * float(sae(f.layer, f.module).W_dec[f.index].detach() @ reads)
+            -amount * float(lens_sae(f.layer, f.module).W_dec[f.index].detach() @ reads)
             for f, amount in amounts.items()
         )
         assert case.linear == pytest.approx(written / old, rel=1e-3, abs=1e-4)
@@ -1407,11 +1407,11 @@ def test_suppressed_texts_are_what_plain_hooks_give(suppressed: Executed, by_han
     def take(layer: int, module: str, r: float) -> Callable[[torch.Tensor], torch.Tensor]:
         here = features[(features["layer"] == layer) & (features["module"] == module)]
         rows = torch.tensor([parse_feature(name).index for name in here["feature"]])
-        dictionary = sae(layer, module)
+        sae = lens_sae(layer, module)
 
         def change(values: torch.Tensor) -> torch.Tensor:
-            codes = dictionary.encode(values)[..., rows]
-            return values + (r - 1) * codes @ dictionary.W_dec[rows]
+            codes = sae.encode(values)[..., rows]
+            return values + (r - 1) * codes @ sae.W_dec[rows]
 
         return change
 
@@ -1516,9 +1516,9 @@ def test_promoted_texts_are_what_plain_hooks_give(promoted: Executed, by_hand: B
 
     def push(here: pd.DataFrame, s: float) -> Callable[[torch.Tensor], torch.Tensor]:
         layer, module = int(here["layer"].iloc[0]), str(here["module"].iloc[0])
-        dictionary = sae(layer, module)
+        sae = lens_sae(layer, module)
         rows = [parse_feature(name).index for name in here["feature"]]
-        vector = s * (dictionary.threshold[rows, None] * dictionary.W_dec[rows]).sum(0)
+        vector = s * (sae.threshold[rows, None] * sae.W_dec[rows]).sum(0)
         return lambda values: values + vector
 
     wide = features.groupby("theme")["layer"].agg(["min", "max"])
@@ -1719,10 +1719,10 @@ def test_a_feature_that_is_switched_off_is_off_and_one_that_was_off_changes_noth
 
 def test_arithmetic_is_what_the_encoder_would_read_less(start: Executed) -> None:
     trials, chosen = start.table("deactivation"), parse_feature(start.results["feature"])
-    reads = sae(chosen.layer, "res").W_enc[:, chosen.index].detach().double()
+    reads = lens_sae(chosen.layer, "res").W_enc[:, chosen.index].detach().double()
     for row in trials[trials["trial"] != "all matches"].to_dict("records"):
         gone = parse_feature(row["switched_off"])
-        writes = sae(gone.layer, gone.module).W_dec[gone.index].detach().double()
+        writes = lens_sae(gone.layer, gone.module).W_dec[gone.index].detach().double()
         expected = row["before"] - row["own_before"] * writes @ reads
         assert row["by_arithmetic"] == pytest.approx(max(expected.item(), 0), rel=1e-3, abs=1e-3)
 

@@ -24,10 +24,10 @@ from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model
 from flowhelpers.suites.registry import SuiteRow
-from flowhelpers.suites.saes import Dictionary, make_dictionary
+from flowhelpers.suites.saes import SAE, make_sae
 
 LAYERS, D_MODEL, CONTEXT, VOCABULARY = 3, 32, 64, 320
-RES, MODULE = 16, 8  # features of a residual dictionary, and of a module's
+RES, MODULE = 16, 8  # features of a residual SAE, and of a module's
 HOOK_ENDS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "hook_attn_out"}
 TEXTS = [
     "The cat sat on the mat.",
@@ -69,10 +69,10 @@ def planted_directions() -> dict[Site, Tensor]:
     return directions
 
 
-def bare_dictionary(site: Site, directions: Tensor) -> Dictionary:
-    """A dictionary that can be matched, and no more."""
+def bare_sae(site: Site, directions: Tensor) -> SAE:
+    """An SAE that can be matched, and no more."""
     none = torch.zeros(0, dtype=torch.long)
-    return Dictionary(site, directions, torch.ones(len(directions)), none, "planted", None, site)
+    return SAE(site, directions, torch.ones(len(directions)), none, "planted", None, site)
 
 
 def bare_suite(directions: Mapping[Site, Tensor] | None = None, layers: int = LAYERS) -> Suite:
@@ -80,7 +80,7 @@ def bare_suite(directions: Mapping[Site, Tensor] | None = None, layers: int = LA
     directions = planted_directions() if directions is None else directions
     row = SuiteRow("bare", "none", {site: "planted" for site in directions}, parameters=0)
     model: Any = SimpleNamespace(layers=layers)
-    return Suite(row, model, {s: bare_dictionary(s, v) for s, v in directions.items()})
+    return Suite(row, model, {s: bare_sae(s, v) for s, v in directions.items()})
 
 
 def planted_activations(codes: Mapping[Site, Sequence[Sequence[float]]]) -> FeatureActivations:
@@ -153,7 +153,7 @@ def read_by_hand(model: Gemma3ForCausalLM, ids: Tensor) -> tuple[Tensor, dict[Si
     return logits, read
 
 
-def make_sae(
+def write_lens_sae(
     decoder: Tensor,
     site: Site = Site(0, "res"),
     threshold: Tensor | float = 0.0,
@@ -169,42 +169,42 @@ def make_sae(
     features, d_in = decoder.shape
     hook = hook or f"blocks.{site.layer}.{HOOK_ENDS[site.module]}"
     config = JumpReLUSAEConfig(d_in=d_in, d_sae=features, metadata=SAEMetadata(hook_name=hook))
-    sae = JumpReLUSAE(config)
+    lens_sae = JumpReLUSAE(config)
     with torch.no_grad():
-        sae.W_dec.copy_(decoder)
-        sae.W_enc.copy_(decoder.T if encoder is None else encoder)
+        lens_sae.W_dec.copy_(decoder)
+        lens_sae.W_enc.copy_(decoder.T if encoder is None else encoder)
         for parameter, value in (
-            (sae.threshold, threshold),
-            (sae.b_enc, b_enc),
-            (sae.b_dec, b_dec),
+            (lens_sae.threshold, threshold),
+            (lens_sae.b_enc, b_enc),
+            (lens_sae.b_dec, b_dec),
         ):
             parameter.copy_(torch.as_tensor(value, dtype=torch.float32).expand_as(parameter))
-    return sae
+    return lens_sae
 
 
-def dictionary_at_z(model: Model, layer: int = 1) -> Dictionary:
-    """A dictionary that reads z; its decoder and encoder differ, and its norms are not 1."""
+def sae_at_z(model: Model, layer: int = 1) -> SAE:
+    """An SAE that reads z; its decoder and encoder differ, and its norms are not 1."""
     site, output = Site(layer, "att"), attention_output(model, layer)
     generator = torch.Generator().manual_seed(0)
-    sae = make_sae(
+    lens_sae = write_lens_sae(
         torch.randn(6, len(output.weights), generator=generator),
         site,
         0.05,
         encoder=torch.randn(len(output.weights), 6, generator=generator),
         hook=f"blocks.{layer}.attn.hook_z",
     )
-    return make_dictionary(site, sae, D_MODEL, "planted", output)
+    return make_sae(site, lens_sae, D_MODEL, "planted", output)
 
 
-def write_suite(folder: Path, saes: Mapping[Site, Any], model: str = "model") -> Path:
+def write_suite(folder: Path, lens_saes: Mapping[Site, Any], model: str = "model") -> Path:
     """A folder with `suite.yaml` and a sae-lens folder for each site."""
     folder.mkdir(parents=True, exist_ok=True)
-    for site, sae in saes.items():
-        sae.save_model(folder / f"{site.layer}-{site.module}")
+    for site, lens_sae in lens_saes.items():
+        lens_sae.save_model(folder / f"{site.layer}-{site.module}")
     row = {
         "model": model,
         "about": "planted",
-        "dictionaries": {str(site): f"{site.layer}-{site.module}" for site in saes},
+        "saes": {str(site): f"{site.layer}-{site.module}" for site in lens_saes},
     }
     (folder / "suite.yaml").write_text(yaml.safe_dump(row), encoding="utf-8")
     return folder
@@ -215,17 +215,17 @@ def planted_saes(read: Mapping[Site, Tensor]) -> dict[Site, Any]:
 
     Decoder rows have the norms 0.5, 1, 2, 0.5 … in turn.
     """
-    saes = {}
+    lens_saes = {}
     for site, directions in planted_directions().items():
         activations = read[site].flatten(0, -2)
         b_dec = activations.mean(0)
         before = (activations - b_dec) @ directions.T
         threshold = before.quantile(0.8, dim=0).clamp(min=1e-3)
         norms = torch.tensor([0.5, 1.0, 2.0]).repeat(len(directions))[: len(directions), None]
-        saes[site] = make_sae(
+        lens_saes[site] = write_lens_sae(
             directions * norms, site, threshold, encoder=directions.T, b_dec=b_dec
         )
-    return saes
+    return lens_saes
 
 
 def plans_that_break(suite: Suite) -> dict[str, Plan]:

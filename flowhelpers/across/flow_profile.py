@@ -10,7 +10,7 @@ import numpy as np
 
 from flowhelpers.core.features import MODULES
 from flowhelpers.flow.lifespans import flow_by_layer, lifespans
-from flowhelpers.matching.table import CLASSES, classify, scores
+from flowhelpers.matching.table import CLASSES, classify, feature_scores
 from flowhelpers.suites.registry import SuiteRow
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def depth(layers: "pd.Series | np.ndarray", count: int) -> Any:
 def flow_profile(table: "pd.DataFrame", count: int) -> "pd.DataFrame":
     """How features are matched and what becomes of them, layer by layer.
 
-    What cannot be said of a layer is missing: all of a module that has no dictionary there; the
+    What cannot be said of a layer is missing: all of a module that has no SAE there; the
     classes where there is no stream before, as at layer 0 (CHOICES 5); births and `processed` where
     there is no module, for then neither can be seen.
 
@@ -46,7 +46,7 @@ def flow_profile(table: "pd.DataFrame", count: int) -> "pd.DataFrame":
     import pandas as pd
 
     flow = flow_by_layer(table).set_index("layer")
-    found = scores(table)
+    found = feature_scores(table)
     columns: dict[str, Any] = {"depth": depth(flow.index.to_series(), count)}
     columns["features"] = flow["features"]
     there = {}
@@ -88,7 +88,7 @@ def summary(row: SuiteRow, table: "pd.DataFrame", d_model: int) -> dict[str, Any
         d_model: Width of the stream.
 
     Returns:
-        `suite`, `layers`, `d_model`, `dictionaries` and `features` (of those that were matched),
+        `suite`, `layers`, `d_model`, `saes` and `features` (of those that were matched),
         `parameters` (in all) and `model_parameters`; `mean_res`, `median_res`, `null_res` and
         `above_res` for each module (missing without one); the `places` where predecessors were
         looked for, such as `res+mlp`; the share of each class; `mean_life` in
@@ -96,14 +96,14 @@ def summary(row: SuiteRow, table: "pd.DataFrame", d_model: int) -> dict[str, Any
         that live from the first layer to the last.
     """
     layers = row.layers or 1 + int(table["layer"].max())
-    found = scores(table)
+    found = feature_scores(table)
     found = found[found["s_res"].notna()]
     kinds = classify(found)["class"].value_counts(normalize=True)
     spans = lifespans(table)
     first, last = spans["layer"].min(), spans["layer"].max()
     widths = _widths(table)
     record: dict[str, Any] = {"suite": row.name, "layers": layers, "d_model": d_model}
-    record |= {"dictionaries": len(widths), "features": sum(widths.values())}
+    record |= {"saes": len(widths), "features": sum(widths.values())}
     record |= {"parameters": row.parameters, "model_parameters": row.model_parameters}
     is_there = {"res": True}
     for module in MODULES:

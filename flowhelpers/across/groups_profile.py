@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 POOLED = "all texts"  # beside the datasets
 
 
-def fullest(found: Occurrences) -> Occurrences:
+def fullest_suite(found: Occurrences) -> Occurrences:
     """The occurrences at the layers that have most of the places that a feature may come from.
 
-    Of a suite that has dictionaries at all three sites these are the layers after the first; of one
+    Of a suite that has SAEs at all three sites these are the layers after the first; of one
     without attention, those with a stream before and an MLP.
     """
     places = found.table[[f"s_{module}" for module in MODULES]].notna().sum(axis=1)
@@ -40,7 +40,7 @@ def group_profile(
 
     Returns:
         `suite`, `method`, `dataset` (`all texts` for all together), `layer`, `depth`, `group`, `n`,
-        `share`, `low`, `high` and `by_chance`; a group that a layer's dictionaries do not allow is
+        `share`, `low`, `high` and `by_chance`; a group that a layer's SAEs do not allow is
         missing, one that is only empty has the share 0.
     """
     import pandas as pd
@@ -69,9 +69,9 @@ def group_totals(
         `suite`, `method`, `places` (such as `res+mlp`), `group`, `n`, `share`, `low`, `high` and
         `by_chance`; missing for groups that the places do not allow.
     """
-    whole = fullest(found)
+    whole = fullest_suite(found)
     there = [m for m in MODULES if whole.table[f"s_{m}"].notna().any()]
-    ours, theirs = (replace(o, table=o.table.assign(layer=0)) for o in (whole, fullest(base)))
+    ours, theirs = (replace(o, table=o.table.assign(layer=0)) for o in (whole, fullest_suite(base)))
     table = _with_chance(ours, theirs, ["layer"], times, seed).drop(columns="layer")
     table.insert(0, "suite", found.suite)
     table.insert(1, "method", found.method)

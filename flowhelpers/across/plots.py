@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flowhelpers.core.marks import told_once
+from flowhelpers.core.marks import unique_legend
 from flowhelpers.flow.plots import GREY, INK, dress, escape
 from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS, group_bars, legend_below
@@ -100,7 +100,7 @@ def by_depth(
     figure.update_xaxes(**DEPTH | {"title": None}).update_xaxes(title="relative depth", row=rows)
     figure.update_yaxes(title=unit, col=1)
     figure.update_yaxes(**{"tickformat": ".0%"} if shares else {}, rangemode="tozero")
-    return legend_below(told_once(figure))
+    return legend_below(unique_legend(figure))
 
 
 def groups_by_depth(
@@ -148,7 +148,7 @@ def groups_by_depth(
     figure.update_xaxes(title="relative depth", row=len(above))
     figure.update_yaxes(title="share of occurrences", col=1)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
-    return legend_below(told_once(figure), room=20)
+    return legend_below(unique_legend(figure), room=20)
 
 
 def _group_line(figure: go.Figure, part: pd.DataFrame, group: str, row: int, col: int) -> None:

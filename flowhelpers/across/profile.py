@@ -119,7 +119,7 @@ def profile(
     for each in (found, base):
         if each is not None and each.suite != suite.name:
             raise ValueError(f"occurrences of {each.suite}: expected those of {suite.name}")
-    width = suite.dictionary(next(iter(suite.dictionaries))).decoder.shape[1]
+    width = suite.sae(next(iter(suite.saes))).decoder.shape[1]
     record, by_layer = summary(suite.row, table, width), flow_profile(table, suite.layers)
     groups = totals = pd.DataFrame()
     if found is not None and base is not None:

@@ -19,14 +19,14 @@ from flowhelpers.core.features import MODULES, FeatureId, Site, parse_site
 from flowhelpers.core.files import writable_folder, write_whole
 from flowhelpers.core.machine import check_memory
 from flowhelpers.runs.run import progress
-from flowhelpers.suites.model import Tokens, run, tokenize
+from flowhelpers.suites.model import Tokens, run_model, tokenize
 
 if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_matrix
 
     from flowhelpers.suites.load import Suite
-    from flowhelpers.suites.saes import Dictionary
+    from flowhelpers.suites.saes import SAE
 
 ENCODED_TOGETHER = 1024  # tokens
 PASS_TENSORS = 48  # of the stream's width, that a pass holds beside the sites
@@ -63,7 +63,7 @@ def collect(
     Args:
         suite: The suite.
         texts: The texts.
-        sites: The sites; by default all that have a dictionary.
+        sites: The sites; by default all that have an SAE.
         max_tokens: Each text is cut to so many tokens, BOS included.
         batch: Texts in one forward pass.
 
@@ -107,7 +107,7 @@ def read_batches(
     Args:
         suite: The suite.
         tokens: The texts.
-        sites: The sites; by default all that have a dictionary.
+        sites: The sites; by default all that have an SAE.
         batch: Texts in one forward pass.
 
     Raises:
@@ -117,15 +117,15 @@ def read_batches(
 
     if not tokens.is_text.any():
         raise ValueError("no token is left to read: the texts hold special tokens only")
-    sites = list(sites or suite.dictionaries)
+    sites = list(sites or suite.saes)
     preflight_once(suite, sites)
-    reads = [suite.dictionary(site).reads for site in sites]
+    reads = [suite.sae(site).input_site for site in sites]
     for rows in progress(torch.arange(len(tokens.ids)).split(batch), "activations"):
         length = 1 + max(tokens.is_text[rows].any(0).nonzero().flatten().tolist(), default=0)
         ids, is_text = tokens.ids[rows, :length], tokens.is_text[rows, :length]
-        _, read = run(suite.model, ids, reads, stop_after=max(site.layer for site in reads))
+        _, read = run_model(suite.model, ids, reads, stop_after=max(site.layer for site in reads))
         yield {
-            site: csr_matrix(suite.dictionary(site).encode(read[at][is_text]).float().cpu().numpy())
+            site: csr_matrix(suite.sae(site).encode(read[at][is_text]).float().cpu().numpy())
             for site, at in zip(sites, reads, strict=True)
         }
 
@@ -159,11 +159,11 @@ def reading_needs(
 
     Args:
         tokens: Chosen tokens.
-        sites: Dictionaries.
+        sites: SAEs.
         d_model: Width of the stream.
-        width: Features of a dictionary.
+        width: Features of an SAE.
         batch_tokens: Tokens in one forward pass, padding included.
-        active_share: The share of a dictionary's features that is active on a token.
+        active_share: The share of an SAE's features that is active on a token.
         element: Bytes of one activation of the model.
     """
     of_pass = batch_tokens * d_model * element * (2 * sites + PASS_TENSORS)
@@ -177,16 +177,16 @@ def reading_needs(
 def texts_at_once(suite: "Suite", sample: Sample) -> int:
     """How many texts a pass takes together: 16, or as few as keep it within a GiB."""
     of_token = suite.model.d_model * suite.model.unembedding.element_size()
-    of_text = sample.ids.ids.shape[1] * of_token * (2 * len(suite.dictionaries) + PASS_TENSORS)
+    of_text = sample.ids.ids.shape[1] * of_token * (2 * len(suite.saes) + PASS_TENSORS)
     return int(np.clip(2**30 // of_text, 1, 16))
 
 
 def needs_of(suite: "Suite", sample: Sample) -> Needs:
-    """`reading_needs` of a suite and a sample, by the dictionaries of its first layer."""
-    width = max(suite.dictionary(site).width for site in list(suite.dictionaries)[:3])
+    """`reading_needs` of a suite and a sample, by the SAEs of its first layer."""
+    width = max(suite.sae(site).width for site in list(suite.saes)[:3])
     length = sample.ids.ids.shape[1]
     element = suite.model.unembedding.element_size()
-    shape = len(sample.tokens), len(suite.dictionaries), suite.model.d_model, width
+    shape = len(sample.tokens), len(suite.saes), suite.model.d_model, width
     batch_tokens = texts_at_once(suite, sample) * length
     return reading_needs(*shape, batch_tokens=batch_tokens, element=element)
 
@@ -197,7 +197,7 @@ def read_sample(
     """The features of all sites at a sample's tokens: the model runs once over the texts.
 
     First the model's own activations at the chosen tokens are written, batch by batch; then each
-    site's are encoded, one dictionary at a time, so that no more than one has to be in memory. What
+    site's are encoded, one SAE at a time, so that no more than one has to be in memory. What
     is written is used again: a pass that was interrupted goes on where it was. Of several processes
     with the same sample, one does the work.
 
@@ -220,13 +220,13 @@ def read_sample(
     by_site = {}
     parts: list[Path] = []
     with FileLock(folder / "lock"):  # who comes second waits, and finds everything done
-        for site in progress(list(suite.dictionaries), "encoding"):
-            dictionary = suite.dictionary(site)
-            path = folder / f"{site.layer}-{site.module}-{dictionary.fingerprint[:16]}.npz"
+        for site in progress(list(suite.saes), "encoding"):
+            sae = suite.sae(site)
+            path = folder / f"{site.layer}-{site.module}-{sae.fingerprint[:16]}.npz"
             codes = _kept(path)
             if codes is None:
                 parts = parts or _run_over(suite, sample, folder, batch)
-                codes = _encoded(dictionary, parts)
+                codes = _encoded(sae, parts)
                 _write_sparse(path, codes)
             by_site[site] = codes
         rmtree(folder / "model", ignore_errors=True)
@@ -324,8 +324,8 @@ def _run_over(suite: "Suite", sample: Sample, folder: Path, batch: int) -> list[
     """Files of the model's activations at the chosen tokens, a file for each batch of texts."""
     from safetensors.torch import save_file
 
-    preflight_once(suite, suite.dictionaries)
-    sites = list(dict.fromkeys(suite.dictionary(site).reads for site in suite.dictionaries))
+    preflight_once(suite, suite.saes)
+    sites = list(dict.fromkeys(suite.sae(site).input_site for site in suite.saes))
     text, position = (torch.tensor(sample.tokens[c].to_numpy()) for c in ("text", "position"))
     paths = []
     parts = writable_folder(folder / "model")
@@ -339,23 +339,23 @@ def _run_over(suite: "Suite", sample: Sample, folder: Path, batch: int) -> list[
             continue
         length = int(position[here].max()) + 1
         ids = sample.ids.ids[rows, :length]
-        _, read = run(suite.model, ids, sites, stop_after=max(site.layer for site in sites))
+        _, read = run_model(suite.model, ids, sites, stop_after=max(site.layer for site in sites))
         at = (text[here] - first).to(ids.device), position[here].to(ids.device)
         tensors = {str(site): read[site][at].contiguous().cpu() for site in sites}
         write_whole(paths[-1], lambda file, tensors=tensors: save_file(tensors, file))
     return paths
 
 
-def _encoded(dictionary: "Dictionary", parts: Sequence[Path]) -> "csr_matrix":
+def _encoded(sae: "SAE", parts: Sequence[Path]) -> "csr_matrix":
     from safetensors import safe_open
     from scipy.sparse import csr_matrix, vstack
 
     inputs = []
     for path in parts:
         with safe_open(path, "pt") as file:
-            inputs.append(file.get_tensor(str(dictionary.reads)))
+            inputs.append(file.get_tensor(str(sae.input_site)))
     codes = [
-        csr_matrix(dictionary.encode(some.to(dictionary.norms.device)).float().cpu().numpy())
+        csr_matrix(sae.encode(some.to(sae.norms.device)).float().cpu().numpy())
         for some in torch.cat(inputs).split(ENCODED_TOGETHER)
     ]
     return vstack(codes, format="csr")

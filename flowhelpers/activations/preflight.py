@@ -1,7 +1,7 @@
-"""Whether dictionaries see what they were trained on: a look at a few sentences before long work.
+"""Whether SAEs see what they were trained on: a look at a few sentences before long work.
 
-A dictionary at a neighbouring place, or with thresholds in other units, gives numbers that look
-like any others. Its L0 and its explained variance do not: of Gemma Scope's MLP dictionaries, on the
+An SAE at a neighbouring place, or with thresholds in other units, gives numbers that look
+like any others. Its L0 and its explained variance do not: of Gemma Scope's MLP SAEs, on the
 raw output of the MLP, a tenth of the features are active that should be.
 """
 
@@ -13,7 +13,7 @@ import torch
 
 from flowhelpers.core.features import Site, parse_site
 from flowhelpers.runs.run import progress
-from flowhelpers.suites.model import is_edited, run, tokenize
+from flowhelpers.suites.model import is_edited, run_model, tokenize
 from flowhelpers.suites.registry import declared_l0, declared_variance
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ def preflight_sites(sites: Iterable[Site]) -> list[Site]:
 
 
 def preflight_once(suite: "Suite", sites: Iterable[Site]) -> None:
-    """The preflight of dictionaries from the hub, when an experiment first loads them for texts.
+    """The preflight of SAEs from the hub, when an experiment first loads them for texts.
 
     Of the experiment's sites those of `preflight_sites` are looked at, each once; what is wrong is
-    warned of. Dictionaries of a folder are left to who made them, and a model that is being edited
+    warned of. SAEs of a folder are left to who made them, and a model that is being edited
     is left alone.
     """
-    of_hub = [site for site in sites if isinstance(suite.row.dictionaries.get(site), Mapping)]
-    asked = [site for site in preflight_sites(of_hub) if site not in suite.looked_at]
+    of_hub = [site for site in sites if isinstance(suite.row.saes.get(site), Mapping)]
+    asked = [site for site in preflight_sites(of_hub) if site not in suite.checked_sites]
     if asked and not is_edited(suite.model):
         preflight(suite, sites=asked)
 
@@ -55,20 +55,20 @@ def preflight(
     texts: Sequence[str] | None = None,
     sites: Iterable[Site | str] | None = None,
 ) -> "pd.DataFrame":
-    """L0 and explained variance of dictionaries on a few sentences, against what is declared.
+    """L0 and explained variance of SAEs on a few sentences, against what is declared.
 
     BOS and other special tokens are left out (CHOICES 1). What is declared are means over much text
     of another kind: only figures far from them are warned of.
 
     Args:
-        suite: The suite; its model and these dictionaries are loaded.
+        suite: The suite; its model and these SAEs are loaded.
         texts: The sentences; some of the package's own unless given.
         sites: The sites; those of `preflight_sites` unless given.
 
     Returns:
         One row a site: `site`, `tokens`, `l0` (active features a token), `declared_l0`,
         `explained_variance` (1 less the squared error over the variance), `declared_variance`
-        (missing where none is), and `is_far`.
+        (missing where none is), and `is_suspicious`.
 
     Warns:
         UserWarning: For each site that is far from what is declared, with the figures.
@@ -82,20 +82,20 @@ def preflight(
         from flowhelpers.activations.corpora import load_texts
 
         texts = load_texts("science", TEXTS)
-    sites = preflight_sites(suite.dictionaries) if sites is None else list(sites)
+    sites = preflight_sites(suite.saes) if sites is None else list(sites)
     chosen = [parse_site(site) if isinstance(site, str) else site for site in sites]
     tokens = tokenize(suite.model, texts, min(MAX_TOKENS, suite.model.bridge.cfg.n_ctx))
     rows, read = [], {}
     for site in progress(chosen, "preflight"):
-        dictionary = suite.dictionary(site)
-        if dictionary.reads not in read:  # those of a layer are read together
-            reads = [suite.dictionary(each).reads for each in chosen if each.layer == site.layer]
-            read = run(suite.model, tokens.ids, reads, stop_after=site.layer)[1]
-        x = read[dictionary.reads][tokens.is_text]
-        codes = dictionary.encode(x)
-        error = x.double() - dictionary.decode(codes, x).double()
+        sae = suite.sae(site)
+        if sae.input_site not in read:  # those of a layer are read together
+            reads = [suite.sae(each).input_site for each in chosen if each.layer == site.layer]
+            read = run_model(suite.model, tokens.ids, reads, stop_after=site.layer)[1]
+        x = read[sae.input_site][tokens.is_text]
+        codes = sae.encode(x)
+        error = x.double() - sae.decode(codes, x).double()
         spread = x.double() - x.double().mean(0)
-        source = suite.row.dictionaries.get(site, "")
+        source = suite.row.saes.get(site, "")
         row = {
             "site": str(site),
             "tokens": len(x),
@@ -104,9 +104,9 @@ def preflight(
             "explained_variance": 1 - (error.square().sum() / spread.square().sum()).item(),
             "declared_variance": declared_variance(source),
         }
-        rows.append(row | {"is_far": _is_far(row)})
-        suite.looked_at.add(site)
-        if rows[-1]["is_far"]:
+        rows.append(row | {"is_suspicious": _is_far(row)})
+        suite.checked_sites.add(site)
+        if rows[-1]["is_suspicious"]:
             _warn(suite, row)
     return pd.DataFrame(rows).astype({"declared_l0": float, "declared_variance": float})
 

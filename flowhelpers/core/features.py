@@ -10,7 +10,7 @@ MODULES = ("res", "mlp", "att")
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place in the model where a dictionary reads.
+    """A place in the model where an SAE reads.
 
     Attributes:
         layer: Layer index from 0.
@@ -26,7 +26,7 @@ class Site:
 
 @dataclass(frozen=True, order=True)
 class FeatureId:
-    """One direction of one dictionary, written `layer/module/index` as in the paper."""
+    """One direction of one SAE, written `layer/module/index` as in the paper."""
 
     layer: int
     module: str
@@ -34,7 +34,7 @@ class FeatureId:
 
     @property
     def site(self) -> Site:
-        """The site of the feature's dictionary."""
+        """The site of the feature's SAE."""
         return Site(self.layer, self.module)
 
     def __str__(self) -> str:

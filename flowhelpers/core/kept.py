@@ -15,7 +15,7 @@ PATIENCE = 60.0  # seconds to wait while another process writes
 
 
 @dataclass(frozen=True)
-class Kept:
+class DiskCache:
     """Answers in one SQLite file, which several processes may share.
 
     What was put is there for good once `put` returns: a process that is killed loses none of it. No

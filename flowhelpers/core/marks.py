@@ -107,7 +107,7 @@ def categories(figure: go.Figure, labels: Iterable[str]) -> go.Figure:
     )  # fmt: skip
 
 
-def told_once(figure: go.Figure) -> go.Figure:
+def unique_legend(figure: go.Figure) -> go.Figure:
     """The figure with one entry of the legend for each name."""
     seen = set()
     for trace in figure.data:

@@ -51,7 +51,7 @@ def draw_targets(
         the token, `dataset`, `text`, `position`, `token`.
 
     Raises:
-        ValueError: If a layer has no residual dictionary, there is none or one stands twice, or
+        ValueError: If a layer has no residual SAE, there is none or one stands twice, or
             `per_token` is below 1.
     """
     import pandas as pd
@@ -127,7 +127,7 @@ def sources_of(
     return found.sort_values(["target", "module", "rank"], ignore_index=True)
 
 
-def active(sources: "pd.DataFrame") -> "pd.DataFrame":
+def active_predecessors(sources: "pd.DataFrame") -> "pd.DataFrame":
     """The sources that are active at their target's token: its predecessors there."""
     return sources[sources["activation"] > 0].reset_index(drop=True)
 
@@ -140,7 +140,7 @@ def groups_of(targets: "pd.DataFrame", predecessors: "pd.DataFrame") -> "pd.Cate
     return group_names(counts.reindex(index=targets.index, columns=list(MODULES), fill_value=0) > 0)
 
 
-def removals(
+def ablation_cases(
     targets: "pd.DataFrame",
     predecessors: "pd.DataFrame",
     r: Sequence[float] = (0.0,),
@@ -198,7 +198,7 @@ def removals(
     return cases, edits[["case", "module", "feature", size]]
 
 
-def together(
+def concat_methods(
     parts: "Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]",
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """Cases and edits of several methods as one table each; cases bear their `method`."""
@@ -220,7 +220,7 @@ def deactivate(
     edits: "pd.DataFrame",
     sources: "pd.DataFrame | None" = None,
     loss: bool = False,
-    at_once: int | None = None,
+    batch_size: int | None = None,
 ) -> "pd.DataFrame":
     """What is left of each target after its case's edits, all in one forward pass (paper A.2).
 
@@ -232,14 +232,14 @@ def deactivate(
         edits: As `removals` gives.
         sources: As `sources_of` gives; with them the group after the edits is told as well.
         loss: Whether the loss is read too, on the rest of the text.
-        at_once: Interventions in a pass; by default as many as memory allows.
+        batch_size: Interventions in a pass; by default as many as memory allows.
 
     Returns:
         The cases with `layer`, `feature`, `dataset` and `text` of their targets, and with: `old`
         and `new` activation; `change`, 1 - new / old, negative where the feature grew; `success`, 1
         where it is off and else 0; `linear`, the share of the target's activation that the edits
         take away by what they write alone, a · v · w_enc / old, before the layer answers, missing
-        for live activations, and where a norm lies between (dictionaries that read z, or that
+        for live activations, and where a norm lies between (SAEs that read z, or that
         normalise what they read); `after`,
         the group afterwards or "Deactivated"; `loss_change` and `token_loss_change`, relative, of
         the text's mean loss and of the token's own (CHOICES 12). A target that is not active is
@@ -251,7 +251,7 @@ def deactivate(
     if sources is not None:
         read += [PREDECESSORS[module] for module in MODULES if (sources["module"] == module).any()]
     outcome = intervene(
-        suite, tokens, where[["text", "position", "layer"]], edits, read, loss, at_once
+        suite, tokens, where[["text", "position", "layer"]], edits, read, loss, batch_size
     )
     old, new = outcome.activations(where["feature"].to_numpy())
     table = cases.join(where[["layer", "feature", "dataset", "text"]])
@@ -287,14 +287,14 @@ def _written_share(
     case = edits["case"].to_numpy()
     layer, target = where["layer"].to_numpy()[case], where["feature"].to_numpy()[case]
     for (at, module), rows in edits.groupby([layer, "module"]).indices.items():
-        dictionary = suite.dictionary(predecessor_site(int(at), str(module)))
-        above = suite.dictionary(Site(int(at), "res"))
-        if dictionary.reads != dictionary.site or above.normalises_tokens:
+        sae = suite.sae(predecessor_site(int(at), str(module)))
+        above = suite.sae(Site(int(at), "res"))
+        if sae.input_site != sae.site or above.normalises_tokens:
             taken[case[rows]] = np.nan  # what is written passes a norm before it is read
             continue
         encoder = above.weights().encoder
         for some in np.array_split(rows, -(-len(rows) // 16384)):
-            written = dictionary.rows(torch.tensor(edits["feature"].to_numpy()[some])).float()
+            written = sae.decoder_rows(torch.tensor(edits["feature"].to_numpy()[some])).float()
             heard = (written * encoder[torch.tensor(target[some])]).sum(1).cpu().numpy()
             np.subtract.at(taken, case[some], edits["amount"].to_numpy()[some] * heard)
     return np.divide(taken, old, out=np.full(len(old), np.nan), where=old > 0)
@@ -325,7 +325,7 @@ def equal_norm(
     """The control that the paper lacks: other active features, same norm of change (CHOICES 33).
 
     Each predecessor is replaced by another feature, drawn from those that are active at the same
-    site and token; its activation is scaled so that removing it changes what its dictionary reads
+    site and token; its activation is scaled so that removing it changes what its SAE reads
     by the same norm, even where that is more than the feature writes. If it does as much to the
     target, the match is nothing special.
 
@@ -345,7 +345,7 @@ def equal_norm(
     import pandas as pd
     import torch
 
-    predecessors = active(sources)
+    predecessors = active_predecessors(sources)
     if predecessors.duplicated(["target", "module"]).any():
         raise ValueError("a target has several predecessors at a place: expected one (top-1)")
     rng = np.random.default_rng(seed)
@@ -361,9 +361,9 @@ def equal_norm(
             if len(others):
                 drawn[place] = rng.choice(np.sort(others))
         there = drawn >= 0
-        dictionary = suite.dictionary(site)
+        sae = suite.sae(site)
         norms = [
-            dictionary.rows(torch.tensor(f[there])).float().norm(dim=1).cpu().numpy()
+            sae.decoder_rows(torch.tensor(f[there])).float().norm(dim=1).cpu().numpy()
             for f in (own, drawn)
         ]
         scaled = part["activation"].to_numpy()[there] * norms[0] / norms[1]
@@ -418,7 +418,9 @@ def table_1(
     for method, sources in by_method.items():
         if sources.duplicated(["target", "module"]).any():
             raise ValueError(f"{method} has several matches at a place: expected one (top-1)")
-        group = pd.Series(groups_of(targets, active(sources)), targets.index).astype(str)
+        group = pd.Series(groups_of(targets, active_predecessors(sources)), targets.index).astype(
+            str
+        )
         single[method] = {t: modules_of(g)[0] for t, g in group.items() if g in SINGLE}
     named: dict[int, list[str]] = {}
     for places in single.values():
@@ -430,7 +432,7 @@ def table_1(
     parts = {}
     for method, sources in by_method.items():
         place = {target: single[method].get(target, there[0]) for target, there in named.items()}
-        mine = active(sources)
+        mine = active_predecessors(sources)
         mine = mine[mine["target"].map(place) == mine["module"]]
         parts[method] = _one_by_one(mine)
     modules = {
@@ -438,7 +440,7 @@ def table_1(
         for target, there in named.items()
     }
     parts["exhaustive"] = _one_by_one(_every_active(chosen, modules, activations))
-    cases, edits = together(parts)
+    cases, edits = concat_methods(parts)
     table = deactivate(suite, tokens, targets, cases, edits)
     keys = ["method", "target"]
     tried = table.groupby(keys).size().rename("tried")
@@ -464,7 +466,7 @@ def _every_active(
             indices, values = _at_token(codes, target.token_row)
             found = pd.DataFrame({"feature": indices, "activation": values})
             parts.append(found.assign(target=target.Index, module=module))
-    return active(pd.concat(parts, ignore_index=True))
+    return active_predecessors(pd.concat(parts, ignore_index=True))
 
 
 def _one_by_one(predecessors: "pd.DataFrame") -> "tuple[pd.DataFrame, pd.DataFrame]":
@@ -473,7 +475,7 @@ def _one_by_one(predecessors: "pd.DataFrame") -> "tuple[pd.DataFrame, pd.DataFra
     return predecessors[["target"]].assign(r=0.0), edits[["case", "module", "feature", "amount"]]
 
 
-def further(
+def downstream_effects(
     suite: "Suite",
     tokens: "Tokens",
     targets: "pd.DataFrame",

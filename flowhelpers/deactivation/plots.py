@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from flowhelpers.core.features import FeatureId
-from flowhelpers.core.marks import add_line, categories, looks, pattern, rated, told_once
+from flowhelpers.core.marks import add_line, categories, looks, pattern, rated, unique_legend
 from flowhelpers.deactivation.experiments import CONTROL, OFF, SINGLE
 from flowhelpers.flow.plots import COLOURS, GREY, INK, NAMES, SYMBOLS, dress, escape, step
 from flowhelpers.groups.occurrences import GROUPS, modules_of
@@ -128,7 +128,7 @@ def rescaling_sweep(rates: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_xaxes(title="r, the factor")
     for col, column in enumerate(columns, 1):
         _value_axis(figure, column, 1, col)
-    return legend_below(told_once(figure))
+    return legend_below(unique_legend(figure))
 
 
 def one_at_a_time(rates: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -215,7 +215,7 @@ def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
     )  # fmt: skip
     figure.update_xaxes(tickformat=".0%", range=[0, 1])
     figure.update_xaxes(title="share of cases", row=rows)
-    legend_below(told_once(figure)).update_yaxes(showgrid=False)
+    legend_below(unique_legend(figure)).update_yaxes(showgrid=False)
     return figure.update_layout(margin_l=125)
 
 
@@ -241,7 +241,7 @@ def against_control(rates: pd.DataFrame, subtitle: str) -> go.Figure:
     for col, column in enumerate(columns, 1):
         _value_axis(figure, column, 1, col)
     figure.update_xaxes(title="layer of the target", dtick=step(rates))
-    return legend_below(categories(told_once(figure), map(str, layers)))
+    return legend_below(categories(unique_legend(figure), map(str, layers)))
 
 
 def in_layers_above(rates: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -274,7 +274,7 @@ def in_layers_above(rates: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_yaxes(title="").update_yaxes(title=PANELS["change"][1], col=1)
     ticks = step(rates.assign(layer=rates["above"]))
     figure.update_xaxes(title="layers above the target", dtick=ticks)
-    return legend_below(told_once(figure))
+    return legend_below(unique_legend(figure))
 
 
 def written_against_change(table: pd.DataFrame, subtitle: str, most: int = 4000) -> go.Figure:
@@ -331,7 +331,7 @@ def written_against_change(table: pd.DataFrame, subtitle: str, most: int = 4000)
     figure.update_xaxes(title="change by what is written", showgrid=True)
     figure.update_yaxes(title="activation change", col=1)
     figure.update_xaxes(range=[low, high]).update_yaxes(range=[low, high])
-    legend_below(told_once(figure))  # its top margin, and room for titles of two lines
+    legend_below(unique_legend(figure))  # its top margin, and room for titles of two lines
     return figure.update_layout(
         height=625, margin_t=135, title={"y": 1 - 50 / 625, "yanchor": "middle"}
     )
@@ -422,4 +422,4 @@ def _over_groups(figure: go.Figure, table: pd.DataFrame, columns: tuple[str, ...
         for col, column in enumerate(columns, 1):
             _value_axis(figure, column, row, col)
     figure.update_xaxes(title="where the target has predecessors", title_standoff=12, row=rows)
-    return legend_below(categories(told_once(figure), labels), 32)  # for labels of three lines
+    return legend_below(categories(unique_legend(figure), labels), 32)  # for labels of three lines

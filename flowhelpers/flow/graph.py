@@ -10,7 +10,7 @@ import numpy as np
 
 from flowhelpers.core.features import MODULES, FeatureId, parse_feature, suggestion
 from flowhelpers.labels.on_neuronpedia import feature_page
-from flowhelpers.matching.table import check_threshold, classify, high_module, scores
+from flowhelpers.matching.table import check_threshold, classify, dominant_module, feature_scores
 
 if TYPE_CHECKING:
     import networkx
@@ -138,7 +138,7 @@ def flow_graph(
         suite.name,
         tuple(map(str, found)),
         choices,
-        _nodes(suite, nodes, found, classify(scores(table), thresholds)),
+        _nodes(suite, nodes, found, classify(feature_scores(table), thresholds)),
         _sorted_edges(edges),
     )
 
@@ -370,10 +370,10 @@ def turns(graph: FlowGraph) -> "pd.DataFrame":
     that lean on the module). Layer 0, which has no s(R), is left out.
 
     Returns:
-        Rows of `nodes`, with the module as `turned_by` (`matching.high_module`).
+        Rows of `nodes`, with the module as `turned_by` (`matching.dominant_module`).
     """
     chain = graph.chain
-    chain["turned_by"] = high_module(chain)
+    chain["turned_by"] = dominant_module(chain)
     near = chain["s_mlp"].where(chain["turned_by"] == "mlp", chain["s_att"])
     return chain[chain["turned_by"].notna() & (near > chain["s_res"])]
 

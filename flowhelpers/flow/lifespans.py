@@ -5,7 +5,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowhelpers.core.features import MODULES
-from flowhelpers.matching.table import CLASSES, check_threshold, classify, high_module, scores
+from flowhelpers.matching.table import (
+    CLASSES,
+    check_threshold,
+    classify,
+    dominant_module,
+    feature_scores,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,7 +76,7 @@ def lifespans(
 
 
 def _width(table: "pd.DataFrame", layer: int) -> int:
-    """Features of a residual dictionary that the table has as a source only."""
+    """Features of a residual SAE that the table has as a source only."""
     sources = table[(table["source_layer"] == layer) & (table["module"] == "res")]
     return int(sources.loc[sources["direction"] == "forward", "source"].max()) + 1
 
@@ -84,7 +90,7 @@ def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
     Returns:
         One row a layer that the table has: `features`; the share of each class of the paper's 3.3;
         `born_mlp` and `born_att`, the share that is newborn by that module
-        (`matching.high_module`); `dies`, the share without a match on that is higher than chance
+        (`dominant_module`); `dies`, the share without a match on that is higher than chance
         (missing where the table has no next layer); `mutual`, the share with a best match back
         that is mutual; `sources`, how many features of the layer before are anybody's best match,
         as a share of those that choose a match on; and `largest_funnel`, how many features share
@@ -96,7 +102,7 @@ def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
     steps = set(best["layer"])
     best = best[(best["source"] >= 0) & (best["feature"] >= 0)]
     records = []
-    classes = classify(scores(table))
+    classes = classify(feature_scores(table))
     parts = {int(layer): part for layer, part in classes.groupby("layer")}
     for layer in sorted({*parts, *(at - 1 for at in steps)}):
         part = parts.get(layer)
@@ -104,7 +110,7 @@ def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
             part = classes[:0].reindex(range(_width(table, layer)))
         record = {"layer": layer, "features": len(part)}
         record |= part["class"].value_counts(normalize=True).to_dict()
-        born = high_module(part[part["class"] == "newborn"])
+        born = dominant_module(part[part["class"] == "newborn"])
         record |= {f"born_{name}": float((born == name).sum() / len(part)) for name in MODULES[1:]}
         on = best[(best["layer"] == layer + 1) & (best["direction"] == "forward")]
         if layer + 1 in steps:

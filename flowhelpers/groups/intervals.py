@@ -13,7 +13,7 @@ from flowhelpers.core.features import MODULES
 from flowhelpers.groups.occurrences import (
     GROUPS,
     Occurrences,
-    complete,
+    complete_layers,
     group_shares,
     group_transition,
     seen_in_groups,
@@ -61,7 +61,7 @@ def share_intervals(
     import pandas as pd
 
     shares = group_shares(found, by)
-    table = found.table if "layer" in by else complete(found.table)
+    table = found.table if "layer" in by else complete_layers(found.table)
     keys = [*by, "group"]
     rows = pd.MultiIndex.from_frame(shares[keys].astype(object))
     cell = rows.get_indexer(pd.MultiIndex.from_frame(table[keys].astype(object)))
@@ -89,7 +89,7 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     """
     import pandas as pd
 
-    table = complete(found.table)
+    table = complete_layers(found.table)
     text = _text_of(found.tokens, table)
     matrices = []
     for drawn in progress(resamples(found.tokens, times, seed), "resamples"):
@@ -187,7 +187,7 @@ def significance_intervals(
         What `class_shares` and `pair_shares` give, with `low` and `high`.
     """
     check_alpha(alpha)
-    table = complete(found.table)
+    table = complete_layers(found.table)
     text, row = _text_of(found.tokens, table), np.arange(len(table))
     if unique:
         row = table.groupby(ONCE, observed=True).ngroup().to_numpy()

@@ -67,7 +67,7 @@ class Occurrences:
 
     def __str__(self) -> str:
         """The sample, the matches, and how many occurrences there are at complete layers."""
-        n = len(complete(self.table))
+        n = len(complete_layers(self.table))
         return f"{self.sample} · {self.method} top-{self.top_n} · n = {n:,} occurrences"
 
 
@@ -187,7 +187,7 @@ def _any_active(codes: "csr_matrix", sources: np.ndarray) -> "csr_matrix":
     return (codes > 0).astype(np.int32) @ chosen
 
 
-def elsewhere(activations: FeatureActivations, seed: int = 0) -> FeatureActivations:
+def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureActivations:
     """The same activations, each token's replaced by those of a token of another text.
 
     What the groups are with these predecessors is the base rate that the paper leaves out: how
@@ -228,7 +228,7 @@ def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.Da
     """
     import pandas as pd
 
-    table = found.table if "layer" in by else complete(found.table)
+    table = found.table if "layer" in by else complete_layers(found.table)
     keys = [*by, "group"]
     cells = table.groupby(keys, observed=False)
     n = cells.size().rename("n")
@@ -243,7 +243,7 @@ def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.Da
     return both.reset_index()
 
 
-def complete(table: "pd.DataFrame") -> "pd.DataFrame":
+def complete_layers(table: "pd.DataFrame") -> "pd.DataFrame":
     """The occurrences at layers that have all three sites."""
     return table[table[[f"s_{module}" for module in MODULES]].notna().all(axis=1)]
 
@@ -259,7 +259,7 @@ def group_transition(found: Occurrences) -> "pd.DataFrame":
     import pandas as pd
 
     return pd.DataFrame(
-        transition_of(seen_in_groups(complete(found.table))), index=GROUPS, columns=GROUPS
+        transition_of(seen_in_groups(complete_layers(found.table))), index=GROUPS, columns=GROUPS
     )
 
 
@@ -288,7 +288,7 @@ def group_profiles(found: Occurrences) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    table = complete(found.table)
+    table = complete_layers(found.table)
     counts = table.groupby(["layer", "feature", "group"], observed=False).size().unstack("group")
     counts = counts[counts.sum(axis=1) > 0]
     shares = counts.div(counts.sum(axis=1), axis=0)
@@ -320,7 +320,7 @@ def single_source_points(
     """
     import pandas as pd
 
-    table = complete(found.table)
+    table = complete_layers(found.table)
     there = sorted(table["layer"].unique().tolist())
     if not set(layers) <= set(there):
         raise ValueError(f"layers {list(layers)}: expected some of {', '.join(map(str, there))}")
@@ -343,7 +343,7 @@ def score_histograms(
     """
     import pandas as pd
 
-    table = complete(found.table)
+    table = complete_layers(found.table)
     frames = []
     for layer in layers:
         here = table[table["layer"] == layer]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowhelpers.core.features import MODULES
-from flowhelpers.groups.occurrences import GROUPS, Occurrences, complete
+from flowhelpers.groups.occurrences import GROUPS, Occurrences, complete_layers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,7 +46,7 @@ def significance(
     import pandas as pd
 
     check_alpha(alpha)
-    table = complete(found.table)
+    table = complete_layers(found.table)
     if unique:
         table = table.drop_duplicates(ONCE)
     cells = Cells(table)

@@ -18,17 +18,25 @@ from torch import Tensor
 from flowhelpers.activations.collect import PASS_TENSORS
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.core.machine import free_memory
-from flowhelpers.interventions.edits import add_rows, rescale_rows
+from flowhelpers.interventions.edits import add_per_row, rescale_per_row
 from flowhelpers.matching.table import predecessor_site
 from flowhelpers.runs.run import progress
-from flowhelpers.suites.model import Edit, Model, Prefix, Tokens, read_prefix, run, token_losses
+from flowhelpers.suites.model import (
+    Edit,
+    Model,
+    PromptCache,
+    Tokens,
+    cache_prompt,
+    run_model,
+    token_losses,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_matrix
 
     from flowhelpers.suites.load import Suite
-    from flowhelpers.suites.saes import Dictionary
+    from flowhelpers.suites.saes import SAE
 
 TARGET: tuple[int, str] = (0, "res")
 PREDECESSORS: dict[str, tuple[int, str]] = {
@@ -87,7 +95,7 @@ def intervene(
     edits: "pd.DataFrame",
     read: Sequence[tuple[int, str]] = (TARGET,),
     loss: bool = False,
-    at_once: int | None = None,
+    batch_size: int | None = None,
 ) -> Outcome:
     """Changes the stream at one token for each case, and reads features at that token (paper A.2).
 
@@ -104,8 +112,8 @@ def intervene(
             activation that is read live.
         read: Places whose features are read, after the edits: layers above the case's, and module.
         loss: Whether the pass goes on to the end of the text and the model, for the loss.
-        at_once: The most rows in a pass; by default as many as memory allows. If a GPU runs out of
-            memory, it is halved, with a warning.
+        batch_size: The most rows in a pass; by default as many as memory allows. If a GPU runs
+            out of memory, it is halved, with a warning.
 
     Raises:
         ValueError: If a text, position (BOS among them), layer, site or feature does not exist, an
@@ -115,8 +123,8 @@ def intervene(
     """
     import pandas as pd
 
-    if at_once is not None and at_once < 1:
-        raise ValueError(f"at_once={at_once}: expected 1 or more")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     read = tuple(dict.fromkeys(read))
     _check(suite, tokens, cases, edits, read)
     row, first, edits = _distinct(cases, edits)
@@ -128,22 +136,22 @@ def intervene(
     losses: list[Tensor] = []
     seen: dict[tuple[int, int, int], int] = {}
     layers = chosen["layer"].unique().tolist()
-    # Layers share passes, unless their dictionaries are not all in memory.
-    by = ["text"] if isinstance(suite.dictionaries, dict) else ["layer", "text"]
+    # Layers share passes, unless their SAEs are not all in memory.
+    by = ["text"] if isinstance(suite.saes, dict) else ["layer", "text"]
     groups = [part for _, part in chosen.groupby(by)]
-    width = max(suite.dictionary(Site(layer + up, m)).width for up, m in read for layer in layers)
+    width = max(suite.sae(Site(layer + up, m)).width for up, m in read for layer in layers)
     for group in progress(groups, "interventions"):
         text = int(group["text"].iloc[0])
         end = 1 + int(tokens.is_text[text].nonzero().max())
         ids = tokens.ids[text : text + 1, :end]
-        logits, prefix = read_prefix(suite.model, ids)
+        logits, prefix = cache_prompt(suite.model, ids)
         early = token_losses(logits[:, :-1], ids[:, 1:])[0]
         for position, there in group.groupby("position"):
             own = ids[:, position : end if loss else position + 1]
             most = rows_at_once(suite.model, prefix, position, own.shape[1], loss, width)
             start = 0
             while start < len(there):
-                some = there.iloc[start : start + min(most, at_once or most)]
+                some = there.iloc[start : start + min(most, batch_size or most)]
                 mine = [of_row[r] for r in some.index]
                 part = edits.iloc[np.concatenate(mine)]
                 at = np.repeat(np.arange(len(mine)), [len(each) for each in mine])
@@ -157,7 +165,7 @@ def intervene(
                         later = token_losses(logits[:, :-1], batch[:, 1:])
                         losses.append(_mean_losses(early[:position], later).cpu())
                 except torch.OutOfMemoryError as error:
-                    at_once = _halved(len(some), error)
+                    batch_size = _halved(len(some), error)
                     continue
                 fresh = {at for at in some["layer"] if (at, text, position) not in seen}
                 for layer in sorted(fresh):
@@ -180,7 +188,7 @@ def intervene(
 
 
 def rows_at_once(
-    model: Model, prefix: Prefix, before: int, after: int, loss: bool, width: int = 0
+    model: Model, prefix: PromptCache, before: int, after: int, loss: bool, width: int = 0
 ) -> int:
     """How many rows a pass can have: half of the memory that is free, on a CPU a GiB at most.
 
@@ -190,7 +198,7 @@ def rows_at_once(
         before: Tokens that every row takes from it.
         after: Tokens of its own that a row has.
         loss: Whether logits are needed.
-        width: Features of the widest dictionary that reads a row.
+        width: Features of the widest SAE that reads a row.
     """
     device, element = str(model.device), model.unembedding.element_size()
     kept = sum(part.shape[1] * part.shape[3] for layer in prefix.layers for part in layer)
@@ -246,7 +254,7 @@ def _check(
             suite.feature(FeatureId(site.layer, site.module, int(index)))
     for layer in cases["layer"].unique():
         for shift, module in read:
-            suite.dictionary(Site(int(layer) + shift, module))
+            suite.sae(Site(int(layer) + shift, module))
 
 
 def _distinct(
@@ -267,7 +275,7 @@ def _distinct(
 def _pass(
     suite: "Suite",
     ids: Int[Tensor, "batch position"],
-    prefix: Prefix,
+    prefix: PromptCache,
     layers: "pd.Series",
     edits: "pd.DataFrame",
     read: Sequence[tuple[int, str]],
@@ -282,42 +290,44 @@ def _pass(
 
     changes, first = [], np.full(len(ids), np.inf)
     for (layer, module), part in edits.groupby(["layer", "module"], sort=False, observed=True):
-        dictionary = suite.dictionary(predecessor_site(int(layer), str(module)))
-        changes.append(_change(dictionary, part))
-        np.minimum.at(first, part["at"].to_numpy(), _order(dictionary.reads))
+        sae = suite.sae(predecessor_site(int(layer), str(module)))
+        changes.append(_change(sae, part))
+        np.minimum.at(first, part["at"].to_numpy(), _order(sae.input_site))
     rows = {
         layer: torch.tensor([0, *(np.flatnonzero(layers == layer) + 1)], device=ids.device)
         for layer in sorted({int(layer) for layer in layers})
     }
     there = {
-        (layer, place): suite.dictionary(Site(layer + place[0], place[1]))
+        (layer, place): suite.sae(Site(layer + place[0], place[1]))
         for layer in rows
         for place in read
     }
     # What comes before an edit is read as well, to see that it stays as it was.
     before = [Site(at, m) for layer in rows for at, m in ((layer - 1, "res"), (layer, "att"))]
-    wanted = [dictionary.reads for dictionary in there.values()]
+    wanted = [sae.input_site for sae in there.values()]
     wanted = list(dict.fromkeys([*wanted, *(site for site in before if site.layer >= 0)]))
     last = max(site.layer for site in (*wanted, *(change.site for change in changes)))
-    logits, found = run(suite.model, ids, wanted, changes, None if loss else last, prefix)
+    logits, found = run_model(suite.model, ids, wanted, changes, None if loss else last, prefix)
     for site, activations in found.items():
         unedited = torch.from_numpy(first > _order(site)).to(ids.device)
         _check_order(site, activations[unedited], activations[:1])
     codes = {}
-    for (layer, place), dictionary in there.items():
-        dense = dictionary.encode(found[dictionary.reads][rows[layer], 0])
+    for (layer, place), sae in there.items():
+        dense = sae.encode(found[sae.input_site][rows[layer], 0])
         codes[layer, place] = csr_matrix(dense.float().cpu().numpy())
     return logits, codes
 
 
-def _change(dictionary: "Dictionary", edits: "pd.DataFrame") -> Edit:
-    device = dictionary.norms.device
+def _change(sae: "SAE", edits: "pd.DataFrame") -> Edit:
+    device = sae.norms.device
     rows, features = (torch.tensor(edits[c].to_numpy(), device=device) for c in ("at", "feature"))
     if "amount" not in edits:
         r = torch.tensor(edits["r"].to_numpy(np.float32), device=device)
-        return rescale_rows(dictionary, rows, features, r, 0)
+        return rescale_per_row(sae, rows, features, r, 0)
     amount = torch.tensor(edits["amount"].to_numpy(np.float32), device=device)
-    return add_rows(dictionary.reads, rows, amount[:, None] * dictionary.rows(features).float(), 0)
+    return add_per_row(
+        sae.input_site, rows, amount[:, None] * sae.decoder_rows(features).float(), 0
+    )
 
 
 def _check_order(

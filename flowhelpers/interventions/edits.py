@@ -1,7 +1,7 @@
 """The one vocabulary for changing the stream: add, rescale, set; for all texts, or row by row.
 
-Every edit adds something to the stream, so that what a dictionary does not explain stays as it is
-(paper 3.5, A.2). A dictionary that reads z, before W_O, is edited there (CHOICES 30). Where an edit
+Every edit adds something to the stream, so that what an SAE does not explain stays as it is
+(paper 3.5, A.2). An SAE that reads z, before W_O, is edited there (CHOICES 30). Where an edit
 and a reading share a site, the reading sees what the edit made.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.suites.model import Activations, Edit
-from flowhelpers.suites.saes import Dictionary
+from flowhelpers.suites.saes import SAE
 
 
 def add(
@@ -41,7 +41,7 @@ def add(
 
 
 def rescale(
-    dictionary: Dictionary,
+    sae: SAE,
     features: Sequence[FeatureId],
     r: float | Sequence[float],
     positions: Sequence[int] | None = None,
@@ -52,8 +52,8 @@ def rescale(
     r = 0 removes the features, r = 1 changes nothing.
 
     Args:
-        dictionary: The dictionary at the site.
-        features: Features of that dictionary, all changed at once.
+        sae: The SAE at the site.
+        features: Features of that SAE, all changed at once.
         r: The factor, or one for each feature.
         positions: Token positions; by default all.
         activations: a, one for each feature, as a clean run has it (CHOICES 9); by default it is
@@ -67,11 +67,11 @@ def rescale(
         _check_finite(factor, "r")
     if len(factors) != len(features):
         raise ValueError(f"{len(factors)} factors for {len(features)} features")
-    return _towards(dictionary, features, positions, activations, lambda a: factors.to(a) * a)
+    return _towards(sae, features, positions, activations, lambda a: factors.to(a) * a)
 
 
 def set_to(
-    dictionary: Dictionary,
+    sae: SAE,
     features: Sequence[FeatureId],
     value: float,
     positions: Sequence[int] | None = None,
@@ -80,8 +80,8 @@ def set_to(
     """Set features to a value: `h + (value - a) · v`, whether they are active or not.
 
     Args:
-        dictionary: The dictionary at the site.
-        features: Features of that dictionary, all set at once.
+        sae: The SAE at the site.
+        features: Features of that SAE, all set at once.
         value: The activation they are to have.
         positions: Token positions; by default all.
         activations: As of `rescale`.
@@ -90,12 +90,10 @@ def set_to(
         ValueError: As `rescale`.
     """
     _check_finite(value, "value")
-    return _towards(
-        dictionary, features, positions, activations, lambda a: torch.full_like(a, value)
-    )
+    return _towards(sae, features, positions, activations, lambda a: torch.full_like(a, value))
 
 
-def add_rows(
+def add_per_row(
     site: Site,
     rows: Int[Tensor, "n"],
     vectors: Float[Tensor, "n d_model"],
@@ -130,8 +128,8 @@ def add_rows(
     return Edit(site, change)
 
 
-def rescale_rows(
-    dictionary: Dictionary,
+def rescale_per_row(
+    sae: SAE,
     rows: Int[Tensor, "n"],
     features: Int[Tensor, "n"],
     r: Float[Tensor, "n"],
@@ -140,7 +138,7 @@ def rescale_rows(
     """Each row of a batch its own `rescale`, with the activations read live from the stream.
 
     Args:
-        dictionary: The dictionary at the site.
+        sae: The SAE at the site.
         rows: Rows of the batch, each once or several times.
         features: The feature that each is to have rescaled.
         r: The factors.
@@ -152,24 +150,22 @@ def rescale_rows(
     if not torch.isfinite(r).all():
         raise ValueError(f"r={float(r[~torch.isfinite(r)][0])}: expected a finite number")
     chosen, column = features.unique(return_inverse=True)
-    written = dictionary.rows(chosen)
+    written = sae.decoder_rows(chosen)
 
     def change(activations: Activations) -> Activations:
-        at = (
-            slice(None) if position is None else _columns([position], activations, dictionary.reads)
-        )
+        at = slice(None) if position is None else _columns([position], activations, sae.input_site)
         here = activations[:, at]
-        codes = dictionary.encode(here)[..., chosen].float()  # r - 1 is lost in half precision
+        codes = sae.encode(here)[..., chosen].float()  # r - 1 is lost in half precision
         factors = torch.zeros(len(here), len(chosen), device=codes.device, dtype=codes.dtype)
         factors.index_put_((rows, column), r.to(codes) - 1, accumulate=True)
         step = (codes * factors[:, None]) @ written.to(codes)
-        return _stepped(activations, at, step.to(here), dictionary.reads, position is not None)
+        return _stepped(activations, at, step.to(here), sae.input_site, position is not None)
 
-    return Edit(dictionary.reads, change)
+    return Edit(sae.input_site, change)
 
 
 def _towards(
-    dictionary: Dictionary,
+    sae: SAE,
     features: Sequence[FeatureId],
     positions: Sequence[int] | None,
     given: Float[Tensor, "features"] | None,
@@ -178,22 +174,22 @@ def _towards(
     if not features:
         raise ValueError("no feature to rescale")
     for feature in features:
-        if feature.site != dictionary.site:
-            raise ValueError(f"{feature} is no feature of {dictionary.site}")
+        if feature.site != sae.site:
+            raise ValueError(f"{feature} is no feature of {sae.site}")
     if given is not None and (given.shape != (len(features),) or not torch.isfinite(given).all()):
         raise ValueError(
             f"activations of shape {tuple(given.shape)}: expected a finite one for each of the"
             f" {len(features)} features"
         )
-    indices = torch.tensor([feature.index for feature in features], device=dictionary.norms.device)
-    rows = dictionary.rows(indices)
+    indices = torch.tensor([feature.index for feature in features], device=sae.norms.device)
+    rows = sae.decoder_rows(indices)
 
     def step(here: Tensor) -> Tensor:
-        now = dictionary.encode(here)[..., indices] if given is None else given.to(here.device)
+        now = sae.encode(here)[..., indices] if given is None else given.to(here.device)
         now = now.float()  # a difference is lost in half precision
         return ((wanted(now) - now) @ rows.to(now)).to(here).expand_as(here)
 
-    return _edit(dictionary.reads, positions, step)
+    return _edit(sae.input_site, positions, step)
 
 
 def _edit(site: Site, positions: Sequence[int] | None, step: Callable[[Tensor], Tensor]) -> Edit:

@@ -100,7 +100,7 @@ def sample_tokens(
     top_p: float = 1.0,
     edits: Sequence[Edit] = (),
     phases: Collection[str] = PHASES,
-    spare_bos: bool = False,
+    skip_bos: bool = False,
     cache: bool = True,
     bar: bool = True,
 ) -> Int[Tensor, "batch longer"]:
@@ -117,7 +117,7 @@ def sample_tokens(
         top_p: The share of probability from which tokens are drawn (nucleus).
         edits: Changes to the stream; they have to treat all positions alike.
         phases: Whether edits act on the prompt's tokens, the generated ones, or both (CHOICES 20).
-        spare_bos: Whether the first token is left as it is.
+        skip_bos: Whether the first token is left as it is.
         cache: Whether keys and values are kept, so that each pass has one token; the tokens are the
             same without.
         bar: Whether a progress bar is shown.
@@ -142,7 +142,7 @@ def sample_tokens(
         if phase not in PHASES:
             raise ValueError(f"unknown phase {phase!r}{suggestion(phase, PHASES)}")
     prompt = ids.shape[1]
-    first = (1 if spare_bos else 0) if "prompt" in phases else prompt
+    first = (1 if skip_bos else 0) if "prompt" in phases else prompt
     last = prompt + max_new_tokens if "generation" in phases else prompt
     kept: Any = DynamicCache() if cache else None
     generators = (torch.Generator().manual_seed(seed) for seed in seeds)

@@ -22,18 +22,18 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def written_logits(
+def logit_lens(
     suite: "Suite", site: Site, indices: Int[Tensor, "features"]
 ) -> Float[Tensor, "features vocabulary"]:
-    """The logits that directions of a dictionary give by themselves, through the final norm.
+    """The logits that directions of an SAE give by themselves, through the final norm.
 
     Raises:
         ValueError: If a row was excluded.
     """
     model = suite.model
-    dictionary = suite.dictionary(site)
+    sae = suite.sae(site)
     features = (FeatureId(site.layer, site.module, index) for index in indices.tolist())
-    directions = torch.stack([dictionary.direction(feature) for feature in features])
+    directions = torch.stack([sae.direction(feature) for feature in features])
     directions = directions.to(model.unembedding)
     # Without the bias that a norm may have: it writes the same tokens for every feature.
     bias = final_norm(model, torch.zeros_like(directions[:1]))
@@ -41,7 +41,7 @@ def written_logits(
 
 
 @torch.no_grad()
-def written_tokens(suite: "Suite", feature: FeatureId | str, k: int = 10) -> "pd.DataFrame":
+def top_logit_tokens(suite: "Suite", feature: FeatureId | str, k: int = 10) -> "pd.DataFrame":
     """The tokens that a feature's direction makes most likely (logit lens through the final norm).
 
     Returns:
@@ -51,7 +51,7 @@ def written_tokens(suite: "Suite", feature: FeatureId | str, k: int = 10) -> "pd
     import pandas as pd
 
     feature = suite.feature(feature)
-    logits = written_logits(suite, feature.site, torch.tensor([feature.index]))[0]
+    logits = logit_lens(suite, feature.site, torch.tensor([feature.index]))[0]
     model = suite.model
     top = (logits - logits.mean()).float().topk(k)
     return pd.DataFrame(
@@ -160,7 +160,7 @@ def describe(
     for feature in found:
         written, reads, lines, sources = "", "", [], []
         if writes:
-            written = _listed(written_tokens(suite, feature, k)["token"])
+            written = _listed(top_logit_tokens(suite, feature, k)["token"])
             lines.append(f"writes {written}")
             sources.append("logit lens")
         if activations and feature.site in activations.by_site:

@@ -1,6 +1,6 @@
 """Labels and addresses of features on Neuronpedia, and its own answers as a check on ours.
 
-All labels of one dictionary come from the public export, once, and are then on disk. Nothing is
+All labels of one SAE come from the public export, once, and are then on disk. Nothing is
 fetched at import, and `page` and `embed` only spell addresses.
 """
 
@@ -59,7 +59,7 @@ class NotThere(ValueError):
 
 
 def source_of(patterns: Mapping[str, str], site: Site | str) -> str:
-    """What Neuronpedia calls the dictionary of a site.
+    """What Neuronpedia calls the SAE of a site.
 
     Args:
         patterns: For each module, the name with a place for the layer, such as
@@ -95,7 +95,7 @@ def bulk_labels(
     folder: Path | None = None,
     refresh: bool = False,
 ) -> "pd.DataFrame":
-    """The labels of one dictionary, from Neuronpedia's public export.
+    """The labels of one SAE, from Neuronpedia's public export.
 
     All explanations of the source are kept in one file, with the date and a count for each
     explainer; later calls need no network. One that cannot be read is fetched again, with a
@@ -107,8 +107,8 @@ def bulk_labels(
 
     Args:
         model_id: The model, such as `gemma-2-2b`.
-        source: The dictionary, such as `12-gemmascope-res-16k`; see `source_of`.
-        site: The site of the dictionary here.
+        source: The SAE, such as `12-gemmascope-res-16k`; see `source_of`.
+        site: The site of the SAE here.
         width: How many features it has.
         explained_by: The explainer to prefer, such as `gpt-4o-mini`.
         lenient: Whether to leave out, with a warning, what cannot be used.
@@ -123,7 +123,7 @@ def bulk_labels(
     Raises:
         NotThere: If the export has no such source.
         ValueError: If it has rows of another one; if nothing is by `explained_by`; and unless
-            `lenient`, if a line is not as it should be, its index is none of the dictionary, or a
+            `lenient`, if a line is not as it should be, its index is none of the SAE, or a
             batch is missing.
         ConnectionError: If the export cannot be had.
         OSError: If the folder cannot be written to.
@@ -183,7 +183,7 @@ def feature_info(
 
     Args:
         model_id: The model.
-        source: The dictionary.
+        source: The SAE.
         index: The feature in it.
         key: A key, which is not needed; that in NEURONPEDIA_API_KEY unless given. It is written
             nowhere.
@@ -211,7 +211,7 @@ def cosine_neighbours(
     key: str | None = None,
     base_url: str = API,
 ) -> "pd.DataFrame":
-    """The features of another dictionary nearest to one, as Neuronpedia computes them.
+    """The features of another SAE nearest to one, as Neuronpedia computes them.
 
     It compares decoder directions on its own servers: a check on our matches that shares no code
     with them. What it answers was read off its public source, and could not be tried where this
@@ -220,9 +220,9 @@ def cosine_neighbours(
 
     Args:
         model_id: The model.
-        source: The dictionary.
+        source: The SAE.
         index: The feature in it.
-        target_source: The dictionary to look in.
+        target_source: The SAE to look in.
         target_model: Its model; the same unless given.
         key: As in `feature_info`.
         base_url: Where the site is.
@@ -232,7 +232,7 @@ def cosine_neighbours(
 
     Raises:
         NotThere: If there is no such feature.
-        ValueError: If the answer is of another form or dictionary.
+        ValueError: If the answer is of another form or SAE.
         PermissionError: If the key is refused.
         ConnectionError: If the site cannot be reached, fails, or asks to wait for long.
     """
@@ -297,7 +297,7 @@ def embed(
 
     Args:
         model_id: The model.
-        source: The dictionary.
+        source: The SAE.
         index: The feature in it.
         explanation: Whether it shows the explanation.
         plots: The histogram and the logits.
@@ -414,7 +414,7 @@ def _download(model_id: str, source: str, base_url: str) -> "pyarrow.Table":
         "line": pa.int32(),
         "index": pa.int64(),
         "label": pa.string(),
-        "explained_by": pa.dictionary(pa.int32(), pa.string()),
+        "explained_by": pa.sae(pa.int32(), pa.string()),
     }
     schema = pa.schema(list(kinds.items()), metadata={"flowhelpers": json.dumps(about)})
     return pa.Table.from_pandas(frame, schema=schema, preserve_index=False).replace_schema_metadata(

@@ -1,6 +1,6 @@
 """A suite on Neuronpedia: the pages of its features, all of its labels, and a check on its matches.
 
-Which dictionaries are there, and by what names, the suite's row says. Nobody is asked for anything
+Which SAEs are there, and by what names, the suite's row says. Nobody is asked for anything
 but by `neuronpedia_labels`, `single_labels` and `cosine_check`.
 """
 
@@ -39,9 +39,9 @@ COLUMNS = ["site", "index", "label", "label_from"]  # of such a file
 
 
 def feature_page(suite: "Suite", feature: FeatureId | str) -> str | None:
-    """The address of a feature's page on Neuronpedia; None if its dictionary is not there.
+    """The address of a feature's page on Neuronpedia; None if its SAE is not there.
 
-    Whether the dictionary has so many features is not asked: nothing is loaded.
+    Whether the SAE has so many features is not asked: nothing is loaded.
     """
     place = _place(suite, feature)
     return page(*place) if place else None
@@ -71,16 +71,16 @@ def neuronpedia_labels(
 ) -> "pd.DataFrame":
     """Neuronpedia's labels of a suite's features, from its public export.
 
-    They need neither the model nor an encoder. All of a dictionary's come at once: for a few,
+    They need neither the model nor an encoder. All of an SAE's come at once: for a few,
     `single_labels` is quicker. What was fetched is kept in one file for the suite,
-    with the date; later calls need no network for it. If fetching ends early, the dictionaries that
+    with the date; later calls need no network for it. If fetching ends early, the SAEs that
     were whole by then are kept.
 
     Args:
         suite: The suite.
         sites: The sites wanted; all that Neuronpedia has unless given.
         explained_by: The explainer to prefer, as in `neuronpedia.bulk_labels`.
-        lenient: Whether to leave out, with a warning, what cannot be used, and dictionaries of
+        lenient: Whether to leave out, with a warning, what cannot be used, and SAEs of
             which the export has nothing.
         base_url: Where the export is.
         folder: Of the cache; `tables.cache_folder()` unless given.
@@ -103,7 +103,7 @@ def neuronpedia_labels(
     asked = {
         str(site): {
             "of": suite.row.neuronpedia[site],
-            "width": suite.row.features or suite.dictionary(site).width,
+            "width": suite.row.features or suite.sae(site).width,
             "explained_by": explained_by,
         }
         for site in wanted
@@ -186,7 +186,7 @@ def cosine_check(
 ) -> "pd.DataFrame":
     """Our best matches beside those that Neuronpedia computes on its own servers.
 
-    It is asked once for each feature. It compares decoder rows as they are: at a dictionary that
+    It is asked once for each feature. It compares decoder rows as they are: at an SAE that
     does not read in the stream, such as one at z, it has nothing to say about ours.
 
     Args:
@@ -203,7 +203,7 @@ def cosine_check(
 
     Raises:
         ValueError: If the table is another suite's or has no match of a feature, or one of the
-            dictionaries is not on Neuronpedia; and as `neuronpedia.cosine_neighbours` says, like
+            SAEs is not on Neuronpedia; and as `neuronpedia.cosine_neighbours` says, like
             PermissionError and ConnectionError.
     """
     import pandas as pd
@@ -265,15 +265,13 @@ def _called(suite: "Suite", site: Site) -> tuple[str, str]:
 
 def _check_there(suite: "Suite") -> None:
     if not suite.row.neuronpedia:
-        raise ValueError(
-            f"suite {suite.name} is not on Neuronpedia: no dictionary of it has a name there"
-        )
+        raise ValueError(f"suite {suite.name} is not on Neuronpedia: no SAE of it has a name there")
 
 
 def _wanted(suite: "Suite", sites: Iterable[Site | str] | None) -> list[Site]:
     _check_there(suite)
     if sites is None:
-        sites = sorted(site for site in suite.row.neuronpedia if site in suite.dictionaries)
+        sites = sorted(site for site in suite.row.neuronpedia if site in suite.saes)
     found = [parse_site(site) if isinstance(site, str) else site for site in sites]
     for site in found:
         _called(suite, site)
@@ -336,7 +334,7 @@ def _write(path: Path, frame: "pd.DataFrame", sites: Mapping[str, Mapping[str, A
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    few = pa.dictionary(pa.int32(), pa.string())
+    few = pa.sae(pa.int32(), pa.string())
     kinds = dict(zip(COLUMNS, (few, pa.int32(), pa.string(), few), strict=True))
     about = {"version": VERSION, "sites": sites}
     schema = pa.schema(list(kinds.items()), metadata={"flowhelpers": json.dumps(about)})

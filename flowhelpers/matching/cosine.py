@@ -1,4 +1,4 @@
-"""Exact top-k cosine between two dictionaries of any size, in blocks of bounded memory.
+"""Exact top-k cosine between two SAEs of any size, in blocks of bounded memory.
 
 A product in low precision makes a short list for every target, where that is faster than float32;
 the list is rescored in float32. Rounding can move a cosine by no more than a bound that is computed

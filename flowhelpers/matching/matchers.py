@@ -1,4 +1,4 @@
-"""The ways to match two dictionaries: by cosine, at random, by permutation, by correlation.
+"""The ways to match two saes: by cosine, at random, by permutation, by correlation.
 
 Each gives the best sources of every target, the best targets of every source, and what the best
 scores are by chance.
@@ -21,7 +21,7 @@ from flowhelpers.suites.saes import SMALLEST_THRESHOLD
 
 if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
-    from flowhelpers.suites.saes import Dictionary
+    from flowhelpers.suites.saes import SAE
 
 NULL_DRAWS, NULL_ROTATIONS = 8192, 16
 LEAST_ACTIVE = 10  # tokens, for a correlation to say anything
@@ -29,7 +29,7 @@ LEAST_ACTIVE = 10  # tokens, for a correlation to say anything
 
 @dataclass(frozen=True)
 class Match:
-    """Two dictionaries matched, in both directions.
+    """Two SAEs matched, in both directions.
 
     Attributes:
         backward: The best sources of every target, `[targets, k or k + 1]`.
@@ -48,9 +48,7 @@ class Null:
     forward: Float[Tensor, "draws2"]
 
 
-def by_cosine(
-    target: "Dictionary", source: "Dictionary", k: int, device: str | None = None
-) -> Match:
+def by_cosine(target: "SAE", source: "SAE", k: int, device: str | None = None) -> Match:
     """Top-k by cosine (paper 3.2), one match more than k where there is one, for the margin."""
     later, earlier = target.decoder, source.decoder
     return Match(
@@ -59,9 +57,7 @@ def by_cosine(
     )
 
 
-def cosine_null(
-    target: "Dictionary", source: "Dictionary", seed: int = 0, device: str | None = None
-) -> Null:
+def cosine_null(target: "SAE", source: "SAE", seed: int = 0, device: str | None = None) -> Null:
     """What the best cosine is by chance, both ways."""
     later, earlier = target.decoder, source.decoder
     return Null(
@@ -115,7 +111,7 @@ def _rotation(d: int, seed: int) -> Tensor:
     return (rotation * triangle.diagonal().sign()).float()  # uniform over the orthogonal group
 
 
-def drawn(match: Match, k: int, seed: int = 0) -> Match:
+def random_of_top_k(match: Match, k: int, seed: int = 0) -> Match:
     """One of the k best instead of the best, drawn at random: the paper's baseline (A.2)."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -129,8 +125,8 @@ def drawn(match: Match, k: int, seed: int = 0) -> Match:
 
 
 def by_permutation(
-    target: "Dictionary",
-    source: "Dictionary",
+    target: "SAE",
+    source: "SAE",
     weights: Literal["decoder", "all"] = "decoder",
     folded: bool = False,
     device: str | None = None,
@@ -138,11 +134,11 @@ def by_permutation(
     """One to one, so that the sum of products is highest (SAE Match; paper 3.1).
 
     The predecessor of target j is the source i that the permutation sends there: P[i, j] = 1
-    (CHOICES 15). The assignment is exact. Of dictionaries of unlike width, the larger keeps
+    (CHOICES 15). The assignment is exact. Of SAEs of unlike width, the larger keeps
     features without a match. Scores are cosines of directions, whatever weights were matched.
 
     Args:
-        target: The later dictionary.
+        target: The later SAE.
         source: The earlier one.
         weights: `decoder` compares directions; `all` the decoder, the encoder and its bias, in one
             row of weights for each feature.
@@ -177,18 +173,18 @@ def _one_to_one(chooser: Tensor, chosen: Tensor, cosines: Tensor, width: int) ->
     return Matches(indices, scores)
 
 
-def _rows(dictionary: "Dictionary", weights: str, folded: bool) -> Tensor:
+def _rows(sae: "SAE", weights: str, folded: bool) -> Tensor:
     if weights not in ("decoder", "all"):
         raise ValueError(f"weights={weights!r}: expected 'decoder' or 'all'")
     if weights == "decoder" and not folded:
-        return dictionary.directions
-    found = dictionary.weights(folded)
-    if weights == "decoder":  # in the stream's basis, wherever the dictionary reads
-        sizes = dictionary.norms * dictionary.weights().threshold.clamp(min=SMALLEST_THRESHOLD)
-        return dictionary.directions * sizes[:, None]
-    if dictionary.reads != dictionary.site:
+        return sae.directions
+    found = sae.weights(folded)
+    if weights == "decoder":  # in the stream's basis, wherever the SAE reads
+        sizes = sae.norms * sae.weights().threshold.clamp(min=SMALLEST_THRESHOLD)
+        return sae.directions * sizes[:, None]
+    if sae.input_site != sae.site:
         raise ValueError(
-            f"{dictionary.site} reads {dictionary.reads}, in a space of its own: dictionaries that"
+            f"{sae.site} reads {sae.input_site}, in a space of its own: SAEs that"
             " read other spaces can be matched by their decoders alone"
         )
     return torch.cat([found.decoder, found.encoder, found.bias[:, None]], dim=1)
@@ -226,14 +222,12 @@ def by_pearson(
     from flowhelpers.suites.model import tokenize
 
     looked_at = {
-        (target, source): _candidates(
-            suite.dictionary(target), suite.dictionary(source), candidates
-        )
+        (target, source): _candidates(suite.sae(target), suite.sae(source), candidates)
         if candidates
         else None
         for target, source in pairs
     }
-    widths = {site: suite.dictionary(site).width for pair in pairs for site in pair}
+    widths = {site: suite.sae(site).width for pair in pairs for site in pair}
     products = {
         (target, source): np.zeros(
             (2, widths[target] * widths[source] if ends is None else ends.shape[1])
@@ -286,7 +280,7 @@ def _all_pairs(targets: int, sources: int) -> np.ndarray:
     return np.indices((targets, sources), dtype=np.int32).reshape(2, -1)
 
 
-def _candidates(target: "Dictionary", source: "Dictionary", n: int) -> np.ndarray:
+def _candidates(target: "SAE", source: "SAE", n: int) -> np.ndarray:
     """Pairs of features that are near by cosine, seen from either side: `[2, pairs]`, sorted."""
     sources = top_k_cosine(target.decoder, source.decoder, min(n, source.width)).indices
     targets = top_k_cosine(source.decoder, target.decoder, min(n, target.width)).indices

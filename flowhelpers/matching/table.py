@@ -27,8 +27,8 @@ from flowhelpers.matching.matchers import (
     by_pearson,
     by_permutation,
     cosine_null,
-    drawn,
     pearson_candidates,
+    random_of_top_k,
 )
 from flowhelpers.runs.run import progress
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from flowhelpers.groups.occurrences import Occurrences
     from flowhelpers.suites.load import Suite
-    from flowhelpers.suites.saes import Dictionary
+    from flowhelpers.suites.saes import SAE
 
 Method = Literal["cosine", "random", "permutation", "pearson"]
 METHODS: tuple[Method, ...] = ("cosine", "random", "permutation", "pearson")
@@ -104,7 +104,7 @@ def match_table(
         folded: For `permutation`: fold thresholds into the weights first (CHOICES 16).
         texts: For `pearson`: the text sample.
         layers: The layers to match with what precedes them; all unless given.
-        device: Where to compute; where the dictionaries are unless given.
+        device: Where to compute; where the SAEs are unless given.
         cache: The folder of the tables on disk; `cache_folder()` unless given.
 
     Returns:
@@ -117,9 +117,9 @@ def match_table(
         below).
 
     Raises:
-        ValueError: If no residual dictionary has one that precedes it (at the layers asked for),
+        ValueError: If no residual SAE has one that precedes it (at the layers asked for),
             the method is unknown, lacks its texts or is given what it has no use for, there is no
-            such device, or k is larger than a dictionary.
+            such device, or k is larger than an SAE.
     """
     import pandas as pd
 
@@ -136,7 +136,7 @@ def match_table(
         raise ValueError(f"method={method!r}: texts are for 'pearson', which needs them")
     by_layer = {layer: pairs for layer in range(suite.layers) if (pairs := _pairs(suite, layer))}
     if not by_layer:
-        raise ValueError(f"suite {suite.name} has no residual dictionary with one that precedes it")
+        raise ValueError(f"suite {suite.name} has no residual SAE with one that precedes it")
     if layers is not None:
         if not layers or not set(layers) <= set(by_layer):
             there = ", ".join(map(str, by_layer))
@@ -148,14 +148,14 @@ def match_table(
     everything = [pair for pairs in by_layer.values() for pair in pairs.values()]
     candidates = None
     if texts is not None:
-        widths = {site: suite.dictionary(site).width for pair in everything for site in pair}
+        widths = {site: suite.sae(site).width for pair in everything for site in pair}
         candidates = pearson_candidates([(widths[t], widths[s]) for t, s in everything])
         choices |= {"texts": list(texts), "model": suite.model.fingerprint}
         choices |= {"candidates": candidates, "least_active": LEAST_ACTIVE}
 
     correlated: dict[tuple[Site, Site], tuple[Match, Null]] = {}
 
-    def matched(target: "Dictionary", source: "Dictionary") -> tuple[Match, Null]:
+    def matched(target: "SAE", source: "SAE") -> tuple[Match, Null]:
         if method == "pearson":
             if not correlated:  # the first layer that is not on disk: one pass of the model for all
                 _check_k(k, everything, suite)
@@ -167,14 +167,14 @@ def match_table(
             return by_permutation(target, source, weights, folded, device), null
         match = by_cosine(target, source, k, device)
         if method == "random":
-            match = drawn(match, k, _seed_of(seed, target.site, source.site))
+            match = random_of_top_k(match, k, _seed_of(seed, target.site, source.site))
         return match, null
 
     def table_of(layer: int) -> "pd.DataFrame":
         parts = [
             part
             for module, pair in by_layer[layer].items()
-            for target, source in [tuple(suite.dictionary(site) for site in pair)]
+            for target, source in [tuple(suite.sae(site) for site in pair)]
             for part in _rows(*matched(target, source), target, source, module, k)
         ]
         return pd.concat(parts, ignore_index=True).assign(method=method)
@@ -183,7 +183,7 @@ def match_table(
     for layer, pairs in progress(list(by_layer.items()), "matching"):
         _check_k(k, list(pairs.values()), suite)
         sites = dict.fromkeys(site for pair in pairs.values() for site in pair)
-        prints = {str(site): suite.dictionary(site).fingerprint for site in sites}
+        prints = {str(site): suite.sae(site).fingerprint for site in sites}
         key = {"suite": suite.name, "layer": layer, "sites": prints}
         key["null"] = (NULL_QUANTILE, NULL_DRAWS)
         made = cached_table(
@@ -200,18 +200,18 @@ def match_table(
 
 def _pairs(suite: "Suite", layer: int) -> dict[str, tuple[Site, Site]]:
     target = Site(layer, "res")
-    if target not in suite.dictionaries:
+    if target not in suite.saes:
         return {}
     return {
         module: (target, site)
         for module, site in predecessor_sites(target).items()
-        if site in suite.dictionaries
+        if site in suite.saes
     }
 
 
 def _check_k(k: int, pairs: Sequence[tuple[Site, Site]], suite: "Suite") -> None:
     sites = dict.fromkeys(site for pair in pairs for site in pair)
-    width, site = min((suite.dictionary(site).width, site) for site in sites)
+    width, site = min((suite.sae(site).width, site) for site in sites)
     if not isinstance(k, int) or not 1 <= k <= width:
         raise ValueError(f"k={k}: expected 1 to {width}, the features of {site}")
 
@@ -223,8 +223,8 @@ def _seed_of(seed: int, *sites: Site) -> int:
 
 
 def _cosine_null(
-    target: "Dictionary",
-    source: "Dictionary",
+    target: "SAE",
+    source: "SAE",
     seed: int,
     device: str | None,
     cache: Path | None,
@@ -246,7 +246,7 @@ def _cosine_null(
 
 
 def _rows(
-    match: Match, null: Null, target: "Dictionary", source: "Dictionary", module: str, k: int
+    match: Match, null: Null, target: "SAE", source: "SAE", module: str, k: int
 ) -> "Iterator[pd.DataFrame]":
     import numpy as np
     import pandas as pd
@@ -292,7 +292,7 @@ def _chosen_back(other: Tensor, best: Tensor) -> Bool[Tensor, "choosing ranks"]:
     return mutual
 
 
-def _cosines(target: "Dictionary", source: "Dictionary", ends: Tensor, starts: Tensor) -> Tensor:
+def _cosines(target: "SAE", source: "SAE", ends: Tensor, starts: Tensor) -> Tensor:
     rows = zip(ends.flatten().split(2**14), starts.flatten().split(2**14), strict=True)
     parts = [
         (unit_rows(target.decoder[t.clamp(min=0)]) * unit_rows(source.decoder[s.clamp(min=0)]))
@@ -304,7 +304,7 @@ def _cosines(target: "Dictionary", source: "Dictionary", ends: Tensor, starts: T
     return torch.cat(parts).clamp(-1, 1).masked_fill(missing, 0.0)
 
 
-def scores(table: "pd.DataFrame") -> "pd.DataFrame":
+def feature_scores(table: "pd.DataFrame") -> "pd.DataFrame":
     """s(R), s(M) and s(A) of every residual feature: its best score at each site (paper 3.3).
 
     Args:
@@ -369,7 +369,7 @@ def classify(
     return found
 
 
-def high_module(classes: "pd.DataFrame") -> "pd.Series":
+def dominant_module(classes: "pd.DataFrame") -> "pd.Series":
     """Which module a feature leans on: of `mlp` and `att`, the nearer one whose score is high.
 
     Args:

@@ -12,9 +12,9 @@ from torch import Tensor
 from flowhelpers.activations.collect import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.runs.run import progress
-from flowhelpers.steering.plans import Plan, Push, Step, push_of, row_edits
+from flowhelpers.steering.plans import Plan, SteeringVectors, Step, row_edits, steering_vectors
 from flowhelpers.suites.attention import attention_output
-from flowhelpers.suites.model import Activations, Edit, Model, logits_of, run, tokenize
+from flowhelpers.suites.model import Activations, Edit, Model, logits_of, run_model, tokenize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +27,7 @@ ROWS = 64
 LOGITS = 2**28  # of the texts of a pass: a GiB in float32, several times
 
 
-def random_twin(
+def random_feature_control(
     suite: "Suite",
     plan: Plan,
     activations: FeatureActivations,
@@ -60,7 +60,7 @@ def random_twin(
             raise ValueError(f"the sample was not read at {site}, where {feature} lies")
         if site not in shares:
             shares[site] = np.asarray((activations.by_site[site] > 0).mean(axis=0)).ravel()
-            taken[site] = set(suite.dictionary(site).excluded.tolist())
+            taken[site] = set(suite.sae(site).excluded.tolist())
         taken[site].add(feature.index)
     steps = []
     for step, feature in zip(plan.steps, features, strict=True):
@@ -75,10 +75,10 @@ def random_twin(
     found = replace(plan, steps=tuple(steps), about=f"random features of seed {seed}")
     if plan.kind == "rescale":
         return found
-    norms = [_norms(push_of(suite, each)) for each in (plan, found)]
+    norms = [_norms(steering_vectors(suite, each)) for each in (plan, found)]
 
     def resized(step: Step) -> Step:
-        at = suite.dictionary(suite.feature(step.feature).site).reads
+        at = suite.sae(suite.feature(step.feature).site).input_site
         # Where strengths are 0, as at the end of a schedule, there is no norm to be had.
         factor = norms[0][at] / norms[1][at] if norms[1][at] else 1.0
         return replace(step, scale=step.scale * factor)
@@ -87,10 +87,10 @@ def random_twin(
 
 
 @overload
-def times(plan: Plan, factor: float) -> Plan: ...
+def scale_plan(plan: Plan, factor: float) -> Plan: ...
 @overload
-def times(plan: Push, factor: float) -> Push: ...
-def times(plan: Plan | Push, factor: float) -> Plan | Push:
+def scale_plan(plan: SteeringVectors, factor: float) -> SteeringVectors: ...
+def scale_plan(plan: Plan | SteeringVectors, factor: float) -> Plan | SteeringVectors:
     """The plan with a change so many times as large: s times the factor, or r - 1 times it."""
     if not isinstance(plan, Plan):
         return {at: vector * factor for at, vector in plan.items()}
@@ -99,7 +99,7 @@ def times(plan: Plan | Push, factor: float) -> Plan | Push:
     return replace(plan, steps=tuple(steps))
 
 
-def total_norm(suite: "Suite", plan: Plan | Push) -> float:
+def total_norm(suite: "Suite", plan: Plan | SteeringVectors) -> float:
     """Σ‖Δh‖ of a plan that adds: the norms of what it adds at each site, in the stream, summed.
 
     What is added at z is taken through W_O and the gain.
@@ -107,7 +107,7 @@ def total_norm(suite: "Suite", plan: Plan | Push) -> float:
     Raises:
         ValueError: If the plan is of another suite, or rescales.
     """
-    push = push_of(suite, plan) if isinstance(plan, Plan) else plan
+    push = steering_vectors(suite, plan) if isinstance(plan, Plan) else plan
     return sum(float(_in_stream(suite.model, at, v[None])[0].norm()) for at, v in push.items())
 
 
@@ -136,7 +136,7 @@ def difference_of_means(
         sums, n = torch.zeros(model.d_model, device=model.device), 0
         for start in progress(range(0, len(some), ROWS), "means"):
             tokens = tokenize(model, some[start : start + ROWS], max_tokens)
-            _, read = run(model, tokens.ids, [site], stop_after=site.layer)
+            _, read = run_model(model, tokens.ids, [site], stop_after=site.layer)
             sums += read[site][tokens.is_text].float().sum(0)
             n += int(tokens.is_text.sum())
         if not n:
@@ -151,7 +151,7 @@ def difference_of_means(
 @torch.no_grad()
 def side_effects(
     suite: "Suite",
-    plans: Mapping[str, Plan | Push | None],
+    plans: Mapping[str, Plan | SteeringVectors | None],
     texts: Sequence[str],
     max_tokens: int = MAX_TOKENS,
     rows: int = ROWS,
@@ -234,8 +234,8 @@ def _in_stream(
 ) -> Float[Tensor, "n d_model"]:
     if site.module != "z":
         return steps.float()
-    return attention_output(model, site.layer).in_stream(steps)
+    return attention_output(model, site.layer).to_residual(steps)
 
 
-def _norms(push: Push) -> dict[Site, float]:
+def _norms(push: SteeringVectors) -> dict[Site, float]:
     return {at: float(vector.float().norm()) for at, vector in push.items()}

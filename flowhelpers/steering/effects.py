@@ -1,7 +1,7 @@
 """What a feature does to the next token, by one pass with it turned up: features by effect.
 
 A label says where a feature is active, and not what steering by it would do: the two are almost
-unrelated in most dictionaries (Arad et al. 2025, Wang et al. 2026). Either measure costs one pass
+unrelated in most SAEs (Arad et al. 2025, Wang et al. 2026). Either measure costs one pass
 of one token for each feature.
 """
 
@@ -12,11 +12,11 @@ import torch
 
 from flowhelpers.activations.preflight import preflight_once
 from flowhelpers.core.features import FeatureId, Site
-from flowhelpers.interventions.edits import add_rows
+from flowhelpers.interventions.edits import add_per_row
 from flowhelpers.interventions.generation import prompt_ids
-from flowhelpers.labels.describe import written_logits
+from flowhelpers.labels.describe import logit_lens
 from flowhelpers.runs.run import progress
-from flowhelpers.suites.model import read_prefix, run
+from flowhelpers.suites.model import cache_prompt, run_model
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,12 +34,12 @@ def effects(
     prompt: str = PROMPT,
     factor: float = FACTOR,
     top: int = TOP,
-    at_once: int = 256,
+    batch_size: int = 256,
 ) -> "pd.DataFrame":
     """Output score and change of token confidence of features (CHOICES 36).
 
     At the prompt's last token, `factor` times the greatest activation that any feature of the site
-    has in the prompt is added to the feature; what the dictionary cannot explain stays. The output
+    has in the prompt is added to the feature; what the SAE cannot explain stays. The output
     score (Arad et al. 2025, equation 3) looks at the `top` tokens that the feature's direction
     writes by the logit lens: (1 - rank / vocabulary) · p of the most likely of them. The change of
     confidence (Wang et al. 2026, with k = 1) is by how much -log p of the most likely token grows:
@@ -51,7 +51,7 @@ def effects(
         prompt: What the next token is asked of.
         factor: How far the feature is turned up.
         top: Tokens that the feature is said to write.
-        at_once: Features of one pass.
+        batch_size: Features of one pass.
 
     Returns:
         One row a feature: `feature`, `output_score` (0 to 1), `confidence_change` (nats), `token`
@@ -72,30 +72,30 @@ def effects(
     model = suite.model
     preflight_once(suite, by_site)
     ids = prompt_ids(model, prompt, 1)
-    clean, stream = run(model, ids, [suite.dictionary(site).reads for site in by_site])
+    clean, stream = run_model(model, ids, [suite.sae(site).input_site for site in by_site])
     assert clean is not None
     confidence = clean[0, -1].float().log_softmax(-1).max()
-    _, prefix = read_prefix(model, ids[:, :-1])
+    _, prefix = cache_prompt(model, ids[:, :-1])
     parts = [
-        (site, indices[start : start + at_once])
+        (site, indices[start : start + batch_size])
         for site, indices in by_site.items()
-        for start in range(0, len(indices), at_once)
+        for start in range(0, len(indices), batch_size)
     ]
     rows = []
     for site, indices in progress(parts, "effects"):
-        dictionary = suite.dictionary(site)
-        size = factor * dictionary.encode(stream[dictionary.reads][0, 1:]).max()
+        sae = suite.sae(site)
+        size = factor * sae.encode(stream[sae.input_site][0, 1:]).max()
         if not size > 0:
             rows += [(f"{site}/{index}", None, None, "") for index in indices]
             continue
         chosen = torch.tensor(indices, device=ids.device)
-        step = size * dictionary.rows(chosen).float()
-        edit = add_rows(dictionary.reads, torch.arange(len(indices)), step)
+        step = size * sae.decoder_rows(chosen).float()
+        edit = add_per_row(sae.input_site, torch.arange(len(indices)), step)
         last = ids[:, -1:].expand(len(indices), -1)
-        steered, _ = run(model, last, edits=[edit], prefix=prefix)
+        steered, _ = run_model(model, last, edits=[edit], prefix=prefix)
         assert steered is not None
         logs = steered[:, -1].float().log_softmax(-1)
-        written = written_logits(suite, site, chosen).topk(top).indices
+        written = logit_lens(suite, site, chosen).topk(top).indices
         best, place = logs.gather(1, written).max(1)
         rank = (logs > best[:, None]).sum(1) / logs.shape[1]
         scores = ((1 - rank) * best.exp()).tolist()

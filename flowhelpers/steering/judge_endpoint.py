@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from flowhelpers.core.features import suggestion
 from flowhelpers.core.files import DATA
-from flowhelpers.core.kept import Kept, key_of
+from flowhelpers.core.kept import DiskCache, key_of
 from flowhelpers.core.tables import cache_folder
 from flowhelpers.runs.run import progress
 
@@ -120,7 +120,7 @@ class EndpointJudge:
     task: str
     model: str
     address: str
-    store: Kept
+    store: DiskCache
     subject: str | None = None
     concurrency: int = 8
     attempts: int = 3
@@ -413,7 +413,7 @@ def endpoint_judge(
         task=task,
         model=model,
         address=address,
-        store=Kept(Path(store or cache_folder() / "judge.sqlite")),
+        store=DiskCache(Path(store or cache_folder() / "judge.sqlite")),
         subject=subject,
         concurrency=concurrency,
         attempts=attempts,

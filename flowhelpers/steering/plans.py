@@ -16,7 +16,7 @@ from flowhelpers.activations.preflight import preflight_once
 from flowhelpers.core.features import FeatureId, Site, parse_feature, suggestion
 from flowhelpers.core.files import write_text
 from flowhelpers.flow.graph import FlowGraph
-from flowhelpers.interventions.edits import add_rows, rescale, rescale_rows
+from flowhelpers.interventions.edits import add_per_row, rescale, rescale_per_row
 from flowhelpers.interventions.generation import (
     PHASES,
     NotFiniteError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from flowhelpers.suites.load import Suite
-    from flowhelpers.suites.saes import Dictionary
+    from flowhelpers.suites.saes import SAE
 
 KINDS = ("rescale", "add")
 STRATEGIES = ("single", "constant", "exponential", "linear")
@@ -39,7 +39,7 @@ UNITS = ("theta", "max", "unit")
 ORIGINS = ("absolute", "span")
 ALPHA, END_STRENGTH = -0.05, 1.0  # the paper's alpha and s*
 
-Push = Mapping[Site, Tensor]  # vectors that are added, whatever they come from, by site
+SteeringVectors = Mapping[Site, Tensor]  # vectors that are added, whatever they come from, by site
 
 
 class NoFeatureError(ValueError):
@@ -222,19 +222,19 @@ def plan_or_none(suite: "Suite", *given: Any, **settings: Any) -> Plan | None:
 def _scale(
     suite: "Suite", feature: FeatureId, unit: str, greatest: Mapping[str, float] | None
 ) -> float:
-    dictionary = suite.dictionary(feature.site)
+    sae = suite.sae(feature.site)
     if unit == "unit":
-        return 1 / float(dictionary.rows(torch.tensor([feature.index])).float().norm())
+        return 1 / float(sae.decoder_rows(torch.tensor([feature.index])).float().norm())
     if unit == "max":
         if str(feature) not in (greatest or {}):
             raise ValueError(f"no greatest activation of {feature}: expected one for each feature")
         value = float((greatest or {})[str(feature)])
     else:
-        if dictionary.thresholds is None:
+        if sae.thresholds is None:
             raise ValueError(
-                f"the dictionary for {feature.site} has no thresholds: use unit='max' or 'unit'"
+                f"the SAE for {feature.site} has no thresholds: use unit='max' or 'unit'"
             )
-        value = float(dictionary.thresholds[feature.index])
+        value = float(sae.thresholds[feature.index])
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"the unit of {feature} is {value}: expected a number above zero")
     return value
@@ -297,16 +297,16 @@ def plan_edits(suite: "Suite", plan: Plan) -> list[Edit]:
     """
     found = []
     for site, steps in _by_site(suite, plan).items():
-        dictionary = suite.dictionary(site)
+        sae = suite.sae(site)
         features = [feature for feature, _ in steps]
         if plan.kind == "rescale":
-            found.append(rescale(dictionary, features, [step.strength for _, step in steps]))
+            found.append(rescale(sae, features, [step.strength for _, step in steps]))
         else:
-            found.append(_add_everywhere(dictionary.reads, _added(dictionary, steps)))
+            found.append(_add_everywhere(sae.input_site, _added(sae, steps)))
     return found
 
 
-def push_of(suite: "Suite", plan: Plan) -> Push:
+def steering_vectors(suite: "Suite", plan: Plan) -> SteeringVectors:
     """What a plan that adds adds, by the site that is edited.
 
     Raises:
@@ -315,10 +315,12 @@ def push_of(suite: "Suite", plan: Plan) -> Push:
     if plan.kind != "add":
         raise ValueError(f"a plan of kind {plan.kind!r}: what it adds depends on the stream")
     by_site = _by_site(suite, plan).items()
-    return {suite.dictionary(site).reads: _added(suite.dictionary(site), s) for site, s in by_site}
+    return {suite.sae(site).input_site: _added(suite.sae(site), s) for site, s in by_site}
 
 
-def row_edits(suite: "Suite", plans: Sequence[Plan | Push | None], each: int) -> list[Edit]:
+def row_edits(
+    suite: "Suite", plans: Sequence[Plan | SteeringVectors | None], each: int
+) -> list[Edit]:
     """Several plans as edits of one batch: `each` rows for the first, as many for the next.
 
     Args:
@@ -341,20 +343,20 @@ def row_edits(suite: "Suite", plans: Sequence[Plan | Push | None], each: int) ->
     for site, vectors in adds.items():
         rows = _rows([number for number, _ in vectors], each)
         stacked = torch.stack([vector for _, vector in vectors]).repeat_interleave(each, dim=0)
-        found.append(add_rows(site, rows, stacked))
+        found.append(add_per_row(site, rows, stacked))
     for site, some in factors.items():
-        dictionary = suite.dictionary(site)
+        sae = suite.sae(site)
         numbers, indices, r = zip(*some, strict=True)
-        features = torch.tensor(indices, device=dictionary.norms.device).repeat_interleave(each)
+        features = torch.tensor(indices, device=sae.norms.device).repeat_interleave(each)
         given = torch.tensor(r, device=features.device).repeat_interleave(each)
         rows = _rows(numbers, each).to(features.device)
-        found.append(rescale_rows(dictionary, rows, features, given))
+        found.append(rescale_per_row(sae, rows, features, given))
     return found
 
 
 def steer(
     suite: "Suite",
-    plans: Mapping[str, Plan | Push | None],
+    plans: Mapping[str, Plan | SteeringVectors | None],
     prompt: str,
     samples: int | Sequence[int] = 32,
     max_new_tokens: int = 36,
@@ -362,8 +364,8 @@ def steer(
     top_p: float = 0.7,
     seed: int = 0,
     phases: Collection[str] = PHASES,
-    spare_bos: bool = False,
-    at_once: int = 256,
+    skip_bos: bool = False,
+    batch_size: int = 256,
     bar: bool = True,
 ) -> "pd.DataFrame":
     """Texts of several plans, many samples of each in one batch (paper B.1, B.2).
@@ -381,8 +383,8 @@ def steer(
         top_p: The paper's is 0.7.
         seed: Decides the texts.
         phases: Where plans act, as in `generation.sample_tokens`.
-        spare_bos: Whether the first token is left as it is.
-        at_once: The most rows of a batch.
+        skip_bos: Whether the first token is left as it is.
+        batch_size: The most rows of a batch.
         bar: Whether a progress bar is shown.
 
     Returns:
@@ -401,7 +403,7 @@ def steer(
     ids = prompt_ids(suite.model, prompt, max_new_tokens)
     seeds = [sample_seed(seed, number) for number in numbers]
     names, tables, each = list(plans), [], len(numbers)
-    together = max(1, at_once // each)
+    together = max(1, batch_size // each)
     for start in range(0, len(names), together):
         some = names[start : start + together]
         ready = [_ready(suite, plans[name]) for name in some]
@@ -412,7 +414,7 @@ def steer(
         try:
             found = sample_tokens(
                 suite.model, ids.expand(each * len(some), -1), seeds * len(some),
-                max_new_tokens, temperature, top_p, edits, phases, spare_bos, bar=bar,
+                max_new_tokens, temperature, top_p, edits, phases, skip_bos, bar=bar,
             )  # fmt: skip
         except NotFiniteError as error:
             name = some[error.rows[0] // each]
@@ -423,18 +425,18 @@ def steer(
     return pd.concat(tables, ignore_index=True)
 
 
-def _ready(suite: "Suite", plan: Plan | Push | None) -> Plan | Push | None:
+def _ready(suite: "Suite", plan: Plan | SteeringVectors | None) -> Plan | SteeringVectors | None:
     """The plan, or what it adds where that is known beforehand."""
-    return push_of(suite, plan) if isinstance(plan, Plan) and plan.kind == "add" else plan
+    return steering_vectors(suite, plan) if isinstance(plan, Plan) and plan.kind == "add" else plan
 
 
-def _is_finite(plan: Plan | Push | None) -> bool:
+def _is_finite(plan: Plan | SteeringVectors | None) -> bool:
     if isinstance(plan, Plan):
         return all(math.isfinite(step.strength) for step in plan.steps)
     return all(bool(torch.isfinite(vector).all()) for vector in (plan or {}).values())
 
 
-def _in_words(name: str, plan: Plan | Push | None) -> str:
+def _in_words(name: str, plan: Plan | SteeringVectors | None) -> str:
     if plan is None:
         return f"plan {name!r} (no edits)"
     if not isinstance(plan, Plan):
@@ -458,13 +460,9 @@ def _by_site(suite: "Suite", plan: Plan) -> "dict[Site, list[tuple[FeatureId, St
     return found
 
 
-def _added(
-    dictionary: "Dictionary", steps: "Sequence[tuple[FeatureId, Step]]"
-) -> "Float[Tensor, 'd_in']":
+def _added(sae: "SAE", steps: "Sequence[tuple[FeatureId, Step]]") -> "Float[Tensor, 'd_in']":
     """What a plan adds at one site."""
-    rows = dictionary.rows(
-        torch.tensor([f.index for f, _ in steps], device=dictionary.norms.device)
-    )
+    rows = sae.decoder_rows(torch.tensor([f.index for f, _ in steps], device=sae.norms.device))
     given = [step.strength * step.scale for _, step in steps]
     sizes = torch.tensor(given, dtype=torch.float32, device=rows.device)
     return sizes @ rows.float()

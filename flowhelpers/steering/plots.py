@@ -20,7 +20,7 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from flowhelpers.core.features import suggestion
-from flowhelpers.core.marks import add_line, categories, looks, pattern, rated, told_once
+from flowhelpers.core.marks import add_line, categories, looks, pattern, rated, unique_legend
 from flowhelpers.flow.plots import COLOURS, INK, NAMES, dress, escape
 from flowhelpers.groups.plots import error_bars, legend_below
 
@@ -114,7 +114,7 @@ def suppression_by_layer(means: pd.DataFrame, subtitle: str) -> go.Figure:
     for row, name in enumerate(("behavioral B", "coherence C", "score (1 − B) · C"), 1):
         figure.update_yaxes(title=name, row=row, col=1)
     _layer_axes(_from_zero(figure), layers).update_xaxes(title="layer", row=3)
-    return legend_below(told_once(figure))
+    return legend_below(unique_legend(figure))
 
 
 def best_by_strength(means: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -147,7 +147,7 @@ def best_by_strength(means: pd.DataFrame, subtitle: str) -> go.Figure:
         add_line(figure, part, "at", hover, strategy, look, 1, 1, interval="bars")
     _even_axes(figure, factors).update_xaxes(title="r")
     figure.update_yaxes(title="best score (1 − B) · C")
-    return legend_below(told_once(_from_zero(figure)))
+    return legend_below(unique_legend(_from_zero(figure)))
 
 
 def strategies_by_theme(means: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -180,7 +180,9 @@ def strategies_by_theme(means: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_yaxes(rangemode="tozero")
     categories(figure, labels.values())
     lines = max(label.count("<br>") for label in labels.values())
-    return legend_below(told_once(figure), 15 * lines - 10)  # there is no title below the labels
+    return legend_below(
+        unique_legend(figure), 15 * lines - 10
+    )  # there is no title below the labels
 
 
 def best_by_layer(
@@ -223,7 +225,7 @@ def best_by_layer(
     figure.update_layout(barmode="group", bargap=0.2)
     figure.update_yaxes(rangemode="tozero").update_yaxes(title="best score", col=1)
     _even_axes(figure, layers).update_xaxes(title="layer")
-    return legend_below(told_once(figure))
+    return legend_below(unique_legend(figure))
 
 
 def features_by_layer(features: pd.DataFrame, subtitle: str, seeds: Layers = ()) -> go.Figure:
@@ -261,7 +263,7 @@ def features_by_layer(features: pd.DataFrame, subtitle: str, seeds: Layers = ())
     layers = _numbers([*features["layer"], *_as_layers(seeds)])
     if layers:
         _layer_axes(figure, layers).update_xaxes(range=[layers[0] - 0.8, layers[-1] + 0.8])
-    return legend_below(told_once(figure.update_xaxes(title="layer")))
+    return legend_below(unique_legend(figure.update_xaxes(title="layer")))
 
 
 def steered_by_layer(means: pd.DataFrame, subtitle: str, seeds: Layers = ()) -> go.Figure:
@@ -291,7 +293,7 @@ def steered_by_layer(means: pd.DataFrame, subtitle: str, seeds: Layers = ()) -> 
     _add_seeds(figure, _as_layers(seeds), 1, 1)
     figure.update_xaxes(title="layer", range=_span(layers)[:: len(layers) + 1])
     figure.update_yaxes(title="score")
-    return legend_below(told_once(_layer_axes(_from_zero(figure), layers)))
+    return legend_below(unique_legend(_layer_axes(_from_zero(figure), layers)))
 
 
 def dose_response(means: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -337,7 +339,7 @@ def dose_response(means: pd.DataFrame, subtitle: str) -> go.Figure:
                 add_line(figure, part, "at", hover, strategy, look, row, col, interval=interval)
             figure.update_yaxes(title=column, row=row, col=col)
     _even_axes(figure, strengths).update_xaxes(title="strength", row=len(themes))
-    return legend_below(told_once(_from_zero(figure)))
+    return legend_below(unique_legend(_from_zero(figure)))
 
 
 def score_against(means: pd.DataFrame, subtitle: str, by: str = "norm") -> go.Figure:
@@ -391,7 +393,7 @@ def score_against(means: pd.DataFrame, subtitle: str, by: str = "norm") -> go.Fi
         axis += f"<br><span style='font-size:12px'>{note}</span>"
         figure.update_xaxes(title=axis, row=last, col=1)
     figure.update_yaxes(title="score", col=1)
-    return legend_below(told_once(_from_zero(figure)), 20 * axis.count("<br>"))
+    return legend_below(unique_legend(_from_zero(figure)), 20 * axis.count("<br>"))
 
 
 def _checked(means: pd.DataFrame, *needed: str) -> pd.DataFrame:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from flowhelpers.core.kept import Kept, key_of
+from flowhelpers.core.kept import DiskCache, key_of
 from flowhelpers.groups.intervals import mean_intervals
 from flowhelpers.runs.run import progress
 from flowhelpers.steering.controls import side_effects
-from flowhelpers.steering.plans import Plan, Push, steer
+from flowhelpers.steering.plans import Plan, SteeringVectors, steer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,7 @@ class Judge(Protocol):
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepCell:
     """One way to steer.
 
     Attributes:
@@ -52,7 +52,7 @@ class Cell:
 
     theme: str
     strategy: str = UNSTEERED
-    plan: Plan | Push | None = None
+    plan: Plan | SteeringVectors | None = None
     layer: int | None = None
     strength: float | None = None
     prompt: str | None = None
@@ -60,12 +60,12 @@ class Cell:
 
 def sweep(
     suite: "Suite",
-    cells: Sequence[Cell],
+    cells: Sequence[SweepCell],
     prompt: str,
     samples: Sequence[int],
     kept: Path | None = None,
     seed: int = 0,
-    at_once: int = 512,
+    batch_size: int = 512,
     **settings: Any,
 ) -> "pd.DataFrame":
     """The texts of every cell. Sample i has the same random stream in all of them.
@@ -78,9 +78,9 @@ def sweep(
         kept: A file in which texts are kept as they come, so that a sweep that was stopped goes on
             from there; without it nothing is kept.
         seed: Decides the texts.
-        at_once: The most rows of a batch.
+        batch_size: The most rows of a batch.
         settings: As of `steering.steer`: `max_new_tokens`, `temperature`, `top_p`, `phases`,
-            `spare_bos`.
+            `skip_bos`.
 
     Returns:
         One row a text: `cell` (its place in `cells`), `theme`, `strategy`, `layer`, `strength`,
@@ -101,21 +101,21 @@ def sweep(
     if "phases" in settings:
         common["phases"] = sorted(settings["phases"])  # a set will do, and its order means nothing
     keys = [key_of(common | _asked(suite, cell, cell.prompt or prompt)) for cell in cells]
-    found = Kept(kept).get(set(keys)) if kept else {}
+    found = DiskCache(kept).get(set(keys)) if kept else {}
     missing = {key: cell for key, cell in zip(keys, cells, strict=True) if key not in found}
     batches = []
     for start in dict.fromkeys(cell.prompt or prompt for cell in missing.values()):
         mine = [key for key, cell in missing.items() if (cell.prompt or prompt) == start]
-        size = max(1, at_once // len(numbers))
+        size = max(1, batch_size // len(numbers))
         batches += [(start, mine[i : i + size]) for i in range(0, len(mine), size)]
     for start, batch in progress(batches, "sweep"):
         plans = {_name(missing[key], key): missing[key].plan for key in batch}
         texts = steer(
-            suite, plans, start, numbers, seed=seed, at_once=at_once, bar=False, **settings
+            suite, plans, start, numbers, seed=seed, batch_size=batch_size, bar=False, **settings
         )["text"].tolist()
         new = {key: texts[i * len(numbers) :][: len(numbers)] for i, key in enumerate(batch)}
         if kept:
-            Kept(kept).put(new)
+            DiskCache(kept).put(new)
         found |= new
     cell_of = np.repeat(np.arange(len(cells)), len(numbers))
     table = pd.DataFrame({"cell": cell_of, **_described(cells, cell_of)})
@@ -123,19 +123,19 @@ def sweep(
     return table.assign(sample=numbers * len(cells), text=texts)
 
 
-def _described(cells: Sequence[Cell], cell_of: np.ndarray) -> dict[str, Any]:
+def _described(cells: Sequence[SweepCell], cell_of: np.ndarray) -> dict[str, Any]:
     columns = {name: [getattr(cells[cell], name) for cell in cell_of] for name in CELL}
     floats = {name: np.array(columns[name], dtype=float) for name in ("layer", "strength")}
     return columns | floats
 
 
-def _name(cell: Cell, key: str) -> str:
+def _name(cell: SweepCell, key: str) -> str:
     at = "" if cell.layer is None else f" at layer {cell.layer}"
     s = "" if cell.strength is None else f" of strength {cell.strength:g}"
     return f"{cell.theme}: {cell.strategy}{at}{s} [{key[:6]}]"
 
 
-def _asked(suite: "Suite", cell: Cell, prompt: str) -> dict[str, Any]:
+def _asked(suite: "Suite", cell: SweepCell, prompt: str) -> dict[str, Any]:
     """All that a cell's texts depend on, but for what all cells have in common."""
     if cell.plan is None:
         return {"prompt": prompt}
@@ -144,13 +144,11 @@ def _asked(suite: "Suite", cell: Cell, prompt: str) -> dict[str, Any]:
         return {"prompt": prompt, "push": vectors}
     plan = asdict(cell.plan)
     sites = {suite.feature(step.feature).site for step in cell.plan.steps}
-    prints = {str(site): suite.dictionary(site).fingerprint for site in sites}
-    return {"prompt": prompt, "dictionaries": prints} | {
-        k: v for k, v in plan.items() if k != "about"
-    }
+    prints = {str(site): suite.sae(site).fingerprint for site in sites}
+    return {"prompt": prompt, "saes": prints} | {k: v for k, v in plan.items() if k != "about"}
 
 
-def judged(
+def score_texts(
     texts: "pd.DataFrame", judges: Mapping[str, Judge], suppress: bool = False
 ) -> "pd.DataFrame":
     """Texts with their scores: `behavioral`, `coherence`, `score`.
@@ -221,7 +219,7 @@ def cell_means(
     return found.join(means.drop(columns=["group", "n"]))
 
 
-def compared(
+def paired_differences(
     scores: "pd.DataFrame",
     baseline: str,
     on: Sequence[str] = ("theme",),
@@ -263,7 +261,7 @@ def compared(
 
 
 def with_costs(
-    means: "pd.DataFrame", suite: "Suite", cells: Sequence[Cell], texts: Sequence[str]
+    means: "pd.DataFrame", suite: "Suite", cells: Sequence[SweepCell], texts: Sequence[str]
 ) -> "pd.DataFrame":
     """Means with what each cell does to texts: `norm` and `kl`, as `controls.side_effects` gives.
 
@@ -316,7 +314,7 @@ def best_cells(means: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
     return known.loc[known.groupby(list(by), sort=False, dropna=False)["score"].idxmax()]
 
 
-def chosen(cells: Sequence[Cell], best: "pd.DataFrame") -> list[Cell]:
+def select_cells(cells: Sequence[SweepCell], best: "pd.DataFrame") -> list[SweepCell]:
     """The cells that `best_cells` names, in its order."""
     return [cells[int(number)] for number in best["cell"]]
 
@@ -326,8 +324,8 @@ def strategy_cells(
     strategies: Iterable[str],
     layers: Iterable[int],
     strengths: Iterable[float],
-    plan_of: Callable[[str, int, float], Plan | Push | None],
-) -> list[Cell]:
+    plan_of: Callable[[str, int, float], Plan | SteeringVectors | None],
+) -> list[SweepCell]:
     """The cells of every strategy, layer and strength; those without a feature are left out.
 
     Args:
@@ -340,4 +338,6 @@ def strategy_cells(
     layers, strengths = list(layers), list(strengths)
     grid = [(name, layer, s) for name in strategies for layer in layers for s in strengths]
     plans = [(place, plan_of(*place)) for place in grid]
-    return [Cell(theme, name, plan, layer, float(s)) for (name, layer, s), plan in plans if plan]
+    return [
+        SweepCell(theme, name, plan, layer, float(s)) for (name, layer, s), plan in plans if plan
+    ]

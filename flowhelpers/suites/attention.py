@@ -29,7 +29,7 @@ class AttentionOutput:
     weights: Float[Tensor, "z d_model"]
     gain: Float[Tensor, "d_model"] | None
 
-    def in_stream(self, rows: Float[Tensor, "rows z"]) -> Float[Tensor, "rows d_model"]:
+    def to_residual(self, rows: Float[Tensor, "rows z"]) -> Float[Tensor, "rows d_model"]:
         """Directions at z as directions of the stream; their norms are not kept.
 
         Raises:

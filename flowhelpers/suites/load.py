@@ -1,4 +1,4 @@
-"""Suites: one language model and the dictionaries trained on it, loaded as far as is asked for.
+"""Suites: one language model and the SAEs trained on it, loaded as far as is asked for.
 
 Decoders come first: matching, flow graphs and labels need nothing else. Of a suite of the hub the
 model and the encoders are fetched and read once an experiment asks for them.
@@ -20,25 +20,25 @@ from flowhelpers.suites.registry import BYTES, SuiteRow, find_suite
 if TYPE_CHECKING:
     from flowhelpers.suites.attention import AttentionOutput
     from flowhelpers.suites.model import Model
-    from flowhelpers.suites.saes import Dictionary
+    from flowhelpers.suites.saes import SAE
 
-KEPT = 4  # dictionaries at a time where not all fit: a layer's three, and the stream before it
+KEPT = 4  # SAEs at a time where not all fit: a layer's three, and the stream before it
 LARGE = 1e8  # parameters of a model from which on it runs on a GPU where there is one
 VERY_LARGE = 1e9  # and in half precision there
 
 
-class OnDemand(Mapping[Site, "Dictionary"]):
-    """Dictionaries that are read when they are asked for; the last few are kept.
+class OnDemand(Mapping[Site, "SAE"]):
+    """SAEs that are read when they are asked for; the last few are kept.
 
-    So a suite serves whose dictionaries do not fit into memory together. Who goes through them
+    So a suite serves whose SAEs do not fit into memory together. Who goes through them
     should take one after the other, and keep none.
     """
 
-    def __init__(self, sites: Iterable[Site], load: "Callable[[Site], Dictionary]", kept: int):
+    def __init__(self, sites: Iterable[Site], load: "Callable[[Site], SAE]", kept: int):
         self._sites = tuple(sites)
         self._load = lru_cache(maxsize=kept)(load)
 
-    def __getitem__(self, site: Site) -> "Dictionary":
+    def __getitem__(self, site: Site) -> "SAE":
         if site not in self._sites:
             raise KeyError(site)
         return self._load(site)
@@ -55,14 +55,14 @@ class OnDemand(Mapping[Site, "Dictionary"]):
 
 @dataclass(frozen=True)
 class Suite:
-    """A model and its dictionaries.
+    """A model and its SAEs.
 
     Attributes:
         row: What it was loaded from.
         source: The language model behind named sites, or what loads it when it is asked for.
-        dictionaries: The dictionary at each site; of a suite that is large or lies on the hub, each
+        saes: The SAE at each site; of a suite that is large or lies on the hub, each
             is read when it is asked for.
-        device: Where dictionaries and model are.
+        device: Where SAEs and model are.
         dtype: Type of the weights of model and encoders; decoders that are matched are kept in the
             type they are stored in.
         looked_at: The sites that had their preflight.
@@ -70,10 +70,10 @@ class Suite:
 
     row: SuiteRow
     source: "Model | Callable[[], Model]" = field(repr=False)
-    dictionaries: "Mapping[Site, Dictionary]" = field(repr=False)
+    saes: "Mapping[Site, SAE]" = field(repr=False)
     device: str = "cpu"
     dtype: str = "float32"
-    looked_at: set[Site] = field(default_factory=set, init=False, repr=False, compare=False)
+    checked_sites: set[Site] = field(default_factory=set, init=False, repr=False, compare=False)
 
     @cached_property
     def model(self) -> "Model":
@@ -107,28 +107,28 @@ class Suite:
             ValueError: If there is no such layer, module or index; the message says what there is.
         """
         feature = parse_feature(text) if isinstance(text, str) else text
-        width = self.dictionary(feature.site).width
+        width = self.sae(feature.site).width
         if not 0 <= feature.index < width:
             raise ValueError(
                 f"no feature {feature} in {self.name}: {feature.site} has features 0 to {width - 1}"
             )
         return feature
 
-    def dictionary(self, site: Site | str) -> "Dictionary":
-        """The dictionary at a site.
+    def sae(self, site: Site | str) -> "SAE":
+        """The SAE at a site.
 
         Raises:
             ValueError: If the suite has none there; the message names the nearest.
         """
         site = parse_site(site) if isinstance(site, str) else site
-        if site in self.dictionaries:
-            return self.dictionaries[site]
+        if site in self.saes:
+            return self.saes[site]
         if not 0 <= site.layer < self.layers:
             raise ValueError(
                 f"no layer {site.layer} in suite {self.name}: it has layers 0 to {self.layers - 1}"
             )
-        near = suggestion(str(site), [str(s) for s in self.dictionaries])
-        raise ValueError(f"no dictionary at {site} in suite {self.name}{near}")
+        near = suggestion(str(site), [str(s) for s in self.saes])
+        raise ValueError(f"no SAE at {site} in suite {self.name}{near}")
 
 
 def memory_needed(row: SuiteRow, dtype: str = "float32") -> int:
@@ -138,11 +138,11 @@ def memory_needed(row: SuiteRow, dtype: str = "float32") -> int:
 
 
 def least_memory(row: SuiteRow, dtype: str = "float32") -> int:
-    """Bytes that a suite takes with its model and a few dictionaries in memory at a time.
+    """Bytes that a suite takes with its model and a few SAEs in memory at a time.
 
     That of a suite which does not say how large its model alone is, is what it takes as a whole.
     """
-    whole, count = memory_needed(row, dtype), max(len(row.dictionaries), 1)
+    whole, count = memory_needed(row, dtype), max(len(row.saes), 1)
     if row.model_parameters is None:
         return whole
     model = row.model_parameters * BYTES[dtype]
@@ -150,14 +150,14 @@ def least_memory(row: SuiteRow, dtype: str = "float32") -> int:
 
 
 def decoders_memory(row: SuiteRow) -> int:
-    """Bytes that matching takes: the decoders of a few dictionaries, and one being read."""
-    count = max(len(row.dictionaries), 1)
+    """Bytes that matching takes: the decoders of a few SAEs, and one being read."""
+    count = max(len(row.saes), 1)
     numbers = (row.parameters - (row.model_parameters or 0)) // (2 * count)
     return (min(KEPT, count) + 2) * numbers * _stored_bytes(row)
 
 
 def _stored_bytes(row: SuiteRow) -> int:
-    return BYTES[row.stored.get("dictionaries", "float32")]
+    return BYTES[row.stored.get("saes", "float32")]
 
 
 def chosen_device(row: SuiteRow, device: str = "auto") -> str:
@@ -191,7 +191,7 @@ def chosen_dtype(row: SuiteRow, device: str, dtype: str = "auto") -> str:
 
 
 def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> Suite:
-    """Load a language model and its dictionaries.
+    """Load a language model and its SAEs.
 
     A suite of a folder whose memory is there is loaded at once. Of others the first decoder is, so
     that what is wrong with the first is wrong at once, and the rest when it is asked for. Packages
@@ -206,7 +206,7 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
     Raises:
         ValueError: If the suite is unknown or broken.
         MemoryError: If the machine has less memory than a few decoders need; once it is asked for,
-            than the model and a few dictionaries.
+            than the model and a few SAEs.
         ConnectionError: If something has to be fetched and there is no network.
         PermissionError, FileNotFoundError, OSError: As `hub.fetch` says.
     """
@@ -222,16 +222,16 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
         _check_layers(row, row.layers)
     check_sources(row)
     load_model = cache(partial(_load_model, row, device, dtype, not all_fit))
-    sites = sorted(row.dictionaries)
-    load = partial(_load_dictionary, row, load_model, device, dtype)
-    dictionaries: Mapping[Site, Dictionary] = OnDemand(sites, load, len(sites) if all_fit else KEPT)
+    sites = sorted(row.saes)
+    load = partial(_load_sae, row, load_model, device, dtype)
+    saes: Mapping[Site, SAE] = OnDemand(sites, load, len(sites) if all_fit else KEPT)
     if not (row.is_local and all_fit):
-        dictionaries[sites[0]]
-        return Suite(row, load_model, dictionaries, device, dtype)
+        saes[sites[0]]
+        return Suite(row, load_model, saes, device, dtype)
     model = load_model()
-    for dictionary in dictionaries.values():
-        dictionary.sae  # noqa: B018  what is wrong with it is wrong at once
-    return Suite(row, model, dict(dictionaries), device, dtype)
+    for sae in saes.values():
+        sae.lens_sae  # noqa: B018  what is wrong with it is wrong at once
+    return Suite(row, model, dict(saes), device, dtype)
 
 
 def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
@@ -255,17 +255,16 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
 
 
 def _check_layers(row: SuiteRow, layers: int) -> None:
-    for site in row.dictionaries:
+    for site in row.saes:
         if not 0 <= site.layer < layers:
             raise ValueError(
-                f"suite {row.name} names a dictionary at {site}:"
-                f" its model has layers 0 to {layers - 1}"
+                f"suite {row.name} names an SAE at {site}: its model has layers 0 to {layers - 1}"
             )
 
 
-def _load_dictionary(
+def _load_sae(
     row: SuiteRow, load_model: "Callable[[], Model]", device: str, dtype: str, site: Site
-) -> "Dictionary":
+) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
     from flowhelpers.suites.saes import load_folder, load_release
 
@@ -273,7 +272,7 @@ def _load_dictionary(
         stored = stored_attention_output(row.model, site.layer, row.revision)
         return stored or attention_output(load_model(), site.layer)
 
-    source = row.dictionaries[site]
+    source = row.saes[site]
     d_model = row.d_model or _stored_width(row) or load_model().d_model
     of = (
         partial(load_folder, Path(source))
@@ -287,7 +286,7 @@ def _load_dictionary(
     if trained_on is not None and at_issue and trained_on != row.revision:
         raise ValueError(
             f"suite {row.name} has the model at revision {row.revision or 'main'}, and the"
-            f" dictionary for {site} ({found.source}) was trained on revision {trained_on}"
+            f" SAE for {site} ({found.source}) was trained on revision {trained_on}"
         )
     return found
 
@@ -305,7 +304,7 @@ def _stored_width(row: SuiteRow) -> int | None:
 
 
 def check_sources(row: SuiteRow) -> None:
-    """The dictionaries of a suite are of one model, as far as they say, and that is the suite's.
+    """The SAEs of a suite are of one model, as far as they say, and that is the suite's.
 
     Raises:
         ValueError: If two of them are of different models, naming both.
@@ -317,20 +316,18 @@ def check_sources(row: SuiteRow) -> None:
     import warnings
 
     trained_on: dict[str, Site] = {}
-    for site, source in sorted(row.dictionaries.items()):
+    for site, source in sorted(row.saes.items()):
         if name := _model_of(source):
             trained_on.setdefault(name, site)
     if len(trained_on) > 1:
         (one, at), (other, there), *_ = trained_on.items()
         raise ValueError(
-            f"suite {row.name}: its dictionaries are of different models: {at} of {one},"
-            f" {there} of {other}"
+            f"suite {row.name}: its SAEs are of different models: {at} of {one}, {there} of {other}"
         )
     for name in trained_on:
         if not Path(row.model).exists() and _plain(row.model) != name:
             warnings.warn(
-                f"suite {row.name} has the model {row.model}, and its dictionaries were trained on"
-                f" {name}",
+                f"suite {row.name} has the model {row.model}, and its SAEs were trained on {name}",
                 stacklevel=3,
             )
 
@@ -358,6 +355,6 @@ def _told(row: SuiteRow) -> Iterator[None]:
     except ConnectionError as error:
         raise ConnectionError(
             f"suite {row.name} is not cached and could not be fetched: it needs the model"
-            f" {row.model} and {len(row.dictionaries)} dictionaries; {OFFLINE_HINT}"
+            f" {row.model} and {len(row.saes)} SAEs; {OFFLINE_HINT}"
             f" ({str(error).replace(f'; {OFFLINE_HINT}', '')})"
         ) from error

@@ -49,7 +49,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Prefix:
+class PromptCache:
     """What attention keeps of the tokens of one text: keys and values of every layer.
 
     Attributes:
@@ -62,7 +62,7 @@ class Prefix:
         """Number of tokens."""
         return self.layers[0][0].shape[2]
 
-    def first(self, tokens: int) -> "Prefix":
+    def first(self, tokens: int) -> "PromptCache":
         """The same of fewer tokens.
 
         Raises:
@@ -73,7 +73,7 @@ class Prefix:
                 f"{tokens} tokens of a prefix of {len(self)}: expected 1 or more of it"
             )
         cut = ((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
-        return Prefix(tuple(cut))
+        return PromptCache(tuple(cut))
 
     def cache(self, batch: int, layers: int | None = None) -> Any:
         """It as the cache of transformers, in which every row of a batch has the same prefix."""
@@ -284,13 +284,13 @@ def token_strings(model: Model, ids: Iterable[int]) -> list[str]:
 
 
 @torch.no_grad()
-def run(
+def run_model(
     model: Model,
     ids: Int[Tensor, "batch position"],
     read: Iterable[Site] = (),
     edits: Sequence[Edit] = (),
     stop_after: int | None = None,
-    prefix: Prefix | None = None,
+    prefix: PromptCache | None = None,
 ) -> tuple[Float[Tensor, "batch position vocabulary"] | None, dict[Site, Activations]]:
     """One forward pass: edits applied, sites read (after their edits).
 
@@ -300,7 +300,7 @@ def run(
         read: Sites whose activations are returned.
         edits: Changes to the stream, in order where they share a site.
         stop_after: Stop once this layer is done; there are no logits then.
-        prefix: The tokens before `ids`, as `read_prefix` gives, the same for every row. Positions
+        prefix: The tokens before `ids`, as `cache_prompt` gives, the same for every row. Positions
             are then counted from the first of `ids`.
 
     Returns:
@@ -345,9 +345,9 @@ def _stop(activations: Activations) -> Activations:
 
 
 @torch.no_grad()
-def read_prefix(
+def cache_prompt(
     model: Model, ids: Int[Tensor, "1 position"]
-) -> tuple[Float[Tensor, "1 position vocabulary"], Prefix]:
+) -> tuple[Float[Tensor, "1 position vocabulary"], PromptCache]:
     """One pass over a text: its logits, and what later passes need so as to go on after it.
 
     An edit at a token changes nothing before it. Passes that differ from that token on share all
@@ -361,7 +361,7 @@ def read_prefix(
 
     cache: Any = DynamicCache()
     logits = forward(model, ids, cache)
-    return logits, Prefix(tuple((layer.keys, layer.values) for layer in cache.layers))
+    return logits, PromptCache(tuple((layer.keys, layer.values) for layer in cache.layers))
 
 
 def forward(
@@ -404,7 +404,7 @@ def logits_of(
     model: Model, ids: Int[Tensor, "batch position"], edits: Sequence[Edit] = ()
 ) -> Float[Tensor, "batch position vocabulary"]:
     """The logits of one forward pass, with edits applied."""
-    logits, _ = run(model, ids, edits=edits)
+    logits, _ = run_model(model, ids, edits=edits)
     assert logits is not None  # run gives none only where it stops early
     return logits
 
@@ -500,7 +500,7 @@ def check_sites(model: Model, tolerance: float | None = None) -> None:
 
     pre = [(RESID_PRE.format(layer=i), keep_before(i)) for i in range(model.layers)]
     with torch.no_grad(), model.bridge.hooks(fwd_hooks=pre):
-        clean, read = run(model, ids, read=sites)
+        clean, read = run_model(model, ids, read=sites)
     assert clean is not None
     for layer in range(model.layers):
         after = read[Site(layer, "res")].float()
@@ -523,8 +523,8 @@ def _check_prefix(
     clean: Float[Tensor, "1 position vocabulary"],
     tolerance: float,
 ) -> None:
-    _, prefix = read_prefix(model, ids)
-    after, _ = run(model, ids[:, 4:].expand(2, -1), prefix=prefix.first(4))
+    _, prefix = cache_prompt(model, ids)
+    after, _ = run_model(model, ids[:, 4:].expand(2, -1), prefix=prefix.first(4))
     assert after is not None
     off = (after - clean[:, 4:]).abs().max() / clean.abs().max()
     if not off <= tolerance:

@@ -52,19 +52,18 @@ def needs(row: SuiteRow, dtype: str, speeds: Mapping[str, float]) -> list[Need]:
         speeds: Operations a second, as `speed` gives them: of the `model` in that type, and of
             `matching` in its own.
     """
-    count = max(len(row.dictionaries), 1)
+    count = max(len(row.saes), 1)
     model = row.model_parameters or 0
-    each = (row.parameters - model) // count  # numbers of a dictionary
-    files = 0 if row.is_local else each * count * BYTES[row.stored.get("dictionaries", "float32")]
+    each = (row.parameters - model) // count  # numbers of an SAE
+    files = 0 if row.is_local else each * count * BYTES[row.stored.get("saes", "float32")]
     whole = 0 if row.is_local else model * BYTES[row.stored.get("model", "float32")]
-    at_z = sum(site.module == "att" for site in row.dictionaries) if row.d_att else 0
+    at_z = sum(site.module == "att" for site in row.saes) if row.d_att else 0
     outputs = (
         at_z * (row.d_att or 0) * (row.d_model or 0) * BYTES[row.stored.get("model", "float32")]
     )
-    residual = [site for site in row.dictionaries if site.module == "res"]
+    residual = [site for site in row.saes if site.module == "res"]
     pairs = sum(
-        sum(s.layer == r.layer - (s.module == "res") for s in row.dictionaries if s != r)
-        for r in residual
+        sum(s.layer == r.layer - (s.module == "res") for s in row.saes if s != r) for r in residual
     )
     features = row.features or each // (2 * (row.d_model or 1))
     products = 2 * pairs * features**2 * (row.d_model or 1)

@@ -26,7 +26,7 @@ KINDS: dict[str, tuple[type, str]] = {
     "d_att": (int, "a whole number above zero"),
     "parameters": (int, "a whole number above zero"),
     "model_parameters": (int, "a whole number above zero"),
-    "dictionaries": (dict, "a mapping"),
+    "saes": (dict, "a mapping"),
     "variants": (dict, "a mapping"),
     "by_l0": (dict, "a mapping"),
     "neuronpedia": (dict, "a mapping"),
@@ -46,25 +46,25 @@ class SuiteRow:
     Attributes:
         name: The suite's name.
         model: A Hugging Face model, by folder or by hub name.
-        dictionaries: For each site a sae-lens folder, or `{release, id}` of a release of sae-lens.
-        parameters: Parameters of model and dictionaries together.
+        saes: For each site a sae-lens folder, or `{release, id}` of a release of sae-lens.
+        parameters: Parameters of model and SAEs together.
         revision: The model's revision on the hub.
         about: One line on what it is.
         folder: Where the suite lies, if it is a folder.
         model_parameters: Those of the model alone, if known.
         layers: Number of layers of the model, if known.
         d_model: Width of the stream, if known.
-        d_att: Width at which attention dictionaries read, if known and not that of the stream.
-        features: Number of features of each dictionary, if known and the same for all.
-        neuronpedia: What Neuronpedia calls the dictionary of a site, `model/source`.
-        stored: The types in which the `model` and the `dictionaries` lie on the hub.
-        variants: The kinds of dictionaries there are; the first is taken unless one is asked for.
+        d_att: Width at which attention SAEs read, if known and not that of the stream.
+        features: Number of features of each SAE, if known and the same for all.
+        neuronpedia: What Neuronpedia calls the SAE of a site, `model/source`.
+        stored: The types in which the `model` and the `saes` lie on the hub.
+        variants: The kinds of SAEs there are; the first is taken unless one is asked for.
         notes: What to know of it, and what it cannot do.
     """
 
     name: str
     model: str
-    dictionaries: Mapping[Site, Source]
+    saes: Mapping[Site, Source]
     parameters: int
     revision: str | None = None
     about: str = ""
@@ -82,7 +82,7 @@ class SuiteRow:
     @property
     def is_local(self) -> bool:
         """Whether loading needs no network."""
-        sources = self.dictionaries.values()
+        sources = self.saes.values()
         return Path(self.model).exists() and all(isinstance(source, str) for source in sources)
 
 
@@ -105,7 +105,7 @@ def _table() -> dict[str, dict[str, Any]]:
 def find_suite(name: str | Path) -> SuiteRow:
     """The row of a suite, by its registered name or by its folder.
 
-    A name may ask for more, each part after an `@`: a variant (`gemma-2-2b@65k`), the dictionaries
+    A name may ask for more, each part after an `@`: a variant (`gemma-2-2b@65k`), the SAEs
     whose mean L0 is nearest to a number (`gemma-2-2b@l0=70`; SAE Match finds that neighbours of
     equal L0 match best), or some of the modules alone (`gemma-2-2b@res+mlp`).
 
@@ -139,7 +139,7 @@ def _chosen(name: str, asked: Iterable[str]) -> SuiteRow:
             there = [*row.variants, *(["l0=70"] if "by_l0" in raw else []), "res+mlp"]
             raise ValueError(f"suite {name} has no variant {choice!r}{suggestion(choice, there)}")
     if l0 is not None and "by_l0" not in raw:
-        raise ValueError(f"suite {name} has no choice of dictionaries by their mean L0")
+        raise ValueError(f"suite {name} has no choice of SAEs by their mean L0")
     if "folder" not in raw:
         row = _row(name, raw, None, variant)
     if l0 is not None:
@@ -151,19 +151,19 @@ def _chosen(name: str, asked: Iterable[str]) -> SuiteRow:
 
 def _of_modules(row: SuiteRow, modules: Iterable[str]) -> SuiteRow:
     modules = set(modules)
-    kept = {site: source for site, source in row.dictionaries.items() if site.module in modules}
+    kept = {site: source for site, source in row.saes.items() if site.module in modules}
     of_model = row.model_parameters or 0
-    share = (row.parameters - of_model) * len(kept) // len(row.dictionaries)
-    return replace(row, dictionaries=kept, parameters=of_model + share)
+    share = (row.parameters - of_model) * len(kept) // len(row.saes)
+    return replace(row, saes=kept, parameters=of_model + share)
 
 
 def _of_mean_l0(row: SuiteRow, patterns: Mapping[str, Any], l0: int) -> SuiteRow:
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     releases = get_pretrained_saes_directory()
-    dictionaries: dict[Site, Source] = {}
+    saes: dict[Site, Source] = {}
     neuronpedia: dict[Site, str] = {}
-    for site, canonical in row.dictionaries.items():
+    for site, canonical in row.saes.items():
         pattern = _filled(patterns[site.module], site.layer, None)
         assert isinstance(pattern, dict)
         assert isinstance(canonical, dict)
@@ -171,18 +171,18 @@ def _of_mean_l0(row: SuiteRow, patterns: Mapping[str, Any], l0: int) -> SuiteRow
         expression = re.escape(pattern["id"]).replace(re.escape("{l0}"), r"(\d+)")
         found = [(int(m[1]), i) for i in release.saes_map if (m := re.fullmatch(expression, i))]
         _, nearest = min(found, key=lambda each: (abs(each[0] - l0), each[0]))
-        dictionaries[site] = {"release": pattern["release"], "id": nearest}
+        saes[site] = {"release": pattern["release"], "id": nearest}
         first = releases[canonical["release"]].saes_map[canonical["id"]]
         called = release.neuronpedia_id.get(nearest)
         if release.saes_map[nearest] == first:
             called = row.neuronpedia.get(site)
         if called:
             neuronpedia[site] = called
-    return replace(row, dictionaries=dictionaries, neuronpedia=neuronpedia)
+    return replace(row, saes=saes, neuronpedia=neuronpedia)
 
 
 def declared_l0(source: Source) -> float | None:
-    """The mean L0 that a release gives for a dictionary: of its path, or sae-lens's list."""
+    """The mean L0 that a release gives for an SAE: of its path, or sae-lens's list."""
     release, sae_id = _listing(source)
     if release is None:
         return None
@@ -192,14 +192,14 @@ def declared_l0(source: Source) -> float | None:
 
 
 def declared_variance(source: Source) -> float | None:
-    """The explained variance that sae-lens's list gives for a dictionary, if it does."""
+    """The explained variance that sae-lens's list gives for an SAE, if it does."""
     release, sae_id = _listing(source)
     found = release.expected_var_explained.get(sae_id) if release else None
     return None if found == 1.0 else found  # the list's word for what it lacks
 
 
 def _listing(source: Source) -> tuple[Any, str]:
-    # What sae-lens lists of the release, None unless it lists the dictionary; and its id.
+    # What sae-lens lists of the release, None unless it lists the SAE; and its id.
     if isinstance(source, str):
         return None, source
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
@@ -225,7 +225,9 @@ def read_suite_folder(folder: Path) -> SuiteRow:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"{path} holds no mapping: expected the keys model and dictionaries")
+        raise ValueError(f"{path} holds no mapping: expected the keys model and saes")
+    if "dictionaries" in row:  # the key's name in folders of earlier versions
+        row["saes"] = row.pop("dictionaries")
     name = row.get("name")
     return _row(name if isinstance(name, str) else folder.name, row, folder)
 
@@ -236,7 +238,7 @@ def _row(
     where = f"suite {name}" + (f" ({folder / 'suite.yaml'})" if folder else "")
     for key in row.keys() - KEYS:
         raise ValueError(f"{where}: unknown key {key!r}{suggestion(key, sorted(KEYS))}")
-    for key in {"model", "dictionaries"} - row.keys():
+    for key in {"model", "saes"} - row.keys():
         raise ValueError(f"{where}: the key {key!r} is missing")
     for key, (kind, said) in KINDS.items():
         if key not in row:
@@ -248,8 +250,8 @@ def _row(
         if not isinstance(words, dict):
             raise ValueError(f"{where}: variant {each} is {words!r}, expected a mapping")
     for key, dtype in row.get("stored", {}).items():
-        if key not in ("model", "dictionaries") or dtype not in BYTES:
-            said = f"expected model or dictionaries, each one of {', '.join(BYTES)}"
+        if key not in ("model", "saes") or dtype not in BYTES:
+            said = f"expected model or saes, each one of {', '.join(BYTES)}"
             raise ValueError(f"{where}: stored is {key}: {dtype!r}, {said}")
     row = _fill(row, variant)
     local = folder / row["model"] if folder else None
@@ -257,20 +259,20 @@ def _row(
     model = str(local if is_here else row["model"])
     config = _config(Path(model)) if is_here else {}
     layers = row.get("layers") or config.get("num_hidden_layers", 0)
-    dictionaries: dict[Site, Source] = {}
+    saes: dict[Site, Source] = {}
     neuronpedia: dict[Site, str] = {}
-    for key, source in row["dictionaries"].items():
+    for key, source in row["saes"].items():
         for site in _sites(str(key), layers, where, model):
-            dictionaries[site] = _filled(source, site.layer, folder, f"{where}: ")
+            saes[site] = _filled(source, site.layer, folder, f"{where}: ")
     for key, source in row.get("neuronpedia", {}).items():
         for site in _sites(str(key), layers, where, model):
             neuronpedia[site] = _called(source, site, where)
-    if not dictionaries:
-        raise ValueError(f"{where}: no dictionary is named")
+    if not saes:
+        raise ValueError(f"{where}: no SAE is named")
     found = SuiteRow(
         name=name,
         model=model,
-        dictionaries=dictionaries,
+        saes=saes,
         parameters=row.get("parameters") or 0,
         revision=row.get("revision"),
         about=row.get("about", ""),
@@ -304,7 +306,7 @@ def _fill(row: Mapping[str, Any], variant: str | None) -> dict[str, Any]:
             value = value.replace(f"{{{word}}}", str(meaning))
         return value
 
-    patterns = {key: filled(row[key]) for key in ("dictionaries", "neuronpedia") if key in row}
+    patterns = {key: filled(row[key]) for key in ("saes", "neuronpedia") if key in row}
     lists = {key: filled(row[key]) for key in ("by_l0",) if key in row}
     return {**row, **patterns, **lists, "features": words.get("features")}
 
@@ -346,27 +348,25 @@ def _filled(source: Any, layer: int, folder: Path | None, where: str = "") -> So
         return str(folder / path) if folder else path
     if not isinstance(source, dict) or set(source) != {"release", "id"}:
         raise ValueError(
-            f"{where}a dictionary is a sae-lens folder or has the keys release and id: got {source}"
+            f"{where}an SAE is a sae-lens folder or has the keys release and id: got {source}"
         )
     return {key: str(value).replace("{layer}", str(layer)) for key, value in source.items()}
 
 
 def _parameters(row: SuiteRow) -> int:
     if not (row.features and row.d_model and row.model_parameters):
-        return _count_parameters(Path(row.model), row.dictionaries)
-    widths = [
-        row.d_att or row.d_model if s.module == "att" else row.d_model for s in row.dictionaries
-    ]
+        return _count_parameters(Path(row.model), row.saes)
+    widths = [row.d_att or row.d_model if s.module == "att" else row.d_model for s in row.saes]
     return row.model_parameters + sum(row.features * (2 * d + 2) + d for d in widths)
 
 
-def _count_parameters(model: Path, dictionaries: Mapping[Site, Any]) -> int:
+def _count_parameters(model: Path, saes: Mapping[Site, Any]) -> int:
     # From the files' headers; what lies on a hub counts for nothing unless the row declares it.
     from safetensors import SafetensorError, safe_open
 
     folders = [
         model,
-        *(Path(source) for source in dictionaries.values() if isinstance(source, str)),
+        *(Path(source) for source in saes.values() if isinstance(source, str)),
     ]
     total = 0
     for path in (file for folder in folders for file in sorted(folder.glob("*.safetensors"))):

@@ -1,6 +1,6 @@
-"""The files of a dictionary: which they are, and the decoder alone out of them.
+"""The files of an SAE: which they are, and the decoder alone out of them.
 
-Whole dictionaries are sae-lens's to load. It always reads both matrices, though matching needs one:
+Whole SAEs are sae-lens's to load. It always reads both matrices, though matching needs one:
 what is known here of each family's format serves to read the decoder by itself.
 """
 
@@ -38,14 +38,14 @@ UNITS_AGREE = 0.01  # how far two statements of one scale may lie apart
 
 @dataclass(frozen=True)
 class SaeFiles:
-    """What has to be known to read a dictionary's decoder by itself.
+    """What has to be known to read an SAE's decoder by itself.
 
     Attributes:
         source: `release/id`, or a folder.
         weights: The file with the weights.
         decoder: The decoder's name in it.
         by_column: Whether each feature is a column of the decoder, and not a row.
-        hook: TransformerLens's name of the place where the dictionary was trained.
+        hook: TransformerLens's name of the place where the SAE was trained.
         model: The model it was trained on, if that is said.
         revision: The model's revision, if that is said.
         thresholds: The name of the thresholds in the file, or the one threshold of all features;
@@ -114,11 +114,11 @@ def _read(path: Path, name: str) -> Tensor | None:
 
 
 def load_sae(release: str, sae_id: str, device: str, dtype: str) -> Any:
-    """The whole of a dictionary, by sae-lens, from files that are on this machine.
+    """The whole of an SAE, by sae-lens, from files that are on this machine.
 
     Args:
         release: A release that sae-lens knows.
-        sae_id: A dictionary of it.
+        sae_id: An SAE of it.
         device: Torch device.
         dtype: Type of the weights.
 
@@ -178,11 +178,11 @@ def _gemma_scope_2_parts(
 
 
 def folder_files(folder: Path, site: Site) -> SaeFiles:
-    """The files of a dictionary that sae-lens saved in a folder.
+    """The files of an SAE that sae-lens saved in a folder.
 
     Args:
         folder: The folder.
-        site: Whose dictionary it is, for messages.
+        site: Whose SAE it is, for messages.
 
     Raises:
         FileNotFoundError: If the folder is no sae-lens folder.
@@ -198,7 +198,7 @@ def folder_files(folder: Path, site: Site) -> SaeFiles:
 
 
 def trained_on(folder: Path) -> str | None:
-    """The model that a dictionary in a folder says it was trained on."""
+    """The model that an SAE in a folder says it was trained on."""
     path = folder / "cfg.json"
     if not path.is_file():
         return None
@@ -207,13 +207,13 @@ def trained_on(folder: Path) -> str | None:
 
 
 def release_files(release: str, sae_id: str) -> SaeFiles | None:
-    """The files of a dictionary of a release that sae-lens knows, from the hub or its cache.
+    """The files of an SAE of a release that sae-lens knows, from the hub or its cache.
 
     Returns:
         None for the formats that are not known here; sae-lens alone reads those.
 
     Raises:
-        ValueError: If there is no such release, or no such dictionary in it.
+        ValueError: If there is no such release, or no such SAE in it.
         What `hub.fetch` raises.
     """
     listed = listed_release(release, sae_id)
@@ -225,7 +225,7 @@ def listed_release(release: str, sae_id: str) -> "PretrainedSAELookup":
     """What sae-lens's list says of a release.
 
     Raises:
-        ValueError: If there is no such release, or no such dictionary in it.
+        ValueError: If there is no such release, or no such SAE in it.
     """
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
@@ -234,7 +234,7 @@ def listed_release(release: str, sae_id: str) -> "PretrainedSAELookup":
         raise ValueError(f"sae-lens knows no release {release!r}{suggestion(release, known)}")
     if sae_id not in known[release].saes_map:
         near = suggestion(sae_id, known[release].saes_map)
-        raise ValueError(f"release {release} has no dictionary {sae_id!r}{near}")
+        raise ValueError(f"release {release} has no SAE {sae_id!r}{near}")
     return known[release]
 
 
@@ -258,7 +258,7 @@ def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
 
 
 def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
-    # The folder and the repository name the place; attention dictionaries read z.
+    # The folder and the repository name the place; attention SAEs read z.
     folder = listed.saes_map[sae_id]
     weights = fetch(listed.repo_id, f"{folder}/params.npz")
     module = listed.repo_id.rsplit("-", 1)[-1]
@@ -272,7 +272,7 @@ def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> Sae
 
 
 def _gemma_scope_2(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
-    # Folders of attention dictionaries say attn_out, and hold what reads the input of o_proj.
+    # Folders of attention SAEs say attn_out, and hold what reads the input of o_proj.
     folder = listed.saes_map[sae_id]
     fetch_if_there(listed.repo_id, f"{folder}/config.json")
     weights = fetch(listed.repo_id, f"{folder}/params.safetensors")

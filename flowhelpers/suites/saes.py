@@ -1,4 +1,4 @@
-"""One dictionary: its decoder in the residual basis, and its encoder.
+"""One SAE: its decoder in the residual basis, and its encoder.
 
 The decoder comes first and by itself; the rest is read when something asks for it.
 """
@@ -33,7 +33,7 @@ SMALLEST_THRESHOLD = 1e-6
 
 @dataclass(frozen=True)
 class Weights:
-    """A JumpReLU dictionary's weights, one row a feature: active where pre > threshold.
+    """A JumpReLU SAE's weights, one row a feature: active where pre > threshold.
 
     Attributes:
         encoder: Encoder rows.
@@ -49,7 +49,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Dictionary:
+class SAE:
     """A sparse autoencoder at a site.
 
     Attributes:
@@ -61,7 +61,7 @@ class Dictionary:
         excluded: Indices of the rows that hold NaN or infinity or are all zero.
         source: Where it was loaded from.
         whole: sae-lens's SAE, which encodes; or what loads it, once something asks for it.
-        reads: Where it reads: its site, or the attention heads' outputs z before W_O, `12/z`.
+        input_site: Where it reads: its site, or the attention heads' outputs z before W_O, `12/z`.
         files: The files that it is read from.
         dtype: Type of the SAE's weights, where it is still to be loaded.
     """
@@ -72,12 +72,12 @@ class Dictionary:
     excluded: Int[Tensor, "bad"]
     source: str
     whole: Any = field(repr=False)
-    reads: Site
+    input_site: Site
     files: SaeFiles | None = field(default=None, repr=False)
     dtype: str = "float32"
 
     @cached_property
-    def sae(self) -> Any:
+    def lens_sae(self) -> Any:
         """sae-lens's SAE, loaded the first time that it is asked for; None if there is none."""
         if self.whole is None or isinstance(self.whole, torch.nn.Module):
             return self.whole
@@ -89,10 +89,12 @@ class Dictionary:
         digest = hashlib.blake2b(digest_size=16)
         if self._stored:
             digest.update(f"{self._stored.content} {self.dtype}".encode())
-        elif self.sae is not None:
-            for tensor in self.sae.state_dict().values():
+        elif self.lens_sae is not None:
+            for tensor in self.lens_sae.state_dict().values():
                 digest.update(_bytes(tensor))
-        if not self._stored or self.reads != self.site:  # what the model makes of it counts too
+        if (
+            not self._stored or self.input_site != self.site
+        ):  # what the model makes of it counts too
             digest.update(_bytes(self.decoder))
         return digest.hexdigest()
 
@@ -101,7 +103,7 @@ class Dictionary:
         """Each feature's threshold, in units of its activation; None if it has none."""
         if self._stored:
             return read_thresholds(self._stored, self.width)
-        found = getattr(self.sae, "threshold", None)
+        found = getattr(self.lens_sae, "threshold", None)
         return None if found is None else found.detach().float()
 
     @property
@@ -112,7 +114,7 @@ class Dictionary:
     @property
     def normalises_tokens(self) -> bool:
         """Whether what is read is first brought to mean 0 and variance 1, token by token."""
-        return self.sae.cfg.normalize_activations == "layer_norm"
+        return self.lens_sae.cfg.normalize_activations == "layer_norm"
 
     @property
     def width(self) -> int:
@@ -144,17 +146,17 @@ class Dictionary:
         """Feature activations; a feature is active where its value is above zero (CHOICES 4).
 
         They are such that a feature adds its activation times its decoder row, at every token: of
-        a dictionary that brings each token to variance 1 first, they are scaled back (CHOICES 43).
+        an SAE that brings each token to variance 1 first, they are scaled back (CHOICES 43).
 
         Raises:
             ValueError: If there is no encoder.
         """
-        if self.sae is None:
+        if self.lens_sae is None:
             raise ValueError(
-                f"the dictionary for {self.site} has no encoder: its activations cannot be read"
+                f"the SAE for {self.site} has no encoder: its activations cannot be read"
             )
-        x = activations.to(self.sae.W_enc.dtype)
-        codes = self.sae.encode(x)
+        x = activations.to(self.lens_sae.W_enc.dtype)
+        codes = self.lens_sae.encode(x)
         return codes * x.std(dim=-1, keepdim=True) if self.normalises_tokens else codes
 
     @torch.no_grad()
@@ -167,43 +169,45 @@ class Dictionary:
 
         Args:
             features: Feature activations, as `encode` gives them.
-            at: What they were read from; needed where the dictionary normalises each token.
+            at: What they were read from; needed where the SAE normalises each token.
 
         Raises:
             ValueError: If it is needed and not given.
         """
         if not self.normalises_tokens:
-            return self.sae.decode(features)
+            return self.lens_sae.decode(features)
         if at is None:
             raise ValueError(
-                f"the dictionary for {self.site} normalises each token: decode needs what was read"
+                f"the SAE for {self.site} normalises each token: decode needs what was read"
             )
-        at = at.to(self.sae.W_enc.dtype)
+        at = at.to(self.lens_sae.W_enc.dtype)
         shift, scale = at.mean(dim=-1, keepdim=True), at.std(dim=-1, keepdim=True)
-        return features @ self.sae.W_dec + self.sae.b_dec * scale + shift
+        return features @ self.lens_sae.W_dec + self.lens_sae.b_dec * scale + shift
 
-    def rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
+    def decoder_rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
         """What features write for each unit of activation, at the site that is read, z included.
 
         Raises:
             ValueError: If there are no weights, or a row was excluded.
         """
-        if self.sae is None:
-            raise ValueError(f"the dictionary for {self.site} has no weights: it cannot write")
+        if self.lens_sae is None:
+            raise ValueError(f"the SAE for {self.site} has no weights: it cannot write")
         if (bad := features[torch.isin(features, self.excluded.to(features.device))]).numel():
             self.direction(FeatureId(self.site.layer, self.site.module, int(bad[0])))
-        return self.sae.W_dec.detach()[features.to(self.sae.W_dec.device)]
+        return self.lens_sae.W_dec.detach()[features.to(self.lens_sae.W_dec.device)]
 
-    def written(
+    def contribution(
         self, feature: FeatureId, activation: Float[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch d_model"]:
         """What one feature writes at these activations: `a · v`, in the scale of the stream.
 
         Raises:
-            ValueError: If the dictionary reads z: what it writes passes a norm on its way.
+            ValueError: If the SAE reads z: what it writes passes a norm on its way.
         """
-        if self.reads != self.site:
-            raise ValueError(f"{feature} reads {self.reads}: only the direction it writes is known")
+        if self.input_site != self.site:
+            raise ValueError(
+                f"{feature} reads {self.input_site}: only the direction it writes is known"
+            )
         size = activation[..., None].to(self.norms) * self.norms[feature.index]
         return size * self.direction(feature)
 
@@ -218,14 +222,14 @@ class Dictionary:
         Raises:
             ValueError: If there is no threshold to fold in.
         """
-        sae, threshold = self.sae, self.thresholds
+        lens_sae, threshold = self.lens_sae, self.thresholds
         if threshold is None and folded:
-            raise ValueError(
-                f"the dictionary for {self.site} ({self.source}) has no thresholds to fold"
-            )
-        encoder, bias, decoder = (w.detach().float() for w in (sae.W_enc, sae.b_enc, sae.W_dec))
-        if sae.cfg.apply_b_dec_to_input:
-            bias = bias - sae.b_dec.detach().float() @ encoder
+            raise ValueError(f"the SAE for {self.site} ({self.source}) has no thresholds to fold")
+        encoder, bias, decoder = (
+            w.detach().float() for w in (lens_sae.W_enc, lens_sae.b_enc, lens_sae.W_dec)
+        )
+        if lens_sae.cfg.apply_b_dec_to_input:
+            bias = bias - lens_sae.b_dec.detach().float() @ encoder
         at = torch.zeros_like(bias) if threshold is None else threshold.to(bias)
         at = at.nan_to_num(0.0, 0.0, 0.0)  # as of the encoders that are not finite
         found = Weights(encoder.T, bias, decoder, at)
@@ -237,9 +241,9 @@ class Dictionary:
         )
 
 
-def make_dictionary(
-    site: Site, sae: Any, d_model: int, source: str, output: AttentionOutput | None = None
-) -> Dictionary:
+def make_sae(
+    site: Site, lens_sae: Any, d_model: int, source: str, output: AttentionOutput | None = None
+) -> SAE:
     """Bring an SAE's decoder to the residual basis; note what is wrong with it.
 
     A decoder that writes at z, before W_O, is brought there by W_O and the gain of the norm after
@@ -248,7 +252,7 @@ def make_dictionary(
 
     Args:
         site: The site.
-        sae: An SAE of sae-lens.
+        lens_sae: An SAE of sae-lens.
         d_model: Width of the model's stream, which the directions have to share.
         source: Where it came from, for messages.
         output: How the model brings z into the stream at this layer.
@@ -256,13 +260,13 @@ def make_dictionary(
     Raises:
         ValueError: If the width is another, the hook is not the site's, or no row is usable.
     """
-    reads = _hooked_site(site, sae.cfg.metadata.hook_name, source)
-    decoder = _in_stream(sae.W_dec.detach(), site, reads, source, output)
-    decoder, norms, bad = _usable(decoder.clone(), site, d_model, source, _silenced(sae))
+    reads = _hooked_site(site, lens_sae.cfg.metadata.hook_name, source)
+    decoder = _in_stream(lens_sae.W_dec.detach(), site, reads, source, output)
+    decoder, norms, bad = _usable(decoder.clone(), site, d_model, source, _silenced(lens_sae))
     if len(bad):
-        _silence([sae.W_dec, *_encoder_rows(sae)], bad)
+        _silence([lens_sae.W_dec, *_encoder_rows(lens_sae)], bad)
         _warn(bad, len(norms), site, source)
-    return Dictionary(site, decoder, norms, bad, source, sae, reads)
+    return SAE(site, decoder, norms, bad, source, lens_sae, reads)
 
 
 def _in_stream(
@@ -272,10 +276,10 @@ def _in_stream(
         return decoder
     if output is None:
         raise ValueError(
-            f"the dictionary for {site} ({source}) reads z, before W_O: it cannot be compared"
+            f"the SAE for {site} ({source}) reads z, before W_O: it cannot be compared"
             " with the stream unless its model says how z gets there"
         )
-    return output.in_stream(decoder)
+    return output.to_residual(decoder)
 
 
 def _usable(
@@ -284,7 +288,7 @@ def _usable(
     # The rows, with zeros in place of those that are of no use; their norms; and which those are.
     if decoder.shape[1] != d_model:
         raise ValueError(
-            f"the dictionary for {site} ({source}) has width {decoder.shape[1]}:"
+            f"the SAE for {site} ({source}) has width {decoder.shape[1]}:"
             f" expected {d_model}, the width of its model"
         )
     norms = torch.linalg.vector_norm(decoder, dim=1, dtype=torch.float32)
@@ -293,7 +297,7 @@ def _usable(
         useless |= silenced
     bad = torch.nonzero(useless).flatten()
     if len(bad) == len(norms):
-        raise ValueError(f"the dictionary for {site} ({source}) has no decoder row that is usable")
+        raise ValueError(f"the SAE for {site} ({source}) has no decoder row that is usable")
     decoder = decoder.contiguous()
     decoder[bad] = norms[bad] = 0
     return decoder, norms, bad
@@ -311,12 +315,14 @@ def _listed(rows: Tensor) -> str:
     return ", ".join(str(int(i)) for i in rows[:10]) + (", …" if len(rows) > 10 else "")
 
 
-def _encoder_rows(sae: Any) -> list[Tensor]:
-    return [sae.W_enc.T, sae.b_enc[:, None], *_thresholds(sae)]
+def _encoder_rows(lens_sae: Any) -> list[Tensor]:
+    return [lens_sae.W_enc.T, lens_sae.b_enc[:, None], *_thresholds(lens_sae)]
 
 
-def _silenced(sae: Any) -> Tensor:
-    return ~torch.stack([torch.isfinite(rows).all(dim=1) for rows in _encoder_rows(sae)]).all(0)
+def _silenced(lens_sae: Any) -> Tensor:
+    return ~torch.stack([torch.isfinite(rows).all(dim=1) for rows in _encoder_rows(lens_sae)]).all(
+        0
+    )
 
 
 @torch.no_grad()
@@ -330,8 +336,8 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
 
 
-def _thresholds(sae: Any) -> list[Tensor]:
-    return [sae.threshold[:, None]] if hasattr(sae, "threshold") else []
+def _thresholds(lens_sae: Any) -> list[Tensor]:
+    return [lens_sae.threshold[:, None]] if hasattr(lens_sae, "threshold") else []
 
 
 def _hooked_site(site: Site, hook: str | None, source: str) -> Site:
@@ -340,12 +346,10 @@ def _hooked_site(site: Site, hook: str | None, source: str) -> Site:
         return site
     if site.module == "att" and hook == HOOKS["z"].format(layer=site.layer):
         return Site(site.layer, "z")
-    raise ValueError(
-        f"the dictionary for {site} ({source}) was trained at {hook}: expected {expected}"
-    )
+    raise ValueError(f"the SAE for {site} ({source}) was trained at {hook}: expected {expected}")
 
 
-def read_dictionary(
+def read_sae(
     files: SaeFiles,
     load: Callable[[], Any],
     site: Site,
@@ -353,20 +357,20 @@ def read_dictionary(
     device: str,
     dtype: str,
     output: Callable[[], AttentionOutput] | None = None,
-) -> Dictionary:
+) -> SAE:
     """Read the decoder alone; the SAE is loaded when something asks for it.
 
     Args:
-        files: The dictionary's files.
+        files: The SAE's files.
         load: Loads the SAE.
         site: The site.
         d_model: Width of the model's stream.
         device: Torch device of decoder and SAE.
         dtype: Type of the SAE's weights; the decoder is in the type it is stored in.
-        output: Says how the model brings z into the stream; asked only if the dictionary reads z.
+        output: Says how the model brings z into the stream; asked only if the SAE reads z.
 
     Raises:
-        ValueError: As `make_dictionary` does, or if the file is truncated or corrupt.
+        ValueError: As `make_sae` does, or if the file is truncated or corrupt.
     """
     reads = _hooked_site(site, files.hook, files.source)
     brings = output() if output is not None and reads != site else None
@@ -380,10 +384,10 @@ def read_dictionary(
         _warn(bad, len(norms), site, files.source)
 
     def whole() -> Any:
-        sae = load()
+        lens_sae = load()
         if reads != site:  # here the heads lie side by side already
-            sae.turn_off_forward_pass_hook_z_reshaping()
-        deaf = torch.nonzero(_silenced(sae)).flatten()
+            lens_sae.turn_off_forward_pass_hook_z_reshaping()
+        deaf = torch.nonzero(_silenced(lens_sae)).flatten()
         deaf = deaf[~torch.isin(deaf, bad.to(deaf))]
         if len(deaf):
             warnings.warn(
@@ -391,14 +395,12 @@ def read_dictionary(
                 f" that is not finite; they are never active here: {_listed(deaf)}",
                 stacklevel=3,
             )
-            _silence(_encoder_rows(sae), deaf)  # what they would write is known
-        _silence([sae.W_dec, *_encoder_rows(sae)], bad.to(deaf))
-        return sae
+            _silence(_encoder_rows(lens_sae), deaf)  # what they would write is known
+        _silence([lens_sae.W_dec, *_encoder_rows(lens_sae)], bad.to(deaf))
+        return lens_sae
 
     norms = norms / files.scale
-    return Dictionary(
-        site, decoder, norms, bad, files.source, whole, reads, files=files, dtype=dtype
-    )
+    return SAE(site, decoder, norms, bad, files.source, whole, reads, files=files, dtype=dtype)
 
 
 def load_folder(
@@ -408,12 +410,12 @@ def load_folder(
     device: str,
     dtype: str,
     output: Callable[[], AttentionOutput] | None = None,
-) -> Dictionary:
-    """Load a dictionary from a folder in sae-lens's format.
+) -> SAE:
+    """Load an SAE from a folder in sae-lens's format.
 
     Raises:
         FileNotFoundError: If the folder is no sae-lens folder.
-        ValueError: If a file is truncated or corrupt, or the dictionary does not fit; what only
+        ValueError: If a file is truncated or corrupt, or the SAE does not fit; what only
             the encoder tells, once that is asked for.
     """
     from sae_lens import SAE
@@ -429,12 +431,12 @@ def load_folder(
         files = folder_files(path, site)
     except ValueError as error:
         raise _unreadable(path, site, error) from error
-    return read_dictionary(files, load, site, d_model, device, dtype, output)
+    return read_sae(files, load, site, d_model, device, dtype, output)
 
 
 def _unreadable(source: str | Path, site: Site, error: Exception) -> ValueError:
     return ValueError(
-        f"the dictionary for {site} in {source} cannot be read,"
+        f"the SAE for {site} in {source} cannot be read,"
         f" a file of it may be truncated or corrupt: {error}"
     )
 
@@ -447,11 +449,11 @@ def load_release(
     device: str,
     dtype: str,
     output: Callable[[], AttentionOutput] | None = None,
-) -> Dictionary:
-    """Load a dictionary of a release that sae-lens knows, from the hub or its cache.
+) -> SAE:
+    """Load an SAE of a release that sae-lens knows, from the hub or its cache.
 
     Raises:
-        ValueError: As `make_dictionary` does; if there is no such release or dictionary.
+        ValueError: As `make_sae` does; if there is no such release or SAE.
         What `hub.fetch` raises.
     """
     files = release_files(release, sae_id)
@@ -460,8 +462,8 @@ def load_release(
         return load_sae(release, sae_id, device, dtype)
 
     if files is not None:
-        return read_dictionary(files, load, site, d_model, device, dtype, output)
-    sae = load()
-    reads_z = str(sae.cfg.metadata.hook_name).endswith("hook_z")
+        return read_sae(files, load, site, d_model, device, dtype, output)
+    lens_sae = load()
+    reads_z = str(lens_sae.cfg.metadata.hook_name).endswith("hook_z")
     brings = output() if output is not None and reads_z else None
-    return make_dictionary(site, sae, d_model, f"{release}/{sae_id}", brings)
+    return make_sae(site, lens_sae, d_model, f"{release}/{sae_id}", brings)

@@ -1,4 +1,4 @@
-"""The figures of a suite, measured: loss, dictionaries, flow against chance, tests and themes."""
+"""The figures of a suite, measured: loss, SAEs, flow against chance, tests and themes."""
 
 import math
 from collections.abc import Callable
@@ -14,15 +14,15 @@ from flowhelpers.activations.corpora import load_texts, passages
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.groups.occurrences import occurrences
 from flowhelpers.groups.significance import share_significant, significance
-from flowhelpers.labels.describe import auc, top_contexts, top_tokens, written_tokens
-from flowhelpers.matching.table import match_table, predecessor_sites, scores
+from flowhelpers.labels.describe import auc, top_contexts, top_logit_tokens, top_tokens
+from flowhelpers.matching.table import feature_scores, match_table, predecessor_sites
 from flowhelpers.runs.run import progress
 from flowhelpers.suites.model import (
     Activations,
     Edit,
     Tokens,
     logits_of,
-    run,
+    run_model,
     token_losses,
     tokenize,
 )
@@ -31,24 +31,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from flowhelpers.suites.load import Suite
-    from flowhelpers.suites.saes import Dictionary
+    from flowhelpers.suites.saes import SAE
 
 
 def measure(
     suite: "Suite", tokens: Tokens, k: int = 1, seed: int = 0
 ) -> "tuple[dict[str, float], dict[str, pd.DataFrame]]":
     """The figures of a suite on a text, and the tables behind them."""
-    if not any(site.module == "res" for site in suite.dictionaries):
-        raise ValueError(f"suite {suite.name} has no residual dictionary: there is no flow in it")
+    if not any(site.module == "res" for site in suite.saes):
+        raise ValueError(f"suite {suite.name} has no residual SAE: there is no flow in it")
     nats, bits = bits_per_byte(suite, tokens)
     activations = collect_tokens(suite, tokens)
-    tables = {"sites": measure_dictionaries(suite, tokens)}
+    tables = {"sites": measure_saes(suite, tokens)}
     found = {"bits per byte": bits, "nats per token": nats} | site_figures(tables["sites"])
     if any(_has_all(suite, layer) for layer in range(1, suite.layers)):
         matches = match_table(suite, k, seed)
         active = occurrences(matches, activations)
         sampled = active.table["token_row"].isin(sample_tokens(activations, seed=seed))
-        tables["flow"] = measure_flow(scores(matches), activations, active.table)
+        tables["flow"] = measure_flow(feature_scores(matches), activations, active.table)
         tests = significance(replace(active, table=active.table[sampled]))
         tables["tests"] = share_significant(tests).reset_index()
         found |= flow_figures(tables["flow"], tables["tests"], active.table["res"].mean())
@@ -60,11 +60,11 @@ def measure(
 
 def _has_all(suite: "Suite", layer: int) -> bool:
     site = Site(layer, "res")
-    return {site, *predecessor_sites(site).values()} <= set(suite.dictionaries)
+    return {site, *predecessor_sites(site).values()} <= set(suite.saes)
 
 
 def site_figures(sites: "pd.DataFrame") -> dict[str, float]:
-    """The worst site of `measure_dictionaries`; dead and crowded ones of all, others by module."""
+    """The worst site of `measure_saes`; dead and crowded ones of all, others by module."""
     residual = sites["site"].str.endswith("/res")
     explained = sites["explained_variance"]
     modules = {"explained variance, lowest mlp, att": explained[~residual].min()}
@@ -130,7 +130,7 @@ def bits_per_byte(suite: "Suite", tokens: Tokens, batch: int = 16) -> tuple[floa
     return nats / count, nats / size / math.log(2)
 
 
-def measure_dictionaries(
+def measure_saes(
     suite: "Suite", tokens: Tokens, batch: int = 16, loss_rows: int = 32
 ) -> "pd.DataFrame":
     """L0, explained variance, dead share and loss recovered at every site.
@@ -147,20 +147,22 @@ def measure_dictionaries(
     """
     import pandas as pd
 
-    sites = list(suite.dictionaries)
-    reads = {site: suite.dictionary(site).reads for site in sites}
+    sites = list(suite.saes)
+    reads = {site: suite.sae(site).input_site for site in sites}
     sums = {site: dict.fromkeys(("error", "square", "active"), 0.0) for site in sites}
     totals: dict[Site, torch.Tensor] = dict.fromkeys(sites, torch.zeros(()))
-    fired = {site: torch.zeros(suite.dictionary(site).width, dtype=torch.bool) for site in sites}
+    fired = {site: torch.zeros(suite.sae(site).width, dtype=torch.bool) for site in sites}
     count = 0
     for rows in progress(torch.arange(len(tokens.ids)).split(batch), "reconstruction"):
         ids, is_text = tokens.ids[rows], tokens.is_text[rows]
-        _, read = run(suite.model, ids, read=list(reads.values()), stop_after=suite.layers - 1)
+        _, read = run_model(
+            suite.model, ids, read=list(reads.values()), stop_after=suite.layers - 1
+        )
         count += int(is_text.sum())
         for site in sites:
             x = read[reads[site]][is_text].float()
-            codes = suite.dictionary(site).encode(x)
-            error = x - suite.dictionary(site).decode(codes, x).float()
+            codes = suite.sae(site).encode(x)
+            error = x - suite.sae(site).decode(codes, x).float()
             sums[site]["error"] += error.double().square().sum().item()
             sums[site]["square"] += x.double().square().sum().item()
             sums[site]["active"] += (codes > 0).sum().item()
@@ -188,7 +190,7 @@ def measure_dictionaries(
 def loss_recovered(
     suite: "Suite", tokens: Tokens, rows: int = 32, batch: int = 16
 ) -> dict[Site, float]:
-    """Share of the loss that zeroing a site costs which its dictionary's reconstruction saves."""
+    """Share of the loss that zeroing a site costs which its SAE's reconstruction saves."""
     parts = list(
         zip(tokens.ids[:rows].split(batch), tokens.is_text[:rows].split(batch), strict=True)
     )
@@ -205,14 +207,14 @@ def loss_recovered(
             losses.append(found[is_text[:, 1:]])
         return torch.cat(losses).double().mean().item()
 
-    def rebuilt(x: Activations, dictionary: "Dictionary") -> Activations:
-        return dictionary.decode(dictionary.encode(x), x)
+    def rebuilt(x: Activations, sae: "SAE") -> Activations:
+        return sae.decode(sae.encode(x), x)
 
-    clean = loss(next(iter(suite.dictionaries)), lambda x: x)
+    clean = loss(next(iter(suite.saes)), lambda x: x)
     recovered = {}
-    for site, dictionary in progress(list(suite.dictionaries.items()), "loss recovered"):
-        zeroed = loss(dictionary.reads, torch.zeros_like)
-        kept = loss(dictionary.reads, partial(rebuilt, dictionary=dictionary))
+    for site, sae in progress(list(suite.saes.items()), "loss recovered"):
+        zeroed = loss(sae.input_site, torch.zeros_like)
+        kept = loss(sae.input_site, partial(rebuilt, sae=sae))
         recovered[site] = (zeroed - kept) / (zeroed - clean)
     return recovered
 
@@ -264,7 +266,7 @@ def measure_themes(suite: "Suite", seed: int = 0) -> "pd.DataFrame":
     import pandas as pd
 
     frame = passages()
-    sites = [site for site in suite.dictionaries if site.module == "res"]
+    sites = [site for site in suite.saes if site.module == "res"]
     activations = collect(suite, frame["text"].tolist(), sites)
     text = activations.tokens["text"].to_numpy()
     strongest, features = [], []
@@ -312,14 +314,12 @@ def example_features(suite: "Suite", activations: FeatureActivations) -> "pd.Dat
     import pandas as pd
 
     records = []
-    for site in suite.dictionaries:
-        often = np.bincount(
-            activations.by_site[site].tocoo().col, minlength=suite.dictionary(site).width
-        )
+    for site in suite.saes:
+        often = np.bincount(activations.by_site[site].tocoo().col, minlength=suite.sae(site).width)
         order = np.argsort(often, kind="stable")[(often == 0).sum() :]
         for share in (1 / 3, 2 / 3) if len(order) else ():
             feature = FeatureId(site.layer, site.module, int(order[int(share * len(order))]))
-            writes = written_tokens(suite, feature, 8)["token"]
+            writes = top_logit_tokens(suite, feature, 8)["token"]
             reads = top_tokens(suite, feature, activations, 8)["token"]
             contexts = top_contexts(suite, feature, activations, k=3, width=6)
             shown = contexts["before"] + "«" + contexts["token"] + "»" + contexts["after"]

@@ -1,4 +1,4 @@
-"""The whole recipe of a suite: model, dictionaries, and the folder that `load_suite` reads."""
+"""The whole recipe of a suite: model, SAEs, and the folder that `load_suite` reads."""
 
 import os
 import re
@@ -30,14 +30,14 @@ from flowhelpers.training.language_model import (
     train_model,
 )
 from flowhelpers.training.saes import (
-    DictionaryRecipe,
+    SAERecipe,
     check_begun,
     steps_per_chunk,
-    train_dictionaries,
+    train_saes,
 )
 
 FLOWLET = DATA / "flowlet-recipe.yaml"
-KEYS = {"name", "sources", "licences", "about", "model", "dictionaries", "exceptions"}
+KEYS = {"name", "sources", "licences", "about", "model", "saes", "exceptions"}
 OTHERS = "others"
 RESERVED = {OTHERS, "model", "tokens"}  # folders of a training that are no exception's
 SMALL, LARGE = 1e-9, 1e15
@@ -63,7 +63,7 @@ class SuiteRecipe:
         sources: Name of each text source and its share of the tokens.
         licences: What each source is and its licence, for the card.
         model: How the language model is trained.
-        dictionaries: How its dictionaries are trained.
+        saes: How its SAEs are trained.
         exceptions: For some sites another way: its name, the sites (`1/res`, or `att` for all of a
             module) and the numbers.
     """
@@ -73,16 +73,16 @@ class SuiteRecipe:
     sources: dict[str, float]
     licences: dict[str, str]
     model: ModelRecipe
-    dictionaries: DictionaryRecipe
-    exceptions: dict[str, tuple[tuple[str, ...], DictionaryRecipe]]
+    saes: SAERecipe
+    exceptions: dict[str, tuple[tuple[str, ...], SAERecipe]]
 
-    def groups(self, sites: Sequence[Site]) -> dict[str, tuple[list[Site], DictionaryRecipe]]:
+    def groups(self, sites: Sequence[Site]) -> dict[str, tuple[list[Site], SAERecipe]]:
         """The sites that are trained alike, and how; those of no exception are called `others`.
 
         Raises:
             ValueError: If an exception names a site that is not there, or is another's too.
         """
-        groups: dict[str, tuple[list[Site], DictionaryRecipe]] = {}
+        groups: dict[str, tuple[list[Site], SAERecipe]] = {}
         left = list(sites)
         for name, (patterns, recipe) in self.exceptions.items():
             group = [site for site in left if {str(site), site.module} & set(patterns)]
@@ -95,12 +95,12 @@ class SuiteRecipe:
                     )
             left = [site for site in left if site not in group]
             groups[name] = (group, recipe)
-        return {OTHERS: (left, self.dictionaries), **groups} if left else groups
+        return {OTHERS: (left, self.saes), **groups} if left else groups
 
     @property
     def most_tokens(self) -> int:
-        """The most tokens that any dictionary is trained on."""
-        return max(d.tokens for d in (self.dictionaries, *(d for _, d in self.exceptions.values())))
+        """The most tokens that any SAE is trained on."""
+        return max(d.tokens for d in (self.saes, *(d for _, d in self.exceptions.values())))
 
 
 def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
@@ -132,24 +132,24 @@ def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
     model = _filled(ModelRecipe, content.get("model", {}), f"{path}: model", sources=sources)
     _check_heads(model, f"{path}: model")
 
-    def dictionaries(values: Any, where: str) -> DictionaryRecipe:
-        numbers = _filled(DictionaryRecipe, values, f"{path}: {where}")
+    def saes(values: Any, where: str) -> SAERecipe:
+        numbers = _filled(SAERecipe, values, f"{path}: {where}")
         _check_batches(numbers, model.context, f"{path}: {where}")
         return numbers
 
-    def exception(name: Any, change: Any) -> tuple[tuple[str, ...], DictionaryRecipe]:
+    def exception(name: Any, change: Any) -> tuple[tuple[str, ...], SAERecipe]:
         sites = _patterns(name, change, f"{path}: {name}")
         numbers = {key: value for key, value in change.items() if key != "sites"}
-        return sites, dictionaries({**usual, **numbers}, str(name))
+        return sites, saes({**usual, **numbers}, str(name))
 
-    usual = content.get("dictionaries", {})
+    usual = content.get("saes", {})
     return SuiteRecipe(
         name=content["name"],
         about=content.get("about", ""),
         sources=sources,
         licences=content.get("licences", {}),
         model=model,
-        dictionaries=dictionaries(usual, "dictionaries"),
+        saes=saes(usual, "saes"),
         exceptions={
             str(name): exception(name, change)
             for name, change in content.get("exceptions", {}).items()
@@ -220,7 +220,7 @@ def _check_heads(m: ModelRecipe, where: str) -> None:
         )
 
 
-def _check_batches(numbers: DictionaryRecipe, context: int, where: str) -> None:
+def _check_batches(numbers: SAERecipe, context: int, where: str) -> None:
     if numbers.k > numbers.features:
         raise ValueError(
             f"{where}: k is {numbers.k}, expected 1 to {numbers.features}, the number of features"
@@ -250,7 +250,7 @@ def train_suite(
     model: str | None = None,
     device: str = "cpu",
 ) -> Path:
-    """Train a suite, or dictionaries for a model that is there already.
+    """Train a suite, or SAEs for a model that is there already.
 
     What is finished is not done twice: a call after a kill goes on where the last checkpoint was.
     Each stage keeps what decided it beside what it made, and is taken up with the same alone.
@@ -259,7 +259,7 @@ def train_suite(
         folder: Where the suite goes; checkpoints and tokens lie in `folder/training`.
         text: Where the recipe's text files lie.
         recipe: A recipe file; by default the one of `flowlet`.
-        model: A Hugging Face folder or name; then only dictionaries are trained, for it.
+        model: A Hugging Face folder or name; then only SAEs are trained, for it.
         device: A torch device; where it says `auto`, a GPU if there is one.
 
     Returns:
@@ -303,7 +303,7 @@ def _train(
             "sources": settings.sources,
             "context": m.context,
             "tokens": settings.most_tokens,
-            "seed": settings.dictionaries.seed,
+            "seed": settings.saes.seed,
             "text": digests(settings.sources, text),
         }
     groups = settings.groups(sites)
@@ -318,7 +318,7 @@ def _train(
     assert model is not None
     name = settings.name if Path(model).is_dir() else model
     trained = [
-        train_dictionaries(
+        train_saes(
             numbers,
             loaded,
             _reading(data, settings, numbers),
@@ -354,7 +354,7 @@ def about(
         settings: The recipe.
         work: The folder of the training.
         groups: The groups of sites that were trained alike.
-        model: The model that was there already, if the recipe trained dictionaries alone.
+        model: The model that was there already, if the recipe trained SAEs alone.
     """
     records = {group: read_json(work / group / "recipe.json") for group in groups}
     lines = [f"# {settings.name}", "", settings.about, "", "## The model", ""]
@@ -393,7 +393,7 @@ def about(
         f" stand{'s' if seen < 2 else ''} in this text word for word"
         f"{': what is measured on them is measured on text seen in training' if seen else ''}.",
         "",
-        "## The dictionaries",
+        "## The SAEs",
         "",
         "One at the output of each layer (`res`), and at what its attention (`att`) and its MLP"
         " (`mlp`) add to the stream. They were trained as BatchTopK SAEs with sae-lens and saved as"
@@ -405,7 +405,7 @@ def about(
     ]
     for group, record in records.items():
         numbers = {key: record[key] for key in record.keys() - {"sites", "origin"}}
-        d = DictionaryRecipe(**numbers)
+        d = SAERecipe(**numbers)
         sites = "all others" if group == OTHERS and len(records) > 1 else ", ".join(record["sites"])
         lines.append(
             f"| {sites} | {d.features:,} | {d.k} | {d.steps * d.batch:,} | {d.batch} | {d.lr:g} |"
@@ -420,7 +420,7 @@ def _rows_for(
     rows, seen = {}, set()
     for name, source in [(name, load_source(name, text)) for name in settings.sources]:
         budget = int(7 * settings.most_tokens * settings.sources[name] / total)
-        documents = source.train(settings.dictionaries.seed, budget)
+        documents = source.train(settings.saes.seed, budget)
         seen |= passages_in(documents)
         rows[name] = token_rows(documents, model.tokenizer, settings.model.context)
     work.mkdir(parents=True, exist_ok=True)
@@ -429,7 +429,7 @@ def _rows_for(
 
 
 def _reading(
-    data: Mapping[str, np.ndarray], settings: SuiteRecipe, recipe: DictionaryRecipe
+    data: Mapping[str, np.ndarray], settings: SuiteRecipe, recipe: SAERecipe
 ) -> np.ndarray:
     context = next(iter(data.values())).shape[1]
     total = (recipe.steps // steps_per_chunk(recipe, context) + 1) * recipe.rows
@@ -439,24 +439,24 @@ def _reading(
     return np.stack([data[names[source]][row] for source, row in order])
 
 
-def assemble(folder: Path, settings: SuiteRecipe, model: str, dictionaries: Sequence[Path]) -> Path:
-    """Put model and dictionaries into a suite's folder; the model only if it is a folder."""
+def assemble(folder: Path, settings: SuiteRecipe, model: str, saes: Sequence[Path]) -> Path:
+    """Put model and SAEs into a suite's folder; the model only if it is a folder."""
     import yaml
 
     place = model
     if Path(model).is_dir():
         place = "model"
         _copy(Path(model), folder / place)
-    for part in (path for group in dictionaries for path in group.iterdir() if path.is_dir()):
-        _copy(part, folder / "dictionaries" / part.name)
-    names = {path.name for path in (folder / "dictionaries").iterdir() if path.is_dir()}
+    for part in (path for group in saes for path in group.iterdir() if path.is_dir()):
+        _copy(part, folder / "saes" / part.name)
+    names = {path.name for path in (folder / "saes").iterdir() if path.is_dir()}
     modules = sorted({name.split("-")[1] for name in names}, reverse=True)
     row = {
         "name": settings.name,
         "about": settings.about,
         "model": place,
         "layers": 1 + max(int(name.split("-")[0]) for name in names),
-        "dictionaries": {module: f"dictionaries/{{layer}}-{module}" for module in modules},
+        "saes": {module: f"saes/{{layer}}-{module}" for module in modules},
     }
     write_text(folder / "suite.yaml", yaml.safe_dump(row, sort_keys=False))
     return folder

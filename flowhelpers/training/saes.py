@@ -1,6 +1,6 @@
-"""Train a dictionary for every site of a model, all sites in one pass over the text.
+"""Train an SAE for every site of a model, all sites in one pass over the text.
 
-Each dictionary is a BatchTopK SAE of sae-lens, stepped by sae-lens's own `SAETrainer` and saved as
+Each SAE is a BatchTopK SAE of sae-lens, stepped by sae-lens's own `SAETrainer` and saved as
 the JumpReLU SAE that `sae_lens.SAE.load_from_disk` reads. Every site starts from random weights of
 its own: a likeness between layers is then the model's doing and not the recipe's.
 """
@@ -24,17 +24,17 @@ from tqdm import tqdm
 
 from flowhelpers.core.features import Site
 from flowhelpers.core.files import check_unchanged, write_json
-from flowhelpers.suites.model import HOOKS, Model, run
+from flowhelpers.suites.model import HOOKS, Model, run_model
 
 SPARE = 0.94  # share of a chunk's tokens that is used: the rest makes up for special tokens
 
 
 @dataclass(frozen=True)
-class DictionaryRecipe:
-    """Every number that decides how the dictionaries of a model are trained.
+class SAERecipe:
+    """Every number that decides how the SAEs of a model are trained.
 
     Attributes:
-        features: Features of each dictionary.
+        features: Features of each SAE.
         k: Features active per token, on average over a batch.
         tokens: Training tokens in all.
         batch: Tokens in one step: many small steps settle decoders faster than few large ones.
@@ -65,8 +65,8 @@ class DictionaryRecipe:
         return max(1, self.tokens // self.batch)
 
 
-def train_dictionaries(
-    recipe: DictionaryRecipe,
+def train_saes(
+    recipe: SAERecipe,
     model: Model,
     rows: Integer[np.ndarray, "rows context"],
     folder: Path,
@@ -75,26 +75,26 @@ def train_dictionaries(
     model_name: str | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Train a dictionary at every site and save each as a sae-lens folder.
+    """Train an SAE at every site and save each as a sae-lens folder.
 
     Args:
         recipe: The numbers.
-        model: The model; its device is used for the dictionaries as well.
+        model: The model; its device is used for the SAEs as well.
         rows: Token ids, one row of text each, in the order in which they are to be read.
         folder: Where checkpoints are kept; a second call goes on from the last one, with the same
             recipe, sites and origin alone.
         sites: The sites; by default all of the model's.
         checkpoint_every: Seconds between checkpoints.
-        model_name: The model's name in the saved dictionaries; by default what it was loaded from.
+        model_name: The model's name in the saved SAEs; by default what it was loaded from.
         origin: What decided model and rows, for the record.
 
     Returns:
-        The folder `folder/dictionaries` with one sae-lens folder for each site, `0-res` and so on.
+        The folder `folder/SAEs` with one sae-lens folder for each site, `0-res` and so on.
 
     Raises:
         ValueError: If what is in `folder` was begun in another way.
     """
-    final = folder / "dictionaries"
+    final = folder / "saes"
     sites = list(sites or model.sites())
     record = check_begun(recipe, folder, sites, origin)
     if final.exists():
@@ -109,7 +109,7 @@ def train_dictionaries(
     chunk_steps = steps_per_chunk(recipe, rows.shape[1])
     stream = batches(recipe, model, rows, sites, chunk=done // chunk_steps)
     saved_at = time.monotonic()
-    bar = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc="dictionaries")
+    bar = tqdm(range(done, recipe.steps), initial=done, total=recipe.steps, desc="saes")
     with _threads(model.device) as pool:
         for step in bar:
             batch = next(stream)
@@ -124,10 +124,10 @@ def train_dictionaries(
             if at_boundary and time.monotonic() - saved_at > checkpoint_every:
                 _checkpoint(trainers, folder, step + 1)
                 saved_at = time.monotonic()
-    part = folder / "dictionaries.part"
+    part = folder / "SAEs.part"
     shutil.rmtree(part, ignore_errors=True)
     for site, trainer in trainers.items():
-        save_dictionary(trainer, part / f"{site.layer}-{site.module}")
+        save_sae(trainer, part / f"{site.layer}-{site.module}")
     os.replace(part, final)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
@@ -135,23 +135,23 @@ def train_dictionaries(
 
 
 def check_begun(
-    recipe: DictionaryRecipe,
+    recipe: SAERecipe,
     folder: Path,
     sites: Sequence[Site],
     origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The record of what decides dictionaries; those begun in `folder` have to have the same.
+    """The record of what decides SAEs; those begun in `folder` have to have the same.
 
     Raises:
         ValueError: If they have not.
     """
     record = {"sites": sorted(map(str, sites)), **asdict(recipe), "origin": dict(origin or {})}
-    if (folder / "dictionaries").exists() or any(folder.glob("checkpoint-*")):
+    if (folder / "saes").exists() or any(folder.glob("checkpoint-*")):
         check_unchanged(folder / "recipe.json", record)
     return record
 
 
-def steps_per_chunk(recipe: DictionaryRecipe, context: int) -> int:
+def steps_per_chunk(recipe: SAERecipe, context: int) -> int:
     """Steps that one forward pass of the model feeds."""
     steps = int(SPARE * recipe.rows * (context - 1)) // recipe.batch
     if steps < 1:
@@ -163,7 +163,7 @@ def steps_per_chunk(recipe: DictionaryRecipe, context: int) -> int:
 
 
 def batches(
-    recipe: DictionaryRecipe,
+    recipe: SAERecipe,
     model: Model,
     rows: Integer[np.ndarray, "rows context"],
     sites: Sequence[Site],
@@ -179,7 +179,7 @@ def batches(
         first = chunk * recipe.rows
         picked = np.arange(first, first + recipe.rows) % len(rows)
         ids = torch.from_numpy(np.asarray(rows[picked]).astype(np.int64))
-        _, read = run(model, ids.to(model.device), read=sites, stop_after=last)
+        _, read = run_model(model, ids.to(model.device), read=sites, stop_after=last)
         usable = torch.nonzero(~torch.isin(ids.flatten(), special)).flatten()
         needed = steps_per_chunk(recipe, rows.shape[1]) * recipe.batch
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + chunk)
@@ -191,7 +191,7 @@ def batches(
         chunk += 1
 
 
-def _trainer(recipe: DictionaryRecipe, model: Model, site: Site, model_name: str | None) -> Any:
+def _trainer(recipe: SAERecipe, model: Model, site: Site, model_name: str | None) -> Any:
     from sae_lens.config import LoggingConfig, SAETrainerConfig
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
     from sae_lens.saes.sae import SAEMetadata
@@ -199,7 +199,7 @@ def _trainer(recipe: DictionaryRecipe, model: Model, site: Site, model_name: str
 
     # Every site has random weights of its own, whichever sites are trained beside it.
     torch.manual_seed(recipe.seed * 1_000_003 + model.sites().index(site))
-    sae = BatchTopKTrainingSAE(
+    lens_sae = BatchTopKTrainingSAE(
         BatchTopKTrainingSAEConfig(
             d_in=model.d_model,
             d_sae=recipe.features,
@@ -236,11 +236,11 @@ def _trainer(recipe: DictionaryRecipe, model: Model, site: Site, model_name: str
         logger=LoggingConfig(log_to_wandb=False),
         n_batches_for_norm_estimate=1,
     )
-    return SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
+    return SAETrainer(cfg=config, lens_sae=lens_sae, data_provider=iter(()))
 
 
 def _threads(device: torch.device) -> ThreadPoolExecutor:
-    # Small matrices: one thread for each dictionary is faster than many threads for each product.
+    # Small matrices: one thread for each SAE is faster than many threads for each product.
     workers = torch.get_num_threads() if device.type == "cpu" else 1
     return ThreadPoolExecutor(workers, initializer=_one_thread if workers > 1 else None)
 
@@ -287,8 +287,8 @@ def _resume(trainers: dict[Site, Any], folder: Path) -> int:
     return int(checkpoints[-1].name.split("-")[1])
 
 
-def save_dictionary(trainer: Any, folder: Path) -> None:
-    """Save a trained dictionary as a JumpReLU SAE in sae-lens's format, weights in half precision.
+def save_sae(trainer: Any, folder: Path) -> None:
+    """Save a trained SAE as a JumpReLU SAE in sae-lens's format, weights in half precision.
 
     Decoder rows get unit norm and the scale of the activations is folded in, so that the saved SAE
     reads activations as they are. sae-lens computes in the type that `cfg.json` names, float32.

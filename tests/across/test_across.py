@@ -17,7 +17,7 @@ from flowhelpers.across.flow_profile import depth, flow_profile, summary
 from flowhelpers.across.groups_profile import (
     POOLED,
     activity_profile,
-    fullest,
+    fullest_suite,
     group_profile,
     group_totals,
 )
@@ -32,7 +32,7 @@ from flowhelpers.across.plots import (
 from flowhelpers.across.profile import Profile, alike, chosen_suites, combined, one_by_one, profile
 from flowhelpers.core.features import MODULES
 from flowhelpers.groups.occurrences import GROUPS, Occurrences, modules_of, occurrences
-from flowhelpers.matching.table import CLASSES, classify, match_table, scores
+from flowhelpers.matching.table import CLASSES, classify, feature_scores, match_table
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.needs import needs, needs_table
 from flowhelpers.suites.registry import find_suite
@@ -41,7 +41,7 @@ PARTS = {"bare": set(MODULES), "no attention": {"res", "mlp"}, "stream": {"res"}
 
 
 def suite_of(name: str, called: str = "") -> Suite:
-    """The planted suite with dictionaries at some modules alone."""
+    """The planted suite with SAEs at some modules alone."""
     modules = PARTS[name]
     directions = toys.planted_directions()
     suite = toys.bare_suite({s: rows for s, rows in directions.items() if s.module in modules})
@@ -67,7 +67,7 @@ def test_suites_are_refused_that_are_none_unknown_or_there_twice(tmp_path: Path)
         chosen_suites(["flowlet", "flowlett"])
     with pytest.raises(ValueError, match="flowlet is there 2 times; expected each once, others"):
         chosen_suites(["flowlet", "flowlet"])
-    text = 'name: flowlet\nmodel: none\nlayers: 2\ndictionaries: {res: "{layer}"}\n'
+    text = 'name: flowlet\nmodel: none\nlayers: 2\nsaes: {res: "{layer}"}\n'
     (tmp_path / "suite.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match="flowlet is there 2 times"):
         chosen_suites(["flowlet", str(tmp_path)])
@@ -137,7 +137,7 @@ def test_a_profile_is_what_is_planted(tables: dict[str, pd.DataFrame]):
             row = found.loc[layer]
             assert row[f"s_{module}"] == pytest.approx(cosine / 2)
             assert (row[f"low_{module}"], row[f"high_{module}"]) == pytest.approx((0, cosine))
-    table = scores(tables["bare"])
+    table = feature_scores(tables["bare"])
     for layer, part in table.groupby("layer"):
         for module in MODULES:
             known = part[f"s_{module}"].notna()
@@ -187,18 +187,18 @@ def test_what_a_suite_lacks_is_missing_and_the_rest_is_the_same(tables: dict[str
 def test_a_summary_counts_what_has_a_stream_before_it(tables: dict[str, pd.DataFrame]):
     row = suite_of("bare").row
     found = summary(row, tables["bare"], toys.D_MODEL)
-    assert (found["layers"], found["d_model"], found["dictionaries"]) == (3, 32, 9)
+    assert (found["layers"], found["d_model"], found["saes"]) == (3, 32, 9)
     assert found["features"] == 3 * 16 + 6 * 8
     assert found["places"] == "res+mlp+att"
     assert found["mean_res"] == pytest.approx(0.8)
     assert found["mean_mlp"] == pytest.approx((0.6 + 0.96) / 4)  # layer 0, with its 1, is out
-    later = scores(tables["bare"]).query("layer > 0")
+    later = feature_scores(tables["bare"]).query("layer > 0")
     for module in MODULES:
         above = (later[f"s_{module}"] > later[f"null_{module}"]).mean()
         assert found[f"above_{module}"] == pytest.approx(above)
     assert sum(found[name] for name in CLASSES) == pytest.approx(1)
     less = summary(row, tables["stream"], toys.D_MODEL)
-    assert (less["dictionaries"], less["features"], less["places"]) == (3, 48, "res")
+    assert (less["saes"], less["features"], less["places"]) == (3, 48, "res")
     assert np.isnan([less["mean_mlp"], less["above_att"], less["processed"], less["newborn"]]).all()
     assert less["translated"] == found["above_res"]
     # Every step is of one to one: who lives at all lives through, or the null cuts every life.
@@ -241,7 +241,7 @@ def test_groups_are_counted_by_hand_beside_chance(found: Occurrences, base: Occu
 
 
 def test_totals_are_over_the_layers_that_have_most_places(found: Occurrences, base: Occurrences):
-    assert set(fullest(found).table["layer"]) == {1, 2}
+    assert set(fullest_suite(found).table["layer"]) == {1, 2}
     totals = group_totals(found, base, times=5).set_index("group")
     later = found.table[found.table["layer"] > 0]
     for group in GROUPS:
@@ -253,7 +253,7 @@ def test_totals_are_over_the_layers_that_have_most_places(found: Occurrences, ba
 
 
 def without_attention(tables: dict[str, pd.DataFrame]) -> tuple[Occurrences, Occurrences]:
-    """Occurrences of a suite that has no attention dictionaries."""
+    """Occurrences of a suite that has no attention SAEs."""
     rng = np.random.default_rng(1)
     both = []
     for _ in range(2):

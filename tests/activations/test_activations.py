@@ -8,7 +8,7 @@ import toys
 from flowhelpers.activations.collect import collect, collect_tokens
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Tokens, run, tokenize
+from flowhelpers.suites.model import Tokens, run_model, tokenize
 
 LAST = Site(2, "res")
 
@@ -17,16 +17,16 @@ def by_hand(suite: Suite, site: Site, texts: list[str]) -> np.ndarray:
     rows = []
     for text in texts:
         ids = tokenize(suite.model, text).ids
-        _, read = run(suite.model, ids, read=[site])
-        rows.append(suite.dictionary(site).encode(read[site][0, 1:]))
+        _, read = run_model(suite.model, ids, read=[site])
+        rows.append(suite.sae(site).encode(read[site][0, 1:]))
     return torch.cat(rows).numpy()
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16])
 def test_activations_are_those_of_each_text_alone(planted: Suite, batch: int):
     found = collect(planted, toys.TEXTS, batch=batch)
-    assert list(found.by_site) == list(planted.dictionaries)
-    for site in planted.dictionaries:
+    assert list(found.by_site) == list(planted.saes)
+    for site in planted.saes:
         expected = by_hand(planted, site, toys.TEXTS)
         assert found.by_site[site].shape == expected.shape
         assert np.allclose(found.by_site[site].toarray(), expected, atol=1e-4)

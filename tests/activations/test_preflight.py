@@ -1,4 +1,4 @@
-"""The preflight is silent where dictionaries see what they were trained on, and warns where not."""
+"""The preflight is silent where SAEs see what they were trained on, and warns where not."""
 
 import copy
 import warnings
@@ -18,7 +18,7 @@ from flowhelpers.steering.effects import effects
 from flowhelpers.steering.plans import make_plan, steer
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import HOOKS, logits_of, tokenize
-from flowhelpers.suites.saes import Dictionary
+from flowhelpers.suites.saes import SAE
 
 TEXTS = [
     "At night the astronomers watched the stars and the planets, and wrote down what they saw."
@@ -31,37 +31,37 @@ def flowlet() -> Suite:
     return load_suite("flowlet")
 
 
-def with_dictionary(suite: Suite, **changed: torch.Tensor) -> Suite:
-    """The suite with other weights in the dictionary at 4/mlp."""
-    sae = copy.deepcopy(suite.dictionary(MLP).sae)
+def with_sae(suite: Suite, **changed: torch.Tensor) -> Suite:
+    """The suite with other weights in the SAE at 4/mlp."""
+    lens_sae = copy.deepcopy(suite.sae(MLP).lens_sae)
     for name, value in changed.items():
-        getattr(sae, name).data = value
-    other = replace(suite.dictionary(MLP), whole=sae)
-    return replace(suite, dictionaries={**suite.dictionaries, MLP: other})
+        getattr(lens_sae, name).data = value
+    other = replace(suite.sae(MLP), whole=lens_sae)
+    return replace(suite, saes={**suite.saes, MLP: other})
 
 
-def test_dictionaries_in_their_place_pass(flowlet: Suite):
+def test_saes_in_their_place_pass(flowlet: Suite):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         table = preflight(flowlet, TEXTS)
     assert table["site"].tolist() == [
         f"{at}/{m}" for at in (0, 4, 7) for m in ("att", "mlp", "res")
     ]
-    assert [str(site) for site in preflight_sites(flowlet.dictionaries)] == table["site"].tolist()
-    assert not table["is_far"].any()
+    assert [str(site) for site in preflight_sites(flowlet.saes)] == table["site"].tolist()
+    assert not table["is_suspicious"].any()
     assert table["declared_l0"].isna().all()
 
 
 def test_figures_are_those_worked_out_by_hand(flowlet: Suite):
-    from flowhelpers.suites.model import run
+    from flowhelpers.suites.model import run_model
 
     found = preflight(flowlet, TEXTS, ["4/mlp"]).iloc[0]
     tokens = tokenize(flowlet.model, TEXTS)
-    x = run(flowlet.model, tokens.ids, [MLP])[1][MLP][0, 1:]  # all but BOS
-    sae = flowlet.dictionary(MLP).sae
+    x = run_model(flowlet.model, tokens.ids, [MLP])[1][MLP][0, 1:]  # all but BOS
+    lens_sae = flowlet.sae(MLP).lens_sae
     with torch.no_grad():
-        codes = sae.encode(x)
-        error = (x - sae.decode(codes)).square().sum() / (x - x.mean(0)).square().sum()
+        codes = lens_sae.encode(x)
+        error = (x - lens_sae.decode(codes)).square().sum() / (x - x.mean(0)).square().sum()
     assert found["tokens"] == len(x)
     assert found["l0"] == pytest.approx((codes > 0).sum().item() / len(x))
     assert found["explained_variance"] == pytest.approx(1 - error.item(), abs=1e-4)
@@ -72,20 +72,20 @@ def test_thresholds_in_other_units_are_warned_of_with_the_figures(
     flowlet: Suite, monkeypatch: pytest.MonkeyPatch, factor: float
 ):
     monkeypatch.setattr(room, "declared_l0", lambda source: 15.0)
-    threshold = flowlet.dictionary(MLP).sae.threshold.detach()
-    suite = with_dictionary(flowlet, threshold=threshold * factor)
+    threshold = flowlet.sae(MLP).lens_sae.threshold.detach()
+    suite = with_sae(flowlet, threshold=threshold * factor)
     message = r"4/mlp of suite flowlet: \d+\.\d features are active a token where 15 are declared"
     with pytest.warns(UserWarning, match=message):
         table = preflight(suite, TEXTS, ["4/mlp"])
-    assert table["is_far"].tolist() == [True]
+    assert table["is_suspicious"].tolist() == [True]
     assert not 6 < table["l0"].item() < 37.5
 
 
 def test_variance_that_is_not_explained_is_warned_of(
     flowlet: Suite, monkeypatch: pytest.MonkeyPatch
 ):
-    decoder = flowlet.dictionary(MLP).sae.W_dec.detach()
-    suite = with_dictionary(flowlet, W_dec=decoder.roll(1, dims=1))
+    decoder = flowlet.sae(MLP).lens_sae.W_dec.detach()
+    suite = with_sae(flowlet, W_dec=decoder.roll(1, dims=1))
     with pytest.warns(UserWarning, match=r"4/mlp .* of the variance is explained: it may not see"):
         preflight(suite, TEXTS, ["4/mlp"])
     monkeypatch.setattr(room, "declared_variance", lambda source: 0.999)
@@ -102,13 +102,12 @@ def test_a_site_that_is_not_there_and_no_text_are_errors(flowlet: Suite):
 
 
 def as_of_hub(suite: Suite) -> Suite:
-    """The suite as if its dictionaries came from a release that declares an L0 of 32."""
+    """The suite as if its SAEs came from a release that declares an L0 of 32."""
     release, hook = "gpt2-small-resid-post-v5-32k", HOOKS["res"]
     sources = {
-        site: {"release": release, "id": hook.format(layer=site.layer)}
-        for site in suite.dictionaries
+        site: {"release": release, "id": hook.format(layer=site.layer)} for site in suite.saes
     }
-    return replace(suite, row=replace(suite.row, dictionaries=sources))
+    return replace(suite, row=replace(suite.row, saes=sources))
 
 
 @pytest.fixture
@@ -124,7 +123,7 @@ def looked(flowlet: Suite, monkeypatch: pytest.MonkeyPatch) -> tuple[Suite, list
     return as_of_hub(flowlet), looks
 
 
-def test_what_first_reads_texts_looks_at_dictionaries_of_the_hub(
+def test_what_first_reads_texts_looks_at_saes_of_the_hub(
     looked: tuple[Suite, list[list[str]]], tmp_path: Path
 ):
     suite, looks = looked
@@ -159,11 +158,11 @@ def test_no_look_is_had_at_folders_and_at_models_that_are_edited(
     assert looks == [["4/mlp"]]
 
 
-def test_a_dictionary_of_the_hub_with_wrong_thresholds_is_warned_of_when_it_is_first_used(
+def test_a_sae_of_the_hub_with_wrong_thresholds_is_warned_of_when_it_is_first_used(
     flowlet: Suite,
 ):
-    threshold = flowlet.dictionary(MLP).sae.threshold.detach()
-    suite = as_of_hub(with_dictionary(flowlet, threshold=threshold * 30))
+    threshold = flowlet.sae(MLP).lens_sae.threshold.detach()
+    suite = as_of_hub(with_sae(flowlet, threshold=threshold * 30))
     message = r"4/mlp of suite flowlet: \d\.\d features are active a token where 32 are declared"
     with pytest.warns(UserWarning, match=message):
         collect(suite, TEXTS, [MLP])
@@ -179,20 +178,20 @@ def test_what_ended_a_preflight_takes_no_warning_with_it(
     suite = as_of_hub(flowlet)
     sites = [Site(4, "res"), Site(5, "res"), Site(6, "res")]
     with monkeypatch.context() as patch:
-        encode = Dictionary.encode
+        encode = SAE.encode
 
-        def fails(dictionary: Dictionary, x: torch.Tensor) -> torch.Tensor:
-            if dictionary.site == sites[1]:
+        def fails(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+            if sae.site == sites[1]:
                 raise ConnectionError("the hub is in trouble")
-            return encode(dictionary, x)
+            return encode(sae, x)
 
-        patch.setattr(Dictionary, "encode", fails)
+        patch.setattr(SAE, "encode", fails)
         with (
             pytest.warns(UserWarning, match="4/res of suite"),
             pytest.raises(ConnectionError, match="in trouble"),
         ):
             collect(suite, TEXTS, sites)
-    assert suite.looked_at == {sites[0]}
+    assert suite.checked_sites == {sites[0]}
     with pytest.warns(UserWarning, match="where 1000 are declared") as caught:
         collect(suite, TEXTS, sites)
     assert {str(w.message).split()[0] for w in caught} == {"5/res", "6/res"}

@@ -44,9 +44,9 @@ from flowhelpers.groups.significance import significance
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.load import OnDemand, Suite, load_suite
-from flowhelpers.suites.model import Tokens, run
+from flowhelpers.suites.model import Tokens, run_model
 from flowhelpers.suites.registry import find_suite
-from flowhelpers.suites.saes import Dictionary, make_dictionary
+from flowhelpers.suites.saes import SAE, make_sae
 
 TEXTS = {"one": toys.TEXTS, "two": [*reversed(toys.TEXTS), "a"]}
 
@@ -132,7 +132,7 @@ def test_texts_without_a_token_to_choose_are_refused(planted: Suite):
 # Reading it.
 
 
-def test_what_is_read_is_what_every_dictionary_says_of_the_whole_text(
+def test_what_is_read_is_what_every_sae_says_of_the_whole_text(
     planted: Suite, sample: Sample, tmp_path: Path
 ):
     found = read_sample(planted, sample, tmp_path, batch=2)
@@ -140,7 +140,7 @@ def test_what_is_read_is_what_every_dictionary_says_of_the_whole_text(
     whole = collect(planted, sample.texts["text"].tolist())
     place = whole.tokens.reset_index().set_index(["text", "position"])["index"]
     rows = place.loc[list(zip(sample.tokens["text"], sample.tokens["position"], strict=True))]
-    assert set(found.by_site) == set(planted.dictionaries)
+    assert set(found.by_site) == set(planted.saes)
     for site, codes in found.by_site.items():
         expected = whole.by_site[site][rows.to_numpy()].toarray()
         assert codes.nnz > 0
@@ -157,7 +157,7 @@ def test_a_pass_that_was_stopped_goes_on_and_ends_the_same(
 ):
     whole = read_sample(planted, sample, tmp_path / "whole", batch=2)
     calls: list[int] = []
-    true = activations.run
+    true = activations.run_model
 
     def counted(*args: object, **options: object) -> object:
         if len(calls) == after:
@@ -207,9 +207,7 @@ def test_encoding_that_was_stopped_goes_on_and_ends_the_same(
         assert (codes != again.by_site[site]).nnz == 0
 
 
-def test_dictionaries_are_encoded_one_after_the_other(
-    planted: Suite, sample: Sample, tmp_path: Path
-):
+def test_saes_are_encoded_one_after_the_other(planted: Suite, sample: Sample, tmp_path: Path):
     asked: list[Site] = []
 
     class Watched(dict):
@@ -217,16 +215,14 @@ def test_dictionaries_are_encoded_one_after_the_other(
             asked.append(site)
             return super().__getitem__(site)
 
-    suite = Suite(planted.row, planted.model, Watched(planted.dictionaries))
+    suite = Suite(planted.row, planted.model, Watched(planted.saes))
     read_sample(suite, sample, tmp_path)
-    assert asked[-1] == list(planted.dictionaries)[-1]
+    assert asked[-1] == list(planted.saes)[-1]
     order = [site for place, site in enumerate(asked) if site not in asked[place + 1 :]]
-    assert order == list(planted.dictionaries)
+    assert order == list(planted.saes)
 
 
-def test_another_sample_model_or_dictionary_is_read_anew(
-    planted: Suite, sample: Sample, tmp_path: Path
-):
+def test_another_sample_model_or_sae_is_read_anew(planted: Suite, sample: Sample, tmp_path: Path):
     first = read_sample(planted, sample, tmp_path)
     other = draw_sample(planted.model, TEXTS, tokens_per_text=3, seed=1)
     assert len(read_sample(planted, other, tmp_path).tokens) == len(other.tokens)
@@ -239,10 +235,10 @@ def test_another_sample_model_or_dictionary_is_read_anew(
     read_sample(replace(planted, source=model), sample, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
     site = Site(1, "res")
-    changed = toys.make_sae(torch.eye(16, toys.D_MODEL), site)
-    dictionaries = dict(planted.dictionaries)
-    dictionaries[site] = make_dictionary(site, changed, toys.D_MODEL, "changed")
-    found = read_sample(replace(planted, dictionaries=dictionaries), sample, tmp_path)
+    changed = toys.write_lens_sae(torch.eye(16, toys.D_MODEL), site)
+    saes = dict(planted.saes)
+    saes[site] = make_sae(site, changed, toys.D_MODEL, "changed")
+    found = read_sample(replace(planted, saes=saes), sample, tmp_path)
     assert (found.by_site[site] != first.by_site[site]).nnz > 0
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -252,8 +248,8 @@ def test_what_a_stopped_pass_left_is_used_only_where_it_is_whole(
     planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
 ):
     whole = read_sample(planted, sample, tmp_path / "whole", batch=2)
-    few = {Site(1, "res"): planted.dictionary("1/res")}
-    suite = replace(planted, dictionaries=few) if harm == "few sites" else planted
+    few = {Site(1, "res"): planted.sae("1/res")}
+    suite = replace(planted, saes=few) if harm == "few sites" else planted
 
     def stop(*args: object) -> None:
         raise Stopped
@@ -282,20 +278,18 @@ def test_a_file_on_disk_that_is_broken_is_made_again(
     assert (first.by_site[Site(1, "res")] != again.by_site[Site(1, "res")]).nnz == 0
 
 
-def test_no_more_than_a_few_dictionaries_are_in_memory(
-    planted: Suite, sample: Sample, tmp_path: Path
-):
+def test_no_more_than_a_few_saes_are_in_memory(planted: Suite, sample: Sample, tmp_path: Path):
     alive: list[weakref.ref] = []
     most = 0
 
-    def load(site: Site) -> Dictionary:
+    def load(site: Site) -> SAE:
         nonlocal most
-        found = copy(planted.dictionary(site))
+        found = copy(planted.sae(site))
         alive.append(weakref.ref(found))
         most = max(most, sum(ref() is not None for ref in alive))
         return found
 
-    suite = replace(planted, dictionaries=OnDemand(planted.dictionaries, load, kept=2))
+    suite = replace(planted, saes=OnDemand(planted.saes, load, kept=2))
     found = read_sample(suite, sample, tmp_path)
     assert len(found.by_site) == 9
     assert most <= 4  # two kept, one in use, and one that is being read
@@ -323,10 +317,8 @@ def test_activations_are_the_same_after_saving(planted: Suite, sample: Sample, t
         load_activations(tmp_path)
 
 
-def test_a_dictionary_without_encoder_is_refused(sample: Sample, planted: Suite, tmp_path: Path):
-    bare = {
-        site: toys.bare_dictionary(site, d.directions) for site, d in planted.dictionaries.items()
-    }
+def test_a_sae_without_encoder_is_refused(sample: Sample, planted: Suite, tmp_path: Path):
+    bare = {site: toys.bare_sae(site, d.directions) for site, d in planted.saes.items()}
     suite = Suite(planted.row, planted.model, bare)
     with pytest.raises(ValueError, match="has no encoder: its activations cannot be read"):
         read_sample(suite, sample, tmp_path)
@@ -347,7 +339,7 @@ def test_needs_are_said_for_suites_of_any_size():
     assert dense.memory - gemma.memory == int(5000 * 16384 * 0.02) * 8 * 78  # of the result
     assert gemma.disk == 5000 * 78 * 2304 * 4
     assert llama.disk == 5000 * 96 * 4096 * 2
-    # One dictionary at a time: neither the widths of all nor the texts' length times all sites.
+    # One SAE at a time: neither the widths of all nor the texts' length times all sites.
     assert gemma.memory < 6 * 2**30
     assert llama.memory < 8 * 2**30
     assert str(Needs(2**30, 3 * 2**20)) == "1,024 MiB of memory, 3 MiB of disk"
@@ -356,10 +348,10 @@ def test_needs_are_said_for_suites_of_any_size():
 def test_a_pass_takes_fewer_texts_where_there_are_more_sites(planted: Suite, sample: Sample):
     assert texts_at_once(planted, sample) == 16
     many = dict.fromkeys(range(10**6))
-    wide = replace(planted, dictionaries=many)  # pyright: ignore[reportArgumentType]
+    wide = replace(planted, saes=many)  # pyright: ignore[reportArgumentType]
     assert texts_at_once(wide, sample) == 1
     of_one = 2 * 300_000 + activations.PASS_TENSORS
-    some = replace(planted, dictionaries=dict.fromkeys(range(300_000)))  # pyright: ignore[reportArgumentType]
+    some = replace(planted, saes=dict.fromkeys(range(300_000)))  # pyright: ignore[reportArgumentType]
     of_text = sample.ids.ids.shape[1] * toys.D_MODEL * 4 * of_one
     assert texts_at_once(some, sample) == max(1, 2**30 // of_text)
 
@@ -401,18 +393,18 @@ def test_the_pass_keeps_within_what_was_said(tmp_path: Path):
     assert np.mean([codes.nnz for codes in found.by_site.values()]) > len(sample.tokens)
 
 
-def test_a_dictionary_at_z_is_read_at_z(planted: Suite, sample: Sample, tmp_path: Path):
+def test_a_sae_at_z_is_read_at_z(planted: Suite, sample: Sample, tmp_path: Path):
     at_z, att = Site(1, "z"), Site(1, "att")
-    _, read = run(planted.model, sample.ids.ids, read=[at_z])
+    _, read = run_model(planted.model, sample.ids.ids, read=[at_z])
     width = read[at_z].shape[-1]
     rows = torch.randn(12, width, generator=torch.Generator().manual_seed(0))
-    sae = toys.make_sae(rows, att, hook="blocks.1.attn.hook_z")
+    lens_sae = toys.write_lens_sae(rows, att, hook="blocks.1.attn.hook_z")
     output = attention_output(planted.model, 1)
-    dictionary = make_dictionary(att, sae, toys.D_MODEL, "planted", output)
-    suite = Suite(planted.row, planted.model, {**planted.dictionaries, att: dictionary})
+    sae = make_sae(att, lens_sae, toys.D_MODEL, "planted", output)
+    suite = Suite(planted.row, planted.model, {**planted.saes, att: sae})
     found = read_sample(suite, sample, tmp_path).by_site[att]
     tokens = torch.tensor(sample.tokens[["text", "position"]].to_numpy())
-    expected = sae.encode(read[at_z][tokens[:, 0], tokens[:, 1]]).detach().numpy()
+    expected = lens_sae.encode(read[at_z][tokens[:, 0], tokens[:, 1]]).detach().numpy()
     assert found.nnz > 0
     assert found.toarray() == pytest.approx(expected, abs=1e-4)
 

@@ -30,12 +30,12 @@ from torch import Tensor
 from flowhelpers.activations.collect import read_sample
 from flowhelpers.activations.sampling import datasets_for, draw_sample, texts_of
 from flowhelpers.deactivation.experiments import (
-    active,
+    ablation_cases,
+    active_predecessors,
+    concat_methods,
     draw_targets,
     middle_layers,
-    removals,
     sources_of,
-    together,
 )
 from flowhelpers.interventions.batched import intervene, predecessor_site
 from flowhelpers.matching.table import match_table
@@ -55,22 +55,22 @@ def by_hooks(
     for number, case in enumerate(cases.itertuples()):
         at, layer, text = int(case.position), int(case.layer), int(case.text)
         end = at + 1 if cut else 1 + int(tokens.is_text[text].nonzero().max())
-        target = suite.dictionary(f"{layer}/res")
+        target = suite.sae(f"{layer}/res")
         hooks: list[tuple[str, Callable[..., Any]]] = []
         for edit in edits[edits["case"] == number].itertuples():
-            dictionary = suite.dictionary(predecessor_site(layer, edit.module))
-            vector = float(edit.amount) * dictionary.sae.W_dec[int(edit.feature)]
+            sae = suite.sae(predecessor_site(layer, edit.module))
+            vector = float(edit.amount) * sae.lens_sae.W_dec[int(edit.feature)]
 
             def push(stream: Tensor, hook: Any, vector: Tensor = vector, at: int = at) -> Tensor:
                 stream[:, at] += vector
                 return stream
 
-            hooks.append((hook_name(suite.model, dictionary.reads), push))
+            hooks.append((hook_name(suite.model, sae.input_site), push))
 
         def read(stream: Tensor, hook: Any, target: Any = target, at: int = at) -> None:
             found.append(target.encode(stream[0, at]))
 
-        hooks.append((hook_name(suite.model, target.reads), read))
+        hooks.append((hook_name(suite.model, target.input_site), read))
         stop = {"stop_at_layer": layer + 1} if cut and layer + 1 < suite.layers else {}
         ids = tokens.ids[text : text + 1, :end]
         suite.model.bridge.run_with_hooks(ids, return_type="logits", fwd_hooks=hooks, **stop)
@@ -85,7 +85,7 @@ def random_edits(
     cases = pd.DataFrame([(*token, layer)] * n, columns=["text", "position", "layer"])
     edits = pd.DataFrame({"case": range(n), "module": rng.choice(["res", "mlp", "att"], n)})
     sites = [predecessor_site(layer, module) for module in edits["module"]]
-    edits["feature"] = rng.integers([suite.dictionary(site).width for site in sites])
+    edits["feature"] = rng.integers([suite.sae(site).width for site in sites])
     return cases, edits.assign(amount=rng.normal(size=n) + 3)
 
 
@@ -116,8 +116,10 @@ def main() -> None:
     }
     parts = {}
     for method, (table, n) in tables.items():
-        parts[method] = removals(targets, active(sources_of(targets, table, read, n)))
-    cases, edits = together(parts)
+        parts[method] = ablation_cases(
+            targets, active_predecessors(sources_of(targets, table, read, n))
+        )
+    cases, edits = concat_methods(parts)
 
     some = cases.sample(given.loop, random_state=0).index.sort_values()
     own = edits[edits["case"].isin(some)]
@@ -137,7 +139,7 @@ def main() -> None:
     token = (int(where["text"][0]), int(where["position"][0]))
     for rows in ROWS:
         made = random_edits(suite, token, layers[1], rows)
-        once = partial(intervene, suite, sample.ids, *made, at_once=rows)
+        once = partial(intervene, suite, sample.ids, *made, batch_size=rows)
         took = min(seconds(once)[0] for _ in range(3))
         print(
             f"{rows:>5} rows in a pass: {rows / took:,.0f} a second, the text's own pass included"

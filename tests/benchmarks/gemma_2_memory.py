@@ -31,7 +31,7 @@ from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.load import KEPT, OnDemand, Suite
 from flowhelpers.suites.registry import SuiteRow
 from flowhelpers.suites.sae_files import SaeFiles
-from flowhelpers.suites.saes import Dictionary, read_dictionary
+from flowhelpers.suites.saes import SAE, read_sae
 
 FEATURES, D_MODEL, D_Z = 16_384, 2_304, 2_048
 HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
@@ -51,7 +51,7 @@ def write_files(folder: Path, layers: int, decoders_alone: bool) -> dict[Site, P
         path.parent.mkdir(parents=True, exist_ok=True)
         d = D_Z if site.module == "att" else D_MODEL
         rows = random.standard_normal((FEATURES, d), dtype=np.float32)
-        rows += common[:, :d]  # so that dictionaries are related
+        rows += common[:, :d]  # so that SAEs are related
         rows /= np.linalg.norm(rows, axis=1, keepdims=True)
         arrays = {
             "W_dec": rows,
@@ -73,14 +73,14 @@ def suite_of(paths: dict[Site, Path], layers: int) -> Suite:
         weights = torch.randn(D_Z, D_MODEL, generator=generator)
         return AttentionOutput(weights, torch.rand(D_MODEL, generator=generator) + 0.5)
 
-    def load(site: Site) -> Dictionary:
+    def load(site: Site) -> SAE:
         hook = f"blocks.{site.layer}.{HOOKS[site.module]}"
         files = SaeFiles(
             str(paths[site]), paths[site], "W_dec", False, hook, None, None, "threshold", 1.0,
             str(site),
         )  # fmt: skip
         brings = partial(output, site.layer)
-        return read_dictionary(files, _nothing, site, D_MODEL, "cpu", "float32", brings)
+        return read_sae(files, _nothing, site, D_MODEL, "cpu", "float32", brings)
 
     row = SuiteRow("gemma-2-2b", "none", dict.fromkeys(paths, "none"), 0, layers=layers)
     return Suite(row, _nothing, OnDemand(sorted(paths), load, KEPT))

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/match_speed.py [--features 16384] [--width 2304] [--k 5]
 
-On a CPU the times are those of one target dictionary against one source, each the best of
+On a CPU the times are those of one target SAE against one source, each the best of
 `--repeats`, by turns so that a busy machine slows all alike. faiss is timed if it is installed
 (`pip install -e '.[bench]'`). With a GPU, all maps of a suite of Gemma 2 2B's shape (26 layers,
 three sites) are made, beside the bare bfloat16 products; `--layers` does so on a CPU.
@@ -30,13 +30,13 @@ from flowhelpers.matching.cosine import quick_dtype, top_k_cosine, unit_rows
 from flowhelpers.matching.table import match_table, predecessor_sites
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.registry import SuiteRow
-from flowhelpers.suites.saes import Dictionary
+from flowhelpers.suites.saes import SAE
 
 MIB = 2**20
 
 
-def dictionaries(features: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two dictionaries, anisotropic as real ones are, half of whose features are related."""
+def saes(features: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Two SAEs, anisotropic as real ones are, half of whose features are related."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -70,7 +70,7 @@ def peak_beside(compute: Callable[[], object]) -> float:
 
 def on_cpu(features: int, width: int, k: int, repeats: int) -> None:
     """Prints times and memory of all ways, and whether they agree."""
-    target, source = dictionaries(features, width)
+    target, source = saes(features, width)
     units = unit_rows(target), unit_rows(source)
     ways: dict[str, Callable[[], object]] = {
         "torch.topk(A @ B.T)": lambda: torch.topk(units[0] @ units[1].T, k),
@@ -105,11 +105,11 @@ def on_cpu(features: int, width: int, k: int, repeats: int) -> None:
 
 
 def suite_of(layers: int, features: int, width: int, device: str) -> Suite:
-    """Dictionaries at all three sites of so many layers, neighbours related by half."""
+    """SAEs at all three sites of so many layers, neighbours related by half."""
     directions: dict[Site, Tensor] = {}
     for layer in range(layers):
         for module in MODULES:
-            pair = dictionaries(features, width, seed=3 * layer + MODULES.index(module))
+            pair = saes(features, width, seed=3 * layer + MODULES.index(module))
             directions[Site(layer, module)] = unit_rows(pair[0].to(device))
         if layer:
             before = directions[Site(layer - 1, "res")]
@@ -117,7 +117,7 @@ def suite_of(layers: int, features: int, width: int, device: str) -> Suite:
             here[: features // 2] = unit_rows(here + before)[: features // 2]
     none = torch.zeros(0, dtype=torch.long)
     made = {
-        site: Dictionary(site, rows, torch.ones(len(rows)), none, "random", None, site)
+        site: SAE(site, rows, torch.ones(len(rows)), none, "random", None, site)
         for site, rows in directions.items()
     }
     row = SuiteRow("random", "none", dict.fromkeys(made, "random"), parameters=0)
@@ -129,7 +129,7 @@ def whole_suite(layers: int, features: int, width: int, k: int, device: str) -> 
     """Prints the time of all maps of a suite beside that of the bare bfloat16 products."""
     suite = suite_of(layers, features, width, device)
     pairs = [
-        (suite.dictionary(Site(layer, "res")).directions, suite.dictionary(place).directions)
+        (suite.sae(Site(layer, "res")).directions, suite.sae(place).directions)
         for layer in range(layers)
         for place in predecessor_sites(Site(layer, "res")).values()
     ]

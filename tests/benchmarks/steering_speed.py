@@ -70,7 +70,7 @@ def steer_rate(suite: Suite, plans: Mapping[str, Plan | None], samples: int, see
     given = {"max_new_tokens": NEW, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": seed}
     rows = samples * len(plans)
     took, table = seconds(
-        lambda: steer(suite, plans, PROMPT, samples, **given, at_once=rows, bar=False)
+        lambda: steer(suite, plans, PROMPT, samples, **given, batch_size=rows, bar=False)
     )
     ids = suite.model.tokenizer(table["text"].tolist(), add_special_tokens=False)["input_ids"]
     return sum(min(len(row) + 1, NEW) for row in ids) / took  # with the token that ends a text

@@ -24,7 +24,7 @@ from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.deactivation import experiments as deactivation
 from flowhelpers.groups.occurrences import occurrences
 from flowhelpers.interventions import generation
-from flowhelpers.interventions.edits import add, add_rows, rescale, set_to
+from flowhelpers.interventions.edits import add, add_per_row, rescale, set_to
 from flowhelpers.labels import describe as labels
 from flowhelpers.matching import cosine
 from flowhelpers.matching.table import match_table, transition
@@ -155,9 +155,9 @@ def suite(request: pytest.FixtureRequest, planted_folder: Any) -> Iterator[Suite
     mark(found.model.bridge)
     mark(found.model.bridge.original_model)
     found.model.bridge.cfg.device = str(GPU)
-    for dictionary in found.dictionaries.values():
-        mark(dictionary.sae)
-        for tensor in (dictionary.decoder, dictionary.norms, dictionary.excluded):
+    for sae in found.saes.values():
+        mark(sae.lens_sae)
+        for tensor in (sae.decoder, sae.norms, sae.excluded):
             place(tensor)
     with pytest.MonkeyPatch.context() as patch, Marked():
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
@@ -199,7 +199,7 @@ def test_matching(suite: Suite, tmp_path: Any) -> None:
     )
     assert len(folded)
     assert len(match_table(suite, k=2, method="pearson", texts=toys.TEXTS * 4, cache=tmp_path))
-    later, earlier = (suite.dictionary(f"{layer}/res").directions for layer in (1, 0))
+    later, earlier = (suite.sae(f"{layer}/res").directions for layer in (1, 0))
     found = cosine.top_k_cosine(later, earlier, 2)
     assert found.indices.is_cuda
     assert transition(found, len(earlier)).is_cuda
@@ -218,11 +218,11 @@ def test_features_of_texts(suite: Suite, tmp_path: Any) -> None:
     assert len(labels.describe(suite, ["1/res/3"], activations))
     assert len(preflight.preflight(suite, toys.TEXTS[:2]))
     tokens = tokenize(suite.model, toys.TEXTS[:2])
-    assert len(measures.measure_dictionaries(suite, tokens))
+    assert len(measures.measure_saes(suite, tokens))
     assert measures.bits_per_byte(suite, tokens)[0] > 0
     assert np.isfinite(mean_losses(suite.model, toys.TEXTS[:2])).all()
-    assert len(labels.written_tokens(suite, "1/res/3"))
-    assert len(effects.effects(suite, ["1/res/3", "2/mlp/1"], "The cat sat", at_once=2))
+    assert len(labels.top_logit_tokens(suite, "1/res/3"))
+    assert len(effects.effects(suite, ["1/res/3", "2/mlp/1"], "The cat sat", batch_size=2))
 
 
 def test_deactivation(suite: Suite, tmp_path: Any) -> None:
@@ -232,37 +232,37 @@ def test_deactivation(suite: Suite, tmp_path: Any) -> None:
     targets = deactivation.draw_targets(activations, [1, 2], 1)
     sources = deactivation.sources_of(targets, matches, activations)
     for activation in ("clean", "live"):
-        cases, edits = deactivation.removals(
-            targets, deactivation.active(sources), activation=activation
+        cases, edits = deactivation.ablation_cases(
+            targets, deactivation.active_predecessors(sources), activation=activation
         )
         table = deactivation.deactivate(
             suite, sample.ids, targets, cases, edits, sources, loss=True
         )
         assert len(table)
-    assert len(deactivation.further(suite, sample.ids, targets, cases, edits, matches))
+    assert len(deactivation.downstream_effects(suite, sample.ids, targets, cases, edits, matches))
     deactivation.equal_norm(suite, targets, sources, activations)
     found = deactivation.table_1(suite, sample.ids, targets, {"top-1": sources}, activations)
     assert len(found)
 
 
 def test_edits_and_steering(suite: Suite) -> None:
-    dictionary = suite.dictionary("1/res")
+    sae = suite.sae("1/res")
     features = [FeatureId(1, "res", 3), FeatureId(1, "res", 5)]
-    direction = dictionary.direction(features[0])
+    direction = sae.direction(features[0])
     ids = tokenize(suite.model, toys.TEXTS).ids
     given = torch.tensor([1.0, 2.0])
     for edit in (
         add(Site(1, "res"), direction, 20.0),
-        rescale(dictionary, features, 3.0, activations=given),
-        rescale(dictionary, features, [0.0, 2.0]),
-        set_to(dictionary, features, 20.0, [1]),
-        add_rows(Site(1, "res"), torch.arange(2), 20 * direction.expand(2, -1)),
+        rescale(sae, features, 3.0, activations=given),
+        rescale(sae, features, [0.0, 2.0]),
+        set_to(sae, features, 20.0, [1]),
+        add_per_row(Site(1, "res"), torch.arange(2), 20 * direction.expand(2, -1)),
     ):
         assert logits_of(suite.model, ids, [edit]).is_cuda
     broken = torch.stack([direction, direction / 0])
     with pytest.raises(ValueError, match="what row 1 of the batch"):
-        add_rows(Site(1, "res"), torch.arange(2), broken)
-    assert dictionary.written(features[0], torch.tensor(1.5)).shape == direction.shape
+        add_per_row(Site(1, "res"), torch.arange(2), broken)
+    assert sae.contribution(features[0], torch.tensor(1.5)).shape == direction.shape
     assert final_norm(suite.model, direction[None].to(suite.model.unembedding)).is_cuda
     plans = {
         "none": None,
@@ -278,7 +278,7 @@ def test_edits_and_steering(suite: Suite) -> None:
     assert len(texts) == 3 * len(plans)
     assert len(controls.side_effects(suite, plans, toys.TEXTS)) == len(plans)
     assert controls.total_norm(suite, plans["add"]) > 0
-    twin = controls.random_twin(suite, plans["add"], collect(suite, toys.TEXTS))
+    twin = controls.random_feature_control(suite, plans["add"], collect(suite, toys.TEXTS))
     assert len(twin.steps) == 2
     with plans["rescale"].on(suite):
         assert len(generation.generate(suite.model, "The cat", 4)) == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flowhelpers.core.kept import Kept, key_of
+from flowhelpers.core.kept import DiskCache, key_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,13 +22,13 @@ def python(code: str, *arguments: object) -> "subprocess.Popen[str]":
 
 
 def test_what_was_put_is_found_by_its_key(tmp_path: Path):
-    kept = Kept(tmp_path / "new" / "answers.sqlite")
+    kept = DiskCache(tmp_path / "new" / "answers.sqlite")
     assert kept.get(["a"]) == {}
     assert not kept.path.parent.exists(), "asking makes no file"
     values = {"a": {"x": [1, 2.5, None]}, "b": "ü ☃ \ud83d", "c": 0}
     kept.put(values)
     assert kept.get(["c", "missing", "a", "b"]) == values
-    assert Kept(kept.path).get(["a"]) == {"a": values["a"]}
+    assert DiskCache(kept.path).get(["a"]) == {"a": values["a"]}
     kept.put({"a": 7})
     assert kept.get(["a", "c"]) == {"a": 7, "c": 0}
     many = {str(number): number for number in range(5000)}
@@ -38,7 +38,7 @@ def test_what_was_put_is_found_by_its_key(tmp_path: Path):
 
 
 def test_a_put_is_whole_or_not_at_all(tmp_path: Path):
-    kept = Kept(tmp_path / "answers.sqlite")
+    kept = DiskCache(tmp_path / "answers.sqlite")
     kept.put({"a": 1})
     with pytest.raises(TypeError):
         kept.put({"b": 2, "c": object()})
@@ -56,7 +56,7 @@ def test_a_put_is_whole_or_not_at_all(tmp_path: Path):
 
 
 def test_no_connection_stays_open(tmp_path: Path):
-    kept = Kept(tmp_path / "answers.sqlite")
+    kept = DiskCache(tmp_path / "answers.sqlite")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kept.put({"a": 1})
@@ -69,14 +69,14 @@ def test_no_connection_stays_open(tmp_path: Path):
 def test_a_file_that_is_no_store_is_an_error_and_is_left(tmp_path: Path):
     path = tmp_path / "notes.txt"
     path.write_text("my notes, " * 500)
-    for use in (lambda: Kept(path).get(["a"]), lambda: Kept(path).put({"a": 1})):
+    for use in (lambda: DiskCache(path).get(["a"]), lambda: DiskCache(path).put({"a": 1})):
         with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is no store of answers"):
             use()
     assert path.read_text() == "my notes, " * 500
 
 
 def test_a_damaged_store_is_an_error_and_is_left(tmp_path: Path):
-    kept = Kept(tmp_path / "answers.sqlite")
+    kept = DiskCache(tmp_path / "answers.sqlite")
     kept.put({str(number): "x" * 100 for number in range(1000)})
     whole = kept.path.read_bytes()
     damaged = whole[:4096] + bytes(len(whole) // 2)
@@ -88,10 +88,10 @@ def test_a_damaged_store_is_an_error_and_is_left(tmp_path: Path):
 
 def test_a_folder_in_the_way_says_so(tmp_path: Path):
     with pytest.raises(OSError, match="cannot use the answers kept in"):
-        Kept(tmp_path).get(["a"])
+        DiskCache(tmp_path).get(["a"])
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot make the folder"):
-        Kept(tmp_path / "file" / "answers.sqlite").put({"a": 1})
+        DiskCache(tmp_path / "file" / "answers.sqlite").put({"a": 1})
 
 
 def test_processes_share_it_and_lose_nothing(tmp_path: Path):
@@ -101,12 +101,12 @@ def test_processes_share_it_and_lose_nothing(tmp_path: Path):
         from pathlib import Path
         from flowhelpers.core.kept import Kept
         for number in range(40):
-            Kept(Path(sys.argv[1])).put({f"{sys.argv[2]}-{number}": number})
+            DiskCache(Path(sys.argv[1])).put({f"{sys.argv[2]}-{number}": number})
     """
     processes = [python(code, path, name) for name in range(3)]
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     keys = [f"{name}-{number}" for name in range(3) for number in range(40)]
-    assert len(Kept(path).get(keys)) == 120
+    assert len(DiskCache(path).get(keys)) == 120
 
 
 def test_a_killed_process_loses_nothing_that_it_had(tmp_path: Path):
@@ -116,7 +116,7 @@ def test_a_killed_process_loses_nothing_that_it_had(tmp_path: Path):
         from pathlib import Path
         from flowhelpers.core.kept import Kept
         for number in itertools.count():
-            Kept(Path(sys.argv[1])).put({str(number): number})
+            DiskCache(Path(sys.argv[1])).put({str(number): number})
             print(number, flush=True)
     """
     process = python(code, path)
@@ -126,8 +126,8 @@ def test_a_killed_process_loses_nothing_that_it_had(tmp_path: Path):
     process.kill()
     last = 19 + len(process.stdout.read().splitlines())
     process.wait()
-    assert len(Kept(path).get(map(str, range(last + 1)))) == last + 1
-    Kept(path).put({"next": 1})
+    assert len(DiskCache(path).get(map(str, range(last + 1)))) == last + 1
+    DiskCache(path).put({"next": 1})
 
 
 def test_a_key_is_of_the_content_whatever_the_order():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowhelpers.core.machine import fitting_threads
-from flowhelpers.suites.model import Edit, Model, Site, run
+from flowhelpers.suites.model import Edit, Model, Site, run_model
 
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 SHOW = f"import os; print(*(os.environ.get(name) for name in {WAITS}))"
@@ -71,6 +71,6 @@ def test_a_pass_of_few_tokens_has_one_thread_and_another_all(
     bound = 20 * 4 * toy.d_model**2  # of 20 tokens
     monkeypatch.setattr("flowhelpers.core.machine.SMALL", bound)
     for rows in (2, 3):
-        run(toy, torch.arange(1, 9).expand(rows, -1), edits=[Edit(Site(0, "res"), look)])
+        run_model(toy, torch.arange(1, 9).expand(rows, -1), edits=[Edit(Site(0, "res"), look)])
     assert seen == [1, 2]
     assert torch.get_num_threads() == 2

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flowhelpers.core import versions
 from flowhelpers.suites import model as models
-from flowhelpers.suites.model import Model, forward, load_model, read_prefix
+from flowhelpers.suites.model import Model, cache_prompt, forward, load_model
 
 TRIED = [
     "torch==2.13.0",
@@ -165,7 +165,7 @@ def test_a_cache_that_stays_empty_is_an_error(
 
     monkeypatch.setattr(DynamicCache, "update", lambda self, keys, values, *_, **__: (keys, values))
     with pytest.raises(ValueError, match="after a pass its cache holds 0 tokens: expected 10"):
-        read_prefix(toy, ids)
+        cache_prompt(toy, ids)
 
 
 def test_one_function_alone_knows_what_the_cache_is_called():

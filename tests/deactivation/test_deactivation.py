@@ -16,19 +16,19 @@ from flowhelpers.core.features import MODULES, Site
 from flowhelpers.deactivation.experiments import (
     CONTROL,
     OFF,
-    active,
+    ablation_cases,
+    active_predecessors,
     common_targets,
+    concat_methods,
     deactivate,
+    downstream_effects,
     draw_targets,
     equal_norm,
-    further,
     groups_of,
     middle_layers,
-    removals,
     sources_of,
     success_rates,
     table_1,
-    together,
 )
 from flowhelpers.groups.occurrences import GROUPS, modules_of
 from flowhelpers.matching.table import predecessor_site
@@ -71,7 +71,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def run_cases(world: SimpleNamespace, **given: Any) -> pd.DataFrame:
-    cases, edits = removals(world.targets, active(world.sources), **given)
+    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources), **given)
     return deactivate(world.suite, world.tokens, world.targets, cases, edits, world.sources)
 
 
@@ -123,7 +123,7 @@ def test_sources_are_the_matches_with_what_they_do_at_that_token(world: SimpleNa
         for feature in of
     )
     assert len(world.sources) == expected
-    assert (active(world.sources)["activation"] > 0).all()
+    assert (active_predecessors(world.sources)["activation"] > 0).all()
     with pytest.raises(ValueError, match="top_n=2: expected 1 to 1"):
         sources_of(world.targets, world.matches, world.activations, 2)
     above = draw_targets(world.activations, [2])
@@ -137,9 +137,9 @@ def test_several_matches_at_a_place_count_and_go_together(world: SimpleNamespace
     table = pd.concat([world.matches, more], ignore_index=True)
     sources = sources_of(world.targets, table, world.activations, 2)
     of_sum = world.targets[world.targets["feature"] == SUM]
-    groups = pd.Series(groups_of(world.targets, active(sources)), world.targets.index)
+    groups = pd.Series(groups_of(world.targets, active_predecessors(sources)), world.targets.index)
     assert (groups[of_sum.index] == BOTH).all()
-    cases, edits = removals(world.targets, active(sources))
+    cases, edits = ablation_cases(world.targets, active_predecessors(sources))
     places = edits.groupby("case")["module"].value_counts().unstack(fill_value=0)
     two = cases.index[cases["target"].isin(of_sum.index)]
     has_first = (of_sum["token"] % 3 == 0).to_numpy()
@@ -155,7 +155,9 @@ def test_several_matches_at_a_place_count_and_go_together(world: SimpleNamespace
 
 
 def test_groups_are_those_of_the_tokens(world: SimpleNamespace):
-    groups = pd.Series(groups_of(world.targets, active(world.sources)), world.targets.index)
+    groups = pd.Series(
+        groups_of(world.targets, active_predecessors(world.sources)), world.targets.index
+    )
     known = {COPY: RES, MLP: MLP_ONLY, OTHER: RES, ATT: ATT_ONLY}
     for (feature, token), group in zip(
         world.targets[["feature", "token"]].itertuples(index=False), groups, strict=True
@@ -166,7 +168,7 @@ def test_groups_are_those_of_the_tokens(world: SimpleNamespace):
             assert group == (THREE if token % 5 == 0 else WITH_ATT)
         else:
             assert group == known[feature]
-    none = groups_of(world.targets, active(world.sources)[:0])
+    none = groups_of(world.targets, active_predecessors(world.sources)[:0])
     assert set(none) == {"From nowhere"}
 
 
@@ -223,7 +225,7 @@ def test_the_loss_changes_by_what_a_pass_over_the_text_says(world: SimpleNamespa
     from flowhelpers.interventions.edits import add
     from flowhelpers.suites.model import logits_of
 
-    cases, edits = removals(world.targets, active(world.sources), r=[-30.0, 1.0])
+    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources), r=[-30.0, 1.0])
     table = deactivate(world.suite, world.tokens, world.targets, cases, edits, loss=True)
     same = table[table["r"] == 1]
     assert (same["loss_change"] == 0).all()
@@ -232,7 +234,7 @@ def test_the_loss_changes_by_what_a_pass_over_the_text_says(world: SimpleNamespa
     target, edit = world.targets.loc[table["target"][row]], edits[edits["case"] == row].iloc[0]
     end = 1 + int(world.tokens.is_text[target["text"]].nonzero().max())
     ids = world.tokens.ids[target["text"] : target["text"] + 1, :end]
-    vector = world.suite.dictionary("0/res").sae.W_dec[edit["feature"]]
+    vector = world.suite.sae("0/res").lens_sae.W_dec[edit["feature"]]
     change = add(Site(0, "res"), vector, float(edit["amount"]), [int(target["position"])])
     losses = [
         torch.nn.functional.cross_entropy(
@@ -282,7 +284,7 @@ def test_a_target_that_is_off_is_counted_and_not_divided_by(world: SimpleNamespa
     targets.loc[off, "feature"] = OTHER  # not active at this token
     assert len(sums)
     sources = sources_of(targets, world.matches, world.activations)
-    cases, edits = removals(targets, active(sources))
+    cases, edits = ablation_cases(targets, active_predecessors(sources))
     table = deactivate(world.suite, world.tokens, targets, cases, edits, sources)
     row = table[table["target"] == off].iloc[0]
     assert (row["old"], row["new"]) == (0, 0)
@@ -298,7 +300,7 @@ def test_a_target_that_is_off_is_counted_and_not_divided_by(world: SimpleNamespa
 
 
 def test_cases_in_another_order_are_told_of_the_right_targets(world: SimpleNamespace):
-    cases, edits = removals(world.targets, active(world.sources))
+    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources))
     order = np.random.default_rng(0).permutation(len(cases))
     mixed = cases.iloc[order]
     moved = edits.assign(case=np.argsort(order)[edits["case"]])
@@ -311,12 +313,12 @@ def test_cases_in_another_order_are_told_of_the_right_targets(world: SimpleNames
 
 def test_methods_are_put_side_by_side_each_with_its_own_denominator(world: SimpleNamespace):
     # A method that knows the MLP's matches alone has fewer targets.
-    fewer = active(world.sources)
+    fewer = active_predecessors(world.sources)
     fewer = fewer[fewer["module"] == "mlp"]
-    cases, edits = together(
+    cases, edits = concat_methods(
         {
-            "all": removals(world.targets, active(world.sources)),
-            "mlp": removals(world.targets, fewer),
+            "all": ablation_cases(world.targets, active_predecessors(world.sources)),
+            "mlp": ablation_cases(world.targets, fewer),
         }
     )
     table = deactivate(world.suite, world.tokens, world.targets, cases, edits)
@@ -334,19 +336,21 @@ def test_methods_are_put_side_by_side_each_with_its_own_denominator(world: Simpl
 def test_removals_refuse_what_is_no_number(world: SimpleNamespace):
     for r in ([float("nan")], [0.0, float("inf")], [], [0.0, 0.0]):
         with pytest.raises(ValueError, match="expected one or more finite numbers"):
-            removals(world.targets, active(world.sources), r)
+            ablation_cases(world.targets, active_predecessors(world.sources), r)
     with pytest.raises(ValueError, match="no target has an active predecessor"):
-        removals(world.targets, active(world.sources)[:0])
+        ablation_cases(world.targets, active_predecessors(world.sources)[:0])
 
 
 def test_the_control_changes_the_stream_by_the_same_norm(world: SimpleNamespace):
     drawn = equal_norm(world.suite, world.targets, world.sources, world.activations)
-    kept = active(world.sources).merge(drawn, on=["target", "module"], suffixes=("", "_drawn"))
+    kept = active_predecessors(world.sources).merge(
+        drawn, on=["target", "module"], suffixes=("", "_drawn")
+    )
     assert len(kept) == len(drawn)
     assert (kept["feature"] != kept["feature_drawn"]).all()
     for row in kept.itertuples():
         site = predecessor_site(1, row.module)
-        rows = world.suite.dictionary(site).sae.W_dec.detach().norm(dim=1)
+        rows = world.suite.sae(site).lens_sae.W_dec.detach().norm(dim=1)
         norms = [float(rows[f]) * a for f, a in (
             (row.feature, row.activation), (row.feature_drawn, row.activation_drawn)
         )]  # fmt: skip
@@ -362,7 +366,7 @@ def test_the_control_changes_the_stream_by_the_same_norm(world: SimpleNamespace)
             > 1
             for m in part["module"]
         )
-        for target, part in active(world.sources).groupby("target")
+        for target, part in active_predecessors(world.sources).groupby("target")
     }
     assert set(drawn["target"]) == {target for target, there in others.items() if there}
     again = equal_norm(world.suite, world.targets, world.sources, world.activations)
@@ -373,10 +377,10 @@ def test_the_control_changes_the_stream_by_the_same_norm(world: SimpleNamespace)
 
 def test_the_control_does_nothing_to_a_feature_it_has_nothing_to_do_with(world: SimpleNamespace):
     drawn = equal_norm(world.suite, world.targets, world.sources, world.activations)
-    cases, edits = together(
+    cases, edits = concat_methods(
         {
-            "top-1": removals(world.targets, active(world.sources)),
-            CONTROL: removals(world.targets, drawn),
+            "top-1": ablation_cases(world.targets, active_predecessors(world.sources)),
+            CONTROL: ablation_cases(world.targets, drawn),
         }
     )
     table = deactivate(world.suite, world.tokens, world.targets, cases, edits)
@@ -403,7 +407,9 @@ def test_the_search_finds_what_a_method_misses(world: SimpleNamespace):
         {"cosine": world.sources, "other": wrong},
         world.activations,
     )
-    single = pd.Series(groups_of(world.targets, active(world.sources)), world.targets.index)
+    single = pd.Series(
+        groups_of(world.targets, active_predecessors(world.sources)), world.targets.index
+    )
     chosen = set(single.index[single.isin([RES, MLP_ONLY, ATT_ONLY])])
     assert set(table["target"]) == chosen
     assert table.groupby("method").size().to_dict() == dict.fromkeys(
@@ -433,7 +439,9 @@ def test_a_method_that_finds_several_places_is_held_to_the_one_named(world: Simp
     methods = {"cosine": world.sources, "blind": blind}
     table = table_1(world.suite, world.tokens, world.targets, methods, world.activations)
     by = table.set_index(["method", "target"])
-    group = pd.Series(groups_of(world.targets, active(world.sources)), world.targets.index)
+    group = pd.Series(
+        groups_of(world.targets, active_predecessors(world.sources)), world.targets.index
+    )
     both = [target for target in sums if group[target] == BOTH]
     assert len(both) > 5
     for target in both:
@@ -482,8 +490,10 @@ def test_the_search_over_all_sites_tries_more(world: SimpleNamespace):
 
 
 def test_what_grows_again_above_is_seen(world: SimpleNamespace):
-    cases, edits = removals(world.targets, active(world.sources))
-    table = further(world.suite, world.tokens, world.targets, cases, edits, world.matches)
+    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources))
+    table = downstream_effects(
+        world.suite, world.tokens, world.targets, cases, edits, world.matches
+    )
     own = table[table["above"] == 0].set_index("target")
     plain = deactivate(world.suite, world.tokens, world.targets, cases, edits).set_index("target")
     assert own["change"].to_numpy() == pytest.approx(plain["change"].loc[own.index].to_numpy())
@@ -502,8 +512,8 @@ def test_a_descendant_that_is_not_active_anyway_is_left_out(world: SimpleNamespa
     matches = world.matches.copy()
     first = (matches["direction"] == "forward") & (matches["rank"] == 1)
     matches.loc[first & (matches["source"] == MLP), "feature"] = adder.SECOND
-    cases, edits = removals(world.targets, active(world.sources))
-    table = further(world.suite, world.tokens, world.targets, cases, edits, matches)
+    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources))
+    table = downstream_effects(world.suite, world.tokens, world.targets, cases, edits, matches)
     own = world.targets.loc[table["target"]].reset_index(drop=True)
     above = (table["above"] == 1) & (own["feature"] == MLP)
     assert (table["old"] > 0).all()
@@ -511,9 +521,9 @@ def test_a_descendant_that_is_not_active_anyway_is_left_out(world: SimpleNamespa
     assert set(own["token"][above] % 4) == {1}
 
 
-def test_dictionaries_at_z_say_nothing_of_what_is_written(toy: Model, planted: Suite):
-    at_z = toys.dictionary_at_z(toy)
-    suite = Suite(planted.row, toy, {**planted.dictionaries, Site(1, "att"): at_z})
+def test_saes_at_z_say_nothing_of_what_is_written(toy: Model, planted: Suite):
+    at_z = toys.sae_at_z(toy)
+    suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): at_z})
     tokens = tokenize(toy, toys.TEXTS[:3])
     read = collect_tokens(suite, tokens)
     targets = draw_targets(read, [1])
@@ -527,7 +537,7 @@ def test_dictionaries_at_z_say_nothing_of_what_is_written(toy: Model, planted: S
         read.by_site[predecessor_site(1, m)][targets.loc[t, "token_row"], 0]
         for t, m in zip(sources["target"], sources["module"], strict=True)
     ]
-    cases, edits = removals(targets, active(sources))
+    cases, edits = ablation_cases(targets, active_predecessors(sources))
     table = deactivate(suite, tokens, targets, cases, edits)
     with_att = table["group"].isin(["From ATT", "From RES & ATT"])
     assert with_att.any()

@@ -30,7 +30,7 @@ from flowhelpers.flow.graph import (
     turns,
 )
 from flowhelpers.flow.lifespans import flow_by_layer, lifespans
-from flowhelpers.matching.table import classify, match_table, scores
+from flowhelpers.matching.table import classify, feature_scores, match_table
 from flowhelpers.suites.load import Suite
 
 AXES = torch.eye(12)
@@ -58,7 +58,7 @@ def nodes_of(coordinate: int) -> list[str]:
 
 
 def bare(directions: dict[str, Tensor], layers: int = 3) -> Suite:
-    """A suite of residual dictionaries with these directions, by site."""
+    """A suite of residual SAEs with these directions, by site."""
     sites = {Site(int(key[0]), key[2:]): rows for key, rows in directions.items()}
     return toys.bare_suite(sites, layers)
 
@@ -265,7 +265,7 @@ def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
     assert ("0/res/0", "1/res/0") in pairs[0]
 
 
-def test_lifespans_of_residual_dictionaries_alone_begin_at_their_first_layer():
+def test_lifespans_of_residual_saes_alone_begin_at_their_first_layer():
     small = bare(rising([0.9, 0.8]))
     found = lifespans(match_table(small, k=1), 0.5)
     assert found[["layer", "first", "last"]].values.tolist() == [[0, 0, 2], [1, 0, 2], [2, 0, 2]]
@@ -494,7 +494,7 @@ HIGH |= {(4, "mlp"): 0.7}  # where attention, though less near, is the one that 
 
 def test_every_class_of_planted_features_comes_out_exactly():
     table = match_table(busy_chain(), k=1)
-    found = classify(scores(table), HIGH).set_index(["layer", "feature"])["class"].unstack()
+    found = classify(feature_scores(table), HIGH).set_index(["layer", "feature"])["class"].unstack()
     chain = ["unexplained", *["translated"] * 5, "processed", "translated"]
     assert found[0].tolist() == chain
     assert found[1].tolist() == chain

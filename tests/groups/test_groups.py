@@ -15,11 +15,11 @@ from flowhelpers.activations.collect import FeatureActivations
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.groups.occurrences import (
     GROUPS,
-    elsewhere,
     group_profiles,
     group_shares,
     group_transition,
     occurrences,
+    shuffled_tokens,
 )
 from flowhelpers.groups.significance import significance
 
@@ -207,7 +207,7 @@ def test_elsewhere_is_another_text_of_the_same_dataset_for_all_sites_alike():
     number = np.arange(1, 401)[:, None]
     for site, codes in activity.by_site.items():
         activity.by_site[site] = codes.multiply(number).tocsr()  # pyright: ignore[reportIndexIssue]
-    away = elsewhere(activity)
+    away = shuffled_tokens(activity)
     pd.testing.assert_frame_equal(away.tokens, activity.tokens)
     came_from = {
         s: codes.max(axis=1).toarray()[:, 0].astype(int) - 1 for s, codes in away.by_site.items()
@@ -225,9 +225,9 @@ def test_elsewhere_is_another_text_of_the_same_dataset_for_all_sites_alike():
         for site, codes in activity.by_site.items():
             often = codes[inside].getnnz(axis=0)
             assert (away.by_site[site][inside].getnnz(axis=0) == often).all()
-    again = elsewhere(activity).by_site[Site(1, "res")]
+    again = shuffled_tokens(activity).by_site[Site(1, "res")]
     assert (again != away.by_site[Site(1, "res")]).nnz == 0
-    assert (elsewhere(activity, seed=1).by_site[Site(1, "res")] != again).nnz > 0
+    assert (shuffled_tokens(activity, seed=1).by_site[Site(1, "res")] != again).nnz > 0
 
 
 def test_a_base_rate_is_the_predecessors_own_rate_however_often_it_is_active():
@@ -237,7 +237,7 @@ def test_a_base_rate_is_the_predecessors_own_rate_however_often_it_is_active():
     matches = table_of({(1, m, f): [(f, 0.9)] for m in MODULES for f in range(60)})
     real, base = (
         occurrences(matches, activity, predecessors=away).table
-        for away in (None, elsewhere(activity))
+        for away in (None, shuffled_tokens(activity))
     )
     assert len(real) == len(base)
     for table in (real, base):  # nothing is related: what is found is what chance gives
@@ -253,7 +253,7 @@ def test_a_base_rate_is_lower_where_predecessors_are_real():
     matches = table_of({(1, m, f): [(f, 0.9)] for m in MODULES for f in range(40)})
     real, base = (
         occurrences(matches, activity, predecessors=away).table["res"].mean()
-        for away in (None, elsewhere(activity))
+        for away in (None, shuffled_tokens(activity))
     )
     assert real == 1
     assert base == pytest.approx(0.2, abs=0.03)

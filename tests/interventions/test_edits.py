@@ -10,8 +10,8 @@ from torch import Tensor
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.interventions import edits
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Edit, Model, logits_of, run, tokenize
-from flowhelpers.suites.saes import Dictionary, make_dictionary
+from flowhelpers.suites.model import Edit, Model, logits_of, run_model, tokenize
+from flowhelpers.suites.saes import SAE, make_sae
 
 SITE, D = Site(1, "res"), toys.D_MODEL
 
@@ -22,8 +22,8 @@ def ids(toy: Model) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def at_z(toy: Model) -> Dictionary:
-    return toys.dictionary_at_z(toy)
+def at_z(toy: Model) -> SAE:
+    return toys.sae_at_z(toy)
 
 
 def feature(index: int, module: str = "res") -> FeatureId:
@@ -31,24 +31,24 @@ def feature(index: int, module: str = "res") -> FeatureId:
 
 
 def after(model: Model, ids: Tensor, edit: Edit, site: Site = SITE) -> Tensor:
-    return run(model, ids, read=[site], edits=[edit])[1][site]
+    return run_model(model, ids, read=[site], edits=[edit])[1][site]
 
 
 def before(model: Model, ids: Tensor, site: Site = SITE) -> Tensor:
-    return run(model, ids, read=[site])[1][site]
+    return run_model(model, ids, read=[site])[1][site]
 
 
 def test_removing_is_the_code_set_to_zero_with_the_error_kept(planted: Suite, ids: Tensor):
-    dictionary = planted.dictionary(SITE)
+    sae = planted.sae(SITE)
     x = before(planted.model, ids)
-    codes = dictionary.encode(x)
+    codes = sae.encode(x)
     chosen = int((codes > 0).sum((0, 1)).argmax())
     without = codes.clone()
     without[..., chosen] = 0
-    expected = dictionary.decode(without) + (x - dictionary.decode(codes))
+    expected = sae.decode(without) + (x - sae.decode(codes))
     for edit in (
-        edits.rescale(dictionary, [feature(chosen)], 0.0),
-        edits.set_to(dictionary, [feature(chosen)], 0.0),
+        edits.rescale(sae, [feature(chosen)], 0.0),
+        edits.set_to(sae, [feature(chosen)], 0.0),
     ):
         assert torch.allclose(after(planted.model, ids, edit), expected, atol=1e-5)
     assert not torch.allclose(x, expected, atol=1e-2)
@@ -57,37 +57,37 @@ def test_removing_is_the_code_set_to_zero_with_the_error_kept(planted: Suite, id
 def test_a_feature_is_set_to_a_value_where_it_is_active_and_where_it_is_not(
     planted: Suite, ids: Tensor
 ):
-    dictionary = planted.dictionary(SITE)
+    sae = planted.sae(SITE)
     x = before(planted.model, ids)
-    codes = dictionary.encode(x)[..., 3]
+    codes = sae.encode(x)[..., 3]
     assert (codes > 0).any()
     assert (codes == 0).any()
-    changed = after(planted.model, ids, edits.set_to(dictionary, [feature(3)], 2.5))
-    step = (2.5 - codes)[..., None] * dictionary.sae.W_dec[3]
+    changed = after(planted.model, ids, edits.set_to(sae, [feature(3)], 2.5))
+    step = (2.5 - codes)[..., None] * sae.lens_sae.W_dec[3]
     assert torch.allclose(changed - x, step, atol=1e-5)
 
 
 def test_activations_of_a_clean_run_are_used_as_given(planted: Suite, ids: Tensor):
-    dictionary = planted.dictionary(SITE)
+    sae = planted.sae(SITE)
     x = before(planted.model, ids)
     chosen = [feature(3), feature(7)]
-    edit = edits.rescale(dictionary, chosen, 0.5, [2], activations=torch.tensor([4.0, 6.0]))
+    edit = edits.rescale(sae, chosen, 0.5, [2], activations=torch.tensor([4.0, 6.0]))
     moved = after(planted.model, ids, edit) - x
-    step = -0.5 * (4 * dictionary.sae.W_dec[3] + 6 * dictionary.sae.W_dec[7])
+    step = -0.5 * (4 * sae.lens_sae.W_dec[3] + 6 * sae.lens_sae.W_dec[7])
     assert torch.allclose(moved[:, 2], step.expand(3, -1), atol=1e-5)
     assert not moved[:, [0, 1, *range(3, ids.shape[1])]].any()
 
 
-def test_r_of_one_changes_nothing_to_the_bit(planted: Suite, at_z: Dictionary, ids: Tensor):
+def test_r_of_one_changes_nothing_to_the_bit(planted: Suite, at_z: SAE, ids: Tensor):
     clean = logits_of(planted.model, ids)
-    chosen = planted.dictionary(SITE)
+    chosen = planted.sae(SITE)
     features = [feature(i) for i in range(chosen.width)]
     heads = [feature(i, "att") for i in range(at_z.width)]
     for edit in (edits.rescale(chosen, features, 1.0), edits.rescale(at_z, heads, 1.0)):
         assert torch.equal(logits_of(planted.model, ids, [edit]), clean)
 
 
-def test_a_dictionary_that_reads_z_is_edited_there(toy: Model, at_z: Dictionary, ids: Tensor):
+def test_a_sae_that_reads_z_is_edited_there(toy: Model, at_z: SAE, ids: Tensor):
     z, site = Site(1, "z"), Site(1, "att")
     x = before(toy, ids, z)
     codes = at_z.encode(x)
@@ -105,7 +105,7 @@ def test_a_dictionary_that_reads_z_is_edited_there(toy: Model, at_z: Dictionary,
 def test_each_row_of_a_batch_has_an_edit_of_its_own(toy: Model, ids: Tensor):
     batch = ids[:1].expand(4, -1)
     vectors = torch.randn(4, D, generator=torch.Generator().manual_seed(1))
-    edit = edits.add_rows(SITE, torch.tensor([2, 0, 2, 3]), vectors, 4)
+    edit = edits.add_per_row(SITE, torch.tensor([2, 0, 2, 3]), vectors, 4)
     moved = after(toy, batch, edit) - before(toy, batch)
     expected = torch.zeros_like(moved)
     expected[0, 4], expected[3, 4] = vectors[1], vectors[3]
@@ -116,36 +116,36 @@ def test_each_row_of_a_batch_has_an_edit_of_its_own(toy: Model, ids: Tensor):
 
 @pytest.mark.parametrize("where", ["res", "z"])
 def test_rows_are_rescaled_as_each_would_be_alone(
-    planted: Suite, at_z: Dictionary, ids: Tensor, where: str
+    planted: Suite, at_z: SAE, ids: Tensor, where: str
 ):
-    dictionary = planted.dictionary(SITE) if where == "res" else at_z
-    site, position = dictionary.reads, 3
-    codes = dictionary.encode(before(planted.model, ids, site))[0, position]
+    sae = planted.sae(SITE) if where == "res" else at_z
+    site, position = sae.input_site, 3
+    codes = sae.encode(before(planted.model, ids, site))[0, position]
     chosen = codes.topk(2).indices
     assert (codes[chosen] > 0).all()
     rows, factors = torch.tensor([0, 2, 2]), torch.tensor([-1.0, 0.5, 3.0])
     features = torch.stack([chosen[0], chosen[0], chosen[1]])
-    edit = edits.rescale_rows(dictionary, rows, features, factors, position)
+    edit = edits.rescale_per_row(sae, rows, features, factors, position)
     moved = after(planted.model, ids, edit, site) - before(planted.model, ids, site)
     for row in range(3):
         expected = torch.zeros_like(moved[0])
         for i in (rows == row).nonzero().flatten().tolist():
-            of = feature(int(features[i]), dictionary.site.module)
-            alone = edits.rescale(dictionary, [of], float(factors[i]), [position])
+            of = feature(int(features[i]), sae.site.module)
+            alone = edits.rescale(sae, [of], float(factors[i]), [position])
             changed = after(planted.model, ids, alone, site)
             expected += (changed - before(planted.model, ids, site))[row]
         assert torch.allclose(moved[row], expected, atol=1e-5)
 
 
 def test_a_reading_at_the_site_of_edits_sees_them_all_in_order(planted: Suite, ids: Tensor):
-    dictionary = planted.dictionary(SITE)
-    assert dictionary.norms[4] == 1  # so that removing takes away all that its encoder reads
-    push = edits.add(SITE, dictionary.directions[4], 50.0)
-    remove = edits.rescale(dictionary, [feature(4)], 0.0)
-    _, first = run(planted.model, ids, read=[SITE], edits=[push, remove])
-    _, last = run(planted.model, ids, read=[SITE], edits=[remove, push])
-    assert not dictionary.encode(first[SITE])[..., 4].any()
-    assert (dictionary.encode(last[SITE])[..., 4] > 0).all()
+    sae = planted.sae(SITE)
+    assert sae.norms[4] == 1  # so that removing takes away all that its encoder reads
+    push = edits.add(SITE, sae.directions[4], 50.0)
+    remove = edits.rescale(sae, [feature(4)], 0.0)
+    _, first = run_model(planted.model, ids, read=[SITE], edits=[push, remove])
+    _, last = run_model(planted.model, ids, read=[SITE], edits=[remove, push])
+    assert not sae.encode(first[SITE])[..., 4].any()
+    assert (sae.encode(last[SITE])[..., 4] > 0).all()
 
 
 class Stop(KeyboardInterrupt):
@@ -164,7 +164,7 @@ def test_the_model_is_as_it_was_after_an_error_or_ctrl_c(
         raise error("halfway")
 
     with pytest.raises(error, match="halfway"):
-        run(toy, ids, [SITE], [push, Edit(SITE, fail)], stop_after)
+        run_model(toy, ids, [SITE], [push, Edit(SITE, fail)], stop_after)
     assert torch.equal(logits_of(toy, ids), clean)
     assert not any(point.fwd_hooks for point in toy.bridge.hook_dict.values())
 
@@ -174,7 +174,7 @@ def test_an_edit_lost_to_rounding_is_an_error(toy: Model, planted: Suite, ids: T
     with pytest.raises(ValueError, match=r"at 1/res leaves \d+ tokens as they were: its step of"):
         logits_of(toy, ids, [faint])
     vectors = torch.stack([torch.ones(D), torch.full((D,), 1e-12)])
-    rows = edits.add_rows(SITE, torch.tensor([0, 1]), vectors, 2)
+    rows = edits.add_per_row(SITE, torch.tensor([0, 1]), vectors, 2)
     with pytest.raises(ValueError, match="at 1/res leaves 1 tokens as they were"):
         logits_of(toy, ids[:2], [rows])
     nothing = edits.add(SITE, torch.ones(D), 0.0)
@@ -207,28 +207,28 @@ def test_a_step_that_some_tokens_do_not_feel_is_no_error(toy: Model, ids: Tensor
             "expected a finite one",
         ),
         (
-            lambda d: edits.add_rows(SITE, torch.tensor([5]), torch.full((1, D), torch.nan), 0),
+            lambda d: edits.add_per_row(SITE, torch.tensor([5]), torch.full((1, D), torch.nan), 0),
             "what row 5 of the batch is to have added at 1/res is not finite",
         ),
     ],
 )
 def test_edits_that_make_no_sense_are_refused(
-    planted: Suite, make: Callable[[Dictionary], Edit], message: str
+    planted: Suite, make: Callable[[SAE], Edit], message: str
 ):
     with pytest.raises(ValueError, match=message):
-        make(planted.dictionary(SITE))
+        make(planted.sae(SITE))
 
 
 def test_a_row_or_position_that_is_not_there_is_named(toy: Model, planted: Suite, ids: Tensor):
-    row = edits.add_rows(SITE, torch.tensor([3]), torch.ones(1, D), 0)
+    row = edits.add_per_row(SITE, torch.tensor([3]), torch.ones(1, D), 0)
     with pytest.raises(ValueError, match="at 1/res names row 3: the batch has 3"):
         logits_of(toy, ids, [row])
     for position in (99, -99):
         message = rf"at 1/res names position {position}: the text has \d+"
         one = torch.tensor([0])
         for far in (
-            edits.add_rows(SITE, one, torch.ones(1, D), position),
-            edits.rescale_rows(planted.dictionary(SITE), one, one, torch.ones(1), position),
+            edits.add_per_row(SITE, one, torch.ones(1, D), position),
+            edits.rescale_per_row(planted.sae(SITE), one, one, torch.ones(1), position),
             edits.add(SITE, torch.ones(D), 1.0, [position]),
         ):
             with pytest.raises(ValueError, match=message):
@@ -241,13 +241,13 @@ def test_a_negative_strength_goes_the_other_way(toy: Model, ids: Tensor):
     assert torch.allclose(moved, (-2.5 * vector).expand_as(moved), atol=1e-5)
 
 
-def test_a_dictionary_without_weights_or_row_cannot_write():
-    bare = toys.bare_dictionary(SITE, torch.eye(3, D))
+def test_a_sae_without_weights_or_row_cannot_write():
+    bare = toys.bare_sae(SITE, torch.eye(3, D))
     with pytest.raises(ValueError, match="1/res has no weights"):
-        bare.rows(torch.tensor([0]))
+        bare.decoder_rows(torch.tensor([0]))
     rows = torch.eye(3, D)
     rows[1] = 0
     with pytest.warns(UserWarning, match="1 of 3 decoder rows"):
-        holed = make_dictionary(SITE, toys.make_sae(rows, SITE), D, "holed")
+        holed = make_sae(SITE, toys.write_lens_sae(rows, SITE), D, "holed")
     with pytest.raises(ValueError, match="1/res/1 has no direction"):
         edits.rescale(holed, [feature(1)], 0.0)

@@ -122,16 +122,16 @@ PHASES = [("prompt", "generation"), ("prompt",), ("generation",)]
 
 
 @pytest.mark.parametrize("phases", PHASES)
-@pytest.mark.parametrize("spare_bos", [False, True])
+@pytest.mark.parametrize("skip_bos", [False, True])
 def test_with_and_without_the_cache_the_same_tokens(
-    planted: Suite, phases: tuple[str, ...], spare_bos: bool
+    planted: Suite, phases: tuple[str, ...], skip_bos: bool
 ):
     toy = planted.model
-    dictionary = planted.dictionary("1/res")
-    live = edits.rescale(dictionary, [FeatureId(1, "res", i) for i in range(8)], -3.0)
-    push = edits.add(Site(0, "mlp"), dictionary.directions[3], 4.0)
+    sae = planted.sae("1/res")
+    live = edits.rescale(sae, [FeatureId(1, "res", i) for i in range(8)], -3.0)
+    push = edits.add(Site(0, "mlp"), sae.directions[3], 4.0)
     ids = tokenize(toy, PROMPT).ids.expand(3, -1)
-    settings: dict[str, Any] = {"phases": phases, "spare_bos": spare_bos, "top_p": 0.8}
+    settings: dict[str, Any] = {"phases": phases, "skip_bos": skip_bos, "top_p": 0.8}
     found = [
         sample_tokens(toy, ids, [1, 2, 3], 12, edits=[live, push], cache=cache, **settings)
         for cache in (True, False)
@@ -161,7 +161,7 @@ def test_edits_act_in_the_phases_asked_for_and_nowhere_else(toy: Model, cache: b
         sample_tokens(toy, ids, [0], 3, edits=watched, phases=phases, cache=cache)
         assert seen == lengths
     seen.clear()
-    sample_tokens(toy, ids, [0], 3, edits=watched, spare_bos=True, cache=cache)
+    sample_tokens(toy, ids, [0], 3, edits=watched, skip_bos=True, cache=cache)
     assert seen == ([n - 1, 1, 1] if cache else [n - 1, n, n + 1])
 
 
@@ -169,7 +169,7 @@ def test_each_row_has_its_own_edit_and_its_own_stream(toy: Model):
     site, ids = Site(2, "res"), tokenize(toy, PROMPT).ids
     vector = 1e4 * toy.unembedding[:, 200]
     target = int((final_norm(toy, toy.unembedding[:, 200]) @ toy.unembedding).argmax())
-    push = edits.add_rows(site, torch.tensor([1]), vector[None])
+    push = edits.add_per_row(site, torch.tensor([1]), vector[None])
     both = sample_tokens(toy, ids.expand(2, -1), [5, 5], 6, top_p=1e-6, edits=[push])
     alone = sample_tokens(toy, ids, [5], 6, top_p=1e-6)
     assert torch.equal(both[:1], alone)

@@ -18,17 +18,17 @@ from flowhelpers.activations.collect import FeatureActivations, collect_tokens
 from flowhelpers.core.features import MODULES, FeatureId, Site
 from flowhelpers.interventions import batched as interventions
 from flowhelpers.interventions.batched import intervene, rows_at_once
-from flowhelpers.interventions.edits import add, add_rows, rescale
+from flowhelpers.interventions.edits import add, add_per_row, rescale
 from flowhelpers.matching.table import predecessor_site
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import (
     Edit,
     Model,
     Tokens,
+    cache_prompt,
     load_model,
     logits_of,
-    read_prefix,
-    run,
+    run_model,
     tokenize,
 )
 from flowhelpers.suites.registry import SuiteRow
@@ -93,14 +93,14 @@ def one_at_a_time(
     changes = []
     for edit in edits.itertuples():
         site = predecessor_site(case.layer, edit.module)
-        dictionary = suite.dictionary(site)
-        vector = dictionary.sae.W_dec[edit.feature]
-        changes.append(add(dictionary.reads, vector, edit.amount, [case.position]))
+        sae = suite.sae(site)
+        vector = sae.lens_sae.W_dec[edit.feature]
+        changes.append(add(sae.input_site, vector, edit.amount, [case.position]))
     places = {(0, "res"): Site(case.layer, "res"), (0, "mlp"): Site(case.layer, "mlp")}
-    logits, read = run(suite.model, ids, places.values(), changes)
+    logits, read = run_model(suite.model, ids, places.values(), changes)
     assert logits is not None
     codes = {
-        place: suite.dictionary(site).encode(read[site][0, case.position])
+        place: suite.sae(site).encode(read[site][0, case.position])
         for place, site in places.items()
     }
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
@@ -137,12 +137,12 @@ def test_a_batch_gives_what_one_at_a_time_gives(flowlet: SimpleNamespace):
     assert moved > 200  # at R_L an edit shows always, at M_L where it came before
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 64])
-def test_how_many_go_at_once_changes_no_number(flowlet: SimpleNamespace, at_once: int):
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_how_many_go_at_once_changes_no_number(flowlet: SimpleNamespace, batch_size: int):
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=1)
     cases[["text", "position"]] = (1, 7)  # so that a batch is full
     known = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True, at_once=at_once)
+    found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True, batch_size=batch_size)
     assert np.abs((known.after[0, "res"] - found.after[0, "res"]).toarray()).max() < 1e-5
     assert np.abs((known.before[0, "res"] - found.before[0, "res"]).toarray()).max() < 1e-5
     assert known.losses is not None
@@ -153,19 +153,19 @@ def test_how_many_go_at_once_changes_no_number(flowlet: SimpleNamespace, at_once
 def test_layers_apart_and_together_give_the_same(
     flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
-    # Where dictionaries are read on demand, a pass serves one layer; else all at the same token.
+    # Where SAEs are read on demand, a pass serves one layer; else all at the same token.
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 60, seed=4)
     cases["position"] = 6
-    apart = replace(flowlet.suite, dictionaries=MappingProxyType(dict(flowlet.suite.dictionaries)))
+    apart = replace(flowlet.suite, saes=MappingProxyType(dict(flowlet.suite.saes)))
     places, passes, outcomes = [(0, "res"), (-1, "res"), (0, "res")], [], []
 
     def watched(*given: Any) -> Any:
         passes.append(given[4])
-        return run(*given)
+        return run_model(*given)
 
     monkeypatch.setattr(interventions, "run", watched)
     for suite in (flowlet.suite, apart):
-        outcomes.append(intervene(suite, flowlet.tokens, cases, edits, places, at_once=9))
+        outcomes.append(intervene(suite, flowlet.tokens, cases, edits, places, batch_size=9))
         passes.append(None)
     together, each = outcomes
     first = passes.index(None)
@@ -204,7 +204,7 @@ def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace)
     end = 1 + int(tokens.is_text[token["text"]].nonzero().max())
     changes = [
         rescale(
-            suite.dictionary(site),
+            suite.sae(site),
             [FeatureId(site.layer, site.module, index)],
             r,
             [int(token["position"])],
@@ -212,9 +212,9 @@ def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace)
         for site, index, r in ((Site(3, "res"), first, -2.0), (Site(4, "mlp"), second, 0.0))
     ]
     ids = tokens.ids[token["text"] : token["text"] + 1, :end]
-    _, found = run(suite.model, ids, [Site(4, "res"), Site(4, "mlp")], changes)
+    _, found = run_model(suite.model, ids, [Site(4, "res"), Site(4, "mlp")], changes)
     for place in ((0, "res"), (0, "mlp")):
-        expected = suite.dictionary(Site(4, place[1])).encode(
+        expected = suite.sae(Site(4, place[1])).encode(
             found[Site(4, place[1])][0, int(token["position"])]
         )
         assert outcome.after[place].toarray()[0] == pytest.approx(
@@ -228,9 +228,9 @@ def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace)
     assert np.abs((other.after[0, "mlp"] - outcome.after[0, "mlp"]).toarray()).max() > 1e-3
 
 
-def test_dictionaries_at_z_are_edited_and_read_there(toy: Model, planted: Suite):
-    at_z = toys.dictionary_at_z(toy)
-    suite = Suite(planted.row, toy, {**planted.dictionaries, Site(1, "att"): at_z})
+def test_saes_at_z_are_edited_and_read_there(toy: Model, planted: Suite):
+    at_z = toys.sae_at_z(toy)
+    suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): at_z})
     tokens = tokenize(toy, toys.TEXTS[:2])
     read = collect_tokens(suite, tokens, [Site(1, "att")])
     codes = read.by_site[Site(1, "att")].tocoo()
@@ -242,11 +242,11 @@ def test_dictionaries_at_z_are_edited_and_read_there(toy: Model, planted: Suite)
     edit = rescale(at_z, [FeatureId(1, "att", index)], 0.0, [position])
     end = 1 + int(tokens.is_text[text].nonzero().max())
     sites = {place: Site(1 + place[0], place[1]) for place in places}
-    wanted = [suite.dictionary(site).reads for site in sites.values()]
-    _, found = run(toy, tokens.ids[text : text + 1, :end], wanted, [edit])
+    wanted = [suite.sae(site).input_site for site in sites.values()]
+    _, found = run_model(toy, tokens.ids[text : text + 1, :end], wanted, [edit])
     for place, site in sites.items():
-        dictionary = suite.dictionary(site)
-        expected = dictionary.encode(found[dictionary.reads][0, position]).numpy()
+        sae = suite.sae(site)
+        expected = sae.encode(found[sae.input_site][0, position]).numpy()
         assert outcome.after[place].toarray()[0] == pytest.approx(expected, abs=1e-5)
     before, after = outcome.before[0, "att"].toarray(), outcome.after[0, "att"].toarray()
     assert before[0, index] == pytest.approx(activation, abs=1e-5)
@@ -278,10 +278,10 @@ def test_an_edit_that_reaches_an_earlier_site_is_an_error(
 ):
     def misplaced(site: Site, rows: Tensor, vectors: Tensor, position: int) -> Edit:
         earlier = Site(1, "att") if site.module == "mlp" else site
-        made = add_rows(earlier, rows, vectors, position)
+        made = add_per_row(earlier, rows, vectors, position)
         return Edit(earlier, made.change)
 
-    monkeypatch.setattr(interventions, "add_rows", misplaced)
+    monkeypatch.setattr(interventions, "add_per_row", misplaced)
     cases = cases_of((0, 3, 1), (0, 3, 1))
     edits = edits_of((0, "mlp", 1, -1.0), (1, "res", 1, -1.0))
     for read in ([(0, "att"), (0, "res")], [(0, "res")]):  # whether it is asked for or not
@@ -303,7 +303,7 @@ def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, monkeypatch: 
 
     def watched(*given: Any) -> Any:
         passes.append((given[1].shape, given[4], len(given[5])))
-        return run(*given)
+        return run_model(*given)
 
     monkeypatch.setattr(interventions, "run", watched)
     cases = cases_of((0, 5, 2), (0, 5, 2), (0, 8, 6))
@@ -328,7 +328,7 @@ def test_memory_that_runs_out_halves_the_batch_and_goes_on(
         sizes.append(len(ids) - 1)
         if len(ids) > 12:
             raise torch.OutOfMemoryError("no room")
-        return run(model, ids, *rest)
+        return run_model(model, ids, *rest)
 
     monkeypatch.setattr(interventions, "run", small)
     with pytest.warns(UserWarning, match="ran out of memory with 20 interventions .* with 10"):
@@ -340,7 +340,7 @@ def test_memory_that_runs_out_halves_the_batch_and_goes_on(
     assert found.losses is not None
     assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
 
-    monkeypatch.setattr(interventions, "run", run)
+    monkeypatch.setattr(interventions, "run", run_model)
     whole = interventions.token_losses
 
     def short(logits: Tensor, ids: Tensor) -> Tensor:  # with the logits there, the loss finds none
@@ -369,7 +369,7 @@ def test_the_size_of_a_batch_follows_memory(
     flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
     model = flowlet.suite.model
-    _, prefix = read_prefix(model, flowlet.tokens.ids[:1])
+    _, prefix = cache_prompt(model, flowlet.tokens.ids[:1])
     sizes = {}
     for room in (2**20, 2**24, 2**40):
         monkeypatch.setattr(interventions, "free_memory", lambda device, room=room: room)
@@ -397,7 +397,7 @@ def test_the_size_of_a_batch_follows_memory(
         ([(0, 2, 1)], [(0, "res", -1, 1.0)], (0, "res"), "no feature 0/res/-1 in adder"),
         ([(0, 2, 1)], [(0, "rse", 1, 1.0)], (0, "res"), "unknown module 'rse'"),
         ([(0, 2, 0)], [(0, "res", 1, 1.0)], (0, "res"), "a feature of layer 0 has no predecessor"),
-        ([(0, 2, 2)], [(0, "mlp", 1, 1.0)], (0, "res"), "no dictionary at 2/mlp in suite adder"),
+        ([(0, 2, 2)], [(0, "mlp", 1, 1.0)], (0, "res"), "no SAE at 2/mlp in suite adder"),
         ([(0, 2, 1)], [(0, "res", 1, 1.0)], (2, "res"), "no layer 3 in suite adder"),
         ([(0, 2, 1)], [(0, "res", 1, 1.0)] * 2, (0, "res"), "case 0 names res/1 twice"),
         ([(0, 2, 1)] * 2, [(0, "res", 1, 1.0)], (0, "res"), "case 1 has no edit"),
@@ -424,11 +424,11 @@ def test_special_tokens_inside_a_text_are_not_edited(world: SimpleNamespace):
 
 
 def test_no_rows_in_a_pass_are_too_few(world: SimpleNamespace):
-    for at_once in (0, -1):
-        with pytest.raises(ValueError, match=f"at_once={at_once}: expected 1 or more"):
+    for batch_size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size}: expected 1 or more"):
             intervene(
                 world.suite, world.tokens, cases_of((0, 5, 1)), edits_of((0, "res", 1, 1.0)),
-                at_once=at_once,
+                batch_size=batch_size,
             )  # fmt: skip
 
 
@@ -469,18 +469,18 @@ def test_a_pass_after_a_prefix_is_a_whole_pass(family: str, toy_folder: Path, tm
     model = load_model(str(tmp_path))
     ids = torch.arange(20, 60)[None]  # longer than the window where there is one
     whole = logits_of(model, ids)
-    logits, prefix = read_prefix(model, ids)
+    logits, prefix = cache_prompt(model, ids)
     assert len(prefix) == 40
     assert torch.allclose(logits, whole, atol=1e-5)
     site = Site(1, "mlp")
-    _, there = run(model, ids, [site])
+    _, there = run_model(model, ids, [site])
     for position in (1, 7, 30, 39):
         rest = ids[:, position:].expand(3, -1)
-        after, _ = run(model, rest, prefix=prefix.first(position))
+        after, _ = run_model(model, rest, prefix=prefix.first(position))
         assert after is not None
         assert torch.allclose(after, whole[:, position:].expand(3, -1, -1), atol=1e-5)
         for stop in (1, 2):
-            _, read = run(model, rest, [site], stop_after=stop, prefix=prefix.first(position))
+            _, read = run_model(model, rest, [site], stop_after=stop, prefix=prefix.first(position))
             assert torch.allclose(
                 read[site], there[site][:, position:].expand(3, -1, -1), atol=1e-5
             )
@@ -493,15 +493,15 @@ def test_a_model_whose_prefix_is_ignored_is_refused(
 ):
     from transformers import DynamicCache
 
-    from flowhelpers.suites.model import Prefix
+    from flowhelpers.suites.model import PromptCache
 
-    monkeypatch.setattr(Prefix, "cache", lambda self, batch, layers=None: DynamicCache())
+    monkeypatch.setattr(PromptCache, "cache", lambda self, batch, layers=None: DynamicCache())
     with pytest.raises(ValueError, match="goes on after a prefix gives other logits"):
         load_model(str(toy_folder))
 
 
-def test_a_site_without_a_dictionary_is_named(world: SimpleNamespace):
+def test_a_site_without_a_sae_is_named(world: SimpleNamespace):
     row = SuiteRow("bare", "none", {Site(1, "res"): "x"}, 0)
-    bare = Suite(row, world.suite.model, {Site(1, "res"): world.suite.dictionary("1/res")})
-    with pytest.raises(ValueError, match="no dictionary at 0/res in suite bare"):
+    bare = Suite(row, world.suite.model, {Site(1, "res"): world.suite.sae("1/res")})
+    with pytest.raises(ValueError, match="no SAE at 0/res in suite bare"):
         intervene(bare, world.tokens, cases_of((0, 2, 1)), edits_of((0, "res", 1, 1.0)))

@@ -19,12 +19,12 @@ from flowhelpers.labels.describe import (
     read_labels,
     subject_scores,
     top_contexts,
+    top_logit_tokens,
     top_tokens,
-    written_tokens,
 )
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import token_strings
-from flowhelpers.suites.saes import make_dictionary
+from flowhelpers.suites.saes import make_sae
 
 SITE = Site(1, "res")
 
@@ -39,11 +39,11 @@ def activations_of(texts: list[list[tuple[int, float]]], feature: int = 3) -> Fe
 
 
 def test_written_tokens_are_the_logit_lens_by_hand(planted: Suite, plain_toy: Gemma3ForCausalLM):
-    direction = planted.dictionary(SITE).directions[5]
+    direction = planted.sae(SITE).directions[5]
     with torch.no_grad():
         logits = plain_toy.lm_head(plain_toy.model.norm(direction))
     best = (logits - logits.mean()).sort(descending=True)
-    found = written_tokens(planted, "1/res/5", k=7)
+    found = top_logit_tokens(planted, "1/res/5", k=7)
     assert found["token"].tolist() == token_strings(planted.model, best.indices[:7].tolist())
     assert found["logit"].to_numpy() == pytest.approx(best.values[:7].numpy(), abs=1e-4)
 
@@ -58,12 +58,12 @@ def test_a_direction_planted_to_write_a_token_writes_it(
         weights - weights.mean(0), torch.eye(toys.VOCABULARY)[:, [token]], driver="gelsd"
     ).solution[:, 0]
     direction = wanted / (1 + plain_toy.model.norm.weight.detach())
-    sae = toys.make_sae(torch.stack([direction, -direction]), SITE)
-    dictionary = make_dictionary(SITE, sae, toys.D_MODEL, "planted")
-    suite = dataclasses.replace(planted, dictionaries={SITE: dictionary})
+    lens_sae = toys.write_lens_sae(torch.stack([direction, -direction]), SITE)
+    sae = make_sae(SITE, lens_sae, toys.D_MODEL, "planted")
+    suite = dataclasses.replace(planted, saes={SITE: sae})
     expected = token_strings(planted.model, [token])
-    assert written_tokens(suite, "1/res/0", k=1)["token"].tolist() == expected
-    assert written_tokens(suite, "1/res/1", k=5)["token"].tolist() != expected
+    assert top_logit_tokens(suite, "1/res/0", k=1)["token"].tolist() == expected
+    assert top_logit_tokens(suite, "1/res/1", k=5)["token"].tolist() != expected
 
 
 def test_top_tokens_are_listed_once_by_their_highest_activation(planted: Suite):
@@ -207,6 +207,9 @@ def test_a_subject_needs_texts_on_it_and_others(on_subject: bool, message: str):
 
 
 def test_a_feature_that_does_not_exist_is_named(planted: Suite):
-    for function in (written_tokens, lambda s, f: top_tokens(s, f, activations_of([[(70, 1.0)]]))):
+    for function in (
+        top_logit_tokens,
+        lambda s, f: top_tokens(s, f, activations_of([[(70, 1.0)]])),
+    ):
         with pytest.raises(ValueError, match="no feature 1/res/16 in "):
             function(planted, "1/res/16")

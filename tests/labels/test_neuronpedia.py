@@ -1,4 +1,4 @@
-"""Labels of a whole dictionary come once from Neuronpedia's export, and then from disk."""
+"""Labels of a whole SAE come once from Neuronpedia's export, and then from disk."""
 
 import json
 import logging
@@ -373,7 +373,7 @@ def test_many_are_counted_and_few_are_told(labels: Labels, server: NeuronpediaSe
     assert "and 32 more" in str(caught[0].message)
 
 
-def test_the_same_file_for_a_narrower_dictionary_is_an_error(labels: Labels):
+def test_the_same_file_for_a_narrower_sae_is_an_error(labels: Labels):
     labels()
     with pytest.raises(ValueError, match=r"batch 9, line 4: the index is 39, expected 0 to 38"):
         labels(width=39)

@@ -60,10 +60,10 @@ def refuse() -> NoReturn:
 
 
 def named(suite: Suite, *modules: str) -> Suite:
-    """The suite with the names of some modules' dictionaries on Neuronpedia, and no model."""
+    """The suite with the names of some modules' SAEs on Neuronpedia, and no model."""
     names = {
         site: f"toy-model/{site.layer}-{site.module}"
-        for site in suite.dictionaries
+        for site in suite.saes
         if site.module in modules
     }
     row = dataclasses.replace(suite.row, neuronpedia=names, layers=toys.LAYERS)
@@ -106,7 +106,7 @@ def kept(tmp_path: Path) -> list[Path]:
 # Pages.
 
 
-def test_a_feature_has_a_page_where_its_dictionary_has_a_name(suite: Suite):
+def test_a_feature_has_a_page_where_its_sae_has_a_name(suite: Suite):
     assert feature_page(suite, "1/res/5") == f"{PAGE}/1-res/5"
     assert feature_page(suite, FeatureId(2, "mlp", 0)) == f"{PAGE}/2-mlp/0"
     assert feature_page(suite, "1/att/5") is None
@@ -223,7 +223,7 @@ def test_what_was_kept_leniently_does_not_pass_for_whole(labels: Labels, server:
     assert server.asked(0) == asked
 
 
-def test_a_dictionary_of_which_the_export_has_nothing_is_an_error_or_left_out(
+def test_a_sae_of_which_the_export_has_nothing_is_an_error_or_left_out(
     labels: Labels, server: NeuronpediaServer
 ):
     del server.others["toy-model/0-mlp"]
@@ -268,12 +268,12 @@ def test_what_is_not_on_neuronpedia_is_said_so_and_nobody_is_asked(
     assert not kept(tmp_path)
 
 
-def test_no_dictionary_is_read_for_its_labels_where_the_row_says_how_large_it_is(
+def test_no_sae_is_read_for_its_labels_where_the_row_says_how_large_it_is(
     labels: Labels, suite: Suite
 ):
     row_of = dataclasses.replace(suite.row, features=toys.RES)
-    unread: Any = dict.fromkeys(suite.dictionaries)
-    found = labels(of=dataclasses.replace(suite, row=row_of, dictionaries=unread))
+    unread: Any = dict.fromkeys(suite.saes)
+    found = labels(of=dataclasses.replace(suite, row=row_of, saes=unread))
     assert len(found) == 3 * (toys.RES + toys.MODULE) // 2
 
 

@@ -160,7 +160,7 @@ def test_unit_rows_leave_zero_rows_at_zero():
 
 
 def draw(rng: np.random.Generator) -> tuple[Tensor, Tensor, int]:
-    """Two dictionaries that are alike in part, with all that makes a match hard to tell."""
+    """Two SAEs that are alike in part, with all that makes a match hard to tell."""
     d = int(rng.choice([2, 3, 8, 24, 64, 192]))
     targets, sources = (int(n) for n in rng.integers(1, 900, 2))
     basis = np.exp(rng.normal(size=d))  # not all dimensions count alike

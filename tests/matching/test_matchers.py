@@ -23,7 +23,7 @@ from flowhelpers.matching.matchers import (
 )
 from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.saes import Dictionary, make_dictionary
+from flowhelpers.suites.saes import SAE, make_sae
 
 FIRST, SECOND = Site(0, "res"), Site(1, "res")
 D = toys.D_MODEL
@@ -61,29 +61,25 @@ def test_rows_of_zeros_are_no_chance():
 # The permutation.
 
 
-def dictionary_at(site: Site, decoder: Tensor, **more: Any) -> Dictionary:
-    return make_dictionary(site, toys.make_sae(decoder, site, **more), decoder.shape[1], "planted")
+def sae_at(site: Site, decoder: Tensor, **more: Any) -> SAE:
+    return make_sae(site, toys.write_lens_sae(decoder, site, **more), decoder.shape[1], "planted")
 
 
-def planted_pair(features: int = 60, noise: float = 0.2) -> tuple[Dictionary, Dictionary, Tensor]:
-    """A dictionary, the same permuted and noised, and from which feature each descends."""
+def planted_pair(features: int = 60, noise: float = 0.2) -> tuple[SAE, SAE, Tensor]:
+    """An SAE, the same permuted and noised, and from which feature each descends."""
     source = unit_rows(normal(features, D))
     order = torch.randperm(features, generator=torch.Generator().manual_seed(1))
     target = unit_rows(source[order] + noise * D**-0.5 * normal(features, D, seed=2))
     threshold = normal(features, seed=3).abs() + 0.1
     encoder = unit_rows(normal(features, D, seed=4))
-    earlier = dictionary_at(FIRST, source, threshold=threshold, encoder=encoder.T, b_enc=0.1)
-    later = dictionary_at(
-        SECOND, target, threshold=threshold[order], encoder=encoder[order].T, b_enc=0.1
-    )
+    earlier = sae_at(FIRST, source, threshold=threshold, encoder=encoder.T, b_enc=0.1)
+    later = sae_at(SECOND, target, threshold=threshold[order], encoder=encoder[order].T, b_enc=0.1)
     return later, earlier, order
 
 
 @pytest.mark.parametrize("weights", ["decoder", "all"])
 @pytest.mark.parametrize("folded", [False, True])
-def test_a_permuted_noised_dictionary_is_recovered_in_the_stated_direction(
-    weights: str, folded: bool
-):
+def test_a_permuted_noised_sae_is_recovered_in_the_stated_direction(weights: str, folded: bool):
     later, earlier, order = planted_pair()
     match = by_permutation(later, earlier, weights, folded)  # pyright: ignore[reportArgumentType]
     # The predecessor of target j is the source that it descends from.
@@ -98,13 +94,13 @@ def test_the_assignment_is_of_highest_sum_and_not_greedy():
     # Both targets like source 0 best; the sum is highest if the second yields.
     source = torch.eye(2, 3)
     target = unit_rows(torch.tensor([[1.0, 0.0, 0.2], [1.0, 0.9, 0.0]]))
-    match = by_permutation(dictionary_at(SECOND, target), dictionary_at(FIRST, source))
+    match = by_permutation(sae_at(SECOND, target), sae_at(FIRST, source))
     assert match.backward.indices.tolist() == [[0], [1]]
 
 
 def test_every_feature_has_one_however_poor_unless_there_are_too_few():
     later, earlier, _ = planted_pair(features=20, noise=9.0)
-    fewer = dictionary_at(FIRST, earlier.directions[:12])
+    fewer = sae_at(FIRST, earlier.directions[:12])
     match = by_permutation(later, fewer)
     found = match.backward.indices[:, 0]
     assert sorted(found[found >= 0].tolist()) == list(range(12))
@@ -116,23 +112,23 @@ def test_weights_that_cannot_be_compared_are_refused():
     later, _, _ = planted_pair()
     with pytest.raises(ValueError, match="weights='encoder': expected 'decoder' or 'all'"):
         matchers._rows(later, "encoder", False)
-    wider = toys.make_sae(normal(10, 48), Site(1, "att"), hook="blocks.1.attn.hook_z")
+    wider = toys.write_lens_sae(normal(10, 48), Site(1, "att"), hook="blocks.1.attn.hook_z")
     output = AttentionOutput(normal(48, D), None)
-    at_z = make_dictionary(Site(1, "att"), wider, D, "planted", output)
+    at_z = make_sae(Site(1, "att"), wider, D, "planted", output)
     assert by_permutation(later, at_z).forward.indices.min() >= 0
     with pytest.raises(ValueError, match="1/att reads 1/z, in a space of its own"):
         by_permutation(later, at_z, "all")
 
 
 @pytest.mark.parametrize("d_z", [D, 48])
-def test_a_folded_dictionary_at_z_is_compared_in_the_stream(d_z: int):
+def test_a_folded_sae_at_z_is_compared_in_the_stream(d_z: int):
     # Of the same width as the stream, raw rows at z would be compared without a word.
     output = AttentionOutput(normal(d_z, D, seed=5), normal(D, seed=6))
     decoder, threshold = normal(12, d_z, seed=7), torch.linspace(0.5, 2, 12)
-    sae = toys.make_sae(decoder, Site(1, "att"), threshold, hook="blocks.1.attn.hook_z")
-    at_z = make_dictionary(Site(1, "att"), sae, D, "planted", output)
+    lens_sae = toys.write_lens_sae(decoder, Site(1, "att"), threshold, hook="blocks.1.attn.hook_z")
+    at_z = make_sae(Site(1, "att"), lens_sae, D, "planted", output)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(8))
-    later = dictionary_at(SECOND, output.in_stream(decoder)[order], threshold=threshold[order])
+    later = sae_at(SECOND, output.to_residual(decoder)[order], threshold=threshold[order])
     for folded in (False, True):
         match = by_permutation(later, at_z, folded=folded)
         assert torch.equal(match.backward.indices[:, 0], order)
@@ -195,7 +191,7 @@ def test_correlations_are_those_of_the_activations(
 
 
 def test_candidates_are_the_sources_of_highest_cosine(planted: Suite):
-    target, source = planted.dictionary(SECOND), planted.dictionary(FIRST)
+    target, source = planted.sae(SECOND), planted.sae(FIRST)
     few = by_pearson(planted, toys.TEXTS, [(SECOND, FIRST)], 1, candidates=3, least_active=1)[
         SECOND, FIRST
     ][0]
@@ -232,12 +228,12 @@ def test_few_candidates_are_looked_at_where_all_do_not_fit():
 
 
 def test_a_feature_that_is_never_active_correlates_with_nothing(planted: Suite):
-    silent = toys.make_sae(torch.eye(4, D), SECOND, threshold=1e9)
-    dictionaries = {
-        FIRST: planted.dictionary(FIRST),
-        SECOND: make_dictionary(SECOND, silent, D, "planted"),
+    silent = toys.write_lens_sae(torch.eye(4, D), SECOND, threshold=1e9)
+    saes = {
+        FIRST: planted.sae(FIRST),
+        SECOND: make_sae(SECOND, silent, D, "planted"),
     }
-    suite = dataclasses.replace(planted, dictionaries=dictionaries)
+    suite = dataclasses.replace(planted, saes=saes)
     pair = (SECOND, FIRST)
     match, null = by_pearson(suite, toys.TEXTS, [pair], 2)[SECOND, FIRST]
     assert (match.backward.indices == -1).all()

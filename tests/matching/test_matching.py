@@ -21,9 +21,9 @@ from flowhelpers.matching.matchers import null_cosines
 from flowhelpers.matching.table import (
     agreement,
     classify,
+    feature_scores,
     match_table,
     predecessor_sites,
-    scores,
     transition,
     youden_thresholds,
 )
@@ -108,7 +108,7 @@ def test_forward_matches_are_those_that_sources_choose(table: pd.DataFrame):
 
 
 def test_layer_0_has_module_predecessors_only(table: pd.DataFrame):
-    wide = scores(table).set_index(["layer", "feature"])
+    wide = feature_scores(table).set_index(["layer", "feature"])
     first = wide.loc[0]
     assert first[["s_res", "source_res", "null_res"]].isna().all(axis=None)
     assert first["source_mlp"].tolist() == [*range(8), *[-1] * 8]
@@ -122,8 +122,8 @@ def test_the_null_of_the_table_is_a_quantile_of_the_best_by_chance():
     suite = toys.bare_suite()
     table = match_table(suite, k=1, seed=7)
     for layer, module, source in ((1, "res", Site(0, "res")), (2, "att", Site(2, "att"))):
-        target = suite.dictionary(Site(layer, "res")).directions
-        chance = null_cosines(target, suite.dictionary(source).directions, 7).numpy()
+        target = suite.sae(Site(layer, "res")).directions
+        chance = null_cosines(target, suite.sae(source).directions, 7).numpy()
         rows = backward(table, layer, module)
         assert rows["null"].to_numpy() == pytest.approx(np.quantile(chance, 0.999), abs=1e-6)
         below = [(chance < score).mean() for score in rows["score"]]
@@ -168,7 +168,7 @@ def test_rows_that_were_excluded_are_no_ones_match():
     directions[Site(0, "res")] = directions[Site(0, "res")].clone()
     directions[Site(0, "res")][lost] = 0
     table = match_table(toys.bare_suite(directions), k=1)
-    wide = scores(table).set_index(["layer", "feature"])
+    wide = feature_scores(table).set_index(["layer", "feature"])
     assert wide.loc[1, "source_res"].tolist() == [-1, *toys.RES_FROM[1][1:]]
     assert wide.loc[(0, lost), ["source_mlp", "source_att"]].tolist() == [-1, -1]
     ahead = table[(table["direction"] == "forward") & (table["module"] == "res")]
@@ -177,7 +177,7 @@ def test_rows_that_were_excluded_are_no_ones_match():
 
 def test_a_suite_without_two_sites_that_follow_is_an_error():
     suite = toys.bare_suite({Site(0, "res"): torch.eye(4), Site(2, "res"): torch.eye(4)})
-    with pytest.raises(ValueError, match="bare has no residual dictionary with one that prec"):
+    with pytest.raises(ValueError, match="bare has no residual SAE with one that prec"):
         match_table(suite, k=1)
 
 
@@ -231,7 +231,7 @@ def test_every_thing_that_a_table_depends_on_makes_another(computed: list[int]):
     directions[Site(2, "mlp")] = directions[Site(2, "mlp")].flip(0)
     before = len(computed)
     match_table(toys.bare_suite(directions), k=2)
-    assert len(computed) == before + 3  # the layer that has the changed dictionary
+    assert len(computed) == before + 3  # the layer that has the changed SAE
 
 
 @pytest.mark.parametrize("harm", ["truncated", "empty", "other", "not parquet", "one bit"])
@@ -425,7 +425,7 @@ def test_the_four_classes_are_those_of_the_paper():
 
 
 def test_a_feature_of_layer_0_can_only_be_newborn_or_unexplained(table: pd.DataFrame):
-    found = classify(scores(table), {(layer, m): 0.5 for layer in range(3) for m in CODE})
+    found = classify(feature_scores(table), {(layer, m): 0.5 for layer in range(3) for m in CODE})
     assert found.groupby("layer")["class"].unique().map(list).to_dict() == {
         0: ["newborn"],
         1: ["processed"],

@@ -16,16 +16,16 @@ from flowhelpers.core.features import Site, parse_feature
 from flowhelpers.steering import controls
 from flowhelpers.steering.controls import (
     difference_of_means,
-    random_twin,
+    random_feature_control,
+    scale_plan,
     side_effects,
-    times,
     total_norm,
 )
-from flowhelpers.steering.plans import Plan, Push, Step, plan_edits, push_of
+from flowhelpers.steering.plans import Plan, SteeringVectors, Step, plan_edits, steering_vectors
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Model, logits_of, run, tokenize
-from flowhelpers.suites.saes import make_dictionary
+from flowhelpers.suites.model import Model, logits_of, run_model, tokenize
+from flowhelpers.suites.saes import make_sae
 
 RES, MLP, ATT = Site(1, "res"), Site(1, "mlp"), Site(1, "att")
 # Feature ORDER[i] is active at i (i + 1) / 2 of 128 tokens: the nearest to it is ORDER[i - 1].
@@ -40,12 +40,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def suite(planted: Suite, toy: Model) -> Suite:
-    """The planted suite, with a dictionary at z and one of directions that are not orthogonal."""
+    """The planted suite, with an SAE at z and one of directions that are not orthogonal."""
     rows = torch.randn(toys.RES, toys.D_MODEL, generator=torch.Generator().manual_seed(1))
-    sae = toys.make_sae(rows * torch.arange(1, toys.RES + 1)[:, None], RES, 0.5)
-    slanted = make_dictionary(RES, sae, toys.D_MODEL, "planted")
-    own = {RES: slanted, ATT: toys.dictionary_at_z(toy)}
-    return replace(planted, dictionaries={**planted.dictionaries, **own})
+    lens_sae = toys.write_lens_sae(rows * torch.arange(1, toys.RES + 1)[:, None], RES, 0.5)
+    slanted = make_sae(RES, lens_sae, toys.D_MODEL, "planted")
+    own = {RES: slanted, ATT: toys.sae_at_z(toy)}
+    return replace(planted, saes={**planted.saes, **own})
 
 
 @pytest.fixture(scope="module")
@@ -76,34 +76,36 @@ def indices(plan: Plan) -> list[int]:
 
 def test_the_nearest_twin_is_the_feature_active_as_often(suite: Suite, seen: FeatureActivations):
     for i in range(1, toys.RES):
-        twin = random_twin(suite, plan_of(suite, [f"1/res/{ORDER[i]}"]), seen, nearest=1)
+        twin = random_feature_control(suite, plan_of(suite, [f"1/res/{ORDER[i]}"]), seen, nearest=1)
         assert indices(twin) == [ORDER[i - 1]]
     # 15, 21, 28, 36, 45: what is taken is passed over, be it by the plan or by a twin.
     plan = plan_of(suite, [f"1/res/{ORDER[7]}", f"1/res/{ORDER[6]}"])
-    assert indices(random_twin(suite, plan, seen, nearest=1)) == [ORDER[8], ORDER[5]]
+    assert indices(random_feature_control(suite, plan, seen, nearest=1)) == [ORDER[8], ORDER[5]]
     plan = plan_of(suite, [f"1/res/{ORDER[6]}", f"1/res/{ORDER[7]}"])
-    assert indices(random_twin(suite, plan, seen, nearest=1)) == [ORDER[5], ORDER[8]]
+    assert indices(random_feature_control(suite, plan, seen, nearest=1)) == [ORDER[5], ORDER[8]]
 
 
 def test_a_plan_written_by_hand_keeps_its_own_features_too(suite: Suite, seen: FeatureActivations):
     plan = plan_of(suite, [f"1/res/{ORDER[7]}", f"1/res/0{ORDER[6]}"])
-    assert indices(random_twin(suite, plan, seen, nearest=1)) == [ORDER[8], ORDER[5]]
+    assert indices(random_feature_control(suite, plan, seen, nearest=1)) == [ORDER[8], ORDER[5]]
 
 
 def test_an_excluded_feature_stands_for_none(suite: Suite, seen: FeatureActivations):
-    without = replace(suite.dictionary(RES), excluded=torch.tensor([ORDER[8], ORDER[6]]))
-    other = replace(suite, dictionaries={**suite.dictionaries, RES: without})
+    without = replace(suite.sae(RES), excluded=torch.tensor([ORDER[8], ORDER[6]]))
+    other = replace(suite, saes={**suite.saes, RES: without})
     plan = plan_of(suite, [f"1/res/{ORDER[7]}"])
-    assert indices(random_twin(other, plan, seen, nearest=1)) == [ORDER[5]]
+    assert indices(random_feature_control(other, plan, seen, nearest=1)) == [ORDER[5]]
 
 
 def test_twins_are_drawn_from_the_nearest_by_the_seed(suite: Suite, seen: FeatureActivations):
     plan = plan_of(suite, [f"1/res/{ORDER[9]}"])
-    drawn = [indices(random_twin(suite, plan, seen, seed, nearest=3))[0] for seed in range(60)]
+    drawn = [
+        indices(random_feature_control(suite, plan, seen, seed, nearest=3))[0] for seed in range(60)
+    ]
     assert set(drawn) == {ORDER[8], ORDER[10], ORDER[7]}  # 45: 36, 55 and 28
     assert min(drawn.count(feature) for feature in set(drawn)) > 8
     plan = plan_of(suite, [f"1/res/{i}" for i in range(5)] + ["1/mlp/2"])
-    twins = [random_twin(suite, plan, seen, seed) for seed in (1, 1, 2, 3)]
+    twins = [random_feature_control(suite, plan, seen, seed) for seed in (1, 1, 2, 3)]
     assert twins[0] == twins[1]
     assert len({tuple(indices(twin)) for twin in twins}) == 3
 
@@ -112,7 +114,7 @@ def test_a_twin_writes_the_same_norm_at_every_site(suite: Suite, seen: FeatureAc
     names = ["0/res/3", "1/res/4", "1/mlp/2", "1/res/9", "1/att/5", "1/res/11", "1/att/0"]
     plan = plan_of(suite, names)
     for seed in range(4):
-        twin = random_twin(suite, plan, seen, seed)
+        twin = random_feature_control(suite, plan, seen, seed)
         sites = [parse_feature(step.feature).site for step in twin.steps]
         assert sites == [parse_feature(name).site for name in names]
         chosen = [step.feature for step in twin.steps]
@@ -120,7 +122,7 @@ def test_a_twin_writes_the_same_norm_at_every_site(suite: Suite, seen: FeatureAc
         assert [step.strength for step in twin.steps] == [2.0] * len(names)
         assert (twin.suite, twin.kind, twin.unit) == (plan.suite, plan.kind, plan.unit)
         assert twin.about == f"random features of seed {seed}"
-        own, other = push_of(suite, plan), push_of(suite, twin)
+        own, other = steering_vectors(suite, plan), steering_vectors(suite, twin)
         assert set(own) == set(other) == {Site(0, "res"), MLP, RES, Site(1, "z")}
         for at, vector in own.items():
             assert float(other[at].norm()) == pytest.approx(float(vector.norm()), rel=1e-5)
@@ -134,9 +136,9 @@ def test_where_a_plan_adds_nothing_its_twin_adds_nothing(suite: Suite, seen: Fea
     # As at the end of a linear schedule down to 0.
     steps = (Step("0/res/3", 2.0), Step("1/res/4", 0.0), Step("1/res/5", 0.0))
     plan = Plan(suite.name, "add", "theta", steps)
-    twin = random_twin(suite, plan, seen)
+    twin = random_feature_control(suite, plan, seen)
     assert [step.strength for step in twin.steps] == [2.0, 0.0, 0.0]
-    own, other = push_of(suite, plan), push_of(suite, twin)
+    own, other = steering_vectors(suite, plan), steering_vectors(suite, twin)
     assert not other[RES].any()
     assert float(other[Site(0, "res")].norm()) == pytest.approx(float(own[Site(0, "res")].norm()))
 
@@ -144,7 +146,7 @@ def test_where_a_plan_adds_nothing_its_twin_adds_nothing(suite: Suite, seen: Fea
 def test_a_twin_of_a_plan_that_rescales_has_its_factors(suite: Suite, seen: FeatureActivations):
     steps = (Step("1/res/3", 0.0), Step("1/res/5", -2.0), Step("1/mlp/1", 0.5))
     plan = Plan(suite.name, "rescale", "activation", steps)
-    twin = random_twin(suite, plan, seen, seed=4)
+    twin = random_feature_control(suite, plan, seen, seed=4)
     assert [(s.strength, s.scale) for s in twin.steps] == [(0.0, 1.0), (-2.0, 1.0), (0.5, 1.0)]
     assert twin.kind == "rescale"
     chosen = [parse_feature(step.feature) for step in twin.steps]
@@ -154,22 +156,22 @@ def test_a_twin_of_a_plan_that_rescales_has_its_factors(suite: Suite, seen: Feat
 
 def test_a_twin_that_cannot_be_drawn_is_an_error(suite: Suite, seen: FeatureActivations):
     with pytest.raises(ValueError, match="the sample was not read at 2/res, where 2/res/1 lies"):
-        random_twin(suite, plan_of(suite, ["1/res/3", "2/res/1"]), seen)
+        random_feature_control(suite, plan_of(suite, ["1/res/3", "2/res/1"]), seen)
     plan = plan_of(suite, [f"1/mlp/{i}" for i in range(5)])
     with pytest.raises(ValueError, match="no feature of 1/mlp is left to stand for 1/mlp/3"):
-        random_twin(suite, plan, seen)
+        random_feature_control(suite, plan, seen)
 
 
 def test_a_plan_that_rescales_is_changed_by_its_distance_from_one(suite: Suite):
     plan = plan_of(suite, ["1/res/4", "1/res/9"], "rescale")
     assert {step.strength for step in plan.steps} == {2.0}
-    assert {step.strength for step in times(plan, 3.0).steps} == {4.0}  # 1 + 3 (2 - 1)
-    assert {step.strength for step in times(plan, 0.0).steps} == {1.0}
+    assert {step.strength for step in scale_plan(plan, 3.0).steps} == {4.0}  # 1 + 3 (2 - 1)
+    assert {step.strength for step in scale_plan(plan, 0.0).steps} == {1.0}
 
 
 def test_norms_are_those_of_the_stream_and_grow_with_the_strength(suite: Suite):
     plan = plan_of(suite, ["0/res/3", "1/res/4", "1/res/9", "1/att/5", "1/att/0"])
-    rows = {s: suite.dictionary(s).sae.W_dec.detach() for s in (Site(0, "res"), RES, ATT)}
+    rows = {s: suite.sae(s).lens_sae.W_dec.detach() for s in (Site(0, "res"), RES, ATT)}
     output = attention_output(suite.model, 1)
     assert output.gain is not None
     expected = float((2 * 1.5 * rows[Site(0, "res")][3]).norm())
@@ -177,14 +179,16 @@ def test_norms_are_those_of_the_stream_and_grow_with_the_strength(suite: Suite):
     at_z = 2 * 4.5 * rows[ATT][5] + 2 * 5.5 * rows[ATT][0]
     expected += float((at_z @ output.weights * output.gain).norm())
     assert total_norm(suite, plan) == pytest.approx(expected, rel=1e-5)
-    assert total_norm(suite, push_of(suite, plan)) == pytest.approx(expected, rel=1e-5)
-    thrice = times(plan, -3.0)
+    assert total_norm(suite, steering_vectors(suite, plan)) == pytest.approx(expected, rel=1e-5)
+    thrice = scale_plan(plan, -3.0)
     assert [step.strength for step in thrice.steps] == [-6.0] * 5
     assert replace(thrice, steps=plan.steps) == plan
     assert [replace(step, strength=2.0) for step in thrice.steps] == list(plan.steps)
     assert total_norm(suite, thrice) == pytest.approx(3 * expected, rel=1e-5)
-    assert total_norm(suite, times(plan, 0.0)) == 0
-    assert total_norm(suite, times(push_of(suite, plan), 3.0)) == pytest.approx(3 * expected)
+    assert total_norm(suite, scale_plan(plan, 0.0)) == 0
+    assert total_norm(suite, scale_plan(steering_vectors(suite, plan), 3.0)) == pytest.approx(
+        3 * expected
+    )
     with pytest.raises(ValueError, match="a plan of kind 'rescale'"):
         total_norm(suite, plan_of(suite, ["1/res/4"], "rescale"))
     with pytest.raises(ValueError, match="a plan of suite other: expected one of"):
@@ -245,7 +249,7 @@ def test_side_effects_are_those_of_every_token_by_hand(suite: Suite):
     scales = Plan(
         suite.name, "rescale", "activation", (Step("1/res/3", 0.5), Step("1/res/5", -1.0))
     )
-    plans = {"adds": adds, "vectors": push_of(suite, adds), "scales": scales}
+    plans = {"adds": adds, "vectors": steering_vectors(suite, adds), "scales": scales}
     table = side_effects(suite, plans, TEXTS).set_index("plan")
     assert list(table.index) == list(plans)
     assert table.loc["adds", "norm"] == pytest.approx(total_norm(suite, adds), rel=1e-4)
@@ -254,11 +258,11 @@ def test_side_effects_are_those_of_every_token_by_hand(suite: Suite):
         expected = kl_by_hand(suite, dict(adds=adds, scales=scales)[name], TEXTS)
         assert expected > 0.01
         assert table.loc[name, "kl"] == pytest.approx(expected, rel=1e-3)
-    rows = suite.dictionary(RES).sae.W_dec.detach()
+    rows = suite.sae(RES).lens_sae.W_dec.detach()
     steps = []
     for text in TEXTS:
         tokens = tokenize(suite.model, text)
-        codes = suite.dictionary(RES).encode(run(suite.model, tokens.ids, [RES])[1][RES])
+        codes = suite.sae(RES).encode(run_model(suite.model, tokens.ids, [RES])[1][RES])
         step = -0.5 * codes[..., [3]] * rows[3] - 2 * codes[..., [5]] * rows[5]
         steps += step.norm(dim=-1)[tokens.is_text].tolist()
     assert min(steps) < max(steps)
@@ -293,7 +297,7 @@ def test_texts_and_plans_may_come_in_pieces(suite: Suite):
 
 
 def test_without_an_edit_there_is_exactly_no_effect(suite: Suite):
-    plans = {"none": None, "nothing": times(plan_of(suite, ["1/res/4", "1/att/0"]), 0.0)}
+    plans = {"none": None, "nothing": scale_plan(plan_of(suite, ["1/res/4", "1/att/0"]), 0.0)}
     for name, plan in plans.items():
         table = side_effects(suite, {name: plan}, TEXTS)
         assert table[["norm", "kl"]].to_numpy().tolist() == [[0.0, 0.0]]
@@ -315,7 +319,7 @@ def test_side_effects_of_nothing_are_refused(suite: Suite):
         side_effects(suite, {}, TEXTS)
     with pytest.raises(ValueError, match="1 plans and 0 texts: expected 1 or more of each"):
         side_effects(suite, {"none": None}, [])
-    push: Push = {RES: torch.ones(toys.D_MODEL)}
+    push: SteeringVectors = {RES: torch.ones(toys.D_MODEL)}
     assert side_effects(suite, {"push": push}, TEXTS)["norm"][0] == pytest.approx(32**0.5)
     with pytest.raises(ValueError, match="a plan of suite other: expected one of"):
         side_effects(suite, {"one": replace(plan_of(suite, ["1/res/4"]), suite="other")}, TEXTS)

@@ -14,8 +14,8 @@ from flowhelpers.core.features import FeatureId, Site, parse_feature
 from flowhelpers.interventions.edits import add
 from flowhelpers.steering.effects import effects
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Model, load_model, run, tokenize
-from flowhelpers.suites.saes import make_dictionary
+from flowhelpers.suites.model import Model, load_model, run_model, tokenize
+from flowhelpers.suites.saes import make_sae
 
 PROMPT = "The cat sat"
 # Of several sites, not in the order of sites or indices.
@@ -33,18 +33,18 @@ def by_hand(
 ) -> tuple[float, float, str, int]:
     """Score, change, token and its rank, of one feature, from passes over the whole prompt."""
     feature = parse_feature(name)
-    dictionary = suite.dictionary(feature.site)
+    sae = suite.sae(feature.site)
     ids = tokenize(suite.model, prompt).ids
-    clean, read = run(suite.model, ids, [dictionary.reads])
-    greatest = float(dictionary.encode(read[dictionary.reads][0, 1:]).max())
-    row = dictionary.sae.W_dec.detach()[feature.index]
-    push = add(dictionary.reads, row, factor * greatest, positions=[ids.shape[1] - 1])
-    steered, _ = run(suite.model, ids, edits=[push])
+    clean, read = run_model(suite.model, ids, [sae.input_site])
+    greatest = float(sae.encode(read[sae.input_site][0, 1:]).max())
+    row = sae.lens_sae.W_dec.detach()[feature.index]
+    push = add(sae.input_site, row, factor * greatest, positions=[ids.shape[1] - 1])
+    steered, _ = run_model(suite.model, ids, edits=[push])
     assert clean is not None
     assert steered is not None
     before, after = (logits[0, -1].double().softmax(-1) for logits in (clean, steered))
     with torch.no_grad():
-        lens = plain.lm_head(plain.model.norm(dictionary.directions[feature.index]))
+        lens = plain.lm_head(plain.model.norm(sae.directions[feature.index]))
     written = lens.argsort(descending=True)[:top]
     token = int(written[after[written].argmax()])
     rank = after.argsort(descending=True).tolist().index(token)
@@ -71,8 +71,8 @@ def test_effects_are_those_of_whole_passes_one_feature_at_a_time(
     assert any(rank > 0 for *_, rank in rows)  # else the formula was not put to the test
     # BOS is no part of the prompt: at this site nothing is more active than it.
     ids = tokenize(planted.model, PROMPT).ids
-    codes = planted.dictionary("1/mlp").encode(
-        run(planted.model, ids, [Site(1, "mlp")])[1][Site(1, "mlp")][0]
+    codes = planted.sae("1/mlp").encode(
+        run_model(planted.model, ids, [Site(1, "mlp")])[1][Site(1, "mlp")][0]
     )
     assert codes[0].max() > codes[1:].max()
 
@@ -88,10 +88,10 @@ def test_prompt_factor_and_number_of_tokens_are_what_is_asked_for(
         check(effects(planted, FEATURES, **asked), rows)
 
 
-@pytest.mark.parametrize("at_once", [1, 3])
-def test_batches_of_any_size_give_the_same(planted: Suite, at_once: int):
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_batches_of_any_size_give_the_same(planted: Suite, batch_size: int):
     names = FEATURES + [f"2/res/{i}" for i in range(7, 12)]
-    whole, parts = (effects(planted, names, PROMPT, at_once=n) for n in (256, at_once))
+    whole, parts = (effects(planted, names, PROMPT, batch_size=n) for n in (256, batch_size))
     assert parts[["feature", "token"]].equals(whole[["feature", "token"]])
     assert parts[COLUMNS].to_numpy() == pytest.approx(whole[COLUMNS].to_numpy(), abs=1e-5)
 
@@ -103,11 +103,11 @@ def test_no_feature_is_listed_twice(planted: Suite):
     assert table.equals(effects(planted, ["1/res/3", "0/mlp/2"], PROMPT))
 
 
-def test_a_dictionary_at_z_is_turned_up_before_w_o(
+def test_a_sae_at_z_is_turned_up_before_w_o(
     planted: Suite, toy: Model, plain_toy: Gemma3ForCausalLM
 ):
-    at_z = {**planted.dictionaries, Site(1, "att"): toys.dictionary_at_z(toy)}
-    suite = replace(planted, dictionaries=at_z)
+    at_z = {**planted.saes, Site(1, "att"): toys.sae_at_z(toy)}
+    suite = replace(planted, saes=at_z)
     names = [f"1/att/{i}" for i in (4, 0, 2)]
     check(effects(suite, names, PROMPT), [by_hand(suite, plain_toy, name) for name in names])
 
@@ -123,10 +123,10 @@ def test_a_feature_that_writes_a_token_has_a_score_near_one(tmp_path: Path):
     unembedding = weights.lm_head.weight.detach()
     rows = (unembedding - unembedding.mean(0))[tokens]
     rows = rows / rows.norm(dim=1, keepdim=True) * 20
-    sae = toys.make_sae(rows, site, encoder=torch.ones(toys.D_MODEL, 3), b_enc=50.0)
-    dictionary = make_dictionary(site, sae, toys.D_MODEL, "planted")
-    row = replace(SUITE_ROW, dictionaries={site: "planted"})
-    table = effects(Suite(row, model, {site: dictionary}), ["2/res/1", "2/res/2", "2/res/0"])
+    lens_sae = toys.write_lens_sae(rows, site, encoder=torch.ones(toys.D_MODEL, 3), b_enc=50.0)
+    sae = make_sae(site, lens_sae, toys.D_MODEL, "planted")
+    row = replace(SUITE_ROW, saes={site: "planted"})
+    table = effects(Suite(row, model, {site: sae}), ["2/res/1", "2/res/2", "2/res/0"])
     assert table["token"].tolist() == [model.tokenizer.decode([t]) for t in (200, 300, 70)]
     assert (table["output_score"] > 0.95).all()
     assert (table["output_score"] <= 1).all()
@@ -138,8 +138,8 @@ SUITE_ROW = toys.bare_suite().row
 def test_where_nothing_is_active_the_effect_is_missing(planted: Suite):
     site = Site(1, "mlp")
     rows = toys.planted_directions()[site]
-    silent = make_dictionary(site, toys.make_sae(rows, site, 1e9), toys.D_MODEL, "planted")
-    suite = replace(planted, dictionaries={**planted.dictionaries, site: silent})
+    silent = make_sae(site, toys.write_lens_sae(rows, site, 1e9), toys.D_MODEL, "planted")
+    suite = replace(planted, saes={**planted.saes, site: silent})
     table = effects(suite, FEATURES, PROMPT).set_index("feature")
     assert list(table.index) == FEATURES
     missing = table.index.str.startswith("1/mlp")

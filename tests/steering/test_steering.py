@@ -22,14 +22,14 @@ from flowhelpers.steering.plans import (
     make_plan,
     plan_edits,
     plan_or_none,
-    push_of,
     row_edits,
     save_plan,
     schedule,
     steer,
+    steering_vectors,
 )
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Edit, Model, run
+from flowhelpers.suites.model import Edit, Model, run_model
 
 ADDS = "suite: a\nkind: add\nunit: theta\nsteps: "
 FEATURES = ["0/res/2", "1/mlp/1", "1/res/3", "1/res/0", "2/res/1"]
@@ -43,17 +43,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 def streams(world: SimpleNamespace, *edits: Edit) -> dict[Site, torch.Tensor]:
     sites = [Site(0, "res"), Site(1, "mlp"), Site(1, "res"), Site(2, "res")]
-    return run(world.suite.model, world.tokens.ids, sites, list(edits))[1]
+    return run_model(world.suite.model, world.tokens.ids, sites, list(edits))[1]
 
 
 def row(suite: Suite, name: str) -> torch.Tensor:
     feature = parse_feature(name)
-    return suite.dictionary(feature.site).sae.W_dec.detach()[feature.index]
+    return suite.sae(feature.site).lens_sae.W_dec.detach()[feature.index]
 
 
 def theta(suite: Suite, name: str) -> float:
     feature = parse_feature(name)
-    return float(suite.dictionary(feature.site).sae.threshold[feature.index])
+    return float(suite.sae(feature.site).lens_sae.threshold[feature.index])
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_rescaling_reads_each_feature_live_after_the_layers_below(world: SimpleN
     suite = world.suite
     plan = make_plan(suite, ["0/res/2", "1/res/3"], -2.0, "rescale")
     clean, steered = streams(world), streams(world, *plan_edits(suite, plan))
-    a = suite.dictionary("0/res").encode(clean[Site(0, "res")])[..., 2:3]
+    a = suite.sae("0/res").encode(clean[Site(0, "res")])[..., 2:3]
     below = clean[Site(0, "res")] - 3 * a * row(suite, "0/res/2")
     assert torch.allclose(steered[Site(0, "res")], below, atol=1e-6)
     assert (a > 0).any()
@@ -126,7 +126,7 @@ def test_rescaling_reads_each_feature_live_after_the_layers_below(world: SimpleN
     moved = steered[Site(1, "res")] - clean[Site(1, "res")]
     assert torch.allclose(moved, -3 * a * row(suite, "0/res/2"), atol=1e-6)
     alone = streams(world, *plan_edits(suite, make_plan(suite, ["1/res/3"], -2.0, "rescale")))
-    codes = suite.dictionary("1/res").encode(clean[Site(1, "res")])[..., 3:4]
+    codes = suite.sae("1/res").encode(clean[Site(1, "res")])[..., 3:4]
     moved = alone[Site(1, "res")] - clean[Site(1, "res")]
     assert torch.allclose(moved, -3 * codes * row(suite, "1/res/3"), atol=1e-6)
 
@@ -135,7 +135,7 @@ def test_features_of_one_site_are_rescaled_together_each_by_its_own_factor(world
     suite = world.suite
     plan = Plan(suite.name, "rescale", "activation", (Step("1/res/3", 0.0), Step("1/res/5", 2.0)))
     clean, steered = streams(world), streams(world, *plan_edits(suite, plan))
-    codes = suite.dictionary("1/res").encode(clean[Site(1, "res")])
+    codes = suite.sae("1/res").encode(clean[Site(1, "res")])
     step = -codes[..., 3:4] * row(suite, "1/res/3") + codes[..., 5:6] * row(suite, "1/res/5")
     moved = steered[Site(1, "res")] - clean[Site(1, "res")]
     assert torch.allclose(moved, step, atol=1e-6)
@@ -152,10 +152,10 @@ def test_plans_of_a_batch_are_each_what_they_are_alone(world: SimpleNamespace):
     ]
     ids = world.tokens.ids[:1].expand(8, -1)
     sites = [Site(0, "res"), Site(1, "res"), Site(2, "res")]
-    _, together = run(suite.model, ids, sites, row_edits(suite, plans, 2))
+    _, together = run_model(suite.model, ids, sites, row_edits(suite, plans, 2))
     for number, plan in enumerate(plans):
         edits = plan_edits(suite, plan) if plan else []
-        _, alone = run(suite.model, ids[:1], sites, edits)
+        _, alone = run_model(suite.model, ids[:1], sites, edits)
         for site in sites:
             mine = together[site][2 * number : 2 * number + 2]
             assert torch.allclose(mine, alone[site].expand_as(mine), atol=1e-6)
@@ -272,32 +272,32 @@ def test_steered_and_unsteered_share_their_seeds(planted: Suite):
     assert texts["pushed"] != expected
     alone = steer(planted, {"pushed": push}, PROMPT, samples=2, max_new_tokens=8, seed=3)
     assert alone["text"].tolist() == texts["pushed"][:2]
-    apart = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=3, at_once=5)
+    apart = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=3, batch_size=5)
     assert apart.equals(table)
 
 
 def test_what_a_plan_adds_is_known_by_site(world: SimpleNamespace, planted: Suite, toy: Model):
     suite = world.suite
     steps = (Step("0/res/2", 3.0), Step("1/res/3", 2.0, 0.5), Step("1/res/5", -1.0, 4.0))
-    push = push_of(suite, Plan(suite.name, "add", "theta", steps))
+    push = steering_vectors(suite, Plan(suite.name, "add", "theta", steps))
     assert set(push) == {Site(0, "res"), Site(1, "res")}
     assert torch.allclose(push[Site(0, "res")], 3 * row(suite, "0/res/2"))
     both = row(suite, "1/res/3") - 4 * row(suite, "1/res/5")
     assert torch.allclose(push[Site(1, "res")], both)
-    # A dictionary that reads z is pushed there.
-    at_z = replace(planted, dictionaries={Site(1, "att"): toys.dictionary_at_z(toy)})
-    push = push_of(at_z, Plan(planted.name, "add", "theta", (Step("1/att/4", 2.0, 0.5),)))
+    # An SAE that reads z is pushed there.
+    at_z = replace(planted, saes={Site(1, "att"): toys.sae_at_z(toy)})
+    push = steering_vectors(at_z, Plan(planted.name, "add", "theta", (Step("1/att/4", 2.0, 0.5),)))
     assert set(push) == {Site(1, "z")}
     assert torch.allclose(push[Site(1, "z")], row(at_z, "1/att/4"))
     with pytest.raises(ValueError, match="a plan of kind 'rescale': what it adds depends on"):
-        push_of(suite, make_plan(suite, ["1/res/3"], 0.0, "rescale"))
+        steering_vectors(suite, make_plan(suite, ["1/res/3"], 0.0, "rescale"))
     with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
-        push_of(planted, make_plan(suite, ["1/res/3"], 1.0))
+        steering_vectors(planted, make_plan(suite, ["1/res/3"], 1.0))
 
 
 def test_vectors_steer_as_the_plan_that_adds_them(planted: Suite):
     plan = make_plan(planted, ["0/res/2", "1/res/3", "1/mlp/1"], 9.0, unit="unit")
-    push = push_of(planted, plan)
+    push = steering_vectors(planted, plan)
     scale = make_plan(planted, ["1/res/3"], -9.0, "rescale")
     plans = {"plan": plan, "none": None, "scale": scale, "push": push}
     table = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=1)
@@ -309,7 +309,7 @@ def test_vectors_steer_as_the_plan_that_adds_them(planted: Suite):
     assert alone["text"].tolist() == texts["push"]
     ids = torch.arange(60, 72).expand(6, -1)
     mixed = [push, None, plan]
-    _, read = run(
+    _, read = run_model(
         planted.model, ids, [Site(1, "res"), Site(2, "res")], row_edits(planted, mixed, 2)
     )
     for values in read.values():
@@ -327,7 +327,7 @@ def test_samples_may_be_named_by_their_numbers(planted: Suite):
     expected = [both[name, number] for name in plans for number in (5, 3)]
     assert some["text"].tolist() == expected
     assert len(set(whole["text"])) == len(whole)  # else any other would do
-    apart = steer(planted, plans, PROMPT, range(2, 6), max_new_tokens=8, seed=2, at_once=3)
+    apart = steer(planted, plans, PROMPT, range(2, 6), max_new_tokens=8, seed=2, batch_size=3)
     assert apart["text"].tolist() == whole.loc[whole["sample"] >= 2, "text"].tolist()
     with pytest.raises(ValueError, match=r"2 plans and samples=\[\]: expected 1 or more of each"):
         steer(planted, plans, PROMPT, samples=[])
@@ -339,7 +339,7 @@ def test_what_is_not_finite_is_named_before_it_is_tried(planted: Suite, kind: st
     bad: Any = Plan(planted.name, "add" if kind == "vectors" else kind, "unit", steps)
     words = rf"plan 'bad' \({kind}, .* layers 1 to 2\): it is not finite"
     if kind == "vectors":
-        bad = push_of(planted, bad)
+        bad = steering_vectors(planted, bad)
         words = r"plan 'bad' \(vectors of norm .* at 1/res, nan at 2/res\): it is not finite"
     fine = make_plan(planted, ["1/res/3"], 1.0)
     with pytest.raises(FloatingPointError, match=words):

@@ -15,15 +15,15 @@ import toys
 from flowhelpers.core.features import Site
 from flowhelpers.steering import sweeps
 from flowhelpers.steering.controls import side_effects
-from flowhelpers.steering.plans import Plan, Step, make_plan, push_of, steer
+from flowhelpers.steering.plans import Plan, Step, make_plan, steer, steering_vectors
 from flowhelpers.steering.sweeps import (
-    Cell,
+    SweepCell,
     beside_unsteered,
     best_cells,
     cell_means,
-    chosen,
-    compared,
-    judged,
+    paired_differences,
+    score_texts,
+    select_cells,
     strategy_cells,
     sweep,
     with_costs,
@@ -40,15 +40,21 @@ def single(suite: Suite, strength: float, feature: str = "1/res/3", kind: str = 
 
 
 @pytest.fixture(scope="module")
-def cells(planted: Suite) -> list[Cell]:
+def cells(planted: Suite) -> list[SweepCell]:
     return [
-        Cell("space"),
-        Cell("space", "single", single(planted, 9.0), 1, 9.0),
-        Cell("space", "single", single(planted, -9.0), 1, -9.0),
-        Cell("sea", "rescale", single(planted, -7.0, "2/res/1", "rescale"), 2, -7.0),
-        Cell("sea", "difference", push_of(planted, single(planted, 15.0, "0/res/2")), 0, 15.0),
-        Cell("sea", "single", single(planted, 9.0), 1, 9.0, OTHER),
-        Cell("sea", prompt=OTHER),
+        SweepCell("space"),
+        SweepCell("space", "single", single(planted, 9.0), 1, 9.0),
+        SweepCell("space", "single", single(planted, -9.0), 1, -9.0),
+        SweepCell("sea", "rescale", single(planted, -7.0, "2/res/1", "rescale"), 2, -7.0),
+        SweepCell(
+            "sea",
+            "difference",
+            steering_vectors(planted, single(planted, 15.0, "0/res/2")),
+            0,
+            15.0,
+        ),
+        SweepCell("sea", "single", single(planted, 9.0), 1, 9.0, OTHER),
+        SweepCell("sea", prompt=OTHER),
     ]
 
 
@@ -69,7 +75,7 @@ def texts_of(table: pd.DataFrame, cell: int) -> list[str]:
     return table.loc[table["cell"] == cell, "text"].tolist()
 
 
-def test_a_sample_of_a_cell_is_what_steering_alone_gives(planted: Suite, cells: list[Cell]):
+def test_a_sample_of_a_cell_is_what_steering_alone_gives(planted: Suite, cells: list[SweepCell]):
     numbers = [4, 0, 7]
     table = sweep(planted, cells, PROMPT, numbers, seed=2, **BRIEF, temperature=0.9)
     assert list(table.columns) == COLUMNS
@@ -90,21 +96,21 @@ def test_a_sample_of_a_cell_is_what_steering_alone_gives(planted: Suite, cells: 
         assert texts_of(table, number) == alone[numbers].tolist()
         seen.add(tuple(texts_of(table, number)))
     assert len(seen) == len(cells)  # else the cells were not told apart
-    small = sweep(planted, cells, PROMPT, numbers, seed=2, at_once=4, **BRIEF, temperature=0.9)
+    small = sweep(planted, cells, PROMPT, numbers, seed=2, batch_size=4, **BRIEF, temperature=0.9)
     assert small.equals(table)
 
 
 def test_cells_with_equal_plans_share_their_texts(
-    planted: Suite, cells: list[Cell], calls: list[list[str]]
+    planted: Suite, cells: list[SweepCell], calls: list[list[str]]
 ):
     same = single(planted, 9.0)
     twice = [
         cells[1],
-        Cell("sea", "constant", replace(same, about="in other words"), 1, 9.0),
-        Cell("space"),
-        Cell("sea"),
-        Cell("sea", prompt=PROMPT),
-        Cell("sea", "single", single(planted, 9.5), 1, 9.5),
+        SweepCell("sea", "constant", replace(same, about="in other words"), 1, 9.0),
+        SweepCell("space"),
+        SweepCell("sea"),
+        SweepCell("sea", prompt=PROMPT),
+        SweepCell("sea", "single", single(planted, 9.5), 1, 9.5),
     ]
     table = sweep(planted, twice, PROMPT, range(3), **BRIEF)
     assert [len(plans) for plans in calls] == [3]
@@ -116,17 +122,17 @@ def test_cells_with_equal_plans_share_their_texts(
 
 
 def test_batches_hold_as_many_rows_as_are_allowed(
-    planted: Suite, cells: list[Cell], calls: list[list[str]]
+    planted: Suite, cells: list[SweepCell], calls: list[list[str]]
 ):
-    sweep(planted, cells, PROMPT, range(3), at_once=7, **BRIEF)
+    sweep(planted, cells, PROMPT, range(3), batch_size=7, **BRIEF)
     assert [len(plans) for plans in calls] == [2, 2, 1, 2]  # five of one prompt, two of the other
     calls.clear()
-    sweep(planted, cells, PROMPT, range(3), at_once=1, **BRIEF)
+    sweep(planted, cells, PROMPT, range(3), batch_size=1, **BRIEF)
     assert [len(plans) for plans in calls] == [1] * 7
 
 
 def test_a_sweep_that_was_stopped_goes_on(
-    planted: Suite, cells: list[Cell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    planted: Suite, cells: list[SweepCell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     kept, made = tmp_path / "new" / "texts.sqlite", []
 
@@ -142,16 +148,16 @@ def test_a_sweep_that_was_stopped_goes_on(
     expected = sweep(planted, cells, PROMPT, range(3), **BRIEF)
     monkeypatch.setattr(sweeps, "steer", stopping(2))
     with pytest.raises(KeyboardInterrupt):
-        sweep(planted, cells, PROMPT, range(3), kept, at_once=6, **BRIEF)
+        sweep(planted, cells, PROMPT, range(3), kept, batch_size=6, **BRIEF)
     assert made == [2, 2]
     monkeypatch.setattr(sweeps, "steer", stopping(9))
-    table = sweep(planted, cells, PROMPT, range(3), kept, at_once=6, **BRIEF)
+    table = sweep(planted, cells, PROMPT, range(3), kept, batch_size=6, **BRIEF)
     assert made == [2, 2, 1, 2]  # what is there is not made again
     assert table.equals(expected)
     assert sweep(planted, cells, PROMPT, range(3), kept, **BRIEF).equals(expected)
     assert made == [2, 2, 1, 2]
     # Of other cells only those that are new, whatever else is asked for and in which order.
-    more = [Cell("war", "single", single(planted, 3.0), 1, 3.0), *cells[::-1]]
+    more = [SweepCell("war", "single", single(planted, 3.0), 1, 3.0), *cells[::-1]]
     table = sweep(planted, more, PROMPT, range(3), kept, **BRIEF)
     assert made == [2, 2, 1, 2, 1]
     for number in range(len(cells)):
@@ -163,14 +169,14 @@ def test_what_texts_depend_on_makes_them_anew(
 ):
     kept = tmp_path / "texts.sqlite"
     plan = single(planted, 9.0)
-    push = push_of(planted, plan)
+    push = steering_vectors(planted, plan)
 
     def made(given: dict[str, Any] | None = None, **changed: Any) -> int:
         """How many plans had to be written, with these cells or settings."""
         calls.clear()
         asked = {"plan": plan, "prompt": PROMPT, "samples": [0, 1], "seed": 0, "suite": planted}
         asked |= changed
-        cell = Cell("space", "single", asked["plan"], 1, 9.0)
+        cell = SweepCell("space", "single", asked["plan"], 1, 9.0)
         sweep(
             asked["suite"], [cell], asked["prompt"], asked["samples"], kept, asked["seed"],
             **BRIEF | (given or {}),
@@ -178,11 +184,11 @@ def test_what_texts_depend_on_makes_them_anew(
         return sum(map(len, calls))
 
     step = plan.steps[0]
-    dictionary = planted.dictionary("1/res")
-    other_rows = toys.make_sae(
-        dictionary.sae.W_dec.detach() * 1.5, Site(1, "res"), dictionary.sae.threshold.detach()
+    sae = planted.sae("1/res")
+    other_rows = toys.write_lens_sae(
+        sae.lens_sae.W_dec.detach() * 1.5, Site(1, "res"), sae.lens_sae.threshold.detach()
     )
-    others = {Site(1, "res"): replace(dictionary, whole=other_rows)}
+    others = {Site(1, "res"): replace(sae, whole=other_rows)}
     changes: list[dict[str, Any]] = [
         {"plan": replace(plan, steps=(replace(step, strength=9.5),))},
         {"plan": replace(plan, steps=(replace(step, scale=2 * step.scale),))},
@@ -202,22 +208,22 @@ def test_what_texts_depend_on_makes_them_anew(
         {"given": {"temperature": 1.0}},
         {"given": {"top_p": 0.5}},
         {"given": {"phases": ["prompt"]}},
-        {"given": {"spare_bos": True}},
-        {"suite": replace(planted, dictionaries={**planted.dictionaries, **others})},
+        {"given": {"skip_bos": True}},
+        {"suite": replace(planted, saes={**planted.saes, **others})},
     ]
     assert made() == 1
     for change in changes:
         assert made(**change) == 1, change
     for change in ({}, *changes):
         assert made(**change) == 0, change
-    # The dictionary of a layer that is not steered is nothing to it; nor is what a plan is called.
-    elsewhere = replace(dictionary, site=Site(2, "res"), whole=other_rows)
-    suite = replace(planted, dictionaries={**planted.dictionaries, Site(2, "res"): elsewhere})
+    # The SAE of a layer that is not steered is nothing to it; nor is what a plan is called.
+    elsewhere = replace(sae, site=Site(2, "res"), whole=other_rows)
+    suite = replace(planted, saes={**planted.saes, Site(2, "res"): elsewhere})
     assert made(suite=suite) == 0
     assert made(plan=replace(plan, about="in other words")) == 0
 
 
-def test_phases_may_be_a_set(planted: Suite, cells: list[Cell], tmp_path: Path):
+def test_phases_may_be_a_set(planted: Suite, cells: list[SweepCell], tmp_path: Path):
     given = {"phases": {"generation", "prompt"}, **BRIEF}
     table = sweep(planted, cells[:2], PROMPT, [0, 1], tmp_path / "texts.sqlite", **given)
     assert table.equals(sweep(planted, cells[:2], PROMPT, [0, 1], **BRIEF))
@@ -226,7 +232,7 @@ def test_phases_may_be_a_set(planted: Suite, cells: list[Cell], tmp_path: Path):
 def test_another_model_makes_texts_anew(planted: Suite, calls: list[list[str]], tmp_path: Path):
     other = replace(planted, source=replace(planted.model))
     other.model.__dict__["fingerprint"] = "another model of the same name"
-    cell = Cell("space", "single", single(planted, 9.0), 1, 9.0)
+    cell = SweepCell("space", "single", single(planted, 9.0), 1, 9.0)
     for suite in (planted, other, planted, other):
         sweep(suite, [cell], PROMPT, [0], tmp_path / "texts.sqlite", **BRIEF)
     assert len(calls) == 2
@@ -234,36 +240,39 @@ def test_another_model_makes_texts_anew(planted: Suite, calls: list[list[str]], 
 
 @pytest.mark.parametrize("strength", [3e38, float("nan"), float("inf")])
 def test_a_strength_that_breaks_the_model_is_named_and_what_was_before_is_kept(
-    planted: Suite, cells: list[Cell], calls: list[list[str]], tmp_path: Path, strength: float
+    planted: Suite, cells: list[SweepCell], calls: list[list[str]], tmp_path: Path, strength: float
 ):
     # Two features along the same coordinate, whose sum is more than a float32 can hold.
     pairs = [(toys.COORDINATE[1][i], i) for i in range(toys.RES)]
     below, above = next(pair for pair in pairs if pair[0] % 3 and pair[1] % 3)
     steps = tuple(Step(name, strength) for name in (f"0/res/{below}", f"1/res/{above}"))
-    far = Cell("sea", "constant", Plan(planted.name, "add", "unit", steps), 1, strength)
+    far = SweepCell("sea", "constant", Plan(planted.name, "add", "unit", steps), 1, strength)
     kept = tmp_path / "texts.sqlite"
     words = f"plan 'sea: constant at layer 1 of strength {strength:g} ".replace("+", r"\+")
     with pytest.raises(FloatingPointError, match=words):
-        sweep(planted, [*cells[:3], far, cells[3]], PROMPT, [0, 1], kept, at_once=2, **BRIEF)
+        sweep(planted, [*cells[:3], far, cells[3]], PROMPT, [0, 1], kept, batch_size=2, **BRIEF)
     calls.clear()
-    sweep(planted, cells[:4], PROMPT, [0, 1], kept, at_once=2, **BRIEF)
+    sweep(planted, cells[:4], PROMPT, [0, 1], kept, batch_size=2, **BRIEF)
     assert len(calls) == 1
     assert calls[0][0].startswith("sea: rescale at layer 2 of strength -7 ")
 
 
-def test_a_sweep_over_nothing_is_refused(planted: Suite, cells: list[Cell]):
+def test_a_sweep_over_nothing_is_refused(planted: Suite, cells: list[SweepCell]):
     with pytest.raises(ValueError, match="0 cells of 2 samples: expected 1 or more of each"):
         sweep(planted, [], PROMPT, range(2))
     with pytest.raises(ValueError, match="7 cells of 0 samples: expected 1 or more of each"):
         sweep(planted, cells, PROMPT, [])
     with pytest.raises(ValueError, match="the prompt is empty"):
         sweep(planted, cells, "", range(2))
-    strange = Cell("space", "single", replace(single(planted, 1.0), suite="other"))
+    strange = SweepCell("space", "single", replace(single(planted, 1.0), suite="other"))
     with pytest.raises(ValueError, match="a plan of suite other: expected one of"):
         sweep(planted, [strange], PROMPT, range(2))
     with pytest.raises(ValueError, match="no feature 1/res/99"):
         sweep(
-            planted, [Cell("a", plan=Plan("a", "add", "unit", (Step("1/res/99", 1.0),)))], "a", [0]
+            planted,
+            [SweepCell("a", plan=Plan("a", "add", "unit", (Step("1/res/99", 1.0),)))],
+            "a",
+            [0],
         )
 
 
@@ -294,7 +303,7 @@ def test_scores_stand_beside_their_texts():
     sea = Planted({"a": (0.5, 0.8), "c": (1.0, None), "d": (0.0, 1.0)})
     war = Planted({"a": (0.25, 0.4), "b": (None, 0.5)})
     before = texts.copy()
-    table = judged(texts, {"sea": sea, "war": war, "space": Planted({})})
+    table = score_texts(texts, {"sea": sea, "war": war, "space": Planted({})})
     assert texts.equals(before)
     assert sea.asked == [["a", "c", "d"]]  # each text once
     assert war.asked == [["b", "a"]]
@@ -307,7 +316,7 @@ def test_scores_stand_beside_their_texts():
     }
     for column, values in expected.items():
         assert table[column].to_numpy() == pytest.approx(values, nan_ok=True)
-    less = judged(texts, {"sea": sea, "war": war}, suppress=True)
+    less = score_texts(texts, {"sea": sea, "war": war}, suppress=True)
     assert less["score"].to_numpy() == pytest.approx([0.4, none, none, 0.3, 0.4, 1.0], nan_ok=True)
     assert less[["behavioral", "coherence"]].equals(table[["behavioral", "coherence"]])
 
@@ -320,7 +329,7 @@ def test_rows_of_several_sweeps_may_share_their_numbers():
         "sea": Planted({"a": (0.5, 1.0), "b": (1.0, 1.0)}),
         "war": Planted({"a": (0.25, 1.0), "b": (0.0, 1.0)}),
     }
-    table = judged(both, judges)
+    table = score_texts(both, judges)
     assert table["score"].tolist() == [0.5, 1.0, 0.25, 0.0, 0.5, 1.0]
     assert table[list(both.columns)].equals(both)
 
@@ -334,13 +343,13 @@ def test_a_judge_that_cannot_be_trusted_is_refused():
             return super().judge(texts)[:-1]
 
     with pytest.raises(ValueError, match="no judge for war: expected one for each theme"):
-        judged(texts, {"sea": fine})
+        score_texts(texts, {"sea": fine})
     with pytest.raises(ValueError, match="the judge of 'sea' gave 1 rows for 2 texts, 0 scores"):
-        judged(texts, {"sea": Short(fine.scores), "war": fine})
+        score_texts(texts, {"sea": Short(fine.scores), "war": fine})
     for scores in ((1.1, 0.5), (0.5, -0.1), (None, 5.0)):
         bad = Planted({**fine.scores, "b": scores})
         with pytest.raises(ValueError, match="'war' gave 1 rows for 1 texts, 1 scores outside 0 t"):
-            judged(texts, {"sea": fine, "war": bad})
+            score_texts(texts, {"sea": fine, "war": bad})
 
 
 def scored(
@@ -394,7 +403,7 @@ def test_products_are_taken_before_the_mean():
 
 
 def test_costs_are_those_of_each_cell_and_another_prompt_has_none(
-    planted: Suite, cells: list[Cell]
+    planted: Suite, cells: list[SweepCell]
 ):
     texts = ["The cat sat on the mat.", "Rain fell on the sea."]
     means = pd.DataFrame({"cell": [6, 3, 0, 1]})
@@ -458,7 +467,7 @@ def test_differences_are_taken_sample_by_sample():
             ("war", "single", 3, 4): [(2 * b, 1) for b in war],
         }
     )
-    found = compared(table.sample(frac=1, random_state=1), "unsteered")
+    found = paired_differences(table.sample(frac=1, random_state=1), "unsteered")
     found = found.sort_values(["theme", "strength"], ignore_index=True)
     assert list(found.columns) == [
         *("theme", "strategy", "layer", "strength", "n"),
@@ -472,15 +481,19 @@ def test_differences_are_taken_sample_by_sample():
         assert found[column][:2].tolist() == pytest.approx([0.25, -0.125])
     assert found["difference"][2] == pytest.approx(war[5:].mean())
     assert found["difference_low"][2] < war[5:].mean() - 0.02
-    assert compared(table, "unsteered").equals(compared(table, "unsteered", seed=0))
-    by_theme = compared(table, "unsteered", by=["theme"])
+    assert paired_differences(table, "unsteered").equals(
+        paired_differences(table, "unsteered", seed=0)
+    )
+    by_theme = paired_differences(table, "unsteered", by=["theme"])
     assert by_theme["n"].tolist() == [20, 50]
     # Against the mean of both themes where the theme is not what they have in common.
-    both = compared(table, "unsteered", on=[], by=["theme"]).set_index("theme")["difference"]
+    both = paired_differences(table, "unsteered", on=[], by=["theme"]).set_index("theme")[
+        "difference"
+    ]
     base = np.where(np.arange(30) < 5, sea, (sea + war) / 2)
     assert both["sea"] == pytest.approx((sea + 0.25 - base)[:20].mean())
     with pytest.raises(ValueError, match="no cell of the strategy 'none': there are unsteered, s"):
-        compared(table, "none")
+        paired_differences(table, "none")
 
 
 def test_a_steered_text_stands_beside_the_unsteered_one_of_its_sample():
@@ -520,8 +533,8 @@ def test_the_best_cell_is_the_first_of_the_highest():
     assert best_cells(means, ["layer"])["cell"].tolist() == [2, 3, 5]
     best = best_cells(means, ["theme"])
     assert best.equals(means.loc[[3, 2]])
-    cells = [Cell(f"theme {number}") for number in range(8)]
-    assert chosen(cells, best) == [cells[3], cells[2]]
+    cells = [SweepCell(f"theme {number}") for number in range(8)]
+    assert select_cells(cells, best) == [cells[3], cells[2]]
 
 
 def test_strategies_layers_and_strengths_make_cells(planted: Suite):

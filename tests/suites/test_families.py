@@ -32,17 +32,17 @@ from hub_families import (
     write_llama_scope,
 )
 from hub_files import shrink
-from sae_lens import SAE
+from sae_lens import SAE as LensSAE
 
 from flowhelpers.activations.collect import collect
 from flowhelpers.activations.corpora import load_texts
 from flowhelpers.activations.preflight import preflight
 from flowhelpers.core.features import MODULES, FeatureId, Site
 from flowhelpers.deactivation.experiments import (
-    active,
+    ablation_cases,
+    active_predecessors,
     deactivate,
     draw_targets,
-    removals,
     sources_of,
 )
 from flowhelpers.flow.graph import flow_graph
@@ -52,11 +52,11 @@ from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import make_plan, steer
 from flowhelpers.suites.attention import attention_output, stored_attention_output
 from flowhelpers.suites.load import Suite, load_suite
-from flowhelpers.suites.model import run, tokenize
+from flowhelpers.suites.model import run_model, tokenize
 from flowhelpers.suites.registry import DATA, find_suite
 from flowhelpers.suites.sae_files import release_files
-from flowhelpers.suites.saes import Dictionary, load_folder
-from flowhelpers.training.measures import measure_dictionaries
+from flowhelpers.suites.saes import SAE, load_folder
+from flowhelpers.training.measures import measure_saes
 
 TEXTS = ["The cat sat on the mat and the dog sat by the door.", "Rain fell on seven hills all day."]
 SMALL = {
@@ -102,7 +102,7 @@ def whole_way(suite: Suite, layer: int = 1) -> None:
     targets = draw_targets(activations, [layer])
     targets = targets[targets["token_row"] < targets["token_row"].min() + 3]
     sources = sources_of(targets, matches, activations)
-    cases, edits = removals(targets, active(sources))
+    cases, edits = ablation_cases(targets, active_predecessors(sources))
     assert len(cases)
     tokens = tokenize(suite.model, TEXTS)
     table = deactivate(suite, tokens, targets, cases, edits, sources)
@@ -119,14 +119,14 @@ def whole_way(suite: Suite, layer: int = 1) -> None:
 def test_a_family_goes_the_whole_way(name: str, small: Hub):
     suite = load_suite(name)
     whole_way(suite)
-    assert len(suite.dictionaries) == 6
+    assert len(suite.saes) == 6
 
 
 def test_pythia_goes_the_whole_way(hub_here: Hub, pythia: str, monkeypatch: pytest.MonkeyPatch):
     shrink(monkeypatch, "pythia-70m-deduped", d_model=64)
     suite = load_suite("pythia-70m-deduped")
     whole_way(suite, layer=3)
-    assert len(suite.dictionaries) == 18
+    assert len(suite.saes) == 18
     assert suite.model.name == pythia
 
 
@@ -137,15 +137,13 @@ def test_a_family_is_found_with_the_network_off(
     from huggingface_hub import constants
 
     first = load_suite(name)
-    codes = {
-        site: d.encode(torch.ones(1, d.sae.cfg.d_in)) for site, d in first.dictionaries.items()
-    }
+    codes = {site: d.encode(torch.ones(1, d.lens_sae.cfg.d_in)) for site, d in first.saes.items()}
     assert first.model.layers == 2
     small.reset()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again = load_suite(name)
-    for site, dictionary in again.dictionaries.items():
-        assert torch.equal(dictionary.encode(torch.ones(1, dictionary.sae.cfg.d_in)), codes[site])
+    for site, sae in again.saes.items():
+        assert torch.equal(sae.encode(torch.ones(1, sae.lens_sae.cfg.d_in)), codes[site])
     assert again.model.layers == 2
     assert small.requests == []
 
@@ -156,7 +154,7 @@ def test_directions_are_the_decoder_s_rows_at_unit_norm_whatever_the_file(
 ):
     suite = load_suite(name)
     for site in (Site(0, "res"), Site(1, "mlp")):
-        source = suite.row.dictionaries[site]
+        source = suite.row.saes[site]
         assert not isinstance(source, str)
         arrays = written[name].arrays(source["release"], source["id"])
         by_column = "decoder.weight" in arrays
@@ -165,12 +163,12 @@ def test_directions_are_the_decoder_s_rows_at_unit_norm_whatever_the_file(
         )
         assert decoder is not None
         rows = decoder / np.linalg.norm(decoder, axis=1, keepdims=True)
-        found = suite.dictionary(site)
+        found = suite.sae(site)
         assert np.allclose(found.directions, rows, atol=1e-6)
         assert found.directions.dtype == torch.float32
         # What a feature writes for one unit of its activation, decoder alone and the whole agree.
-        assert torch.allclose(found.norms, found.sae.W_dec.detach().norm(dim=1), rtol=1e-3)
-        limits, whole = found.thresholds, getattr(found.sae, "threshold", None)
+        assert torch.allclose(found.norms, found.lens_sae.W_dec.detach().norm(dim=1), rtol=1e-3)
+        limits, whole = found.thresholds, getattr(found.lens_sae, "threshold", None)
         assert (limits is None) == (whole is None)
         if limits is not None and whole is not None:
             assert torch.allclose(limits, whole.detach(), rtol=1e-3)
@@ -179,26 +177,26 @@ def test_directions_are_the_decoder_s_rows_at_unit_norm_whatever_the_file(
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "gemma-3-270m-pt"])
 def test_weights_in_half_precision_match_as_those_in_float32(name: str, small: Hub):
     full, half = (load_suite(name, dtype=dtype) for dtype in ("float32", "bfloat16"))
-    for site in full.dictionaries:
-        assert torch.equal(full.dictionary(site).directions, half.dictionary(site).directions)
-    assert half.dictionary("1/res").sae.W_dec.dtype == torch.bfloat16
+    for site in full.saes:
+        assert torch.equal(full.sae(site).directions, half.sae(site).directions)
+    assert half.sae("1/res").lens_sae.W_dec.dtype == torch.bfloat16
     assert half.model.unembedding.dtype == torch.bfloat16
-    assert full.dictionary("1/res").fingerprint != half.dictionary("1/res").fingerprint
+    assert full.sae("1/res").fingerprint != half.sae("1/res").fingerprint
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_decoders_are_kept_as_they_are_stored(name: str, small: Hub):
     suite = load_suite(name)
-    stored = getattr(torch, suite.row.stored.get("dictionaries", "float32"))
-    for site, dictionary in suite.dictionaries.items():
-        comes_to_the_stream = dictionary.reads != site  # by products, in float32
-        assert dictionary.decoder.dtype is (torch.float32 if comes_to_the_stream else stored)
-        assert dictionary.norms.dtype is torch.float32
-        assert dictionary.files is not None
-        direction = dictionary.direction(FeatureId(site.layer, site.module, 3))
-        assert torch.allclose(direction, dictionary.directions[3])
+    stored = getattr(torch, suite.row.stored.get("saes", "float32"))
+    for site, sae in suite.saes.items():
+        comes_to_the_stream = sae.input_site != site  # by products, in float32
+        assert sae.decoder.dtype is (torch.float32 if comes_to_the_stream else stored)
+        assert sae.norms.dtype is torch.float32
+        assert sae.files is not None
+        direction = sae.direction(FeatureId(site.layer, site.module, 3))
+        assert torch.allclose(direction, sae.directions[3])
     matches = match_table(suite, k=1)
-    target, source = (suite.dictionary(site).directions for site in ("1/res", "0/res"))
+    target, source = (suite.sae(site).directions for site in ("1/res", "0/res"))
     of_stream = (matches["module"] == "res") & (matches["direction"] == "backward")
     found = matches[of_stream & (matches["layer"] == 1)]
     assert len(found) == len(target)
@@ -212,32 +210,32 @@ def test_decoders_are_kept_as_they_are_stored(name: str, small: Hub):
 def test_decoders_of_safetensors_are_mapped_from_the_cache_and_never_from_a_folder(
     small: Hub, tmp_path: Path
 ):
-    def is_mapped(dictionary: Dictionary) -> bool:
-        assert dictionary.files is not None
+    def is_mapped(sae: SAE) -> bool:
+        assert sae.files is not None
         mapped = {Path(each.path) for each in psutil.Process().memory_maps()}
-        return dictionary.files.weights.resolve() in mapped
+        return sae.files.weights.resolve() in mapped
 
-    dictionary = load_suite("gpt2-small").dictionary("0/res")
-    assert is_mapped(dictionary)
-    dictionary.sae.save_model(tmp_path)
-    here = load_folder(tmp_path, Site(0, "res"), dictionary.decoder.shape[1], "cpu", "float32")
-    assert torch.equal(here.decoder, dictionary.decoder)
+    sae = load_suite("gpt2-small").sae("0/res")
+    assert is_mapped(sae)
+    sae.lens_sae.save_model(tmp_path)
+    here = load_folder(tmp_path, Site(0, "res"), sae.decoder.shape[1], "cpu", "float32")
+    assert torch.equal(here.decoder, sae.decoder)
     assert not is_mapped(here)
 
 
 def test_a_suite_gives_the_same_from_the_hub_as_from_its_folder(hub_here: Hub, tmp_path: Path):
     folder, models = DATA / "flowlet-mini", hub_here.root / "models"
     shutil.copytree(folder / "model", models / "someone" / "flowlet-mini")
-    dictionaries = {}
+    saes = {}
     for module in MODULES:
         release = f"gpt2-small-{GPT2_KINDS[module]}-v5-128k"  # a release of sae-lens's own format
-        dictionaries[module] = {"release": release, "id": HOOKS[module]}
+        saes[module] = {"release": release, "id": HOOKS[module]}
         paths = sae_paths(release, [HOOKS[module].format(layer=layer) for layer in range(6)])
         for layer, path in enumerate(paths.values()):
-            shutil.copytree(folder / "dictionaries" / f"{layer}-{module}", models / path)
-    row = {"model": "someone/flowlet-mini", "layers": 6, "dictionaries": dictionaries}
+            shutil.copytree(folder / "saes" / f"{layer}-{module}", models / path)
+    row = {"model": "someone/flowlet-mini", "layers": 6, "saes": saes}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump(row))
-    with pytest.warns(UserWarning, match="its dictionaries were trained on gpt2-small"):
+    with pytest.warns(UserWarning, match="its SAEs were trained on gpt2-small"):
         served = load_suite(tmp_path)
     assert not served.row.is_local
     here = load_suite("flowlet-mini")
@@ -248,9 +246,7 @@ def test_a_suite_gives_the_same_from_the_hub_as_from_its_folder(hub_here: Hub, t
     with pytest.warns(UserWarning, match="0/res of suite .* where 32 are declared"):
         found = collect(served, texts)
     expected = collect(here, texts)
-    assert all(
-        (found.by_site[site] != expected.by_site[site]).nnz == 0 for site in here.dictionaries
-    )
+    assert all((found.by_site[site] != expected.by_site[site]).nnz == 0 for site in here.saes)
 
 
 # Llama Scope: one threshold, in units of the raw stream (traps 21 and 22).
@@ -260,34 +256,34 @@ def test_llama_scope_s_threshold_is_in_raw_units(small: Hub, written: dict[str, 
     suite = load_suite("llama-3.1-8b")
     tokens = tokenize(suite.model, TEXTS)
     sites = [Site(layer, module) for layer in (0, 1) for module in MODULES]
-    _, read = run(suite.model, tokens.ids, read=sites)
+    _, read = run_model(suite.model, tokens.ids, read=sites)
     for site in sites:
-        source = suite.row.dictionaries[site]
+        source = suite.row.saes[site]
         assert not isinstance(source, str)
         family = written["llama-3.1-8b"]
         arrays = family.arrays(source["release"], source["id"])
         about = family.config(source["release"], source["id"])
         x = read[site][tokens.is_text]
         raw = llama_scope_codes(arrays, about, x.numpy())
-        dictionary = suite.dictionary(site)
-        codes = dictionary.encode(x)
+        sae = suite.sae(site)
+        codes = sae.encode(x)
         near = np.abs(raw - about["jump_relu_threshold"]) < 1e-2 * about["jump_relu_threshold"]
         assert ((codes > 0).numpy() == (raw > 0))[~near].all()
         assert 1 < (raw > 0).sum(1).mean() < 60
         # In the stream both scales are one: what is written is the raw code times the raw row.
         feature = int(codes.sum(0).argmax())
-        written_here = codes[:, [feature]] * dictionary.rows(torch.tensor([feature]))
+        written_here = codes[:, [feature]] * sae.decoder_rows(torch.tensor([feature]))
         row = torch.from_numpy(arrays["decoder.weight"].T[feature].copy())
         expected = torch.from_numpy(raw[:, [feature]]).float() * row
         assert torch.allclose(written_here, expected, rtol=2e-2, atol=1e-3)
-        assert dictionary.thresholds is not None
+        assert sae.thresholds is not None
         scale = about["d_model"] ** 0.5 / about["dataset_average_activation_norm"]["in"]
         expected_threshold = about["jump_relu_threshold"] * scale
-        assert dictionary.thresholds[0].item() == pytest.approx(expected_threshold, rel=1e-2)
+        assert sae.thresholds[0].item() == pytest.approx(expected_threshold, rel=1e-2)
 
 
 def test_a_scale_that_sae_lens_does_not_share_is_refused(small: Hub, written: dict[str, Written]):
-    source = find_suite("llama-3.1-8b").dictionaries[Site(0, "res")]
+    source = find_suite("llama-3.1-8b").saes[Site(0, "res")]
     assert not isinstance(source, str)
     path = written["llama-3.1-8b"].folder(source["release"], source["id"]) / "hyperparams.json"
     before = path.read_text()
@@ -303,18 +299,18 @@ def test_a_scale_that_sae_lens_does_not_share_is_refused(small: Hub, written: di
         path.write_text(before)
 
 
-def test_a_llama_scope_dictionary_at_z_tells_by_its_hook(small: Hub, written: dict[str, Written]):
-    source = find_suite("llama-3.1-8b").dictionaries[Site(0, "att")]
+def test_a_llama_scope_sae_at_z_tells_by_its_hook(small: Hub, written: dict[str, Written]):
+    source = find_suite("llama-3.1-8b").saes[Site(0, "att")]
     assert not isinstance(source, str)
     path = written["llama-3.1-8b"].folder(source["release"], source["id"]) / "hyperparams.json"
     before = path.read_text()
     try:
         path.write_text(before.replace("blocks.0.hook_attn_out", "blocks.0.attn.hook_z"))
         suite = load_suite("llama-3.1-8b")
-        found = suite.dictionary("0/att")
-        assert found.reads == Site(0, "z")
+        found = suite.sae("0/att")
+        assert found.input_site == Site(0, "z")
         rows = written["llama-3.1-8b"].arrays(source["release"], source["id"])["decoder.weight"].T
-        moved = attention_output(suite.model, 0).in_stream(torch.from_numpy(rows.copy()))
+        moved = attention_output(suite.model, 0).to_residual(torch.from_numpy(rows.copy()))
         moved = moved / moved.norm(dim=1, keepdim=True)
         assert torch.allclose(found.directions, moved, atol=1e-5)
     finally:
@@ -327,28 +323,28 @@ def test_a_llama_scope_dictionary_at_z_tells_by_its_hook(small: Hub, written: di
 def test_gpt2_s_features_write_their_activation_times_their_row(small: Hub):
     suite = load_suite("gpt2-small")
     tokens = tokenize(suite.model, TEXTS)
-    for site in suite.dictionaries:
-        _, read = run(suite.model, tokens.ids, read=[site])
+    for site in suite.saes:
+        _, read = run_model(suite.model, tokens.ids, read=[site])
         x = read[site][tokens.is_text]
-        dictionary = suite.dictionary(site)
-        assert dictionary.thresholds is None
-        codes = dictionary.encode(x)
+        sae = suite.sae(site)
+        assert sae.thresholds is None
+        codes = sae.encode(x)
         assert ((codes > 0).sum(1) <= 8).all()
         assert (codes > 0).any()
         with torch.no_grad():
-            expected = dictionary.sae.decode(dictionary.sae.encode(x))  # which keeps the scale
-        assert torch.allclose(dictionary.decode(codes, x), expected, atol=1e-4)
+            expected = sae.lens_sae.decode(sae.lens_sae.encode(x))  # which keeps the scale
+        assert torch.allclose(sae.decode(codes, x), expected, atol=1e-4)
         feature = int(codes.sum(0).argmax())
         without = codes.clone()
         without[:, feature] = 0
-        step = dictionary.decode(codes, x) - dictionary.decode(without, x)
-        row = dictionary.rows(torch.tensor([feature]))
+        step = sae.decode(codes, x) - sae.decode(without, x)
+        row = sae.decoder_rows(torch.tensor([feature]))
         assert torch.allclose(step, codes[:, [feature]] * row, atol=1e-4)
         with pytest.raises(ValueError, match="normalises each token: decode needs what was read"):
-            dictionary.decode(codes)
+            sae.decode(codes)
 
 
-# Gemma Scope 2: attention dictionaries read z, whatever their folders are called.
+# Gemma Scope 2: attention SAEs read z, whatever their folders are called.
 
 
 @pytest.mark.parametrize("name", ["gemma-3-270m-pt", "gemma-3-4b-pt"])
@@ -362,10 +358,10 @@ def test_gemma_scope_2_s_attention_comes_into_the_stream(
     assert len(weights) <= 2 * 4 + 1  # ranges for two layers, and the model once
 
 
-def test_what_a_dictionary_at_z_is_worth_is_measured_at_z(small: Hub):
+def test_what_a_sae_at_z_is_worth_is_measured_at_z(small: Hub):
     suite = load_suite("gemma-3-270m-pt")
-    table = measure_dictionaries(suite, tokenize(suite.model, TEXTS), loss_rows=2)
-    looked = preflight(suite, TEXTS, suite.dictionaries)
+    table = measure_saes(suite, tokenize(suite.model, TEXTS), loss_rows=2)
+    looked = preflight(suite, TEXTS, suite.saes)
     both = table.set_index("site").join(looked.set_index("site"), rsuffix="_looked")
     assert both["l0"].tolist() == pytest.approx(both["l0_looked"].tolist())
     explained = both["explained_variance_looked"].tolist()
@@ -375,10 +371,10 @@ def test_what_a_dictionary_at_z_is_worth_is_measured_at_z(small: Hub):
 
 def check_attention(suite: Suite, family: Written, layer: int, decoder: str) -> None:
     """Directions at a layer's attention are its rows through the model's W_O and gain."""
-    source = suite.row.dictionaries[Site(layer, "att")]
+    source = suite.row.saes[Site(layer, "att")]
     assert not isinstance(source, str)
-    found = suite.dictionary(Site(layer, "att"))
-    assert found.reads == Site(layer, "z")
+    found = suite.sae(Site(layer, "att"))
+    assert found.input_site == Site(layer, "z")
     stored = stored_attention_output(suite.row.model, layer)
     of_model = attention_output(suite.model, layer)
     assert stored is not None
@@ -399,7 +395,7 @@ def check_attention(suite: Suite, family: Written, layer: int, decoder: str) -> 
 
 @pytest.fixture(scope="module")
 def gemma_2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Written]]:
-    """Gemma 2 2B's first two layers with all their dictionaries, on a hub of their own."""
+    """Gemma 2 2B's first two layers with all their SAEs, on a hub of their own."""
     with Hub(tmp_path_factory.mktemp("gemma-hub")) as hub:
         yield hub, write_gemma_2(hub.root)
 
@@ -408,7 +404,7 @@ def gemma_2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Hub, Wri
 def gemma_suite(
     gemma_2: tuple[Hub, Written], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Suite, Written]]:
-    """The suite, loaded by its name, with the requests that its dictionaries took."""
+    """The suite, loaded by its name, with the requests that its SAEs took."""
     hub, family = gemma_2
     with pytest.MonkeyPatch.context() as patch:
         hub.use_in_process(tmp_path_factory.mktemp("gemma-home"), patch)
@@ -426,7 +422,7 @@ def test_gemma_scope_s_matches_are_those_planted_and_need_no_model(
     asked = [r for r in gemma_2[0].requests if "gemma-2-2b" in r.path and "safetensors" in r.path]
     assert all(r.range for r in asked if r.method == "GET" and not r.path.endswith("json"))
     assert "model" not in vars(suite)
-    assert all("sae" not in vars(suite.dictionary(site)) for site in suite.dictionaries)
+    assert all("sae" not in vars(suite.sae(site)) for site in suite.saes)
     best = matches[(matches["direction"] == "backward") & (matches["rank"] == 1)]
     at = best[(best["layer"] == 1) & (best["module"] == "res")].set_index("feature").sort_index()
     even = np.arange(0, 16_384, 2)
@@ -461,7 +457,7 @@ def test_gemma_s_mlp_is_read_after_its_norm(gemma_suite: tuple[Suite, Written]):
         block.mlp.register_forward_hook(keep("raw")),
         block.post_feedforward_layernorm.register_forward_hook(keep("after")),
     ]
-    _, read = run(suite.model, tokens.ids, read=[Site(1, "mlp")])
+    _, read = run_model(suite.model, tokens.ids, read=[Site(1, "mlp")])
     for hook in hooks:
         hook.remove()
     assert torch.allclose(read[Site(1, "mlp")], kept["after"], atol=1e-5)
@@ -472,17 +468,17 @@ def test_gemma_scope_encodes_as_sae_lens_does(gemma_suite: tuple[Suite, Written]
     suite, _ = gemma_suite
     tokens = tokenize(suite.model, TEXTS)
     for site in (Site(1, "res"), Site(1, "att")):
-        dictionary = suite.dictionary(site)
-        _, read = run(suite.model, tokens.ids, read=[dictionary.reads])
-        x = read[dictionary.reads][tokens.is_text]
-        source = suite.row.dictionaries[site]
+        sae = suite.sae(site)
+        _, read = run_model(suite.model, tokens.ids, read=[sae.input_site])
+        x = read[sae.input_site][tokens.is_text]
+        source = suite.row.saes[site]
         assert not isinstance(source, str)
-        plain = SAE.from_pretrained(source["release"], source["id"])
+        plain = LensSAE.from_pretrained(source["release"], source["id"])
         shaped = x.unflatten(-1, (8, 256)) if site.module == "att" else x
         with torch.no_grad():
             codes = plain.encode(shaped)
         assert (codes > 0).any()
-        assert torch.equal(dictionary.encode(x), codes)
+        assert torch.equal(sae.encode(x), codes)
 
 
 def test_gemma_scope_passes_its_preflight(gemma_suite: tuple[Suite, Written]):
@@ -502,7 +498,7 @@ def test_a_hub_file_that_is_cut_short_in_the_cache_is_named(
 
     from flowhelpers.suites.sae_files import read_decoder
 
-    source = gemma_suite[0].row.dictionaries[Site(0, "res")]
+    source = gemma_suite[0].row.saes[Site(0, "res")]
     assert not isinstance(source, str)
     files = release_files(source["release"], source["id"])
     assert files is not None
@@ -536,5 +532,5 @@ def test_decoders_alone_and_files_that_are_not_there_are_known_with_the_network_
         for name in names:
             suite = load_suite(name)
             assert match_table(suite, k=1).equals(online[name])
-            assert suite.dictionary("1/res").sae.cfg.d_in == 64
+            assert suite.sae("1/res").lens_sae.cfg.d_in == 64
         assert hub.requests == []

@@ -200,22 +200,26 @@ def test_the_pythia_model_loads_with_its_weights_and_tokenizer(hub_here: Hub, py
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_a_dictionary_of_each_release_loads_with_what_was_planted(
+def test_a_sae_of_each_release_loads_with_what_was_planted(
     release: str, hub_here: Hub, pythia: str
 ):
     import torch
     from sae_lens import SAE
 
     sae_id = sae_releases()[release]["saes"][3]["id"]
-    sae, _, sparsity = SAE.from_pretrained_with_cfg_and_sparsity(release, sae_id)
+    lens_sae, _, sparsity = SAE.from_pretrained_with_cfg_and_sparsity(release, sae_id)
     planted = random_sae(release, sae_id)
-    assert np.array_equal(sae.W_dec.detach(), planted["W_dec"])
-    assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.architecture()) == (64, 96, "standard")
-    assert sae.cfg.metadata.hook_name == sae_id
+    assert np.array_equal(lens_sae.W_dec.detach(), planted["W_dec"])
+    assert (lens_sae.cfg.d_in, lens_sae.cfg.d_sae, lens_sae.cfg.architecture()) == (
+        64,
+        96,
+        "standard",
+    )
+    assert lens_sae.cfg.metadata.hook_name == sae_id
     assert sparsity is not None
     assert len(sparsity) == 96
     with torch.no_grad():
-        active = sae.encode(sae.W_dec + sae.b_dec)
+        active = lens_sae.encode(lens_sae.W_dec + lens_sae.b_dec)
     # A feature's own direction, of length 1, less its threshold of 0.5.
     assert torch.allclose(active.diagonal(), torch.full((96,), 0.5), atol=0.1)
 

@@ -68,7 +68,7 @@ def installs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def gemma_2(hub: Hub) -> Written:
-    """Two dictionaries only: each of them is 0.3 GB."""
+    """Two SAEs only: each of them is 0.3 GB."""
     return write_gemma_2(hub.root, layers=(1,), modules=("res", "att"))
 
 
@@ -93,7 +93,7 @@ def multimodal(hub: Hub) -> Written:
 
 
 def load(release: str, sae_id: str) -> Any:
-    """The dictionary as sae-lens has it."""
+    """The SAE as sae-lens has it."""
     from sae_lens import SAE
 
     return SAE.from_pretrained(release, sae_id)
@@ -102,12 +102,12 @@ def load(release: str, sae_id: str) -> Any:
 def read(name: str, modules: tuple[str, ...] = MODULES) -> dict[tuple[str, int], Any]:
     """What the model has at its sites, `z` for attention's heads, at tokens of sentences."""
     from flowhelpers.core.features import Site
-    from flowhelpers.suites.model import load_model, run, tokenize
+    from flowhelpers.suites.model import load_model, run_model, tokenize
 
     model = load_model(name)
     tokens = tokenize(model, SENTENCES)
     sites = [Site(layer, module) for layer in range(model.layers) for module in modules]
-    _, found = run(model, tokens.ids, read=[site for site in sites if site.module != "z"])
+    _, found = run_model(model, tokens.ids, read=[site for site in sites if site.module != "z"])
     heads: dict[Any, Any] = {}
 
     def keep(site: Site) -> Any:
@@ -131,13 +131,13 @@ def size(values: Any) -> float:
     return float(values.pow(2).mean() ** 0.5)
 
 
-def check_jumprelu(sae: Any, arrays: dict[str, np.ndarray], hook: str) -> None:
-    """A dictionary with thresholds of its own is loaded as its file has it."""
-    assert sae.cfg.architecture() == "jumprelu"
-    assert sae.cfg.metadata.hook_name == hook
-    assert not sae.cfg.apply_b_dec_to_input
+def check_jumprelu(lens_sae: Any, arrays: dict[str, np.ndarray], hook: str) -> None:
+    """An SAE with thresholds of its own is loaded as its file has it."""
+    assert lens_sae.cfg.architecture() == "jumprelu"
+    assert lens_sae.cfg.metadata.hook_name == hook
+    assert not lens_sae.cfg.apply_b_dec_to_input
     for name, array in arrays.items():
-        loaded = getattr(sae, name.replace("w_", "W_")).detach()
+        loaded = getattr(lens_sae, name.replace("w_", "W_")).detach()
         assert np.array_equal(loaded.numpy(), array), name
 
 
@@ -164,7 +164,7 @@ def test_gemma_2_is_loaded_from_two_files(hub_here: Hub):
     assert tokenizer.decode(ids[1:]) == "The cat sat, schön?\n"
 
 
-def test_gemma_2s_dictionaries_load_and_as_many_features_as_said_are_active(
+def test_gemma_2s_saes_load_and_as_many_features_as_said_are_active(
     hub_here: Hub, gemma_2: Written
 ):
     write_gemma_2_model(hub_here.root)
@@ -177,13 +177,13 @@ def test_gemma_2s_dictionaries_load_and_as_many_features_as_said_are_active(
         path = gemma_2.paths[release][sae_id]
         repository = f"google/gemma-scope-2b-pt-{module}"
         assert path == f"{repository}/layer_1/width_16k/average_l0_{l0}"
-        sae = load(release, sae_id)
-        check_jumprelu(sae, gemma_2.arrays(release, sae_id), f"blocks.1.{hook}")
-        assert sae.W_dec.shape == (WIDTH_16K, width)
+        lens_sae = load(release, sae_id)
+        check_jumprelu(lens_sae, gemma_2.arrays(release, sae_id), f"blocks.1.{hook}")
+        assert lens_sae.W_dec.shape == (WIDTH_16K, width)
         at = found["z" if module == "att" else module, 1]
         # Of these releases alone, sae-lens takes z with its heads apart.
-        assert sae.cfg.reshape_activations == ("hook_z" if module == "att" else "none")
-        active = sae.encode(at.unflatten(1, (8, 256)) if module == "att" else at) > 0
+        assert lens_sae.cfg.reshape_activations == ("hook_z" if module == "att" else "none")
+        active = lens_sae.encode(at.unflatten(1, (8, 256)) if module == "att" else at) > 0
         assert l0 / 3 < float(active.sum(-1).float().mean()) < 3 * l0
 
 
@@ -256,20 +256,20 @@ def test_llama_scopes_units_are_the_streams(module: str, hub_here: Hub, llama: W
         arrays, config = llama.arrays(release, sae_id), llama.config(release, sae_id)
         planted = llama_scope_arrays(module, layer, 512)
         assert np.allclose(arrays["decoder.weight"], planted["decoder.weight"], rtol=2**-8)
-        sae = load(release, sae_id)
-        assert sae.cfg.metadata.hook_name == f"blocks.{layer}.{OUT[module]}"
-        assert sae.W_dec.dtype == torch.float32
+        lens_sae = load(release, sae_id)
+        assert lens_sae.cfg.metadata.hook_name == f"blocks.{layer}.{OUT[module]}"
+        assert lens_sae.W_dec.dtype == torch.float32
         average = config["dataset_average_activation_norm"]["in"]
         scale = 8 / average
         threshold = torch.full((512,), config["jump_relu_threshold"] * scale)
-        assert torch.allclose(sae.threshold.detach(), threshold)
-        assert np.allclose(sae.W_enc.detach(), arrays["encoder.weight"].T * scale, rtol=1e-5)
-        assert np.allclose(sae.W_dec.detach(), arrays["decoder.weight"].T / scale, rtol=1e-5)
+        assert torch.allclose(lens_sae.threshold.detach(), threshold)
+        assert np.allclose(lens_sae.W_enc.detach(), arrays["encoder.weight"].T * scale, rtol=1e-5)
+        assert np.allclose(lens_sae.W_dec.detach(), arrays["decoder.weight"].T / scale, rtol=1e-5)
         x = np.random.default_rng(layer).normal(0, average / 8, (400, 64)).astype(np.float32)
         codes = llama_scope_codes(arrays, config, x)
         with torch.no_grad():
-            activations = sae.encode(torch.from_numpy(x))
-            decoded = sae.decode(activations)
+            activations = lens_sae.encode(torch.from_numpy(x))
+            decoded = lens_sae.decode(activations)
         rebuilt = codes @ arrays["decoder.weight"].T + arrays["decoder.bias"] / scale
         assert np.allclose(activations, codes * scale, rtol=1e-3, atol=1e-4)
         assert np.allclose(decoded, rebuilt, rtol=1e-3, atol=1e-5)
@@ -318,35 +318,33 @@ def test_gpt2_is_loaded_as_the_hub_has_it(hub_here: Hub, gpt2: Written):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_gpt2s_dictionaries_keep_k_features_of_normed_inputs(
-    module: str, hub_here: Hub, gpt2: Written
-):
+def test_gpt2s_saes_keep_k_features_of_normed_inputs(module: str, hub_here: Hub, gpt2: Written):
     import torch
 
     for layer in (0, 1):
         sae_id = f"blocks.{layer}.{OUT[module]}"
         kind = OUT[module].removeprefix("hook_").replace("_", "-")
-        sae = load(f"gpt2-small-{kind}-v5-32k", sae_id)
+        lens_sae = load(f"gpt2-small-{kind}-v5-32k", sae_id)
         planted = gpt2_arrays(module, layer, 256)
-        assert (sae.cfg.architecture(), sae.cfg.k) == ("topk", 8)
-        assert sae.cfg.metadata.hook_name == sae_id
+        assert (lens_sae.cfg.architecture(), lens_sae.cfg.k) == ("topk", 8)
+        assert lens_sae.cfg.metadata.hook_name == sae_id
         for name, array in planted.items():
-            assert np.array_equal(getattr(sae, name).detach(), array), name
+            assert np.array_equal(getattr(lens_sae, name).detach(), array), name
         x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * 3 + 1
         normed = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1e-5)
         before = (normed.numpy() - planted["b_dec"]) @ planted["W_enc"] + planted["b_enc"]
         least = np.sort(before, axis=1)[:, -8, None]
         codes = np.where(before >= least, before, 0)
         with torch.no_grad():
-            activations = sae.encode(x)
-            decoded = sae.decode(activations)
+            activations = lens_sae.encode(x)
+            decoded = lens_sae.decode(activations)
         assert np.allclose(activations, codes, atol=1e-4)
         rebuilt = torch.from_numpy(codes @ planted["W_dec"] + planted["b_dec"])
         rebuilt = rebuilt * (x - x.mean(-1, keepdim=True)).std(-1, keepdim=True)
         assert torch.allclose(decoded, rebuilt + x.mean(-1, keepdim=True), atol=1e-3)
         # What the input was divided by is kept for one decoding, and no more.
         with pytest.raises(AttributeError, match="ln_std"):
-            sae.decode(activations)
+            lens_sae.decode(activations)
 
 
 def test_gemma_3_is_loaded_as_the_hub_has_it(hub_here: Hub, gemma_3: Written):
@@ -377,20 +375,21 @@ def test_gemma_scope_2_loads_and_its_features_are_active_where_said(
         module = release.split("-")[-2]
         for sae_id in paths:
             layer, kind = int(sae_id[6]), sae_id.split("_")[-1]
-            sae = load(release, sae_id)
-            check_jumprelu(sae, written.arrays(release, sae_id), f"blocks.{layer}.{Z[module]}")
-            assert sae.W_dec.shape == (256, 128 if module == "att" else 64)
-            assert sae.cfg.metadata.model_name == model
+            lens_sae = load(release, sae_id)
+            check_jumprelu(lens_sae, written.arrays(release, sae_id), f"blocks.{layer}.{Z[module]}")
+            assert lens_sae.W_dec.shape == (256, 128 if module == "att" else 64)
+            assert lens_sae.cfg.metadata.model_name == model
             assert (
-                sae.cfg.metadata.hf_hook_name == written.config(release, sae_id)["hf_hook_point_in"]
+                lens_sae.cfg.metadata.hf_hook_name
+                == written.config(release, sae_id)["hf_hook_point_in"]
             )
             at = found["z" if module == "att" else module, layer]
-            active = float((sae.encode(at) > 0).sum(-1).float().mean())
+            active = float((lens_sae.encode(at) > 0).sum(-1).float().mean())
             said = {"big": 16, "small": 4}[kind]
             assert said / 3 < active < 3 * said, (sae_id, module, size(at))
 
 
-def test_a_cached_dictionary_needs_the_hub_only_in_gemma_scope_2(
+def test_a_cached_sae_needs_the_hub_only_in_gemma_scope_2(
     hub_here: Hub, llama: Written, gpt2: Written, gemma_3: Written
 ):
     wanted = [

@@ -22,7 +22,7 @@ from flowhelpers.suites.model import (
     final_norm,
     load_model,
     logits_of,
-    run,
+    run_model,
     token_strings,
     tokenize,
     wrap_model,
@@ -53,7 +53,7 @@ def test_sites_are_listed_in_the_order_of_the_stream(toy: Model):
 def test_reading_equals_plain_hooks_on_the_same_weights(
     toy: Model, plain_toy: Gemma3ForCausalLM, ids: Tensor
 ):
-    logits, read = run(toy, ids, read=SITES)
+    logits, read = run_model(toy, ids, read=SITES)
     by_hand, activations = toys.read_by_hand(plain_toy, ids)
     assert logits is not None
     assert torch.allclose(logits, by_hand, atol=1e-5)
@@ -169,8 +169,8 @@ def test_a_zero_edit_leaves_the_logits_bit_equal_and_another_does_not(
 def test_an_edit_of_the_mlp_changes_what_comes_after_and_nothing_before(toy: Model, ids: Tensor):
     edit = plus(Site(1, "mlp"), 0.25)
     vector = 0.25 * (torch.arange(toys.D_MODEL) - 10.0)
-    _, clean = run(toy, ids, read=SITES)
-    _, edited = run(toy, ids, read=SITES, edits=[edit])
+    _, clean = run_model(toy, ids, read=SITES)
+    _, edited = run_model(toy, ids, read=SITES, edits=[edit])
     for site in SITES[:4]:
         assert torch.equal(edited[site], clean[site]), site
     for site in (Site(1, "mlp"), Site(1, "res")):
@@ -187,10 +187,10 @@ def test_an_edit_at_a_position_reaches_no_earlier_one(toy: Model, ids: Tensor):
 
 def test_edits_of_one_site_are_applied_in_order_and_read_after(toy: Model, ids: Tensor):
     site = Site(0, "att")
-    _, clean = run(toy, ids, read=[site])
+    _, clean = run_model(toy, ids, read=[site])
     double, more = Edit(site, lambda x: 2 * x), Edit(site, lambda x: x + 1)
-    _, first = run(toy, ids, read=[site], edits=[more, double])
-    _, second = run(toy, ids, read=[site], edits=[double, more])
+    _, first = run_model(toy, ids, read=[site], edits=[more, double])
+    _, second = run_model(toy, ids, read=[site], edits=[double, more])
     assert torch.equal(first[site], 2 * (clean[site] + 1))
     assert torch.equal(second[site], 2 * clean[site] + 1)
 
@@ -203,7 +203,7 @@ def test_edits_leave_no_hooks_and_no_change_behind(toy: Model, ids: Tensor):
         toy.bridge(ids)
         assert dict(reached) == {0: 2}
     assert hooks_on(toy) == before
-    run(toy, ids, read=SITES[:3], edits=[plus(Site(0, "res"))], stop_after=0)
+    run_model(toy, ids, read=SITES[:3], edits=[plus(Site(0, "res"))], stop_after=0)
     assert hooks_on(toy) == before
     assert torch.equal(logits_of(toy, ids), plain)
 
@@ -226,9 +226,9 @@ def test_an_edit_that_is_never_reached_is_an_error(toy: Model, ids: Tensor):
     with pytest.raises(RuntimeError, match="edit at 0/att, 2/mlp was never"), editing(toy, two):
         pass
     with pytest.raises(ValueError, match="2/mlp lies after layer 1, where the pass stops"):
-        run(toy, ids, edits=two, stop_after=1)
+        run_model(toy, ids, edits=two, stop_after=1)
     with pytest.raises(ValueError, match="1/res lies after layer 0, where the pass stops"):
-        run(toy, ids, read=[Site(1, "res")], stop_after=0)
+        run_model(toy, ids, read=[Site(1, "res")], stop_after=0)
 
 
 def test_an_edit_of_another_shape_is_an_error(toy: Model, ids: Tensor):
@@ -242,20 +242,20 @@ def test_an_edit_of_another_shape_is_an_error(toy: Model, ids: Tensor):
 @pytest.mark.parametrize("site", [Site(3, "res"), Site(-1, "mlp")], ids=str)
 def test_a_layer_that_does_not_exist_is_named(toy: Model, ids: Tensor, site: Site):
     with pytest.raises(ValueError, match=rf"no layer {site.layer} in .*: expected 0 to 2"):
-        run(toy, ids, read=[site])
+        run_model(toy, ids, read=[site])
 
 
 def test_an_unknown_module_names_the_nearest(toy: Model, ids: Tensor):
     with pytest.raises(ValueError, match="unknown module 'resid'; did you mean 'res'"):
-        run(toy, ids, read=[Site(0, "resid")])
+        run_model(toy, ids, read=[Site(0, "resid")])
 
 
 @pytest.mark.parametrize("stop", [0, 1, 2])
 def test_a_pass_that_stops_early_reads_what_the_full_one_reads(toy: Model, ids: Tensor, stop: int):
     sites = [site for site in SITES if site.layer <= stop]
     change = [plus(Site(0, "mlp"))]
-    _, full = run(toy, ids, read=sites, edits=change)
-    logits, short = run(toy, ids, read=sites, edits=change, stop_after=stop)
+    _, full = run_model(toy, ids, read=sites, edits=change)
+    logits, short = run_model(toy, ids, read=sites, edits=change, stop_after=stop)
     assert logits is None
     assert all(torch.equal(short[site], full[site]) for site in sites)
 
@@ -267,14 +267,14 @@ def test_a_pass_that_stops_early_does_not_run_the_rest(toy: Model, ids: Tensor):
         for layer in range(3)
     ]
     with toy.bridge.hooks(fwd_hooks=hooks):
-        run(toy, ids, read=[Site(1, "res")], stop_after=1)
+        run_model(toy, ids, read=[Site(1, "res")], stop_after=1)
     assert seen == [0, 1]
 
 
 def test_the_final_norm_and_the_unembedding_are_those_of_the_model(
     toy: Model, plain_toy: Gemma3ForCausalLM, ids: Tensor
 ):
-    logits, read = run(toy, ids, read=[Site(2, "res")])
+    logits, read = run_model(toy, ids, read=[Site(2, "res")])
     stream = read[Site(2, "res")]
     with torch.no_grad():
         expected = plain_toy.model.norm(stream)

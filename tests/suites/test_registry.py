@@ -17,7 +17,7 @@ VARIANTS = [f"{name}@{variant}" for name in HUB for variant in registered()[name
 
 
 def releases(name: str) -> list[tuple[Site, dict[str, str]]]:
-    sources = find_suite(name).dictionaries.items()
+    sources = find_suite(name).saes.items()
     return [(site, dict(source)) for site, source in sources if not isinstance(source, str)]
 
 
@@ -36,7 +36,7 @@ def test_the_suites_that_are_asked_for_are_there():
 def test_every_release_and_id_is_in_sae_lens_own_list(name: str):
     row = find_suite(name)
     found = releases(name)
-    assert len(found) == len(row.dictionaries) == 3 * (row.layers or 0)
+    assert len(found) == len(row.saes) == 3 * (row.layers or 0)
     assert {site.layer for site, _ in found} == set(range(row.layers or 0))
     models = set()
     for site, source in found:
@@ -64,14 +64,14 @@ def test_a_module_s_release_is_of_that_module(name: str):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_neuronpedia_calls_the_dictionaries_what_sae_lens_says(name: str):
+def test_neuronpedia_calls_the_saes_what_sae_lens_says(name: str):
     row = find_suite(name)
     for site, source in releases(name):
         called = KNOWN[source["release"]].neuronpedia_id.get(source["id"])
         assert row.neuronpedia.get(site) == called, str(site)
 
 
-def test_pythia_s_embedding_bears_another_dictionary_s_name_in_sae_lens_list():
+def test_pythia_s_embedding_bears_another_sae_s_name_in_sae_lens_list():
     # The reason why our names are patterns of our own, and no embedding is among the sites.
     wrong = KNOWN["pythia-70m-deduped-res-sm"]
     assert wrong.saes_map["blocks.0.hook_resid_pre"] == "e-res-sm"
@@ -91,10 +91,10 @@ def test_the_sizes_are_those_of_the_releases():
 
 @pytest.mark.parametrize("l0", [20, 70, 400])
 @pytest.mark.parametrize("name", ["gemma-2-2b", "gemma-2-2b@65k", "gemma-2-9b@131k"])
-def test_the_dictionary_of_the_nearest_mean_l0_is_taken(name: str, l0: int):
+def test_the_sae_of_the_nearest_mean_l0_is_taken(name: str, l0: int):
     row = find_suite(f"{name}@l0={l0}")
     width = {"gemma-2-2b": "16k", "gemma-2-2b@65k": "65k"}.get(name, "131k")
-    for site, source in row.dictionaries.items():
+    for site, source in row.saes.items():
         assert not isinstance(source, str)
         start = f"layer_{site.layer}/width_{width}/average_l0_"
         assert source["id"].startswith(start)
@@ -107,9 +107,9 @@ def test_the_dictionary_of_the_nearest_mean_l0_is_taken(name: str, l0: int):
         assert declared_l0(source) == int(source["id"].removeprefix(start))
 
 
-def test_a_dictionary_of_chosen_l0_keeps_its_neuronpedia_name_if_it_has_one():
+def test_a_sae_of_chosen_l0_keeps_its_neuronpedia_name_if_it_has_one():
     row = find_suite("gemma-2-2b@l0=70")
-    # The canonical dictionary of layer 5 has a mean L0 of 68, that of layer 0 one of 105.
+    # The canonical SAE of layer 5 has a mean L0 of 68, that of layer 0 one of 105.
     assert row.neuronpedia[Site(5, "res")] == "gemma-2-2b/5-gemmascope-res-16k"
     assert Site(0, "res") not in row.neuronpedia
 
@@ -118,7 +118,7 @@ def test_a_choice_is_part_of_the_name_and_leaves_the_row_as_it_was():
     before = registered()["gemma-2-2b"]
     row = find_suite("gemma-2-2b@65k@res+mlp")
     assert row.name == "gemma-2-2b@65k@res+mlp"
-    assert {site.module for site in row.dictionaries} == {"res", "mlp"}
+    assert {site.module for site in row.saes} == {"res", "mlp"}
     assert row.features == 65_536
     assert registered()["gemma-2-2b"] is before
     assert before.features == 16_384
@@ -132,7 +132,7 @@ def test_a_choice_is_part_of_the_name_and_leaves_the_row_as_it_was():
         ("gemma-2-2b@64k", "gemma-2-2b has no variant '64k'; did you mean '65k'.*l0=70, res.mlp"),
         ("gemma-2-2b@l0=", "no variant 'l0='"),
         ("gemma-2-2b@res+mpl", "no variant 'res.mpl'; did you mean 'res.mlp'"),
-        ("llama-3.1-8b@l0=50", "llama-3.1-8b has no choice of dictionaries by their mean L0"),
+        ("llama-3.1-8b@l0=50", "llama-3.1-8b has no choice of SAEs by their mean L0"),
         ("gemma-2-2b@16k@65k", "'65k' is the second of its kind that is asked for"),
         ("flowlet@16k", "flowlet has no variant '16k'"),
         ("gemma-2-2c@65k", "unknown suite 'gemma-2-2c'; did you mean 'gemma-2-2b'"),
@@ -144,9 +144,9 @@ def test_a_choice_that_is_not_there_names_the_nearest(name: str, message: str):
 
 
 def test_declared_l0_is_of_the_path_or_of_the_list():
-    source = find_suite("gemma-2-2b").dictionaries[Site(12, "res")]
+    source = find_suite("gemma-2-2b").saes[Site(12, "res")]
     assert declared_l0(source) == 82
-    assert declared_l0(find_suite("llama-3.1-8b").dictionaries[Site(12, "att")]) == 50
+    assert declared_l0(find_suite("llama-3.1-8b").saes[Site(12, "att")]) == 50
     assert declared_l0({"release": "none", "id": "such"}) is None
     assert declared_l0("folder") is None
 
@@ -155,7 +155,7 @@ def test_what_an_experiment_needs_follows_from_the_sizes():
     row = find_suite("gemma-2-2b")
     found = needs(row, "float32", {"model": 1e12, "matching": 2e12})
     matching, groups, deactivation, steering = found
-    # 78 dictionaries of 16,384 features, two matrices each, 52 at 2,304 and 26 at 2,048, float32.
+    # 78 SAEs of 16,384 features, two matrices each, 52 at 2,304 and 26 at 2,048, float32.
     numbers = 2 * 16_384 * (52 * 2304 + 26 * 2048)
     outputs = 26 * 2048 * 2304 * 4
     assert matching.fetched == pytest.approx(4 * numbers + outputs, rel=1e-3)
@@ -181,6 +181,6 @@ def test_the_command_tells_what_there_is_and_what_it_takes(capsys: pytest.Captur
     said = capsys.readouterr().out
     assert "average_l0_68" in said
     assert re.search(r"matching, flow graphs, labels +01 02 +2\d\.\d GB +1\.\d GiB", said)
-    assert "Attention dictionaries read z" in said
+    assert "Attention SAEs read z" in said
     assert __main__.main(["suites", "gemma-2-2b@l0=x"]) == 2
     assert "no variant 'l0=x'" in capsys.readouterr().err

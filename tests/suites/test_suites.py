@@ -26,8 +26,8 @@ from transformers import Gemma3ForCausalLM
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.groups.occurrences import occurrences
 from flowhelpers.groups.significance import significance
-from flowhelpers.labels.describe import written_tokens
-from flowhelpers.matching.table import match_table, scores
+from flowhelpers.labels.describe import top_logit_tokens
+from flowhelpers.matching.table import feature_scores, match_table
 from flowhelpers.suites.load import (
     KEPT,
     OnDemand,
@@ -56,19 +56,19 @@ def test_a_folder_is_loaded_with_what_was_planted(planted: Suite, planted_folder
     assert planted.row.is_local
     assert planted.layers == toys.LAYERS
     directions = toys.planted_directions()
-    assert list(planted.dictionaries) == sorted(directions)
+    assert list(planted.saes) == sorted(directions)
     for site, rows in directions.items():
-        dictionary = planted.dictionary(site)
-        assert torch.allclose(dictionary.directions, rows, atol=1e-6)
+        sae = planted.sae(site)
+        assert torch.allclose(sae.directions, rows, atol=1e-6)
         norms = [(0.5, 1.0, 2.0)[i % 3] for i in range(len(rows))]
-        assert dictionary.norms.tolist() == pytest.approx(norms)
-        assert dictionary.source == str(planted_folder / f"{site.layer}-{site.module}")
+        assert sae.norms.tolist() == pytest.approx(norms)
+        assert sae.source == str(planted_folder / f"{site.layer}-{site.module}")
 
 
 def test_a_folder_goes_the_whole_way_from_matches_to_groups(planted: Suite):
     from flowhelpers.activations.collect import collect
 
-    table = scores(match_table(planted, k=2))
+    table = feature_scores(match_table(planted, k=2))
     for layer in (1, 2):
         part = table[table["layer"] == layer]
         assert part["source_res"].tolist() == toys.RES_FROM[layer]
@@ -91,35 +91,34 @@ def test_features_of_a_suite_are_checked(planted: Suite):
     ):
         with pytest.raises(ValueError, match=message):
             planted.feature(text)
-    assert planted.dictionary("1/att") is planted.dictionaries[Site(1, "att")]
+    assert planted.sae("1/att") is planted.saes[Site(1, "att")]
     with pytest.raises(ValueError, match="'x' is not a site"):
-        planted.dictionary("x")
+        planted.sae("x")
 
 
 def test_a_pattern_stands_for_every_layer(toy_folder: Path, planted_folder: Path, tmp_path: Path):
     patterns = {m: f"{planted_folder}/{{layer}}-{m}" for m in ("res", "mlp", "att")}
-    write(tmp_path, {"name": "mine", "model": str(toy_folder), "dictionaries": patterns})
+    write(tmp_path, {"name": "mine", "model": str(toy_folder), "saes": patterns})
     row = find_suite(tmp_path)
     assert row.name == "mine"
-    assert {str(site): source for site, source in row.dictionaries.items()} == {
+    assert {str(site): source for site, source in row.saes.items()} == {
         f"{layer}/{m}": f"{planted_folder}/{layer}-{m}"
         for layer in range(3)
         for m in ("res", "mlp", "att")
     }
-    write(tmp_path, {"model": str(toy_folder), "layers": 2, "dictionaries": patterns})
-    assert len(find_suite(tmp_path).dictionaries) == 6
+    write(tmp_path, {"model": str(toy_folder), "layers": 2, "saes": patterns})
+    assert len(find_suite(tmp_path).saes) == 6
 
 
 def test_parameters_are_counted_from_the_files(planted: Suite, plain_toy: Gemma3ForCausalLM):
     weights = sum(p.numel() for p in plain_toy.parameters())
-    saes = sum(
-        sum(p.numel() for p in dictionary.sae.parameters())
-        for dictionary in planted.dictionaries.values()
+    lens_saes = sum(
+        sum(p.numel() for p in sae.lens_sae.parameters()) for sae in planted.saes.values()
     )
-    assert planted.row.parameters == weights + saes
-    decoders = saes // 2 * 4  # as they are stored, beside the weights
-    assert memory_needed(planted.row) == 4 * (weights + saes) + decoders
-    assert memory_needed(planted.row, "bfloat16") == 2 * (weights + saes) + decoders
+    assert planted.row.parameters == weights + lens_saes
+    decoders = lens_saes // 2 * 4  # as they are stored, beside the weights
+    assert memory_needed(planted.row) == 4 * (weights + lens_saes) + decoders
+    assert memory_needed(planted.row, "bfloat16") == 2 * (weights + lens_saes) + decoders
 
 
 def write(folder: Path, row: object) -> None:
@@ -131,18 +130,18 @@ def write(folder: Path, row: object) -> None:
     ("change", "message"),
     [
         ("a: [", r"suite\.yaml is not YAML: "),
-        ("- model", "holds no mapping: expected the keys model and dictionaries"),
+        ("- model", "holds no mapping: expected the keys model and SAEs"),
         ("", "holds no mapping"),
         ({"model": None}, r"suite .* \(.*suite\.yaml\): the key 'model' is missing"),
-        ({"dictionaries": None}, "the key 'dictionaries' is missing"),
-        ({"dictionary": {}}, "unknown key 'dictionary'; did you mean 'dictionaries'"),
-        ({"dictionaries": {}}, "no dictionary is named"),
-        ({"dictionaries": ["0-res"]}, r"dictionaries is \['0-res'\], expected a mapping"),
-        ({"dictionaries": {"resid": "0-res"}}, "'resid' is not a site"),
-        ({"dictionaries": {"0/rse": "0-res"}}, "unknown module 'rse' in '0/rse'; did you mean 're"),
-        ({"dictionaries": {"0/res": {"release": "x"}}}, "or has the keys release and id: got"),
-        ({"dictionaries": {"0/res": 7}}, "or has the keys release and id: got 7"),
-        ({"dictionaries": {7: "0-res"}}, "'7' is not a site"),
+        ({"saes": None}, "the key 'SAEs' is missing"),
+        ({"sae": {}}, "unknown key 'SAE'; did you mean 'SAEs'"),
+        ({"saes": {}}, "no SAE is named"),
+        ({"saes": ["0-res"]}, r"SAEs is \['0-res'\], expected a mapping"),
+        ({"saes": {"resid": "0-res"}}, "'resid' is not a site"),
+        ({"saes": {"0/rse": "0-res"}}, "unknown module 'rse' in '0/rse'; did you mean 're"),
+        ({"saes": {"0/res": {"release": "x"}}}, "or has the keys release and id: got"),
+        ({"saes": {"0/res": 7}}, "or has the keys release and id: got 7"),
+        ({"saes": {7: "0-res"}}, "'7' is not a site"),
         ({"layers": "many"}, "layers is 'many', expected a whole number"),
         ({"layers": True}, "layers is True, expected a whole number above zero"),
         ({"d_model": -2}, "d_model is -2, expected a whole number above zero"),
@@ -160,7 +159,7 @@ def write(folder: Path, row: object) -> None:
 def test_a_broken_suite_file_says_what_is_wrong(
     planted_folder: Path, tmp_path: Path, change: Any, message: str
 ):
-    good = {"model": str(planted_folder / "model"), "dictionaries": {"0/res": "0-res"}}
+    good = {"model": str(planted_folder / "model"), "saes": {"0/res": "0-res"}}
     if isinstance(change, dict):
         change = {key: value for key, value in (good | change).items() if value is not None}
     write(tmp_path, change)
@@ -170,25 +169,23 @@ def test_a_broken_suite_file_says_what_is_wrong(
 
 def test_what_a_suite_names_has_to_be_there(planted_folder: Path, toy_folder: Path, tmp_path: Path):
     source = f"{planted_folder}/0-res"
-    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"3/res": source}})
-    with pytest.raises(
-        ValueError, match="names a dictionary at 3/res: its model has layers 0 to 2"
-    ):
+    write(tmp_path, {"model": str(toy_folder), "saes": {"3/res": source}})
+    with pytest.raises(ValueError, match="names an SAE at 3/res: its model has layers 0 to 2"):
         load_suite(tmp_path)
-    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"1/res": source}})
+    write(tmp_path, {"model": str(toy_folder), "saes": {"1/res": source}})
     with pytest.raises(ValueError, match=r"was trained at blocks\.0\.hook_resid_post: expected"):
         load_suite(tmp_path)
-    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"0/res": "none"}})
+    write(tmp_path, {"model": str(toy_folder), "saes": {"0/res": "none"}})
     with pytest.raises(FileNotFoundError, match=r"no cfg\.json in .*none for 0/res"):
         load_suite(tmp_path)
-    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"res": "{level}-res"}})
+    write(tmp_path, {"model": str(toy_folder), "saes": {"res": "{level}-res"}})
     with pytest.raises(FileNotFoundError, match=r"no cfg\.json in .*\{level\}-res for 0/res"):
         load_suite(tmp_path)
-    write(tmp_path, {"model": "modle", "dictionaries": {"res": source}})
+    write(tmp_path, {"model": "modle", "saes": {"res": source}})
     with pytest.raises(ValueError, match=r"no folder modle says how many layers .* key 'lay"):
         load_suite(tmp_path)
     (tmp_path / "empty").mkdir()
-    write(tmp_path, {"model": "empty", "dictionaries": {"res": source}})
+    write(tmp_path, {"model": "empty", "saes": {"res": source}})
     with pytest.raises(FileNotFoundError, match=r"no config\.json in .*empty: expected a Hugging"):
         load_suite(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no suite\.yaml in "):
@@ -196,7 +193,7 @@ def test_what_a_suite_names_has_to_be_there(planted_folder: Path, toy_folder: Pa
 
 
 def said_to_be_of(folder: Path, to: Path, **about: Any) -> str:
-    """A copy of a dictionary's folder whose configuration says more about its model."""
+    """A copy of an SAE's folder whose configuration says more about its model."""
     shutil.copytree(folder, to)
     config = json.loads((to / "cfg.json").read_text())
     config["metadata"] |= about
@@ -204,7 +201,7 @@ def said_to_be_of(folder: Path, to: Path, **about: Any) -> str:
     return str(to)
 
 
-def test_dictionaries_of_different_models_are_refused(
+def test_saes_of_different_models_are_refused(
     planted_folder: Path, toy_folder: Path, tmp_path: Path
 ):
     sources = {
@@ -214,40 +211,40 @@ def test_dictionaries_of_different_models_are_refused(
             "1/res": {"model_name": "gpt2-small"},
         }.items()
     }
-    write(tmp_path, {"name": "mine", "model": str(toy_folder), "dictionaries": sources})
-    message = "suite mine: its dictionaries are of different models: 0/res of gemma-2-2b, 1/res of"
+    write(tmp_path, {"name": "mine", "model": str(toy_folder), "saes": sources})
+    message = "suite mine: its SAEs are of different models: 0/res of gemma-2-2b, 1/res of"
     with pytest.raises(ValueError, match=message):
         load_suite(tmp_path)
     releases = {
         "0/res": {"release": "pythia-70m-deduped-res-sm", "id": "blocks.0.hook_resid_post"},
         "1/res": {"release": "gpt2-small-resid-post-v5-32k", "id": "blocks.1.hook_resid_post"},
     }
-    write(tmp_path, {"name": "mine", "model": PYTHIA, "layers": 6, "dictionaries": releases})
+    write(tmp_path, {"name": "mine", "model": PYTHIA, "layers": 6, "saes": releases})
     with pytest.raises(ValueError, match="0/res of pythia-70m-deduped, 1/res of gpt2-small"):
         load_suite(tmp_path)
 
 
-def test_a_model_at_another_revision_than_its_dictionaries_is_refused(
+def test_a_model_at_another_revision_than_its_saes_is_refused(
     planted_folder: Path, toy_folder: Path, tmp_path: Path
 ):
     kwargs = {"revision": "step3000"}
     source = said_to_be_of(
         planted_folder / "0-res", tmp_path / "sae", model_from_pretrained_kwargs=kwargs
     )
-    row = {"name": "mine", "model": str(toy_folder), "dictionaries": {"0/res": source}}
+    row = {"name": "mine", "model": str(toy_folder), "saes": {"0/res": source}}
     write(tmp_path, row | {"revision": "step1000"})
-    message = r"model at revision step1000, and the dictionary for 0/res .* on revision step3000"
+    message = r"model at revision step1000, and the SAE for 0/res .* on revision step3000"
     with pytest.raises(ValueError, match=message):
         load_suite(tmp_path)
     write(tmp_path, row | {"revision": "step3000"})
-    assert load_suite(tmp_path).dictionary("0/res").width == toys.RES
+    assert load_suite(tmp_path).sae("0/res").width == toys.RES
 
 
-def test_dictionaries_of_a_base_model_on_another_are_warned_of(
+def test_saes_of_a_base_model_on_another_are_warned_of(
     hub_here: Hub, tiny_pythia: str, tmp_path: Path
 ):
     release = {"release": "pythia-70m-deduped-res-sm", "id": "blocks.{layer}.hook_resid_post"}
-    write(tmp_path, {"model": "other/tuned", "layers": 6, "dictionaries": {"res": release}})
+    write(tmp_path, {"model": "other/tuned", "layers": 6, "saes": {"res": release}})
     with (
         pytest.warns(UserWarning, match="has the model other/tuned, and its .* on pythia-70m-dedu"),
         pytest.raises(FileNotFoundError, match="the hub has no other/tuned"),
@@ -261,14 +258,14 @@ def test_dictionaries_of_a_base_model_on_another_are_warned_of(
         ({"release": "pythia-70m-res", "id": "x"}, "no release 'pythia-70m-res'; did you mean 'py"),
         (
             {"release": "pythia-70m-deduped-res-sm", "id": "blocks.9.hook_resid_post"},
-            r"has no dictionary 'blocks\.9\.hook_resid_post'; did you mean 'blocks\..\.hook_resi",
+            r"has no SAE 'blocks\.9\.hook_resid_post'; did you mean 'blocks\..\.hook_resi",
         ),
     ],
 )
 def test_a_release_that_is_not_there_names_the_nearest(
     toy_folder: Path, tmp_path: Path, source: dict[str, str], message: str
 ):
-    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"0/res": source}})
+    write(tmp_path, {"model": str(toy_folder), "saes": {"0/res": source}})
     with pytest.raises(ValueError, match=message):
         load_suite(tmp_path)
 
@@ -276,11 +273,11 @@ def test_a_release_that_is_not_there_names_the_nearest(
 def test_truncated_files_of_a_suite_are_named(
     planted_folder: Path, toy_folder: Path, tmp_path: Path
 ):
-    sae = tmp_path / "0-res"
-    sae.mkdir()
+    lens_sae = tmp_path / "0-res"
+    lens_sae.mkdir()
     for name in ("cfg.json", "sae_weights.safetensors"):
-        (sae / name).write_bytes((planted_folder / "0-res" / name).read_bytes()[:300])
-    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"0/res": "0-res"}})
+        (lens_sae / name).write_bytes((planted_folder / "0-res" / name).read_bytes()[:300])
+    write(tmp_path, {"model": str(toy_folder), "saes": {"0/res": "0-res"}})
     with pytest.raises(ValueError, match=r"0-res.sae_weights\.safetensors is truncated or corrupt"):
         load_suite(tmp_path)
 
@@ -293,10 +290,10 @@ def test_a_device_that_is_not_there_is_named(planted_folder: Path, device: str):
         load_suite(planted_folder, device)
 
 
-def test_a_site_without_a_dictionary_names_the_nearest(planted: Suite):
-    some = {site: d for site, d in planted.dictionaries.items() if site.module != "att"}
-    suite = dataclasses.replace(planted, dictionaries=some)
-    with pytest.raises(ValueError, match=r"no dictionary at 1/att in .*\(valid: 0/mlp, 0/res"):
+def test_a_site_without_a_sae_names_the_nearest(planted: Suite):
+    some = {site: d for site, d in planted.saes.items() if site.module != "att"}
+    suite = dataclasses.replace(planted, saes=some)
+    with pytest.raises(ValueError, match=r"no SAE at 1/att in .*\(valid: 0/mlp, 0/res"):
         suite.feature("1/att/0")
 
 
@@ -315,14 +312,14 @@ def test_a_suite_that_does_not_fit_is_refused_before_anything_is_fetched(
     row = registered()[NAME]
     whole, least = (needed(row) / 2**30 for needed in (memory_needed, least_memory))
     assert whole == pytest.approx(3.64, abs=0.01)
-    model = 70_426_624 * 4 / 2**30  # and 4 of 18 dictionaries
+    model = 70_426_624 * 4 / 2**30  # and 4 of 18 SAEs
     assert least == pytest.approx(model + (whole - model) * 4 / 18)
     assert decoders_memory(row) == pytest.approx(6 * 32_768 * 512 * 4, rel=0.01)
     free = SimpleNamespace(available=2**28)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     with pytest.raises(MemoryError, match=rf"in suite {NAME} needs 0\.4 GiB on cpu, and 0\.2 GiB"):
         load_suite(NAME)
-    half = dataclasses.replace(row, stored={"dictionaries": "bfloat16"})
+    half = dataclasses.replace(row, stored={"saes": "bfloat16"})
     assert decoders_memory(half) == decoders_memory(row) // 2
     unknown = dataclasses.replace(row, model_parameters=None)
     assert least_memory(unknown) == memory_needed(unknown)
@@ -342,7 +339,7 @@ def test_a_model_that_does_not_fit_is_refused_when_it_is_asked_for(
     assert suite.model.d_model == 64
 
 
-def test_dictionaries_that_do_not_fit_together_are_read_when_they_are_asked_for(
+def test_saes_that_do_not_fit_together_are_read_when_they_are_asked_for(
     planted: Suite, planted_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     least, whole = least_memory(planted.row), memory_needed(planted.row)
@@ -350,13 +347,13 @@ def test_dictionaries_that_do_not_fit_together_are_read_when_they_are_asked_for(
     free = SimpleNamespace(available=(least + whole) // 2)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     suite = load_suite(planted_folder)
-    assert isinstance(suite.dictionaries, OnDemand)
-    assert list(suite.dictionaries) == list(planted.dictionaries)
-    assert len(suite.dictionaries) == len(planted.dictionaries) == 9
-    assert Site(9, "res") not in suite.dictionaries
+    assert isinstance(suite.saes, OnDemand)
+    assert list(suite.saes) == list(planted.saes)
+    assert len(suite.saes) == len(planted.saes) == 9
+    assert Site(9, "res") not in suite.saes
     with pytest.raises(ValueError, match="no layer 9 in suite"):
-        suite.dictionary("9/res")
-    alive = [weakref.ref(suite.dictionary(site)) for site in suite.dictionaries]
+        suite.sae("9/res")
+    alive = [weakref.ref(suite.sae(site)) for site in suite.saes]
     gc.collect()
     assert sum(ref() is not None for ref in alive) == KEPT
     monkeypatch.undo()
@@ -386,9 +383,9 @@ def test_a_suite_by_name_is_fetched_as_far_as_it_is_needed_and_once(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
         again = load_suite(NAME)
         assert torch.equal(again.model.unembedding, suite.model.unembedding)
-        for site, dictionary in suite.dictionaries.items():
-            assert torch.equal(again.dictionary(site).directions, dictionary.directions)
-            assert torch.equal(again.dictionary(site).sae.W_enc, dictionary.sae.W_enc)
+        for site, sae in suite.saes.items():
+            assert torch.equal(again.sae(site).directions, sae.directions)
+            assert torch.equal(again.sae(site).lens_sae.W_enc, sae.lens_sae.W_enc)
         assert hub_here.requests == []
 
 
@@ -399,27 +396,31 @@ def _check_pythia(suite: Suite) -> None:
     assert np.array_equal(suite.model.bridge.W_E, embed)
     assert suite.layers == 6
     hooks: dict[str, str] = dict(zip(("res", "mlp", "att"), sae_releases(), strict=True))
-    assert len(suite.dictionaries) == 18
-    for site, dictionary in suite.dictionaries.items():
-        sae = random_sae(hooks[site.module], f"blocks.{site.layer}.{toys.HOOK_ENDS[site.module]}")
-        rows = sae["W_dec"] / np.linalg.norm(sae["W_dec"], axis=1, keepdims=True)
-        assert np.allclose(dictionary.directions, rows, atol=1e-6)
+    assert len(suite.saes) == 18
+    for site, sae in suite.saes.items():
+        lens_sae = random_sae(
+            hooks[site.module], f"blocks.{site.layer}.{toys.HOOK_ENDS[site.module]}"
+        )
+        rows = lens_sae["W_dec"] / np.linalg.norm(lens_sae["W_dec"], axis=1, keepdims=True)
+        assert np.allclose(sae.directions, rows, atol=1e-6)
         x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-        codes = np.maximum((x.numpy() - sae["b_dec"]) @ sae["W_enc"] + sae["b_enc"], 0)
-        assert np.allclose(dictionary.encode(x), codes, atol=1e-5)
+        codes = np.maximum(
+            (x.numpy() - lens_sae["b_dec"]) @ lens_sae["W_enc"] + lens_sae["b_enc"], 0
+        )
+        assert np.allclose(sae.encode(x), codes, atol=1e-5)
     tokens = tokenize(suite.model, ["The cat", "a"])
     bos = suite.model.tokenizer.bos_token_id
     assert tokens.ids[:, 0].tolist() == [bos, bos]
     assert (tokens.ids[0] == bos).sum() == 1
     assert not tokens.is_text[tokens.ids == bos].any()
     # The final norm has a bias here: it is not what the feature writes.
-    direction = suite.dictionary("3/res").directions[7]
+    direction = suite.sae("3/res").directions[7]
     gain = torch.from_numpy(planted["gpt_neox.final_layer_norm.weight"].astype(np.float32))
     centred = direction - direction.mean()
     normed = gain * centred / (centred.square().mean() + 1e-5).sqrt()
     logits = normed @ suite.model.unembedding
     best = (logits - logits.mean()).topk(4).values
-    assert written_tokens(suite, "3/res/7", 4)["logit"].to_numpy() == pytest.approx(
+    assert top_logit_tokens(suite, "3/res/7", 4)["logit"].to_numpy() == pytest.approx(
         best.numpy(), abs=1e-4
     )
     assert final_norm(suite.model, torch.zeros(64)).abs().max() > 0
@@ -432,7 +433,7 @@ def test_no_network_and_nothing_cached_says_what_is_missing(
 
     message = (
         rf"suite {NAME} is not cached and could not be fetched: it needs the model {PYTHIA} and"
-        r" 18 dictionaries; the suite flowlet needs no network \(.*cfg\.json is not cached"
+        r" 18 SAEs; the suite flowlet needs no network \(.*cfg\.json is not cached"
     )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConnectionError, match=message):
@@ -445,7 +446,7 @@ def test_no_network_and_nothing_cached_says_what_is_missing(
         load_suite(NAME)
 
 
-def test_a_cached_dictionary_without_its_model_says_so_too(
+def test_a_cached_sae_without_its_model_says_so_too(
     hub_here: Hub, tiny_pythia: str, monkeypatch: pytest.MonkeyPatch
 ):
     from huggingface_hub import constants
@@ -455,36 +456,36 @@ def test_a_cached_dictionary_without_its_model_says_so_too(
     with pytest.raises(ConnectionError, match=f"suite {NAME} is not cached.*needs no network"):
         suite.model  # noqa: B018
     with pytest.raises(ConnectionError, match=rf"suite {NAME} is not cached.*3-res-sm/cfg\.json"):
-        suite.dictionary("3/res")
+        suite.sae("3/res")
 
 
-def test_ones_own_dictionaries_on_a_model_of_the_hub(
+def test_ones_own_saes_on_a_model_of_the_hub(
     hub_here: Hub, pythia: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     rows = torch.eye(5, 64)
     site = Site(2, "mlp")
-    toys.write_suite(tmp_path, {site: toys.make_sae(rows, site)}, model=PYTHIA)
+    toys.write_suite(tmp_path, {site: toys.write_lens_sae(rows, site)}, model=PYTHIA)
     suite = load_suite(tmp_path)
     assert suite.row.model == PYTHIA
     assert not suite.row.is_local
-    assert torch.equal(suite.dictionary(site).directions, rows)
+    assert torch.equal(suite.sae(site).directions, rows)
 
 
-def test_a_local_model_with_dictionaries_of_the_hub_needs_the_network(
+def test_a_local_model_with_saes_of_the_hub_needs_the_network(
     toy_folder: Path, hub_here: Hub, pythia: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     from huggingface_hub import constants
 
     release = {"release": "pythia-70m-deduped-mlp-sm", "id": "blocks.{layer}.hook_mlp_out"}
-    write(tmp_path, {"model": str(toy_folder), "dictionaries": {"1/mlp": release}})
+    write(tmp_path, {"model": str(toy_folder), "saes": {"1/mlp": release}})
     row = find_suite(tmp_path)
-    assert row.dictionaries == {Site(1, "mlp"): release | {"id": "blocks.1.hook_mlp_out"}}
+    assert row.saes == {Site(1, "mlp"): release | {"id": "blocks.1.hook_mlp_out"}}
     assert not row.is_local
     with pytest.raises(ValueError, match="has width 64: expected 32"):
         load_suite(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="and 1 dictionaries; "):
+    with pytest.raises(ConnectionError, match="and 1 SAEs; "):
         load_suite(tmp_path)
 
 

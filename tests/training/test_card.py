@@ -22,9 +22,9 @@ from flowhelpers.__main__ import main
 from flowhelpers.activations.collect import FeatureActivations, collect
 from flowhelpers.core.features import Site
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Edit, Tokens, logits_of, run, tokenize
+from flowhelpers.suites.model import Edit, Tokens, logits_of, run_model, tokenize
 from flowhelpers.suites.registry import DATA
-from flowhelpers.suites.saes import make_dictionary
+from flowhelpers.suites.saes import make_sae
 from flowhelpers.training import measures
 from flowhelpers.training.card import Bar, asked_of, bars, measured_bars, stored_bars, write_card
 from flowhelpers.training.measures import (
@@ -33,8 +33,8 @@ from flowhelpers.training.measures import (
     flow_figures,
     loss_recovered,
     measure,
-    measure_dictionaries,
     measure_flow,
+    measure_saes,
     measure_themes,
     row_tokens,
     site_figures,
@@ -47,16 +47,16 @@ PERFECT, WORTHLESS, HALF, DEAD = Site(0, "mlp"), Site(1, "att"), Site(1, "res"),
 
 @pytest.fixture(scope="module")
 def suite(planted: Suite) -> Suite:
-    """Four dictionaries: perfect, of zeros, of half of what is there, and the mean alone."""
-    _, read = run(planted.model, tokenize(planted.model, toys.TEXTS).ids, read=[DEAD])
-    saes = {
-        PERFECT: toys.make_sae(BOTH, PERFECT),
-        WORTHLESS: toys.make_sae(BOTH, WORTHLESS, threshold=1e9),
-        HALF: toys.make_sae(0.5 * BOTH, HALF, encoder=BOTH.T),
-        DEAD: toys.make_sae(BOTH, DEAD, threshold=1e9, b_dec=read[DEAD][0, 3]),
+    """Four saes: perfect, of zeros, of half of what is there, and the mean alone."""
+    _, read = run_model(planted.model, tokenize(planted.model, toys.TEXTS).ids, read=[DEAD])
+    lens_saes = {
+        PERFECT: toys.write_lens_sae(BOTH, PERFECT),
+        WORTHLESS: toys.write_lens_sae(BOTH, WORTHLESS, threshold=1e9),
+        HALF: toys.write_lens_sae(0.5 * BOTH, HALF, encoder=BOTH.T),
+        DEAD: toys.write_lens_sae(BOTH, DEAD, threshold=1e9, b_dec=read[DEAD][0, 3]),
     }
-    found = {site: make_dictionary(site, sae, D, "planted") for site, sae in saes.items()}
-    return dataclasses.replace(planted, dictionaries=found)
+    found = {site: make_sae(site, lens_sae, D, "planted") for site, lens_sae in lens_saes.items()}
+    return dataclasses.replace(planted, saes=found)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def tokens(planted: Suite) -> Tokens:
     return tokenize(planted.model, toys.TEXTS)
 
 
-def test_loss_recovered_is_1_for_a_perfect_dictionary_and_0_for_zeros(suite: Suite, tokens: Tokens):
+def test_loss_recovered_is_1_for_a_perfect_sae_and_0_for_zeros(suite: Suite, tokens: Tokens):
     found = loss_recovered(suite, tokens, batch=2)
     assert found[PERFECT] == pytest.approx(1, abs=1e-5)
     assert found[WORTHLESS] == 0
@@ -86,13 +86,13 @@ def test_loss_recovered_is_the_share_by_hand(suite: Suite, tokens: Tokens):
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_figures_of_a_site_are_those_by_hand(suite: Suite, tokens: Tokens, batch: int):
-    found = measure_dictionaries(suite, tokens, batch).set_index("site")
-    _, read = run(suite.model, tokens.ids, read=list(suite.dictionaries))
+    found = measure_saes(suite, tokens, batch).set_index("site")
+    _, read = run_model(suite.model, tokens.ids, read=list(suite.saes))
     for site, rebuilt in (
         (PERFECT, lambda x: x),
         (WORTHLESS, lambda x: 0 * x),
         (HALF, lambda x: 0.5 * x),
-        (DEAD, lambda x: suite.dictionary(DEAD).sae.b_dec.detach().expand_as(x)),
+        (DEAD, lambda x: suite.sae(DEAD).lens_sae.b_dec.detach().expand_as(x)),
     ):
         x = read[site][tokens.is_text]
         spread = (x - x.mean(0)).square().sum()
@@ -309,7 +309,7 @@ def test_the_whole_is_measured_and_a_card_gives_it_back(
     tokens = tokenize(planted.model, toys.TEXTS)
     values, tables = measure(planted, tokens)
     nats, bits = bits_per_byte(planted, tokens)
-    sites = measure_dictionaries(planted, tokens)
+    sites = measure_saes(planted, tokens)
     assert (values["bits per byte"], values["nats per token"]) == (bits, nats)
     res = sites["site"].str.endswith("res")
     assert values["explained variance, lowest res"] == sites["explained_variance"][res].min()
@@ -329,7 +329,7 @@ def test_the_whole_is_measured_and_a_card_gives_it_back(
     record = json.loads((tmp_path / "card.json").read_text(encoding="utf-8"))
     assert record["a text"]["tables"]["flow"][0]["layer"] == 1
     (tmp_path / "suite.yaml").write_text(
-        f"model: {planted.row.model}\ndictionaries: {{0/res: {planted.row.folder}/0-res}}\n"
+        f"model: {planted.row.model}\nsaes: {{0/res: {planted.row.folder}/0-res}}\n"
     )
     stored = stored_bars(str(tmp_path))
     assert [bar.name for bar in stored["a text"]] == [bar.name for bar in found]
@@ -344,7 +344,7 @@ def test_the_whole_is_measured_and_a_card_gives_it_back(
         stored_bars(str(planted.row.folder))
 
 
-def test_a_suite_of_residual_dictionaries_alone_has_a_card_without_flow(
+def test_a_suite_of_residual_saes_alone_has_a_card_without_flow(
     planted: Suite, monkeypatch: pytest.MonkeyPatch
 ):
     frame = pd.DataFrame({"subject": ["a", "b"] * 4, "domain": "x", "text": toys.TEXTS[:4] * 2})
@@ -352,20 +352,20 @@ def test_a_suite_of_residual_dictionaries_alone_has_a_card_without_flow(
     tokens = tokenize(planted.model, toys.TEXTS)
 
     def only(module: str) -> Suite:
-        kept = {site: d for site, d in planted.dictionaries.items() if site.module == module}
-        return dataclasses.replace(planted, dictionaries=kept)
+        kept = {site: d for site, d in planted.saes.items() if site.module == module}
+        return dataclasses.replace(planted, saes=kept)
 
     values, tables = measure(only("res"), tokens)
     assert set(tables) == {"sites", "themes", "examples"}
     assert values["nats per token"] == bits_per_byte(planted, tokens)[0]
-    with pytest.raises(ValueError, match="has no residual dictionary: there is no flow in it"):
+    with pytest.raises(ValueError, match="has no residual SAE: there is no flow in it"):
         measure(only("mlp"), tokens)
 
 
 def own_suite(folder: Path, planted: Suite, **more: object) -> Path:
-    """A suite of one dictionary, its model in a folder of its own."""
+    """A suite of one SAE, its model in a folder of its own."""
     shutil.copytree(planted.row.model, folder / "model")
-    row = {"model": "model", "dictionaries": {"0/res": f"{planted.row.folder}/0-res"}, **more}
+    row = {"model": "model", "saes": {"0/res": f"{planted.row.folder}/0-res"}, **more}
     (folder / "suite.yaml").write_text(yaml.safe_dump(row))
     return folder
 

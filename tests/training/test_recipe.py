@@ -36,7 +36,7 @@ TINY: dict[str, Any] = {
         "tokens": 200,
         "rows": 4,
     },
-    "dictionaries": {"features": 20, "k": 2, "tokens": 64, "batch": 16, "rows": 4, "warmup": 1},
+    "saes": {"features": 20, "k": 2, "tokens": 64, "batch": 16, "rows": 4, "warmup": 1},
 }
 
 
@@ -71,7 +71,7 @@ def test_the_recipe_of_flowlet_is_that_of_its_file():
     assert sum(recipe.sources.values()) == pytest.approx(1)
     assert recipe.model.sources == recipe.sources
     assert (recipe.model.d_model, recipe.model.layers) == (192, 8)
-    assert recipe.dictionaries.features == 1024
+    assert recipe.saes.features == 1024
 
 
 @pytest.mark.parametrize(
@@ -101,12 +101,12 @@ def test_the_recipe_of_flowlet_is_that_of_its_file():
             "model: kv_heads is 3 with 4 heads, expected one of 1, 2, 4",
         ),
         (
-            {"dictionaries": {"k": 400, "features": 64}},
-            "dictionaries: k is 400, expected 1 to 64, the number of features",
+            {"saes": {"k": 400, "features": 64}},
+            "saes: k is 400, expected 1 to 64, the number of features",
         ),
         (
-            {"dictionaries": {"batch": 64, "rows": 2}},
-            "dictionaries: 2 rows of 16 tokens do not fill one batch of 64 tokens, but at most 28",
+            {"saes": {"batch": 64, "rows": 2}},
+            "saes: 2 rows of 16 tokens do not fill one batch of 64 tokens, but at most 28",
         ),
         ({"exceptions": [1]}, r"exceptions: expected keys and values, got \[1\]"),
         ({"exceptions": {"early": {"k": 1}}}, "early: expected the key 'sites' with a list"),
@@ -116,9 +116,9 @@ def test_the_recipe_of_flowlet_is_that_of_its_file():
         ({"model": {"d_modle": 3}}, "model: unknown key 'd_modle'; did you mean 'd_model'"),
         ({"model": {"sources": {}}}, "model: unknown key 'sources'"),
         ({"model": {"layers": 2.5}}, r"model: layers is 2\.5, expected a whole number"),
-        ({"dictionaries": {"lr": "fast"}}, "dictionaries: lr is 'fast', expected a number"),
-        ({"dictionaries": {"k": True}}, "dictionaries: k is True, expected a whole number"),
-        ({"dictionaries": [3]}, r"dictionaries: expected keys and values, got \[3\]"),
+        ({"saes": {"lr": "fast"}}, "saes: lr is 'fast', expected a number"),
+        ({"saes": {"k": True}}, "saes: k is True, expected a whole number"),
+        ({"saes": [3]}, r"saes: expected keys and values, got \[3\]"),
     ],
 )
 def test_a_broken_recipe_says_what_is_wrong(tmp_path: Path, change: dict[str, Any], message: str):
@@ -173,9 +173,9 @@ def test_a_recipe_trains_a_suite_that_loads(
     assert (suite.name, suite.row.about, suite.layers) == ("tiny", "two layers", 2)
     assert suite.row.is_local
     assert Path(suite.row.model) == folder / "model"
-    assert set(suite.dictionaries) == set(suite.model.sites())
-    assert {dictionary.width for dictionary in suite.dictionaries.values()} == {20}
-    assert suite.dictionary("1/mlp").sae.cfg.metadata.model_name == "tiny"
+    assert set(suite.saes) == set(suite.model.sites())
+    assert {sae.width for sae in suite.saes.values()} == {20}
+    assert suite.sae("1/mlp").lens_sae.cfg.metadata.model_name == "tiny"
     rows = held_out_rows(folder / "training", rows=8)
     assert rows.shape == (8, 16)
     assert (rows[:, 0] == suite.model.tokenizer.bos_token_id).all()
@@ -196,12 +196,12 @@ def test_a_recipe_trains_a_suite_that_loads(
 def test_another_recipe_in_the_same_folder_is_refused_and_the_card_says_what_is_there(
     text: Path, tmp_path: Path, measured: list[tuple[str, Path | None]]
 ):
-    def train(model: dict[str, Any], dictionaries: dict[str, Any], **change: Any) -> str:
-        change |= {"model": TINY["model"] | model, "dictionaries": dictionaries}
+    def train(model: dict[str, Any], saes: dict[str, Any], **change: Any) -> str:
+        change |= {"model": TINY["model"] | model, "saes": saes}
         train_suite(tmp_path / "suite", text, write(tmp_path, change))
         return (tmp_path / "suite" / "about.md").read_text(encoding="utf-8")
 
-    usual = TINY["dictionaries"]
+    usual = TINY["saes"]
     exceptions = {"attention": {"sites": ["att"], "features": 12}}
     first = train({}, usual, exceptions=exceptions)
     assert "2 layers, width 16, 2 heads over 1 key-value heads" in first
@@ -223,10 +223,10 @@ def test_another_recipe_in_the_same_folder_is_refused_and_the_card_says_what_is_
     assert (tmp_path / "suite" / "about.md").read_text(encoding="utf-8") == first
     again = train({}, usual, exceptions=exceptions, about="other words")
     assert again == first.replace("two layers", "other words")
-    shutil.rmtree(tmp_path / "suite/training/attention/dictionaries")  # done again, another way
+    shutil.rmtree(tmp_path / "suite/training/attention/SAEs")  # done again, another way
     changed = {"attention": exceptions["attention"] | {"features": 8}}
     assert "| 0/att, 1/att | 8 | 2 | 64 | 16 | 0.003 |" in train({}, usual, exceptions=changed)
-    assert load_suite(tmp_path / "suite").dictionary("1/att").width == 8
+    assert load_suite(tmp_path / "suite").sae("1/att").width == 8
 
 
 def test_the_card_counts_passages_that_the_text_holds(
@@ -234,7 +234,7 @@ def test_the_card_counts_passages_that_the_text_holds(
 ):
     planted = [passages()["text"][0], *(f"Document {i}." for i in range(40))]
     (tmp_path / "few.txt").write_text("<|endoftext|>".join(planted))
-    changes = {"sources": {"few.txt": 1}, "dictionaries": TINY["dictionaries"] | {"tokens": 200}}
+    changes = {"sources": {"few.txt": 1}, "saes": TINY["saes"] | {"tokens": 200}}
     recipe = write(tmp_path, changes)
     folder = train_suite(tmp_path / "mine", text, recipe, model=str(toy_folder))
     about = (folder / "about.md").read_text(encoding="utf-8")
@@ -297,7 +297,7 @@ def test_a_device_is_one_that_is_there(monkeypatch: pytest.MonkeyPatch):
         usable_device("cudaa")
 
 
-def test_dictionaries_are_trained_for_a_model_that_is_there(
+def test_saes_are_trained_for_a_model_that_is_there(
     text: Path, tmp_path: Path, toy_folder: Path, measured: list[tuple[str, Path | None]]
 ):
     folder = train_suite(tmp_path / "mine", text, write(tmp_path, {}), model=str(toy_folder))
@@ -305,7 +305,7 @@ def test_dictionaries_are_trained_for_a_model_that_is_there(
     assert f"`{toy_folder}`, as it is." in (folder / "about.md").read_text(encoding="utf-8")
     suite = load_suite(folder)
     assert suite.layers == toys.LAYERS
-    assert set(suite.dictionaries) == set(suite.model.sites())
+    assert set(suite.saes) == set(suite.model.sites())
     ours, theirs = (path / "model.safetensors" for path in (folder / "model", toy_folder))
     assert ours.read_bytes() == theirs.read_bytes()
     with pytest.raises(ValueError, match=r"origin\.model was \w{16}, now this recipe's"):
@@ -321,7 +321,7 @@ def test_dictionaries_are_trained_for_a_model_that_is_there(
         train_suite(folder, text, write(tmp_path, {}), model=str(toy_folder))
 
 
-def test_dictionaries_are_trained_for_a_model_of_the_hub(
+def test_saes_are_trained_for_a_model_of_the_hub(
     text: Path,
     tmp_path: Path,
     hub_here: Hub,
@@ -332,16 +332,16 @@ def test_dictionaries_are_trained_for_a_model_of_the_hub(
     from flowhelpers.training import recipe
 
     seen: list[np.ndarray] = []
-    true_train = recipe.train_dictionaries
+    true_train = recipe.train_saes
 
     def train(settings: Any, model: Any, rows: np.ndarray, *args: Any, **kwargs: Any) -> Path:
         seen.append(rows)
         return true_train(settings, model, rows, *args, **kwargs)
 
-    monkeypatch.setattr(recipe, "train_dictionaries", train)
+    monkeypatch.setattr(recipe, "train_saes", train)
     suite = load_suite(train_suite(tmp_path / "mine", text, write(tmp_path, {}), model=pythia))
     assert suite.row.model == pythia
-    assert set(suite.dictionaries) == set(suite.model.sites())
+    assert set(suite.saes) == set(suite.model.sites())
     tokenizer = suite.model.tokenizer
     assert (seen[0][:, 0] == tokenizer.bos_token_id).all()
     decoded = tokenizer.decode(seen[0][:, 1:].flatten().tolist())

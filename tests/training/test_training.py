@@ -1,4 +1,4 @@
-"""Dictionaries are trained on text alone, resumed as if never killed, and saved for raw streams."""
+"""SAEs are trained on text alone, resumed as if never killed, and saved for raw streams."""
 
 import json
 import math
@@ -15,21 +15,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from flowhelpers.core.features import Site
-from flowhelpers.suites.model import Model, run
+from flowhelpers.suites.model import Model, run_model
 from flowhelpers.suites.saes import load_folder
 from flowhelpers.training import saes as training
 from flowhelpers.training.language_model import token_rows
 from flowhelpers.training.saes import (
-    DictionaryRecipe,
+    SAERecipe,
     batches,
-    save_dictionary,
+    save_sae,
     steps_per_chunk,
-    train_dictionaries,
+    train_saes,
 )
 
 CONTEXT = 17
 SITES = [Site(0, "att"), Site(1, "mlp"), Site(1, "res")]
-RECIPE = DictionaryRecipe(
+RECIPE = SAERecipe(
     features=24, k=3, tokens=16 * 12, batch=16, rows=4, lr=0.01, warmup=2, dead_after=64
 )
 
@@ -42,7 +42,7 @@ def rows(toy: Model) -> np.ndarray:
     return found[:14]
 
 
-def trainer_at(toy: Model, site: Site, recipe: DictionaryRecipe = RECIPE) -> Any:
+def trainer_at(toy: Model, site: Site, recipe: SAERecipe = RECIPE) -> Any:
     return training._trainer(recipe, toy, site, None)
 
 
@@ -71,7 +71,7 @@ def test_batches_hold_text_alone_and_each_token_about_once(toy: Model, rows: np.
     drawn = 0
     for chunk in range(2):
         picked = torch.from_numpy(rows[4 * chunk : 4 * chunk + 4].astype(np.int64))
-        _, read = run(toy, picked, read=[site])
+        _, read = run_model(toy, picked, read=[site])
         text = ~torch.isin(picked, special)
         allowed = {tuple(v.tolist()) for v in read[site][text]}
         refused = {tuple(v.tolist()) for v in read[site][~text]}
@@ -86,7 +86,7 @@ def test_batches_hold_text_alone_and_each_token_about_once(toy: Model, rows: np.
 
 
 def test_batches_are_seeded_shuffled_and_start_at_any_chunk(toy: Model, rows: np.ndarray):
-    def read(recipe: DictionaryRecipe, chunk: int, count: int) -> list[dict[Site, Tensor]]:
+    def read(recipe: SAERecipe, chunk: int, count: int) -> list[dict[Site, Tensor]]:
         stream = batches(recipe, toy, rows, SITES, chunk)
         return [next(stream) for _ in range(count)]
 
@@ -96,11 +96,11 @@ def test_batches_are_seeded_shuffled_and_start_at_any_chunk(toy: Model, rows: np
     other = read(replace(RECIPE, seed=1), 0, 1)[0]
     assert not torch.equal(other[SITES[0]], whole[0][SITES[0]])
     # Row 0 is read again after the last row: 14 rows, so chunk 3 reads 12, 13, 0 and 1.
-    _, first = run(toy, torch.from_numpy(rows[[12, 13, 0, 1]].astype(np.int64)), read=SITES)
+    _, first = run_model(toy, torch.from_numpy(rows[[12, 13, 0, 1]].astype(np.int64)), read=SITES)
     known = {tuple(v.tolist()) for v in first[SITES[0]].flatten(0, 1)}
     assert {tuple(v.tolist()) for v in read(RECIPE, 3, 1)[0][SITES[0]]} <= known
     # One token is the same place of the batch at every site.
-    _, here = run(toy, torch.from_numpy(rows[:4].astype(np.int64)), read=SITES)
+    _, here = run_model(toy, torch.from_numpy(rows[:4].astype(np.int64)), read=SITES)
     flat = {site: here[site].flatten(0, 1) for site in SITES}
     places = [
         [(flat[site] == v).all(-1).nonzero().flatten().tolist() for v in whole[0][site]]
@@ -110,12 +110,12 @@ def test_batches_are_seeded_shuffled_and_start_at_any_chunk(toy: Model, rows: np
 
 
 def test_every_site_starts_from_weights_of_its_own(toy: Model):
-    one, two = (trainer_at(toy, site).sae for site in SITES[:2])
-    again = trainer_at(toy, SITES[0]).sae
-    other = trainer_at(toy, SITES[0], replace(RECIPE, seed=1)).sae
+    one, two = (trainer_at(toy, site).lens_sae for site in SITES[:2])
+    again = trainer_at(toy, SITES[0]).lens_sae
+    other = trainer_at(toy, SITES[0], replace(RECIPE, seed=1)).lens_sae
     assert torch.equal(one.W_dec, again.W_dec)
-    for sae in (two, other):
-        cosines = torch.cosine_similarity(one.W_dec[:, None], sae.W_dec[None], dim=-1)
+    for lens_sae in (two, other):
+        cosines = torch.cosine_similarity(one.W_dec[:, None], lens_sae.W_dec[None], dim=-1)
         assert cosines.max() < 0.9
     assert torch.allclose(one.W_dec.norm(dim=1), torch.ones(24), atol=1e-5)
 
@@ -129,24 +129,26 @@ def test_activations_are_scaled_to_the_root_of_the_width(toy: Model, rows: np.nd
         assert scaled.norm(dim=-1).mean().item() == pytest.approx(math.sqrt(toys.D_MODEL))
 
 
-def test_a_saved_dictionary_reads_raw_activations_as_the_trainer_read_scaled_ones(
+def test_a_saved_sae_reads_raw_activations_as_the_trainer_read_scaled_ones(
     toy: Model, rows: np.ndarray, tmp_path: Path
 ):
     from sae_lens import SAE
 
     site = Site(1, "res")
     trainer = trained(toy, rows, site)
-    sae, scale = trainer.sae, trainer.activation_scaler.scaling_factor
+    lens_sae, scale = trainer.lens_sae, trainer.activation_scaler.scaling_factor
     assert abs(scale - 1) > 0.1
     with torch.no_grad():
-        sae.W_dec *= torch.linspace(0.5, 2, 24)[:, None]  # rows that training left at other norms
-        sae.topk_threshold.fill_(0.4)
+        lens_sae.W_dec *= torch.linspace(0.5, 2, 24)[
+            :, None
+        ]  # rows that training left at other norms
+        lens_sae.topk_threshold.fill_(0.4)
         raw = torch.cat([b[site] for b in islice(batches(RECIPE, toy, rows, [site]), 6)])
-        norms = sae.W_dec.norm(dim=1)
-        before = ((scale * raw - sae.b_dec) @ sae.W_enc + sae.b_enc) * norms
+        norms = lens_sae.W_dec.norm(dim=1)
+        before = ((scale * raw - lens_sae.b_dec) @ lens_sae.W_enc + lens_sae.b_enc) * norms
         codes = torch.where(before > 0.4, before.relu(), torch.zeros(()))
-        expected = ((codes / norms) @ sae.W_dec + sae.b_dec) / scale
-    save_dictionary(trainer, tmp_path / "1-res")
+        expected = ((codes / norms) @ lens_sae.W_dec + lens_sae.b_dec) / scale
+    save_sae(trainer, tmp_path / "1-res")
     saved = SAE.load_from_disk(tmp_path / "1-res")
     assert saved.cfg.architecture() == "jumprelu"
     assert saved.cfg.normalize_activations == "none"
@@ -163,8 +165,8 @@ def test_a_saved_dictionary_reads_raw_activations_as_the_trainer_read_scaled_one
         assert 0.05 < (codes[clear] > 0).float().mean() < 0.6
         assert torch.allclose(found[clear], codes[clear] / scale, atol=2e-2)
         assert torch.allclose(saved.decode(found)[clear], expected[clear], atol=2e-2)
-    dictionary = load_folder(tmp_path / "1-res", site, toys.D_MODEL, "cpu", "float32")
-    cosines = torch.cosine_similarity(dictionary.directions, sae.W_dec.detach(), dim=-1)
+    sae = load_folder(tmp_path / "1-res", site, toys.D_MODEL, "cpu", "float32")
+    cosines = torch.cosine_similarity(sae.directions, lens_sae.W_dec.detach(), dim=-1)
     assert torch.allclose(cosines, torch.ones(24), atol=1e-5)
 
 
@@ -175,7 +177,7 @@ class Killed(Exception):
 def test_a_killed_run_ends_as_one_that_was_not(
     toy: Model, rows: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    whole = train_dictionaries(RECIPE, toy, rows, tmp_path / "whole", SITES)
+    whole = train_saes(RECIPE, toy, rows, tmp_path / "whole", SITES)
     true_checkpoint, true_step = training._checkpoint, training._step
     marks: list[int] = []
     steps: list[Any] = []
@@ -194,16 +196,16 @@ def test_a_killed_run_ends_as_one_that_was_not(
     monkeypatch.setattr(training, "_step", counted)
     killed = tmp_path / "killed"
     with pytest.raises(Killed):
-        train_dictionaries(RECIPE, toy, rows, killed, SITES, checkpoint_every=0.0)
+        train_saes(RECIPE, toy, rows, killed, SITES, checkpoint_every=0.0)
     assert sorted(path.name for path in killed.iterdir()) == ["checkpoint-6", "recipe.json"]
     with pytest.raises(
         ValueError, match=r"killed was begun with another recipe: lr was 0\.01, now 1"
     ):
-        train_dictionaries(replace(RECIPE, lr=1.0), toy, rows, killed, SITES)
+        train_saes(replace(RECIPE, lr=1.0), toy, rows, killed, SITES)
     assert len(steps) == 6 * len(SITES)
-    resumed = train_dictionaries(RECIPE, toy, rows, killed, SITES, checkpoint_every=0.0)
+    resumed = train_saes(RECIPE, toy, rows, killed, SITES, checkpoint_every=0.0)
     assert len(steps) == 12 * len(SITES)
-    assert sorted(path.name for path in killed.iterdir()) == ["dictionaries", "recipe.json"]
+    assert sorted(path.name for path in killed.iterdir()) == ["saes", "recipe.json"]
     names = {f"{site.layer}-{site.module}" for site in SITES}
     assert {path.name for path in resumed.iterdir()} == names
     for name in names:
@@ -215,7 +217,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
             )
         configs = [json.loads((at / name / "cfg.json").read_text()) for at in (whole, resumed)]
         assert configs[0] == configs[1]
-    assert train_dictionaries(RECIPE, toy, rows, killed, SITES[::-1]) == resumed
+    assert train_saes(RECIPE, toy, rows, killed, SITES[::-1]) == resumed
     assert len(steps) == 12 * len(SITES)
     for changed, message in (
         (dict(recipe=replace(RECIPE, k=4, seed=1)), "k was 3, now 4; seed was 0, now 1"),
@@ -224,21 +226,21 @@ def test_a_killed_run_ends_as_one_that_was_not(
     ):
         asked: dict[str, Any] = dict(recipe=RECIPE, sites=SITES) | changed
         with pytest.raises(ValueError, match=f"killed was begun with another recipe: {message}"):
-            train_dictionaries(model=toy, rows=rows, folder=killed, **asked)
+            train_saes(model=toy, rows=rows, folder=killed, **asked)
     (killed / "recipe.json").unlink()
     with pytest.raises(ValueError, match=r"was begun, and no recipe\.json says with what recipe"):
-        train_dictionaries(RECIPE, toy, rows, killed, SITES)
+        train_saes(RECIPE, toy, rows, killed, SITES)
 
 
 def test_training_lowers_the_error(toy: Model, rows: np.ndarray, tmp_path: Path):
     site = Site(1, "res")
     recipe = replace(RECIPE, features=64, k=6, tokens=16 * 150, warmup=5)
-    folder = train_dictionaries(recipe, toy, rows, tmp_path, [site], model_name="toy")
-    dictionary = load_folder(folder / "1-res", site, toys.D_MODEL, "cpu", "float32")
-    assert dictionary.sae.cfg.metadata.model_name == "toy"
-    _, read = run(toy, torch.from_numpy(rows[:2].astype(np.int64)), read=[site])
+    folder = train_saes(recipe, toy, rows, tmp_path, [site], model_name="toy")
+    sae = load_folder(folder / "1-res", site, toys.D_MODEL, "cpu", "float32")
+    assert sae.lens_sae.cfg.metadata.model_name == "toy"
+    _, read = run_model(toy, torch.from_numpy(rows[:2].astype(np.int64)), read=[site])
     x = read[site][:, 1:].flatten(0, 1)
-    codes = dictionary.encode(x)
-    left = (x - dictionary.decode(codes)).square().sum() / (x - x.mean(0)).square().sum()
+    codes = sae.encode(x)
+    left = (x - sae.decode(codes)).square().sum() / (x - x.mean(0)).square().sum()
     assert left < 0.5
     assert 1 < (codes > 0).sum(1).float().mean() < 20

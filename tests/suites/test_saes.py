@@ -1,4 +1,4 @@
-"""A dictionary has unit rows, a strict threshold, and says what is wrong with it."""
+"""An SAE has unit rows, a strict threshold, and says what is wrong with it."""
 
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,16 @@ from flowhelpers.matching.cosine import top_k_cosine
 from flowhelpers.matching.matchers import by_permutation
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Edit, Model, Tokens, logits_of, run, tokenize
+from flowhelpers.suites.model import Edit, Model, Tokens, logits_of, run_model, tokenize
 from flowhelpers.suites.registry import SuiteRow
-from flowhelpers.suites.saes import Dictionary, load_folder, make_dictionary
+from flowhelpers.suites.saes import SAE, load_folder, make_sae
 
 SITE = Site(1, "res")
 D = toys.D_MODEL
 
 
-def dictionary_of(decoder: torch.Tensor, **more: Any) -> Dictionary:
-    return make_dictionary(SITE, toys.make_sae(decoder, SITE, **more), D, "planted")
+def sae_of(decoder: torch.Tensor, **more: Any) -> SAE:
+    return make_sae(SITE, toys.write_lens_sae(decoder, SITE, **more), D, "planted")
 
 
 @pytest.fixture
@@ -35,13 +35,13 @@ def test_directions_are_the_decoders_rows_at_unit_norm():
     rows = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
     sizes = torch.tensor([0.01, 1.0, 7.0, 100.0, 3.0])
     unit = rows / rows.norm(dim=1, keepdim=True)
-    dictionary = dictionary_of(unit * sizes[:, None])
-    assert torch.allclose(dictionary.directions, unit, atol=1e-6)
-    assert torch.allclose(dictionary.norms, sizes)
-    assert dictionary.width == 5
-    assert torch.equal(dictionary.direction(FeatureId(1, "res", 3)), dictionary.directions[3])
+    sae = sae_of(unit * sizes[:, None])
+    assert torch.allclose(sae.directions, unit, atol=1e-6)
+    assert torch.allclose(sae.norms, sizes)
+    assert sae.width == 5
+    assert torch.equal(sae.direction(FeatureId(1, "res", 3)), sae.directions[3])
     assert torch.allclose(
-        dictionary.written(FeatureId(1, "res", 2), torch.tensor([2.0, 0.0])),
+        sae.contribution(FeatureId(1, "res", 2), torch.tensor([2.0, 0.0])),
         torch.stack([14 * unit[2], 0 * unit[2]]),
         atol=1e-5,
     )
@@ -49,32 +49,32 @@ def test_directions_are_the_decoders_rows_at_unit_norm():
 
 def test_a_feature_at_its_threshold_is_not_active():
     threshold = torch.tensor([0.5, 2.0, 0.0])
-    dictionary = dictionary_of(torch.eye(3, D), threshold=threshold)
+    sae = sae_of(torch.eye(3, D), threshold=threshold)
     at = torch.zeros(3, D)
     at[0, :3] = threshold
     at[1, :3] = torch.nextafter(threshold, torch.tensor(9.0))
     at[2, :3] = -threshold - 1
-    codes = dictionary.encode(at)
+    codes = sae.encode(at)
     assert codes.tolist() == [[0, 0, 0], at[1, :3].tolist(), [0, 0, 0]]
 
 
 def test_encoding_takes_off_the_decoders_bias_and_decoding_gives_it_back():
     bias = torch.arange(D, dtype=torch.float32)
-    dictionary = dictionary_of(2 * torch.eye(3, D), encoder=torch.eye(D, 3), b_dec=bias, b_enc=-1.0)
+    sae = sae_of(2 * torch.eye(3, D), encoder=torch.eye(D, 3), b_dec=bias, b_enc=-1.0)
     x = bias.clone()
     x[:3] += torch.tensor([5.0, 0.5, 3.0])
-    assert dictionary.encode(x).tolist() == [4, 0, 2]
+    assert sae.encode(x).tolist() == [4, 0, 2]
     rebuilt = bias.clone()
     rebuilt[:3] += torch.tensor([8.0, 0.0, 4.0])
-    assert torch.equal(dictionary.decode(dictionary.encode(x)), rebuilt)
+    assert torch.equal(sae.decode(sae.encode(x)), rebuilt)
 
 
 def test_rescaling_by_one_changes_nothing(planted: Suite, tokens: Tokens):
-    dictionary = planted.dictionary(SITE)
-    features = [FeatureId(1, "res", i) for i in range(dictionary.width)]
+    sae = planted.sae(SITE)
+    features = [FeatureId(1, "res", i) for i in range(sae.width)]
     plain = logits_of(planted.model, tokens.ids)
-    kept = logits_of(planted.model, tokens.ids, [edits.rescale(dictionary, features, 1.0)])
-    gone = logits_of(planted.model, tokens.ids, [edits.rescale(dictionary, features, 0.0)])
+    kept = logits_of(planted.model, tokens.ids, [edits.rescale(sae, features, 1.0)])
+    gone = logits_of(planted.model, tokens.ids, [edits.rescale(sae, features, 0.0)])
     assert torch.equal(kept, plain)
     assert not torch.allclose(gone, plain, atol=1e-2)
 
@@ -83,45 +83,45 @@ def test_rescaling_by_one_changes_nothing(planted: Suite, tokens: Tokens):
 def test_rescaling_sets_the_features_code_and_keeps_the_error_term(
     planted: Suite, tokens: Tokens, r: float
 ):
-    dictionary = planted.dictionary(SITE)
+    sae = planted.sae(SITE)
     chosen = [3, 7]
     features = [FeatureId(1, "res", i) for i in chosen]
-    _, before = run(planted.model, tokens.ids, read=[SITE])
-    _, after = run(
-        planted.model, tokens.ids, read=[SITE], edits=[edits.rescale(dictionary, features, r)]
+    _, before = run_model(planted.model, tokens.ids, read=[SITE])
+    _, after = run_model(
+        planted.model, tokens.ids, read=[SITE], edits=[edits.rescale(sae, features, r)]
     )
     x = before[SITE]
-    codes = dictionary.encode(x)
+    codes = sae.encode(x)
     assert (codes[..., chosen] > 0).any(1).any(0).all()
-    error = x - dictionary.decode(codes)
+    error = x - sae.decode(codes)
     changed = codes.clone()
     changed[..., chosen] *= r
-    assert torch.allclose(after[SITE], dictionary.decode(changed) + error, atol=1e-5)
+    assert torch.allclose(after[SITE], sae.decode(changed) + error, atol=1e-5)
 
 
 def test_rescaling_reads_the_stream_as_earlier_edits_left_it(planted: Suite, tokens: Tokens):
-    dictionary = planted.dictionary(SITE)
-    push = edits.add(Site(0, "res"), planted.dictionary("0/res").directions[2], 3.0)
-    remove = edits.rescale(dictionary, [FeatureId(1, "res", 3)], 0.0)
-    _, clean = run(planted.model, tokens.ids, read=[SITE])
-    _, pushed = run(planted.model, tokens.ids, read=[SITE], edits=[push])
-    _, both = run(planted.model, tokens.ids, read=[SITE], edits=[push, remove])
-    codes = {name: dictionary.encode(read[SITE])[..., 3] for name, read in (
+    sae = planted.sae(SITE)
+    push = edits.add(Site(0, "res"), planted.sae("0/res").directions[2], 3.0)
+    remove = edits.rescale(sae, [FeatureId(1, "res", 3)], 0.0)
+    _, clean = run_model(planted.model, tokens.ids, read=[SITE])
+    _, pushed = run_model(planted.model, tokens.ids, read=[SITE], edits=[push])
+    _, both = run_model(planted.model, tokens.ids, read=[SITE], edits=[push, remove])
+    codes = {name: sae.encode(read[SITE])[..., 3] for name, read in (
         ("clean", clean), ("live", pushed)
     )}  # fmt: skip
     assert not torch.allclose(codes["live"], codes["clean"], atol=1e-2)
     removed = pushed[SITE] - both[SITE]
-    assert torch.allclose(removed, codes["live"][..., None] * dictionary.sae.W_dec[3], atol=1e-4)
+    assert torch.allclose(removed, codes["live"][..., None] * sae.lens_sae.W_dec[3], atol=1e-4)
 
 
 def test_rescaling_at_a_position_leaves_the_others(planted: Suite, tokens: Tokens):
-    dictionary = planted.dictionary(SITE)
-    features = [FeatureId(1, "res", i) for i in range(dictionary.width)]
-    edit = edits.rescale(dictionary, features, 0.0, positions=[2, -1])
-    _, before = run(planted.model, tokens.ids, read=[SITE])
-    _, after = run(planted.model, tokens.ids, read=[SITE], edits=[edit])
+    sae = planted.sae(SITE)
+    features = [FeatureId(1, "res", i) for i in range(sae.width)]
+    edit = edits.rescale(sae, features, 0.0, positions=[2, -1])
+    _, before = run_model(planted.model, tokens.ids, read=[SITE])
+    _, after = run_model(planted.model, tokens.ids, read=[SITE], edits=[edit])
     moved = (before[SITE] != after[SITE]).any(-1).any(0)
-    active = (dictionary.encode(before[SITE]) > 0).any(-1).any(0)
+    active = (sae.encode(before[SITE]) > 0).any(-1).any(0)
     assert moved.nonzero().flatten().tolist() == [
         place for place in (2, tokens.ids.shape[1] - 1) if active[place]
     ]
@@ -129,11 +129,11 @@ def test_rescaling_at_a_position_leaves_the_others(planted: Suite, tokens: Token
 
 
 def test_edits_that_make_no_sense_are_refused(planted: Suite, toy: Model, tokens: Tokens):
-    dictionary = planted.dictionary(SITE)
+    sae = planted.sae(SITE)
     with pytest.raises(ValueError, match="2/res/3 is no feature of 1/res"):
-        edits.rescale(dictionary, [FeatureId(2, "res", 3)], 0.0)
+        edits.rescale(sae, [FeatureId(2, "res", 3)], 0.0)
     with pytest.raises(ValueError, match="no feature"):
-        edits.rescale(dictionary, [], 0.0)
+        edits.rescale(sae, [], 0.0)
     for vector in (torch.zeros(D), torch.full((D,), torch.nan)):
         with pytest.raises(ValueError, match="1/res is zero or not finite"):
             edits.add(SITE, vector, 1.0)
@@ -142,10 +142,10 @@ def test_edits_that_make_no_sense_are_refused(planted: Suite, toy: Model, tokens
         logits_of(toy, tokens.ids, [far])
 
 
-def test_a_dictionary_of_another_width_is_refused():
-    sae = toys.make_sae(torch.eye(3, 8), SITE)
+def test_a_sae_of_another_width_is_refused():
+    lens_sae = toys.write_lens_sae(torch.eye(3, 8), SITE)
     with pytest.raises(ValueError, match=r"for 1/res \(planted\) has width 8: expected 32"):
-        make_dictionary(SITE, sae, D, "planted")
+        make_sae(SITE, lens_sae, D, "planted")
 
 
 @pytest.mark.parametrize(
@@ -159,11 +159,11 @@ def test_a_dictionary_of_another_width_is_refused():
         (Site(1, "mlp"), "blocks.11.hook_mlp_out"),
     ],
 )
-def test_a_dictionary_of_another_hook_is_refused(site: Site, hook: str):
-    sae = toys.make_sae(torch.eye(3, D), site, hook=hook)
+def test_a_sae_of_another_hook_is_refused(site: Site, hook: str):
+    lens_sae = toys.write_lens_sae(torch.eye(3, D), site, hook=hook)
     expected = f"blocks.1.{toys.HOOK_ENDS[site.module]}"
     with pytest.raises(ValueError, match=f"was trained at {hook}: expected {expected}$"):
-        make_dictionary(site, sae, D, "planted")
+        make_sae(site, lens_sae, D, "planted")
 
 
 def test_unusable_rows_are_named_counted_and_match_nothing():
@@ -172,14 +172,14 @@ def test_unusable_rows_are_named_counted_and_match_nothing():
     decoder[3, 4] = torch.nan
     decoder[4, 0] = torch.inf
     with pytest.warns(UserWarning, match=r"3 of 6 decoder rows for 1/res .*: 1, 3, 4$"):
-        dictionary = dictionary_of(decoder)
-    assert dictionary.excluded.tolist() == [1, 3, 4]
-    assert not dictionary.directions[[1, 3, 4]].any()
+        sae = sae_of(decoder)
+    assert sae.excluded.tolist() == [1, 3, 4]
+    assert not sae.directions[[1, 3, 4]].any()
     with pytest.raises(ValueError, match="1/res/3 has no direction"):
-        dictionary.direction(FeatureId(1, "res", 3))
-    matches = top_k_cosine(torch.eye(6, D), dictionary.directions)
+        sae.direction(FeatureId(1, "res", 3))
+    matches = top_k_cosine(torch.eye(6, D), sae.directions)
     assert matches.indices[:, 0].tolist() == [0, -1, 2, -1, -1, 5]
-    back = top_k_cosine(dictionary.directions, torch.eye(6, D))
+    back = top_k_cosine(sae.directions, torch.eye(6, D))
     assert back.indices[:, 0].tolist() == [0, -1, 2, -1, -1, 5]
 
 
@@ -187,31 +187,29 @@ def test_an_encoder_that_is_not_finite_makes_its_feature_unusable():
     encoder, b_enc, threshold = torch.eye(D, 5), torch.zeros(5), torch.full((5,), 0.1)
     encoder[2, 1], b_enc[2], threshold[4] = torch.nan, torch.inf, torch.nan
     with pytest.warns(UserWarning, match=r"3 of 5 decoder rows .* encoder .*: 1, 2, 4$"):
-        dictionary = dictionary_of(
-            torch.eye(5, D), encoder=encoder, b_enc=b_enc, threshold=threshold
-        )
-    codes = dictionary.encode(torch.ones(2, D))
+        sae = sae_of(torch.eye(5, D), encoder=encoder, b_enc=b_enc, threshold=threshold)
+    codes = sae.encode(torch.ones(2, D))
     assert codes.tolist() == [[1, 0, 0, 1, 0]] * 2
-    assert torch.isfinite(dictionary.decode(codes)).all()
+    assert torch.isfinite(sae.decode(codes)).all()
 
 
 def test_of_a_file_rows_that_are_not_finite_are_told_apart_by_what_they_spoil(tmp_path: Path):
     decoder, encoder, threshold = torch.eye(6, D), torch.eye(D, 6), torch.full((6,), 0.1)
     decoder[1, 3], encoder[2, 3], threshold[4] = torch.nan, torch.nan, torch.nan
-    sae = toys.make_sae(decoder, SITE, encoder=encoder, threshold=threshold)
-    sae.save_model(tmp_path)
+    lens_sae = toys.write_lens_sae(decoder, SITE, encoder=encoder, threshold=threshold)
+    lens_sae.save_model(tmp_path)
     with pytest.warns(UserWarning, match=r"1 of 6 decoder rows .* left out of matching: 1$"):
-        dictionary = load_folder(tmp_path, SITE, D, "cpu", "float32")
-    assert dictionary.excluded.tolist() == [1]
-    assert dictionary.norms.tolist() == [1, 0, 1, 1, 1, 1]
+        sae = load_folder(tmp_path, SITE, D, "cpu", "float32")
+    assert sae.excluded.tolist() == [1]
+    assert sae.norms.tolist() == [1, 0, 1, 1, 1, 1]
     said = r"2 of 6 features at 1/res .* an encoder that is not finite; .* never active here: 3, 4$"
     with pytest.warns(UserWarning, match=said):
-        codes = dictionary.encode(torch.ones(2, D))
+        codes = sae.encode(torch.ones(2, D))
     assert codes.tolist() == [[1, 0, 1, 0, 0, 1]] * 2
-    assert torch.equal(dictionary.rows(torch.tensor([3, 4])), torch.eye(6, D)[3:5])
+    assert torch.equal(sae.decoder_rows(torch.tensor([3, 4])), torch.eye(6, D)[3:5])
     for weights in ("decoder", "all"):
         for folded in (False, True):
-            match = by_permutation(dictionary, dictionary, weights, folded)
+            match = by_permutation(sae, sae, weights, folded)
             assert match.backward.indices[:, 0].tolist() == [0, -1, 2, 3, 4, 5]
 
 
@@ -219,12 +217,12 @@ def test_what_an_unusable_row_would_write_does_not_spoil_the_rest():
     decoder = torch.eye(3, D)
     decoder[1, 7] = torch.nan
     with pytest.warns(UserWarning, match="1 of 3 decoder rows"):
-        dictionary = dictionary_of(decoder, encoder=torch.eye(D, 3))
-    rebuilt = dictionary.decode(dictionary.encode(torch.ones(1, D)))
+        sae = sae_of(decoder, encoder=torch.eye(D, 3))
+    rebuilt = sae.decode(sae.encode(torch.ones(1, D)))
     assert rebuilt[0, :4].tolist() == [1, 0, 1, 0]
 
 
-# Dictionaries that read z, before W_O.
+# SAEs that read z, before W_O.
 
 
 @pytest.mark.parametrize("layer", [0, 2])
@@ -232,15 +230,15 @@ def test_z_through_w_o_and_gain_points_where_attention_writes(
     toy: Model, tokens: Tokens, layer: int
 ):
     at_z, att = Site(layer, "z"), Site(layer, "att")
-    _, read = run(toy, tokens.ids, read=[at_z, att])
+    _, read = run_model(toy, tokens.ids, read=[at_z, att])
     z, written = read[at_z].flatten(0, 1), read[att].flatten(0, 1)
     output = attention_output(toy, layer)
-    assert torch.cosine_similarity(output.in_stream(z), written).min() > 0.99999
+    assert torch.cosine_similarity(output.to_residual(z), written).min() > 0.99999
     # Either step left out points elsewhere.
     assert output.gain is not None
     assert torch.cosine_similarity(z @ output.weights, written).max() < 0.99
     with pytest.raises(ValueError, match=f"rows of width {D + 1}: expected {z.shape[1]}, as z"):
-        output.in_stream(torch.ones(1, D + 1))
+        output.to_residual(torch.ones(1, D + 1))
 
 
 def test_the_gain_is_that_of_the_norm_whatever_its_weights_hold(toy: Model, plain_toy: Any):
@@ -251,87 +249,87 @@ def test_the_gain_is_that_of_the_norm_whatever_its_weights_hold(toy: Model, plai
         assert torch.allclose(gain, expected, atol=1e-4)
 
 
-def test_a_dictionary_at_z_is_brought_into_the_stream(toy: Model, tokens: Tokens):
+def test_a_sae_at_z_is_brought_into_the_stream(toy: Model, tokens: Tokens):
     layer, site = 1, Site(1, "att")
     output = attention_output(toy, layer)
     d_z = len(output.weights)
     decoder = torch.randn(5, d_z, generator=torch.Generator().manual_seed(0))
-    sae = toys.make_sae(decoder, site, hook="blocks.1.attn.hook_z")
-    dictionary = make_dictionary(site, sae, D, "planted", output)
-    expected = output.in_stream(decoder)
+    lens_sae = toys.write_lens_sae(decoder, site, hook="blocks.1.attn.hook_z")
+    sae = make_sae(site, lens_sae, D, "planted", output)
+    expected = output.to_residual(decoder)
     expected = expected / expected.norm(dim=1, keepdim=True)
-    assert torch.allclose(dictionary.directions, expected, atol=1e-6)
-    assert (dictionary.site, dictionary.reads) == (site, Site(1, "z"))
-    _, read = run(toy, tokens.ids, read=[Site(1, "z")])
-    suite = Suite(SuiteRow("z", "none", {site: "z"}, 0), toy, {site: dictionary})
+    assert torch.allclose(sae.directions, expected, atol=1e-6)
+    assert (sae.site, sae.input_site) == (site, Site(1, "z"))
+    _, read = run_model(toy, tokens.ids, read=[Site(1, "z")])
+    suite = Suite(SuiteRow("z", "none", {site: "z"}, 0), toy, {site: sae})
     found = collect_tokens(suite, tokens).by_site[site].toarray()
-    codes = dictionary.encode(read[Site(1, "z")][tokens.is_text]).numpy()
+    codes = sae.encode(read[Site(1, "z")][tokens.is_text]).numpy()
     assert (codes > 0).any()
     assert found == pytest.approx(codes, abs=1e-5)
     with pytest.raises(ValueError, match="1/att/0 reads 1/z: only the direction it writes"):
-        dictionary.written(FeatureId(1, "att", 0), torch.ones(1))
+        sae.contribution(FeatureId(1, "att", 0), torch.ones(1))
 
 
-def test_a_dictionary_at_z_without_its_model_is_refused():
+def test_a_sae_at_z_without_its_model_is_refused():
     # Of the same width as the stream, so that only its hook tells (trap 22).
-    sae = toys.make_sae(torch.eye(3, D), Site(1, "att"), hook="blocks.1.attn.hook_z")
+    lens_sae = toys.write_lens_sae(torch.eye(3, D), Site(1, "att"), hook="blocks.1.attn.hook_z")
     with pytest.raises(ValueError, match=r"for 1/att \(planted\) reads z, before W_O: it can"):
-        make_dictionary(Site(1, "att"), sae, D, "planted")
+        make_sae(Site(1, "att"), lens_sae, D, "planted")
 
 
 def test_an_edit_at_z_reaches_attention_and_lays_heads_side_by_side(toy: Model, tokens: Tokens):
     at_z, att = Site(1, "z"), Site(1, "att")
     shift = torch.linspace(0, 1, len(attention_output(toy, 1).weights))
-    _, clean = run(toy, tokens.ids, read=[at_z, att])
-    _, edited = run(toy, tokens.ids, [at_z, att], [Edit(at_z, lambda z: z + shift)])
+    _, clean = run_model(toy, tokens.ids, read=[at_z, att])
+    _, edited = run_model(toy, tokens.ids, [at_z, att], [Edit(at_z, lambda z: z + shift)])
     assert torch.allclose(edited[at_z] - clean[at_z], shift.expand_as(clean[at_z]), atol=1e-5)
-    expected = attention_output(toy, 1).in_stream(edited[at_z].flatten(0, 1))
+    expected = attention_output(toy, 1).to_residual(edited[at_z].flatten(0, 1))
     assert torch.cosine_similarity(edited[att].flatten(0, 1), expected).min() > 0.99999
     assert not torch.allclose(edited[att], clean[att], atol=1e-3)
 
 
 def test_the_fingerprint_is_that_of_the_content():
-    first, same, other = (dictionary_of(torch.eye(3, D), b_enc=b) for b in (0.1, 0.1, 0.2))
+    first, same, other = (sae_of(torch.eye(3, D), b_enc=b) for b in (0.1, 0.1, 0.2))
     assert first.fingerprint == same.fingerprint != other.fingerprint
-    assert dictionary_of(2 * torch.eye(3, D), b_enc=0.1).fingerprint != first.fingerprint
+    assert sae_of(2 * torch.eye(3, D), b_enc=0.1).fingerprint != first.fingerprint
 
 
-def test_a_dictionary_without_one_usable_row_is_refused():
+def test_a_sae_without_one_usable_row_is_refused():
     with pytest.raises(ValueError, match="no decoder row that is usable"):
-        dictionary_of(torch.zeros(3, D))
+        sae_of(torch.zeros(3, D))
 
 
-def load(folder: Path, site: Site = SITE) -> Dictionary:
+def load(folder: Path, site: Site = SITE) -> SAE:
     return load_folder(folder, site, D, "cpu", "float32")
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    sae = toys.make_sae(torch.eye(3, D), SITE, threshold=0.25)
-    sae.save_model(tmp_path / "1-res")
+    lens_sae = toys.write_lens_sae(torch.eye(3, D), SITE, threshold=0.25)
+    lens_sae.save_model(tmp_path / "1-res")
     return tmp_path / "1-res"
 
 
 def test_a_folder_gives_back_what_was_saved(saved: Path):
-    dictionary = load(saved)
-    assert torch.equal(dictionary.directions, torch.eye(3, D))
-    assert dictionary.source == str(saved)
-    assert dictionary.encode(0.5 * torch.eye(3, D)).tolist() == (0.5 * torch.eye(3)).tolist()
+    sae = load(saved)
+    assert torch.equal(sae.directions, torch.eye(3, D))
+    assert sae.source == str(saved)
+    assert sae.encode(0.5 * torch.eye(3, D)).tolist() == (0.5 * torch.eye(3)).tolist()
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])
 def test_truncated_weights_are_named(saved: Path, keep: int):
     file = saved / "sae_weights.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
-    with pytest.raises(ValueError, match=r"dictionary for 1/res in .*1-res cannot be read"):
+    with pytest.raises(ValueError, match=r"SAE for 1/res in .*1-res cannot be read"):
         load(saved)
 
 
 def test_weights_of_another_size_than_the_configuration_says_are_named(saved: Path):
     config = saved / "cfg.json"
     config.write_text(config.read_text().replace('"d_sae": 3', '"d_sae": 4'))
-    with pytest.raises(ValueError, match=r"dictionary for 1/res in .*1-res cannot be read"):
-        load(saved).sae  # noqa: B018
+    with pytest.raises(ValueError, match=r"SAE for 1/res in .*1-res cannot be read"):
+        load(saved).lens_sae  # noqa: B018
 
 
 def test_a_missing_tensor_is_named(saved: Path):
@@ -341,7 +339,7 @@ def test_a_missing_tensor_is_named(saved: Path):
     del weights["threshold"]
     save_file(weights, saved / "sae_weights.safetensors")
     with pytest.raises(ValueError, match="threshold"):
-        load(saved).sae  # noqa: B018
+        load(saved).lens_sae  # noqa: B018
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
@@ -354,5 +352,5 @@ def test_a_missing_file_is_named(saved: Path, name: str):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"architecture": "none such"}'])
 def test_a_broken_configuration_is_a_value_error(saved: Path, text: str):
     (saved / "cfg.json").write_text(text)
-    with pytest.raises(ValueError, match=r"dictionary for 1/res in .*1-res cannot be read"):
-        load(saved).sae  # noqa: B018
+    with pytest.raises(ValueError, match=r"SAE for 1/res in .*1-res cannot be read"):
+        load(saved).lens_sae  # noqa: B018
