@@ -26,7 +26,7 @@ import torch
 import toys
 from torch import Tensor
 
-from flowhelpers.activations.collect import FeatureActivations, collect_tokens
+from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
 from flowhelpers.core.features import Site
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model, Tokens, load_model

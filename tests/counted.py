@@ -5,7 +5,7 @@ import pandas as pd
 import toys
 
 from flowhelpers.core.features import MODULES, Site
-from flowhelpers.groups.occurrences import Occurrences, occurrences
+from flowhelpers.groups.occurrences import Occurrences, find_occurrences
 from flowhelpers.matching.table import match_table
 
 BY_BITS: dict[tuple[int, ...], str] = {
@@ -44,7 +44,7 @@ def planted_occurrences(tokens: int = 40) -> tuple[Occurrences, set[tuple[int, i
     }
     activity = toys.planted_activations(codes)
     activity.tokens["dataset"] = ["one" if text < 2 else "two" for text in activity.tokens["text"]]
-    found = occurrences(match_table(toys.bare_suite(), k=1), activity, incomplete=True)
+    found = find_occurrences(match_table(toys.bare_suite(), k=1), activity, incomplete=True)
     expected = set()
     for layer in (1, 2):
         for token in range(tokens):

@@ -975,7 +975,7 @@ def groups(executed: dict[str, Executed]) -> Executed:
 @pytest.fixture(scope="module")
 def sampled(groups: Executed) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """The tokens of the run's sample, and whether each feature is active there, by site."""
-    from flowhelpers.activations.collect import load_activations
+    from flowhelpers.activations.sparse import load_activations
 
     found = load_activations(groups.folder / "activations")
     return found.tokens, {str(s): c.toarray() > 0 for s, c in found.by_site.items()}

@@ -17,7 +17,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from transformers import Gemma3ForCausalLM
 
-from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.steering.plans import Plan, make_plan
 from flowhelpers.suites.attention import attention_output

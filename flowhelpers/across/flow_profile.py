@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowhelpers.core.features import MODULES
-from flowhelpers.flow.lifespans import flow_by_layer, lifespans
+from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
 from flowhelpers.matching.table import CLASSES, classify, feature_scores
 from flowhelpers.suites.registry import SuiteRow
 
@@ -61,7 +61,7 @@ def flow_profile(table: "pd.DataFrame", count: int) -> "pd.DataFrame":
         there[module] = by.count().reindex(flow.index, fill_value=0) > 0
     for name in (*CLASSES, "born_mlp", "born_att", "dies", "mutual"):
         columns[name] = flow.get(name, flow["features"] * np.nan).where(_can_be(name, there))
-    columns["lives"] = lifespans(table).groupby("layer")["layers"].mean()
+    columns["lives"] = feature_lifespans(table).groupby("layer")["layers"].mean()
     columns["life"] = columns["lives"] / count
     profile = pd.DataFrame(columns, index=flow.index)
     rows = zip(*(there[module] for module in MODULES), strict=True)
@@ -99,7 +99,7 @@ def summary(row: SuiteRow, table: "pd.DataFrame", d_model: int) -> dict[str, Any
     found = feature_scores(table)
     found = found[found["s_res"].notna()]
     kinds = classify(found)["class"].value_counts(normalize=True)
-    spans = lifespans(table)
+    spans = feature_lifespans(table)
     first, last = spans["layer"].min(), spans["layer"].max()
     widths = _widths(table)
     record: dict[str, Any] = {"suite": row.name, "layers": layers, "d_model": d_model}
@@ -117,7 +117,7 @@ def summary(row: SuiteRow, table: "pd.DataFrame", d_model: int) -> dict[str, Any
         seen = name in ("translated", "unexplained") or is_there["mlp"] or is_there["att"]
         record[name] = float(kinds.get(name, 0.0)) if seen else np.nan
     record["mean_life"] = spans["layers"].mean()
-    record["mutual_life"] = lifespans(table, mutual=True)["layers"].mean()
+    record["mutual_life"] = feature_lifespans(table, mutual=True)["layers"].mean()
     record["through"] = ((spans["first"] == first) & (spans["last"] == last)).mean()
     return record
 

@@ -97,7 +97,7 @@ def _errors(values: np.ndarray) -> np.ndarray:
     return np.where(b > a, np.maximum(squares[b] - squares[a] - between, 0), np.inf)
 
 
-def phases(
+def fit_phases(
     profile: "pd.DataFrame",
     columns: Sequence[str],
     count: int,
@@ -188,7 +188,7 @@ def all_phases(
         for of, columns in {"groups": GROUPS, "classes": CLASSES}.items():
             if not set(columns) <= set(mine):
                 continue
-            ours = phases(mine, columns, int(count), parts, shuffles, seed)
+            ours = fit_phases(mine, columns, int(count), parts, shuffles, seed)
             theirs = paper_phases(suite, mine, columns, int(count))
             frames += [ours.assign(of=of), theirs.assign(of=f"{of}, by the paper")]
             frames[-2]["suite"] = frames[-1]["suite"] = suite

@@ -90,7 +90,7 @@ def one_by_one(
     return found
 
 
-def profile(
+def suite_profile(
     suite: "Suite",
     table: "pd.DataFrame",
     found: "Occurrences | None" = None,

@@ -46,11 +46,11 @@ def preflight_once(suite: "Suite", sites: Iterable[Site]) -> None:
     of_hub = [site for site in sites if isinstance(suite.row.saes.get(site), Mapping)]
     asked = [site for site in preflight_sites(of_hub) if site not in suite.checked_sites]
     if asked and not is_edited(suite.model):
-        preflight(suite, sites=asked)
+        run_preflight(suite, sites=asked)
 
 
 @torch.no_grad()
-def preflight(
+def run_preflight(
     suite: "Suite",
     texts: Sequence[str] | None = None,
     sites: Iterable[Site | str] | None = None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.groups.intervals import TIMES, mean_intervals
 from flowhelpers.groups.occurrences import GROUPS, group_names, modules_of, with_dataset

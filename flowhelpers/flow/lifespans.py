@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def lifespans(
+def feature_lifespans(
     table: "pd.DataFrame", t_res: float | None = None, mutual: bool = False
 ) -> "pd.DataFrame":
     """How long every residual feature lives: the run of layers whose joining matches are high.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.matching.matchers import LEAST_ACTIVE
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MEASURES = ("pearson", "jaccard", "source_given_target", "target_given_source")
 
 
-def coactivation(
+def coactivation_of_matches(
     matches: "pd.DataFrame", activations: FeatureActivations, least_active: int = LEAST_ACTIVE
 ) -> "pd.DataFrame":
     """How matched features are active together: every best match of a residual feature.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.matching.table import predecessor_site
 
@@ -71,7 +71,7 @@ class Occurrences:
         return f"{self.sample} · {self.method} top-{self.top_n} · n = {n:,} occurrences"
 
 
-def occurrences(
+def find_occurrences(
     matches: "pd.DataFrame",
     activations: FeatureActivations,
     top_n: int = 1,

@@ -18,7 +18,7 @@ ONCE = ["dataset", "layer", "feature", "group"]
 SMALLEST = 20  # members of a group, for a test (CHOICES 7)
 
 
-def significance(
+def mann_whitney_tests(
     found: Occurrences, alpha: float = 1e-3, smallest: int = SMALLEST, unique: bool = False
 ) -> "pd.DataFrame":
     """Mann-Whitney U for every pair of groups, score, layer and dataset (paper 5.1, CHOICES 7).

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowhelpers.activations.collect import PASS_TENSORS
+from flowhelpers.activations.sparse import PASS_TENSORS
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.core.machine import free_memory
 from flowhelpers.interventions.edits import add_per_row, rescale_per_row

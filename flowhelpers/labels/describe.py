@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import FeatureId, Site, suggestion
 from flowhelpers.suites.model import final_norm, token_strings
 
@@ -122,7 +122,7 @@ def top_contexts(
     return pd.DataFrame(rows, columns=["text", "activation", "before", "token", "after"])
 
 
-def describe(
+def describe_features(
     suite: "Suite",
     features: Iterable[FeatureId | str],
     activations: FeatureActivations | None = None,

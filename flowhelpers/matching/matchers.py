@@ -218,7 +218,7 @@ def by_pearson(
             targets for each source, instead of at all (`pearson_candidates`).
         least_active: Tokens on which a feature has to be active.
     """
-    from flowhelpers.activations.collect import read_batches
+    from flowhelpers.activations.sparse import read_batches
     from flowhelpers.suites.model import tokenize
 
     looked_at = {

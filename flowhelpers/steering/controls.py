@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.runs.run import progress
 from flowhelpers.steering.plans import Plan, SteeringVectors, Step, row_edits, steering_vectors

@@ -28,7 +28,7 @@ FACTOR, TOP = 10.0, 20
 
 
 @torch.no_grad()
-def effects(
+def output_scores(
     suite: "Suite",
     features: Iterable[FeatureId | str],
     prompt: str = PROMPT,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from flowhelpers.activations.collect import FeatureActivations
 from flowhelpers.activations.corpora import subjects
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site, suggestion
 from flowhelpers.flow.graph import FlowGraph
 from flowhelpers.labels.describe import subject_scores

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from flowhelpers.activations.collect import FeatureActivations, collect, collect_tokens
 from flowhelpers.activations.corpora import load_texts, passages
+from flowhelpers.activations.sparse import FeatureActivations, collect, collect_tokens
 from flowhelpers.core.features import FeatureId, Site
-from flowhelpers.groups.occurrences import occurrences
-from flowhelpers.groups.significance import share_significant, significance
+from flowhelpers.groups.occurrences import find_occurrences
+from flowhelpers.groups.significance import mann_whitney_tests, share_significant
 from flowhelpers.labels.describe import auc, top_contexts, top_logit_tokens, top_tokens
 from flowhelpers.matching.table import feature_scores, match_table, predecessor_sites
 from flowhelpers.runs.run import progress
@@ -46,10 +46,10 @@ def measure(
     found = {"bits per byte": bits, "nats per token": nats} | site_figures(tables["sites"])
     if any(_has_all(suite, layer) for layer in range(1, suite.layers)):
         matches = match_table(suite, k, seed)
-        active = occurrences(matches, activations)
+        active = find_occurrences(matches, activations)
         sampled = active.table["token_row"].isin(sample_tokens(activations, seed=seed))
         tables["flow"] = measure_flow(feature_scores(matches), activations, active.table)
-        tests = significance(replace(active, table=active.table[sampled]))
+        tests = mann_whitney_tests(replace(active, table=active.table[sampled]))
         tables["tests"] = share_significant(tests).reset_index()
         found |= flow_figures(tables["flow"], tables["tests"], active.table["res"].mean())
     tables["themes"] = measure_themes(suite, seed)

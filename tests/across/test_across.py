@@ -29,9 +29,16 @@ from flowhelpers.across.plots import (
     phases_by_depth,
     suite_looks,
 )
-from flowhelpers.across.profile import Profile, alike, chosen_suites, combined, one_by_one, profile
+from flowhelpers.across.profile import (
+    Profile,
+    alike,
+    chosen_suites,
+    combined,
+    one_by_one,
+    suite_profile,
+)
 from flowhelpers.core.features import MODULES
-from flowhelpers.groups.occurrences import GROUPS, Occurrences, modules_of, occurrences
+from flowhelpers.groups.occurrences import GROUPS, Occurrences, find_occurrences, modules_of
 from flowhelpers.matching.table import CLASSES, classify, feature_scores, match_table
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.needs import needs, needs_table
@@ -263,7 +270,7 @@ def without_attention(tables: dict[str, pd.DataFrame]) -> tuple[Occurrences, Occ
             if site.module != "att"
         }
         activity = toys.planted_activations(codes)
-        both.append(occurrences(tables["no attention"], activity, incomplete=True))
+        both.append(find_occurrences(tables["no attention"], activity, incomplete=True))
     return both[0], both[1]
 
 
@@ -280,7 +287,7 @@ def test_a_suite_without_attention_has_the_groups_that_it_can_have(
     activity = activity_profile(found, base)
     assert activity[["active_att", "chance_att", "tells_att"]].isna().all(axis=None)
     assert activity[["active_mlp", "chance_mlp"]].notna().all(axis=None)
-    whole = profile(suite_of("no attention"), tables["no attention"], found, base, 5)
+    whole = suite_profile(suite_of("no attention"), tables["no attention"], found, base, 5)
     assert whole.across["From ATT"].isna().all()
     assert whole.across["chance From ATT"].isna().all()
     assert whole.across["From RES & MLP"].notna().all()
@@ -315,9 +322,9 @@ def side_by_side(tables: dict[str, pd.DataFrame], found: Occurrences, base: Occu
     less = without_attention(tables)
     return combined(
         [
-            profile(suite_of("bare"), tables["bare"], found, base, times=5),
-            profile(suite_of("no attention"), tables["no attention"], *less, times=5),
-            profile(suite_of("stream"), tables["stream"]),
+            suite_profile(suite_of("bare"), tables["bare"], found, base, times=5),
+            suite_profile(suite_of("no attention"), tables["no attention"], *less, times=5),
+            suite_profile(suite_of("stream"), tables["stream"]),
         ]
     )
 
@@ -339,15 +346,15 @@ def test_suites_stand_side_by_side_in_the_order_given(side_by_side: Profile):
 
 
 def test_two_suites_of_one_name_are_refused(tables: dict[str, pd.DataFrame], found: Occurrences):
-    one = profile(suite_of("stream", "mine"), tables["stream"])
+    one = suite_profile(suite_of("stream", "mine"), tables["stream"])
     with pytest.raises(ValueError, match="profiles of mine, mine: expected each suite once"):
         combined([one, one])
     with pytest.raises(ValueError, match="profiles of nothing"):
         combined([])
     with pytest.raises(ValueError, match="expected those found and those by chance, or neither"):
-        profile(suite_of("bare"), tables["bare"], found)
+        suite_profile(suite_of("bare"), tables["bare"], found)
     with pytest.raises(ValueError, match="occurrences of bare: expected those of stream"):
-        profile(suite_of("stream"), tables["stream"], found, found)
+        suite_profile(suite_of("stream"), tables["stream"], found, found)
     assert combined([one]).groups.empty
 
 

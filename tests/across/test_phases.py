@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flowhelpers.across.phases import explained, paper_phases, phases, segments
+from flowhelpers.across.phases import explained, fit_phases, paper_phases, segments
 from flowhelpers.paper import PHASES
 
 
@@ -74,7 +74,7 @@ def planted(layers: int = 14, noise: float = 0.0) -> pd.DataFrame:
 
 
 def test_phases_stand_in_layers_and_depths_beside_chance():
-    found = phases(planted(noise=0.01), ["a", "b", "never"], 14)
+    found = fit_phases(planted(noise=0.01), ["a", "b", "never"], 14)
     assert found[["phase", "first", "last"]].to_numpy().tolist() == [
         [1, 1, 4],
         [2, 5, 9],
@@ -93,11 +93,11 @@ def test_layers_without_phases_are_divided_no_better_than_in_another_order():
     table = pd.DataFrame(
         {"layer": np.arange(20), "a": rng.normal(size=20), "b": rng.normal(size=20)}
     )
-    found = phases(table, ["a", "b"], 20).iloc[0]
+    found = fit_phases(table, ["a", "b"], 20).iloc[0]
     assert found["as_good"] > 0.1
     assert found["explained"] == pytest.approx(found["by_chance"], abs=0.2)
-    assert phases(table.head(3), ["a", "b"], 20).empty
-    assert len(phases(table.head(4), ["a", "b"], 20)) == 3
+    assert fit_phases(table.head(3), ["a", "b"], 20).empty
+    assert len(fit_phases(table.head(4), ["a", "b"], 20)) == 3
 
 
 def test_the_papers_phases_are_measured_alike():

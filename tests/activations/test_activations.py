@@ -5,7 +5,7 @@ import pytest
 import torch
 import toys
 
-from flowhelpers.activations.collect import collect, collect_tokens
+from flowhelpers.activations.sparse import collect, collect_tokens
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Tokens, run_model, tokenize

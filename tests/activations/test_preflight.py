@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from flowhelpers.activations import preflight as room
-from flowhelpers.activations.collect import collect, read_sample
-from flowhelpers.activations.preflight import preflight, preflight_sites
+from flowhelpers.activations.preflight import preflight_sites, run_preflight
 from flowhelpers.activations.sampling import draw_sample
+from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import Site
-from flowhelpers.steering.effects import effects
+from flowhelpers.steering.effects import output_scores
 from flowhelpers.steering.plans import make_plan, steer
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import HOOKS, logits_of, tokenize
@@ -43,7 +43,7 @@ def with_sae(suite: Suite, **changed: torch.Tensor) -> Suite:
 def test_saes_in_their_place_pass(flowlet: Suite):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        table = preflight(flowlet, TEXTS)
+        table = run_preflight(flowlet, TEXTS)
     assert table["site"].tolist() == [
         f"{at}/{m}" for at in (0, 4, 7) for m in ("att", "mlp", "res")
     ]
@@ -55,7 +55,7 @@ def test_saes_in_their_place_pass(flowlet: Suite):
 def test_figures_are_those_worked_out_by_hand(flowlet: Suite):
     from flowhelpers.suites.model import run_model
 
-    found = preflight(flowlet, TEXTS, ["4/mlp"]).iloc[0]
+    found = run_preflight(flowlet, TEXTS, ["4/mlp"]).iloc[0]
     tokens = tokenize(flowlet.model, TEXTS)
     x = run_model(flowlet.model, tokens.ids, [MLP])[1][MLP][0, 1:]  # all but BOS
     lens_sae = flowlet.sae(MLP).lens_sae
@@ -76,7 +76,7 @@ def test_thresholds_in_other_units_are_warned_of_with_the_figures(
     suite = with_sae(flowlet, threshold=threshold * factor)
     message = r"4/mlp of suite flowlet: \d+\.\d features are active a token where 15 are declared"
     with pytest.warns(UserWarning, match=message):
-        table = preflight(suite, TEXTS, ["4/mlp"])
+        table = run_preflight(suite, TEXTS, ["4/mlp"])
     assert table["is_suspicious"].tolist() == [True]
     assert not 6 < table["l0"].item() < 37.5
 
@@ -87,18 +87,18 @@ def test_variance_that_is_not_explained_is_warned_of(
     decoder = flowlet.sae(MLP).lens_sae.W_dec.detach()
     suite = with_sae(flowlet, W_dec=decoder.roll(1, dims=1))
     with pytest.warns(UserWarning, match=r"4/mlp .* of the variance is explained: it may not see"):
-        preflight(suite, TEXTS, ["4/mlp"])
+        run_preflight(suite, TEXTS, ["4/mlp"])
     monkeypatch.setattr(room, "declared_variance", lambda source: 0.999)
     monkeypatch.setattr(room, "BELOW_DECLARED", 0.01)
     with pytest.warns(UserWarning, match="4/res"):
-        preflight(flowlet, TEXTS, ["4/res"])
+        run_preflight(flowlet, TEXTS, ["4/res"])
 
 
 def test_a_site_that_is_not_there_and_no_text_are_errors(flowlet: Suite):
     with pytest.raises(ValueError, match="no layer 9 in suite flowlet"):
-        preflight(flowlet, TEXTS, ["9/res"])
+        run_preflight(flowlet, TEXTS, ["9/res"])
     with pytest.raises(ValueError, match="no text given"):
-        preflight(flowlet, [])
+        run_preflight(flowlet, [])
 
 
 def as_of_hub(suite: Suite) -> Suite:
@@ -117,7 +117,7 @@ def looked(flowlet: Suite, monkeypatch: pytest.MonkeyPatch) -> tuple[Suite, list
 
     def look(suite: Suite, texts: object = None, sites: Sequence[Site] = ()) -> None:
         looks.append([str(site) for site in sites])
-        preflight(suite, TEXTS, sites)
+        run_preflight(suite, TEXTS, sites)
 
     monkeypatch.setattr(room, "preflight", look)
     return as_of_hub(flowlet), looks
@@ -142,7 +142,7 @@ def test_what_first_reads_texts_looks_at_saes_of_the_hub(
     steer(suite, {"plan": plan}, "The cat", 1, 1)
     with plan.on(suite):
         logits_of(suite.model, tokenize(suite.model, TEXTS).ids)
-    effects(suite, ["6/res/3"], "The cat sat")
+    output_scores(suite, ["6/res/3"], "The cat sat")
     assert looks[3:] == [["5/mlp"], ["6/res"]]
 
 
@@ -199,4 +199,4 @@ def test_what_ended_a_preflight_takes_no_warning_with_it(
 
 def test_texts_are_cut_to_what_the_model_can_read(flowlet: Suite, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(flowlet.model.bridge.cfg, "n_ctx", 7)
-    assert preflight(flowlet, TEXTS, ["4/mlp"])["tokens"].item() == 6
+    assert run_preflight(flowlet, TEXTS, ["4/mlp"])["tokens"].item() == 6

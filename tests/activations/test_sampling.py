@@ -15,18 +15,7 @@ import pytest
 import torch
 import toys
 
-from flowhelpers.activations import collect as activations
-from flowhelpers.activations.collect import (
-    FeatureActivations,
-    Needs,
-    collect,
-    load_activations,
-    needs_of,
-    read_sample,
-    reading_needs,
-    save_activations,
-    texts_at_once,
-)
+from flowhelpers.activations import sparse as activations
 from flowhelpers.activations.corpora import load_texts
 from flowhelpers.activations.sampling import (
     LOCAL_DATASETS,
@@ -37,10 +26,21 @@ from flowhelpers.activations.sampling import (
     sample_sizes,
     texts_of,
 )
+from flowhelpers.activations.sparse import (
+    FeatureActivations,
+    Needs,
+    collect,
+    load_activations,
+    needs_of,
+    read_sample,
+    reading_needs,
+    save_activations,
+    texts_at_once,
+)
 from flowhelpers.core.features import Site
 from flowhelpers.groups.intervals import share_intervals, significance_intervals
-from flowhelpers.groups.occurrences import occurrences
-from flowhelpers.groups.significance import significance
+from flowhelpers.groups.occurrences import find_occurrences
+from flowhelpers.groups.significance import mann_whitney_tests
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.load import OnDemand, Suite, load_suite
@@ -416,8 +416,8 @@ def test_the_same_seed_gives_the_same_tables_bit_for_bit(
     for number in range(2):
         again = draw_sample(planted.model, TEXTS, tokens_per_text=3)
         read = read_sample(planted, again, tmp_path / str(number))
-        found = occurrences(match_table(planted, k=1), read, incomplete=True)
-        tests = significance(found, smallest=2)
+        found = find_occurrences(match_table(planted, k=1), read, incomplete=True)
+        tests = mann_whitney_tests(found, smallest=2)
         intervals = significance_intervals(found, tests, smallest=2, times=5)
         tables.append([found.table, tests, share_intervals(found, times=5), *intervals])
     for first, second in zip(*tables, strict=True):

@@ -27,8 +27,8 @@ import torch
 from clock import seconds
 from torch import Tensor
 
-from flowhelpers.activations.collect import read_sample
 from flowhelpers.activations.sampling import datasets_for, draw_sample, texts_of
+from flowhelpers.activations.sparse import read_sample
 from flowhelpers.deactivation.experiments import (
     ablation_cases,
     active_predecessors,

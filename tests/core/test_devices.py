@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flowhelpers.activations import preflight
-from flowhelpers.activations.collect import collect, read_sample
 from flowhelpers.activations.sampling import draw_sample
+from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core import machine
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.deactivation import experiments as deactivation
-from flowhelpers.groups.occurrences import occurrences
+from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.interventions import generation
 from flowhelpers.interventions.edits import add, add_per_row, rescale, set_to
 from flowhelpers.labels import describe as labels
@@ -214,15 +214,15 @@ def test_features_of_texts(suite: Suite, tmp_path: Any) -> None:
     assert len(read.tokens)
     assert len(activations.tokens)
     matches = match_table(suite, k=1, cache=tmp_path)
-    assert len(occurrences(matches, activations).table)
-    assert len(labels.describe(suite, ["1/res/3"], activations))
-    assert len(preflight.preflight(suite, toys.TEXTS[:2]))
+    assert len(find_occurrences(matches, activations).table)
+    assert len(labels.describe_features(suite, ["1/res/3"], activations))
+    assert len(preflight.run_preflight(suite, toys.TEXTS[:2]))
     tokens = tokenize(suite.model, toys.TEXTS[:2])
     assert len(measures.measure_saes(suite, tokens))
     assert measures.bits_per_byte(suite, tokens)[0] > 0
     assert np.isfinite(mean_losses(suite.model, toys.TEXTS[:2])).all()
     assert len(labels.top_logit_tokens(suite, "1/res/3"))
-    assert len(effects.effects(suite, ["1/res/3", "2/mlp/1"], "The cat sat", batch_size=2))
+    assert len(effects.output_scores(suite, ["1/res/3", "2/mlp/1"], "The cat sat", batch_size=2))
 
 
 def test_deactivation(suite: Suite, tmp_path: Any) -> None:

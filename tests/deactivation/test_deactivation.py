@@ -11,7 +11,7 @@ import torch
 import toys
 from adder import ALL, ATT, COPY, MLP, OTHER, SUM
 
-from flowhelpers.activations.collect import collect_tokens
+from flowhelpers.activations.sparse import collect_tokens
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.deactivation.experiments import (
     CONTROL,

@@ -29,7 +29,7 @@ from flowhelpers.flow.graph import (
     to_networkx,
     turns,
 )
-from flowhelpers.flow.lifespans import flow_by_layer, lifespans
+from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
 from flowhelpers.matching.table import classify, feature_scores, match_table
 from flowhelpers.suites.load import Suite
 
@@ -267,7 +267,7 @@ def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
 
 def test_lifespans_of_residual_saes_alone_begin_at_their_first_layer():
     small = bare(rising([0.9, 0.8]))
-    found = lifespans(match_table(small, k=1), 0.5)
+    found = feature_lifespans(match_table(small, k=1), 0.5)
     assert found[["layer", "first", "last"]].values.tolist() == [[0, 0, 2], [1, 0, 2], [2, 0, 2]]
 
 
@@ -439,7 +439,7 @@ def long_chain() -> Suite:
 def test_lifespans_of_planted_chains_come_out_exactly():
     suite = long_chain()
     table = match_table(suite, k=1)
-    found = lifespans(table, 0.5).set_index(["layer", "feature"])
+    found = feature_lifespans(table, 0.5).set_index(["layer", "feature"])
     for layer in range(8):
         assert found.loc[(layer, 0), ["first", "last", "layers"]].tolist() == [layer, layer, 1]
         assert found.loc[(layer, 3), ["first", "last", "layers"]].tolist() == [0, 7, 8]
@@ -454,13 +454,13 @@ def test_lifespans_of_planted_chains_come_out_exactly():
         ]
     for layer in range(2, 6):
         assert found.loc[(layer, 4), ["first", "last"]].tolist() == [2, 5]
-    strict = lifespans(table, 0.95)
+    strict = feature_lifespans(table, 0.95)
     assert strict.set_index(["layer", "feature"]).loc[(4, 3), "layers"] == 1
-    mutual = lifespans(table, 0.5, mutual=True).set_index(["layer", "feature"])
+    mutual = feature_lifespans(table, 0.5, mutual=True).set_index(["layer", "feature"])
     assert mutual.loc[(4, 3), ["first", "last"]].tolist() == [0, 7]
     assert mutual.loc[(4, 2), ["first", "last"]].tolist() == [4, 4]
     with pytest.raises(ValueError, match="threshold 2 for t_res: expected a cosine"):
-        lifespans(table, 2)
+        feature_lifespans(table, 2)
 
 
 def busy_chain() -> Suite:

@@ -6,9 +6,14 @@ import pytest
 import toys
 from counted import table_of
 
-from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
-from flowhelpers.groups.coactivation import MEASURES, by_cosine, coactivation, disagreements
+from flowhelpers.groups.coactivation import (
+    MEASURES,
+    by_cosine,
+    coactivation_of_matches,
+    disagreements,
+)
 
 TOKENS = 400
 
@@ -37,7 +42,7 @@ def matches() -> pd.DataFrame:
 def test_every_measure_is_the_one_worked_out_for_the_pair(
     matches: pd.DataFrame, activity: FeatureActivations
 ):
-    found = coactivation(matches, activity).set_index("feature")
+    found = coactivation_of_matches(matches, activity).set_index("feature")
     assert set(found.index) == {0, 1, 2, 3, 5}
     a, b = (activity.by_site[Site(layer, "res")].toarray() for layer in (1, 0))
     for f in range(4):
@@ -58,18 +63,18 @@ def test_every_measure_is_the_one_worked_out_for_the_pair(
 def test_of_a_feature_that_is_seldom_active_nothing_is_said(
     matches: pd.DataFrame, activity: FeatureActivations
 ):
-    row = coactivation(matches, activity).set_index("feature").loc[5]
+    row = coactivation_of_matches(matches, activity).set_index("feature").loc[5]
     assert row["n_target"] == 3
     measures = ["pearson", "jaccard", "source_given_target", "target_given_source"]
     assert row[measures].isna().all()
-    row = coactivation(matches, activity, least_active=3).set_index("feature").loc[5]
+    row = coactivation_of_matches(matches, activity, least_active=3).set_index("feature").loc[5]
     assert row[measures].notna().all()
 
 
 def test_disagreements_are_those_of_cosine_and_correlation(
     matches: pd.DataFrame, activity: FeatureActivations
 ):
-    found = coactivation(matches.assign(cosine=[0.2, 0.4, 0.9, 0.6, 0.8, 0.9]), activity)
+    found = coactivation_of_matches(matches.assign(cosine=[0.2, 0.4, 0.9, 0.6, 0.8, 0.9]), activity)
     rows = disagreements(found)
     kinds = rows.groupby("kind")["feature"].apply(set).to_dict()
     assert kinds == {"near, not together": {2, 3}, "together, not near": {0, 1}}

@@ -29,7 +29,7 @@ from flowhelpers.groups.plots import (
     together_by_cosine,
     transition_heatmap,
 )
-from flowhelpers.groups.significance import class_shares, pair_shares, significance
+from flowhelpers.groups.significance import class_shares, mann_whitney_tests, pair_shares
 
 CAPTION = "suite toy · n = 12"
 
@@ -43,7 +43,7 @@ def found() -> Occurrences:
 @pytest.fixture(scope="module")
 def tests(found: Occurrences) -> pd.DataFrame:
     """Their tests."""
-    return significance(found, alpha=0.05, smallest=5)
+    return mann_whitney_tests(found, alpha=0.05, smallest=5)
 
 
 def titles(figure: go.Figure) -> tuple[str, str]:

@@ -20,9 +20,9 @@ from flowhelpers.groups.occurrences import GROUPS, Occurrences, group_shares, gr
 from flowhelpers.groups.significance import (
     class_shares,
     mann_whitney,
+    mann_whitney_tests,
     pair_shares,
     share_significant,
-    significance,
 )
 
 
@@ -47,7 +47,7 @@ def drawn() -> Occurrences:
 
 
 def test_each_test_is_the_one_of_scipy(drawn: Occurrences):
-    tests = significance(drawn)
+    tests = mann_whitney_tests(drawn)
     assert len(tests) == 3 * 3 * 28
     made = tests[tests["p"].notna()]
     assert len(made) == 3 * 3 * len(list(combinations(range(7), 2)))
@@ -65,7 +65,7 @@ def test_each_test_is_the_one_of_scipy(drawn: Occurrences):
 
 
 def test_holms_correction_is_the_one_worked_out_step_by_step(drawn: Occurrences):
-    tests = significance(drawn)
+    tests = mann_whitney_tests(drawn)
     made = tests[tests["p"].notna()].sort_values("p")
     worst, corrected = 0.0, []
     for left, p in zip(range(len(made), 0, -1), made["p"], strict=True):
@@ -84,18 +84,18 @@ def test_all_scores_alike_are_no_difference():
 
 
 def test_level_and_smallest_group_are_as_asked(drawn: Occurrences):
-    everyone = significance(drawn, alpha=0.2, smallest=1)
+    everyone = mann_whitney_tests(drawn, alpha=0.2, smallest=1)
     assert len(everyone) == 3 * 3 * 28
     assert (everyone["significant"] == (everyone["p"] < 0.2)).all()
-    large = significance(drawn, smallest=38).dropna(subset="p")
+    large = mann_whitney_tests(drawn, smallest=38).dropna(subset="p")
     assert set(large["first"] + ", " + large["second"]) == {"From MLP & ATT, From RES & MLP & ATT"}
     for alpha in (0, 1, -0.1, 5, float("nan")):
         with pytest.raises(ValueError, match="expected a level between 0 and 1"):
-            significance(drawn, alpha=alpha)
+            mann_whitney_tests(drawn, alpha=alpha)
 
 
 def test_unique_features_count_once_in_a_group(drawn: Occurrences):
-    tests = significance(drawn, smallest=1, unique=True)
+    tests = mann_whitney_tests(drawn, smallest=1, unique=True)
     table = drawn.table[drawn.table["layer"] > 0]
     row = tests.iloc[0]
     part = table[(table["dataset"] == row["dataset"]) & (table["layer"] == row["layer"])]
@@ -105,7 +105,7 @@ def test_unique_features_count_once_in_a_group(drawn: Occurrences):
 
 
 def test_too_few_occurrences_are_tested_nowhere(drawn: Occurrences):
-    tests = significance(drawn, smallest=1000)
+    tests = mann_whitney_tests(drawn, smallest=1000)
     assert tests["p"].isna().all()
     assert share_significant(tests).isna().all(axis=None)
     assert (pair_shares(tests)["tests"] == 0).all()
@@ -150,7 +150,7 @@ def test_pairs_are_classed_by_where_a_module_is_active(
 
 
 def test_the_classes_of_figure_4_are_the_means_of_figure_14(drawn: Occurrences):
-    tests = significance(drawn, alpha=0.05)
+    tests = mann_whitney_tests(drawn, alpha=0.05)
     pairs = pair_shares(tests)
     for row in class_shares(tests).itertuples():
         part = pairs[pairs["score"] == row.score]
@@ -248,10 +248,10 @@ def test_the_transition_has_intervals_around_its_shares():
 def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences, unique: bool):
     options = {"alpha": 0.05, "smallest": 5}
     found = planted_occurrences(tokens=120)[0] if unique else drawn  # where a feature has one score
-    tests = significance(found, unique=unique, **options)
+    tests = mann_whitney_tests(found, unique=unique, **options)
     classes, pairs = significance_intervals(found, tests, times=20, unique=unique, **options)
     again = [
-        significance(weighted(found, counts), unique=unique, **options)
+        mann_whitney_tests(weighted(found, counts), unique=unique, **options)
         for counts in resamples(found.tokens, 20)
     ]
     for rows, shares in ((classes, class_shares), (pairs, pair_shares)):
@@ -266,7 +266,7 @@ def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences,
 
 
 def test_intervals_are_asked_for_with_sense(drawn: Occurrences):
-    tests = significance(drawn)
+    tests = mann_whitney_tests(drawn)
     with pytest.raises(ValueError, match=r"alpha=2\.0: expected a level between 0 and 1"):
         significance_intervals(drawn, tests, alpha=2.0)
     with pytest.raises(ValueError, match="times=0: expected 1 resample or more"):

@@ -11,17 +11,17 @@ import toys
 from counted import BY_BITS, planted_occurrences, table_of
 from scipy.stats import mannwhitneyu
 
-from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.groups.occurrences import (
     GROUPS,
+    find_occurrences,
     group_profiles,
     group_shares,
     group_transition,
-    occurrences,
     shuffled_tokens,
 )
-from flowhelpers.groups.significance import significance
+from flowhelpers.groups.significance import mann_whitney_tests
 
 BITS = list(BY_BITS)
 
@@ -67,7 +67,7 @@ def activity() -> FeatureActivations:
 def test_all_eight_groups_are_told_by_activity_at_the_same_token(
     matches: pd.DataFrame, activity: FeatureActivations
 ):
-    found = occurrences(matches, activity)
+    found = find_occurrences(matches, activity)
     assert (found.suite, found.method, found.top_n) == ("planted", "cosine", 1)
     first = found.table[found.table["feature"] == 0].set_index("token_row")
     assert first["group"].to_dict() == {row: BY_BITS[bits] for row, bits in enumerate(BITS)}
@@ -84,7 +84,7 @@ def test_all_eight_groups_are_told_by_activity_at_the_same_token(
 def test_a_feature_without_matches_comes_from_nowhere(
     matches: pd.DataFrame, activity: FeatureActivations
 ):
-    found = occurrences(matches, activity).table
+    found = find_occurrences(matches, activity).table
     second = found[found["feature"] == 1]
     assert second["token_row"].tolist() == [1, 6]
     assert second["group"].tolist() == ["From nowhere"] * 2
@@ -95,22 +95,22 @@ def test_a_feature_without_matches_comes_from_nowhere(
 def test_of_several_matches_one_that_is_active_is_enough(
     matches: pd.DataFrame, activity: FeatureActivations
 ):
-    found = occurrences(matches, activity, top_n=2)  # the second match is active everywhere
+    found = find_occurrences(matches, activity, top_n=2)  # the second match is active everywhere
     first = found.table[found.table["feature"] == 0]
     assert set(first["group"]) == {"From RES & MLP & ATT"}
     assert set(first["rate_res"]) == {1.0}
     assert set(first["s_res"]) == {0.9}
     for top_n in (0, 3):
         with pytest.raises(ValueError, match=f"top_n={top_n}: expected 1 to 2, the table's ranks"):
-            occurrences(matches, activity, top_n)
+            find_occurrences(matches, activity, top_n)
 
 
 def test_layers_without_all_three_sites_are_left_out_unless_asked_for(
     matches: pd.DataFrame, activity: FeatureActivations
 ):
-    whole = occurrences(matches, activity)
+    whole = find_occurrences(matches, activity)
     assert set(whole.table["layer"]) == {1}
-    both = occurrences(matches, activity, incomplete=True)
+    both = find_occurrences(matches, activity, incomplete=True)
     zero = both.table[both.table["layer"] == 0]
     assert zero[["s_res", "rate_res"]].isna().all(axis=None)
     assert not zero["res"].any()
@@ -121,7 +121,7 @@ def test_layers_without_all_three_sites_are_left_out_unless_asked_for(
     pd.testing.assert_frame_equal(later, whole.table)
     for sites in (matches[matches["layer"] == 0], matches[matches["module"] != "mlp"]):
         with pytest.raises(ValueError, match="no layer has predecessors at all three"):
-            occurrences(sites, activity)
+            find_occurrences(sites, activity)
 
 
 def test_the_planted_suite_gives_the_groups_counted_by_hand():
@@ -236,7 +236,7 @@ def test_a_base_rate_is_the_predecessors_own_rate_however_often_it_is_active():
     activity = random_activity(rates)
     matches = table_of({(1, m, f): [(f, 0.9)] for m in MODULES for f in range(60)})
     real, base = (
-        occurrences(matches, activity, predecessors=away).table
+        find_occurrences(matches, activity, predecessors=away).table
         for away in (None, shuffled_tokens(activity))
     )
     assert len(real) == len(base)
@@ -252,7 +252,7 @@ def test_a_base_rate_is_lower_where_predecessors_are_real():
     activity.by_site[Site(0, "res")] = activity.by_site[Site(1, "res")]  # pyright: ignore[reportIndexIssue]
     matches = table_of({(1, m, f): [(f, 0.9)] for m in MODULES for f in range(40)})
     real, base = (
-        occurrences(matches, activity, predecessors=away).table["res"].mean()
+        find_occurrences(matches, activity, predecessors=away).table["res"].mean()
         for away in (None, shuffled_tokens(activity))
     )
     assert real == 1
@@ -264,7 +264,7 @@ def test_activations_that_lack_a_site_are_refused(
 ):
     part = {site: codes for site, codes in activity.by_site.items() if site != Site(1, "mlp")}
     with pytest.raises(ValueError, match="no activations at 1/mlp, of which the match table"):
-        occurrences(matches, FeatureActivations(activity.tokens, part))
+        find_occurrences(matches, FeatureActivations(activity.tokens, part))
 
 
 def test_where_all_eight_groups_occur_everything_is_as_counted_by_hand():
@@ -273,7 +273,7 @@ def test_where_all_eight_groups_occur_everything_is_as_counted_by_hand():
     source = {(m, f): int(rng.integers(30)) for m in MODULES for f in range(30)}
     score = {key: float(rng.random()) for key in source}
     matches = table_of({(1, m, f): [(source[m, f], score[m, f])] for m, f in source})
-    found = occurrences(matches, activity)
+    found = find_occurrences(matches, activity)
     codes = {site: values.toarray() for site, values in activity.by_site.items()}
     places = {m: Site(1 - (m == "res"), m) for m in MODULES}
     counted: Counter[tuple[str, str]] = Counter()
@@ -299,7 +299,7 @@ def test_where_all_eight_groups_occur_everything_is_as_counted_by_hand():
             assert matrix.loc[first, second] == pytest.approx(share)
     one = pd.Categorical(["all"] * len(found.table))
     whole = replace(found, table=found.table.assign(dataset=one))
-    tests = significance(whole).set_index(["score", "first", "second"])
+    tests = mann_whitney_tests(whole).set_index(["score", "first", "second"])
     for first, second in combinations(GROUPS, 2):
         expected = mannwhitneyu(scores[first], scores[second])
         row = tests.loc[("s_att", first, second)]

@@ -14,7 +14,7 @@ import torch
 import toys
 from torch import Tensor
 
-from flowhelpers.activations.collect import FeatureActivations, collect_tokens
+from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
 from flowhelpers.core.features import MODULES, FeatureId, Site
 from flowhelpers.interventions import batched as interventions
 from flowhelpers.interventions.batched import intervene, rows_at_once

@@ -12,10 +12,10 @@ from scipy.sparse import csr_matrix
 from sklearn.metrics import roc_auc_score
 from transformers import Gemma3ForCausalLM
 
-from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.labels.describe import (
-    describe,
+    describe_features,
     read_labels,
     subject_scores,
     top_contexts,
@@ -97,7 +97,7 @@ def test_top_contexts_come_from_different_texts_and_keep_to_their_own(planted: S
 
 def test_a_description_says_what_is_written_and_what_is_read(planted: Suite):
     seen = activations_of([[(70, 1.0), (71, 5.0)]])
-    found = describe(planted, ["1/res/3", FeatureId(2, "mlp", 0), "1/res/4"], seen, k=2)
+    found = describe_features(planted, ["1/res/3", FeatureId(2, "mlp", 0), "1/res/4"], seen, k=2)
     assert found["feature"].tolist() == ["1/res/3", "2/mlp/0", "1/res/4"]
     strings = [
         text.strip() if text.strip().isprintable() and text.strip() else repr(text)
@@ -133,7 +133,7 @@ def test_ones_own_labels_come_before_all_others(
         "label": ["red, or green", "NA"],
         "label_from": [name] * 2,
     }
-    found = describe(planted, ["1/res/3", "1/res/4"], own=own).set_index("feature")
+    found = describe_features(planted, ["1/res/3", "1/res/4"], own=own).set_index("feature")
     assert found.loc["1/res/3", ["label", "label_from"]].tolist() == ["red, or green", name]
     assert found.loc["1/res/4", "label_from"] == "logit lens"
     assert found.loc["1/res/3", "writes"]

@@ -29,7 +29,7 @@ from neuronpedia_server import (
 
 from flowhelpers.core.features import Site
 from flowhelpers.labels import neuronpedia
-from flowhelpers.labels.describe import describe
+from flowhelpers.labels.describe import describe_features
 from flowhelpers.labels.neuronpedia import (
     bulk_labels,
     cosine_neighbours,
@@ -168,7 +168,7 @@ def test_they_fit_where_ones_own_labels_go(
 ):
     server.batches = {0: packed(row("3", "the third"))}
     own = bulk_labels(MODEL, SOURCE, "1/res", 8, base_url=server.datasets, folder=tmp_path)
-    found = describe(planted, ["1/res/3", "1/res/4"], own=own).set_index("feature")
+    found = describe_features(planted, ["1/res/3", "1/res/4"], own=own).set_index("feature")
     assert found.loc["1/res/3", "label"] == "the third"
     assert found.loc["1/res/3", "label_from"] == f"neuronpedia, gpt-4o-mini, {TODAY}"
     assert found.loc["1/res/4", "label_from"] == "logit lens"

@@ -24,7 +24,7 @@ from flowhelpers.flow.graph import FlowGraph, flow_graph, labelled
 from flowhelpers.flow.plots import flow_picture, schematic
 from flowhelpers.flow.svg import flow_svg
 from flowhelpers.labels import neuronpedia
-from flowhelpers.labels.describe import describe, read_labels
+from flowhelpers.labels.describe import describe_features, read_labels
 from flowhelpers.labels.neuronpedia import NotThere
 from flowhelpers.labels.on_neuronpedia import (
     cosine_check,
@@ -309,14 +309,14 @@ def test_descriptions_take_them_and_ask_for_no_model(labels: Labels, suite: Suit
     (tmp_path / "mine.csv").write_text("feature,label\n1/res/2,mine\n", encoding="utf-8")
     own = pd.concat([labels(), read_labels(tmp_path / "mine.csv", suite)])
     names = ["1/res/4", "1/res/2", "1/res/5", "1/att/0", "2/mlp/0"]
-    found = describe(suite, names, own=own, writes=False)
+    found = describe_features(suite, names, own=own, writes=False)
     assert found["feature"].tolist() == names
     assert found["label"].tolist() == ["1/res about 4", "mine", "", "", "2/mlp about 0"]
     source = f"neuronpedia, {MINI}, {TODAY}"
     assert found["label_from"].tolist() == [source, "mine.csv", "", "", source]
     assert not found[["writes", "active_at"]].any(axis=None)
     with pytest.raises(AssertionError, match="the model was asked for"):
-        describe(suite, names, own=own)
+        describe_features(suite, names, own=own)
 
 
 # Links on every node.
@@ -557,7 +557,9 @@ def test_the_notebook_fetches_labels_if_told_and_ones_own_come_before_them(
     given |= {"neuronpedia_labels": ask, "read_labels": read_labels}
     own = run_cell("02_flow_graphs", "known-labels", **given)["own_labels"]
     assert bool(server.requests) == fetch
-    found = describe(suite, ["1/res/2", "1/res/4"], own=own, writes=False)["label"].tolist()
+    found = describe_features(suite, ["1/res/2", "1/res/4"], own=own, writes=False)[
+        "label"
+    ].tolist()
     fetched = ["1/res about 2", "1/res about 4"] if fetch else ["", ""]
     assert found == (["mine", fetched[1]] if mine else fetched)
 
@@ -573,7 +575,7 @@ def test_the_first_notebook_asks_for_labels_of_the_features_it_shows_and_no_othe
     given = {"loaded": suite, "here": Site(1, "res"), "matches": table}
     given |= {"flow_graph": flow_graph, "labelled": labelled, "schematic": schematic}
     given |= {"single_labels": partial(single_labels, base_url=server.api)}
-    given |= {"describe": partial(describe, writes=False)}
+    given |= {"describe": partial(describe_features, writes=False)}
     given |= {"run": SimpleNamespace(figure=lambda name, figure: figure)}
     given |= {"first": FeatureId(1, "res", 4)}
     space = run_cell("01_matching", "figure-1", fetch_labels=True, **given)

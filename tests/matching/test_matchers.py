@@ -11,7 +11,7 @@ import toys
 from scipy.stats import beta
 from torch import Tensor
 
-from flowhelpers.activations.collect import collect
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import Site
 from flowhelpers.matching import matchers
 from flowhelpers.matching.cosine import unit_rows

@@ -11,7 +11,7 @@ import pytest
 import torch
 import toys
 
-from flowhelpers.activations.collect import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site, parse_feature
 from flowhelpers.steering import controls
 from flowhelpers.steering.controls import (

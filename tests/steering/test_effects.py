@@ -12,7 +12,7 @@ from transformers import Gemma3ForCausalLM
 
 from flowhelpers.core.features import FeatureId, Site, parse_feature
 from flowhelpers.interventions.edits import add
-from flowhelpers.steering.effects import effects
+from flowhelpers.steering.effects import output_scores
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model, load_model, run_model, tokenize
 from flowhelpers.suites.saes import make_sae
@@ -63,7 +63,7 @@ def check(table: pd.DataFrame, rows: list[tuple[float, float, str, int]]) -> Non
 def test_effects_are_those_of_whole_passes_one_feature_at_a_time(
     planted: Suite, plain_toy: Gemma3ForCausalLM
 ):
-    table = effects(planted, FEATURES, PROMPT)
+    table = output_scores(planted, FEATURES, PROMPT)
     assert list(table.columns) == ["feature", *COLUMNS, "token"]
     assert table["feature"].tolist() == FEATURES
     rows = [by_hand(planted, plain_toy, name) for name in FEATURES]
@@ -85,22 +85,22 @@ def test_prompt_factor_and_number_of_tokens_are_what_is_asked_for(
     for given in changes:
         rows = [by_hand(planted, plain_toy, name, **given) for name in FEATURES]
         asked: dict[str, Any] = {"prompt": PROMPT} | given
-        check(effects(planted, FEATURES, **asked), rows)
+        check(output_scores(planted, FEATURES, **asked), rows)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_batches_of_any_size_give_the_same(planted: Suite, batch_size: int):
     names = FEATURES + [f"2/res/{i}" for i in range(7, 12)]
-    whole, parts = (effects(planted, names, PROMPT, batch_size=n) for n in (256, batch_size))
+    whole, parts = (output_scores(planted, names, PROMPT, batch_size=n) for n in (256, batch_size))
     assert parts[["feature", "token"]].equals(whole[["feature", "token"]])
     assert parts[COLUMNS].to_numpy() == pytest.approx(whole[COLUMNS].to_numpy(), abs=1e-5)
 
 
 def test_no_feature_is_listed_twice(planted: Suite):
     names = ["1/res/3", FeatureId(0, "mlp", 2), " 1/res/3", FeatureId(1, "res", 3), "0/mlp/2"]
-    table = effects(planted, iter(names), PROMPT)
+    table = output_scores(planted, iter(names), PROMPT)
     assert table["feature"].tolist() == ["1/res/3", "0/mlp/2"]
-    assert table.equals(effects(planted, ["1/res/3", "0/mlp/2"], PROMPT))
+    assert table.equals(output_scores(planted, ["1/res/3", "0/mlp/2"], PROMPT))
 
 
 def test_a_sae_at_z_is_turned_up_before_w_o(
@@ -109,7 +109,7 @@ def test_a_sae_at_z_is_turned_up_before_w_o(
     at_z = {**planted.saes, Site(1, "att"): toys.sae_at_z(toy)}
     suite = replace(planted, saes=at_z)
     names = [f"1/att/{i}" for i in (4, 0, 2)]
-    check(effects(suite, names, PROMPT), [by_hand(suite, plain_toy, name) for name in names])
+    check(output_scores(suite, names, PROMPT), [by_hand(suite, plain_toy, name) for name in names])
 
 
 def test_a_feature_that_writes_a_token_has_a_score_near_one(tmp_path: Path):
@@ -126,7 +126,7 @@ def test_a_feature_that_writes_a_token_has_a_score_near_one(tmp_path: Path):
     lens_sae = toys.write_lens_sae(rows, site, encoder=torch.ones(toys.D_MODEL, 3), b_enc=50.0)
     sae = make_sae(site, lens_sae, toys.D_MODEL, "planted")
     row = replace(SUITE_ROW, saes={site: "planted"})
-    table = effects(Suite(row, model, {site: sae}), ["2/res/1", "2/res/2", "2/res/0"])
+    table = output_scores(Suite(row, model, {site: sae}), ["2/res/1", "2/res/2", "2/res/0"])
     assert table["token"].tolist() == [model.tokenizer.decode([t]) for t in (200, 300, 70)]
     assert (table["output_score"] > 0.95).all()
     assert (table["output_score"] <= 1).all()
@@ -140,21 +140,23 @@ def test_where_nothing_is_active_the_effect_is_missing(planted: Suite):
     rows = toys.planted_directions()[site]
     silent = make_sae(site, toys.write_lens_sae(rows, site, 1e9), toys.D_MODEL, "planted")
     suite = replace(planted, saes={**planted.saes, site: silent})
-    table = effects(suite, FEATURES, PROMPT).set_index("feature")
+    table = output_scores(suite, FEATURES, PROMPT).set_index("feature")
     assert list(table.index) == FEATURES
     missing = table.index.str.startswith("1/mlp")
     assert table.loc[missing, COLUMNS].isna().all(axis=None)
     assert (table.loc[missing, "token"] == "").all()
-    assert table[~missing].equals(effects(planted, FEATURES, PROMPT).set_index("feature")[~missing])
-    alone = effects(suite, ["1/mlp/1"], PROMPT)
+    assert table[~missing].equals(
+        output_scores(planted, FEATURES, PROMPT).set_index("feature")[~missing]
+    )
+    alone = output_scores(suite, ["1/mlp/1"], PROMPT)
     assert alone[COLUMNS].isna().all(axis=None)
     assert alone[COLUMNS].dtypes.astype(str).tolist() == ["float64"] * 2
 
 
 def test_what_cannot_be_asked_is_refused(planted: Suite):
     with pytest.raises(ValueError, match="no feature given: expected one or more"):
-        effects(planted, [])
+        output_scores(planted, [])
     with pytest.raises(ValueError, match="no feature 1/res/99 in"):
-        effects(planted, ["1/res/3", "1/res/99"])
+        output_scores(planted, ["1/res/3", "1/res/99"])
     with pytest.raises(ValueError, match="the prompt is empty"):
-        effects(planted, ["1/res/3"], "")
+        output_scores(planted, ["1/res/3"], "")

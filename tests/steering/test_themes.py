@@ -9,8 +9,8 @@ import pytest
 import toys
 from scipy.sparse import csr_matrix
 
-from flowhelpers.activations.collect import FeatureActivations
 from flowhelpers.activations.corpora import subjects
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.flow.graph import FlowGraph, flow_graph
 from flowhelpers.labels.describe import auc

@@ -34,9 +34,9 @@ from hub_families import (
 from hub_files import shrink
 from sae_lens import SAE as LensSAE
 
-from flowhelpers.activations.collect import collect
 from flowhelpers.activations.corpora import load_texts
-from flowhelpers.activations.preflight import preflight
+from flowhelpers.activations.preflight import run_preflight
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import MODULES, FeatureId, Site
 from flowhelpers.deactivation.experiments import (
     ablation_cases,
@@ -46,7 +46,7 @@ from flowhelpers.deactivation.experiments import (
     sources_of,
 )
 from flowhelpers.flow.graph import flow_graph
-from flowhelpers.groups.occurrences import occurrences
+from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.matching import matchers
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import make_plan, steer
@@ -92,7 +92,7 @@ def whole_way(suite: Suite, layer: int = 1) -> None:
     assert set(matches["module"]) == set(MODULES)
     assert matches["cosine"].between(-1, 1).all()
     activations = collect(suite, TEXTS, batch=1)
-    found = occurrences(matches, activations)
+    found = find_occurrences(matches, activations)
     of_layer = found.table[found.table["layer"] == layer]
     assert len(of_layer) == activations.by_site[Site(layer, "res")].nnz > 0
     best = of_layer.groupby("feature").size().idxmax()
@@ -361,7 +361,7 @@ def test_gemma_scope_2_s_attention_comes_into_the_stream(
 def test_what_a_sae_at_z_is_worth_is_measured_at_z(small: Hub):
     suite = load_suite("gemma-3-270m-pt")
     table = measure_saes(suite, tokenize(suite.model, TEXTS), loss_rows=2)
-    looked = preflight(suite, TEXTS, suite.saes)
+    looked = run_preflight(suite, TEXTS, suite.saes)
     both = table.set_index("site").join(looked.set_index("site"), rsuffix="_looked")
     assert both["l0"].tolist() == pytest.approx(both["l0_looked"].tolist())
     explained = both["explained_variance_looked"].tolist()
@@ -482,7 +482,7 @@ def test_gemma_scope_encodes_as_sae_lens_does(gemma_suite: tuple[Suite, Written]
 
 
 def test_gemma_scope_passes_its_preflight(gemma_suite: tuple[Suite, Written]):
-    table = preflight(gemma_suite[0], TEXTS, ["0/res", "1/mlp", "1/att"])
+    table = run_preflight(gemma_suite[0], TEXTS, ["0/res", "1/mlp", "1/att"])
     assert table["declared_l0"].tolist() == [105, 105, 79]
     assert (table["l0"] / table["declared_l0"]).between(0.2, 5).all()
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 import toys
 
-from flowhelpers.activations.collect import collect_tokens
+from flowhelpers.activations.sparse import collect_tokens
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.interventions import edits
 from flowhelpers.matching.cosine import top_k_cosine

@@ -24,8 +24,8 @@ from hub_files import PYTHIA, pythia_weights, random_sae, sae_releases, shrink
 from transformers import Gemma3ForCausalLM
 
 from flowhelpers.core.features import FeatureId, Site
-from flowhelpers.groups.occurrences import occurrences
-from flowhelpers.groups.significance import significance
+from flowhelpers.groups.occurrences import find_occurrences
+from flowhelpers.groups.significance import mann_whitney_tests
 from flowhelpers.labels.describe import top_logit_tokens
 from flowhelpers.matching.table import feature_scores, match_table
 from flowhelpers.suites.load import (
@@ -66,18 +66,18 @@ def test_a_folder_is_loaded_with_what_was_planted(planted: Suite, planted_folder
 
 
 def test_a_folder_goes_the_whole_way_from_matches_to_groups(planted: Suite):
-    from flowhelpers.activations.collect import collect
+    from flowhelpers.activations.sparse import collect
 
     table = feature_scores(match_table(planted, k=2))
     for layer in (1, 2):
         part = table[table["layer"] == layer]
         assert part["source_res"].tolist() == toys.RES_FROM[layer]
     activations = collect(planted, toys.TEXTS)
-    found = occurrences(match_table(planted, k=2), activations)
+    found = find_occurrences(match_table(planted, k=2), activations)
     active = sum(activations.by_site[Site(layer, "res")].nnz for layer in (1, 2))
     assert len(found.table) == active
     assert found.table["group"].nunique() > 3
-    assert len(significance(found)) > 0
+    assert len(mann_whitney_tests(found)) > 0
 
 
 def test_features_of_a_suite_are_checked(planted: Suite):

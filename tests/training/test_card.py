@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM
 
 from flowhelpers.__main__ import main
-from flowhelpers.activations.collect import FeatureActivations, collect
+from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import Site
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Edit, Tokens, logits_of, run_model, tokenize
