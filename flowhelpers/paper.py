@@ -6,11 +6,11 @@ from flowhelpers.core.features import FeatureId
 from flowhelpers.flow.graph import FlowGraph
 from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.groups.significance import NAMED_PAIRS, class_shares
+from flowhelpers.suites.registry import GEMMA
 
 if TYPE_CHECKING:
     import pandas as pd
 
-GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features
 TABLE_5_SUITE = GEMMA
 TABLE_5_SEED = FeatureId(24, "res", 14548)
 TABLE_5_T_MLP = 0.25
@@ -50,8 +50,6 @@ TABLE_4 = (
     *("12/res/6778", "16/res/13806", "18/res/1056", "18/res/7505", "23/res/10746"),
     *("24/res/11794", "24/res/1027", "24/res/7391", "24/res/1714", "25/res/6821"),
 )
-# Figures 5 and 19: the parts, first and last layer, into which its text divides two models.
-PHASES = {GEMMA: ((0, 5), (6, 15), (16, 25)), "llama-3.1-8b": ((0, 8), (9, 16), (17, 31))}
 # Figure 13: of the features seen in a group (row), the share also seen in another (column).
 FIGURE_13 = (
     (1, 0.49, 0.32, 0.19, 0.26, 0.17, 0.10, 0.11),

@@ -5,15 +5,21 @@ division is computed (CHOICES 46), and held against the same layers in another o
 three parts describe anything well.
 """
 
+from typing import TYPE_CHECKING
+
+from flowhelpers.groups.occurrences import GROUPS
+from flowhelpers.suites.registry import GEMMA
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowhelpers.across.flow_profile import depth
-from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.matching.table import CLASSES
-from flowhelpers.paper import PHASES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,6 +27,9 @@ if TYPE_CHECKING:
     from flowhelpers.across.profile import Profile
 
 Parts = tuple[tuple[int, int], ...]
+
+# Figures 5 and 19: the parts, first and last layer, into which its text divides two models.
+PHASES = {GEMMA: ((0, 5), (6, 15), (16, 25)), "llama-3.1-8b": ((0, 8), (9, 16), (17, 31))}
 
 
 def segments(values: np.ndarray, parts: int = 3) -> Parts:

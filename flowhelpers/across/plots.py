@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flowhelpers.core.marks import unique_legend
-from flowhelpers.flow.plots import GREY, INK, dress, escape
+from flowhelpers.core.figures import GREY, INK, dress, escape, legend_below, unique_legend
 from flowhelpers.groups.occurrences import GROUPS
-from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS, group_bars, legend_below
+from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS, group_bars
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

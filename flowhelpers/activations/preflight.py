@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowhelpers.core.features import Site, parse_site
-from flowhelpers.runs.run import progress
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import is_edited, run_model, tokenize
 from flowhelpers.suites.registry import declared_l0, declared_variance
 

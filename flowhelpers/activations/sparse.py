@@ -18,7 +18,7 @@ from flowhelpers.activations.sampling import Sample
 from flowhelpers.core.features import MODULES, FeatureId, Site, parse_site
 from flowhelpers.core.files import writable_folder, write_whole
 from flowhelpers.core.machine import check_memory
-from flowhelpers.runs.run import progress
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import Tokens, run_model, tokenize
 
 if TYPE_CHECKING:

@@ -80,3 +80,32 @@ def suggestion(given: str, valid: Iterable[str]) -> str:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     listed = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
     return f"{hint} (valid: {listed})"
+
+
+def predecessor_sites(site: Site) -> dict[str, Site]:
+    """Where the features of a residual site may come from: R_{L-1}, M_L and A_L (paper 3.3).
+
+    Layer 0 has no residual predecessor (CHOICES 5).
+
+    Raises:
+        ValueError: If the site is not residual.
+    """
+    if site.module != "res":
+        raise ValueError(f"{site} has no predecessors: expected a residual site, such as 12/res")
+    modules = ("res", "mlp", "att") if site.layer else ("mlp", "att")
+    return {module: predecessor_site(site.layer, module) for module in modules}
+
+
+def predecessor_site(layer: int, module: str) -> Site:
+    """Where the predecessor of a feature of `layer` lies: R_{L-1}, M_L or A_L.
+
+    Raises:
+        ValueError: If there is no such module, or no stream before the layer.
+    """
+    if module not in MODULES:
+        raise ValueError(f"unknown module {module!r}{suggestion(module, MODULES)}")
+    if module == "res" and layer == 0:
+        raise ValueError(
+            "a feature of layer 0 has no predecessor in the stream: expected mlp or att"
+        )
+    return Site(layer - (module == "res"), module)

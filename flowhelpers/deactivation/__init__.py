@@ -1,0 +1,5 @@
+"""Does removing a predecessor remove the feature (paper 5.2)."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from flowhelpers.activations.sparse import FeatureActivations
-from flowhelpers.core.features import MODULES, Site
-from flowhelpers.groups.intervals import TIMES, mean_intervals
+from flowhelpers.core.bootstrap import TIMES, mean_intervals
+from flowhelpers.core.features import MODULES, Site, predecessor_site
 from flowhelpers.groups.occurrences import GROUPS, group_names, modules_of, with_dataset
 from flowhelpers.interventions.batched import PREDECESSORS, TARGET, Outcome, intervene
-from flowhelpers.matching.table import predecessor_site
 
 if TYPE_CHECKING:
     import pandas as pd

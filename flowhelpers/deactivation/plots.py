@@ -14,11 +14,28 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from flowhelpers.core.features import FeatureId
-from flowhelpers.core.marks import add_line, categories, looks, pattern, rated, unique_legend
+from flowhelpers.core.figures import (
+    COLOURS,
+    GREY,
+    INK,
+    NAMES,
+    SYMBOLS,
+    add_line,
+    categories,
+    dress,
+    error_bars,
+    escape,
+    legend_below,
+    looks,
+    pattern,
+    percent,
+    rated,
+    step,
+    unique_legend,
+)
 from flowhelpers.deactivation.experiments import CONTROL, OFF, SINGLE
-from flowhelpers.flow.plots import COLOURS, GREY, INK, NAMES, SYMBOLS, dress, escape, step
 from flowhelpers.groups.occurrences import GROUPS, modules_of
-from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS, error_bars, legend_below, percent
+from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -1,14 +1,22 @@
 """Flow graphs: chains of matches through the layers, with the predecessors in MLP and attention."""
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowhelpers.core.features import MODULES, FeatureId, parse_feature, suggestion
+from flowhelpers.core.features import suggestion
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+import json
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from flowhelpers.core.features import MODULES, FeatureId, parse_feature
 from flowhelpers.labels.on_neuronpedia import feature_page
 from flowhelpers.matching.table import check_threshold, classify, dominant_module, feature_scores
 
@@ -410,3 +418,19 @@ def _node(graph: FlowGraph, feature: FeatureId | str) -> str:
 def _in_order(graph: FlowGraph, features: Iterable[str]) -> list[str]:
     wanted = set(features)
     return [name for name in graph.nodes["feature"] if name in wanted]
+
+
+def keep_nodes(graph: FlowGraph, features: Iterable[str]) -> FlowGraph:
+    """The graph without nodes that are not named: what the paper does by hand, with labels in view.
+
+    Seeds stay. Edges stay where both ends do.
+
+    Raises:
+        ValueError: If nothing is left.
+    """
+    kept = {*features, *graph.seeds}
+    nodes = graph.nodes[graph.nodes["feature"].isin(kept)].reset_index(drop=True)
+    both = graph.edges["source"].isin(kept) & graph.edges["target"].isin(kept)
+    if nodes.empty:
+        raise ValueError("no node of the graph is left")
+    return replace(graph, nodes=nodes, edges=graph.edges[both].reset_index(drop=True))

@@ -16,6 +16,18 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from flowhelpers.core.features import MODULES, parse_feature, suggestion
+from flowhelpers.core.figures import (
+    COLOURS,
+    GREY,
+    INK,
+    MARGIN,
+    NAMES,
+    PALE,
+    SYMBOLS,
+    dress,
+    escape,
+    step,
+)
 from flowhelpers.flow.layout import Layout, flow_layout
 
 if TYPE_CHECKING:
@@ -25,10 +37,6 @@ if TYPE_CHECKING:
 
     from flowhelpers.flow.graph import FlowGraph
 
-COLOURS = {"res": "#0072B2", "mlp": "#D55E00", "att": "#009E73"}
-SYMBOLS = {"res": "R", "mlp": "M", "att": "A"}
-NAMES = {"att": "attention", "res": "stream", "mlp": "MLP"}
-GREY, PALE, INK = "#8C8C8C", "#F4F5F7", "#222222"
 HALO = ", ".join(f"{x}px {y}px 1px white" for x in (-1, 1) for y in (-1, 1))
 CONDITIONS = (GREY, "#0072B2", "#E69F00", "#CC79A7", "#56B4E9")
 CLASS_COLOURS = {
@@ -38,21 +46,6 @@ CLASS_COLOURS = {
     "unexplained": GREY,
 }
 NODE_COLOURS = CLASS_COLOURS | COLOURS
-MARGIN = {"l": 75, "r": 20, "t": 90, "b": 50}
-AXIS = {"showgrid": False, "zeroline": False, "linecolor": "#BBBBBB", "ticks": "outside"}
-TEMPLATE = go.layout.Template(
-    layout={
-        "font": {"family": "system-ui, -apple-system, 'Segoe UI', sans-serif", "color": INK},
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
-        "title": {"x": 0.01, "xanchor": "left", "subtitle": {"font": {"size": 12, "color": GREY}}},
-        "margin": MARGIN,
-        "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
-        "hoverlabel": {"bgcolor": "white", "align": "left", "font": {"color": INK}},
-        "xaxis": AXIS,
-        "yaxis": AXIS | {"gridcolor": "#E6E6E6", "showgrid": True},
-    }
-)
 
 
 def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
@@ -424,23 +417,12 @@ def before_after(table: pd.DataFrame, title: str, value: str, subtitle: str) -> 
     return figure.update_xaxes(type="category")
 
 
-def escape(text: str) -> str:
-    """Text that plotly shows as it is; it would draw `<b>` bold and knows no entity for quotes."""
-    return html.escape(text, quote=False).replace("\n", "<br>")
-
-
 def linked(text: str, address: str) -> str:
     """Text that plotly shows as it is, and that leads to a page if there is one."""
     text = escape(text)
     if not text or not address:
         return text
     return f'<a href="{html.escape(address)}" target="_blank">{text}</a>'
-
-
-def dress(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
-    """The figure with the look that all have, its title and its subtitle."""
-    heading = {"text": escape(title), "subtitle": {"text": escape(subtitle)}}
-    return figure.update_layout(template=TEMPLATE, title=heading, height=height)
 
 
 def _with_line_legend(figure: go.Figure) -> go.Figure:
@@ -486,8 +468,3 @@ def _box(
 
 def _with_gaps(starts: pd.Series[float], ends: pd.Series[float]) -> list[float | None]:
     return [place for pair in zip(starts, ends, strict=True) for place in (*pair, None)]
-
-
-def step(table: pd.DataFrame) -> int:
-    """How far apart ticks of layers stand."""
-    return 1 if table["layer"].nunique() <= 16 else 4

@@ -6,8 +6,9 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from flowhelpers.core.figures import COLOURS, GREY, INK, MARGIN, NAMES
 from flowhelpers.flow.layout import flow_layout
-from flowhelpers.flow.plots import CLASS_COLOURS, COLOURS, GREY, INK, MARGIN, NAMES, NODE_COLOURS
+from flowhelpers.flow.plots import CLASS_COLOURS, NODE_COLOURS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

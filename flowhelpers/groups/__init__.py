@@ -1,0 +1,5 @@
+"""Where an active feature comes from: groups and their statistics (paper 5.1)."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

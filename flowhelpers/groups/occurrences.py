@@ -5,14 +5,22 @@ predecessors (its matches in the stream before, the MLP and attention) are activ
 """
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from flowhelpers.core.features import MODULES, Site
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from flowhelpers.groups.occurrences import Occurrences
+
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flowhelpers.activations.sparse import FeatureActivations
-from flowhelpers.core.features import MODULES, Site
-from flowhelpers.matching.table import predecessor_site
+from flowhelpers.core.features import predecessor_site
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -357,3 +365,28 @@ def score_histograms(
                     frames.append(pd.DataFrame(frame | {"at": middles, "density": density}))
     columns = ["layer", "score", "group", "n", "at", "density"]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
+def youden_thresholds(found: "Occurrences") -> dict[tuple[int, str], float]:
+    """The score that best parts active from inactive predecessors, for each layer and site.
+
+    It is the cut of highest Youden's J (share of active above minus share of inactive above).
+    A layer and site whose predecessors are all active, or none, has no cut.
+
+    Args:
+        found: Active features with their predecessors' activity.
+    """
+    import numpy as np
+    from sklearn.metrics import roc_curve
+
+    cuts = {}
+    for layer, part in found.table.groupby("layer"):
+        for module in MODULES:
+            active, score = part[module].to_numpy(), part[f"s_{module}"].to_numpy()
+            if active.all() or not active.any() or np.isnan(score).all():
+                continue
+            false, true, limits = roc_curve(active, score)
+            best = int(np.argmax(true - false))
+            # roc_curve counts scores equal to its limit as above; here high is strictly above.
+            cuts[int(layer), module] = float(np.nextafter(min(limits[best], 1.0), -1))
+    return cuts

@@ -12,17 +12,20 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from flowhelpers.flow.plots import (
+from flowhelpers.core.figures import (
     COLOURS,
-    CONDITIONS,
     GREY,
     INK,
     NAMES,
     SYMBOLS,
     dress,
+    error_bars,
     escape,
+    legend_below,
+    percent,
     step,
 )
+from flowhelpers.flow.plots import CONDITIONS
 from flowhelpers.groups.occurrences import GROUPS
 
 if TYPE_CHECKING:
@@ -334,28 +337,6 @@ def together_by_cosine(table: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_yaxes(title="median over pairs", col=1)
     figure.update_yaxes(range=[-0.1, 1.03])
     return legend_below(figure)
-
-
-def legend_below(figure: go.Figure, room: int = 0) -> go.Figure:
-    """The legend under the axis titles, and `room` more: above, long subtitles run into it."""
-    margin = {"t": 110, "b": 115 + room}
-    height = figure.layout.height
-    place = {"x": 0, "xanchor": "left", "y": -(55 + room) / (height - 225), "yanchor": "top"}
-    return figure.update_layout(margin=margin, legend=place, height=height + room)
-
-
-def error_bars(part: pd.DataFrame) -> dict[str, object] | None:
-    """Error bars from `low` to `high` around `share`; none where the table has no intervals."""
-    if "low" not in part or part["low"].isna().all():
-        return None
-    up, down = part["high"] - part["share"], part["share"] - part["low"]
-    look = {"color": INK, "thickness": 1, "width": 2}
-    return {"type": "data", "array": up.clip(lower=0), "arrayminus": down.clip(lower=0)} | look
-
-
-def percent(share: float) -> str:
-    """A share in whole percent; a missing one is of an empty group."""
-    return "empty" if np.isnan(share) else f"{share:.0%}"
 
 
 def _in_words(row: dict[str, object]) -> str:

@@ -16,11 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowhelpers.activations.sparse import PASS_TENSORS
-from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.core.features import FeatureId, Site, predecessor_site
 from flowhelpers.core.machine import free_memory
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.interventions.edits import add_per_row, rescale_per_row
-from flowhelpers.matching.table import predecessor_site
-from flowhelpers.runs.run import progress
 from flowhelpers.suites.model import (
     Edit,
     Model,

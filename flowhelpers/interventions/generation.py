@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowhelpers.core.features import suggestion
-from flowhelpers.runs.run import progress
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import Activations, Edit, Model, editing, forward, tokenize
 
 PHASES = ("prompt", "generation")

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlencode
 
+from flowhelpers.core.cache import cache_folder
 from flowhelpers.core.features import Site, parse_site, suggestion
 from flowhelpers.core.files import writable_folder, write_whole
-from flowhelpers.core.tables import cache_folder
-from flowhelpers.runs.run import progress
+from flowhelpers.core.progress_bar import progress
 
 if TYPE_CHECKING:
     import httpx2

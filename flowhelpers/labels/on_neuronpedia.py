@@ -13,9 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from flowhelpers.core.cache import cache_folder
 from flowhelpers.core.features import FeatureId, Site, parse_feature, parse_site, suggestion
 from flowhelpers.core.files import writable_folder, write_whole
-from flowhelpers.core.tables import cache_folder
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.labels.neuronpedia import (
     API,
     DATASETS,
@@ -27,7 +28,6 @@ from flowhelpers.labels.neuronpedia import (
     feature_info,
     page,
 )
-from flowhelpers.runs.run import progress
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -208,7 +208,7 @@ def cosine_check(
     """
     import pandas as pd
 
-    from flowhelpers.matching.table import predecessor_site
+    from flowhelpers.core.features import predecessor_site
 
     if (of := table["suite"].iloc[0]) != suite.name:
         raise ValueError(f"a match table of {of}: expected one of {suite.name}")

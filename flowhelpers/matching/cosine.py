@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowhelpers.runs.run import progress
+from flowhelpers.core.progress_bar import progress
 
 MEMORY = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
 GROUP = 64  # columns of which the highest is taken first: far quicker than sorting out all

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from flowhelpers.core.features import MODULES, Site, suggestion
+from flowhelpers.core.cache import cached_table
+from flowhelpers.core.features import MODULES, Site, predecessor_sites, suggestion
 from flowhelpers.core.machine import check_device
-from flowhelpers.core.tables import cached_table
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.matching.cosine import Matches, unit_rows
 from flowhelpers.matching.matchers import (
     LEAST_ACTIVE,
@@ -30,12 +31,10 @@ from flowhelpers.matching.matchers import (
     pearson_candidates,
     random_of_top_k,
 )
-from flowhelpers.runs.run import progress
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from flowhelpers.groups.occurrences import Occurrences
     from flowhelpers.suites.load import Suite
     from flowhelpers.suites.saes import SAE
 
@@ -44,35 +43,6 @@ METHODS: tuple[Method, ...] = ("cosine", "random", "permutation", "pearson")
 CLASSES = ("translated", "processed", "newborn", "unexplained")
 NULL_QUANTILE = 0.999
 TABLE_VERSION = 2  # of what a table on disk holds: raise it when that changes
-
-
-def predecessor_sites(site: Site) -> dict[str, Site]:
-    """Where the features of a residual site may come from: R_{L-1}, M_L and A_L (paper 3.3).
-
-    Layer 0 has no residual predecessor (CHOICES 5).
-
-    Raises:
-        ValueError: If the site is not residual.
-    """
-    if site.module != "res":
-        raise ValueError(f"{site} has no predecessors: expected a residual site, such as 12/res")
-    modules = ("res", "mlp", "att") if site.layer else ("mlp", "att")
-    return {module: predecessor_site(site.layer, module) for module in modules}
-
-
-def predecessor_site(layer: int, module: str) -> Site:
-    """Where the predecessor of a feature of `layer` lies: R_{L-1}, M_L or A_L.
-
-    Raises:
-        ValueError: If there is no such module, or no stream before the layer.
-    """
-    if module not in MODULES:
-        raise ValueError(f"unknown module {module!r}{suggestion(module, MODULES)}")
-    if module == "res" and layer == 0:
-        raise ValueError(
-            "a feature of layer 0 has no predecessor in the stream: expected mlp or att"
-        )
-    return Site(layer - (module == "res"), module)
 
 
 def match_table(
@@ -400,31 +370,6 @@ def check_threshold(value: float, name: str) -> None:
     """
     if not -1 <= value <= 1:
         raise ValueError(f"threshold {value} for {name}: expected a cosine, from -1 to 1")
-
-
-def youden_thresholds(found: "Occurrences") -> dict[tuple[int, str], float]:
-    """The score that best parts active from inactive predecessors, for each layer and site.
-
-    It is the cut of highest Youden's J (share of active above minus share of inactive above).
-    A layer and site whose predecessors are all active, or none, has no cut.
-
-    Args:
-        found: Active features with their predecessors' activity.
-    """
-    import numpy as np
-    from sklearn.metrics import roc_curve
-
-    cuts = {}
-    for layer, part in found.table.groupby("layer"):
-        for module in MODULES:
-            active, score = part[module].to_numpy(), part[f"s_{module}"].to_numpy()
-            if active.all() or not active.any() or np.isnan(score).all():
-                continue
-            false, true, limits = roc_curve(active, score)
-            best = int(np.argmax(true - false))
-            # roc_curve counts scores equal to its limit as above; here high is strictly above.
-            cuts[int(layer), module] = float(np.nextafter(min(limits[best], 1.0), -1))
-    return cuts
 
 
 def transition(matches: Matches, width: int) -> Tensor:

@@ -12,6 +12,7 @@ the notebook, and tables that were finished are read, not computed a second time
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
@@ -21,10 +22,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from flowhelpers.core.files import new_folder, read_json, to_json, write_json, write_text, write_whole
+from flowhelpers.core.files import (
+    DATA,
+    new_folder,
+    read_json,
+    to_json,
+    write_json,
+    write_text,
+    write_whole,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +53,7 @@ PACKAGES = (
     "plotly",
     "pandas",
 )
-DECISIVE = ("notebook", "parameters", "choices", "suite", "revision", "seed")
+DECISIVE = ("notebook", "parameters", "choices")
 
 
 @dataclass(frozen=True)
@@ -124,43 +134,36 @@ class Run:
 
 def start_run(
     notebook: str,
-    parameters: Mapping[str, object],
+    namespace: Mapping[str, Any],
+    choices: Iterable[int] = (),
     *,
-    choices: Mapping[str, object] | None = None,
-    suite: str | None = None,
-    revision: str | None = None,
-    device: str | None = None,
-    seed: int | None = None,
     name: str | None = None,
 ) -> Run:
-    """Starts a run and writes its `config.json`.
+    """Starts a run and writes its `config.json`: parameters, choices, versions, device, seed.
 
     Under `flowhelpers run` the folder is the one it made; elsewhere a new one, below `runs/` or
     what the environment variable FLOWHELPERS_RUNS names.
 
     Args:
         notebook: The notebook's name.
-        parameters: Its parameters, as they are after any were overridden.
-        choices: What the paper leaves open and was settled here.
-        suite: The suite; `parameters["suite"]` unless given, and likewise `device` and `seed`.
-        revision: The suite's revision.
-        device: What the model runs on.
-        seed: The seed of what is random.
+        namespace: `globals()`, of which what earlier cells gave with a type is recorded, such as
+            `seed: int = 0`; outside a notebook the parameters themselves.
+        choices: Rows of CHOICES.md that bear on the notebook's numbers.
         name: A word to tell this run's folder from others.
 
     Raises:
         ValueError: If a run is taken up again with other settings than it was started with.
         OSError: If no folder can be made.
     """
+    parameters = _parameters(namespace)
     asked = parameters.get("device")
     config = {
         "notebook": notebook,
-        "parameters": dict(parameters),
-        "choices": dict(choices or {}),
-        "suite": suite or parameters.get("suite"),
-        "revision": revision,
-        "device": device or (asked if asked != "auto" else None) or _device(),
-        "seed": parameters.get("seed") if seed is None else seed,
+        "parameters": parameters,
+        "choices": {str(number): settled_choices()[number] for number in choices},
+        "suite": parameters.get("suite", parameters.get("suites")),
+        "device": (asked if asked != "auto" else None) or _device(),
+        "seed": parameters.get("seed"),
         "versions": _versions(),
         "platform": platform.platform(),
         "started": [time.strftime("%Y-%m-%d %H:%M:%S")],
@@ -183,28 +186,17 @@ def start_run(
     return Run(folder, frozenset(file.stem for file in folder.glob("tables/*.parquet")))
 
 
+def settled_choices() -> dict[int, str]:
+    """What the paper leaves open and how it is settled here, by the row's number in CHOICES.md."""
+    text = (DATA.parent / "CHOICES.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \|", text, re.MULTILINE)
+    return {int(number): f"{question}: {default}" for number, question, default in rows}
+
+
 def folder_name(notebook: str, name: str | None = None) -> str:
     """The name of a run's folder: `<time>-<notebook>[-name]`."""
     parts = [time.strftime("%Y%m%d-%H%M%S"), notebook, name]
     return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in parts if part)
-
-
-def progress(iterable: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
-    """The iterable with a progress bar and the time left, shown once it takes over two seconds.
-
-    The bar is a widget before a live front end and plain text elsewhere, where it is redrawn
-    seldom enough not to swell the notebook that stores it.
-    """
-    options: dict[str, Any] = {"desc": desc, "total": total, "delay": 2, "leave": False}
-    if live():
-        from tqdm.notebook import tqdm
-    else:
-        from tqdm import tqdm
-
-        # All on one line: a stored page would show the codes that move the cursor between lines.
-        options |= {"position": 0, "file": sys.stderr}
-        options["mininterval"] = 0.1 if sys.stderr.isatty() else 5
-    return tqdm(iterable, **options)
 
 
 def environment() -> str:
@@ -220,14 +212,14 @@ def environment() -> str:
     )
 
 
-def live() -> bool:
-    """Whether a front end with a person before it runs this cell, so that widgets are of use.
-
-    Such a front end offers to answer `input()`; papermill and nbconvert do not.
-    """
-    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    request = shell.get_parent() if hasattr(shell, "get_parent") else {}
-    return bool(request.get("content", {}).get("allow_stdin"))
+def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of names that cells give with a type, up to the one that starts the run."""
+    if "In" not in namespace:
+        return dict(namespace)
+    cells = takewhile(lambda cell: "start_run(" not in cell, namespace["In"])
+    lines = [line for cell in cells for line in ast.parse(cell).body]
+    names = [line.target for line in lines if isinstance(line, ast.AnnAssign)]
+    return {name.id: namespace[name.id] for name in names if isinstance(name, ast.Name)}
 
 
 def _store_figures_as_html() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
-from flowhelpers.runs.run import progress
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.steering.plans import Plan, SteeringVectors, Step, row_edits, steering_vectors
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.model import Activations, Edit, Model, logits_of, run_model, tokenize

@@ -12,10 +12,10 @@ import torch
 
 from flowhelpers.activations.preflight import preflight_once
 from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.interventions.edits import add_per_row
 from flowhelpers.interventions.generation import prompt_ids
 from flowhelpers.labels.describe import logit_lens
-from flowhelpers.runs.run import progress
 from flowhelpers.suites.model import cache_prompt, run_model
 
 if TYPE_CHECKING:

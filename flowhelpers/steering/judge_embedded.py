@@ -17,7 +17,7 @@ import torch
 
 from flowhelpers.activations.corpora import load_texts, passages, subjects
 from flowhelpers.core.features import suggestion
-from flowhelpers.runs.run import progress
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import Model, logits_of, token_losses, tokenize
 
 if TYPE_CHECKING:

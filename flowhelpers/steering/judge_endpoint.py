@@ -18,11 +18,10 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from flowhelpers.core.cache import DiskCache, cache_folder, key_of
 from flowhelpers.core.features import suggestion
 from flowhelpers.core.files import DATA
-from flowhelpers.core.kept import DiskCache, key_of
-from flowhelpers.core.tables import cache_folder
-from flowhelpers.runs.run import progress
+from flowhelpers.core.progress_bar import progress
 
 if TYPE_CHECKING:
     import pandas as pd

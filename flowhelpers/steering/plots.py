@@ -20,9 +20,21 @@ from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from flowhelpers.core.features import suggestion
-from flowhelpers.core.marks import add_line, categories, looks, pattern, rated, unique_legend
-from flowhelpers.flow.plots import COLOURS, INK, NAMES, dress, escape
-from flowhelpers.groups.plots import error_bars, legend_below
+from flowhelpers.core.figures import (
+    COLOURS,
+    INK,
+    NAMES,
+    add_line,
+    categories,
+    dress,
+    error_bars,
+    escape,
+    legend_below,
+    looks,
+    pattern,
+    rated,
+    unique_legend,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from flowhelpers.core.kept import DiskCache, key_of
-from flowhelpers.groups.intervals import mean_intervals
-from flowhelpers.runs.run import progress
+from flowhelpers.core.bootstrap import mean_intervals
+from flowhelpers.core.cache import DiskCache, key_of
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.steering.controls import side_effects
 from flowhelpers.steering.plans import Plan, SteeringVectors, steer
 

@@ -1,7 +1,7 @@
 """Themes to steer for: those of the paper or of the passages, their judges and their features."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -9,7 +9,6 @@ import numpy as np
 from flowhelpers.activations.corpora import subjects
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site, suggestion
-from flowhelpers.flow.graph import FlowGraph
 from flowhelpers.labels.describe import subject_scores
 from flowhelpers.steering.judge_embedded import EmbeddedJudge, check_theme, embedded_judge
 from flowhelpers.steering.judge_endpoint import EndpointJudge, endpoint_judge
@@ -142,22 +141,6 @@ def theme_features(
         parts.append(frame.assign(layer=site.layer, module=site.module))
     found = pd.concat(parts, ignore_index=True)
     return found.sort_values(["auc", "share"], ascending=False, kind="stable", ignore_index=True)
-
-
-def keep_nodes(graph: FlowGraph, features: Iterable[str]) -> FlowGraph:
-    """The graph without nodes that are not named: what the paper does by hand, with labels in view.
-
-    Seeds stay. Edges stay where both ends do.
-
-    Raises:
-        ValueError: If nothing is left.
-    """
-    kept = {*features, *graph.seeds}
-    nodes = graph.nodes[graph.nodes["feature"].isin(kept)].reset_index(drop=True)
-    both = graph.edges["source"].isin(kept) & graph.edges["target"].isin(kept)
-    if nodes.empty:
-        raise ValueError("no node of the graph is left")
-    return replace(graph, nodes=nodes, edges=graph.edges[both].reset_index(drop=True))
 
 
 def clearest_themes(features: "dict[str, pd.DataFrame]", n: int, best: int = 8) -> list[str]:

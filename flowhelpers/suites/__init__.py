@@ -1,0 +1,5 @@
+"""One language model and its SAEs: what is known, files, model, loading."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

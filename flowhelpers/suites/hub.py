@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from flowhelpers.core.cache import cache_folder
 from flowhelpers.core.features import suggestion
 from flowhelpers.core.files import writable_folder, write_whole
-from flowhelpers.core.tables import cache_folder
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -4,6 +4,11 @@ Every suite, the embedded one included, is described in the same few words: a ro
 `data/suites.yaml`, or the `suite.yaml` of a folder.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -377,3 +382,6 @@ def _count_parameters(model: Path, saes: Mapping[Site, Any]) -> int:
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or corrupt: {error}") from error
     return total
+
+
+GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features

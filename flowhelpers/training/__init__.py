@@ -1,0 +1,5 @@
+"""A suite of one's own: language model, SAEs and their card."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

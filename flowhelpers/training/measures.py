@@ -11,12 +11,12 @@ import torch
 
 from flowhelpers.activations.corpora import load_texts, passages
 from flowhelpers.activations.sparse import FeatureActivations, collect, collect_tokens
-from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.core.features import FeatureId, Site, predecessor_sites
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.groups.significance import mann_whitney_tests, share_significant
 from flowhelpers.labels.describe import auc, top_contexts, top_logit_tokens, top_tokens
-from flowhelpers.matching.table import feature_scores, match_table, predecessor_sites
-from flowhelpers.runs.run import progress
+from flowhelpers.matching.table import feature_scores, match_table
 from flowhelpers.suites.model import (
     Activations,
     Edit,

@@ -6,8 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flowhelpers.across.phases import explained, fit_phases, paper_phases, segments
-from flowhelpers.paper import PHASES
+from flowhelpers.across.phases import PHASES, explained, fit_phases, paper_phases, segments
 
 
 def every_division(rows: int, parts: int) -> list[tuple[tuple[int, int], ...]]:

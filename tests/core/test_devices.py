@@ -28,8 +28,7 @@ from flowhelpers.interventions.edits import add, add_per_row, rescale, set_to
 from flowhelpers.labels import describe as labels
 from flowhelpers.matching import cosine
 from flowhelpers.matching.table import match_table, transition
-from flowhelpers.steering import controls, effects
-from flowhelpers.steering import plans as steering
+from flowhelpers.steering import controls, effects, plans as steering
 from flowhelpers.steering.judge_embedded import mean_losses
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import final_norm, logits_of, tokenize

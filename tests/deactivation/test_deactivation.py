@@ -12,7 +12,7 @@ import toys
 from adder import ALL, ATT, COPY, MLP, OTHER, SUM
 
 from flowhelpers.activations.sparse import collect_tokens
-from flowhelpers.core.features import MODULES, Site
+from flowhelpers.core.features import MODULES, Site, predecessor_site
 from flowhelpers.deactivation.experiments import (
     CONTROL,
     OFF,
@@ -31,7 +31,6 @@ from flowhelpers.deactivation.experiments import (
     table_1,
 )
 from flowhelpers.groups.occurrences import GROUPS, modules_of
-from flowhelpers.matching.table import predecessor_site
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model, tokenize
 
@@ -263,7 +262,7 @@ def test_rates_are_means_within_groups_with_intervals_of_texts(world: SimpleName
     assert rates.loc[RES, "success"] == pytest.approx(copies)
     assert rates.loc[RES, "change"] == pytest.approx(copies)
     # By hand: draw texts anew, and take the share over all their cases.
-    from flowhelpers.groups.intervals import resamples
+    from flowhelpers.core.bootstrap import resamples
 
     of_text = from_res.groupby("text")["success"].agg(["sum", "count"]).reindex(range(3))
     drawn = resamples(tokens, 50)

@@ -5,6 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
+from flowhelpers.core.figures import COLOURS
 from flowhelpers.deactivation.experiments import CONTROL, OFF, SINGLE
 from flowhelpers.deactivation.plots import (
     AFTER_COLOURS,
@@ -20,7 +21,6 @@ from flowhelpers.deactivation.plots import (
     rescaling_sweep,
     written_against_change,
 )
-from flowhelpers.flow.plots import COLOURS
 from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS
 

@@ -13,7 +13,7 @@ import torch
 import toys
 from torch import Tensor
 
-from flowhelpers.core import tables
+from flowhelpers.core.cache import CACHE
 from flowhelpers.core.features import Site, parse_feature
 from flowhelpers.flow.files import load_graph, save_graph, to_attribution_graph
 from flowhelpers.flow.graph import (
@@ -39,7 +39,7 @@ AXES = torch.eye(12)
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables are kept in a folder of the test's own."""
-    monkeypatch.setenv(tables.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
 
 
 @pytest.fixture

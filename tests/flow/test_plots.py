@@ -13,15 +13,12 @@ import torch
 import toys
 
 from flowhelpers.core.features import Site
+from flowhelpers.core.figures import COLOURS, GREY, INK, TEMPLATE
 from flowhelpers.flow.graph import FlowGraph, flow_graph, labelled
 from flowhelpers.flow.layout import flow_layout
 from flowhelpers.flow.plots import (
     CLASS_COLOURS,
-    COLOURS,
     CONDITIONS,
-    GREY,
-    INK,
-    TEMPLATE,
     against_chance,
     agreement_map,
     before_after,

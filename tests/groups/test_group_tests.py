@@ -9,9 +9,9 @@ import pytest
 from counted import planted_occurrences
 from scipy.stats import false_discovery_control, mannwhitneyu
 
+from flowhelpers.core.bootstrap import resamples
 from flowhelpers.core.features import MODULES
 from flowhelpers.groups.intervals import (
-    resamples,
     share_intervals,
     significance_intervals,
     transition_intervals,

@@ -15,11 +15,10 @@ import toys
 from torch import Tensor
 
 from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
-from flowhelpers.core.features import MODULES, FeatureId, Site
+from flowhelpers.core.features import MODULES, FeatureId, Site, predecessor_site
 from flowhelpers.interventions import batched as interventions
 from flowhelpers.interventions.batched import intervene, rows_at_once
 from flowhelpers.interventions.edits import add, add_per_row, rescale
-from flowhelpers.matching.table import predecessor_site
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import (
     Edit,

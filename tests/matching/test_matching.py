@@ -12,21 +12,13 @@ import torch
 import toys
 from torch import Tensor
 
-from flowhelpers.core import tables
-from flowhelpers.core.features import Site
-from flowhelpers.groups.occurrences import Occurrences
+from flowhelpers.core.cache import CACHE
+from flowhelpers.core.features import Site, predecessor_sites
+from flowhelpers.groups.occurrences import Occurrences, youden_thresholds
 from flowhelpers.matching import table as matching
 from flowhelpers.matching.cosine import Matches
 from flowhelpers.matching.matchers import null_cosines
-from flowhelpers.matching.table import (
-    agreement,
-    classify,
-    feature_scores,
-    match_table,
-    predecessor_sites,
-    transition,
-    youden_thresholds,
-)
+from flowhelpers.matching.table import agreement, classify, feature_scores, match_table, transition
 from flowhelpers.suites.load import Suite, load_suite
 
 CODE = {"res": 0, "mlp": 1, "att": 2}
@@ -35,7 +27,7 @@ CODE = {"res": 0, "mlp": 1, "att": 2}
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Tables are kept in a folder of the test's own."""
-    monkeypatch.setenv(tables.CACHE, str(tmp_path / "cache"))
+    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     return tmp_path / "cache" / "matches"
 
 

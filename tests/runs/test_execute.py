@@ -29,8 +29,9 @@ GOOD = [
     import pandas as pd
     import plotly.graph_objects as go
     from ipywidgets import IntSlider
-    from flowhelpers.runs.run import live, start_run
-    run = start_run("01_good", dict(new=new, words=words, device=device), seed=1)
+    from flowhelpers.core.progress_bar import live
+    from flowhelpers.runs.run import start_run
+    run = start_run("01_good", globals())
     squares = run.table("squares", lambda: pd.DataFrame({"n": range(new)}).eval("n2 = n * n"))
     """,
     'run.figure("curve", go.Figure(go.Scatter(y=[3, 1, 2], name="planted trace")))',
@@ -50,7 +51,7 @@ SLOW = [
     from pathlib import Path
     import pandas as pd
     from flowhelpers.runs.run import start_run
-    run = start_run("01_slow", dict(k=k))
+    run = start_run("01_slow", globals())
     here = Path(os.environ["FLOWHELPERS_NOTEBOOKS"])
     """,
     """
@@ -278,7 +279,9 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         json.loads("")  # a ValueError, of a library
 
     for error in (TypeError("a bug"), KeyError("a bug"), None):
-        monkeypatch.setattr("flowhelpers.training.card.stored_bars", lambda _, error=error: fail(error))
+        monkeypatch.setattr(
+            "flowhelpers.training.card.stored_bars", lambda _, error=error: fail(error)
+        )
         with pytest.raises((TypeError, KeyError, ValueError)):
             main(["card"])
 

@@ -12,9 +12,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from flowhelpers.runs import run as runs
 from flowhelpers.core.files import new_folder, write_text, write_whole
-from flowhelpers.runs.run import RUN_DIR, RUNS, live, progress, start_run
+from flowhelpers.core.progress_bar import live, progress
+from flowhelpers.runs import run as runs
+from flowhelpers.runs.run import RUN_DIR, RUNS, start_run
 
 
 @pytest.fixture
@@ -36,12 +37,13 @@ def test_import_loads_nothing_heavy() -> None:
 
 def test_config_says_what_was_asked(folder: Path) -> None:
     asked = {"suite": "flowlet", "layers": [1, 2], "seed": 7, "share": np.float64(0.5)}
-    run = start_run("01_matching", asked, choices={"null": "rotated"}, revision="abc")
+    run = start_run("01_matching", asked, [27])
     config = json.loads((folder / "config.json").read_text())
     assert run.folder == folder
     assert config["parameters"] == asked
-    assert config["choices"] == {"null": "rotated"}
-    assert (config["suite"], config["revision"], config["seed"]) == ("flowlet", "abc", 7)
+    assert list(config["choices"]) == ["27"]
+    assert config["choices"]["27"].startswith("classes A–D: a predecessor score is high where")
+    assert (config["suite"], config["seed"]) == ("flowlet", 7)
     assert config["versions"]["python"] == sys.version.split()[0]
     assert config["versions"]["pandas"] == pd.__version__
 
@@ -104,11 +106,11 @@ def test_table_stopped_midway_is_not_taken_for_finished(folder: Path) -> None:
 
 
 def test_other_settings_are_refused_by_name(folder: Path) -> None:
-    start_run("n", {"k": 3, "layers": [1]}, suite="flowlet")
+    start_run("n", {"k": 3, "suite": "flowlet"})
     with pytest.raises(ValueError, match=r"k was 3 and is now 4$"):
-        start_run("n", {"k": 4, "layers": [1]}, suite="flowlet")
+        start_run("n", {"k": 4, "suite": "flowlet"})
     with pytest.raises(ValueError, match="suite was 'flowlet' and is now 'gemma-2-2b'"):
-        start_run("n", {"k": 3, "layers": [1]}, suite="gemma-2-2b")
+        start_run("n", {"k": 3, "suite": "gemma-2-2b"})
     assert json.loads((folder / "config.json").read_text())["parameters"]["k"] == 3
 
 

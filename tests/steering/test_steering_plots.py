@@ -5,7 +5,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from flowhelpers.flow.plots import COLOURS
+from flowhelpers.core.figures import COLOURS
 from flowhelpers.steering.plots import (
     BEST,
     CONTROL_LOOKS,

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 from flowhelpers.activations.corpora import subjects
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
-from flowhelpers.flow.graph import FlowGraph, flow_graph
+from flowhelpers.flow.graph import FlowGraph, flow_graph, keep_nodes
 from flowhelpers.labels.describe import auc
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering import themes
@@ -23,7 +23,6 @@ from flowhelpers.steering.themes import (
     Theme,
     clearest_themes,
     judge_of,
-    keep_nodes,
     theme_features,
     theme_of,
 )

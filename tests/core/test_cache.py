@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flowhelpers.core.kept import DiskCache, key_of
+from flowhelpers.core.cache import DiskCache, key_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,7 +99,7 @@ def test_processes_share_it_and_lose_nothing(tmp_path: Path):
     code = """if True:
         import sys
         from pathlib import Path
-        from flowhelpers.core.kept import Kept
+        from flowhelpers.core.cache import DiskCache
         for number in range(40):
             DiskCache(Path(sys.argv[1])).put({f"{sys.argv[2]}-{number}": number})
     """
@@ -114,7 +114,7 @@ def test_a_killed_process_loses_nothing_that_it_had(tmp_path: Path):
     code = """if True:
         import itertools, sys
         from pathlib import Path
-        from flowhelpers.core.kept import Kept
+        from flowhelpers.core.cache import DiskCache
         for number in itertools.count():
             DiskCache(Path(sys.argv[1])).put({str(number): number})
             print(number, flush=True)

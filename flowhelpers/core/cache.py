@@ -1,0 +1,152 @@
+"""What was computed or answered once is kept on disk under a key of all that it depends on."""
+
+import hashlib
+import json
+import os
+import sqlite3
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowhelpers.core.files import writable_folder, write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CACHE = "FLOWHELPERS_CACHE"  # where tables are kept; the user's cache folder unless set
+
+
+def cache_folder() -> Path:
+    """Where tables are kept; the environment variable FLOWHELPERS_CACHE may name another place."""
+    import platformdirs
+
+    given = os.environ.get(CACHE)
+    return Path(given) if given else platformdirs.user_cache_path("flowhelpers")
+
+
+def cached_table(
+    kind: str,
+    key: Mapping[str, Any],
+    compute: "Callable[[], pd.DataFrame]",
+    folder: Path | None = None,
+    version: int = 1,
+) -> "pd.DataFrame":
+    """A table from disk, or computed and put there.
+
+    A file appears whole or not at all, so that processes may share the folder. One that cannot be
+    read, was made for another key or is of another version is made again, with a warning.
+
+    Args:
+        kind: The folder's name within the cache.
+        key: All that the table depends on.
+        compute: Makes the table.
+        folder: Of the cache; `cache_folder()` unless given.
+        version: Of how such tables are computed.
+
+    Raises:
+        OSError: If the folder cannot be written to, before anything is computed.
+    """
+    import pandas as pd
+    import pyarrow.parquet as parquet
+    from pyarrow import ArrowException, Table
+
+    text = json.dumps(key, sort_keys=True, ensure_ascii=False)
+    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    mark = f"{digest} version {version}"
+    path = Path(folder or cache_folder()) / kind / f"{digest}.parquet"
+    if path.exists():
+        try:
+            found = parquet.read_table(path, page_checksum_verification=True)
+            made = (found.schema.metadata or {}).get(b"flowhelpers", b"").decode(errors="replace")
+            if made == mark:
+                return found.to_pandas()
+            problem = f"{path} is made again: it was made for something else"
+            if made.startswith(digest):  # one word for all such files
+                problem = f"{kind} on disk are made again: they are of"
+                problem += f"{made.removeprefix(digest)}, this is version {version}"
+        except (ArrowException, OSError) as error:
+            problem = f"{path} is made again: {str(error).partition(chr(10))[0]}"
+        warnings.warn(problem, stacklevel=2)
+    writable_folder(path.parent)
+    table = compute()
+    arrow = Table.from_pandas(pd.DataFrame(table), preserve_index=False)
+    arrow = arrow.replace_schema_metadata((arrow.schema.metadata or {}) | {"flowhelpers": mark})
+    write_whole(path, lambda file: parquet.write_table(arrow, file, write_page_checksum=True))
+    return arrow.to_pandas()
+
+
+PATIENCE = 60.0  # seconds to wait while another process writes
+
+
+@dataclass(frozen=True)
+class DiskCache:
+    """Answers in one SQLite file, which several processes may share.
+
+    What was put is there for good once `put` returns: a process that is killed loses none of it. No
+    connection stays open between calls.
+
+    A file that is no such store is left as it is, and an error says so: answers may have been paid
+    for, and a path may be a mistake.
+
+    Attributes:
+        path: The file; made, with its folder, when something is put.
+    """
+
+    path: Path
+
+    def get(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The answers that are there, by their keys.
+
+        Raises:
+            ValueError: If the file is no store of answers.
+            OSError: If it cannot be read.
+        """
+        if not self.path.exists():
+            return {}
+        with self._open() as database:
+            ask = "SELECT key, value FROM kept WHERE key = ?"
+            found = [database.execute(ask, (key,)).fetchone() for key in keys]
+        return {row[0]: json.loads(row[1]) for row in found if row}
+
+    def put(self, items: Mapping[str, Any]) -> None:
+        """Keeps answers, all or none of them; one with the same key is replaced.
+
+        Args:
+            items: Values that JSON can hold, by their keys.
+
+        Raises:
+            ValueError: If the file is no store of answers.
+            OSError: If it cannot be written.
+        """
+        rows = [(key, json.dumps(value)) for key, value in items.items()]
+        writable_folder(self.path.parent)
+        with self._open() as database:
+            database.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """A connection for one transaction."""
+        try:
+            with closing(sqlite3.connect(self.path, timeout=PATIENCE)) as database, database:
+                database.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value)")
+                yield database
+        except sqlite3.OperationalError as error:
+            raise OSError(f"cannot use the answers kept in {self.path}: {error}") from error
+        except sqlite3.DatabaseError as error:
+            raise ValueError(
+                f"{self.path} is no store of answers: {error}."
+                " Give another path, or move the file away"
+            ) from error
+
+
+def key_of(value: Mapping[str, Any]) -> str:
+    """A digest of what was asked: the same whatever the order of its keys.
+
+    Args:
+        value: What JSON can hold.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -1,0 +1,37 @@
+"""A progress bar wherever a notebook is read: widget in JupyterLab, text under papermill."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def progress(iterable: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
+    """The iterable with a progress bar and the time left, shown once it takes over two seconds.
+
+    The bar is a widget before a live front end and plain text elsewhere, where it is redrawn
+    seldom enough not to swell the notebook that stores it.
+    """
+    options: dict[str, Any] = {"desc": desc, "total": total, "delay": 2, "leave": False}
+    if live():
+        from tqdm.notebook import tqdm
+    else:
+        from tqdm import tqdm
+
+        # All on one line: a stored page would show the codes that move the cursor between lines.
+        options |= {"position": 0, "file": sys.stderr}
+        options["mininterval"] = 0.1 if sys.stderr.isatty() else 5
+    return tqdm(iterable, **options)
+
+
+def live() -> bool:
+    """Whether a front end with a person before it runs this cell, so that widgets are of use.
+
+    Such a front end offers to answer `input()`; papermill and nbconvert do not.
+    """
+    shell: Any = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    request = shell.get_parent() if hasattr(shell, "get_parent") else {}
+    return bool(request.get("content", {}).get("allow_stdin"))

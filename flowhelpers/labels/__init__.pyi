@@ -1,0 +1,17 @@
+from .describe import (
+    auc as auc,
+    describe_features as describe_features,
+    logit_lens as logit_lens,
+    read_labels as read_labels,
+    subject_scores as subject_scores,
+    top_contexts as top_contexts,
+    top_logit_tokens as top_logit_tokens,
+    top_tokens as top_tokens,
+)
+from .on_neuronpedia import (
+    cosine_check as cosine_check,
+    feature_embed as feature_embed,
+    feature_page as feature_page,
+    neuronpedia_labels as neuronpedia_labels,
+    single_labels as single_labels,
+)

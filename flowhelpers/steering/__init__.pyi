@@ -1,0 +1,53 @@
+from .controls import (
+    difference_of_means as difference_of_means,
+    random_feature_control as random_feature_control,
+    scale_plan as scale_plan,
+    side_effects as side_effects,
+    total_norm as total_norm,
+)
+from .effects import (
+    output_scores as output_scores,
+)
+from .judge_embedded import (
+    theme_stems as theme_stems,
+)
+from .plans import (
+    STRATEGIES as STRATEGIES,
+    load_plan as load_plan,
+    make_plan as make_plan,
+    plan_or_none as plan_or_none,
+    save_plan as save_plan,
+    schedule as schedule,
+    steer as steer,
+)
+from .plots import (
+    best_by_layer as best_by_layer,
+    best_by_strength as best_by_strength,
+    dose_response as dose_response,
+    features_by_layer as features_by_layer,
+    score_against as score_against,
+    steered_by_layer as steered_by_layer,
+    strategies_by_theme as strategies_by_theme,
+    suppression_by_layer as suppression_by_layer,
+)
+from .sweeps import (
+    SweepCell as SweepCell,
+    beside_unsteered as beside_unsteered,
+    best_cells as best_cells,
+    cell_means as cell_means,
+    paired_differences as paired_differences,
+    score_texts as score_texts,
+    select_cells as select_cells,
+    strategy_cells as strategy_cells,
+    sweep as sweep,
+    with_costs as with_costs,
+)
+from .text_table import (
+    marked_generations as marked_generations,
+)
+from .themes import (
+    clearest_themes as clearest_themes,
+    judge_of as judge_of,
+    theme_features as theme_features,
+    theme_of as theme_of,
+)
