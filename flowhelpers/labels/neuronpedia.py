@@ -414,7 +414,7 @@ def _download(model_id: str, source: str, base_url: str) -> "pyarrow.Table":
         "line": pa.int32(),
         "index": pa.int64(),
         "label": pa.string(),
-        "explained_by": pa.sae(pa.int32(), pa.string()),
+        "explained_by": pa.dictionary(pa.int32(), pa.string()),
     }
     schema = pa.schema(list(kinds.items()), metadata={"flowhelpers": json.dumps(about)})
     return pa.Table.from_pandas(frame, schema=schema, preserve_index=False).replace_schema_metadata(

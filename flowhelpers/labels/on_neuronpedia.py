@@ -334,7 +334,7 @@ def _write(path: Path, frame: "pd.DataFrame", sites: Mapping[str, Mapping[str, A
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    few = pa.sae(pa.int32(), pa.string())
+    few = pa.dictionary(pa.int32(), pa.string())
     kinds = dict(zip(COLUMNS, (few, pa.int32(), pa.string(), few), strict=True))
     about = {"version": VERSION, "sites": sites}
     schema = pa.schema(list(kinds.items()), metadata={"flowhelpers": json.dumps(about)})

@@ -236,7 +236,7 @@ def _trainer(recipe: SAERecipe, model: Model, site: Site, model_name: str | None
         logger=LoggingConfig(log_to_wandb=False),
         n_batches_for_norm_estimate=1,
     )
-    return SAETrainer(cfg=config, lens_sae=lens_sae, data_provider=iter(()))
+    return SAETrainer(cfg=config, sae=lens_sae, data_provider=iter(()))
 
 
 def _threads(device: torch.device) -> ThreadPoolExecutor:

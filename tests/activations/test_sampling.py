@@ -165,7 +165,7 @@ def test_a_pass_that_was_stopped_goes_on_and_ends_the_same(
         calls.append(1)
         return true(*args, **options)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(activations, "run", counted)
+    monkeypatch.setattr(activations, "run_model", counted)
     with pytest.raises(Stopped):
         read_sample(planted, sample, tmp_path / "stopped", batch=2)
     batches = -(-len(sample.texts) // 2)
@@ -175,7 +175,7 @@ def test_a_pass_that_was_stopped_goes_on_and_ends_the_same(
         passes.append(1)
         return true(*args, **options)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(activations, "run", second)
+    monkeypatch.setattr(activations, "run_model", second)
     again = read_sample(planted, sample, tmp_path / "stopped", batch=2)
     assert len(passes) == batches - after  # each text is read once, whatever happened
     for site, codes in whole.by_site.items():
@@ -201,7 +201,7 @@ def test_encoding_that_was_stopped_goes_on_and_ends_the_same(
     with pytest.raises(Stopped):
         read_sample(planted, sample, tmp_path / "stopped", batch=2)
     monkeypatch.setattr(activations, "_encoded", true)
-    monkeypatch.setattr(activations, "run", None)  # the model has been run already
+    monkeypatch.setattr(activations, "run_model", None)  # the model has been run already
     again = read_sample(planted, sample, tmp_path / "stopped", batch=2)
     for site, codes in whole.by_site.items():
         assert (codes != again.by_site[site]).nnz == 0
@@ -359,7 +359,7 @@ def test_a_pass_takes_fewer_texts_where_there_are_more_sites(planted: Suite, sam
 def test_too_little_memory_or_disk_is_told_before_the_pass(
     planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(activations, "run", None)
+    monkeypatch.setattr(activations, "run_model", None)
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(activations, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"the sample needs .* MiB of disk; .* has 0 MiB"):

@@ -162,7 +162,7 @@ def test_layers_apart_and_together_give_the_same(
         passes.append(given[4])
         return run_model(*given)
 
-    monkeypatch.setattr(interventions, "run", watched)
+    monkeypatch.setattr(interventions, "run_model", watched)
     for suite in (flowlet.suite, apart):
         outcomes.append(intervene(suite, flowlet.tokens, cases, edits, places, batch_size=9))
         passes.append(None)
@@ -304,7 +304,7 @@ def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, monkeypatch: 
         passes.append((given[1].shape, given[4], len(given[5])))
         return run_model(*given)
 
-    monkeypatch.setattr(interventions, "run", watched)
+    monkeypatch.setattr(interventions, "run_model", watched)
     cases = cases_of((0, 5, 2), (0, 5, 2), (0, 8, 6))
     edits = edits_of((0, "res", 3, 1.0), (1, "mlp", 3, 1.0), (2, "att", 3, 1.0))
     intervene(flowlet.suite, flowlet.tokens, cases, edits)
@@ -329,7 +329,7 @@ def test_memory_that_runs_out_halves_the_batch_and_goes_on(
             raise torch.OutOfMemoryError("no room")
         return run_model(model, ids, *rest)
 
-    monkeypatch.setattr(interventions, "run", small)
+    monkeypatch.setattr(interventions, "run_model", small)
     with pytest.warns(UserWarning, match="ran out of memory with 20 interventions .* with 10"):
         found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
     n = known.after[0, "res"].shape[0]
@@ -339,7 +339,7 @@ def test_memory_that_runs_out_halves_the_batch_and_goes_on(
     assert found.losses is not None
     assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
 
-    monkeypatch.setattr(interventions, "run", run_model)
+    monkeypatch.setattr(interventions, "run_model", run_model)
     whole = interventions.token_losses
 
     def short(logits: Tensor, ids: Tensor) -> Tensor:  # with the logits there, the loss finds none
@@ -356,7 +356,7 @@ def test_memory_that_runs_out_halves_the_batch_and_goes_on(
     def none(*given: Any) -> Any:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(interventions, "run", none)
+    monkeypatch.setattr(interventions, "run_model", none)
     with (
         pytest.warns(UserWarning, match="ran out of memory"),
         pytest.raises(MemoryError, match="not even one intervention"),

@@ -136,7 +136,7 @@ def write(folder: Path, row: object) -> None:
         ({"saes": None}, "the key 'saes' is missing"),
         ({"sae": {}}, "unknown key 'sae'; did you mean 'saes'"),
         ({"saes": {}}, "no SAE is named"),
-        ({"saes": ["0-res"]}, r"SAEs is \['0-res'\], expected a mapping"),
+        ({"saes": ["0-res"]}, r"saes is \['0-res'\], expected a mapping"),
         ({"saes": {"resid": "0-res"}}, "'resid' is not a site"),
         ({"saes": {"0/rse": "0-res"}}, "unknown module 'rse' in '0/rse'; did you mean 're"),
         ({"saes": {"0/res": {"release": "x"}}}, "or has the keys release and id: got"),

@@ -110,9 +110,9 @@ def test_batches_are_seeded_shuffled_and_start_at_any_chunk(toy: Model, rows: np
 
 
 def test_every_site_starts_from_weights_of_its_own(toy: Model):
-    one, two = (trainer_at(toy, site).lens_sae for site in SITES[:2])
-    again = trainer_at(toy, SITES[0]).lens_sae
-    other = trainer_at(toy, SITES[0], replace(RECIPE, seed=1)).lens_sae
+    one, two = (trainer_at(toy, site).sae for site in SITES[:2])
+    again = trainer_at(toy, SITES[0]).sae
+    other = trainer_at(toy, SITES[0], replace(RECIPE, seed=1)).sae
     assert torch.equal(one.W_dec, again.W_dec)
     for lens_sae in (two, other):
         cosines = torch.cosine_similarity(one.W_dec[:, None], lens_sae.W_dec[None], dim=-1)
@@ -136,7 +136,7 @@ def test_a_saved_sae_reads_raw_activations_as_the_trainer_read_scaled_ones(
 
     site = Site(1, "res")
     trainer = trained(toy, rows, site)
-    lens_sae, scale = trainer.lens_sae, trainer.activation_scaler.scaling_factor
+    lens_sae, scale = trainer.sae, trainer.activation_scaler.scaling_factor
     assert abs(scale - 1) > 0.1
     with torch.no_grad():
         lens_sae.W_dec *= torch.linspace(0.5, 2, 24)[
@@ -205,7 +205,7 @@ def test_a_killed_run_ends_as_one_that_was_not(
     assert len(steps) == 6 * len(SITES)
     resumed = train_saes(RECIPE, toy, rows, killed, SITES, checkpoint_every=0.0)
     assert len(steps) == 12 * len(SITES)
-    assert sorted(path.name for path in killed.iterdir()) == ["saes", "recipe.json"]
+    assert sorted(path.name for path in killed.iterdir()) == ["recipe.json", "saes"]
     names = {f"{site.layer}-{site.module}" for site in SITES}
     assert {path.name for path in resumed.iterdir()} == names
     for name in names:
