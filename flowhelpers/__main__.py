@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
         if manifest and not manifest.is_file():
             raise ValueError(f"--resume takes the manifest of a run, a .json file: {manifest}")
         return resume(arguments.out, manifest, timeout=arguments.timeout)
-    from flowhelpers.runs.notebooks import plan
+    from flowhelpers.runs.parameters import plan
 
     given = dict(_assignment(text) for text in arguments.parameters)
     planned = plan(arguments.notebooks, given, arguments.preset)
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def lab(arguments: argparse.Namespace) -> int:
     """Opens JupyterLab on the notebooks; runs go below the folder where this was called."""
-    from flowhelpers.runs.notebooks import notebooks_folder
+    from flowhelpers.runs.parameters import notebooks_folder
     from flowhelpers.runs.run import RUNS
 
     os.environ.setdefault(RUNS, str(Path.cwd() / "runs"))
@@ -61,8 +61,7 @@ def lab(arguments: argparse.Namespace) -> int:
 
 def notebooks(arguments: argparse.Namespace) -> int:
     """Lists the notebooks and their parameters."""
-    from flowhelpers.runs.notebooks import find_notebooks
-    from flowhelpers.runs.parameters import inspect
+    from flowhelpers.runs.parameters import find_notebooks, inspect
 
     for notebook in find_notebooks(arguments.notebooks):
         print(notebook.stem)
@@ -228,25 +227,10 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-# What the package raises by design. Anything else, and these from a library, is a bug.
-MISTAKES = (ValueError, MemoryError, FloatingPointError)
-
-
-def is_mistake(error: Exception) -> bool:
-    """Whether an error is the caller's to mend, and its message says how; else it is a bug."""
-    if isinstance(error, OSError):
-        return True
-    last = error.__traceback__
-    while last and last.tb_next:
-        last = last.tb_next
-    here = last and Path(__file__).parent in Path(last.tb_frame.f_code.co_filename).parents
-    return bool(here) and isinstance(error, MISTAKES)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns its exit status, 2 for a mistake of the caller's.
 
-    A mistake is told in its message alone; a bug keeps its traceback.
+    A mistake is told in its message alone, unless `--debug` asks for the traceback.
     """
     arguments, rest = parser().parse_known_args(argv)
     if rest and arguments.function is not lab:
@@ -257,8 +241,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read it has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
-        if arguments.debug or not is_mistake(error):
+    except (ValueError, OSError, MemoryError, FloatingPointError) as error:
+        if arguments.debug:
             raise
         print(f"flowhelpers: {error}", file=sys.stderr)
         return 2

@@ -25,8 +25,7 @@ from answers import NOTEBOOKS as FOLDER, write_answered
 from judge_server import JudgeServer, scores
 
 from flowhelpers.core.features import FeatureId, parse_feature
-from flowhelpers.runs.notebooks import plan
-from flowhelpers.runs.parameters import inspect
+from flowhelpers.runs.parameters import inspect, plan
 
 FLOWLET = Path(__file__).parent.parent / "flowhelpers/data/flowlet"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))

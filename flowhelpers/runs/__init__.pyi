@@ -1,20 +1,15 @@
-from .execute import (
-    resume as resume,
-    run_notebooks as run_notebooks,
-)
-from .notebooks import (
+from .execute import resume as resume, run_notebooks as run_notebooks
+from .parameters import (
+    NOTEBOOKS as NOTEBOOKS,
     find_notebooks as find_notebooks,
+    inspect as inspect,
     notebooks_folder as notebooks_folder,
     plan as plan,
 )
-from .parameters import (
-    inspect as inspect,
-)
 from .run import (
     RUNS as RUNS,
+    Run as Run,
+    check as check,
     environment as environment,
     start_run as start_run,
-)
-from .teaching import (
-    check as check,
 )

@@ -91,19 +91,16 @@ def run_notebooks(
     name: str | None = None,
     timeout: int | None = None,
 ) -> int:
-    """Executes notebooks, each in a folder of its own below `out`.
+    """Executes notebooks, as `plan` gives them, each in a folder of its own below `out`.
 
     Args:
-        planned: The notebooks and the parameters to override in each, from `notebooks.plan`.
+        planned: The notebooks and the parameters to override in each.
         out: Where the folders, the manifest and the index page go.
         name: A word to tell this run's folders from others.
         timeout: Seconds that a cell may take; no end unless given.
 
     Returns:
         The exit status: 0, 1 if a notebook failed, 130 if stopped.
-
-    Raises:
-        OSError: If `out` cannot be written to.
     """
     jobs = tuple(Job(str(notebook), values) for notebook, values in planned.items())
     with _new_manifest(writable_folder(out)) as path:

@@ -4,7 +4,8 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import timedelta
 from html import escape, unescape
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,7 @@ def notebook_page(notebook: Path) -> Path:
 
 
 def link_pages(pages: Mapping[str, Path]) -> None:
-    """Lets the links from notebook to notebook lead to the pages that a run made of them.
-
-    Args:
-        pages: The page of each notebook, by the notebook's name.
-    """
+    """Lets the links from notebook to notebook lead to the run's `pages`, by notebook name."""
     for page in pages.values():
 
         def linked(found: re.Match[str], page: Path = page) -> str:
@@ -115,10 +112,9 @@ def index_page(path: Path, summary: str, entries: Iterable[Mapping[str, Any]]) -
     """Writes the page that leads to all that a run made.
 
     Args:
-        path: Where to write it; the folders of the entries are beside it.
+        path: Where to write it; the folders of the entries lie beside it.
         summary: A line on the run as a whole.
-        entries: One for each notebook: `name`, `status`, `seconds`, `parameters`, `folder` (its
-            name, or None if it was not started) and `error`.
+        entries: Of each notebook `name`, `status`, `seconds`, `parameters`, `folder` and `error`.
     """
     sections = "\n".join(_section(path.parent, entry) for entry in entries)
     title = escape(f"Run {path.stem}")
@@ -126,13 +122,8 @@ def index_page(path: Path, summary: str, entries: Iterable[Mapping[str, Any]]) -
 
 
 def duration(seconds: float) -> str:
-    """A duration as people write it: `7 s`, `3 min 20 s`, `2 h 5 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    """A duration as hours, minutes and seconds: `0:03:20`."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _is_dead(output: Any) -> bool:
@@ -221,7 +212,16 @@ def _section(root: Path, entry: Mapping[str, Any]) -> str:
 
 def _results(path: Path) -> str:
     results = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    return _table([(_named(key), _shown(item)) for key, item in results.items()])
+    return _table([(escape(name), escape(value)) for name, value in _flat(results)])
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The numbers of results.json as rows, what is nested under names with dots."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(item, f"{name}.{key}" if name else key)
+    else:
+        yield name, f"{value:.4g}" if isinstance(value, float) else json.dumps(value)
 
 
 def _files(root: Path, folder: Path) -> str:
@@ -240,21 +240,3 @@ def _files(root: Path, folder: Path) -> str:
 def _table(rows: list[tuple[str, str]]) -> str:
     cells = "".join(f"<tr><th>{key}</th><td>{value}</td></tr>" for key, value in rows)
     return f"<table>{cells}</table>" if rows else ""
-
-
-def _shown(value: Any) -> str:
-    """A result as HTML: numbers rounded, what is nested laid out."""
-    if isinstance(value, float):
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    if isinstance(value, list):
-        return ", ".join(map(_shown, value))
-    if isinstance(value, dict):
-        rows = [(_named(key), _shown(item)) for key, item in value.items()]
-        if all(isinstance(item, (int, float)) for item in value.values()) and len(rows) > 1:
-            return " · ".join(f"{key}: {item}" for key, item in rows)
-        return _table(rows)
-    return escape(value if isinstance(value, str) else json.dumps(value))
-
-
-def _named(key: str) -> str:
-    return escape(key.replace("_", " ") if key.islower() else key)

@@ -1,24 +1,23 @@
-"""A notebook's parameters: read from its `parameters` cell, and checked before anything runs.
+"""Which notebooks there are, what parameters each declares, and with what values they are to run.
 
-The cell is the declaration: one `name: type = default  # help` a line. Types are those that
-papermill can hand over: int, float, str, bool, None, lists and dicts of them, `|` between them, and
-Literal.
+A notebook's cell with the tag `parameters` is the declaration, one `name: type = default  # help` a
+line. Values are held against these types by pydantic, strictly, before anything runs.
 """
 
 import ast
+import os
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
-from types import NoneType, UnionType
 from typing import Any
 
-TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)} | {
-    "Literal": typing.Literal,
-    "Optional": typing.Optional,
-}
-UNIONS = (typing.Union, UnionType)
+from flowhelpers.core.features import suggestion
+from flowhelpers.core.files import DATA
+
+NOTEBOOKS = "FLOWHELPERS_NOTEBOOKS"  # a folder of notebooks to use in place of the package's own
+TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)}
+TYPES |= {"Literal": typing.Literal}
 WORDS = {"none": None, "true": True, "false": False}
 
 
@@ -31,6 +30,36 @@ class Parameter:
     kind: Any
     default: Any
     help: str
+
+    def check(self, value: Any) -> Any:
+        """The value, if it is of the type; an int will do for a float.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        try:
+            return TypeAdapter(self.kind).validate_python(value, strict=True)
+        except ValidationError as error:
+            raise ValueError(
+                f"parameter {self.name!r} is {self.type}, not {value!r};"
+                f" for example {self.name}={self.default}"
+            ) from error
+
+    def parse(self, text: str) -> Any:
+        """The value that a text of the command line stands for; a list may be `a,b`.
+
+        Raises:
+            ValueError: If it stands for none of the type.
+        """
+        items = text.strip().removeprefix("[").removesuffix("]").split(",")
+        for value in (_literal(text), [_literal(item.strip()) for item in items], text):
+            try:
+                return self.check(value)
+            except ValueError:
+                continue
+        return self.check(text)
 
 
 def inspect(notebook: Path) -> dict[str, Parameter]:
@@ -48,119 +77,122 @@ def inspect(notebook: Path) -> dict[str, Parameter]:
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     source = tagged[0].source if tagged else ""
     try:
-        found = [_parameter(line, source) for line in ast.parse(source).body if _assigns(line)]
+        parameters = [_parameter(line, source) for line in ast.parse(source).body]
     except (SyntaxError, ValueError, NameError, TypeError) as error:
         raise ValueError(f"{notebook.name}: its parameters cannot be read: {error}") from error
-    return {parameter.name: parameter for parameter in found}
+    return {parameter.name: parameter for parameter in parameters}
 
 
-def check(
-    notebook: str, parameters: Mapping[str, Parameter], values: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The values if each names a parameter and is of its type.
+def notebooks_folder() -> Path:
+    """The folder of the notebooks: FLOWHELPERS_NOTEBOOKS, the package's own, or the checkout's.
 
     Raises:
-        ValueError: Naming the nearest valid name, or the type and an example of it.
+        FileNotFoundError: If there is none.
     """
-    checked = {}
-    for name, value in values.items():
-        if name not in parameters:
-            raise ValueError(f"{notebook}: {unknown('parameter', name, parameters)}")
-        if not accepts(parameters[name].kind, value):
-            raise ValueError(_wrong(notebook, parameters[name], value))
-        checked[name] = value
-    return checked
+    named = os.environ.get(NOTEBOOKS)
+    places = [Path(named)] if named else [DATA / "notebooks", DATA.parents[1] / "notebooks"]
+    for place in places:
+        if place.is_dir():
+            return place.resolve()
+    raise FileNotFoundError(f"no folder of notebooks at {places[-1]}")
 
 
-def from_text(notebook: str, parameter: Parameter, text: str) -> Any:
-    """The value that a text given on the command line stands for.
+def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
+    """The notebooks of these names, numbers (`01`) or paths; the whole folder if none is given.
 
     Raises:
-        ValueError: If it is not one of the parameter's type.
+        ValueError: If there is none of that name; it names the nearest.
     """
-    value = _parse(text, parameter.kind)
-    if not accepts(parameter.kind, value):
-        raise ValueError(_wrong(notebook, parameter, text))
-    return value
+    paths = [Path(name) for name in names if name.endswith(".ipynb") and Path(name).is_file()]
+    if paths and len(paths) == len(names):
+        return [path.resolve() for path in paths]
+    ours = {path.stem: path for path in sorted(notebooks_folder().glob("*.ipynb"))}
+    notebooks = []
+    for name in names or ours:
+        stem = name.removesuffix(".ipynb")
+        named = [path for other, path in ours.items() if other == stem]
+        numbered = [path for other, path in ours.items() if other.startswith(f"{name}_")]
+        if Path(name) in paths:
+            notebooks.append(Path(name).resolve())
+        elif len(named or numbered) == 1:
+            notebooks += named or numbered
+        else:
+            raise ValueError(f"unknown notebook {name!r}{suggestion(stem, ours)}")
+    return notebooks
 
 
-def accepts(kind: Any, value: Any) -> bool:
-    """Whether a value is of a type. An int will do for a float; a bool is not an int."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in UNIONS:
-        return any(accepts(member, value) for member in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is list:
-        return isinstance(value, list) and all(accepts(arguments[0], item) for item in value)
-    if origin is dict:
-        return isinstance(value, dict) and all(
-            accepts(arguments[0], key) and accepts(arguments[1], item)
-            for key, item in value.items()
-        )
-    if isinstance(value, bool):
-        return kind in (bool, object)
-    return isinstance(value, (int, float) if kind is float else kind)
+def plan(
+    names: Sequence[str] = (), given: Mapping[str, str] | None = None, preset: str | None = None
+) -> dict[Path, dict[str, Any]]:
+    """The notebooks to run, and the parameters to override in each, all checked.
+
+    Args:
+        names: The notebooks, all if none.
+        given: Parameters as texts; each goes to every notebook that has it.
+        preset: A preset of `presets.yaml` in the notebooks' folder, which `given` overrides. Where
+            all notebooks are run, those without it run as they stand.
+
+    Raises:
+        ValueError: For an unknown notebook, preset or parameter, a value of the wrong type, or a
+            preset that a notebook of `names` does not have.
+    """
+    declared = {notebook: inspect(notebook) for notebook in find_notebooks(names)}
+    known = sorted({name for parameters in declared.values() for name in parameters})
+    given = given or {}
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown parameter {name!r}{suggestion(name, known)}")
+    presets = _preset(preset) if preset else {}
+    planned = {}
+    for notebook, parameters in declared.items():
+        stem = notebook.stem
+        if preset and names and stem not in presets:
+            raise ValueError(f"{notebook.name} has no preset {preset!r}: give parameters by -p")
+        values = {}
+        try:
+            for name, value in presets.get(stem, {}).items():
+                if name not in parameters:
+                    raise ValueError(f"unknown parameter {name!r}{suggestion(name, parameters)}")
+                values[name] = parameters[name].check(value)
+        except ValueError as error:
+            raise ValueError(f"preset {preset} of {stem}: {error}") from error
+        for name in given.keys() & parameters.keys():
+            values[name] = parameters[name].parse(given[name])
+        planned[notebook] = values
+    return planned
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> str:
-    """The message for an unknown name, with the nearest that is known."""
-    known = sorted(known)
-    nearest = get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f": did you mean {nearest[0]!r}?" if nearest else "."
-    return f"unknown {what} {name!r}{hint} Known: {', '.join(known) or 'none'}"
+def _preset(preset: str) -> dict[str, dict[str, Any]]:
+    """What a preset sets in each notebook that has it."""
+    import yaml
 
-
-def _assigns(line: ast.stmt) -> bool:
-    documents = isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
-    return not (documents or isinstance(line, ast.Import | ast.ImportFrom))
+    path = notebooks_folder() / "presets.yaml"
+    presets = (yaml.safe_load(path.read_text("utf-8")) if path.exists() else None) or {}
+    known = sorted({name for by_name in presets.values() for name in by_name})
+    if preset not in known:
+        raise ValueError(f"unknown preset {preset!r}{suggestion(preset, known)}")
+    return {stem: by_name[preset] or {} for stem, by_name in presets.items() if preset in by_name}
 
 
 def _parameter(line: ast.stmt, source: str) -> Parameter:
     match line:
         case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=ast.expr()):
             text = ast.unparse(annotation)
-            kind = eval(text, {"__builtins__": {}}, TYPES)
-            kind = NoneType if kind is None else kind
-        case ast.Assign(targets=[ast.Name(id=name)]):
-            kind = text = None
         case _:
             raise ValueError(f"line {line.lineno} is not `name: type = value`")
     assert line.value is not None
-    default = ast.literal_eval(line.value)
-    if text is None:
-        kind = object if default is None else type(default)
-        text = kind.__name__
-    if not accepts(kind, default):
-        raise ValueError(f"{name} is {text}, but its default is {default!r}")
+    kind = eval(text, {"__builtins__": {}}, TYPES)
     last = source.splitlines()[(line.end_lineno or line.lineno) - 1].encode()
-    help = last[line.end_col_offset or 0 :].decode().strip().lstrip("# ")
-    return Parameter(name, text, kind, default, help)
+    words = last[line.end_col_offset or 0 :].decode().strip().lstrip("# ")
+    parameter = Parameter(name, text, kind, ast.literal_eval(line.value), words)
+    parameter.check(parameter.default)
+    return parameter
 
 
-def _wrong(notebook: str, parameter: Parameter, value: object) -> str:
-    name, example = parameter.name, parameter.default
-    return (
-        f"{notebook}: parameter {name!r} is {parameter.type}, not {value!r}; "
-        f"for example {name}={example if isinstance(example, str) else repr(example)}"
-    )
-
-
-def _parse(text: str, kind: Any) -> Any:
-    """The value of a type that a text stands for; the text itself if there is none."""
+def _literal(text: str) -> Any:
+    """The number, word or list that a text writes in Python; the text itself where it is none."""
     try:
         value = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = text
-    if not isinstance(value, str) and accepts(kind, value):
-        return float(value) if kind is float else value
-    members = typing.get_args(kind) if typing.get_origin(kind) in UNIONS else [kind]
-    items = [(typing.get_args(each) or (object,))[0] for each in members if _is_list(each)]
-    if items and str not in members:  # a list may be given as its items with commas between
-        parts = text.strip().removeprefix("[").removesuffix("]").split(",")
-        return [_parse(part.strip(), items[0]) for part in parts if part.strip()]
-    return text
-
-
-def _is_list(kind: Any) -> bool:
-    return list in (kind, typing.get_origin(kind))
+        return text
+    return text if isinstance(value, str) else value

@@ -1,13 +1,13 @@
 """A run's folder: what was asked, and the tables, figures and numbers that came of it.
 
     runs/<time>-<notebook>[-name]/
-      config.json      parameters, choices, suite and revision, versions, device, seed
+      config.json      parameters, choices, suite, versions, device, seed
       tables/          each table as .parquet and .csv
       figures/         each figure as .html (alive, no network needed) and .json, some as .svg
       results.json     the few numbers that answer the notebook's question
 
-A run that was stopped can be taken up again: `flowhelpers run --resume` hands the same folder to
-the notebook, and tables that were finished are read, not computed a second time.
+`flowhelpers run --resume` hands the same folder to a notebook that was stopped: tables that were
+finished are read, not computed a second time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 RUN_DIR = "FLOWHELPERS_RUN_DIR"  # set by `flowhelpers run`: the folder of the run in progress
 RUNS = "FLOWHELPERS_RUNS"  # where other runs make their folders; `runs` unless set
-PACKAGES = (
+PACKAGES = [
     "flowhelpers",
     "torch",
     "transformers",
@@ -52,7 +52,7 @@ PACKAGES = (
     "transformer-lens",
     "plotly",
     "pandas",
-)
+]
 DECISIVE = ("notebook", "parameters", "choices")
 
 
@@ -73,8 +73,8 @@ class Run:
 
         Args:
             name: The file name, without its ending.
-            compute: The table, or a function that computes it; the function is not called if the
-                table was finished before this run was taken up again.
+            compute: The table, or a function that computes it, which is not called if the table
+                was finished before this run was taken up again.
 
         Returns:
             The table as read back from its file, so that a first and a resumed run see the same.
@@ -84,8 +84,6 @@ class Run:
         path = self._path("tables", name, ".parquet")
         if not (callable(compute) and name in self.kept):
             frame: Any = compute() if callable(compute) else compute
-            if not isinstance(frame, pd.DataFrame):
-                raise TypeError(f"table {name!r} is a {type(frame).__name__}, not a DataFrame")
             index = not isinstance(frame.index, pd.RangeIndex)
             write_whole(path.with_suffix(".csv"), lambda file: frame.to_csv(file, index=index))
             write_whole(path, frame.to_parquet)  # last, for its presence says "finished"
@@ -94,15 +92,9 @@ class Run:
     def figure(self, name: str, figure: Figure, svg: str | None = None) -> Figure:
         """Writes a plotly figure as `figures/<name>.html` and `.json`, and returns it for display.
 
-        The page needs no network: plotly.js lies beside it, once for all figures of the run. A
-        still picture of a figure needs a browser to draw it, unless it is given. The page's camera
-        button saves one as SVG; with Chrome installed, so does
-        `plotly.io.read_json("<name>.json").write_image("<name>.svg")`.
-
-        Args:
-            name: The file name, without its ending.
-            figure: The figure.
-            svg: A still picture of it (as `stills.flow_svg` gives), written as `<name>.svg`.
+        The page needs no network: plotly.js lies beside it, once for all figures of the run. Its
+        camera button saves the figure as SVG; `svg`, as `flow.flow_svg` draws one without a
+        browser, is written as `<name>.svg`.
         """
         from plotly.offline import get_plotlyjs
 
@@ -199,6 +191,26 @@ def folder_name(notebook: str, name: str | None = None) -> str:
     return "-".join(re.sub(r"[^\w.-]+", "_", part) for part in parts if part)
 
 
+def check(answer: float | str | None, truth: float | str, tolerance: float = 0.01) -> str:
+    """Says whether the answer to an exercise is right, without giving the right one away.
+
+    Args:
+        answer: The reader's answer; None until there is one.
+        truth: The right one; a word is compared without regard to case.
+        tolerance: How far a number may be off.
+    """
+    if answer is None:
+        return "no answer yet: put yours in place of None and run the cell again"
+    if isinstance(truth, str):
+        right = isinstance(answer, str) and answer.strip().lower() == truth.lower()
+        return "right" if right else f"{answer!r} is not it: try again"
+    if isinstance(answer, str):
+        return f"{answer!r} is a word: a number is wanted"
+    if abs(answer - truth) <= tolerance:
+        return "right"
+    return f"{answer:g} is too {'high' if answer > truth else 'low'}: try again"
+
+
 def environment() -> str:
     """Versions, device, cores and memory: what a run depends on, in a few lines."""
     import psutil
@@ -234,13 +246,8 @@ def _store_figures_as_html() -> None:
 
 
 def _versions() -> dict[str, str]:
-    installed = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return installed
+    versions = {package: metadata.version(package) for package in PACKAGES}
+    return {"python": platform.python_version()} | versions
 
 
 def _device() -> str | None:

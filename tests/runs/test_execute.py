@@ -18,7 +18,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from flowhelpers import __version__
 from flowhelpers.__main__ import main
 from flowhelpers.runs.execute import load_manifest, resume, run_notebooks
-from flowhelpers.runs.notebooks import NOTEBOOKS, plan
+from flowhelpers.runs.parameters import NOTEBOOKS, plan
 from flowhelpers.runs.run import RUN_DIR
 
 COMMAND = [sys.executable, "-m", "flowhelpers", "run"]
@@ -236,14 +236,14 @@ def test_stopped_by_any_signal_then_taken_up_again(notebooks: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["01_slwo"], "unknown notebook '01_slwo': did you mean '01_slow'"),
-        (["-p", "kk=1"], "unknown parameter 'kk': did you mean 'k'"),
+        (["01_slwo"], "unknown notebook '01_slwo'; did you mean '01_slow'"),
+        (["-p", "kk=1"], "unknown parameter 'kk'; did you mean 'k'"),
         (["-p", "k=one"], "parameter 'k' is int, not 'one'; for example k=1"),
         (["-p", "k"], "-p takes name=value, not 'k'"),
-        (["-p", "sentence=x"], "unknown parameter 'sentence'. Known: k"),
+        (["-p", "sentence=x"], "unknown parameter 'sentence' (valid: k)"),
         (["--preset", "quick"], "unknown preset 'quick'"),
         (["--preset", "paper", "01"], "01_slow.ipynb has no preset 'paper'"),
-        (["none/01_slow.ipynb"], "there is no notebook none/01_slow.ipynb"),
+        (["none/01_slow.ipynb"], "unknown notebook 'none/01_slow.ipynb'"),
         (["broken.ipynb"], "broken.ipynb is not a notebook"),
         (["--resume"], "nothing to take up"),
         (["--resume", "none.json"], "--resume takes the manifest of a run"),
@@ -273,17 +273,12 @@ def test_errors_are_a_line_and_write_nothing(
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(error: Exception | None = None) -> None:
-        if error:
-            raise error
-        json.loads("")  # a ValueError, of a library
+    def fail(_: object) -> None:
+        raise KeyError("a bug")
 
-    for error in (TypeError("a bug"), KeyError("a bug"), None):
-        monkeypatch.setattr(
-            "flowhelpers.training.card.stored_bars", lambda _, error=error: fail(error)
-        )
-        with pytest.raises((TypeError, KeyError, ValueError)):
-            main(["card"])
+    monkeypatch.setattr("flowhelpers.training.card.stored_bars", fail)
+    with pytest.raises(KeyError):
+        main(["card"])
 
 
 @pytest.mark.parametrize("seconds", ["-5", "0", "1.5", "soon"])
