@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 from typing import TYPE_CHECKING
 
+import numpy as np
 import plotly.graph_objects as go
 
 if TYPE_CHECKING:
@@ -13,42 +15,12 @@ if TYPE_CHECKING:
 
     Look = tuple[str, str, str, str]
 
-
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-
-import html
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import pandas as pd
-
-
 COLOURS = {"res": "#0072B2", "mlp": "#D55E00", "att": "#009E73"}
-
-
 SYMBOLS = {"res": "R", "mlp": "M", "att": "A"}
-
-
 NAMES = {"att": "attention", "res": "stream", "mlp": "MLP"}
-
-
 GREY, PALE, INK = "#8C8C8C", "#F4F5F7", "#222222"
-
-
 MARGIN = {"l": 75, "r": 20, "t": 90, "b": 50}
-
-
 AXIS = {"showgrid": False, "zeroline": False, "linecolor": "#BBBBBB", "ticks": "outside"}
-
-
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', sans-serif", "color": INK},
