@@ -12,37 +12,34 @@ import pandas as pd
 import pytest
 import toys
 from counted import planted_occurrences
+from sklearn.metrics import roc_auc_score
 
-from flowhelpers.across.flow_profile import depth, flow_profile, summary
-from flowhelpers.across.groups_profile import (
-    POOLED,
-    activity_profile,
-    fullest_suite,
-    group_profile,
-    group_totals,
-)
 from flowhelpers.across.phases import all_phases
 from flowhelpers.across.plots import (
     by_depth,
     groups_against_chance,
     groups_by_depth,
     phases_by_depth,
-    suite_looks,
 )
 from flowhelpers.across.profile import (
+    POOLED,
     Profile,
+    activity_profile,
     alike,
     chosen_suites,
     combined,
+    depth,
+    flow_profile,
+    group_profile,
+    group_totals,
     one_by_one,
     suite_profile,
+    suite_summary,
 )
 from flowhelpers.core.features import MODULES
 from flowhelpers.groups.occurrences import GROUPS, Occurrences, find_occurrences, modules_of
 from flowhelpers.matching.table import CLASSES, classify, feature_scores, match_table
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.needs import needs, needs_table
-from flowhelpers.suites.registry import find_suite
 
 PARTS = {"bare": set(MODULES), "no attention": {"res", "mlp"}, "stream": {"res"}}
 
@@ -72,11 +69,11 @@ def test_suites_are_refused_that_are_none_unknown_or_there_twice(tmp_path: Path)
         chosen_suites("flowlet")
     with pytest.raises(ValueError, match="unknown suite 'flowlett'; did you mean 'flowlet'"):
         chosen_suites(["flowlet", "flowlett"])
-    with pytest.raises(ValueError, match="flowlet is there 2 times; expected each once, others"):
+    with pytest.raises(ValueError, match="suites flowlet, flowlet: expected flowlet once"):
         chosen_suites(["flowlet", "flowlet"])
     text = 'name: flowlet\nmodel: none\nlayers: 2\nsaes: {res: "{layer}"}\n'
     (tmp_path / "suite.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="flowlet is there 2 times"):
+    with pytest.raises(ValueError, match="expected flowlet once"):
         chosen_suites(["flowlet", str(tmp_path)])
     names = ["flowlet@res", "flowlet"]
     assert [row.name for row in chosen_suites(names).values()] == names
@@ -105,34 +102,16 @@ def test_no_two_suites_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch):
         gc.enable()
     assert found == {name: (name, "cpu") for name in names}
     assert len(loaded) == 3
-    with pytest.raises(ValueError, match="is there 2 times"):
+    with pytest.raises(ValueError, match="expected flowlet once"):
         one_by_one(["flowlet", "flowlet"], lambda suite: suite)
     assert len(loaded) == 3
-
-
-def test_what_several_suites_need_is_what_each_needs():
-    rows = [find_suite(name) for name in ("flowlet", "gemma-2-2b")]
-    found = needs_table(rows, "cpu").set_index(["suite", "experiment"])
-    assert len(found) == 4
-    for row in rows:
-        for need in needs(row, "float32", {"model": 1e12, "matching": 1e12}):
-            if need.notebooks in ("01 02", "03"):
-                mine = found.loc[(row.name, need.experiment)]
-                assert mine["fetched_gb"] == pytest.approx(need.fetched / 1e9)
-    assert (found.loc["flowlet", "fetched_gb"] == 0).all()
-    assert (found.loc["gemma-2-2b", "fetched_gb"] > 1).all()
-    assert found.loc["flowlet", "fits"].all()
 
 
 # The flow.
 
 
-def test_depth_goes_from_the_first_layer_to_the_last():
-    assert depth(np.array([0, 3, 6]), 7).tolist() == [0, 0.5, 1]
-    assert depth(np.array([0]), 1).tolist() == [0]
-
-
 def test_a_profile_is_what_is_planted(tables: dict[str, pd.DataFrame]):
+    assert depth(np.array([0]), 1).tolist() == [0]
     found = flow_profile(tables["bare"], 3).set_index("layer")
     assert found["depth"].tolist() == [0, 0.5, 1]
     assert found["places"].tolist() == ["mlp+att", "res+mlp+att", "res+mlp+att"]
@@ -168,7 +147,7 @@ def test_each_pair_of_sites_is_held_against_its_own_null(tables: dict[str, pd.Da
     assert found.loc[1, ["above_res", "above_mlp", "above_att"]].tolist() == [1, 0.5, 0]
     assert found.loc[1, ["translated", "processed"]].tolist() == [0.5, 0.5]
     assert found.loc[2, ["translated", "processed"]].tolist() == [0, 0]
-    whole = summary(suite_of("bare").row, table, toys.D_MODEL)
+    whole = suite_summary(suite_of("bare").row, table, toys.D_MODEL)
     assert whole["above_res"] == 0.5
     assert whole["translated"] == 0.25
 
@@ -193,7 +172,7 @@ def test_what_a_suite_lacks_is_missing_and_the_rest_is_the_same(tables: dict[str
 
 def test_a_summary_counts_what_has_a_stream_before_it(tables: dict[str, pd.DataFrame]):
     row = suite_of("bare").row
-    found = summary(row, tables["bare"], toys.D_MODEL)
+    found = suite_summary(row, tables["bare"], toys.D_MODEL)
     assert (found["layers"], found["d_model"], found["saes"]) == (3, 32, 9)
     assert found["features"] == 3 * 16 + 6 * 8
     assert found["places"] == "res+mlp+att"
@@ -204,7 +183,7 @@ def test_a_summary_counts_what_has_a_stream_before_it(tables: dict[str, pd.DataF
         above = (later[f"s_{module}"] > later[f"null_{module}"]).mean()
         assert found[f"above_{module}"] == pytest.approx(above)
     assert sum(found[name] for name in CLASSES) == pytest.approx(1)
-    less = summary(row, tables["stream"], toys.D_MODEL)
+    less = suite_summary(row, tables["stream"], toys.D_MODEL)
     assert (less["saes"], less["features"], less["places"]) == (3, 48, "res")
     assert np.isnan([less["mean_mlp"], less["above_att"], less["processed"], less["newborn"]]).all()
     assert less["translated"] == found["above_res"]
@@ -248,7 +227,6 @@ def test_groups_are_counted_by_hand_beside_chance(found: Occurrences, base: Occu
 
 
 def test_totals_are_over_the_layers_that_have_most_places(found: Occurrences, base: Occurrences):
-    assert set(fullest_suite(found).table["layer"]) == {1, 2}
     totals = group_totals(found, base, times=5).set_index("group")
     later = found.table[found.table["layer"] > 0]
     for group in GROUPS:
@@ -307,10 +285,8 @@ def test_activity_and_what_scores_tell_are_counted_pair_by_pair(
             other = base.table[base.table["layer"] == layer][module]
             assert row[f"active_{module}"] == pytest.approx(part[module].mean())
             assert row[f"chance_{module}"] == pytest.approx(other.mean())
-            on, off = (part.loc[part[module] == is_on, f"s_{module}"] for is_on in (True, False))
-            wins = np.greater.outer(on.to_numpy(), off.to_numpy())
-            ties = np.equal.outer(on.to_numpy(), off.to_numpy())
-            assert row[f"tells_{module}"] == pytest.approx((wins + ties / 2).mean())
+            auc = roc_auc_score(part[module], part[f"s_{module}"])
+            assert row[f"tells_{module}"] == pytest.approx(auc)
 
 
 # Side by side.
@@ -345,19 +321,6 @@ def test_suites_stand_side_by_side_in_the_order_given(side_by_side: Profile):
         )
 
 
-def test_two_suites_of_one_name_are_refused(tables: dict[str, pd.DataFrame], found: Occurrences):
-    one = suite_profile(suite_of("stream", "mine"), tables["stream"])
-    with pytest.raises(ValueError, match="profiles of mine, mine: expected each suite once"):
-        combined([one, one])
-    with pytest.raises(ValueError, match="profiles of nothing"):
-        combined([])
-    with pytest.raises(ValueError, match="expected those found and those by chance, or neither"):
-        suite_profile(suite_of("bare"), tables["bare"], found)
-    with pytest.raises(ValueError, match="occurrences of bare: expected those of stream"):
-        suite_profile(suite_of("stream"), tables["stream"], found, found)
-    assert combined([one]).groups.empty
-
-
 @pytest.mark.filterwarnings("error")
 def test_profiles_are_compared_at_the_depths_that_both_reach():
     up = pd.DataFrame({"suite": "up", "depth": np.linspace(0, 1, 5)})
@@ -372,8 +335,13 @@ def test_profiles_are_compared_at_the_depths_that_both_reach():
     assert found.loc[("up", "down"), "apart"] == pytest.approx(0.5, abs=1e-9)
     assert np.isnan(found.loc[("up", "flat"), "correlation"])
     assert found.loc[("up", "flat"), "apart"] == pytest.approx(0.25, abs=0.01)
-    with pytest.raises(ValueError, match="unknown column 'z'"):
-        alike(table, ["z"])
+
+
+def test_occurrences_of_another_suite_are_refused(
+    tables: dict[str, pd.DataFrame], found: Occurrences
+):
+    with pytest.raises(ValueError, match="occurrences of bare: expected those of stream"):
+        suite_profile(suite_of("stream"), tables["stream"], found, found)
 
 
 # The figures.
@@ -390,58 +358,55 @@ def test_every_suite_has_its_line_and_its_looks(side_by_side: Profile):
         shares=False,
     )
     assert figure.layout.title.subtitle.text == "subtitle"
-    lines = [t for t in figure.data if t.mode == "lines+markers"]
-    assert [(t.name, t.xaxis) for t in lines] == [
+    assert [a.text for a in figure.layout.annotations] == ["R", "A"]
+    lines = {(t.name, t.xaxis): t for t in figure.data}
+    assert set(lines) == {
         *((name, "x") for name in ("bare", "no attention", "stream")),
+        *((f"{name}, by chance", "x") for name in ("bare", "no attention", "stream")),
         ("bare", "x2"),
-    ]
+    }
     mine = side_by_side.by_layer.query("suite == 'no attention'").dropna(subset=["median_res"])
-    assert list(lines[1].x) == mine["depth"].tolist() == [0.5, 1]
-    assert list(lines[1].y) == mine["median_res"].tolist()
-    dots = [t for t in figure.data if t.name == "no attention, by chance"]
-    assert list(dots[0].y) == mine["null_res"].tolist()
-    assert len([t for t in figure.data if t.fill]) == 3
-    looks = suite_looks([str(n) for n in range(40)])
-    assert len(set(looks.values())) == 40
+    line, chance = lines["no attention", "x"], lines["no attention, by chance", "x"]
+    assert list(line.x) == list(chance.x) == mine["depth"].tolist() == [0.5, 1]
+    assert list(line.y) == mine["median_res"].tolist()
+    assert line.error_y.array == pytest.approx(mine["high_res"] - mine["median_res"])
+    assert line.error_y.arrayminus == pytest.approx(mine["median_res"] - mine["low_res"])
+    assert list(chance.y) == mine["null_res"].tolist()
+    assert (line.line.dash, chance.line.dash) == ("solid", "dot")
+    assert line.line.color == chance.line.color != lines["bare", "x"].line.color
 
 
 def test_groups_have_a_panel_for_every_suite_and_dataset(side_by_side: Profile):
-    groups, phases = side_by_side.groups, pd.DataFrame({"suite": ["bare"] * 2, "phase": [1, 2]})
-    phases["ends"] = [0.75, 1.25]
-    table = groups[groups["suite"] == "bare"]
-    figure = groups_by_depth(table[table["dataset"] != POOLED], "subtitle", phases=phases)
-    assert [a.text for a in figure.layout.annotations] == ["one, bare", "two, bare"]
-    assert [shape.x0 for shape in figure.layout.shapes] == [0.75, 0.75]
-    part = table[(table["dataset"] == "two") & (table["group"] == "From RES")]
-    line = [t for t in figure.data if t.name == "From RES" and t.xaxis == "x2"]
-    assert list(line[0].x) == [0.5, 1]
-    assert list(line[0].y) == part.loc[part["layer"] > 0, "share"].tolist()
+    groups = side_by_side.groups
+    table = groups[groups["dataset"] != POOLED]
+    figure = groups_by_depth(table[table["suite"] == "bare"], "subtitle")
+    assert [a.text for a in figure.layout.annotations] == ["one", "two", "bare"]
+    part = table.query("suite == 'bare' and dataset == 'two' and group == 'From RES'")
+    (line,) = [t for t in figure.data if t.name == "From RES" and t.xaxis == "x2"]
+    assert list(line.x) == [0.5, 1]
+    assert list(line.y) == part.loc[part["layer"] > 0, "share"].tolist()
     hollow = [t for t in figure.data if t.name == "From MLP" and t.marker.symbol.endswith("-open")]
     assert [list(t.x) for t in hollow] == [[0.0], [0.0]]
-    wide = groups_by_depth(groups[groups["dataset"] == POOLED], "s", "method", "suite")
-    assert [a.text for a in wide.layout.annotations] == ["bare, cosine", "no attention, cosine"]
-    assert not [t for t in wide.data if t.xaxis == "x2" and "ATT" in (t.name or "")]
+    phases = pd.DataFrame({"suite": ["bare", "no attention"] * 2, "ends": [0.75, 0.5, 1.25, 1.25]})
+    wide = groups_by_depth(groups[groups["dataset"] == POOLED], "s", "method", "suite", phases)
+    assert [a.text for a in wide.layout.annotations] == ["bare", "no attention", "cosine"]
+    assert [(shape.x0, shape.xref) for shape in wide.layout.shapes] == [(0.75, "x"), (0.5, "x2")]
+    assert not [t for t in wide.data if t.xaxis == "x2" and "ATT" in t.name]
 
 
-def test_totals_keep_the_colours_of_their_suites(side_by_side: Profile):
+def test_totals_and_phases_are_bars(side_by_side: Profile):
     figure = groups_against_chance(side_by_side.totals, "subtitle")
     bars = {trace.name: trace for trace in figure.data if trace.type == "bar"}
-    looks = suite_looks(["bare", "no attention"])
-    assert {name: bar.marker.color for name, bar in bars.items()} == {
-        name: colour for name, (colour, _) in looks.items()
-    }
     assert "From ATT" not in bars["no attention"].x
     part = side_by_side.totals.query("suite == 'no attention'").dropna(subset=["share"])
     assert list(bars["no attention"].y) == part["share"].tolist()
-
-
-def test_phases_are_bars_from_their_beginning_to_their_end(side_by_side: Profile):
+    (marks,) = [t for t in figure.data if t.offsetgroup == "no attention" and t.type == "scatter"]
+    assert list(marks.y) == part["by_chance"].tolist()
     table = all_phases(side_by_side, parts=1, shuffles=3)
     assert set(table["suite"]) == {"bare", "no attention", "stream"}
-    figure = phases_by_depth(table, "subtitle")
-    (bar,) = figure.data
+    (bar,) = phases_by_depth(table, "subtitle").data
     assert list(bar.base) == table["begins"].tolist()
     assert list(bar.x) == (table["ends"] - table["begins"]).tolist()
     assert set(bar.text) == {"1 to 2"}
+    assert list(bar.y) == (table["suite"] + ": " + table["of"]).tolist()
     assert "stream: groups" not in bar.y
-    assert "stream: classes" in bar.y
