@@ -47,16 +47,12 @@ PAIR_NAMES = {
 WHITE_TO_BLUE = ["white", COLOURS["res"]]
 HOVER = {"share": ":.1%", "low": ":.1%", "high": ":.1%"}
 ERRORS = {"error_y": "above", "error_y_minus": "below"}
-OF_GROUPS: Any = {
-    "color": "group",
-    "color_discrete_map": GROUP_COLOURS,
-    "category_orders": PANELS | {"group": [*GROUPS]},
-}
+IN_ORDER = {"group": [*GROUPS]}
 
 
 def finish(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
     """The look of all figures, for one of plotly express: panels named by their values alone."""
-    figure.for_each_annotation(lambda a: a.update(text=escape(a.text.partition("=")[2] or a.text)))
+    figure.for_each_annotation(lambda a: a.update(text=escape(a.text.split("=", 1)[-1])))
     figure.update_layout(legend_title_text="")
     return legend_below(dress(figure, title, subtitle, height))
 
@@ -82,8 +78,8 @@ def group_scatter(points: pd.DataFrame, subtitle: str) -> go.Figure:
     figure = px.scatter(
         long.rename(columns={"s_res": "s(R)"}), x="s(R)", y="value", symbol="group",
         symbol_map=GROUP_MARKS, facet_row="layer", facet_col="score", opacity=0.7,
-        hover_data=["feature"], labels={"value": "score at the module"},
-        **OF_GROUPS | {"category_orders": {"group": [*GROUPS]}},
+        hover_data=["feature"], labels={"value": "score at the module"}, color="group",
+        color_discrete_map=GROUP_COLOURS, category_orders=IN_ORDER,
     )  # fmt: skip
     title = "Scores of features by the group they are found in"
     return finish(figure, title, subtitle, 130 + 330 * points["layer"].nunique())
@@ -113,14 +109,16 @@ def group_lines(
 
     `rows` and `columns` are the columns of the table whose values have panels of their own.
     """
-    table = with_errors(shares).sort_values(x)
+    table = with_errors(shares).sort_values(x, kind="stable")
+    panels = {name: [*dict.fromkeys(shares[name])] for name in (rows, columns)}
     at_zero = np.where(table["layer"] == 0, " at layer 0", "")
     table["series"] = table["group"].astype(str) + at_zero
     marks = GROUP_MARKS | {f"{g} at layer 0": f"{mark}-open" for g, mark in GROUP_MARKS.items()}
     figure = px.line(
         table, x=x, y="share", symbol="series", symbol_map=marks, facet_row=rows, facet_col=columns,
         hover_data=HOVER | {"n": ":,", "layer": True}, labels={"share": "share of occurrences"},
-        facet_col_spacing=0.03, facet_row_spacing=0.12, **ERRORS, **OF_GROUPS,
+        facet_col_spacing=0.03, facet_row_spacing=0.12, category_orders=panels | IN_ORDER,
+        color="group", color_discrete_map=GROUP_COLOURS, **ERRORS,
     )  # fmt: skip
     for trace in figure.data:
         group, _, series = trace.name.partition(", ")
@@ -150,7 +148,7 @@ def group_bars(
     `base` is the same of predecessors at other tokens (`shuffled_tokens`): short lines mark it.
     """
     looks: Any = {"x": "group", "y": "share", "color": "dataset", "hover_data": HOVER | {"n": ":,"}}
-    looks |= ERRORS | {"category_orders": {"group": [*GROUPS]}}
+    looks |= ERRORS | {"category_orders": IN_ORDER}
     figure = px.bar(
         with_errors(shares), barmode="group", color_discrete_sequence=[*colours],
         labels={"share": "share of occurrences"}, **looks,
@@ -171,7 +169,8 @@ def score_densities(table: pd.DataFrame, subtitle: str) -> go.Figure:
     """Figure 12 b: how the scores of each group are distributed, as `score_histograms` gives."""
     figure = px.line(
         named_layers(table).replace({"score": SCORE_NAMES}), x="at", y="density", facet_row="layer",
-        facet_col="score", labels={"at": "score"}, **OF_GROUPS,
+        facet_col="score", labels={"at": "score"}, color="group", color_discrete_map=GROUP_COLOURS,
+        category_orders=PANELS | IN_ORDER,
     )  # fmt: skip
     figure.update_yaxes(rangemode="tozero")
     height = 150 + 260 * table["layer"].nunique()
