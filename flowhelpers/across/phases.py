@@ -25,12 +25,8 @@ PHASES = {GEMMA: ((0, 5), (6, 15), (16, 25)), "llama-3.1-8b": ((0, 8), (9, 16), 
 def segments(values: np.ndarray, parts: int = 3) -> tuple[list[int], float]:
     """The division of rows into so many runs that has the least sum of squared errors.
 
-    The error of a row is its distance to the mean of its run. Of several divisions that do as well
-    it is the one whose later runs begin first.
-
-    Args:
-        values: `[rows, columns]`, in their order, none missing.
-        parts: How many runs; none is empty.
+    The error of a row of `[rows, columns]` is its distance to the mean of its run. Of several
+    divisions that do as well it is the one whose later runs begin first.
 
     Returns:
         The first row of each run, and the share of the variance that the division explains.

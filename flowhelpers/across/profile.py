@@ -99,7 +99,7 @@ def suite_profile(
     times: int = 200,
     seed: int = 0,
 ) -> Profile:
-    """All that is compared of one suite.
+    """All that is compared of one suite, from its match table and its occurrences.
 
     Args:
         suite: The suite.
@@ -134,11 +134,11 @@ def combined(profiles: Sequence[Profile]) -> Profile:
     """The tables of several suites in one, in the order given."""
     import pandas as pd
 
-    tables = {}
-    for name in (field.name for field in fields(Profile)):
-        parts = [table for profile in profiles if len(table := getattr(profile, name))]
-        tables[name] = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return Profile(**tables)
+    tables = []
+    for field in fields(Profile):
+        parts = [table for profile in profiles if len(table := getattr(profile, field.name))]
+        tables.append(pd.concat(parts, ignore_index=True) if parts else pd.DataFrame())
+    return Profile(*tables)
 
 
 def depth(layers: Any, count: int) -> Any:
@@ -159,16 +159,14 @@ def flow_profile(table: "pd.DataFrame", count: int) -> "pd.DataFrame":
     known = {module: scores[f"median_{module}"].notna() for module in MODULES}
     profile = flow[["features"]].copy()
     profile.insert(0, "depth", depth(flow.index.to_series(), count))
-    profile["places"] = [
-        "+".join(module for module in MODULES if known[module][layer]) for layer in flow.index
-    ]
+    profile["places"] = ["+".join(m for m in MODULES if known[m][layer]) for layer in flow.index]
     profile = profile.join(scores)
-    possible = dict.fromkeys((*CLASSES, "mutual"), known["res"])
+    possible = dict.fromkeys(CLASSES, known["res"])
     possible |= dict.fromkeys(BY_MODULE, known["res"] & (known["mlp"] | known["att"]))
     possible |= {f"born_{module}": known["res"] & known[module] for module in ("mlp", "att")}
-    for name in (*CLASSES, "born_mlp", "born_att", "dies", "mutual"):
-        values = flow.get(name, pd.Series(np.nan, flow.index))
-        profile[name] = values.where(possible[name]) if name in possible else values
+    possible |= {"dies": known["res"] | True, "mutual": known["res"]}
+    for name, is_possible in possible.items():
+        profile[name] = flow.get(name, pd.Series(np.nan, flow.index)).where(is_possible)
     profile["lives"] = feature_lifespans(table).groupby("layer")["layers"].mean()
     return profile.assign(life=profile["lives"] / count).reset_index()
 
@@ -200,11 +198,7 @@ def suite_summary(row: SuiteRow, table: "pd.DataFrame", d_model: int) -> dict[st
     widths |= on.groupby(["source_layer", "module"])["source"].nunique().to_dict()
     layers = row.layers or 1 + int(table["layer"].max())
     record: dict[str, Any] = {"suite": row.name, "layers": layers, "d_model": d_model}
-    record |= {
-        "saes": len(widths),
-        "features": int(sum(widths.values())),
-        "parameters": row.parameters,
-    }
+    record |= {"saes": len(widths), "features": int(sum(widths.values()))}
     record |= {"parameters": row.parameters, "model_parameters": row.model_parameters}
     names = {"mean": "s", "median": "median", "null": "null", "above": "above"}
     for module in MODULES:
@@ -252,15 +246,16 @@ def group_totals(
     that has SAEs at all three sites those after the first; of one without attention, those with a
     stream before and an MLP.
     """
-    whole, by_chance = (
-        replace(some, table=some.table[places == places.max()].assign(layer=0))
-        for some in (found, base)
-        for places in [some.table[[*SCORES]].notna().sum(axis=1)]
-    )
-    table = _with_chance(whole, by_chance, ["layer"], times, seed).drop(columns="layer")
+
+    def whole(some: Occurrences) -> Occurrences:
+        places = some.table[[*SCORES]].notna().sum(axis=1)
+        return replace(some, table=some.table[places == places.max()].assign(layer=0))
+
+    ours = whole(found)
+    table = _with_chance(ours, whole(base), ["layer"], times, seed).drop(columns="layer")
     table.insert(0, "suite", found.suite)
     table.insert(1, "method", found.method)
-    known = [m for m in MODULES if whole.table[f"s_{m}"].notna().any()]
+    known = [m for m in MODULES if ours.table[f"s_{m}"].notna().any()]
     table.insert(2, "places", "+".join(known))
     return table
 
@@ -321,10 +316,9 @@ def alike(by_layer: "pd.DataFrame", columns: Sequence[str], points: int = 41) ->
         for first, second in combinations(by_layer["suite"].unique(), 2):
             if first not in lines or second not in lines:
                 continue
-            pair = [lines[first], lines[second]]
-            ends = [part["depth"].agg(["min", "max"]) for part in pair]
-            at = np.linspace(max(e["min"] for e in ends), min(e["max"] for e in ends), points)
-            a, b = (np.interp(at, part["depth"], part[column]) for part in pair)
+            pair = [lines[suite][["depth", column]].to_numpy(float).T for suite in (first, second)]
+            start, end = max(at[0] for at, _ in pair), min(at[-1] for at, _ in pair)
+            a, b = (np.interp(np.linspace(start, end, points), *line) for line in pair)
             still = min(np.ptp(a), np.ptp(b)) < 1e-12
             correlation = np.nan if still else float(np.corrcoef(a, b)[0, 1])
             records.append((first, second, column, float(np.abs(a - b).mean()), correlation))
