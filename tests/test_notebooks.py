@@ -971,11 +971,16 @@ def groups(executed: dict[str, Executed]) -> Executed:
 
 
 @pytest.fixture(scope="module")
-def sampled(groups: Executed) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+def sampled() -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """The tokens of the run's sample, and whether each feature is active there, by site."""
-    from flowhelpers.activations.sparse import load_activations
+    from flowhelpers.activations.sampling import datasets_for, draw_sample, texts_of
+    from flowhelpers.activations.sparse import read_sample
+    from flowhelpers.core.cache import cache_folder
+    from flowhelpers.suites.load import load_suite
 
-    found = load_activations(groups.folder / "activations")
+    suite = load_suite("flowlet")
+    sample = draw_sample(suite.model, texts_of(datasets_for(suite.row), 100))
+    found = read_sample(suite, sample, cache_folder() / "activations")
     return found.tokens, {str(s): c.toarray() > 0 for s, c in found.by_site.items()}
 
 

@@ -1,7 +1,3 @@
-from .groups_profile import (
-    POOLED as POOLED,
-    group_profile as group_profile,
-)
 from .phases import (
     PHASES as PHASES,
     all_phases as all_phases,
@@ -13,9 +9,11 @@ from .plots import (
     phases_by_depth as phases_by_depth,
 )
 from .profile import (
+    POOLED as POOLED,
     alike as alike,
     chosen_suites as chosen_suites,
     combined as combined,
+    group_profile as group_profile,
     one_by_one as one_by_one,
     suite_profile as suite_profile,
 )

@@ -6,39 +6,55 @@ a suite lacks is missing in these tables, not zero.
 
 import gc
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from flowhelpers.across.flow_profile import flow_profile, summary
-from flowhelpers.across.groups_profile import POOLED, activity_profile, group_profile, group_totals
-from flowhelpers.core.features import suggestion
-from flowhelpers.groups.occurrences import GROUPS
+from flowhelpers.core.features import MODULES, suggestion
+from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
+from flowhelpers.groups.intervals import share_intervals
+from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, group_shares, modules_of
+from flowhelpers.groups.significance import activity_auc
+from flowhelpers.matching.table import CLASSES, classify, feature_scores
 from flowhelpers.suites.registry import SuiteRow, find_suite, registered
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from flowhelpers.groups.occurrences import Occurrences
     from flowhelpers.suites.load import Suite
 
 T = TypeVar("T")
 
+POOLED = "all texts"  # beside the datasets
+QUARTILES = (("low", 0.25), ("median", 0.5), ("high", 0.75))
+BY_MODULE = ("processed", "newborn")  # classes that cannot be seen without a module
+
 
 @dataclass(frozen=True)
 class Profile:
-    """What stays of one suite, or of several.
+    """What stays of one suite, or of several; what cannot be said of a suite or layer is missing.
 
     Attributes:
-        across: One row a suite: as `across_flow.summary` gives it, and of its occurrences their
-            number, the share of each group under its name, and `chance` before the name for that
-            by chance.
-        by_layer: One row a suite and layer: as `across_flow.flow_profile` gives it,
-            `across_groups.activity_profile`, and the share of each group over all texts.
-        groups: As `across_groups.group_profile` gives it; empty where no text was read.
-        totals: As `across_groups.group_totals` gives it; empty where no text was read.
+        across: One row a suite, over all features that have a stream before them: `suite`,
+            `layers`, `d_model`, `saes` and `features` (of those that were matched), `parameters`
+            (in all), `model_parameters`; for each module the `mean_res`, `median_res`, `null_res`
+            and `above_res` (the share above the null) of scores; `places` where predecessors were
+            looked for, such as `res+mlp`; the share of each class; `mean_life` in layers,
+            `mutual_life` if every step has to be mutual, and `through`, the share of features that
+            live from the first layer to the last. With texts `occurrences`, the share of each group
+            under its name and, after `chance`, by chance.
+        by_layer: One row a suite and layer: `suite`, `layer`, relative `depth`, `features`,
+            `places`; for each module the quartiles `low_res`, `median_res` and `high_res` of the
+            scores, their mean `s_res`, `null_res`, `above_res`; `translated` … `unexplained`,
+            `born_mlp`, `born_att`, `dies` and `mutual` as in `flow_by_layer`; `lives`, the mean
+            number of layers that features of this layer live, and `life`, the same as a share of
+            the model's. With texts, for each module `active_res`, the share of occurrences with an
+            active predecessor there, `chance_res`, the same by chance, and `tells_res`, the AUC of
+            the score for it (0.5: it tells nothing); and the share of each group.
+        groups: As `group_profile` gives it; empty where no text was read.
+        totals: The same over all complete layers, with their `places` (Figure 19 a).
     """
 
     across: "pd.DataFrame"
@@ -48,23 +64,14 @@ class Profile:
 
 
 def chosen_suites(names: Sequence[str]) -> dict[str, SuiteRow]:
-    """The rows of several suites, by the names or folders that were given for them.
-
-    Raises:
-        ValueError: If there is none, one is unknown, or two have the same name.
-    """
+    """The rows of suites by the names or folders given; a ValueError if none, unknown or twice."""
     if isinstance(names, str) or not names:
-        there = suggestion(names if isinstance(names, str) else "", registered())
-        raise ValueError(f"suites {names!r}: expected a list of one or more{there}")
+        valid = suggestion(names if isinstance(names, str) else "", registered())
+        raise ValueError(f"suites {names!r}: expected a list of one or more{valid}")
     rows = {name: find_suite(name) for name in names}
-    called = [find_suite(name).name for name in names]
-    for name in called:
-        if called.count(name) > 1:
-            others = [each for each in registered() if each not in called]
-            raise ValueError(
-                f"suites {', '.join(map(str, names))}: {name} is there {called.count(name)} times;"
-                f" expected each once, others are {', '.join(others)}"
-            )
+    known = [find_suite(name).name for name in names]
+    if twice := {name for name in known if known.count(name) > 1}:
+        raise ValueError(f"suites {', '.join(known)}: expected {', '.join(twice)} once")
     return rows
 
 
@@ -73,54 +80,41 @@ def one_by_one(
 ) -> dict[str, T]:
     """What `look` says of each suite, by its name; each is let go before the next is loaded.
 
-    Args:
-        names: As for `chosen_suites`.
-        look: Takes a loaded suite; what it returns should hold no part of it.
-        device: Where suites are loaded.
-
-    Raises:
-        ValueError: As `chosen_suites` says, before anything is loaded.
+    `look` takes a loaded suite; what it returns should hold no part of it.
     """
     from flowhelpers.suites.load import load_suite
 
-    found = {}
+    seen = {}
     for given, row in chosen_suites(names).items():
-        found[row.name] = look(load_suite(given, device))
+        seen[row.name] = look(load_suite(given, device))
         gc.collect()  # a suite may hold itself in a circle
-    return found
+    return seen
 
 
 def suite_profile(
     suite: "Suite",
     table: "pd.DataFrame",
-    found: "Occurrences | None" = None,
-    base: "Occurrences | None" = None,
+    found: Occurrences | None = None,
+    base: Occurrences | None = None,
     times: int = 200,
     seed: int = 0,
 ) -> Profile:
-    """All that is compared of one suite.
+    """All that is compared of one suite, from its match table and its occurrences.
 
     Args:
         suite: The suite.
         table: Its match table.
         found: Its occurrences, layers that lack a site among them; None if it read no text.
-        base: The same with predecessors elsewhere (`groups.elsewhere`).
+        base: The same with predecessors at other tokens (`shuffled_tokens`).
         times: Resamples, for intervals.
         seed: Of these.
-
-    Raises:
-        ValueError: If one of the occurrences is given without the other, or they are of another
-            suite.
     """
     import pandas as pd
 
-    if (found is None) != (base is None):
-        raise ValueError("occurrences: expected those found and those by chance, or neither")
-    for each in (found, base):
-        if each is not None and each.suite != suite.name:
-            raise ValueError(f"occurrences of {each.suite}: expected those of {suite.name}")
+    if found is not None and found.suite != suite.name:
+        raise ValueError(f"occurrences of {found.suite}: expected those of {suite.name}")
     width = suite.sae(next(iter(suite.saes))).decoder.shape[1]
-    record, by_layer = summary(suite.row, table, width), flow_profile(table, suite.layers)
+    record, by_layer = suite_summary(suite.row, table, width), flow_profile(table, suite.layers)
     groups = totals = pd.DataFrame()
     if found is not None and base is not None:
         by_layer = by_layer.merge(activity_profile(found, base), "left", on="layer")
@@ -129,30 +123,177 @@ def suite_profile(
         wide = pooled.pivot(index="layer", columns="group", values="share")
         by_layer = by_layer.merge(wide[list(GROUPS)].reset_index(), "left", on="layer")
         totals = group_totals(found, base, times, seed)
+        shares = totals.astype({"group": str}).set_index("group")
         record["occurrences"] = int(totals["n"].sum())
-        record |= dict(zip(totals["group"].astype(str), totals["share"], strict=True))
-        names = "chance " + totals["group"].astype(str)
-        record |= dict(zip(names, totals["by_chance"], strict=True))
+        record |= shares["share"].to_dict() | shares["by_chance"].add_prefix("chance ").to_dict()
     by_layer.insert(0, "suite", suite.name)
     return Profile(pd.DataFrame([record]), by_layer, groups, totals)
 
 
 def combined(profiles: Sequence[Profile]) -> Profile:
-    """The tables of several suites in one, in the order given.
+    """The tables of several suites in one, in the order given."""
+    import pandas as pd
 
-    Raises:
-        ValueError: If there is none, or two are of suites of the same name.
+    tables = []
+    for field in fields(Profile):
+        parts = [table for profile in profiles if len(table := getattr(profile, field.name))]
+        tables.append(pd.concat(parts, ignore_index=True) if parts else pd.DataFrame())
+    return Profile(*tables)
+
+
+def depth(layers: Any, count: int) -> Any:
+    """Relative depth of layers in a model of so many: 0 is the first, 1 the last."""
+    return layers / max(count - 1, 1)
+
+
+def flow_profile(table: "pd.DataFrame", count: int) -> "pd.DataFrame":
+    """How features of a match table are matched and what becomes of them, layer by layer.
+
+    Classes are missing where there is no stream before, as at layer 0 (CHOICES 5); births and
+    `processed` where there is no module, for then neither can be seen.
     """
     import pandas as pd
 
-    names = [name for each in profiles for name in each.across["suite"]]
-    if not names or len(set(names)) < len(names):
-        raise ValueError(f"profiles of {', '.join(names) or 'nothing'}: expected each suite once")
-    tables = {}
-    for name in (field.name for field in fields(Profile)):
-        parts = [table for each in profiles if len(table := getattr(each, name))]
-        tables[name] = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
-    return Profile(**tables)
+    flow = flow_by_layer(table).set_index("layer")
+    scores = _score_columns(feature_scores(table)).reindex(flow.index)
+    known = {module: scores[f"median_{module}"].notna() for module in MODULES}
+    profile = flow[["features"]].copy()
+    profile.insert(0, "depth", depth(flow.index.to_series(), count))
+    profile["places"] = ["+".join(m for m in MODULES if known[m][layer]) for layer in flow.index]
+    profile = profile.join(scores)
+    possible = dict.fromkeys(CLASSES, known["res"])
+    possible |= dict.fromkeys(BY_MODULE, known["res"] & (known["mlp"] | known["att"]))
+    possible |= {f"born_{module}": known["res"] & known[module] for module in ("mlp", "att")}
+    possible |= {"dies": known["res"] | True, "mutual": known["res"]}
+    for name, is_possible in possible.items():
+        profile[name] = flow.get(name, pd.Series(np.nan, flow.index)).where(is_possible)
+    profile["lives"] = feature_lifespans(table).groupby("layer")["layers"].mean()
+    return profile.assign(life=profile["lives"] / count).reset_index()
+
+
+def _score_columns(scores: "pd.DataFrame") -> "pd.DataFrame":
+    """Quartiles, mean, null and share above it of each module's scores, by layer."""
+    import pandas as pd
+
+    layer = scores["layer"]
+    columns = {}
+    for module in MODULES:
+        score, null = (scores.get(f"{name}_{module}", layer * np.nan) for name in ("s", "null"))
+        values = {f"{name}_{module}": score.groupby(layer).quantile(q) for name, q in QUARTILES}
+        above = (score > null).where(score.notna()).astype(float)
+        for name, column in (("s", score), ("null", null), ("above", above)):
+            values[f"{name}_{module}"] = column.groupby(layer).mean()
+        columns |= values
+    return pd.DataFrame(columns)
+
+
+def suite_summary(row: SuiteRow, table: "pd.DataFrame", d_model: int) -> dict[str, Any]:
+    """One suite in numbers, from its match table and the width of its stream."""
+    scores = feature_scores(table)
+    scores = scores[scores["s_res"].notna()]
+    whole = _score_columns(scores.assign(layer=0)).iloc[0]
+    best = table[table["rank"] == 1].astype({"module": str})
+    back, on = (best[best["direction"] == side] for side in ("backward", "forward"))
+    widths = {(layer, "res"): part["feature"].nunique() for layer, part in back.groupby("layer")}
+    widths |= on.groupby(["source_layer", "module"])["source"].nunique().to_dict()
+    layers = row.layers or 1 + int(table["layer"].max())
+    record: dict[str, Any] = {"suite": row.name, "layers": layers, "d_model": d_model}
+    record |= {"saes": len(widths), "features": int(sum(widths.values()))}
+    record |= {"parameters": row.parameters, "model_parameters": row.model_parameters}
+    names = {"mean": "s", "median": "median", "null": "null", "above": "above"}
+    for module in MODULES:
+        record |= {f"{name}_{module}": whole[f"{c}_{module}"] for name, c in names.items()}
+    known = [module for module in MODULES if whole.notna()[f"median_{module}"]]
+    record["places"] = "+".join(known)
+    shares = classify(scores)["class"].value_counts(normalize=True)
+    for name in CLASSES:
+        possible = name not in BY_MODULE or known != ["res"]
+        record[name] = float(shares.get(name, 0.0)) if possible else np.nan
+    spans = feature_lifespans(table)
+    record["mean_life"] = spans["layers"].mean()
+    record["mutual_life"] = feature_lifespans(table, mutual=True)["layers"].mean()
+    through = (spans["first"] == spans["layer"].min()) & (spans["last"] == spans["layer"].max())
+    return record | {"through": through.mean()}
+
+
+def group_profile(
+    found: Occurrences, base: Occurrences, count: int, times: int = 200, seed: int = 0
+) -> "pd.DataFrame":
+    """The share of every group by layer, beside that by chance (Figures 5, 18 and 19 b).
+
+    Returns:
+        `suite`, `method`, `dataset` (`all texts` for all together), `layer`, `depth`, `group`, `n`,
+        `share`, `low`, `high` and `by_chance`; a group that a layer's SAEs do not allow is
+        missing, one that is only empty has the share 0.
+    """
+    import pandas as pd
+
+    single = _with_chance(found, base, ["dataset", "layer"], times, seed)
+    pooled = _with_chance(found, base, ["layer"], times, seed).assign(dataset=POOLED)
+    table = pd.concat([single.astype({"dataset": str}), pooled], ignore_index=True)
+    table.insert(0, "suite", found.suite)
+    table.insert(1, "method", found.method)
+    table.insert(4, "depth", depth(table["layer"], count))
+    return table
+
+
+def group_totals(
+    found: Occurrences, base: Occurrences, times: int = 200, seed: int = 0
+) -> "pd.DataFrame":
+    """The share of every group over all complete layers, beside that by chance (Figure 19 a).
+
+    Complete are the layers that have most of the places that a feature may come from: of a suite
+    that has SAEs at all three sites those after the first; of one without attention, those with a
+    stream before and an MLP.
+    """
+
+    def whole(some: Occurrences) -> Occurrences:
+        places = some.table[[*SCORES]].notna().sum(axis=1)
+        return replace(some, table=some.table[places == places.max()].assign(layer=0))
+
+    ours = whole(found)
+    table = _with_chance(ours, whole(base), ["layer"], times, seed).drop(columns="layer")
+    table.insert(0, "suite", found.suite)
+    table.insert(1, "method", found.method)
+    known = [m for m in MODULES if ours.table[f"s_{m}"].notna().any()]
+    table.insert(2, "places", "+".join(known))
+    return table
+
+
+def _with_chance(
+    found: Occurrences, base: Occurrences, by: list[str], times: int, seed: int
+) -> "pd.DataFrame":
+    shares = share_intervals(found, by, times, seed).drop(columns=["features", "unique_share"])
+    chance = group_shares(base, by)[[*by, "group", "share"]].rename(columns={"share": "by_chance"})
+    table = shares.merge(chance, "left", on=[*by, "group"])
+    # A group that there may be and is not has the share 0; one that cannot be has none.
+    counts = table.groupby(by, observed=True)["n"].transform("sum")
+    known = found.table[[*SCORES]].notna().groupby(found.table["layer"]).any()
+    possible = [
+        all(known.at[layer, f"s_{module}"] for module in modules_of(group))
+        for layer, group in zip(table["layer"], table["group"], strict=True)
+    ]
+    empty = (counts > 0) & np.array(possible)
+    for column in ("share", "by_chance"):
+        table[column] = table[column].where(table[column].notna() | ~empty, 0.0)
+    return table
+
+
+def activity_profile(found: Occurrences, base: Occurrences) -> "pd.DataFrame":
+    """How often predecessors are active, by layer, and whether scores tell which."""
+    import pandas as pd
+
+    chances = base.table.groupby("layer")[[*MODULES]].mean()
+    records = []
+    for layer, part in found.table.groupby("layer"):
+        record: dict[str, Any] = {"layer": int(layer)}
+        for module in MODULES:
+            known = part[f"s_{module}"].notna().any()
+            record[f"active_{module}"] = part[module].mean() if known else np.nan
+            record[f"chance_{module}"] = chances.at[layer, module] if known else np.nan
+            record[f"tells_{module}"] = activity_auc(part, module)
+        records.append(record)
+    return pd.DataFrame(records)
 
 
 def alike(by_layer: "pd.DataFrame", columns: Sequence[str], points: int = 41) -> "pd.DataFrame":
@@ -161,36 +302,24 @@ def alike(by_layer: "pd.DataFrame", columns: Sequence[str], points: int = 41) ->
     Profiles are compared at evenly spread relative depths that both reach, on the straight lines
     between their layers.
 
-    Args:
-        by_layer: One row a suite and layer, with `suite`, `depth` and the columns.
-        columns: What is compared.
-        points: How many depths.
-
     Returns:
         One row a pair of suites and column: `first`, `second`, `column`, `apart` (the mean absolute
         difference) and `correlation` over the depths, missing where one of them does not change.
         No row where one of the suites lacks the column at all but one of its layers.
-
-    Raises:
-        ValueError: If there is no such column; the message names the nearest.
     """
     import pandas as pd
 
-    for column in columns:
-        if column not in by_layer:
-            raise ValueError(f"unknown column {column!r}{suggestion(column, by_layer.columns)}")
     records = []
     for column in columns:
         known = by_layer.dropna(subset=[column]).sort_values("depth")
         lines = {name: part for name, part in known.groupby("suite", sort=False) if len(part) > 1}
-        for first, second in combinations(dict.fromkeys(by_layer["suite"]), 2):
-            if not {first, second} <= set(lines):
+        for first, second in combinations(by_layer["suite"].unique(), 2):
+            if first not in lines or second not in lines:
                 continue
-            a, b = lines[first], lines[second]
-            ends = max(a["depth"].min(), b["depth"].min()), min(a["depth"].max(), b["depth"].max())
-            at = np.linspace(*ends, points)
-            one, two = (np.interp(at, part["depth"], part[column]) for part in (a, b))
-            still = min(np.ptp(one), np.ptp(two)) < 1e-12
-            way = np.nan if still else float(np.corrcoef(one, two)[0, 1])
-            records.append((first, second, column, float(np.abs(one - two).mean()), way))
+            pair = [lines[suite][["depth", column]].to_numpy(float).T for suite in (first, second)]
+            start, end = max(at[0] for at, _ in pair), min(at[-1] for at, _ in pair)
+            a, b = (np.interp(np.linspace(start, end, points), *line) for line in pair)
+            still = min(np.ptp(a), np.ptp(b)) < 1e-12
+            correlation = np.nan if still else float(np.corrcoef(a, b)[0, 1])
+            records.append((first, second, column, float(np.abs(a - b).mean()), correlation))
     return pd.DataFrame(records, columns=["first", "second", "column", "apart", "correlation"])

@@ -1,5 +1,5 @@
 from .coactivation import (
-    by_cosine as by_cosine,
+    coactivation_by_cosine as coactivation_by_cosine,
     coactivation_of_matches as coactivation_of_matches,
     disagreements as disagreements,
 )
@@ -39,5 +39,6 @@ from .significance import (
     check_alpha as check_alpha,
     class_shares as class_shares,
     mann_whitney_tests as mann_whitney_tests,
+    scores_by_activity as scores_by_activity,
     share_significant as share_significant,
 )

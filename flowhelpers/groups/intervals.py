@@ -4,31 +4,29 @@ Tokens of one text are not independent, so whole texts are drawn, within their d
 replacement; the interval holds the middle 95 % of what the share then is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.core.bootstrap import TIMES, _middle, _quantiles, _text_of, _texts, resamples
-from flowhelpers.core.features import MODULES
-from flowhelpers.core.progress_bar import progress
-from flowhelpers.groups.occurrences import (
-    GROUPS,
-    Occurrences,
-    complete_layers,
-    group_shares,
-    group_transition,
-    seen_in_groups,
-    transition_of,
+from flowhelpers.core.bootstrap import (
+    TIMES,
+    _middle,
+    _quantiles,
+    _text_of,
+    mean_intervals,
+    resamples,
 )
+from flowhelpers.core.progress_bar import progress
+from flowhelpers.groups.occurrences import GROUPS, Occurrences, complete_layers, group_shares
 from flowhelpers.groups.significance import (
     ONCE,
     SMALLEST,
     Cells,
     check_alpha,
+    class_means,
     class_shares,
     pair_shares,
-    pairs_in,
 )
 
 if TYPE_CHECKING:
@@ -38,28 +36,40 @@ if TYPE_CHECKING:
 def share_intervals(
     found: Occurrences, by: Sequence[str] = ("dataset",), times: int = TIMES, seed: int = 0
 ) -> "pd.DataFrame":
-    """`groups.group_shares` with `low` and `high`."""
+    """`group_shares` with `low` and `high`."""
     import pandas as pd
 
     shares = group_shares(found, by)
     table = found.table if "layer" in by else complete_layers(found.table)
-    keys = [*by, "group"]
-    rows = pd.MultiIndex.from_frame(shares[keys].astype(object))
-    cell = rows.get_indexer(pd.MultiIndex.from_frame(table[keys].astype(object)))
-    counts = np.zeros((len(_texts(found.tokens)), len(shares)))
-    np.add.at(counts, (_text_of(found.tokens, table), cell), 1)
-    drawn = resamples(found.tokens, times, seed) @ counts
-    whole = shares.groupby(list(by), observed=True, sort=False).ngroup() if by else shares["n"] * 0
-    member = np.equal.outer(whole.to_numpy(), whole.to_numpy()).astype(float)
-    total = drawn @ member
-    values = np.divide(drawn, total, out=np.full_like(drawn, np.nan), where=total > 0)
-    low, high = _middle(values)
-    there = shares["share"].notna()
-    return shares.assign(low=np.where(there, low, np.nan), high=np.where(there, high, np.nan))
+    in_group = pd.get_dummies(table["group"]).set_axis(list(GROUPS), axis=1)
+    in_group = pd.concat([table[[*by, "text"]], in_group], axis=1)
+    wide = mean_intervals(in_group, GROUPS, by, found.tokens, times, seed)
+    ends = {}
+    for place, group in enumerate(GROUPS):
+        columns = {f"{group}_low": "low", f"{group}_high": "high"}
+        ends[place] = wide[[*by, *columns]].rename(columns=columns)
+        ends[place]["group"] = pd.Categorical.from_codes([place] * len(wide), [*GROUPS])
+    shares = shares.merge(pd.concat(ends), "left", on=[*by, "group"])
+    shares[["low", "high"]] = shares[["low", "high"]].mask(shares["share"].isna())
+    return shares
+
+
+def group_transition(table: "pd.DataFrame") -> np.ndarray:
+    """Of the features ever seen in one group, the share also seen in another (Figure 13).
+
+    Features of all layers of a table of occurrences count together (CHOICES 8). The share is from
+    each group (row) to each (column); a row is missing where a group is empty.
+    """
+    features = table.groupby(["layer", "feature"]).ngroup().to_numpy()
+    seen = np.zeros((features.max(initial=-1) + 1, len(GROUPS)))
+    seen[features, table["group"].cat.codes.to_numpy()] = 1
+    both = seen.T @ seen
+    members = both.diagonal()[:, None]
+    return np.divide(both, members, out=np.full_like(both, np.nan), where=members > 0)
 
 
 def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) -> "pd.DataFrame":
-    """`groups.group_transition` in rows, with intervals.
+    """Figure 13 in rows: `group_transition` with intervals.
 
     A resample has fewer distinct texts, so that fewer features are ever seen in a group. The
     interval is therefore as wide as the resamples spread, but lies around the share itself.
@@ -71,27 +81,16 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     import pandas as pd
 
     table = complete_layers(found.table)
-    text = _text_of(found.tokens, table)
-    matrices = []
-    for drawn in progress(resamples(found.tokens, times, seed), "resamples"):
-        matrices.append(transition_of(seen_in_groups(table[drawn[text] > 0])))
-    members = seen_in_groups(table).sum(axis=0)
-    share = group_transition(found).to_numpy().ravel()
-    values = np.stack(matrices).reshape(times, -1)
+    counts = _row_counts(table, found, times, seed)
+    values = np.stack([group_transition(table[count > 0]).ravel() for count in counts])
+    share = group_transition(table).ravel()
+    pairs = pd.MultiIndex.from_product([GROUPS, GROUPS], names=["first", "second"])
+    unique = table.drop_duplicates(["layer", "feature", "group"])["group"].value_counts(sort=False)
+    rows = pd.DataFrame({"features": np.repeat(unique.to_numpy(), len(GROUPS))}, index=pairs)
+    shift = share - _quantiles(values, 0.5)[0]
     low, high = _middle(values)
-    shift = share - np.nan_to_num(_quantiles(values, 0.5)[0])
     low, high = np.maximum(low + shift, 0), np.minimum(high + shift, 1)
-    there = ~np.isnan(share)
-    return pd.DataFrame(
-        {
-            "first": np.repeat(GROUPS, len(GROUPS)),
-            "second": np.tile(GROUPS, len(GROUPS)),
-            "features": np.repeat(members, len(GROUPS)),
-            "share": share,
-            "low": np.where(there, low, np.nan),
-            "high": np.where(there, high, np.nan),
-        }
-    )
+    return rows.assign(share=share, low=low, high=high).reset_index()
 
 
 def significance_intervals(
@@ -103,44 +102,46 @@ def significance_intervals(
     seed: int = 0,
     unique: bool = False,
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
-    """Shares of significant tests, by class of pair (Figure 4) and by pair (Figure 14).
+    """Figures 4 and 14 with intervals: shares of significant tests, by class and by pair.
 
     What is tested anew is another sample with fewer distinct texts, of which some count twice; so
     the interval need not lie around the share.
 
     Args:
         found: Occurrences.
-        tests: Their tests, as `group_tests.significance` gives them.
-        alpha: The level of these.
-        smallest: The smallest group of these.
+        tests: As `mann_whitney_tests` gives with the same `alpha`, `smallest` and `unique`.
+        alpha: The level.
+        smallest: Members of the smallest group that is tested.
         times: Resamples.
         seed: Of these.
-        unique: Whether the tests count a feature once in a group.
+        unique: Whether a feature counts once in a group.
 
     Returns:
         What `class_shares` and `pair_shares` give, with `low` and `high`.
     """
     check_alpha(alpha)
     table = complete_layers(found.table)
-    text, row = _text_of(found.tokens, table), np.arange(len(table))
+    row = np.arange(len(table))
     if unique:
         row = table.groupby(ONCE, observed=True).ngroup().to_numpy()
     first = np.unique(row, return_index=True)[1]
-    cells, of_pairs = Cells(table.iloc[first]), []
-    for drawn in progress(resamples(found.tokens, times, seed), "resamples"):
-        weights = np.bincount(row, drawn[text], len(first))
+    cells, by_pair = Cells(table.iloc[first]), []
+    for counts in _row_counts(table, found, times, seed):
+        weights = np.bincount(row, counts, len(first))
         _, p, _ = cells.tested((weights > 0).astype(float) if unique else weights, smallest)
-        made = ~np.isnan(p)
-        passed, count = ((p < alpha) & made).sum(axis=1), made.sum(axis=1)
-        of_pairs.append(np.divide(passed, count, out=np.full(count.shape, np.nan), where=count > 0))
-    by_pair = np.stack(of_pairs)
-    classes, of_class = class_shares(tests), []
-    for row in classes.itertuples():
-        inside = by_pair[:, MODULES.index(row.score[2:]), pairs_in(row.module, row.pair)]
-        made = ~np.isnan(inside)
-        total, count = np.where(made, inside, 0).sum(axis=1), made.sum(axis=1)
-        of_class.append(np.divide(total, count, out=np.full(times, np.nan), where=count > 0))
-    classes["low"], classes["high"] = _middle(np.stack(of_class, axis=1))
-    pairs = pair_shares(tests)
-    pairs["low"], pairs["high"] = _middle(by_pair.reshape(times, -1))
+        made, passed = (~np.isnan(p)).sum(axis=1), (p < alpha).sum(axis=1)
+        by_pair.append(np.divide(passed, made, out=np.full(made.shape, np.nan), where=made > 0))
+    of_pairs = np.stack(by_pair)  # [times, scores, pairs]
+    classes, pairs = class_shares(tests), pair_shares(tests)
+    classes["low"], classes["high"] = _middle(class_means(of_pairs).reshape(times, -1))
+    pairs["low"], pairs["high"] = _middle(of_pairs.reshape(times, -1))
     return classes, pairs
+
+
+def _row_counts(
+    table: "pd.DataFrame", found: Occurrences, times: int, seed: int
+) -> Iterator[np.ndarray]:
+    """How often each row of the table counts, for every resample of the texts."""
+    text = _text_of(found.tokens, table)
+    for drawn in progress(resamples(found.tokens, times, seed), "resamples"):
+        yield drawn[text]

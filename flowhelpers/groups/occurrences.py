@@ -5,41 +5,21 @@ predecessors (its matches in the stream before, the MLP and attention) are activ
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-from flowhelpers.core.features import MODULES, Site
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from flowhelpers.groups.occurrences import Occurrences
-
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flowhelpers.activations.sparse import FeatureActivations
-from flowhelpers.core.features import predecessor_site
+from flowhelpers.core.features import MODULES, Site, predecessor_site
 
 if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_matrix
 
-GROUPS = (
-    "From nowhere",
-    "From RES",
-    "From MLP",
-    "From ATT",
-    "From RES & MLP",
-    "From RES & ATT",
-    "From MLP & ATT",
-    "From RES & MLP & ATT",
-)
-_OF_BITS = np.array([GROUPS.index(name) for name in (
-    "From nowhere", "From RES", "From MLP", "From RES & MLP",
-    "From ATT", "From RES & ATT", "From MLP & ATT", "From RES & MLP & ATT",
-)])  # fmt: skip
+_SOURCES = "nowhere", "RES", "MLP", "ATT", "RES & MLP", "RES & ATT", "MLP & ATT", "RES & MLP & ATT"
+GROUPS = tuple(f"From {sources}" for sources in _SOURCES)
+SCORES = tuple(f"s_{module}" for module in MODULES)
 
 
 @dataclass(frozen=True)
@@ -49,7 +29,7 @@ class Occurrences:
     Attributes:
         suite: The suite's name.
         method: How predecessors were matched.
-        top_n: How many matches a predecessor stands for.
+        top_n: How many matches at a site count as predecessors.
         tokens: The tokens: `text`, `position`, `token` and `dataset` (`all` if there are none).
         table: One row for each active (feature, token): `dataset`, `text`, `layer`, `feature`,
             `token_row` (row of `tokens`), `activation`; for each module `res`, `mlp`, `att`
@@ -67,11 +47,10 @@ class Occurrences:
     @property
     def sample(self) -> str:
         """The suite and what was read, in a line."""
-        texts = self.tokens.drop_duplicates("text")
-        per_set = texts["dataset"].value_counts(sort=False)
-        sizes = ", ".join(f"{name} {n:,}" for name, n in per_set.items())
-        tokens = f"{len(self.tokens):,} tokens of {len(texts):,} texts ({sizes})"
-        return f"suite {self.suite} · {tokens}"
+        texts = self.tokens.drop_duplicates("text")["dataset"].value_counts(sort=False)
+        sizes = ", ".join(f"{name} {n:,}" for name, n in texts.items())
+        read = f"{len(self.tokens):,} tokens of {texts.sum():,} texts ({sizes})"
+        return f"suite {self.suite} · {read}"
 
     def __str__(self) -> str:
         """The sample, the matches, and how many occurrences there are at complete layers."""
@@ -89,17 +68,16 @@ def find_occurrences(
     """Every active residual feature at every token, with its predecessors' activity (paper 5.1).
 
     A predecessor is a match at a site, active at the same token; of several matches one that is
-    active is enough (CHOICES 32). Layers that lack one of the three sites are left out unless asked
-    for, layer 0 always among them: it has no residual predecessor (CHOICES 5).
+    active is enough (CHOICES 32).
 
     Args:
         matches: A match table, by any method.
         activations: Activations at all sites.
         top_n: How many matches of each feature and site are its predecessors.
-        incomplete: Whether layers that lack one or two sites are in it; their groups are those of
-            the sites that there are.
-        predecessors: What predecessors do, if it is not what they do at the same token, as
-            `elsewhere` gives.
+        incomplete: Whether layers that lack one or two of the three sites are in it, as layer 0
+            does (CHOICES 5); their groups are those of the sites that there are.
+        predecessors: The activations of predecessors, where they are not those at the same token:
+            `shuffled_tokens` gives chance.
 
     Raises:
         ValueError: If no layer has all three sites and `incomplete` ones are not asked for, the
@@ -110,25 +88,25 @@ def find_occurrences(
     ranks = int(matches["rank"].max())
     if not isinstance(top_n, int) or not 1 <= top_n <= ranks:
         raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
-    chosen = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
+    best = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
     by_place = {
         (int(layer), str(module)): part.sort_values(["feature", "rank"])
-        for (layer, module), part in chosen.groupby(["layer", "module"], observed=True)
+        for (layer, module), part in best.groupby(["layer", "module"], observed=True)
     }
     layers = sorted({layer for layer, _ in by_place})
-    complete = [layer for layer in layers if all((layer, module) in by_place for module in MODULES)]
-    if not (complete or incomplete):
+    if not incomplete:
+        layers = [layer for layer in layers if all((layer, m) in by_place for m in MODULES)]
+    if not layers:
         raise ValueError("no layer has predecessors at all three of res, mlp and att")
-    sources = predecessors or activations
-    sites = {predecessor_site(layer, module) for layer, module in by_place}
-    sites |= {Site(layer, "res") for layer in layers}
-    if missing := sorted(sites - set(sources.by_site)):
+    sources = (predecessors or activations).by_site
+    sites = {Site(layer, "res") for layer in layers}
+    sites |= {predecessor_site(*place) for place in by_place if place[0] in layers}
+    if missing := sorted(sites - set(sources)):
         raise ValueError(
             f"no activations at {', '.join(map(str, missing))}, of which the match table speaks"
         )
-    tokens = with_dataset(activations.tokens)
     parts = []
-    for layer in layers if incomplete else complete:
+    for layer in layers:
         codes = activations.by_site[Site(layer, "res")].tocoo()
         columns: dict[str, np.ndarray] = {
             "layer": np.full(codes.nnz, layer, np.int16),
@@ -137,28 +115,43 @@ def find_occurrences(
             "activation": codes.data,
         }
         for module in MODULES:
-            part = by_place.get((layer, module))
-            if part is None:
+            if (layer, module) not in by_place:
                 columns[module] = np.zeros(codes.nnz, dtype=bool)
                 columns[f"s_{module}"] = columns[f"rate_{module}"] = np.full(codes.nnz, np.nan)
                 continue
-            width = codes.shape[1]
-            site = predecessor_site(layer, module)
-            chosen_there = part["source"].to_numpy().reshape(width, -1)
-            active = _any_active(sources.by_site[site], chosen_there)
+            # One row a feature, one column a rank.
+            source, score = (
+                by_place[layer, module][column].to_numpy().reshape(codes.shape[1], -1)
+                for column in ("source", "score")
+            )
+            active = _any_active(sources[predecessor_site(layer, module)], source)
             columns[module] = np.asarray(active[codes.row, codes.col]).ravel() > 0
-            best = part["score"].to_numpy().reshape(width, -1)[:, 0]
-            columns[f"s_{module}"] = best[codes.col]
+            columns[f"s_{module}"] = score[codes.col, 0]
             columns[f"rate_{module}"] = active.getnnz(axis=0)[codes.col] / active.shape[0]
         parts.append(pd.DataFrame(columns))
     table = pd.concat(parts, ignore_index=True)
     table["group"] = group_names(table)
-    for place, column in enumerate(("dataset", "text")):
-        table.insert(place, column, tokens[column].to_numpy()[table["token_row"]])
-    names = list(dict.fromkeys(tokens["dataset"]))
-    table["dataset"] = pd.Categorical(table["dataset"], categories=names)
+    tokens = with_dataset(activations.tokens)
+    of_rows = tokens.iloc[table["token_row"]]
+    names = pd.Categorical(of_rows["dataset"], categories=tokens["dataset"].unique())
+    table.insert(0, "dataset", names)
+    table.insert(1, "text", of_rows["text"].to_numpy())
     suite, method = (str(matches[column].iloc[0]) for column in ("suite", "method"))
     return Occurrences(suite, method, top_n, tokens, table)
+
+
+def _any_active(codes: "csr_matrix", sources: np.ndarray) -> "csr_matrix":
+    """How many of each feature's sources are active: `[tokens, features]`, sparse.
+
+    Of codes `[tokens, sources]` and sources `[features, top_n]`, which are -1 where there is none.
+    """
+    from scipy.sparse import csr_matrix
+
+    features, ranks = np.nonzero(sources >= 0)
+    places = sources[features, ranks], features
+    shape = (codes.shape[1], len(sources))
+    chosen = csr_matrix((np.ones(len(features), np.int32), places), shape=shape)
+    return (codes > 0).astype(np.int32) @ chosen
 
 
 def modules_of(group: str) -> tuple[str, ...]:
@@ -170,8 +163,11 @@ def group_names(active: "Mapping[str, np.ndarray] | pd.DataFrame") -> "pd.Catego
     """The group of each row, by whether a predecessor is active at `res`, `mlp` and `att`."""
     import pandas as pd
 
+    code = np.zeros(8, np.int64)  # of each combination of the three, as a binary number
+    for place, group in enumerate(GROUPS):
+        code[sum(1 << MODULES.index(module) for module in modules_of(group))] = place
     bits = sum(np.asarray(active[m]).astype(int) << bit for bit, m in enumerate(MODULES))
-    return pd.Categorical.from_codes(_OF_BITS[bits], categories=list(GROUPS))
+    return pd.Categorical.from_codes(code[bits], categories=list(GROUPS))
 
 
 def with_dataset(tokens: "pd.DataFrame") -> "pd.DataFrame":
@@ -179,33 +175,17 @@ def with_dataset(tokens: "pd.DataFrame") -> "pd.DataFrame":
     return tokens if "dataset" in tokens else tokens.assign(dataset="all")
 
 
-def _any_active(codes: "csr_matrix", sources: np.ndarray) -> "csr_matrix":
-    """On which tokens one of each feature's sources is active: `[tokens, features]`, sparse.
-
-    Args:
-        codes: Activations at the sources' site, `[tokens, sources]`.
-        sources: Each feature's sources, `[features, top_n]`; -1 where there is none.
-    """
-    from scipy.sparse import csr_matrix
-
-    features, ranks = np.nonzero(sources >= 0)
-    ones = np.ones(len(features), np.int32)
-    shape = (codes.shape[1], len(sources))
-    chosen = csr_matrix((ones, (sources[features, ranks], features)), shape=shape)
-    return (codes > 0).astype(np.int32) @ chosen
+def complete_layers(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The occurrences at layers that have all three sites."""
+    return table[table[[*SCORES]].notna().all(axis=1)]
 
 
 def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureActivations:
     """The same activations, each token's replaced by those of a token of another text.
 
-    What the groups are with these predecessors is the base rate that the paper leaves out: how
-    often would a feature that is active just as often, but has nothing to do with this token, be
-    found active where a predecessor was looked for? Only the feature itself, elsewhere, is as often
-    active to the token; the token comes from the same dataset, and is the same for all sites.
-
-    Args:
-        activations: Activations at all sites.
-        seed: Decides which token stands in for which.
+    What the groups are with these predecessors is the base rate that the paper leaves out: every
+    predecessor is as often active as before, but at tokens that have nothing to do with the
+    feature's. The token comes from the same dataset, and is the same for all sites.
     """
     rng = np.random.default_rng(seed)
     tokens = with_dataset(activations.tokens)
@@ -213,11 +193,11 @@ def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureAc
     for _, part in tokens.groupby("dataset", sort=False, observed=True):
         texts = rng.permutation(part["text"].unique())
         order = {text: place for place, text in enumerate(texts)}
-        here = part.index.to_numpy()[np.argsort(part["text"].map(order), kind="stable")]
+        by_text = part.index.to_numpy()[np.argsort(part["text"].map(order), kind="stable")]
         longest = int(part["text"].value_counts().max())
         # So far apart in this order no two tokens are of one text, if there are texts enough.
-        furthest = max(longest, len(here) - longest)
-        rows[here] = np.roll(here, int(rng.integers(longest, furthest + 1)))
+        furthest = max(longest, len(by_text) - longest)
+        rows[by_text] = np.roll(by_text, int(rng.integers(longest, furthest + 1)))
     by_site = {site: codes[rows] for site, codes in activations.by_site.items()}
     return FeatureActivations(activations.tokens, by_site)
 
@@ -238,52 +218,13 @@ def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.Da
 
     table = found.table if "layer" in by else complete_layers(found.table)
     keys = [*by, "group"]
-    cells = table.groupby(keys, observed=False)
-    n = cells.size().rename("n")
     unique = table[[*dict.fromkeys([*keys, "layer", "feature"])]].drop_duplicates()
-    features = unique.groupby(keys, observed=False).size().rename("features")
-    both = pd.concat([n, features], axis=1)
-    if not by:
-        shares = both / both.sum()
-    else:
-        shares = both / both.groupby(level=list(range(len(by))), observed=False).transform("sum")
-    both["share"], both["unique_share"] = (shares[c].where(both["n"] > 0) for c in shares)
-    return both.reset_index()
-
-
-def complete_layers(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The occurrences at layers that have all three sites."""
-    return table[table[[f"s_{module}" for module in MODULES]].notna().all(axis=1)]
-
-
-def group_transition(found: Occurrences) -> "pd.DataFrame":
-    """Of the features ever seen in one group, the share also seen in another (Figure 13).
-
-    Features of all complete layers count together (CHOICES 8).
-
-    Returns:
-        A matrix: from each group (row) to each (column); a row is missing where a group is empty.
-    """
-    import pandas as pd
-
-    return pd.DataFrame(
-        transition_of(seen_in_groups(complete_layers(found.table))), index=GROUPS, columns=GROUPS
-    )
-
-
-def seen_in_groups(table: "pd.DataFrame") -> np.ndarray:
-    """Which features were seen in which group: `[features, groups]`."""
-    features = table.groupby(["layer", "feature"]).ngroup().to_numpy()
-    seen = np.zeros((features.max(initial=-1) + 1, len(GROUPS)), dtype=bool)
-    seen[features, table["group"].cat.codes.to_numpy()] = True
-    return seen
-
-
-def transition_of(seen: np.ndarray) -> np.ndarray:
-    """Of the features seen in each group, the share seen in each other: `[groups, groups]`."""
-    both = seen.T.astype(float) @ seen.astype(float)
-    members = both.diagonal()[:, None]
-    return np.divide(both, members, out=np.full_like(both, np.nan), where=members > 0)
+    sizes = [some.groupby(keys, observed=False).size() for some in (table, unique)]
+    counts = pd.concat(sizes, axis=1, keys=["n", "features"])
+    levels = list(range(len(by)))
+    totals = counts.groupby(level=levels, observed=False).transform("sum") if by else counts.sum()
+    shares = (counts / totals).where(counts["n"] > 0).set_axis(["share", "unique_share"], axis=1)
+    return pd.concat([counts, shares], axis=1).reset_index()
 
 
 def group_profiles(found: Occurrences) -> "pd.DataFrame":
@@ -294,19 +235,16 @@ def group_profiles(found: Occurrences) -> "pd.DataFrame":
         name, `main` (the most frequent group), `main_share`, and `entropy` of the shares in bits,
         from 0 (always the same) to 3 (all eight alike).
     """
-    import pandas as pd
+    from scipy.stats import entropy
 
     table = complete_layers(found.table)
     counts = table.groupby(["layer", "feature", "group"], observed=False).size().unstack("group")
-    counts = counts[counts.sum(axis=1) > 0]
-    shares = counts.div(counts.sum(axis=1), axis=0)
-    logs = np.log2(shares.to_numpy(), where=shares.to_numpy() > 0, out=np.zeros(shares.shape))
-    frame = pd.DataFrame(shares.to_numpy(), index=shares.index, columns=list(GROUPS))
-    frame.insert(0, "n", counts.sum(axis=1))
-    frame["main"] = shares.idxmax(axis=1).astype(str)
-    frame["main_share"] = shares.max(axis=1)
-    frame["entropy"] = -(shares.to_numpy() * logs).sum(axis=1) + 0.0
-    return frame.reset_index()
+    counts = counts[counts.sum(axis=1) > 0].set_axis(list(GROUPS), axis=1)
+    profiles = counts.div(counts.sum(axis=1), axis=0)
+    main, main_share = profiles.idxmax(axis=1), profiles.max(axis=1)
+    bits = entropy(profiles.to_numpy(), base=2, axis=1)
+    profiles.insert(0, "n", counts.sum(axis=1))
+    return profiles.assign(main=main, main_share=main_share, entropy=bits).reset_index()
 
 
 def single_source_points(
@@ -314,14 +252,9 @@ def single_source_points(
 ) -> "pd.DataFrame":
     """Features of "From nowhere" and of the groups with one source, for Figure 3.
 
-    Args:
-        found: Occurrences.
-        layers: Of which layers.
-        n: The most features of a layer; each (feature, group) stands once.
-        seed: Decides which.
-
     Returns:
-        `layer`, `feature`, `group`, `s_res`, `s_mlp`, `s_att`.
+        `layer`, `feature`, `group`, `s_res`, `s_mlp`, `s_att`: of each layer at most `n` rows, a
+        feature once in a group.
 
     Raises:
         ValueError: If a layer is not among the complete ones.
@@ -329,15 +262,15 @@ def single_source_points(
     import pandas as pd
 
     table = complete_layers(found.table)
-    there = sorted(table["layer"].unique().tolist())
-    if not set(layers) <= set(there):
-        raise ValueError(f"layers {list(layers)}: expected some of {', '.join(map(str, there))}")
-    columns = ["layer", "feature", "group", *(f"s_{module}" for module in MODULES)]
-    table = table.loc[table["group"].isin(GROUPS[:4]), columns]
-    table = table.drop_duplicates(["layer", "feature", "group"])
-    parts = [table[table["layer"] == layer] for layer in layers]
+    known = sorted(table["layer"].unique().tolist())
+    if not set(layers) <= set(known):
+        raise ValueError(f"layers {list(layers)}: expected some of {', '.join(map(str, known))}")
+    keys = ["layer", "group", "feature"]
+    single = table.loc[table["group"].isin(GROUPS[:4]), ["layer", "feature", "group", *SCORES]]
+    by_layer = single.drop_duplicates(keys).groupby("layer")
+    parts = [by_layer.get_group(layer) for layer in layers]
     parts = [part.sample(min(n, len(part)), random_state=seed) for part in parts]
-    return pd.concat(parts).sort_values(["layer", "group", "feature"], ignore_index=True)
+    return pd.concat(parts).sort_values(keys, ignore_index=True)
 
 
 def score_histograms(
@@ -351,42 +284,35 @@ def score_histograms(
     """
     import pandas as pd
 
-    table = complete_layers(found.table)
-    frames = []
+    table, rows = complete_layers(found.table), []
     for layer in layers:
         here = table[table["layer"] == layer]
-        for score in (f"s_{module}" for module in MODULES):
+        for score in SCORES:
             edges = np.linspace(min(0.0, here[score].min()), 1, bins + 1)
+            middles = (edges[1:] + edges[:-1]) / 2
             for group, part in here.groupby("group", observed=True):
                 if len(part) >= smallest:
                     density, _ = np.histogram(part[score], edges, density=True)
-                    middles = (edges[1:] + edges[:-1]) / 2
-                    frame = {"layer": layer, "score": score, "group": group, "n": len(part)}
-                    frames.append(pd.DataFrame(frame | {"at": middles, "density": density}))
-    columns = ["layer", "score", "group", "n", "at", "density"]
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+                    same = (layer, score, group, len(part))
+                    rows += [(*same, *pair) for pair in zip(middles, density, strict=True)]
+    return pd.DataFrame(rows, columns=["layer", "score", "group", "n", "at", "density"])
 
 
-def youden_thresholds(found: "Occurrences") -> dict[tuple[int, str], float]:
+def youden_thresholds(found: Occurrences) -> dict[tuple[int, str], float]:
     """The score that best parts active from inactive predecessors, for each layer and site.
 
     It is the cut of highest Youden's J (share of active above minus share of inactive above).
     A layer and site whose predecessors are all active, or none, has no cut.
-
-    Args:
-        found: Active features with their predecessors' activity.
     """
-    import numpy as np
     from sklearn.metrics import roc_curve
 
     cuts = {}
     for layer, part in found.table.groupby("layer"):
         for module in MODULES:
             active, score = part[module].to_numpy(), part[f"s_{module}"].to_numpy()
-            if active.all() or not active.any() or np.isnan(score).all():
-                continue
-            false, true, limits = roc_curve(active, score)
-            best = int(np.argmax(true - false))
-            # roc_curve counts scores equal to its limit as above; here high is strictly above.
-            cuts[int(layer), module] = float(np.nextafter(min(limits[best], 1.0), -1))
+            if active.any() and not active.all():
+                false, true, limits = roc_curve(active, score)
+                limit = min(limits[np.argmax(true - false)], 1.0)
+                # roc_curve counts scores equal to its limit as above; high is strictly above.
+                cuts[int(layer), module] = float(np.nextafter(limit, -1))
     return cuts

@@ -6,14 +6,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowhelpers.core.features import MODULES
-from flowhelpers.groups.occurrences import GROUPS, Occurrences, complete_layers
+from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, complete_layers, modules_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-PAIRS = tuple(combinations(range(len(GROUPS)), 2))
 NAMED_PAIRS = tuple(combinations(GROUPS, 2))
+FIRST, SECOND = np.triu_indices(len(GROUPS), 1)  # the groups of each pair
 CLASSES = ("IB", "AO", "AB")  # by in how many of two groups a module is active
+CLASS_ROWS = [(module, pair) for module in MODULES for pair in ("AO", "AB", "IB")]
+IN_CLASS = np.array(
+    [
+        [
+            CLASSES[sum(module in modules_of(group) for group in pair)] == name
+            for pair in NAMED_PAIRS
+        ]
+        for module, name in CLASS_ROWS
+    ]
+)  # which pairs of groups are in each class of each module, [9, 28]
 ONCE = ["dataset", "layer", "feature", "group"]
 SMALLEST = 20  # members of a group, for a test (CHOICES 7)
 
@@ -24,8 +34,7 @@ def mann_whitney_tests(
     """Mann-Whitney U for every pair of groups, score, layer and dataset (paper 5.1, CHOICES 7).
 
     Two-sided, by the normal approximation with the corrections for ties and continuity, which is
-    what scipy takes for groups of more than 8. All pairs of a dataset and layer come from one
-    product of counts by score, so that a paper-sized table takes seconds.
+    what scipy takes for groups of more than 8.
 
     Args:
         found: Occurrences.
@@ -34,16 +43,16 @@ def mann_whitney_tests(
         unique: Whether a feature counts once in a group, however often it was active.
 
     Returns:
-        One row a pair, score, layer and dataset, tested or not: `dataset`, `layer`, `score`,
-        `first`, `second`, `n_first`, `n_second`, `p`, `effect` (the rank-biserial correlation:
-        positive where the first group has the higher scores),
-        `significant` (1 or 0) and `p_holm` (Holm's correction over all tests). A pair of which
-        one group is too small has none of the last four.
+        One row a pair, score, layer and dataset: `dataset`, `layer`, `score`, `first`, `second`,
+        `n_first`, `n_second`; `p`, `effect` (the rank-biserial correlation: positive where the
+        first group has the higher scores), `significant` (1 or 0) and `p_holm` (Holm's correction
+        over all tests), which are missing where one of the groups is too small.
 
     Raises:
         ValueError: If alpha is outside (0, 1).
     """
     import pandas as pd
+    from statsmodels.stats.multitest import multipletests
 
     check_alpha(alpha)
     table = complete_layers(found.table)
@@ -51,49 +60,38 @@ def mann_whitney_tests(
         table = table.drop_duplicates(ONCE)
     cells = Cells(table)
     n, p, effect = cells.tested(np.ones(len(table)), smallest)
-    first, second = np.array(PAIRS).T
-    index = [(f"s_{m}", *key, *pair) for m in MODULES for key in cells.keys for pair in NAMED_PAIRS]
-    tests = pd.DataFrame(index, columns=["score", "dataset", "layer", "first", "second"])
-    tests = tests[["dataset", "layer", "score", "first", "second"]]
-    tests["n_first"], tests["n_second"] = (
-        n[:, :, side].ravel().astype(int) for side in (first, second)
-    )
+    rows = [(*key, score, *pair) for score in SCORES for key in cells.keys for pair in NAMED_PAIRS]
+    tests = pd.DataFrame(rows, columns=["dataset", "layer", "score", "first", "second"])
+    tests["n_first"], tests["n_second"] = (n[..., i].ravel().astype(int) for i in (FIRST, SECOND))
     tests["p"], tests["effect"] = p.ravel(), effect.ravel()
-    tests["significant"] = (tests["p"] < alpha).astype(float).where(tests["p"].notna())
-    tests["p_holm"] = _holm(tests["p"].to_numpy())
+    made = tests["p"].notna()
+    tests["significant"] = (tests["p"] < alpha).astype(float).where(made)
+    tests["p_holm"] = np.nan
+    if made.any():
+        tests.loc[made, "p_holm"] = multipletests(tests.loc[made, "p"], method="holm")[1]
     return tests
 
 
 def check_alpha(alpha: float) -> None:
-    """A level of significance lies between 0 and 1.
-
-    Raises:
-        ValueError: If it does not.
-    """
+    """Raises a ValueError unless the level of significance lies between 0 and 1."""
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha}: expected a level between 0 and 1, such as 0.001")
 
 
 class Cells:
-    """Occurrences by dataset, layer, score and group, ready to be tested with any weights."""
+    """Occurrences by dataset and layer (a cell), score and group, to be tested with any weights."""
 
     def __init__(self, table: "pd.DataFrame"):
-        keys = table[["dataset", "layer"]].drop_duplicates().sort_values(["dataset", "layer"])
-        self.keys = list(keys.itertuples(index=False, name=None))
-        self.cell = table.groupby(["dataset", "layer"], observed=True).ngroup().to_numpy()
+        by_cell = table.groupby(["dataset", "layer"], observed=True)
+        self.keys, cell = by_cell.size().index.to_list(), by_cell.ngroup().to_numpy()
         self.group = table["group"].cat.codes.to_numpy().astype(np.int64)
-        self.values = {m: self._places(table[f"s_{m}"].to_numpy()) for m in MODULES}
-
-    def _places(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Each occurrence's place among the distinct scores of its cell, and where cells begin."""
-        order = np.lexsort((scores, self.cell))
-        cell, ordered = self.cell[order], scores[order]
-        new = np.ones(len(order), dtype=bool)
-        new[1:] = (cell[1:] != cell[:-1]) | (ordered[1:] != ordered[:-1])
-        place = np.empty(len(order), dtype=np.int64)
-        place[order] = np.cumsum(new) - 1
-        starts = np.searchsorted(cell[new], np.arange(len(self.keys) + 1))
-        return place, starts
+        self.places, self.starts = [], []  # each row among distinct scores, and where cells begin
+        for score in SCORES:
+            place = table.groupby(["dataset", "layer", score], observed=True).ngroup().to_numpy()
+            ends = np.zeros(len(self.keys), np.int64)
+            np.maximum.at(ends, cell, place + 1)
+            self.places.append(place)
+            self.starts.append([0, *ends])
 
     def tested(self, weights: np.ndarray, smallest: int) -> tuple[np.ndarray, ...]:
         """Members, p and effect; `weights` say how often each occurrence counts.
@@ -101,26 +99,28 @@ class Cells:
         Returns:
             `[scores, cells, groups]`, and twice `[scores, cells, pairs]`.
         """
-        first, second = np.array(PAIRS).T
-        found = []
-        for place, starts in self.values.values():
-            width = int(starts[-1])
-            counts = np.bincount(self.group * width + place, weights, len(GROUPS) * width)
-            counts = counts.reshape(len(GROUPS), width)
-            cells = [
-                mann_whitney(counts[:, start:end], smallest) for start, end in pairwise(starts)
-            ]
-            found.append([(n, p[first, second], effect[first, second]) for n, p, effect in cells])
-        return tuple(np.array([[cell[i] for cell in cells] for cells in found]) for i in range(3))
+        tests = []
+        for place, starts in zip(self.places, self.starts, strict=True):
+            counts = np.bincount(
+                self.group * starts[-1] + place, weights, len(GROUPS) * starts[-1]
+            ).reshape(len(GROUPS), -1)
+            tests.append([mann_whitney(counts[:, a:b], smallest) for a, b in pairwise(starts)])
+        n, p, effect = (
+            np.array([[cell[i] for cell in cells] for cells in tests]) for i in range(3)
+        )
+        return n, p[..., FIRST, SECOND], effect[..., FIRST, SECOND]
 
 
 def mann_whitney(
     counts: np.ndarray, smallest: int = 1
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mann-Whitney U of all pairs of groups at once.
+    """Mann-Whitney U of all pairs of groups at once, from how often each has each score.
+
+    All pairs come from one product of counts, so that the tests of a sample can be made hundreds of
+    times (`significance_intervals`).
 
     Args:
-        counts: How often each group has each score, scores rising, `[groups, scores]`.
+        counts: `[groups, scores]`, scores rising.
         smallest: Groups with fewer members are not tested.
 
     Returns:
@@ -135,7 +135,7 @@ def mann_whitney(
     pairs, total = np.outer(n, n), n[:, None] + n[None, :]
     cubes, squares = (counts**3).sum(axis=1), counts**2
     ties = cubes[:, None] + cubes[None, :] + 3 * (squares @ counts.T + counts @ squares.T)
-    enough = (n >= max(smallest, 1))[:, None] & (n >= max(smallest, 1))[None, :]
+    enough = np.minimum.outer(n, n) >= max(smallest, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         tied = (ties - total) / (total * (total - 1))
         deviation = np.sqrt(pairs / 12 * (total + 1 - tied))
@@ -146,68 +146,75 @@ def mann_whitney(
     return n, np.where(enough, p, np.nan), np.where(enough, effect, np.nan)
 
 
-def _holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down correction; what is missing is no test."""
-    there = np.flatnonzero(~np.isnan(p))
-    order = there[np.argsort(p[there], kind="stable")]
-    steps = p[order] * np.arange(len(order), 0, -1)
-    corrected = np.full_like(p, np.nan)
-    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
-    return corrected
-
-
 def pair_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
-    """For each pair of groups and score, the share of its tests that are significant (Figure 14).
+    """Figure 14: for each pair of groups and score, the share of significant tests.
 
     Returns:
-        One row a pair and score: `score`, `first`, `second`, `tests` (over layers and datasets),
-        `share` and the median `effect`; missing where no test was made.
+        `score`, `first`, `second`, `tests` (over layers and datasets), `share` and the median
+        `effect`; missing where no test was made.
     """
-    keys = ["score", "first", "second"]
-    cells = tests.groupby(keys, sort=False)
-    found = cells["p"].count().rename("tests").to_frame()
-    found["share"] = cells["significant"].mean()
-    found["effect"] = cells["effect"].median()
-    return found.reset_index()
+    by_pair = tests.groupby(["score", "first", "second"], sort=False)
+    return by_pair.agg(
+        tests=("p", "count"), share=("significant", "mean"), effect=("effect", "median")
+    ).reset_index()
 
 
-def pairs_in(module: str, pair: str) -> list[int]:
-    """The places in `PAIRS` of those of a class: active in one group, in both or in neither."""
-    active = [module.upper() in group for group in GROUPS]
-    return [i for i, (a, b) in enumerate(PAIRS) if CLASSES[active[a] + active[b]] == pair]
+def class_means(shares: np.ndarray) -> np.ndarray:
+    """Means of what is known, from `[..., scores, pairs]` to `[..., classes, scores]`."""
+    known = (~np.isnan(shares)).astype(float)
+    total, count = np.nan_to_num(shares) @ IN_CLASS.T, known @ IN_CLASS.T
+    means = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+    return means.swapaxes(-1, -2)
 
 
 def class_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
-    """Shares of significant tests by where a module is active in the two groups (Figure 4).
+    """Figure 4: shares of significant tests by where a module is active in the two groups.
 
-    A pair's share is taken first, over layers and datasets, then the mean over the pairs of a
-    class, as the paper's Figure 4 is of its Figure 14.
+    They are means over pairs, as the paper's Figure 4 is of its Figure 14.
 
     Returns:
-        One row a module, class and score: `module`, `pair` (`AO`: the module is active in only one
-        of the two groups, `AB`: in both, `IB`: in neither), `score`, `share`, and `tests`. A class
-        without a test has no share.
+        `module`, `pair` (`AO`: the module is active in only one of the two groups, `AB`: in both,
+        `IB`: in neither), `score`, `share` (missing without a test) and `tests`.
     """
     import pandas as pd
 
-    cells = pair_shares(tests).set_index(["score", "first", "second"])
-    rows = []
-    for module in MODULES:
-        for pair in ("AO", "AB", "IB"):
-            names = [NAMED_PAIRS[i] for i in pairs_in(module, pair)]
-            for score in (f"s_{each}" for each in MODULES):
-                part = cells.reindex([(score, *each) for each in names])
-                rows.append((module, pair, score, part["share"].mean(), int(part["tests"].sum())))
-    return pd.DataFrame(rows, columns=["module", "pair", "score", "share", "tests"])
+    every = pd.MultiIndex.from_tuples([(score, *pair) for score in SCORES for pair in NAMED_PAIRS])
+    pairs = pair_shares(tests).set_index(["score", "first", "second"]).reindex(every)
+    shares, made = (pairs[c].to_numpy().reshape(len(SCORES), -1) for c in ("share", "tests"))
+    rows = [(*row, score) for row in CLASS_ROWS for score in SCORES]
+    table = pd.DataFrame(rows, columns=["module", "pair", "score"])
+    table["share"] = class_means(shares).ravel()
+    return table.assign(tests=(IN_CLASS @ np.nan_to_num(made).T).astype(int).ravel())
 
 
 def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
-    """Of Figure 4 the share of each score by where its own module is active.
-
-    Returns:
-        A row a score, with the columns `AB`, `AO`, `IB`; missing where a class has no test.
-    """
+    """Of Figure 4 each score where its own module is active: a row a score, `AB`, `AO`, `IB`."""
     shares = class_shares(tests)
     own = shares[shares["score"] == "s_" + shares["module"]]
-    wide = own.pivot(index="score", columns="pair", values="share")
-    return wide.loc[[f"s_{module}" for module in MODULES], ["AB", "AO", "IB"]]
+    return own.pivot(index="score", columns="pair", values="share").loc[[*SCORES]]
+
+
+def scores_by_activity(found: Occurrences) -> "pd.DataFrame":
+    """How each module's score parts the occurrences with an active predecessor from the others.
+
+    Returns:
+        One row a score: `score`, its median where the module's predecessor is `active` and where it
+        is `inactive`, and the rank-biserial correlation, `effect`. Layer 0 is left out.
+    """
+    import pandas as pd
+
+    later, rows = found.table[found.table["layer"] > 0], []
+    for module, score in zip(MODULES, SCORES, strict=True):
+        medians = later.groupby(module)[score].median().reindex([True, False])
+        rows.append((score, *medians, 2 * activity_auc(later, module) - 1))
+    return pd.DataFrame(rows, columns=["score", "active", "inactive", "effect"])
+
+
+def activity_auc(table: "pd.DataFrame", module: str) -> float:
+    """The AUC of a module's score for whether its predecessor is active; missing if all are."""
+    from sklearn.metrics import roc_auc_score
+
+    known = table.dropna(subset=f"s_{module}")
+    active = known[module]
+    both = active.any() and not active.all()
+    return float(roc_auc_score(active, known[f"s_{module}"])) if both else np.nan

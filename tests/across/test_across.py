@@ -13,46 +13,42 @@ import pytest
 import toys
 from counted import planted_occurrences
 
-from flowhelpers.across.flow_profile import depth, flow_profile, summary
-from flowhelpers.across.groups_profile import (
-    POOLED,
-    activity_profile,
-    fullest_suite,
-    group_profile,
-    group_totals,
-)
 from flowhelpers.across.phases import all_phases
 from flowhelpers.across.plots import (
     by_depth,
     groups_against_chance,
     groups_by_depth,
     phases_by_depth,
-    suite_looks,
 )
 from flowhelpers.across.profile import (
+    POOLED,
     Profile,
+    activity_profile,
     alike,
     chosen_suites,
     combined,
+    depth,
+    flow_profile,
+    group_profile,
+    group_totals,
     one_by_one,
     suite_profile,
+    suite_summary,
 )
 from flowhelpers.core.features import MODULES
-from flowhelpers.groups.occurrences import GROUPS, Occurrences, find_occurrences, modules_of
-from flowhelpers.matching.table import CLASSES, classify, feature_scores, match_table
+from flowhelpers.groups.occurrences import GROUPS, find_occurrences, modules_of
+from flowhelpers.matching.table import CLASSES, match_table
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.needs import needs, needs_table
-from flowhelpers.suites.registry import find_suite
 
 PARTS = {"bare": set(MODULES), "no attention": {"res", "mlp"}, "stream": {"res"}}
 
 
-def suite_of(name: str, called: str = "") -> Suite:
+def suite_of(name: str) -> Suite:
     """The planted suite with SAEs at some modules alone."""
     modules = PARTS[name]
     directions = toys.planted_directions()
     suite = toys.bare_suite({s: rows for s, rows in directions.items() if s.module in modules})
-    return replace(suite, row=replace(suite.row, name=called or name))
+    return replace(suite, row=replace(suite.row, name=name))
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +68,11 @@ def test_suites_are_refused_that_are_none_unknown_or_there_twice(tmp_path: Path)
         chosen_suites("flowlet")
     with pytest.raises(ValueError, match="unknown suite 'flowlett'; did you mean 'flowlet'"):
         chosen_suites(["flowlet", "flowlett"])
-    with pytest.raises(ValueError, match="flowlet is there 2 times; expected each once, others"):
+    with pytest.raises(ValueError, match="suites flowlet, flowlet: expected flowlet once"):
         chosen_suites(["flowlet", "flowlet"])
     text = 'name: flowlet\nmodel: none\nlayers: 2\nsaes: {res: "{layer}"}\n'
     (tmp_path / "suite.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match="flowlet is there 2 times"):
+    with pytest.raises(ValueError, match="expected flowlet once"):
         chosen_suites(["flowlet", str(tmp_path)])
     names = ["flowlet@res", "flowlet"]
     assert [row.name for row in chosen_suites(names).values()] == names
@@ -105,77 +101,49 @@ def test_no_two_suites_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch):
         gc.enable()
     assert found == {name: (name, "cpu") for name in names}
     assert len(loaded) == 3
-    with pytest.raises(ValueError, match="is there 2 times"):
+    with pytest.raises(ValueError, match="expected flowlet once"):
         one_by_one(["flowlet", "flowlet"], lambda suite: suite)
     assert len(loaded) == 3
-
-
-def test_what_several_suites_need_is_what_each_needs():
-    rows = [find_suite(name) for name in ("flowlet", "gemma-2-2b")]
-    found = needs_table(rows, "cpu").set_index(["suite", "experiment"])
-    assert len(found) == 4
-    for row in rows:
-        for need in needs(row, "float32", {"model": 1e12, "matching": 1e12}):
-            if need.notebooks in ("01 02", "03"):
-                mine = found.loc[(row.name, need.experiment)]
-                assert mine["fetched_gb"] == pytest.approx(need.fetched / 1e9)
-    assert (found.loc["flowlet", "fetched_gb"] == 0).all()
-    assert (found.loc["gemma-2-2b", "fetched_gb"] > 1).all()
-    assert found.loc["flowlet", "fits"].all()
 
 
 # The flow.
 
 
-def test_depth_goes_from_the_first_layer_to_the_last():
-    assert depth(np.array([0, 3, 6]), 7).tolist() == [0, 0.5, 1]
+def test_a_profile_is_what_is_planted_each_pair_of_sites_against_its_own_null(
+    tables: dict[str, pd.DataFrame],
+):
+    table = tables["bare"].copy()
+    for layer, module, null in ((2, "res", 0.85), (1, "mlp", 0.59), (1, "att", 0.61)):
+        table.loc[(table["layer"] == layer) & (table["module"] == module), "null"] = null
+    profile = flow_profile(table, 3).set_index("layer")
+    assert profile["depth"].tolist() == [0, 0.5, 1]
     assert depth(np.array([0]), 1).tolist() == [0]
-
-
-def test_a_profile_is_what_is_planted(tables: dict[str, pd.DataFrame]):
-    found = flow_profile(tables["bare"], 3).set_index("layer")
-    assert found["depth"].tolist() == [0, 0.5, 1]
-    assert found["places"].tolist() == ["mlp+att", "res+mlp+att", "res+mlp+att"]
-    assert found["features"].tolist() == [16] * 3
-    assert found.loc[1:, "median_res"].tolist() == pytest.approx([0.8, 0.8])
+    assert profile["places"].tolist() == ["mlp+att", "res+mlp+att", "res+mlp+att"]
+    assert profile["features"].tolist() == [16] * 3
+    assert profile.loc[1:, "median_res"].tolist() == pytest.approx([0.8, 0.8])
     # Half of the features of a layer have their module predecessor at the MLP, the others none.
     for layer, cosine in ((1, 0.6), (2, 0.96)):
         for module in ("mlp", "att"):
-            row = found.loc[layer]
+            row = profile.loc[layer]
             assert row[f"s_{module}"] == pytest.approx(cosine / 2)
             assert (row[f"low_{module}"], row[f"high_{module}"]) == pytest.approx((0, cosine))
-    table = feature_scores(tables["bare"])
-    for layer, part in table.groupby("layer"):
-        for module in MODULES:
-            known = part[f"s_{module}"].notna()
-            share = (part[f"s_{module}"] > part[f"null_{module}"])[known].mean()
-            assert found.loc[layer, f"above_{module}"] == pytest.approx(share, nan_ok=True)
-        kinds = classify(part)["class"].value_counts(normalize=True)
-        if layer:
-            expected = [kinds.get(name, 0) for name in CLASSES]
-            assert found.loc[layer, [*CLASSES]].tolist() == pytest.approx(expected)
-    assert found.loc[0, ["s_res", "above_res", *CLASSES, "born_mlp", "mutual"]].isna().all()
-    assert found["life"].tolist() == pytest.approx((found["lives"] / 3).tolist())
-
-
-def test_each_pair_of_sites_is_held_against_its_own_null(tables: dict[str, pd.DataFrame]):
-    table = tables["bare"].copy()
-    table.loc[(table["layer"] == 2) & (table["module"] == "res"), "null"] = 0.85
-    table.loc[(table["layer"] == 1) & (table["module"] == "mlp"), "null"] = 0.59
-    table.loc[(table["layer"] == 1) & (table["module"] == "att"), "null"] = 0.61
-    found = flow_profile(table, 3).set_index("layer")
-    assert found.loc[2, "above_res"] == 0
-    assert found.loc[1, ["above_res", "above_mlp", "above_att"]].tolist() == [1, 0.5, 0]
-    assert found.loc[1, ["translated", "processed"]].tolist() == [0.5, 0.5]
-    assert found.loc[2, ["translated", "processed"]].tolist() == [0, 0]
-    whole = summary(suite_of("bare").row, table, toys.D_MODEL)
-    assert whole["above_res"] == 0.5
-    assert whole["translated"] == 0.25
+    assert profile.loc[2, "above_res"] == 0
+    assert profile.loc[1, ["above_res", "above_mlp", "above_att"]].tolist() == [1, 0.5, 0]
+    assert profile.loc[1, ["translated", "processed"]].tolist() == [0.5, 0.5]
+    assert profile.loc[2, ["translated", "processed"]].tolist() == [0, 0]
+    assert profile.loc[0, ["s_res", "above_res", *CLASSES, "born_mlp", "mutual"]].isna().all()
+    assert profile["life"].tolist() == pytest.approx((profile["lives"] / 3).tolist())
+    whole = suite_summary(suite_of("bare").row, table, toys.D_MODEL)
+    assert (whole["layers"], whole["d_model"], whole["saes"]) == (3, 32, 9)
+    assert (whole["features"], whole["places"]) == (3 * 16 + 6 * 8, "res+mlp+att")
+    assert (whole["above_res"], whole["translated"]) == (0.5, 0.25)
+    assert whole["mean_res"] == pytest.approx(0.8)
+    assert whole["mean_mlp"] == pytest.approx((0.6 + 0.96) / 4)  # layer 0, with its 1, is out
+    assert sum(whole[name] for name in CLASSES) == pytest.approx(1)
 
 
 def test_what_a_suite_lacks_is_missing_and_the_rest_is_the_same(tables: dict[str, pd.DataFrame]):
-    whole = flow_profile(tables["bare"], 3)
-    without, stream = (flow_profile(tables[name], 3) for name in ("no attention", "stream"))
+    whole, without, stream = (flow_profile(table, 3) for table in tables.values())
     of_attention = [c for c in whole if c.endswith("_att")]
     assert len(of_attention) == 7
     assert without[of_attention].isna().all(axis=None)
@@ -183,179 +151,106 @@ def test_what_a_suite_lacks_is_missing_and_the_rest_is_the_same(tables: dict[str
     same = ["median_res", "above_mlp", "null_mlp", "dies", "mutual", "lives"]
     pd.testing.assert_frame_equal(without[same], whole[same])
     assert without.loc[1:, [*CLASSES]].notna().all(axis=None)
-    assert stream["layer"].tolist() == [0, 1, 2]
     assert stream["features"].tolist() == [16] * 3
     assert stream["places"].tolist() == ["", "res", "res"]
     assert stream[["processed", "newborn", "born_mlp", "born_att"]].isna().all(axis=None)
     assert stream.loc[1:, ["translated", "unexplained"]].sum(axis=1).tolist() == [1, 1]
     assert stream.loc[0, ["translated", "unexplained"]].isna().all()
-
-
-def test_a_summary_counts_what_has_a_stream_before_it(tables: dict[str, pd.DataFrame]):
     row = suite_of("bare").row
-    found = summary(row, tables["bare"], toys.D_MODEL)
-    assert (found["layers"], found["d_model"], found["saes"]) == (3, 32, 9)
-    assert found["features"] == 3 * 16 + 6 * 8
-    assert found["places"] == "res+mlp+att"
-    assert found["mean_res"] == pytest.approx(0.8)
-    assert found["mean_mlp"] == pytest.approx((0.6 + 0.96) / 4)  # layer 0, with its 1, is out
-    later = feature_scores(tables["bare"]).query("layer > 0")
-    for module in MODULES:
-        above = (later[f"s_{module}"] > later[f"null_{module}"]).mean()
-        assert found[f"above_{module}"] == pytest.approx(above)
-    assert sum(found[name] for name in CLASSES) == pytest.approx(1)
-    less = summary(row, tables["stream"], toys.D_MODEL)
+    more, less = (suite_summary(row, tables[name], 32) for name in ("bare", "stream"))
     assert (less["saes"], less["features"], less["places"]) == (3, 48, "res")
     assert np.isnan([less["mean_mlp"], less["above_att"], less["processed"], less["newborn"]]).all()
-    assert less["translated"] == found["above_res"]
     # Every step is of one to one: who lives at all lives through, or the null cuts every life.
-    high = bool((later["s_res"] > later["null_res"]).all())
-    assert (found["through"], found["mean_life"]) == ((1, 3) if high else (0, 1))
-    assert found["mutual_life"] == found["mean_life"]
+    assert less["translated"] == more["above_res"] in (0, 1)
+    lives = (1, 3, 3) if more["above_res"] else (0, 1, 1)
+    assert (more["through"], more["mean_life"], more["mutual_life"]) == lives
 
 
 # The groups.
 
-
-@pytest.fixture(scope="module")
-def found() -> Occurrences:
-    """Occurrences of the planted suite at random activity."""
-    return planted_occurrences(tokens=120)[0]
+FOUND, BASE = (planted_occurrences(tokens)[0] for tokens in (120, 80))  # BASE stands for chance
 
 
-@pytest.fixture(scope="module")
-def base() -> Occurrences:
-    """Others, that stand for chance."""
-    return planted_occurrences(tokens=80)[0]
-
-
-def test_groups_are_counted_by_hand_beside_chance(found: Occurrences, base: Occurrences):
-    table = group_profile(found, base, 3, times=5)
+def test_groups_are_counted_by_hand_beside_chance():
+    table = group_profile(FOUND, BASE, 3, times=5)
     assert set(table["dataset"]) == {"one", "two", POOLED}
     assert not table.duplicated(["dataset", "layer", "group"]).any()
     for row in table.itertuples():
-        able = row.layer > 0 or "RES" not in row.group
-        for each, share in ((found, row.share), (base, row.by_chance)):
-            part = each.table[each.table["layer"] == row.layer]
+        possible = row.layer > 0 or "RES" not in row.group
+        for occurrences, share in ((FOUND, row.share), (BASE, row.by_chance)):
+            part = occurrences.table[occurrences.table["layer"] == row.layer]
             if row.dataset != POOLED:
                 part = part[part["dataset"] == row.dataset]
-            expected = (part["group"] == row.group).mean() if able else np.nan
+            expected = (part["group"] == row.group).mean() if possible else np.nan
             assert share == pytest.approx(expected, nan_ok=True)
         assert row.depth == row.layer / 2
     # In the planted suite nothing is from both modules: that it may be and is not, is a zero.
     both = table[(table["group"] == "From MLP & ATT") & (table["layer"] > 0)]
     assert both["share"].tolist() == [0.0] * len(both)
-
-
-def test_totals_are_over_the_layers_that_have_most_places(found: Occurrences, base: Occurrences):
-    assert set(fullest_suite(found).table["layer"]) == {1, 2}
-    totals = group_totals(found, base, times=5).set_index("group")
-    later = found.table[found.table["layer"] > 0]
-    for group in GROUPS:
-        assert totals.loc[group, "n"] == (later["group"] == group).sum()
-        assert totals.loc[group, "share"] == pytest.approx((later["group"] == group).mean())
-    assert totals["share"].sum() == pytest.approx(1)
+    totals = group_totals(FOUND, BASE, times=5).set_index("group")
+    shares = FOUND.table.query("layer > 0")["group"].value_counts(normalize=True)
+    assert totals["share"].to_dict() == pytest.approx(shares.to_dict())
     assert totals["by_chance"].sum() == pytest.approx(1)
     assert set(totals["places"]) == {"res+mlp+att"}
 
 
-def without_attention(tables: dict[str, pd.DataFrame]) -> tuple[Occurrences, Occurrences]:
-    """Occurrences of a suite that has no attention SAEs."""
-    rng = np.random.default_rng(1)
-    both = []
-    for _ in range(2):
-        codes = {
-            site: (rng.random((40, len(rows))) * (rng.random((40, len(rows))) < 0.4)).tolist()
-            for site, rows in toys.planted_directions().items()
-            if site.module != "att"
-        }
-        activity = toys.planted_activations(codes)
-        both.append(find_occurrences(tables["no attention"], activity, incomplete=True))
-    return both[0], both[1]
-
-
-def test_a_suite_without_attention_has_the_groups_that_it_can_have(
-    tables: dict[str, pd.DataFrame],
-):
-    found, base = without_attention(tables)
-    totals = group_totals(found, base, times=5).set_index("group")
-    able = [group for group in GROUPS if "att" not in modules_of(group)]
-    assert totals["share"].dropna().index.tolist() == able
-    assert totals["by_chance"].dropna().index.tolist() == able
-    assert totals["share"].sum() == pytest.approx(1)
-    assert set(totals["places"]) == {"res+mlp"}
-    activity = activity_profile(found, base)
-    assert activity[["active_att", "chance_att", "tells_att"]].isna().all(axis=None)
-    assert activity[["active_mlp", "chance_mlp"]].notna().all(axis=None)
-    whole = suite_profile(suite_of("no attention"), tables["no attention"], found, base, 5)
-    assert whole.across["From ATT"].isna().all()
-    assert whole.across["chance From ATT"].isna().all()
-    assert whole.across["From RES & MLP"].notna().all()
-    assert whole.across["occurrences"].tolist() == [len(found.table.query("layer > 0"))]
-
-
-def test_activity_and_what_scores_tell_are_counted_pair_by_pair(
-    found: Occurrences, base: Occurrences
-):
-    table = activity_profile(found, base).set_index("layer")
+def test_activity_and_what_scores_tell_are_those_of_each_layer():
+    table = activity_profile(FOUND, BASE).set_index("layer")
     assert table.index.tolist() == [0, 1, 2]
-    assert np.isnan(table.loc[0, ["active_res", "chance_res", "tells_res"]].astype(float)).all()
+    assert table.loc[0, ["active_res", "chance_res", "tells_res"]].isna().all()
     for layer in (1, 2):
-        part = found.table[found.table["layer"] == layer]
+        part, other = (some.table[some.table["layer"] == layer] for some in (FOUND, BASE))
         for module in MODULES:
             row = table.loc[layer]
-            other = base.table[base.table["layer"] == layer][module]
             assert row[f"active_{module}"] == pytest.approx(part[module].mean())
-            assert row[f"chance_{module}"] == pytest.approx(other.mean())
+            assert row[f"chance_{module}"] == pytest.approx(other[module].mean())
             on, off = (part.loc[part[module] == is_on, f"s_{module}"] for is_on in (True, False))
-            wins = np.greater.outer(on.to_numpy(), off.to_numpy())
-            ties = np.equal.outer(on.to_numpy(), off.to_numpy())
-            assert row[f"tells_{module}"] == pytest.approx((wins + ties / 2).mean())
+            signs = np.sign(np.subtract.outer(on.to_numpy(), off.to_numpy()))
+            assert row[f"tells_{module}"] == pytest.approx((1 + signs.mean()) / 2)
 
 
 # Side by side.
 
 
 @pytest.fixture(scope="module")
-def side_by_side(tables: dict[str, pd.DataFrame], found: Occurrences, base: Occurrences) -> Profile:
-    """Three suites, of which one read no text and one has no attention."""
-    less = without_attention(tables)
+def side_by_side(tables: dict[str, pd.DataFrame]) -> Profile:
+    """Three suites, of which one has no attention and one read no text."""
+    sites = [site for site in toys.planted_directions() if site.module != "att"]
+    rng, less = np.random.default_rng(1), []
+    for _ in range(2):
+        codes = {s: rng.random((40, 16 if s.module == "res" else 8)) for s in sites}
+        codes = {s: (c * (rng.random(c.shape) < 0.4)).tolist() for s, c in codes.items()}
+        activity = toys.planted_activations(codes)
+        less.append(find_occurrences(tables["no attention"], activity, incomplete=True))
     return combined(
         [
-            suite_profile(suite_of("bare"), tables["bare"], found, base, times=5),
+            suite_profile(suite_of("bare"), tables["bare"], FOUND, BASE, times=5),
             suite_profile(suite_of("no attention"), tables["no attention"], *less, times=5),
             suite_profile(suite_of("stream"), tables["stream"]),
         ]
     )
 
 
-def test_suites_stand_side_by_side_in_the_order_given(side_by_side: Profile):
+def test_suites_stand_side_by_side_each_with_the_groups_that_it_can_have(side_by_side: Profile):
     across, by_layer = side_by_side.across, side_by_side.by_layer
     names = ["bare", "no attention", "stream"]
     assert across["suite"].tolist() == names
-    assert list(dict.fromkeys(by_layer["suite"])) == names
-    assert by_layer.groupby("suite").size().to_dict() == dict.fromkeys(names, 3)
-    assert across.set_index("suite").loc["stream", list(GROUPS)].isna().all()
-    pooled = side_by_side.groups[side_by_side.groups["dataset"] == POOLED]
-    first = pooled.iloc[: 3 * len(GROUPS)]
-    for group in GROUPS:
+    assert by_layer["suite"].tolist() == np.repeat(names, 3).tolist()
+    possible = [group for group in GROUPS if "att" not in modules_of(group)]
+    for prefix in ("", "chance "):
+        rows = across.set_index("suite")[[prefix + group for group in GROUPS]]
+        assert rows.loc["stream"].isna().all()
+        assert rows.loc["no attention"].dropna().index.tolist() == [prefix + g for g in possible]
+        assert rows.loc["no attention"].sum() == pytest.approx(1)
+    totals = side_by_side.totals.groupby("suite", sort=False)
+    assert totals["places"].first().to_dict() == {"bare": "res+mlp+att", "no attention": "res+mlp"}
+    assert across["occurrences"].tolist()[:2] == totals["n"].sum().tolist()
+    of_attention = by_layer.loc[by_layer["suite"] == "no attention", ["active_att", "tells_att"]]
+    assert of_attention.isna().all(axis=None)
+    pooled = side_by_side.groups.query("suite == 'bare' and dataset == @POOLED")
+    for group, part in pooled.groupby("group", observed=True):
         column = by_layer.loc[by_layer["suite"] == "bare", group].tolist()
-        assert column == pytest.approx(
-            first.loc[first["group"] == group, "share"].tolist(), nan_ok=True
-        )
-
-
-def test_two_suites_of_one_name_are_refused(tables: dict[str, pd.DataFrame], found: Occurrences):
-    one = suite_profile(suite_of("stream", "mine"), tables["stream"])
-    with pytest.raises(ValueError, match="profiles of mine, mine: expected each suite once"):
-        combined([one, one])
-    with pytest.raises(ValueError, match="profiles of nothing"):
-        combined([])
-    with pytest.raises(ValueError, match="expected those found and those by chance, or neither"):
-        suite_profile(suite_of("bare"), tables["bare"], found)
-    with pytest.raises(ValueError, match="occurrences of bare: expected those of stream"):
-        suite_profile(suite_of("stream"), tables["stream"], found, found)
-    assert combined([one]).groups.empty
+        assert column == pytest.approx(part["share"].tolist(), nan_ok=True)
 
 
 @pytest.mark.filterwarnings("error")
@@ -366,14 +261,16 @@ def test_profiles_are_compared_at_the_depths_that_both_reach():
     down["x"] = 1 - down["depth"]
     flat = pd.DataFrame({"suite": "flat", "depth": [0.0, 1.0], "x": [0.5, 0.5], "y": [1.0, np.nan]})
     table = pd.concat([up, down, flat], ignore_index=True)
-    found = alike(table, ["x", "y"]).set_index(["first", "second"])
-    assert found["column"].tolist() == ["x"] * 3  # of y there is one layer of one suite
-    assert found.loc[("up", "down"), "correlation"] == pytest.approx(-1)
-    assert found.loc[("up", "down"), "apart"] == pytest.approx(0.5, abs=1e-9)
-    assert np.isnan(found.loc[("up", "flat"), "correlation"])
-    assert found.loc[("up", "flat"), "apart"] == pytest.approx(0.25, abs=0.01)
-    with pytest.raises(ValueError, match="unknown column 'z'"):
-        alike(table, ["z"])
+    pairs = alike(table, ["x", "y"]).set_index(["first", "second"])
+    assert pairs["column"].tolist() == ["x"] * 3  # of y there is one layer of one suite
+    assert pairs.loc[("up", "down"), ["apart", "correlation"]].tolist() == pytest.approx([0.5, -1])
+    assert np.isnan(pairs.loc[("up", "flat"), "correlation"])
+    assert pairs.loc[("up", "flat"), "apart"] == pytest.approx(0.25, abs=0.01)
+
+
+def test_occurrences_of_another_suite_are_refused(tables: dict[str, pd.DataFrame]):
+    with pytest.raises(ValueError, match="occurrences of bare: expected those of stream"):
+        suite_profile(suite_of("stream"), tables["stream"], FOUND, BASE)
 
 
 # The figures.
@@ -390,58 +287,55 @@ def test_every_suite_has_its_line_and_its_looks(side_by_side: Profile):
         shares=False,
     )
     assert figure.layout.title.subtitle.text == "subtitle"
-    lines = [t for t in figure.data if t.mode == "lines+markers"]
-    assert [(t.name, t.xaxis) for t in lines] == [
+    assert [a.text for a in figure.layout.annotations] == ["R", "A"]
+    lines = {(t.name, t.xaxis): t for t in figure.data}
+    assert set(lines) == {
         *((name, "x") for name in ("bare", "no attention", "stream")),
+        *((f"{name}, by chance", "x") for name in ("bare", "no attention", "stream")),
         ("bare", "x2"),
-    ]
+    }
     mine = side_by_side.by_layer.query("suite == 'no attention'").dropna(subset=["median_res"])
-    assert list(lines[1].x) == mine["depth"].tolist() == [0.5, 1]
-    assert list(lines[1].y) == mine["median_res"].tolist()
-    dots = [t for t in figure.data if t.name == "no attention, by chance"]
-    assert list(dots[0].y) == mine["null_res"].tolist()
-    assert len([t for t in figure.data if t.fill]) == 3
-    looks = suite_looks([str(n) for n in range(40)])
-    assert len(set(looks.values())) == 40
+    line, chance = lines["no attention", "x"], lines["no attention, by chance", "x"]
+    assert list(line.x) == list(chance.x) == mine["depth"].tolist() == [0.5, 1]
+    assert list(line.y) == mine["median_res"].tolist()
+    assert line.error_y.array == pytest.approx(mine["high_res"] - mine["median_res"])
+    assert line.error_y.arrayminus == pytest.approx(mine["median_res"] - mine["low_res"])
+    assert list(chance.y) == mine["null_res"].tolist()
+    assert (line.line.dash, chance.line.dash) == ("solid", "dot")
+    assert line.line.color == chance.line.color != lines["bare", "x"].line.color
 
 
 def test_groups_have_a_panel_for_every_suite_and_dataset(side_by_side: Profile):
-    groups, phases = side_by_side.groups, pd.DataFrame({"suite": ["bare"] * 2, "phase": [1, 2]})
-    phases["ends"] = [0.75, 1.25]
-    table = groups[groups["suite"] == "bare"]
-    figure = groups_by_depth(table[table["dataset"] != POOLED], "subtitle", phases=phases)
-    assert [a.text for a in figure.layout.annotations] == ["one, bare", "two, bare"]
-    assert [shape.x0 for shape in figure.layout.shapes] == [0.75, 0.75]
-    part = table[(table["dataset"] == "two") & (table["group"] == "From RES")]
-    line = [t for t in figure.data if t.name == "From RES" and t.xaxis == "x2"]
-    assert list(line[0].x) == [0.5, 1]
-    assert list(line[0].y) == part.loc[part["layer"] > 0, "share"].tolist()
+    groups = side_by_side.groups
+    table = groups[groups["dataset"] != POOLED]
+    figure = groups_by_depth(table[table["suite"] == "bare"], "subtitle")
+    assert [a.text for a in figure.layout.annotations] == ["one", "two", "bare"]
+    part = table.query("suite == 'bare' and dataset == 'two' and group == 'From RES'")
+    (line,) = [t for t in figure.data if t.name == "From RES" and t.xaxis == "x2"]
+    assert list(line.x) == [0.5, 1]
+    assert list(line.y) == part.loc[part["layer"] > 0, "share"].tolist()
     hollow = [t for t in figure.data if t.name == "From MLP" and t.marker.symbol.endswith("-open")]
     assert [list(t.x) for t in hollow] == [[0.0], [0.0]]
-    wide = groups_by_depth(groups[groups["dataset"] == POOLED], "s", "method", "suite")
-    assert [a.text for a in wide.layout.annotations] == ["bare, cosine", "no attention, cosine"]
-    assert not [t for t in wide.data if t.xaxis == "x2" and "ATT" in (t.name or "")]
+    phases = pd.DataFrame({"suite": ["bare", "no attention"] * 2, "ends": [0.75, 0.5, 1.25, 1.25]})
+    wide = groups_by_depth(groups[groups["dataset"] == POOLED], "s", "method", "suite", phases)
+    assert [a.text for a in wide.layout.annotations] == ["bare", "no attention", "cosine"]
+    assert [(shape.x0, shape.xref) for shape in wide.layout.shapes] == [(0.75, "x"), (0.5, "x2")]
+    assert not [t for t in wide.data if t.xaxis == "x2" and "ATT" in t.name]
 
 
-def test_totals_keep_the_colours_of_their_suites(side_by_side: Profile):
+def test_totals_and_phases_are_bars(side_by_side: Profile):
     figure = groups_against_chance(side_by_side.totals, "subtitle")
     bars = {trace.name: trace for trace in figure.data if trace.type == "bar"}
-    looks = suite_looks(["bare", "no attention"])
-    assert {name: bar.marker.color for name, bar in bars.items()} == {
-        name: colour for name, (colour, _) in looks.items()
-    }
     assert "From ATT" not in bars["no attention"].x
     part = side_by_side.totals.query("suite == 'no attention'").dropna(subset=["share"])
     assert list(bars["no attention"].y) == part["share"].tolist()
-
-
-def test_phases_are_bars_from_their_beginning_to_their_end(side_by_side: Profile):
+    (marks,) = [t for t in figure.data if t.offsetgroup == "no attention" and t.type == "scatter"]
+    assert list(marks.y) == part["by_chance"].tolist()
     table = all_phases(side_by_side, parts=1, shuffles=3)
     assert set(table["suite"]) == {"bare", "no attention", "stream"}
-    figure = phases_by_depth(table, "subtitle")
-    (bar,) = figure.data
+    (bar,) = phases_by_depth(table, "subtitle").data
     assert list(bar.base) == table["begins"].tolist()
     assert list(bar.x) == (table["ends"] - table["begins"]).tolist()
     assert set(bar.text) == {"1 to 2"}
+    assert list(bar.y) == (table["suite"] + ": " + table["of"]).tolist()
     assert "stream: groups" not in bar.y
-    assert "stream: classes" in bar.y

@@ -1,27 +1,28 @@
 """The tests of the groups are SciPy's, one at a time, and intervals are those of texts redrawn."""
 
-from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pandas as pd
 import pytest
 from counted import planted_occurrences
-from scipy.stats import false_discovery_control, mannwhitneyu
+from scipy.stats import mannwhitneyu
 
 from flowhelpers.core.bootstrap import resamples
 from flowhelpers.core.features import MODULES
 from flowhelpers.groups.intervals import (
+    group_transition,
     share_intervals,
     significance_intervals,
     transition_intervals,
 )
-from flowhelpers.groups.occurrences import GROUPS, Occurrences, group_shares, group_transition
+from flowhelpers.groups.occurrences import GROUPS, Occurrences, complete_layers, group_shares
 from flowhelpers.groups.significance import (
     class_shares,
     mann_whitney,
     mann_whitney_tests,
     pair_shares,
+    scores_by_activity,
     share_significant,
 )
 
@@ -62,18 +63,11 @@ def test_each_test_is_the_one_of_scipy(drawn: Occurrences):
         assert row.effect == pytest.approx(2 * expected.statistic / (len(a) * len(b)) - 1)
         assert row.significant == (expected.pvalue < 1e-3)
     assert 0 < made["significant"].mean() < 1
-
-
-def test_holms_correction_is_the_one_worked_out_step_by_step(drawn: Occurrences):
-    tests = mann_whitney_tests(drawn)
-    made = tests[tests["p"].notna()].sort_values("p")
-    worst, corrected = 0.0, []
-    for left, p in zip(range(len(made), 0, -1), made["p"], strict=True):
-        worst = max(worst, min(1, p * left))
-        corrected.append(worst)
-    assert made["p_holm"].tolist() == pytest.approx(corrected)
+    # Holm, step by step, over the tests that were made alone.
+    ordered = made.sort_values("p")
+    steps = ordered["p"] * np.arange(len(made), 0, -1)
+    assert ordered["p_holm"].tolist() == pytest.approx(steps.cummax().clip(upper=1).tolist())
     assert tests.loc[tests["p"].isna(), ["significant", "p_holm", "effect"]].isna().all(axis=None)
-    assert (made["p_holm"] >= false_discovery_control(made["p"]) - 1e-12).all()
 
 
 def test_all_scores_alike_are_no_difference():
@@ -83,32 +77,23 @@ def test_all_scores_alike_are_no_difference():
     assert effect.tolist() == [[0, 0], [0, 0]]
 
 
-def test_level_and_smallest_group_are_as_asked(drawn: Occurrences):
+def test_level_smallest_group_and_unit_are_as_asked(drawn: Occurrences):
     everyone = mann_whitney_tests(drawn, alpha=0.2, smallest=1)
-    assert len(everyone) == 3 * 3 * 28
     assert (everyone["significant"] == (everyone["p"] < 0.2)).all()
     large = mann_whitney_tests(drawn, smallest=38).dropna(subset="p")
     assert set(large["first"] + ", " + large["second"]) == {"From MLP & ATT, From RES & MLP & ATT"}
+    none = mann_whitney_tests(drawn, smallest=1000)
+    assert none["p"].isna().all()
+    assert share_significant(none).isna().all(axis=None)
+    assert (pair_shares(none)["tests"] == 0).all()
     for alpha in (0, 1, -0.1, 5, float("nan")):
         with pytest.raises(ValueError, match="expected a level between 0 and 1"):
             mann_whitney_tests(drawn, alpha=alpha)
-
-
-def test_unique_features_count_once_in_a_group(drawn: Occurrences):
-    tests = mann_whitney_tests(drawn, smallest=1, unique=True)
-    table = drawn.table[drawn.table["layer"] > 0]
-    row = tests.iloc[0]
-    part = table[(table["dataset"] == row["dataset"]) & (table["layer"] == row["layer"])]
+    row = mann_whitney_tests(drawn, smallest=1, unique=True).iloc[0]
+    part = drawn.table[(drawn.table["dataset"] == row["dataset"]) & (drawn.table["layer"] == 1)]
     for side in ("first", "second"):
         members = part.loc[part["group"] == row[side], "feature"]
         assert row[f"n_{side}"] == members.nunique() < len(members)
-
-
-def test_too_few_occurrences_are_tested_nowhere(drawn: Occurrences):
-    tests = mann_whitney_tests(drawn, smallest=1000)
-    assert tests["p"].isna().all()
-    assert share_significant(tests).isna().all(axis=None)
-    assert (pair_shares(tests)["tests"] == 0).all()
 
 
 def test_shares_are_averaged_over_pairs_and_not_over_tests():
@@ -125,53 +110,33 @@ def test_shares_are_averaged_over_pairs_and_not_over_tests():
     assert cells.loc[("From RES", "From ATT"), ["tests", "share"]].tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "classes"),
-    [
-        ("From nowhere", "From RES", ("AO", "IB", "IB")),
-        ("From RES", "From MLP", ("AO", "AO", "IB")),
-        ("From MLP", "From ATT", ("IB", "AO", "AO")),
-        ("From RES", "From RES & MLP", ("AB", "AO", "IB")),
-        ("From RES & MLP", "From RES & ATT", ("AB", "AO", "AO")),
-        ("From nowhere", "From RES & MLP & ATT", ("AO", "AO", "AO")),
-        ("From MLP & ATT", "From RES & MLP & ATT", ("AO", "AB", "AB")),
-        ("From nowhere", "From MLP & ATT", ("IB", "AO", "AO")),
-    ],
-)
-def test_pairs_are_classed_by_where_a_module_is_active(
-    first: str, second: str, classes: tuple[str, ...]
-):
-    row = {"first": first, "second": second, "significant": 1.0, "p": 0.0, "effect": 1.0}
-    tests = pd.DataFrame([row | {"score": f"s_{m}"} for m in MODULES])
-    found = class_shares(tests).dropna(subset="share")
-    assert len(found) == 9
-    for module, pair in zip(MODULES, classes, strict=True):
-        assert set(found.loc[found["module"] == module, "pair"]) == {pair}
-
-
 def test_the_classes_of_figure_4_are_the_means_of_figure_14(drawn: Occurrences):
     tests = mann_whitney_tests(drawn, alpha=0.05)
-    pairs = pair_shares(tests)
-    for row in class_shares(tests).itertuples():
+    pairs, classes = pair_shares(tests), class_shares(tests)
+    assert len(classes) == 3 * 3 * 3
+    for row in classes.itertuples():
         part = pairs[pairs["score"] == row.score]
         name = row.module.upper()
         active = sum(part[side].str.contains(name).astype(int) for side in ("first", "second"))
         part = part[active == {"AO": 1, "AB": 2, "IB": 0}[row.pair]]
+        assert len(part) == {"AO": 16, "AB": 6, "IB": 6}[row.pair]
         assert row.share == pytest.approx(part["share"].mean(), nan_ok=True)
         assert row.tests == part["tests"].sum()
 
 
+def test_what_a_score_tells_is_counted_pair_by_pair():
+    found, _ = planted_occurrences()
+    later = found.table[found.table["layer"] > 0]
+    rows = scores_by_activity(found).set_index("score")
+    for module in MODULES:
+        on, off = (later.loc[later[module] == is_on, f"s_{module}"] for is_on in (True, False))
+        signs = np.sign(np.subtract.outer(on.to_numpy(), off.to_numpy()))
+        expected = [on.median(), off.median(), signs.mean()]
+        row = rows.loc[f"s_{module}", ["active", "inactive", "effect"]]
+        assert row.tolist() == pytest.approx(expected, abs=1e-9)
+
+
 # Intervals.
-
-
-def test_texts_are_drawn_within_their_dataset(drawn: Occurrences):
-    counts = resamples(drawn.tokens, times=300)
-    assert counts.shape == (300, 12)
-    assert (counts[:, :6].sum(axis=1) == 6).all()
-    assert (counts[:, 6:].sum(axis=1) == 6).all()
-    assert counts.mean(axis=0) == pytest.approx(np.ones(12), abs=0.2)
-    assert (counts == resamples(drawn.tokens, times=300)).all()
-    assert (counts != resamples(drawn.tokens, times=300, seed=1)).any()
 
 
 def weighted(found: Occurrences, counts: np.ndarray) -> Occurrences:
@@ -192,66 +157,43 @@ def test_shares_have_the_intervals_of_samples_made_one_by_one(by: tuple[str, ...
     low, high = np.quantile(np.stack(again), [0.025, 0.975], axis=0)
     shares = share_intervals(found, by, times=50)
     pd.testing.assert_frame_equal(shares.drop(columns=["low", "high"]), group_shares(found, by))
-    there = shares["share"].notna()
-    assert shares.loc[there, "low"].to_numpy() == pytest.approx(low[there])
-    assert shares.loc[there, "high"].to_numpy() == pytest.approx(high[there])
-    assert (shares["low"] <= shares["share"] + 1e-9)[there].mean() > 0.9
-    assert (shares["high"] >= shares["share"] - 1e-9)[there].mean() > 0.9
-    assert shares.loc[~there, ["low", "high"]].isna().all(axis=None)
-
-
-def test_an_empty_cell_moves_no_other_cells_interval():
-    found, _ = planted_occurrences()
-    gone = (found.table["dataset"] == "one") & (found.table["layer"] == 1)
-    part = replace(found, table=found.table[~gone].reset_index(drop=True))
-    by = ("dataset", "layer")
-    whole, left = share_intervals(found, by, times=50), share_intervals(part, by, times=50)
-    assert left["n"].sum() < whole["n"].sum()
-    keys = [*by, "group"]
-    both = left.dropna(subset="share").merge(whole, on=keys, suffixes=("", "_whole"))
-    assert len(both) > 8
-    for column in ("share", "low", "high"):
-        assert both[column].to_numpy() == pytest.approx(both[f"{column}_whole"])
-    alone = replace(found, table=found.table[found.table["dataset"] == "two"])
-    rows = share_intervals(alone, times=50).set_index("dataset")
-    assert rows.loc["one", ["share", "low", "high"]].isna().all(axis=None)
-    expected = share_intervals(found, times=50).set_index("dataset").loc["two", "low"]
-    assert rows.loc["two", "low"].to_numpy() == pytest.approx(expected, nan_ok=True)
+    known = shares["share"].notna()
+    assert shares.loc[known, "low"].to_numpy() == pytest.approx(low[known])
+    assert shares.loc[known, "high"].to_numpy() == pytest.approx(high[known])
+    assert shares.loc[~known, ["low", "high"]].isna().all(axis=None)
+    with pytest.raises(ValueError, match="times=0: expected 1 resample or more"):
+        share_intervals(found, by, times=0)
 
 
 def test_the_transition_has_intervals_around_its_shares():
     found, _ = planted_occurrences()
     rows = transition_intervals(found, times=50)
-    again = np.stack(
-        [
-            group_transition(weighted(found, c)).to_numpy().ravel()
-            for c in resamples(found.tokens, 50)
-        ]
-    )
-    known = ~np.isnan(again).all(axis=0)
-    spread = np.nanquantile(again[:, known], [0.025, 0.5, 0.975], axis=0)
-    share = rows["share"].to_numpy()[known]
+    again = [
+        group_transition(complete_layers(weighted(found, counts).table)).ravel()
+        for counts in resamples(found.tokens, 50)
+    ]
+    matrix = group_transition(complete_layers(found.table))
+    assert rows["share"].tolist() == pytest.approx(matrix.ravel(), nan_ok=True)
+    seen = found.table.query("layer > 0").drop_duplicates(["layer", "feature", "group"])
+    sizes = rows.drop_duplicates("first").set_index("first")["features"]
+    assert sizes.to_dict() == seen["group"].value_counts().to_dict()
+    known = rows["share"].notna()
+    spread = np.nanquantile(np.stack(again)[:, known], [0.025, 0.5, 0.975], axis=0)
+    share = rows.loc[known, "share"].to_numpy()
     low, high = share + spread[0] - spread[1], share + spread[2] - spread[1]
-    assert rows["low"].to_numpy()[known] == pytest.approx(low.clip(min=0), abs=1e-9)
-    assert rows["high"].to_numpy()[known] == pytest.approx(high.clip(max=1), abs=1e-9)
-    matrix = rows.pivot(index="first", columns="second", values="share")
-    pd.testing.assert_frame_equal(
-        matrix.loc[list(GROUPS), list(GROUPS)], group_transition(found), check_names=False
-    )
-    there = rows.dropna(subset="share")
-    assert ((there["low"] <= there["share"]) & (there["share"] <= there["high"])).all()
-    assert rows.loc[rows["share"].isna(), ["low", "high"]].isna().all(axis=None)
-    assert (there["high"] > there["low"]).any()
+    assert rows.loc[known, "low"].to_numpy() == pytest.approx(low.clip(min=0), abs=1e-9)
+    assert rows.loc[known, "high"].to_numpy() == pytest.approx(high.clip(max=1), abs=1e-9)
+    assert rows.loc[~known, ["low", "high"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize("unique", [False, True])
 def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences, unique: bool):
-    options = {"alpha": 0.05, "smallest": 5}
+    options = {"alpha": 0.05, "smallest": 5, "unique": unique}
     found = planted_occurrences(tokens=120)[0] if unique else drawn  # where a feature has one score
-    tests = mann_whitney_tests(found, unique=unique, **options)
-    classes, pairs = significance_intervals(found, tests, times=20, unique=unique, **options)
+    tests = mann_whitney_tests(found, **options)
+    classes, pairs = significance_intervals(found, tests, times=20, **options)
     again = [
-        mann_whitney_tests(weighted(found, counts), unique=unique, **options)
+        mann_whitney_tests(weighted(found, counts), **options)
         for counts in resamples(found.tokens, 20)
     ]
     for rows, shares in ((classes, class_shares), (pairs, pair_shares)):
@@ -263,11 +205,3 @@ def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences,
         assert rows.loc[~known, ["low", "high"]].isna().all(axis=None)
         assert (rows["low"] < rows["high"]).any()
         pd.testing.assert_frame_equal(rows.drop(columns=["low", "high"]), shares(tests))
-
-
-def test_intervals_are_asked_for_with_sense(drawn: Occurrences):
-    tests = mann_whitney_tests(drawn)
-    with pytest.raises(ValueError, match=r"alpha=2\.0: expected a level between 0 and 1"):
-        significance_intervals(drawn, tests, alpha=2.0)
-    with pytest.raises(ValueError, match="times=0: expected 1 resample or more"):
-        share_intervals(drawn, times=0)
