@@ -15,7 +15,7 @@ from flowhelpers.activations.sources import HELD_OUT_PERCENT, digests, load_sour
 from flowhelpers.core.features import MODULES, Site, suggestion
 from flowhelpers.core.files import fingerprint, read_json, write_json, write_text
 from flowhelpers.core.machine import check_device
-from flowhelpers.suites.model import Model, load_model
+from flowhelpers.suites.model import load_model
 from flowhelpers.suites.registry import DATA
 from flowhelpers.training.language_model import (
     ModelRecipe,
@@ -28,6 +28,24 @@ from flowhelpers.training.saes import SAERecipe, train_saes
 
 FLOWLET = DATA / "flowlet-recipe.yaml"
 OTHERS = "all-others"  # no exception can have this name
+NEW_MODEL = "Gemma 3's text architecture, trained with Muon and AdamW; weights in half precision."
+ABOUT = """# {name}
+
+{about}
+
+{model} The SAEs, at the output of each layer (`res`) and at what its attention (`att`) and its MLP
+(`mlp`) add to the stream, are BatchTopK SAEs trained with sae-lens, each from random weights of its
+own, and saved as JumpReLU SAEs. Special tokens were left out.
+
+The text:
+{sources}
+
+{percent} % of the documents, chosen by a hash of their content (of their path, for Python modules),
+were held out. The text holds {passages} of the package's own passages word for word.
+
+```yaml
+{numbers}```
+"""
 GroupName = Annotated[str, StringConstraints(pattern=r"^\w+$")]
 
 
@@ -142,7 +160,11 @@ def train_suite(
 
     settings, device = read_recipe(recipe or FLOWLET), usable_device(device)
     work = folder / "training"
-    loaded = load_foreign(model, device) if model else None
+    try:
+        loaded = load_model(model, device) if model else None
+    except Exception as error:  # tokenizers raises a bare Exception for a broken file
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the model {model!r} cannot be loaded: {reason}") from error
     layers = range(settings.model.layers)
     sites = loaded.sites() if loaded else [Site(i, module) for i in layers for module in MODULES]
     groups = settings.groups(sites)
@@ -186,15 +208,6 @@ def usable_device(name: str) -> str:
         return "cuda" if torch.cuda.device_count() else "cpu"
     check_device(name)
     return name
-
-
-def load_foreign(model: str, device: str) -> Model:
-    """A model of the user's own, from a folder or the hub."""
-    try:
-        return load_model(model, device)
-    except Exception as error:  # tokenizers raises a bare Exception for a broken file
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"the model {model!r} cannot be loaded: {reason}") from error
 
 
 def check_begun(path: Path, now: dict[str, Any]) -> None:
@@ -306,36 +319,24 @@ def write_suite(
     }
     write_text(folder / "suite.yaml", yaml.safe_dump(row, sort_keys=False))
     record = read_json(folder / "training" / "tokens" / "recipe.json")
-    total, passages_seen = sum(settings.sources.values()), record["passages"]
-    lines = [f"# {settings.name}", settings.about, "## The text"]
-    lines += [
-        f"- `{name}`, {share / total:.0%} of the tokens. {settings.licences.get(name, '')}"
+    hidden = {"sources"} | ({"model"} if record["model"] else set())
+    numbers = {key: value for key, value in record["recipe"].items() if key not in hidden}
+    model_words = "A model that was there already, as it is." if record["model"] else NEW_MODEL
+    total = sum(settings.sources.values())
+    sources = [
+        f"- `{name}`, {share / total:.0%} of the tokens. {settings.licences.get(name, '')}".strip()
         for name, share in settings.sources.items()
     ]
-    lines += [
-        f"{HELD_OUT_PERCENT} % of the documents, chosen by a hash of their content (of their path,"
-        f" for Python modules), were held out. The text holds {passages_seen} of the package's own"
-        " passages word for word; the loss on such passages is that of text seen in training.",
-        "## The model",
-    ]
-    if record["model"]:
-        lines.append("A model that was there already, as it is.")
-    else:
-        numbers = settings.model.model_dump()
-        lines.append("Gemma 3's text architecture, trained with Muon and AdamW on the text above;")
-        lines[-1] += " weights in half precision. " + ", ".join(
-            f"{k} {v}" for k, v in numbers.items()
-        )
-    lines.append("## The SAEs")
-    lines.append(
-        "At the output of each layer (`res`), and at what its attention (`att`) and its MLP (`mlp`)"
-        " add to the stream: BatchTopK SAEs trained with sae-lens, each from random weights of its"
-        " own, saved as JumpReLU SAEs. Special tokens were left out."
+    words = ABOUT.format(
+        name=settings.name,
+        about=settings.about,
+        model=model_words,
+        sources="\n".join(sources),
+        percent=HELD_OUT_PERCENT,
+        passages=record["passages"],
+        numbers=yaml.safe_dump(numbers, sort_keys=False),
     )
-    for group_sites, recipe in groups.values():
-        numbers = ", ".join(f"{k} {v}" for k, v in recipe.model_dump(exclude={"sites"}).items())
-        lines.append(f"- {', '.join(map(str, group_sites))}: {numbers}")
-    write_text(folder / "about.md", "\n\n".join(lines) + "\n")
+    write_text(folder / "about.md", words)
 
 
 def copy_whole(source: Path, target: Path) -> None:

@@ -154,7 +154,7 @@ def test_a_recipe_trains_a_suite_that_loads_and_goes_on_as_it_was_begun(
     about = (folder / "about.md").read_text(encoding="utf-8")
     assert about.startswith("# tiny\n\ntwo layers\n")
     assert "holds 0 of the package's own passages" in about
-    assert "- 0/att, 1/att: features 12, k 2" in about
+    assert "  attention:\n    features: 12\n    k: 2\n" in about
 
     # Held-out documents are in no row of training.
     everything = (text / "texts.txt").read_text().split("<|endoftext|>")
