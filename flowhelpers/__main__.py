@@ -207,7 +207,7 @@ def parser() -> argparse.ArgumentParser:
     add = one.add_argument
     add("folder", type=Path, help="where the suite goes; called again, training is taken up there")
     add("--text", type=Path, metavar="FOLDER", help="where the recipe's text files lie")
-    add("--recipe", metavar="YAML", help="a recipe file (default: the one of flowlet)")
+    add("--recipe", type=Path, metavar="YAML", help="a recipe file (default: the one of flowlet)")
     add("--model", help="a Hugging Face folder or name: train SAEs for it alone")
     add("--device", default="auto", help="torch device (default: a GPU if there is one)")
 

@@ -105,7 +105,6 @@ def write_model(folder: Path, layers: int = LAYERS, seed: int = 0) -> Path:
     from flowhelpers.training.language_model import ModelRecipe, new_model, train_tokenizer
 
     recipe = ModelRecipe(
-        sources={"none": 1.0},
         vocab_size=VOCABULARY,
         d_model=D_MODEL,
         layers=layers,

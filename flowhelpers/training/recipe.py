@@ -1,259 +1,145 @@
 """The whole recipe of a suite: model, SAEs, and the folder that `load_suite` reads."""
 
 import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-import torch
+from pydantic import BaseModel, Field, PositiveFloat, StringConstraints, model_validator
 
+from flowhelpers.activations.corpora import passages
 from flowhelpers.activations.sources import HELD_OUT_PERCENT, digests, load_source
 from flowhelpers.core.features import MODULES, Site, suggestion
-from flowhelpers.core.files import check_json, fingerprint, read_json, write_json, write_text
+from flowhelpers.core.files import fingerprint, read_json, write_json, write_text
 from flowhelpers.core.machine import check_device
-from flowhelpers.suites.model import Model, load_model
+from flowhelpers.suites.model import load_model
 from flowhelpers.suites.registry import DATA
 from flowhelpers.training.language_model import (
-    PASSAGES,
-    SPECIALS,
     ModelRecipe,
-    TokenData,
-    passages_in,
-    read_rows,
-    reading_order,
+    mix_rows,
     token_rows,
     train_model,
+    train_tokenizer,
 )
-from flowhelpers.training.saes import (
-    SAERecipe,
-    check_begun,
-    steps_per_chunk,
-    train_saes,
-)
+from flowhelpers.training.saes import SAERecipe, train_saes
 
 FLOWLET = DATA / "flowlet-recipe.yaml"
-KEYS = {"name", "sources", "licences", "about", "model", "saes", "exceptions"}
-OTHERS = "others"
-RESERVED = {OTHERS, "model", "tokens"}  # folders of a training that are no exception's
-SMALL, LARGE = 1e-9, 1e15
-# What a number of a recipe may be; of those not named whole ones are from 1 on, others above zero.
-RANGES = {
-    "vocab_size": (256 + len(SPECIALS), LARGE),
-    "context": (2, LARGE),
-    "warmup": (0, LARGE),
-    "seed": (0, LARGE),
-    "decay": (0, 1),
-    "beta1": (0, 1 - SMALL),
-    "beta2": (0, 1 - SMALL),
-}
+OTHERS = "all-others"  # no exception can have this name
+NEW_MODEL = "Gemma 3's text architecture, trained with Muon and AdamW; weights in half precision."
+ABOUT = """# {name}
+
+{about}
+
+{model} The SAEs, at the output of each layer (`res`) and at what its attention (`att`) and its MLP
+(`mlp`) add to the stream, are BatchTopK SAEs trained with sae-lens, each from random weights of its
+own, and saved as JumpReLU SAEs. Special tokens were left out.
+
+The text:
+{sources}
+
+{percent} % of the documents, chosen by a hash of their content (of their path, for Python modules),
+were held out. The text holds {passages} of the package's own passages word for word.
+
+```yaml
+{numbers}```
+"""
+GroupName = Annotated[str, StringConstraints(pattern=r"^\w+$")]
 
 
-@dataclass(frozen=True)
-class SuiteRecipe:
+class SAEException(SAERecipe, frozen=True):
+    """Another way for some sites, such as `1/res`, or `att` for all of a module."""
+
+    sites: list[str]
+
+
+class SuiteRecipe(BaseModel, extra="forbid", frozen=True):
     """How a suite is trained.
 
     Attributes:
-        name: The suite's name.
-        about: One line on what it is.
-        sources: Name of each text source and its share of the tokens.
+        sources: Name of each text source and its share of the tokens. A name is a file or folder,
+            a hub dataset, `stdlib` (the interpreter's own source) or `pydoc` (its help topics).
         licences: What each source is and its licence, for the card.
-        model: How the language model is trained.
-        saes: How its SAEs are trained.
-        exceptions: For some sites another way: its name, the sites (`1/res`, or `att` for all of a
-            module) and the numbers.
+        exceptions: Another way for some sites; what it does not say is as in `saes`.
     """
 
     name: str
-    about: str
-    sources: dict[str, float]
-    licences: dict[str, str]
-    model: ModelRecipe
-    saes: SAERecipe
-    exceptions: dict[str, tuple[tuple[str, ...], SAERecipe]]
+    about: str = ""
+    sources: dict[str, Annotated[PositiveFloat, Field(allow_inf_nan=False)]] = Field(min_length=1)
+    licences: dict[str, str] = {}
+    model: ModelRecipe = ModelRecipe()
+    saes: SAERecipe = SAERecipe()
+    exceptions: dict[GroupName, SAEException] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exceptions_inherit(cls, content: Any) -> Any:
+        if not isinstance(content, dict):
+            return content
+        content = {key: value for key, value in content.items() if value is not None}
+        saes, exceptions = content.get("saes", {}), content.get("exceptions", {})
+        if isinstance(saes, dict) and isinstance(exceptions, dict):
+            merged = {n: {**saes, **e} if isinstance(e, dict) else e for n, e in exceptions.items()}
+            content["exceptions"] = merged
+        return content
+
+    @model_validator(mode="after")
+    def _check(self) -> "SuiteRecipe":
+        for recipe in (self.saes, *self.exceptions.values()):
+            recipe.steps_per_chunk(self.model.context)
+        if len({Path(name).name for name in self.sources}) < len(self.sources):
+            raise ValueError("two sources have the same name in different folders")
+        return self
 
     def groups(self, sites: Sequence[Site]) -> dict[str, tuple[list[Site], SAERecipe]]:
-        """The sites that are trained alike, and how; those of no exception are called `others`.
+        """The sites that are trained alike, and how; those of no exception are `all-others`.
 
         Raises:
             ValueError: If an exception names a site that is not there, or is another's too.
         """
         groups: dict[str, tuple[list[Site], SAERecipe]] = {}
         left = list(sites)
-        for name, (patterns, recipe) in self.exceptions.items():
-            group = [site for site in left if {str(site), site.module} & set(patterns)]
-            found = {str(site) for site in group} | {site.module for site in group}
-            for pattern in patterns:
-                if pattern not in found:
-                    raise ValueError(
-                        f"exception {name}: no site {pattern} is left for it"
-                        f"{suggestion(pattern, map(str, left))}"
-                    )
+        for name, recipe in self.exceptions.items():
+            group = [site for site in left if {str(site), site.module} & set(recipe.sites)]
+            matched = {str(site) for site in group} | {site.module for site in group}
+            for pattern in set(recipe.sites) - matched:
+                raise ValueError(
+                    f"exception {name}: no site {pattern} is left for it"
+                    f"{suggestion(pattern, map(str, left))}"
+                )
             left = [site for site in left if site not in group]
             groups[name] = (group, recipe)
         return {OTHERS: (left, self.saes), **groups} if left else groups
-
-    @property
-    def most_tokens(self) -> int:
-        """The most tokens that any SAE is trained on."""
-        return max(d.tokens for d in (self.saes, *(d for _, d in self.exceptions.values())))
 
 
 def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
     """Read a recipe from a YAML file, and check all that can be told before training.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        OSError: If it cannot be read.
         ValueError: If it is not YAML, a key is unknown or missing, or a value cannot be.
     """
     import yaml
 
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe at {path}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    _known(content, KEYS, str(path))
-    content = {key: value for key, value in content.items() if value is not None}
-    for key in ("name", "sources"):
-        if key not in content:
-            raise ValueError(f"{path}: the key {key!r} is missing")
-    for key in ("name", "about"):
-        if not isinstance(content.get(key, ""), str):
-            raise ValueError(f"{path}: {key} is {content[key]!r}, expected a text")
-    for key in ("licences", "exceptions"):
-        _mapping(content.get(key, {}), f"{path}: {key}")
-    sources = _shares(content["sources"], f"{path}: sources")
-    model = _filled(ModelRecipe, content.get("model", {}), f"{path}: model", sources=sources)
-    _check_heads(model, f"{path}: model")
-
-    def saes(values: Any, where: str) -> SAERecipe:
-        numbers = _filled(SAERecipe, values, f"{path}: {where}")
-        _check_batches(numbers, model.context, f"{path}: {where}")
-        return numbers
-
-    def exception(name: Any, change: Any) -> tuple[tuple[str, ...], SAERecipe]:
-        sites = _patterns(name, change, f"{path}: {name}")
-        numbers = {key: value for key, value in change.items() if key != "sites"}
-        return sites, saes({**usual, **numbers}, str(name))
-
-    usual = content.get("saes", {})
-    return SuiteRecipe(
-        name=content["name"],
-        about=content.get("about", ""),
-        sources=sources,
-        licences=content.get("licences", {}),
-        model=model,
-        saes=saes(usual, "saes"),
-        exceptions={
-            str(name): exception(name, change)
-            for name, change in content.get("exceptions", {}).items()
-        },
-    )
-
-
-def _shares(sources: Any, where: str) -> dict[str, float]:
-    for name, share in _mapping(sources, where).items():
-        if not _is_number(share, float) or not 0 < share < LARGE:
-            raise ValueError(f"{where}: {name} is {share!r}, expected a number above zero")
-    if not sources:
-        raise ValueError(f"{where}: there is none, expected names, each with its share")
-    return {str(name): float(share) for name, share in sources.items()}
-
-
-def _patterns(name: Any, change: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(change, Mapping) or not isinstance(change.get("sites"), list):
-        raise ValueError(f"{where}: expected the key 'sites' with a list, got {change!r}")
-    if not re.fullmatch(r"[\w-]+", str(name)) or name in RESERVED:
-        raise ValueError(f"{where}: expected another name, of letters, digits, '_' and '-'")
-    return tuple(map(str, change["sites"]))
-
-
-def _filled(recipe: type, values: Any, where: str, **more: Any) -> Any:
-    types = {field.name: field.type for field in fields(recipe)}
-    _known(values, types.keys() - more.keys(), where)
-    for key, value in values.items():
-        whole = types[key] is int
-        if not _is_number(value, types[key]):
-            kind = "a whole number" if whole else "a number, such as 0.001"
-            raise ValueError(f"{where}: {key} is {value!r}, expected {kind}")
-        low, high = RANGES.get(key, (1 if whole else SMALL, LARGE))
-        if not low <= value <= high:
-            expected = f"{low:g} to {high:g}" if high < LARGE else f"{low:g} or more"
-            raise ValueError(f"{where}: {key} is {value!r}, expected {expected}")
-    return recipe(**values, **more)
-
-
-def _is_number(value: Any, kind: Any) -> bool:
-    fits = isinstance(value, int if kind is int else int | float)
-    return fits and not isinstance(value, bool)
-
-
-def _mapping(values: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: expected keys and values, got {values!r}")
-    return values
-
-
-def _known(values: Any, known: Iterable[str], where: str) -> None:
-    for key in _mapping(values, where).keys() - set(known):
-        raise ValueError(f"{where}: unknown key {key!r}{suggestion(str(key), sorted(known))}")
-
-
-def _check_heads(m: ModelRecipe, where: str) -> None:
-    if m.heads % m.kv_heads:
-        fitting = ", ".join(str(n) for n in range(1, m.heads + 1) if m.heads % n == 0)
-        raise ValueError(
-            f"{where}: kv_heads is {m.kv_heads} with {m.heads} heads, expected one of {fitting}"
-        )
-    step = 2 * m.heads  # a head's width is even, for its rotary embedding
-    if m.d_model % step:
-        near = max(1, round(m.d_model / step)) * step
-        raise ValueError(
-            f"{where}: d_model is {m.d_model} with {m.heads} heads, expected a multiple of {step},"
-            f" such as {near}"
-        )
-
-
-def _check_batches(numbers: SAERecipe, context: int, where: str) -> None:
-    if numbers.k > numbers.features:
-        raise ValueError(
-            f"{where}: k is {numbers.k}, expected 1 to {numbers.features}, the number of features"
-        )
-    try:
-        steps_per_chunk(numbers, context)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def usable_device(name: str) -> str:
-    """A torch device that this machine has; `auto` is a GPU if there is one.
-
-    Raises:
-        ValueError: If it has none such.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.device_count() else "cpu"
-    check_device(name)
-    return name
+        return SuiteRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} is no recipe: {error}") from error
 
 
 def train_suite(
     folder: Path,
     text: Path | None = None,
-    recipe: str | Path | None = None,
+    recipe: Path | None = None,
     model: str | None = None,
     device: str = "cpu",
 ) -> Path:
     """Train a suite, or SAEs for a model that is there already.
 
-    What is finished is not done twice: a call after a kill goes on where the last checkpoint was.
-    Each stage keeps what decided it beside what it made, and is taken up with the same alone.
+    What is finished is not done twice: a call after a kill goes on where the last checkpoint was,
+    with the same recipe, model and text alone.
 
     Args:
         folder: Where the suite goes; checkpoints and tokens lie in `folder/training`.
@@ -270,221 +156,193 @@ def train_suite(
             with another recipe or model, or from other text.
         FileNotFoundError: If a text source is not there.
     """
-    settings = read_recipe(Path(recipe) if recipe else FLOWLET)
-    device = usable_device(device)
-    work = folder / "training"  # kept, so that a second call finds what is done
-    try:
-        groups = _train(settings, folder, text, model, device)
-    finally:
-        for made in (work, folder):
-            with suppress(OSError):  # only an empty folder is removed
-                made.rmdir()
-    write_text(folder / "about.md", about(settings, work, groups, model))
-    from flowhelpers.training.card import measured_bars  # it needs what the training does not
+    from flowhelpers.training.card import measured_bars
 
-    measured_bars(str(folder), None if model else work, write=True)
+    settings, device = read_recipe(recipe or FLOWLET), usable_device(device)
+    work = folder / "training"
+    try:
+        loaded = load_model(model, device) if model else None
+    except Exception as error:  # tokenizers raises a bare Exception for a broken file
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"the model {model!r} cannot be loaded: {reason}") from error
+    layers = range(settings.model.layers)
+    sites = loaded.sites() if loaded else [Site(i, module) for i in layers for module in MODULES]
+    groups = settings.groups(sites)
+    is_folder = model is not None and Path(model).is_dir()
+    record = {
+        "recipe": settings.model_dump(exclude={"name", "about", "licences"}),
+        "model": fingerprint(Path(model)) if model and is_folder else model,
+        "text": digests(settings.sources, text),
+    }
+    if (work / "tokens").exists():
+        check_begun(work / "tokens" / "recipe.json", record)
+    else:
+        cut_rows(settings, work, text, loaded.tokenizer if loaded else None, record)
+    if loaded is None:
+        from transformers import PreTrainedTokenizerFast
+
+        numbers = settings.model
+        rows = read_rows(work, numbers.steps * numbers.rows, numbers.seed)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokens")
+        model = str(train_model(numbers, tokenizer, rows, work, device))
+        loaded, is_folder = load_model(model, device), True
+    assert model is not None
+    for group, (group_sites, numbers) in groups.items():
+        chunks = numbers.steps // numbers.steps_per_chunk(settings.model.context) + 2
+        rows = read_rows(work, chunks * numbers.rows, numbers.seed + 1)
+        name = settings.name if is_folder else model
+        for trained in train_saes(
+            numbers, loaded, rows, work / f"saes-{group}", group_sites, name
+        ).iterdir():
+            copy_whole(trained, folder / "saes" / trained.name)
+    write_suite(folder, settings, model, groups)
+    measured_bars(str(folder), work, write=True)
     return folder
 
 
-def _train(
-    settings: SuiteRecipe, folder: Path, text: Path | None, model: str | None, device: str
-) -> list[str]:
-    # Trains and assembles all but the card; returns the names of the groups of sites.
-    work, m = folder / "training", settings.model
-    if model is None:
-        loaded = None
-        sites = [Site(layer, module) for layer in range(m.layers) for module in MODULES]
-        origin: dict[str, Any] = {"model": "this recipe's"}
-    else:
-        loaded = _loaded(model, device)
-        sites = loaded.sites()
-        origin = {
-            "model": fingerprint(Path(model)) if Path(model).is_dir() else model,
-            "sources": settings.sources,
-            "context": m.context,
-            "tokens": settings.most_tokens,
-            "seed": settings.saes.seed,
-            "text": digests(settings.sources, text),
-        }
-    groups = settings.groups(sites)
-    for group, (at, numbers) in groups.items():
-        check_begun(numbers, work / group, at, origin)
-    if loaded is None:
-        model = str(train_model(m, work, text, device))
-        data = read_rows(m, work)[1].train
-        loaded = load_model(model, device)
-    else:
-        data = _rows_for(loaded, settings, text, work)
-    assert model is not None
-    name = settings.name if Path(model).is_dir() else model
-    trained = [
-        train_saes(
-            numbers,
-            loaded,
-            _reading(data, settings, numbers),
-            work / group,
-            at,
-            model_name=name,
-            origin=origin,
-        )
-        for group, (at, numbers) in groups.items()
-    ]
-    assemble(folder, settings, model, trained)
-    return list(groups)
+def usable_device(name: str) -> str:
+    """A torch device that this machine has; `auto` is a GPU if there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.device_count() else "cpu"
+    check_device(name)
+    return name
 
 
-def _loaded(model: str, device: str) -> Model:
-    try:
-        if Path(model).is_dir():
-            check_json(Path(model))
-        return load_model(model, device)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"the model {model!r} cannot be loaded: {reason}") from error
+def check_begun(path: Path, now: dict[str, Any]) -> None:
+    """What was begun is taken up only with what it was begun with.
 
-
-def about(
-    settings: SuiteRecipe, work: Path, groups: Sequence[str], model: str | None = None
-) -> str:
-    """The words of a suite's card: what it is, and how and on what it was trained.
-
-    The words are the recipe's; the numbers are those that the training left beside its output.
-
-    Args:
-        settings: The recipe.
-        work: The folder of the training.
-        groups: The groups of sites that were trained alike.
-        model: The model that was there already, if the recipe trained SAEs alone.
+    Raises:
+        ValueError: Naming each difference.
     """
-    records = {group: read_json(work / group / "recipe.json") for group in groups}
-    lines = [f"# {settings.name}", "", settings.about, "", "## The model", ""]
-    if model:
-        lines.append(f"`{model}`, as it is.")
-        sources = next(iter(records.values()))["origin"]["sources"]
-    else:
-        m = ModelRecipe(**read_json(work / "recipe.json"))
-        sources = m.sources
-        lines += [
-            f"Gemma 3's text architecture: {m.layers} layers, width {m.d_model}, {m.heads} heads"
-            f" over {m.kv_heads} key-value heads, MLP of {m.d_mlp}, context of {m.context} tokens,"
-            " embedding and unembedding tied. The tokenizer is a byte-level BPE of"
-            f" {m.vocab_size:,} tokens, trained on the same text; it splits digits and puts `<bos>`"
-            " before each text. Weights are kept in half precision.",
-            "",
-            f"It saw {m.steps * m.rows * m.context:,} tokens, in {m.steps:,} steps of {m.rows}"
-            f" rows; Muon (peak rate {m.muon_lr:g}) for the matrices, AdamW ({m.adam_lr:g}) for"
-            " the rest.",
-        ]
-    total = sum(sources.values())
-    seen = read_json((work if model else work / "tokens") / PASSAGES)
-    lines += [
-        "",
-        "## The text",
-        "",
-        "| source | share of the tokens | what it is, and its licence |",
-        "| --- | --- | --- |",
-        *(
-            f"| `{name}` | {share / total:.0%} | {settings.licences.get(name, '')} |"
-            for name, share in sources.items()
-        ),
-        "",
-        f"{HELD_OUT_PERCENT} % of the documents, chosen by a hash of their content (of their path,"
-        f" for Python modules), were held out. Of the package's own passages {seen or 'none'}"
-        f" stand{'s' if seen < 2 else ''} in this text word for word"
-        f"{': what is measured on them is measured on text seen in training' if seen else ''}.",
-        "",
-        "## The SAEs",
-        "",
-        "One at the output of each layer (`res`), and at what its attention (`att`) and its MLP"
-        " (`mlp`) add to the stream. They were trained as BatchTopK SAEs with sae-lens and saved as"
-        " JumpReLU SAEs. Each began from random weights of its own. BOS and other special tokens"
-        " were left out.",
-        "",
-        "| sites | features | k | tokens | tokens a step | learning rate |",
-        "| --- | --- | --- | --- | --- | --- |",
+    import pandas as pd
+
+    before = read_json(path)
+    now = now | {"passages": before["passages"]}
+    now = now | {"text": before["text"] | now["text"]}  # text that is gone is not needed any more
+    flat_before, flat_now = (pd.json_normalize(x).iloc[0].to_dict() for x in (before, now))
+    changes = [
+        f"{key} was {flat_before.get(key)}, now {flat_now.get(key)}"
+        for key in flat_before | flat_now
+        if flat_before.get(key) != flat_now.get(key)
     ]
-    for group, record in records.items():
-        numbers = {key: record[key] for key in record.keys() - {"sites", "origin"}}
-        d = SAERecipe(**numbers)
-        sites = "all others" if group == OTHERS and len(records) > 1 else ", ".join(record["sites"])
-        lines.append(
-            f"| {sites} | {d.features:,} | {d.k} | {d.steps * d.batch:,} | {d.batch} | {d.lr:g} |"
+    if changes:
+        raise ValueError(
+            f"{path.parents[1]} was begun with another recipe: {'; '.join(changes)}."
+            " Give another folder, or what it was begun with"
         )
-    return "\n".join(lines) + "\n"
 
 
-def _rows_for(
-    model: Model, settings: SuiteRecipe, text: Path | None, work: Path
-) -> dict[str, np.ndarray]:
+def cut_rows(
+    settings: SuiteRecipe,
+    work: Path,
+    text: Path | None,
+    tokenizer: Any,
+    record: Mapping[str, Any],
+) -> None:
+    """Read the sources and cut them into rows, by a tokenizer that is trained if none is given.
+
+    Raises:
+        ValueError: If a source is too small, or cannot be read.
+    """
+    sources = {name: load_source(name, text) for name in settings.sources}
     total = sum(settings.sources.values())
-    rows, seen = {}, set()
-    for name, source in [(name, load_source(name, text)) for name in settings.sources]:
-        budget = int(7 * settings.most_tokens * settings.sources[name] / total)
-        documents = source.train(settings.saes.seed, budget)
-        seen |= passages_in(documents)
-        rows[name] = token_rows(documents, model.tokenizer, settings.model.context)
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(work / PASSAGES, len(seen))
-    return rows
+    seed, part = settings.model.seed, work / "tokens.part"
+    recipes = (settings.saes, *settings.exceptions.values())
+    tokens = max([r.tokens for r in recipes] + ([] if tokenizer else [settings.model.tokens]))
+    seen = 0
+    try:
+        if tokenizer is None:
+            sample = (
+                document[start : start + 20_000]
+                for name, source in sources.items()
+                for document in source.train(seed + 1, int(3e7 * settings.sources[name] / total))
+                for start in range(0, len(document), 20_000)
+            )
+            tokenizer = train_tokenizer(sample, settings.model.vocab_size)
+            tokenizer.save_pretrained(part)
+        for name, source in sources.items():
+            documents = source.train(seed, int(7 * tokens * settings.sources[name] / total))
+            train = token_rows(documents, tokenizer, settings.model.context)
+            if not len(train):
+                raise ValueError(f"source {name!r} gives no row of {settings.model.context} tokens")
+            seen += sum(any(p in document for document in documents) for p in passages()["text"])
+            held_out = source.held_out(seed, 2_000_000)
+            rows = {"train": train, "held_out": token_rows(held_out, tokenizer, train.shape[1])}
+            for split, values in rows.items():
+                (part / split).mkdir(parents=True, exist_ok=True)
+                np.save(part / split / f"{Path(name).name}.npy", values)
+        write_json(part / "recipe.json", {**record, "passages": seen})
+        os.replace(part, work / "tokens")
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        for made in (work, work.parent):
+            with suppress(OSError):  # only an empty folder is removed
+                made.rmdir()
 
 
-def _reading(
-    data: Mapping[str, np.ndarray], settings: SuiteRecipe, recipe: SAERecipe
-) -> np.ndarray:
-    context = next(iter(data.values())).shape[1]
-    total = (recipe.steps // steps_per_chunk(recipe, context) + 1) * recipe.rows
-    counts = {name: len(rows) for name, rows in data.items()}
-    order = reading_order(counts, settings.sources, total, recipe.seed + 1)
-    names = list(data)
-    return np.stack([data[names[source]][row] for source, row in order])
+def read_rows(work: Path, total: int, seed: int, split: str = "train") -> np.ndarray:
+    """Rows of a training folder in reading order, from every source by its share.
+
+    Raises:
+        FileNotFoundError: If the folder holds no tokens.
+    """
+    path = work / "tokens" / "recipe.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: expected the folder of a training")
+    shares = read_json(path)["recipe"]["sources"]
+    files = {name: path.parent / split / f"{Path(name).name}.npy" for name in shares}
+    rows = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
+    filled = {name: of_source for name, of_source in rows.items() if len(of_source)}
+    return mix_rows(filled, shares, total, seed) if filled else next(iter(rows.values()))
 
 
-def assemble(folder: Path, settings: SuiteRecipe, model: str, saes: Sequence[Path]) -> Path:
-    """Put model and SAEs into a suite's folder; the model only if it is a folder."""
+def write_suite(
+    folder: Path,
+    settings: SuiteRecipe,
+    model: str,
+    groups: Mapping[str, tuple[list[Site], SAERecipe]],
+) -> None:
+    """The suite's model, if it is a folder, its `suite.yaml` and the words of its card."""
     import yaml
 
-    place = model
     if Path(model).is_dir():
-        place = "model"
-        _copy(Path(model), folder / place)
-    for part in (path for group in saes for path in group.iterdir() if path.is_dir()):
-        _copy(part, folder / "saes" / part.name)
-    names = {path.name for path in (folder / "saes").iterdir() if path.is_dir()}
-    modules = sorted({name.split("-")[1] for name in names}, reverse=True)
+        copy_whole(Path(model), folder / "model")
+    sites = [site for group, _ in groups.values() for site in group]
     row = {
         "name": settings.name,
         "about": settings.about,
-        "model": place,
-        "layers": 1 + max(int(name.split("-")[0]) for name in names),
-        "saes": {module: f"saes/{{layer}}-{module}" for module in modules},
+        "model": "model" if Path(model).is_dir() else model,
+        "layers": 1 + max(site.layer for site in sites),
+        "saes": {m: f"saes/{{layer}}-{m}" for m in MODULES if m in {s.module for s in sites}},
     }
     write_text(folder / "suite.yaml", yaml.safe_dump(row, sort_keys=False))
-    return folder
+    record = read_json(folder / "training" / "tokens" / "recipe.json")
+    hidden = {"sources"} | ({"model"} if record["model"] else set())
+    numbers = {key: value for key, value in record["recipe"].items() if key not in hidden}
+    model_words = "A model that was there already, as it is." if record["model"] else NEW_MODEL
+    total = sum(settings.sources.values())
+    sources = [
+        f"- `{name}`, {share / total:.0%} of the tokens. {settings.licences.get(name, '')}".strip()
+        for name, share in settings.sources.items()
+    ]
+    words = ABOUT.format(
+        name=settings.name,
+        about=settings.about,
+        model=model_words,
+        sources="\n".join(sources),
+        percent=HELD_OUT_PERCENT,
+        passages=record["passages"],
+        numbers=yaml.safe_dump(numbers, sort_keys=False),
+    )
+    write_text(folder / "about.md", words)
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_whole(source: Path, target: Path) -> None:
+    """Copy a folder, so that `target` is whole or as it was."""
     part = target.with_name(target.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source, part)
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)
-
-
-def held_out_rows(folder: Path, rows: int = 256, seed: int = 0) -> np.ndarray:
-    """Held-out rows of a training folder, from every source by its share.
-
-    Raises:
-        FileNotFoundError: If the folder holds no tokens.
-    """
-    path = folder / "recipe.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe.json in {folder}: expected the folder of a training")
-    recipe = ModelRecipe(**read_json(path))
-    return _mixed(read_rows(recipe, folder)[1], recipe, rows, seed)
-
-
-def _mixed(data: TokenData, recipe: ModelRecipe, rows: int, seed: int) -> np.ndarray:
-    counts = {name: len(held) for name, held in data.held_out.items()}
-    order = reading_order(counts, recipe.sources, rows, seed)
-    names = list(data.held_out)
-    return np.stack([data.held_out[names[source]][row] for source, row in order])
