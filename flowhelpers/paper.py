@@ -100,7 +100,7 @@ def compare_figure_13(transition: "pd.DataFrame") -> "pd.DataFrame":
     """The paper's Figure 13 beside ours.
 
     Args:
-        transition: As `intervals.transition_intervals` gives, of gemma-2-2b.
+        transition: As `groups.transition_intervals` gives, of gemma-2-2b.
 
     Returns:
         `first`, `second`, `paper`, `ours`, `difference`.
@@ -129,7 +129,7 @@ def compare_figure_14(pairs: "pd.DataFrame") -> "pd.DataFrame":
     """The paper's Figure 14 beside ours; its text names 67, 72 and 100 % of one pair.
 
     Args:
-        pairs: As `group_tests.pair_shares` gives, of gemma-2-2b.
+        pairs: As `groups.pair_shares` gives, of gemma-2-2b.
 
     Returns:
         `score`, `first`, `second`, `paper`, `ours`, `tests`, `difference`.
@@ -143,7 +143,7 @@ def compare_figure_4(classes: "pd.DataFrame") -> "pd.DataFrame":
     """The paper's Figure 4, which is the means of its Figure 14, beside ours.
 
     Args:
-        classes: As `group_tests.class_shares` gives, of gemma-2-2b.
+        classes: As `groups.class_shares` gives, of gemma-2-2b.
 
     Returns:
         `module`, `pair`, `score`, `paper`, `ours`, `difference`.

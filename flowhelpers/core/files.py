@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,6 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON, it may be truncated or corrupt: {error}") from error
 
 
-def check_json(folder: Path) -> None:
-    """Every JSON file of a folder can be read.
-
-    Raises:
-        ValueError: Naming the first that cannot.
-    """
-    for path in sorted(folder.glob("*.json")):
-        read_json(path)
-
-
 def to_json(value: object) -> str:
     """A value as JSON; arrays as lists, what else is unknown as text."""
 
@@ -93,41 +83,6 @@ def to_json(value: object) -> str:
         return item.tolist() if hasattr(item, "tolist") else str(item)
 
     return json.dumps(value, indent=2, ensure_ascii=False, default=plain)
-
-
-def check_unchanged(record: Path, now: Mapping[str, Any]) -> None:
-    """What was begun is taken up only with what it was begun with.
-
-    Args:
-        record: The JSON file that says with what.
-        now: What is asked for now.
-
-    Raises:
-        ValueError: If they differ; the message names each difference.
-    """
-    if not record.is_file():
-        raise ValueError(f"{record.parent} was begun, and no {record.name} says with what recipe")
-    before, asked = dict(_flat(read_json(record))), dict(_flat(json.loads(to_json(now))))
-    changes = [
-        f"{key} was {before.get(key)}, now {asked.get(key)}"
-        for key in before | asked
-        if before.get(key) != asked.get(key)
-    ]
-    if not changes and list(before) != list(asked):
-        changes = ["the order of its keys"]
-    if changes:
-        raise ValueError(
-            f"{record.parent} was begun with another recipe: {'; '.join(changes)}."
-            " Give another folder, or what it was begun with"
-        )
-
-
-def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from _flat(item, f"{key}.{name}" if key else name)
-    else:
-        yield key, value
 
 
 def fingerprint(path: Path) -> str:
