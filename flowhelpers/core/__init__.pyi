@@ -42,8 +42,6 @@ from .figures import (
 )
 from .files import (
     DATA as DATA,
-    check_json as check_json,
-    check_unchanged as check_unchanged,
     fingerprint as fingerprint,
     new_folder as new_folder,
     read_json as read_json,
