@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flowhelpers import deactivation
 from flowhelpers.activations import preflight
 from flowhelpers.activations.sampling import draw_sample
 from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core import machine
 from flowhelpers.core.features import FeatureId, Site
-from flowhelpers.deactivation import experiments as deactivation
 from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.interventions import generation
 from flowhelpers.interventions.edits import add, add_per_row, rescale
@@ -249,7 +249,6 @@ def test_edits_and_steering(suite: Suite) -> None:
     features = [FeatureId(1, "res", 3), FeatureId(1, "res", 5)]
     direction = sae.direction(features[0])
     ids = tokenize(suite.model, toys.TEXTS).ids
-
     for edit in (
         add(Site(1, "res"), direction, 20.0),
         rescale(sae, features, 3.0, [1]),

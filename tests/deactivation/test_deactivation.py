@@ -13,9 +13,8 @@ from adder import ALL, ATT, COPY, MLP, OTHER, SUM
 
 from flowhelpers.activations.sparse import collect_tokens
 from flowhelpers.core.features import MODULES, Site, predecessor_site
-from flowhelpers.deactivation.experiments import (
+from flowhelpers.deactivation import (
     CONTROL,
-    OFF,
     ablation_cases,
     active_predecessors,
     common_targets,
@@ -30,7 +29,7 @@ from flowhelpers.deactivation.experiments import (
     success_rates,
     table_1,
 )
-from flowhelpers.groups.occurrences import GROUPS, modules_of
+from flowhelpers.deactivation.ablation import OFF
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model, tokenize
 
@@ -66,12 +65,25 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     found = adder.world(tmp_path_factory.mktemp("adder"))
     found.targets = draw_targets(found.activations, [1])
     found.sources = sources_of(found.targets, found.matches, found.activations)
+    found.predecessors = active_predecessors(found.sources)
+    found.groups = pd.Series(groups_of(found.targets, found.predecessors), found.targets.index)
+    found.cases = ablation_cases(found.targets, found.predecessors)
     return found
 
 
+def run(
+    world: SimpleNamespace, cases: pd.DataFrame, edits: pd.DataFrame, *sources: Any, **given: Any
+) -> pd.DataFrame:
+    return deactivate(world.suite, world.tokens, world.targets, cases, edits, *sources, **given)
+
+
 def run_cases(world: SimpleNamespace, **given: Any) -> pd.DataFrame:
-    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources), **given)
-    return deactivate(world.suite, world.tokens, world.targets, cases, edits, world.sources)
+    return run(world, *ablation_cases(world.targets, world.predecessors, **given), world.sources)
+
+
+def search(world: SimpleNamespace, **by_method: pd.DataFrame) -> pd.DataFrame:
+    table = table_1(world.suite, world.tokens, world.targets, by_method, world.activations)
+    return table.set_index(["method", "target"])
 
 
 def test_targets_are_the_active_features_of_chosen_tokens(world: SimpleNamespace):
@@ -122,7 +134,7 @@ def test_sources_are_the_matches_with_what_they_do_at_that_token(world: SimpleNa
         for feature in of
     )
     assert len(world.sources) == expected
-    assert (active_predecessors(world.sources)["activation"] > 0).all()
+    assert (world.predecessors["activation"] > 0).all()
     with pytest.raises(ValueError, match="top_n=2: expected 1 to 1"):
         sources_of(world.targets, world.matches, world.activations, 2)
     above = draw_targets(world.activations, [2])
@@ -146,7 +158,7 @@ def test_several_matches_at_a_place_count_and_go_together(world: SimpleNamespace
     one = sources_of(world.targets, table, world.activations, 1)
     assert one.equals(world.sources)
     # The second adds nothing to what is written along SUM, and takes nothing from it.
-    outcomes = deactivate(world.suite, world.tokens, world.targets, cases, edits)
+    outcomes = run(world, cases, edits)
     plain = run_cases(world)
     both = outcomes["group"] == plain["group"]
     assert (both & (outcomes["feature"] == SUM)).any()
@@ -154,12 +166,9 @@ def test_several_matches_at_a_place_count_and_go_together(world: SimpleNamespace
 
 
 def test_groups_are_those_of_the_tokens(world: SimpleNamespace):
-    groups = pd.Series(
-        groups_of(world.targets, active_predecessors(world.sources)), world.targets.index
-    )
     known = {COPY: RES, MLP: MLP_ONLY, OTHER: RES, ATT: ATT_ONLY}
     for (feature, token), group in zip(
-        world.targets[["feature", "token"]].itertuples(index=False), groups, strict=True
+        world.targets[["feature", "token"]].itertuples(index=False), world.groups, strict=True
     ):
         if feature == SUM:
             assert group == (BOTH if token % 3 == 0 else MLP_ONLY)
@@ -167,7 +176,7 @@ def test_groups_are_those_of_the_tokens(world: SimpleNamespace):
             assert group == (THREE if token % 5 == 0 else WITH_ATT)
         else:
             assert group == known[feature]
-    none = groups_of(world.targets, active_predecessors(world.sources)[:0])
+    none = groups_of(world.targets, world.predecessors[:0])
     assert set(none) == {"From nowhere"}
 
 
@@ -188,17 +197,10 @@ def test_every_subset_does_what_is_built(world: SimpleNamespace):
         assert (table[column] == own[column]).all()
 
 
-def test_without_subsets_all_predecessors_go_at_once(world: SimpleNamespace):
-    table = run_cases(world)
-    assert (table["group"] == table["removed"]).all()
-    assert len(table) == len(world.targets)  # here every target has a predecessor
-    expected = [BUILT[f, g, g][1] for f, g in zip(table["feature"], table["group"], strict=True)]
-    assert table["new"].to_numpy() == pytest.approx(expected, abs=1e-5)
-
-
 def test_rescaling_adds_r_less_one_times_the_activation(world: SimpleNamespace):
     table = run_cases(world, r=[-1.0, 1.0, 2.0])
-    assert len(table) == 3 * len(world.targets)
+    assert (table["group"] == table["removed"]).all()
+    assert len(table) == 3 * len(world.targets)  # here every target has a predecessor
     for row in table.itertuples():
         old, _, linear, _ = BUILT[row.feature, row.group, row.group]
         value = old * (1 + (row.r - 1) * linear)
@@ -224,8 +226,8 @@ def test_the_loss_changes_by_what_a_pass_over_the_text_says(world: SimpleNamespa
     from flowhelpers.interventions.edits import add
     from flowhelpers.suites.model import logits_of
 
-    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources), r=[-30.0, 1.0])
-    table = deactivate(world.suite, world.tokens, world.targets, cases, edits, loss=True)
+    cases, edits = ablation_cases(world.targets, world.predecessors, r=[-30.0, 1.0])
+    table = run(world, cases, edits, loss=True)
     same = table[table["r"] == 1]
     assert (same["loss_change"] == 0).all()
     assert (same["token_loss_change"].dropna() == 0).all()
@@ -299,12 +301,12 @@ def test_a_target_that_is_off_is_counted_and_not_divided_by(world: SimpleNamespa
 
 
 def test_cases_in_another_order_are_told_of_the_right_targets(world: SimpleNamespace):
-    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources))
+    cases, edits = world.cases
     order = np.random.default_rng(0).permutation(len(cases))
     mixed = cases.iloc[order]
     moved = edits.assign(case=np.argsort(order)[edits["case"]])
-    table = deactivate(world.suite, world.tokens, world.targets, mixed, moved)
-    plain = deactivate(world.suite, world.tokens, world.targets, cases, edits)
+    table = run(world, mixed, moved)
+    plain = run(world, cases, edits)
     assert table["target"].tolist() == mixed["target"].tolist()
     for column in ("feature", "new", "linear", "text"):
         assert table[column].tolist() == plain[column].iloc[order].tolist()
@@ -312,15 +314,15 @@ def test_cases_in_another_order_are_told_of_the_right_targets(world: SimpleNames
 
 def test_methods_are_put_side_by_side_each_with_its_own_denominator(world: SimpleNamespace):
     # A method that knows the MLP's matches alone has fewer targets.
-    fewer = active_predecessors(world.sources)
+    fewer = world.predecessors
     fewer = fewer[fewer["module"] == "mlp"]
     cases, edits = concat_methods(
         {
-            "all": ablation_cases(world.targets, active_predecessors(world.sources)),
+            "all": world.cases,
             "mlp": ablation_cases(world.targets, fewer),
         }
     )
-    table = deactivate(world.suite, world.tokens, world.targets, cases, edits)
+    table = run(world, cases, edits)
     assert table["method"].value_counts()["all"] == len(world.targets)
     with_mlp = world.targets["feature"].isin([SUM, MLP, ALL])
     assert table["method"].value_counts()["mlp"] == with_mlp.sum()
@@ -335,16 +337,14 @@ def test_methods_are_put_side_by_side_each_with_its_own_denominator(world: Simpl
 def test_removals_refuse_what_is_no_number(world: SimpleNamespace):
     for r in ([float("nan")], [0.0, float("inf")], [], [0.0, 0.0]):
         with pytest.raises(ValueError, match="expected one or more finite numbers"):
-            ablation_cases(world.targets, active_predecessors(world.sources), r)
+            ablation_cases(world.targets, world.predecessors, r)
     with pytest.raises(ValueError, match="no target has an active predecessor"):
-        ablation_cases(world.targets, active_predecessors(world.sources)[:0])
+        ablation_cases(world.targets, world.predecessors[:0])
 
 
 def test_the_control_changes_the_stream_by_the_same_norm(world: SimpleNamespace):
     drawn = equal_norm(world.suite, world.targets, world.sources, world.activations)
-    kept = active_predecessors(world.sources).merge(
-        drawn, on=["target", "module"], suffixes=("", "_drawn")
-    )
+    kept = world.predecessors.merge(drawn, on=["target", "module"], suffixes=("", "_drawn"))
     assert len(kept) == len(drawn)
     assert (kept["feature"] != kept["feature_drawn"]).all()
     for row in kept.itertuples():
@@ -365,7 +365,7 @@ def test_the_control_changes_the_stream_by_the_same_norm(world: SimpleNamespace)
             > 1
             for m in part["module"]
         )
-        for target, part in active_predecessors(world.sources).groupby("target")
+        for target, part in world.predecessors.groupby("target")
     }
     assert set(drawn["target"]) == {target for target, there in others.items() if there}
     again = equal_norm(world.suite, world.targets, world.sources, world.activations)
@@ -378,16 +378,16 @@ def test_the_control_does_nothing_to_a_feature_it_has_nothing_to_do_with(world: 
     drawn = equal_norm(world.suite, world.targets, world.sources, world.activations)
     cases, edits = concat_methods(
         {
-            "top-1": ablation_cases(world.targets, active_predecessors(world.sources)),
+            "top-1": world.cases,
             CONTROL: ablation_cases(world.targets, drawn),
         }
     )
-    table = deactivate(world.suite, world.tokens, world.targets, cases, edits)
+    table = run(world, cases, edits)
     control = table[table["method"] == CONTROL]
     assert (control["new"] == control["old"]).all()
     assert table[table["method"] == "top-1"]["success"].mean() > 0.8
     twice = pd.concat([world.sources, world.sources.assign(rank=2, feature=0)])
-    with pytest.raises(ValueError, match="several predecessors at a place"):
+    with pytest.raises(ValueError, match="the control has several matches at a site"):
         equal_norm(world.suite, world.targets, twice, world.activations)
 
 
@@ -406,9 +406,7 @@ def test_the_search_finds_what_a_method_misses(world: SimpleNamespace):
         {"cosine": world.sources, "other": wrong},
         world.activations,
     )
-    single = pd.Series(
-        groups_of(world.targets, active_predecessors(world.sources)), world.targets.index
-    )
+    single = world.groups
     chosen = set(single.index[single.isin([RES, MLP_ONLY, ATT_ONLY])])
     assert set(table["target"]) == chosen
     assert table.groupby("method").size().to_dict() == dict.fromkeys(
@@ -438,9 +436,7 @@ def test_a_method_that_finds_several_places_is_held_to_the_one_named(world: Simp
     methods = {"cosine": world.sources, "blind": blind}
     table = table_1(world.suite, world.tokens, world.targets, methods, world.activations)
     by = table.set_index(["method", "target"])
-    group = pd.Series(
-        groups_of(world.targets, active_predecessors(world.sources)), world.targets.index
-    )
+    group = world.groups
     both = [target for target in sums if group[target] == BOTH]
     assert len(both) > 5
     for target in both:
@@ -453,7 +449,7 @@ def test_a_method_that_finds_several_places_is_held_to_the_one_named(world: Simp
     for method in methods:
         assert (best >= by.loc[method, "change"] - 1e-5).all()
     twice = pd.concat([world.sources, world.sources.assign(rank=2, feature=0)])
-    with pytest.raises(ValueError, match="cosine has several matches at a place"):
+    with pytest.raises(ValueError, match="cosine has several matches at a site"):
         table_1(world.suite, world.tokens, world.targets, {"cosine": twice}, world.activations)
 
 
@@ -489,12 +485,12 @@ def test_the_search_over_all_sites_tries_more(world: SimpleNamespace):
 
 
 def test_what_grows_again_above_is_seen(world: SimpleNamespace):
-    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources))
+    cases, edits = world.cases
     table = downstream_effects(
         world.suite, world.tokens, world.targets, cases, edits, world.matches
     )
     own = table[table["above"] == 0].set_index("target")
-    plain = deactivate(world.suite, world.tokens, world.targets, cases, edits).set_index("target")
+    plain = run(world, cases, edits).set_index("target")
     assert own["change"].to_numpy() == pytest.approx(plain["change"].loc[own.index].to_numpy())
     above = table[table["above"] == 1]
     features = world.targets.loc[above["target"], "feature"].to_numpy()
@@ -511,7 +507,7 @@ def test_a_descendant_that_is_not_active_anyway_is_left_out(world: SimpleNamespa
     matches = world.matches.copy()
     first = (matches["direction"] == "forward") & (matches["rank"] == 1)
     matches.loc[first & (matches["source"] == MLP), "feature"] = adder.SECOND
-    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources))
+    cases, edits = world.cases
     table = downstream_effects(world.suite, world.tokens, world.targets, cases, edits, matches)
     own = world.targets.loc[table["target"]].reset_index(drop=True)
     above = (table["above"] == 1) & (own["feature"] == MLP)
@@ -552,9 +548,3 @@ def test_layers_in_the_middle_are_spread_over_the_depth():
     assert middle_layers(8) == [2, 4, 6]
     assert middle_layers(2) == [1]
     assert all(0 < layer < n for n in range(2, 40) for layer in middle_layers(n))
-
-
-def test_groups_name_their_places():
-    assert modules_of("From nowhere") == ()
-    assert modules_of("From RES & ATT") == ("res", "att")
-    assert [len(modules_of(group)) for group in GROUPS] == [0, 1, 1, 1, 2, 2, 2, 3]

@@ -196,6 +196,6 @@ def test_prompts_and_settings_that_cannot_be_are_refused(
     toy: Model, given: dict[str, Any], message: str
 ):
     with pytest.raises(ValueError, match=message):
-        generate(toy, **{"prompt": PROMPT} | given)
+        generate(toy, given.pop("prompt", PROMPT), **given)
     with pytest.raises(ValueError, match="unknown phase 'promt'; did you mean 'prompt'"):
         sample_tokens(toy, tokenize(toy, PROMPT).ids, [1], phases=["promt"])
