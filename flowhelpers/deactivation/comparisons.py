@@ -1,6 +1,6 @@
 """What matches are held against: other features of equal norm, and the best of all (Table 1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,12 +13,12 @@ from flowhelpers.groups.occurrences import GROUPS, modules_of
 
 if TYPE_CHECKING:
     import pandas as pd
-    from scipy.sparse import csr_matrix
 
     from flowhelpers.suites.load import Suite
     from flowhelpers.suites.model import Tokens
 
 SINGLE = GROUPS[1:4]
+SINGLE_MODULE = {group: modules_of(group)[0] for group in SINGLE}
 CONTROL = "equal norm, random"
 
 
@@ -49,10 +49,12 @@ def equal_norm(
     token_rows, parts = chosen["token_row"].to_numpy(), []
     for (layer, module), part in predecessors.groupby([chosen["layer"].to_numpy(), "module"]):
         site = predecessor_site(int(layer), str(module))
+        codes = activations.by_site[site]
         own, drawn = part["feature"].to_numpy(), np.full(len(part), -1)
         for place, (row, feature) in enumerate(zip(token_rows[part.index], own, strict=True)):
-            others, values = _at_token(activations.by_site[site], int(row))
-            others = others[(others != feature) & (values > 0)]
+            at_token = slice(codes.indptr[row], codes.indptr[row + 1])
+            others = codes.indices[at_token][codes.data[at_token] > 0]
+            others = others[others != feature]
             if len(others):
                 drawn[place] = rng.choice(np.sort(others))
         has_other = drawn >= 0
@@ -93,25 +95,28 @@ def table_1(
     """
     import pandas as pd
 
-    single: dict[str, dict[int, str]] = {}
-    named: dict[int, list[str]] = {}
+    single = {}  # the only module at which each method finds a predecessor, by target
     for method, sources in by_method.items():
         _check_single(method, sources)
-        groups = zip(targets.index, groups_of(targets, active_predecessors(sources)), strict=True)
-        single[method] = {target: modules_of(g)[0] for target, g in groups if g in SINGLE}
-        for target, module in single[method].items():
-            named.setdefault(target, []).append(module)
-    if not named:
+        groups = pd.Series(groups_of(targets, active_predecessors(sources)), targets.index)
+        single[method] = groups.astype(str).map(SINGLE_MODULE).dropna()
+    named = pd.concat(single.values()).rename_axis("target").rename("module")
+    if named.empty:
         raise ValueError("no target has a single source")
-    chosen = targets.loc[sorted(named)]
+    first_named = named.groupby("target").first()
+    chosen = targets.loc[first_named.index]
     cases = {}
     for method, sources in by_method.items():
-        module = {target: single[method].get(target, names[0]) for target, names in named.items()}
+        module = single[method].reindex(chosen.index).fillna(first_named)
         predecessors = active_predecessors(sources)
         at_site = predecessors["target"].map(module) == predecessors["module"]
         cases[method] = _one_by_one(predecessors[at_site])
-    searched = {t: MODULES if all_sites else tuple(dict.fromkeys(m)) for t, m in named.items()}
-    cases["exhaustive"] = _one_by_one(_every_active(chosen, searched, activations))
+    searched = named.reset_index().drop_duplicates()
+    if all_sites:
+        searched = pd.MultiIndex.from_product([chosen.index, MODULES], names=searched.columns)
+        searched = searched.to_frame(index=False)
+    searched = searched.join(chosen[["layer", "token_row"]], on="target")
+    cases["exhaustive"] = _one_by_one(_every_active(searched, activations))
     table = deactivate(suite, tokens, targets, *concat_methods(cases))
     keys = ["method", "target"]
     tried = table.groupby(keys).size().rename("tried")
@@ -128,25 +133,17 @@ def _check_single(method: str, sources: "pd.DataFrame") -> None:
         raise ValueError(f"{method} has several matches at a site: expected one (top-1)")
 
 
-def _at_token(codes: "csr_matrix", row: int) -> tuple[np.ndarray, np.ndarray]:
-    """The features that are stored for a token, and their activations."""
-    at = slice(codes.indptr[row], codes.indptr[row + 1])
-    return codes.indices[at], codes.data[at]
-
-
-def _every_active(
-    targets: "pd.DataFrame", modules: Mapping[int, Sequence[str]], activations: FeatureActivations
-) -> "pd.DataFrame":
+def _every_active(searched: "pd.DataFrame", activations: FeatureActivations) -> "pd.DataFrame":
+    """All features that are active at the modules and tokens of targets."""
     import pandas as pd
 
     parts = []
-    for target in targets.itertuples():
-        for module in modules[target.Index]:
-            codes = activations.by_site[predecessor_site(target.layer, module)]
-            features, values = _at_token(codes, target.token_row)
-            candidates = pd.DataFrame({"feature": features, "activation": values})
-            parts.append(candidates.assign(target=target.Index, module=module))
-    return active_predecessors(pd.concat(parts, ignore_index=True))
+    for (layer, module), part in searched.groupby(["layer", "module"]):
+        at_site = activations.by_site[predecessor_site(int(layer), str(module))]
+        codes = at_site[part["token_row"].to_numpy()].tocoo()
+        columns = {"feature": codes.col, "activation": codes.data}
+        parts.append(part[["target", "module"]].iloc[codes.row].assign(**columns))
+    return active_predecessors(pd.concat(parts))
 
 
 def _one_by_one(predecessors: "pd.DataFrame") -> "tuple[pd.DataFrame, pd.DataFrame]":

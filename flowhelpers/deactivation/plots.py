@@ -39,13 +39,10 @@ LABELS = {
     "value": "",
 }
 METHODS = ("random", "permutation", "top-1", "top-5", "pearson", CONTROL)
-COLOUR_OF = GROUP_COLOURS | {OFF: "#882255"}
-COLOUR_OF |= dict(
-    zip(METHODS, (GREY, "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", INK), strict=True)
-)
-SYMBOL_OF = GROUP_MARKS | dict(
-    zip(METHODS, ("x", "triangle-up", "circle", "diamond", "square", "star"), strict=True)
-)
+METHOD_COLOURS = (GREY, "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", INK)
+METHOD_MARKS = ("x", "triangle-up", "circle", "diamond", "square", "star")
+COLOUR_OF = GROUP_COLOURS | {OFF: "#882255"} | dict(zip(METHODS, METHOD_COLOURS, strict=True))
+SYMBOL_OF = GROUP_MARKS | dict(zip(METHODS, METHOD_MARKS, strict=True))
 ORDER = [OFF, *GROUPS, *METHODS]  # of series
 MOST_POINTS = 4000
 
@@ -60,17 +57,11 @@ def rate_panels(
     facet: str | None = None,
     lines: bool = False,
 ) -> go.Figure:
-    """Rates with their intervals, in a panel for each column: Figures 6, 7 and 8, and the controls.
+    """Rates as of `success_rates` with their intervals: Figures 6, 7 and 8, and the controls.
 
-    Args:
-        rates: As `success_rates` gives.
-        x: The column on the x axis.
-        series: The column whose values are told apart by colour and symbol.
-        title: Of the figure.
-        subtitle: Suite, n and choices.
-        columns: Of `success`, `change` and `loss_change`.
-        facet: A column for each of whose values there is a row of panels.
-        lines: Whether a series is a line, not marks side by side.
+    There is a panel for each of the columns (`success`, `change` or `loss_change`), and for each
+    value of the column `facet`. `series` is the column told apart by colour and symbol; a series is
+    a line, or marks side by side.
     """
     import pandas as pd
 
@@ -106,12 +97,7 @@ def rate_panels(
 
 
 def group_shares_by_method(shares: pd.DataFrame, subtitle: str) -> go.Figure:
-    """How targets are spread over the groups, for each way to match (Figure 15 a).
-
-    Args:
-        shares: One row a `method` and `group`, with `n` and `share`.
-        subtitle: Suite, n and choices.
-    """
+    """How targets are spread over the groups: `n` and `share` by `method` and `group` (15 a)."""
     figure = px.bar(
         shares, x="group", y="share", color="method", barmode="group", hover_data=["n"],
         labels=LABELS | {"share": "share of targets"}, color_discrete_map=COLOUR_OF,
@@ -124,10 +110,8 @@ def group_shares_by_method(shares: pd.DataFrame, subtitle: str) -> go.Figure:
 def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
     """The group of a target once some of its predecessors are removed, or that it is off (15 b).
 
-    Args:
-        shares: One row a `group`, `removed` and `after`, a group or "Deactivated": `n`, the cases
-            that end there, and `share`, of all cases of that group from which that was removed.
-        subtitle: Suite, n and choices.
+    The table has a row a `group`, `removed` and `after` with `n`, and `share`, of all cases of that
+    group from which that was removed.
     """
     shares = shares.query("n > 0").astype({"group": str, "after": str})
     groups = _groups_in(shares["group"])
@@ -149,13 +133,9 @@ def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
 def written_against_change(table: pd.DataFrame, subtitle: str) -> go.Figure:
     """What a removal takes away by what was written alone, against what happens, case by case.
 
-    Axes go from the 1 % to the 99 % quantile of all values, but hold 0 and 1 and stay within -1
-    and 2; the subtitle tells how many cases are drawn, at most 4,000, and how many lie outside.
-
-    Args:
-        table: As `deactivate` gives; cases that edited several sites, or lack a value, are not
-            drawn.
-        subtitle: Suite, n and choices.
+    Of a table as of `deactivate`, cases at a single site are drawn, at most 4,000. Axes go from the
+    1 % to the 99 % quantile of all values, but hold 0 and 1 and stay within -1 and 2; the subtitle
+    tells how many cases lie outside.
     """
     known = table[table["removed"].isin(SINGLE)].dropna(subset=["linear", "change", "success"])
     low, high = np.quantile(known[["linear", "change"]], [0.01, 0.99]) if len(known) else (0, 1)
