@@ -50,16 +50,16 @@ def ablation_cases(
         raise ValueError(f"r={list(r)}: expected one or more finite numbers, each once")
     if predecessors.empty:
         raise ValueError("no target has an active predecessor: there is nothing to remove")
-    removals = [
+    plans = [
         (group, removed, factor)
         for group in GROUPS[1:]
         for removed in GROUPS[1:]
         if removed == group or (subsets and {*modules_of(removed)} < {*modules_of(group)})
         for factor in r
     ]
-    removals = pd.DataFrame(removals, columns=["group", "removed", "r"])
     cases = pd.DataFrame({"target": targets.index, "group": groups_of(targets, predecessors)})
-    cases = cases.astype({"group": str}).merge(removals, on="group")
+    plan = pd.DataFrame(plans, columns=["group", "removed", "r"])
+    cases = cases.astype({"group": str}).merge(plan, on="group")
     cases = cases.sort_values("target", kind="stable", ignore_index=True)
     modules = [(removed, module) for removed in GROUPS for module in modules_of(removed)]
     of_removed = pd.DataFrame(modules, columns=["removed", "module"])
@@ -232,12 +232,8 @@ def success_rates(
 ) -> "pd.DataFrame":
     """Successful deactivations and activation change, with intervals (paper A.2; CHOICES 10, 11).
 
-    Args:
-        table: As `deactivate` gives.
-        by: Columns within which rates are taken, such as `method` and `group`.
-        tokens: The sample's tokens, from whose texts resamples are drawn.
-        times: Resamples.
-        seed: Of these.
+    Rates of a table as of `deactivate` within the columns `by`; the texts of the sample's `tokens`
+    are drawn anew `times` times.
 
     Returns:
         One row a group: `by`, `n`, `inactive` (targets that were not active, not among the n),

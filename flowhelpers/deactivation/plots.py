@@ -41,8 +41,10 @@ LABELS = {
 METHODS = ("random", "permutation", "top-1", "top-5", "pearson", CONTROL)
 METHOD_COLOURS = (GREY, "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", INK)
 METHOD_MARKS = ("x", "triangle-up", "circle", "diamond", "square", "star")
-COLOUR_OF = GROUP_COLOURS | {OFF: "#882255"} | dict(zip(METHODS, METHOD_COLOURS, strict=True))
-SYMBOL_OF = GROUP_MARKS | dict(zip(METHODS, METHOD_MARKS, strict=True))
+COLOUR_OF: dict[str, str] = (
+    GROUP_COLOURS | {OFF: "#882255"} | dict(zip(METHODS, METHOD_COLOURS, strict=True))
+)
+SYMBOL_OF: dict[str, str] = GROUP_MARKS | dict(zip(METHODS, METHOD_MARKS, strict=True))
 ORDER = [OFF, *GROUPS, *METHODS]  # of series
 MOST_POINTS = 4000
 

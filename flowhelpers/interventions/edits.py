@@ -86,16 +86,9 @@ def add_per_row(
     vectors: Float[Tensor, "n d_model"],
     position: int | None = None,
 ) -> Edit:
-    """Each row of a batch its own edit: `h[row] + v`; a row may be named several times.
+    """Each row of a batch its own edit: `h[row] + v`, at one position or all of them.
 
-    Args:
-        site: Where.
-        rows: Rows of the batch.
-        vectors: What is added to each, in float32 or the model's type.
-        position: The one token that is changed; all of them unless given.
-
-    Raises:
-        ValueError: If a vector is not finite.
+    A row may be named several times. A vector that is not finite is an error.
     """
     if not torch.isfinite(vectors).all():
         bad = int(rows[(~torch.isfinite(vectors)).any(1).to(rows.device)][0])
@@ -117,17 +110,9 @@ def rescale_per_row(
     r: Float[Tensor, "n"],
     position: int | None = None,
 ) -> Edit:
-    """Each row of a batch its own `rescale`, with the activations read live from the stream.
+    """Each row of a batch its own `rescale`: of `features` by `r`, at one position or all of them.
 
-    Args:
-        sae: The SAE at the site.
-        rows: Rows of the batch; a row may be named several times.
-        features: The feature that each is to have rescaled.
-        r: The factors.
-        position: The one token that is changed; all of them unless given.
-
-    Raises:
-        ValueError: If a factor is not finite.
+    Activations are read live from the stream. A factor that is not finite is an error.
     """
     if not torch.isfinite(r).all():
         raise ValueError(f"r={float(r[~torch.isfinite(r)][0])}: expected a finite number")

@@ -90,19 +90,10 @@ def sample_tokens(
 ) -> Int[Tensor, "batch longer"]:
     """Sample tokens for every row of a batch.
 
-    Each row has a random stream of its own: it does not depend on what else is in the batch.
-
-    Args:
-        model: The model.
-        ids: The prompts, of one length.
-        seeds: One for each row.
-        max_new_tokens: Tokens to sample for each row.
-        temperature: What logits are divided by.
-        top_p: The share of probability from which tokens are drawn (nucleus).
-        edits: Changes to the stream; they have to treat all positions alike.
-        phases: Whether edits act on the prompt's tokens, the generated ones, or both (CHOICES 20).
-        skip_bos: Whether the first token is left as it is.
-        show_progress: Whether a progress bar is shown.
+    Each row has a random stream of its own, by its seed: it does not depend on what else is in the
+    batch. The prompts `ids` have one length. Edits have to treat all positions alike; they act on
+    the tokens of the `phases` (CHOICES 20), with `skip_bos` not on the first. Tokens are drawn from
+    the smallest set of likely ones that has the share `top_p` of probability (nucleus).
 
     Returns:
         Prompt and sampled tokens; after its end-of-text token a row means nothing.
