@@ -17,7 +17,7 @@ from torch import Tensor
 from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
 from flowhelpers.core.features import MODULES, FeatureId, Site, predecessor_site
 from flowhelpers.interventions import batched
-from flowhelpers.interventions.batched import intervene
+from flowhelpers.interventions.batched import Outcome, intervene
 from flowhelpers.interventions.edits import add, add_per_row, rescale
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import (
@@ -135,18 +135,24 @@ def test_a_batch_gives_what_one_at_a_time_gives(flowlet: SimpleNamespace):
     assert moved > 200  # at R_L an edit shows always, at M_L where it came before
 
 
+def assert_same(one: Outcome, other: Outcome) -> None:
+    """Two outcomes give the same activations and losses to each case."""
+    for offset in one.after:
+        for name, rows in (("before", "token"), ("after", "row")):
+            first, second = (getattr(o, name)[offset][getattr(o, rows)] for o in (one, other))
+            assert np.abs((first - second).toarray()).max() < 1e-5
+    if one.losses is not None and other.losses is not None:
+        assert one.losses.to_numpy() == pytest.approx(other.losses.to_numpy(), abs=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_how_many_go_at_once_changes_no_number(flowlet: SimpleNamespace, batch_size: int):
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=1)
     cases[["text", "position"]] = (1, 7)  # so that a batch is full
     known = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
     found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True, batch_size=batch_size)
-    assert np.abs((known.after[0, "res"] - found.after[0, "res"]).toarray()).max() < 1e-5
-    before = [o.before[0, "res"][o.token].toarray() for o in (known, found)]
-    assert np.abs(before[0] - before[1]).max() < 1e-5
     assert known.losses is not None
-    assert found.losses is not None
-    assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
+    assert_same(known, found)
 
 
 def test_layers_apart_and_together_give_the_same(
@@ -156,26 +162,17 @@ def test_layers_apart_and_together_give_the_same(
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 60, seed=4)
     cases["position"] = 6
     apart = replace(flowlet.suite, saes=MappingProxyType(dict(flowlet.suite.saes)))
-    places, passes, outcomes = [(0, "res"), (-1, "res"), (0, "res")], [], []
+    offsets, passes, outcomes = [(0, "res"), (-1, "res"), (0, "res")], [], []
 
     def watched(*given: Any) -> Any:
-        passes.append(given[4])
+        passes.append(len(outcomes))
         return run_model(*given)
 
     monkeypatch.setattr(batched, "run_model", watched)
     for suite in (flowlet.suite, apart):
-        outcomes.append(intervene(suite, flowlet.tokens, cases, edits, places, batch_size=9))
-        passes.append(None)
-    together, each = outcomes
-    first = passes.index(None)
-    assert first < len(passes) - first - 2
-    for place in places:
-        for name in ("before", "after"):
-            rows = "token" if name == "before" else "row"
-            one, other = (
-                getattr(o, name)[place][getattr(o, rows)].toarray() for o in (together, each)
-            )
-            assert one == pytest.approx(other, abs=1e-5, rel=1e-5)
+        outcomes.append(intervene(suite, flowlet.tokens, cases, edits, offsets, batch_size=9))
+    assert passes.count(0) < passes.count(1)
+    assert_same(*outcomes)
 
 
 def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace):
@@ -192,38 +189,28 @@ def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace):
 
 
 def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace):
-    # With r = 0 at R_{L-1} the MLP answers, so that its own activation is no longer the clean one.
+    # Trap 15. With less at R_{L-1} the MLP answers, so that its own activation is no longer clean.
     suite, tokens, read = flowlet.suite, flowlet.tokens, flowlet.activations
-    layer, token = 4, read.tokens.iloc[12]
-    res, mlp = read.by_site[Site(3, "res")][12], read.by_site[Site(4, "mlp")][12]
-    first, second = (int(codes.indices[codes.data.argmax()]) for codes in (res, mlp))
-    cases = cases_of((int(token["text"]), int(token["position"]), layer))
-    edits = edits_of((0, "res", first, -2.0), (0, "mlp", second, 0.0), size="r")
-    outcome = intervene(suite, tokens, cases, edits, [(0, "res"), (0, "mlp")])
-    end = 1 + int(tokens.is_text[token["text"]].nonzero().max())
+    text, position = (int(read.tokens[column][12]) for column in ("text", "position"))
+    codes = {site: read.by_site[site][12] for site in (Site(3, "res"), Site(4, "mlp"))}
+    first, second = (int(each.indices[each.data.argmax()]) for each in codes.values())
+    cases = cases_of((text, position, 4))
+    live = edits_of((0, "res", first, -2.0), (0, "mlp", second, 0.0), size="r")
+    offsets = [(0, "res"), (0, "mlp")]
+    outcome = intervene(suite, tokens, cases, live, offsets)
     changes = [
-        rescale(
-            suite.sae(site),
-            [FeatureId(site.layer, site.module, index)],
-            r,
-            [int(token["position"])],
-        )
+        rescale(suite.sae(site), [FeatureId(site.layer, site.module, index)], r, [position])
         for site, index, r in ((Site(3, "res"), first, -2.0), (Site(4, "mlp"), second, 0.0))
     ]
-    ids = tokens.ids[token["text"] : token["text"] + 1, :end]
-    _, found = run_model(suite.model, ids, [Site(4, "res"), Site(4, "mlp")], changes)
-    for place in ((0, "res"), (0, "mlp")):
-        expected = suite.sae(Site(4, place[1])).encode(
-            found[Site(4, place[1])][0, int(token["position"])]
-        )
-        assert outcome.after[place].toarray()[0] == pytest.approx(
-            expected.numpy(), abs=1e-5, rel=1e-5
-        )
-    clean = edits_of(
-        (0, "res", first, -3.0 * float(res.data.max())),
-        (0, "mlp", second, -float(mlp.data.max())),
-    )
-    other = intervene(suite, tokens, cases, clean, [(0, "res"), (0, "mlp")])
+    ids = tokens.ids[text : text + 1, : 1 + int(tokens.is_text[text].nonzero().max())]
+    _, stream = run_model(suite.model, ids, [Site(4, "res"), Site(4, "mlp")], changes)
+    for offset in offsets:
+        site = Site(4, offset[1])
+        expected = suite.sae(site).encode(stream[site][0, position]).numpy()
+        assert outcome.after[offset].toarray()[0] == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    most_res, most_mlp = (float(each.data.max()) for each in codes.values())
+    clean = edits_of((0, "res", first, -3 * most_res), (0, "mlp", second, -most_mlp))
+    other = intervene(suite, tokens, cases, clean, offsets)
     assert np.abs((other.after[0, "mlp"] - outcome.after[0, "mlp"]).toarray()).max() > 1e-3
 
 
@@ -306,53 +293,32 @@ def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, monkeypatch: 
     assert passes == [((3, length - 5), None, 5), ((2, length - 8), None, 8)]
 
 
+@pytest.mark.parametrize("where", ["run_model", "token_losses"])
 def test_memory_that_runs_out_halves_the_batch_and_goes_on(
-    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, where: str
 ):
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=3)
     cases[["text", "position", "layer"]] = (1, 7, 4)
     known = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    sizes = []
+    whole, sizes, room = getattr(batched, where), [], 12
 
-    def small(model: Model, ids: Tensor, *rest: Any) -> Any:
+    def small(first: Any, ids: Tensor, *rest: Any) -> Any:
         sizes.append(len(ids) - 1)
-        if len(ids) > 12:
+        if len(ids) > room:
             raise torch.OutOfMemoryError("no room")
-        return run_model(model, ids, *rest)
+        return whole(first, ids, *rest)
 
-    monkeypatch.setattr(batched, "run_model", small)
+    monkeypatch.setattr(batched, where, small)
     with pytest.warns(UserWarning, match="out of memory with 20 interventions .* with 10"):
         found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    n = known.after[0, "res"].shape[0]
-    assert sizes[:4] == [n, n // 2, n // 4, n // 4]
-    assert np.abs((known.after[0, "res"] - found.after[0, "res"]).toarray()).max() < 1e-5
-    assert known.losses is not None
-    assert found.losses is not None
-    assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
-
-    monkeypatch.setattr(batched, "run_model", run_model)
-    whole = batched.token_losses
-
-    def short(logits: Tensor, ids: Tensor) -> Tensor:  # with the logits there, the loss finds none
-        if len(ids) > 12:
-            raise torch.OutOfMemoryError("no room")
-        return whole(logits, ids)
-
-    monkeypatch.setattr(batched, "token_losses", short)
-    with pytest.warns(UserWarning, match="out of memory with 20 interventions .* with 10"):
-        again = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    assert again.losses is not None
-    assert known.losses.to_numpy() == pytest.approx(again.losses.to_numpy(), abs=1e-5)
-
-    def none(*given: Any) -> Any:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(batched, "run_model", none)
+    assert [size for size in sizes if size > 0][:4] == [40, 20, 10, 10]
+    assert_same(known, found)
+    room = 1
     with (
         pytest.warns(UserWarning, match="out of memory"),
         pytest.raises(MemoryError, match="no room for one intervention"),
     ):
-        intervene(flowlet.suite, flowlet.tokens, cases, edits)
+        intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
 
 
 def test_the_size_of_a_batch_follows_memory(
@@ -360,18 +326,15 @@ def test_the_size_of_a_batch_follows_memory(
 ):
     model = flowlet.suite.model
     _, prefix = cache_prompt(model, flowlet.tokens.ids[:1])
-    sizes = {}
-    for room in (2**20, 2**24, 2**40):
-        monkeypatch.setattr(batched, "free_memory", lambda device, room=room: room)
-        sizes[room] = [batched._fitting_rows(model, prefix, 5, 9, loss) for loss in (False, True)]
-    assert sizes[2**20] == [1, 1]
-    assert 1 < sizes[2**24][0] < 1024
-    assert sizes[2**24][1] < sizes[2**24][0]
-    assert sizes[2**40][0] == 1024
-    assert sizes[2**24][0] <= 2**23 // (9 * model.d_model * batched.PASS_TENSORS * 4)
-    monkeypatch.setattr(batched, "free_memory", lambda device: 2**24)
-    wide = batched._fitting_rows(model, prefix, 5, 9, False, 65536)
-    assert wide == 2**23 // (2**23 // sizes[2**24][0] + 65536 * 16) < sizes[2**24][0]
+
+    def rows(room: int, loss: bool = False, width: int = 0) -> int:
+        monkeypatch.setattr(batched, "free_memory", lambda device: room)
+        return batched._fitting_rows(model, prefix, 5, 9, loss, width)
+
+    assert (rows(2**20), rows(2**20, loss=True), rows(2**40)) == (1, 1, 1024)
+    assert 1 < rows(2**24) <= 2**23 // (9 * model.d_model * batched.PASS_TENSORS * 4)
+    assert rows(2**24, loss=True) < rows(2**24)
+    assert rows(2**24, width=65536) == 2**23 // (2**23 // rows(2**24) + 65536 * 16)
 
 
 @pytest.mark.parametrize(
