@@ -44,7 +44,7 @@ METHOD_MARKS = ("x", "triangle-up", "circle", "diamond", "square", "star")
 COLOUR_OF: dict[str, str] = (
     GROUP_COLOURS | {OFF: "#882255"} | dict(zip(METHODS, METHOD_COLOURS, strict=True))
 )
-SYMBOL_OF: dict[str, str] = GROUP_MARKS | dict(zip(METHODS, METHOD_MARKS, strict=True))
+SYMBOL_OF: dict[str, str] = {**GROUP_MARKS, **dict(zip(METHODS, METHOD_MARKS, strict=True))}
 ORDER = [OFF, *GROUPS, *METHODS]  # of series
 MOST_POINTS = 4000
 
