@@ -1,26 +1,26 @@
-from .experiments import (
-    CONTROL as CONTROL,
+from .ablation import (
     ablation_cases as ablation_cases,
-    active_predecessors as active_predecessors,
     common_targets as common_targets,
     concat_methods as concat_methods,
     deactivate as deactivate,
     downstream_effects as downstream_effects,
-    draw_targets as draw_targets,
-    equal_norm as equal_norm,
-    groups_of as groups_of,
-    middle_layers as middle_layers,
-    sources_of as sources_of,
     success_rates as success_rates,
+)
+from .comparisons import (
+    CONTROL as CONTROL,
+    equal_norm as equal_norm,
     table_1 as table_1,
 )
 from .plots import (
-    against_control as against_control,
     group_shares_by_method as group_shares_by_method,
     groups_after as groups_after,
-    in_layers_above as in_layers_above,
-    methods_by_group as methods_by_group,
-    one_at_a_time as one_at_a_time,
-    rescaling_sweep as rescaling_sweep,
+    rate_panels as rate_panels,
     written_against_change as written_against_change,
+)
+from .targets import (
+    active_predecessors as active_predecessors,
+    draw_targets as draw_targets,
+    groups_of as groups_of,
+    middle_layers as middle_layers,
+    sources_of as sources_of,
 )

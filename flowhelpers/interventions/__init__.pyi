@@ -1,6 +1,6 @@
 from .batched import (
-    PREDECESSORS as PREDECESSORS,
-    TARGET as TARGET,
+    PREDECESSOR_OFFSETS as PREDECESSOR_OFFSETS,
+    TARGET_OFFSET as TARGET_OFFSET,
     Outcome as Outcome,
     intervene as intervene,
 )
@@ -11,7 +11,6 @@ from .edits import (
     rescale_per_row as rescale_per_row,
 )
 from .generation import (
-    PHASES as PHASES,
     NotFiniteError as NotFiniteError,
     continuations as continuations,
     generate as generate,

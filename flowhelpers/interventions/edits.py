@@ -1,4 +1,4 @@
-"""The one vocabulary for changing the stream: add, rescale, set; for all texts, or row by row.
+"""Edits of the stream: add a direction or rescale features, for all texts or row by row.
 
 Every edit adds something to the stream, so that what an SAE does not explain stays as it is
 (paper 3.5, A.2). An SAE that reads z, before W_O, is edited there (CHOICES 30). Where an edit
@@ -27,17 +27,18 @@ def add(
 
     Args:
         site: Where.
-        vector: The direction.
+        vector: The direction v.
         strength: s, in units of the vector.
         positions: Token positions; by default all, in every pass.
 
     Raises:
-        ValueError: If the vector is zero or not finite, s is not finite, or no position is given.
+        ValueError: If the vector is zero or not finite, s is not finite, or no position is given;
+            when it is applied, if the vector has another width than the stream.
     """
     if not torch.isfinite(vector).all() or not vector.any():
         raise ValueError(f"the vector to add at {site} is zero or not finite")
     _check_finite(strength, "strength")
-    return _edit(site, positions, lambda here: (strength * vector.to(here)).expand_as(here))
+    return _edit(site, positions, lambda here: strength * vector.to(here))
 
 
 def rescale(
@@ -45,9 +46,8 @@ def rescale(
     features: Sequence[FeatureId],
     r: float | Sequence[float],
     positions: Sequence[int] | None = None,
-    activations: Float[Tensor, "features"] | None = None,
 ) -> Edit:
-    """Rescale features: `h + (r - 1) · a · v` (paper 3.5).
+    """Rescale features: `h + (r - 1) · a · v` (paper 3.5), a read live from the stream.
 
     r = 0 removes the features, r = 1 changes nothing.
 
@@ -56,8 +56,6 @@ def rescale(
         features: Features of that SAE, all changed at once.
         r: The factor, or one for each feature.
         positions: Token positions; by default all.
-        activations: a, one for each feature, as a clean run has it (CHOICES 9); by default it is
-            read live from the stream, after the edits before this one.
 
     Raises:
         ValueError: If a feature belongs to another site, none is given, or r is not finite.
@@ -65,32 +63,21 @@ def rescale(
     factors = torch.tensor([r] * len(features) if isinstance(r, (int, float)) else r)
     for factor in factors.tolist():
         _check_finite(factor, "r")
+    if not features:
+        raise ValueError("no feature to rescale")
     if len(factors) != len(features):
         raise ValueError(f"{len(factors)} factors for {len(features)} features")
-    return _towards(sae, features, positions, activations, lambda a: factors.to(a) * a)
+    for feature in features:
+        if feature.site != sae.site:
+            raise ValueError(f"{feature} is no feature of {sae.site}")
+    indices = torch.tensor([feature.index for feature in features], device=sae.norms.device)
+    decoder_rows = sae.decoder_rows(indices)
 
+    def step(here: Tensor) -> Tensor:
+        codes = sae.encode(here)[..., indices].float()  # a difference is lost in half precision
+        return ((factors.to(codes) * codes - codes) @ decoder_rows.to(codes)).to(here)
 
-def set_to(
-    sae: SAE,
-    features: Sequence[FeatureId],
-    value: float,
-    positions: Sequence[int] | None = None,
-    activations: Float[Tensor, "features"] | None = None,
-) -> Edit:
-    """Set features to a value: `h + (value - a) · v`, whether they are active or not.
-
-    Args:
-        sae: The SAE at the site.
-        features: Features of that SAE, all set at once.
-        value: The activation they are to have.
-        positions: Token positions; by default all.
-        activations: As of `rescale`.
-
-    Raises:
-        ValueError: As `rescale`.
-    """
-    _check_finite(value, "value")
-    return _towards(sae, features, positions, activations, lambda a: torch.full_like(a, value))
+    return _edit(sae.input_site, positions, step)
 
 
 def add_per_row(
@@ -99,31 +86,19 @@ def add_per_row(
     vectors: Float[Tensor, "n d_model"],
     position: int | None = None,
 ) -> Edit:
-    """Each row of a batch its own edit: `h[row] + v`; a row may be named several times.
+    """Each row of a batch its own edit: `h[row] + v`, at one position or all of them.
 
-    Args:
-        site: Where.
-        rows: Rows of the batch.
-        vectors: What is added to each, in float32 or the model's type.
-        position: The one token that is changed; all of them unless given.
-
-    Raises:
-        ValueError: If a vector is not finite.
+    A row may be named several times. A vector that is not finite is an error.
     """
     if not torch.isfinite(vectors).all():
         bad = int(rows[(~torch.isfinite(vectors)).any(1).to(rows.device)][0])
         raise ValueError(f"what row {bad} of the batch is to have added at {site} is not finite")
 
     def change(activations: Activations) -> Activations:
-        at = slice(None) if position is None else _columns([position], activations, site)
-        if (outside := rows[rows >= len(activations)]).numel():
-            raise ValueError(
-                f"the edit at {site} names row {int(outside[0])}: the batch has {len(activations)}"
-            )
-        step = torch.zeros_like(activations[:, 0], dtype=torch.float32)
+        at = _columns(None if position is None else [position], activations, site)
+        step = torch.zeros(len(activations), vectors.shape[1], device=activations.device)
         step = step.index_add(0, rows.to(step.device), vectors.to(step))
-        everywhere = step[:, None].to(activations).expand_as(activations[:, at])
-        return _stepped(activations, at, everywhere, site, each=True)
+        return _stepped(activations, at, step[:, None].to(activations), site, each=True)
 
     return Edit(site, change)
 
@@ -135,61 +110,25 @@ def rescale_per_row(
     r: Float[Tensor, "n"],
     position: int | None = None,
 ) -> Edit:
-    """Each row of a batch its own `rescale`, with the activations read live from the stream.
+    """Each row of a batch its own `rescale`: of `features` by `r`, at one position or all of them.
 
-    Args:
-        sae: The SAE at the site.
-        rows: Rows of the batch, each once or several times.
-        features: The feature that each is to have rescaled.
-        r: The factors.
-        position: The one token that is changed; all of them unless given.
-
-    Raises:
-        ValueError: If a factor is not finite.
+    Activations are read live from the stream. A factor that is not finite is an error.
     """
     if not torch.isfinite(r).all():
         raise ValueError(f"r={float(r[~torch.isfinite(r)][0])}: expected a finite number")
     chosen, column = features.unique(return_inverse=True)
-    written = sae.decoder_rows(chosen)
+    decoder_rows = sae.decoder_rows(chosen)
 
     def change(activations: Activations) -> Activations:
-        at = slice(None) if position is None else _columns([position], activations, sae.input_site)
+        at = _columns(None if position is None else [position], activations, sae.input_site)
         here = activations[:, at]
         codes = sae.encode(here)[..., chosen].float()  # r - 1 is lost in half precision
         factors = torch.zeros(len(here), len(chosen), device=codes.device, dtype=codes.dtype)
         factors.index_put_((rows, column), r.to(codes) - 1, accumulate=True)
-        step = (codes * factors[:, None]) @ written.to(codes)
+        step = (codes * factors[:, None]) @ decoder_rows.to(codes)
         return _stepped(activations, at, step.to(here), sae.input_site, position is not None)
 
     return Edit(sae.input_site, change)
-
-
-def _towards(
-    sae: SAE,
-    features: Sequence[FeatureId],
-    positions: Sequence[int] | None,
-    given: Float[Tensor, "features"] | None,
-    wanted: Callable[[Tensor], Tensor],
-) -> Edit:
-    if not features:
-        raise ValueError("no feature to rescale")
-    for feature in features:
-        if feature.site != sae.site:
-            raise ValueError(f"{feature} is no feature of {sae.site}")
-    if given is not None and (given.shape != (len(features),) or not torch.isfinite(given).all()):
-        raise ValueError(
-            f"activations of shape {tuple(given.shape)}: expected a finite one for each of the"
-            f" {len(features)} features"
-        )
-    indices = torch.tensor([feature.index for feature in features], device=sae.norms.device)
-    rows = sae.decoder_rows(indices)
-
-    def step(here: Tensor) -> Tensor:
-        now = sae.encode(here)[..., indices] if given is None else given.to(here.device)
-        now = now.float()  # a difference is lost in half precision
-        return ((wanted(now) - now) @ rows.to(now)).to(here).expand_as(here)
-
-    return _edit(sae.input_site, positions, step)
 
 
 def _edit(site: Site, positions: Sequence[int] | None, step: Callable[[Tensor], Tensor]) -> Edit:
@@ -197,7 +136,7 @@ def _edit(site: Site, positions: Sequence[int] | None, step: Callable[[Tensor], 
         raise ValueError(f"the edit at {site} names no position: it would reach no token")
 
     def change(activations: Activations) -> Activations:
-        at = slice(None) if positions is None else _columns(positions, activations, site)
+        at = _columns(positions, activations, site)
         return _stepped(activations, at, step(activations[:, at]), site)
 
     return Edit(site, change)
@@ -206,7 +145,7 @@ def _edit(site: Site, positions: Sequence[int] | None, step: Callable[[Tensor], 
 def _stepped(
     activations: Activations,
     at: slice | list[int],
-    step: Float[Tensor, "batch chosen d_model"],
+    step: Tensor,
     site: Site,
     each: bool = False,
 ) -> Activations:
@@ -214,28 +153,36 @@ def _stepped(
 
     Where each row is an edit of its own, each has to change its row; else one token is enough.
     """
+    here = activations[:, at]
+    if step.shape[-1] != here.shape[-1]:  # a width of 1 would be spread over the whole stream
+        raise ValueError(
+            f"the edit at {site} has width {step.shape[-1]}: expected {here.shape[-1]}"
+        )
+    step = step.expand_as(here)
     changed = activations.clone()
-    changed[:, at] = activations[:, at] + step
+    changed[:, at] = here + step
     meant = step.any(-1)
-    lost = meant & (changed[:, at] == activations[:, at]).all(-1)
+    lost = meant & (changed[:, at] == here).all(-1)
     if lost.any() and (each or bool((lost == meant).all())):
         size = float(step[lost].float().norm(dim=-1).max())
         raise ValueError(
             f"the edit at {site} leaves {int(lost.sum())} tokens as they were: its step of"
             f" {size:.1g} is lost to rounding in {activations.dtype}, in a stream of"
-            f" {float(activations[:, at].float().norm(dim=-1).max()):.3g}"
+            f" {float(here.float().norm(dim=-1).max()):.3g}"
         )
     return changed
 
 
-def _columns(positions: Sequence[int], activations: Activations, site: Site) -> list[int]:
+def _columns(
+    positions: Sequence[int] | None, activations: Activations, site: Site
+) -> slice | list[int]:
     length = activations.shape[1]
-    outside = [p for p in positions if not -length <= p < length]
-    if outside:
-        raise ValueError(
-            f"the edit at {site} names position {outside[0]}: the text has {length} tokens"
-        )
-    return list(positions)
+    for position in positions or ():
+        if not -length <= position < length:
+            raise ValueError(
+                f"the edit at {site} names position {position}: the text has {length} tokens"
+            )
+    return slice(None) if positions is None else list(positions)
 
 
 def _check_finite(value: float, name: str) -> None:

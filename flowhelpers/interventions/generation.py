@@ -1,7 +1,6 @@
 """Sampling text: many samples in one batch, each with a random stream of its own."""
 
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,16 +15,11 @@ PHASES = ("prompt", "generation")
 
 
 class NotFiniteError(FloatingPointError):
-    """Logits are no longer finite.
-
-    Attributes:
-        rows: Rows of the batch where this is so.
-    """
+    """Logits are no longer finite in some `rows` of the batch."""
 
     def __init__(self, rows: Sequence[int], step: int) -> None:
-        super().__init__(
-            f"logits are no longer finite at new token {step} in rows {', '.join(map(str, rows))}"
-        )
+        names = ", ".join(map(str, rows))
+        super().__init__(f"logits are no longer finite at new token {step} in rows {names}")
         self.rows = tuple(rows)
 
 
@@ -41,20 +35,15 @@ def generate(
 ) -> list[str]:
     """Sample continuations of a prompt, with edits applied to prompt and generated tokens alike.
 
-    Returns:
-        The continuations, without the prompt.
-
     Raises:
-        ValueError: As `sample_tokens`; also if there is no sample or the prompt is empty.
+        ValueError: As `sample_tokens` and `prompt_ids`.
     """
-    if samples < 1:
-        raise ValueError(f"samples={samples}: expected 1 or more")
     ids = prompt_ids(model, prompt, max_new_tokens)
     seeds = [sample_seed(seed, i) for i in range(samples)]
-    found = sample_tokens(
+    sampled = sample_tokens(
         model, ids.expand(samples, -1), seeds, max_new_tokens, temperature, top_p, edits
     )
-    return continuations(model, found[:, ids.shape[1] :])
+    return continuations(model, sampled[:, ids.shape[1] :])
 
 
 def sample_seed(seed: int, sample: int) -> int:
@@ -63,11 +52,7 @@ def sample_seed(seed: int, sample: int) -> int:
 
 
 def prompt_ids(model: Model, prompt: str, max_new_tokens: int) -> Int[Tensor, "1 position"]:
-    """A prompt as tokens, BOS first.
-
-    Raises:
-        ValueError: If it is empty, or too long for the model with what is to follow.
-    """
+    """A prompt as tokens, BOS first; an error if it is empty, or too long with what follows."""
     if not prompt:
         raise ValueError("the prompt is empty: expected some text")
     ids = tokenize(model, prompt).ids
@@ -101,26 +86,14 @@ def sample_tokens(
     edits: Sequence[Edit] = (),
     phases: Collection[str] = PHASES,
     skip_bos: bool = False,
-    cache: bool = True,
-    bar: bool = True,
+    show_progress: bool = True,
 ) -> Int[Tensor, "batch longer"]:
     """Sample tokens for every row of a batch.
 
-    Each row has a random stream of its own: it does not depend on what else is in the batch.
-
-    Args:
-        model: The model.
-        ids: The prompts, of one length.
-        seeds: One for each row.
-        max_new_tokens: Tokens to sample for each row.
-        temperature: What logits are divided by.
-        top_p: The share of probability from which tokens are drawn (nucleus).
-        edits: Changes to the stream; they have to treat all positions alike.
-        phases: Whether edits act on the prompt's tokens, the generated ones, or both (CHOICES 20).
-        skip_bos: Whether the first token is left as it is.
-        cache: Whether keys and values are kept, so that each pass has one token; the tokens are the
-            same without.
-        bar: Whether a progress bar is shown.
+    Each row has a random stream of its own, by its seed: it does not depend on what else is in the
+    batch. The prompts `ids` have one length. Edits have to treat all positions alike; they act on
+    the tokens of the `phases` (CHOICES 20), with `skip_bos` not on the first. Tokens are drawn from
+    the smallest set of likely ones that has the share `top_p` of probability (nucleus).
 
     Returns:
         Prompt and sampled tokens; after its end-of-text token a row means nothing.
@@ -136,55 +109,42 @@ def sample_tokens(
             f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}:"
             " expected temperature > 0, 0 < top_p <= 1 and max_new_tokens >= 1"
         )
-    if len(seeds) != len(ids):
+    if not len(seeds) == len(ids) > 0:
         raise ValueError(f"{len(seeds)} seeds for {len(ids)} rows: expected one for each")
     for phase in phases:
         if phase not in PHASES:
             raise ValueError(f"unknown phase {phase!r}{suggestion(phase, PHASES)}")
-    prompt = ids.shape[1]
-    first = (1 if skip_bos else 0) if "prompt" in phases else prompt
-    last = prompt + max_new_tokens if "generation" in phases else prompt
-    kept: Any = DynamicCache() if cache else None
     generators = (torch.Generator().manual_seed(seed) for seed in seeds)
     uniform = np.stack([torch.rand(max_new_tokens, generator=g).numpy() for g in generators])
-    eos = model.tokenizer.eos_token_id
     ended = torch.zeros(len(ids), dtype=torch.bool)
+    # The first pass reads the prompt, each later one a single new token.
+    prompt, inputs, key_values = ids, ids, DynamicCache()
     steps = range(max_new_tokens)
-    start = 0
 
-    def within(edit: Edit) -> Edit:
-        """The edit on the positions of its phases only."""
-
+    def in_phases(edit: Edit) -> Edit:
         def change(activations: Activations) -> Activations:
-            here = slice(max(first - start, 0), max(last - start, 0))
-            if here.start >= min(here.stop, activations.shape[1]):
+            if inputs is not prompt:
+                return edit.change(activations) if "generation" in phases else activations
+            if "prompt" not in phases:
                 return activations
-            if here.start == 0 and here.stop >= activations.shape[1]:
-                return edit.change(activations)
             changed = activations.clone()
-            changed[:, here] = edit.change(activations[:, here])
+            changed[:, int(skip_bos) :] = edit.change(activations[:, int(skip_bos) :])
             return changed
 
         return Edit(edit.site, change)
 
-    with editing(model, [within(edit) for edit in edits]):  # once: to put hooks on takes its time
-        for step in progress(steps, "sampling") if bar else steps:
-            start = prompt + step - 1 if cache and step else 0
-            logits = forward(model, ids[:, start:], kept)
-            final = logits[:, -1].float().cpu()
-            _check_finite(final, step)
-            drawn = _drawn(_nucleus(final / temperature, top_p), uniform[:, step])
-            ids = torch.cat([ids, drawn.to(ids.device)], dim=1)
-            ended |= drawn[:, 0] == eos
+    with editing(model, [in_phases(edit) for edit in edits]):  # once, for hooks take time to put on
+        for step in progress(steps, "sampling") if show_progress else steps:
+            logits = forward(model, inputs, key_values)[:, -1].float().cpu()
+            if not (finite := torch.isfinite(logits).all(dim=1)).all():
+                raise NotFiniteError((~finite).nonzero().flatten().tolist(), step + 1)
+            drawn = _drawn(_nucleus(logits / temperature, top_p), uniform[:, step])
+            inputs = drawn.to(ids.device)
+            ids = torch.cat([ids, inputs], dim=1)
+            ended |= drawn[:, 0] == model.tokenizer.eos_token_id
             if ended.all():
                 break
     return ids
-
-
-def _check_finite(logits: Float[Tensor, "batch vocabulary"], step: int) -> None:
-    rows = (~torch.isfinite(logits).all(dim=1)).nonzero().flatten().tolist()
-    if rows:
-        raise NotFiniteError(rows, step + 1)
 
 
 def _nucleus(logits: Float[Tensor, "batch vocabulary"], top_p: float) -> np.ndarray:

@@ -414,7 +414,7 @@ def steer(
         try:
             found = sample_tokens(
                 suite.model, ids.expand(each * len(some), -1), seeds * len(some),
-                max_new_tokens, temperature, top_p, edits, phases, skip_bos, bar=bar,
+                max_new_tokens, temperature, top_p, edits, phases, skip_bos, show_progress=bar,
             )  # fmt: skip
         except NotFiniteError as error:
             name = some[error.rows[0] // each]

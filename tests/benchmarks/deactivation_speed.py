@@ -29,7 +29,8 @@ from torch import Tensor
 
 from flowhelpers.activations.sampling import datasets_for, draw_sample, texts_of
 from flowhelpers.activations.sparse import read_sample
-from flowhelpers.deactivation.experiments import (
+from flowhelpers.core.features import predecessor_site
+from flowhelpers.deactivation import (
     ablation_cases,
     active_predecessors,
     concat_methods,
@@ -37,7 +38,7 @@ from flowhelpers.deactivation.experiments import (
     middle_layers,
     sources_of,
 )
-from flowhelpers.interventions.batched import intervene, predecessor_site
+from flowhelpers.interventions.batched import intervene
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import Tokens, hook_name

@@ -16,15 +16,15 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flowhelpers import deactivation
 from flowhelpers.activations import preflight
 from flowhelpers.activations.sampling import draw_sample
 from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core import machine
 from flowhelpers.core.features import FeatureId, Site
-from flowhelpers.deactivation import experiments as deactivation
 from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.interventions import generation
-from flowhelpers.interventions.edits import add, add_per_row, rescale, set_to
+from flowhelpers.interventions.edits import add, add_per_row, rescale
 from flowhelpers.labels import describe as labels
 from flowhelpers.matching import cosine
 from flowhelpers.matching.table import match_table, transition
@@ -249,12 +249,10 @@ def test_edits_and_steering(suite: Suite) -> None:
     features = [FeatureId(1, "res", 3), FeatureId(1, "res", 5)]
     direction = sae.direction(features[0])
     ids = tokenize(suite.model, toys.TEXTS).ids
-    given = torch.tensor([1.0, 2.0])
     for edit in (
         add(Site(1, "res"), direction, 20.0),
-        rescale(sae, features, 3.0, activations=given),
+        rescale(sae, features, 3.0, [1]),
         rescale(sae, features, [0.0, 2.0]),
-        set_to(sae, features, 20.0, [1]),
         add_per_row(Site(1, "res"), torch.arange(2), 20 * direction.expand(2, -1)),
     ):
         assert logits_of(suite.model, ids, [edit]).is_cuda

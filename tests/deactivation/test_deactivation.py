@@ -12,10 +12,9 @@ import toys
 from adder import ALL, ATT, COPY, MLP, OTHER, SUM
 
 from flowhelpers.activations.sparse import collect_tokens
+from flowhelpers.core.bootstrap import resamples
 from flowhelpers.core.features import MODULES, Site, predecessor_site
-from flowhelpers.deactivation.experiments import (
-    CONTROL,
-    OFF,
+from flowhelpers.deactivation import (
     ablation_cases,
     active_predecessors,
     common_targets,
@@ -30,9 +29,10 @@ from flowhelpers.deactivation.experiments import (
     success_rates,
     table_1,
 )
-from flowhelpers.groups.occurrences import GROUPS, modules_of
+from flowhelpers.deactivation.ablation import OFF
+from flowhelpers.interventions.edits import add
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Model, tokenize
+from flowhelpers.suites.model import Model, logits_of, tokenize
 
 RES, MLP_ONLY, ATT_ONLY = "From RES", "From MLP", "From ATT"
 BOTH, WITH_ATT, THREE = "From RES & MLP", "From MLP & ATT", "From RES & MLP & ATT"
@@ -66,47 +66,46 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     found = adder.world(tmp_path_factory.mktemp("adder"))
     found.targets = draw_targets(found.activations, [1])
     found.sources = sources_of(found.targets, found.matches, found.activations)
+    found.predecessors = active_predecessors(found.sources)
+    found.groups = pd.Series(groups_of(found.targets, found.predecessors), found.targets.index)
+    found.cases = ablation_cases(found.targets, found.predecessors)
     return found
 
 
+def run(
+    world: SimpleNamespace, cases: pd.DataFrame, edits: pd.DataFrame, *sources: Any, **given: Any
+) -> pd.DataFrame:
+    return deactivate(world.suite, world.tokens, world.targets, cases, edits, *sources, **given)
+
+
 def run_cases(world: SimpleNamespace, **given: Any) -> pd.DataFrame:
-    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources), **given)
-    return deactivate(world.suite, world.tokens, world.targets, cases, edits, world.sources)
+    return run(world, *ablation_cases(world.targets, world.predecessors, **given), world.sources)
 
 
-def test_targets_are_the_active_features_of_chosen_tokens(world: SimpleNamespace):
+def search(world: SimpleNamespace, **by_method: pd.DataFrame) -> pd.DataFrame:
+    table = table_1(world.suite, world.tokens, world.targets, by_method, world.activations)
+    return table.set_index(["method", "target"])
+
+
+def test_targets_are_active_features_drawn_by_the_seed(world: SimpleNamespace):
     targets, tokens = world.targets, world.activations.tokens
     codes = world.activations.by_site[Site(1, "res")]
     assert len(targets) == codes.nnz
-    assert targets["activation"].tolist() == [
-        codes[row, feature]
-        for row, feature in zip(targets["token_row"], targets["feature"], strict=True)
-    ]
+    assert (targets["activation"] == codes[targets["token_row"], targets["feature"]].A1).all()
     for column in ("text", "position", "token"):
         assert (targets[column].to_numpy() == tokens[column].to_numpy()[targets["token_row"]]).all()
-    assert set(targets["dataset"]) == {"all"}
-    assert (targets["position"] > 0).all()
-    # OTHER is active at every fourth token: three in the first text (65, 69 … of 61 to 79), say.
-    named = targets[targets["feature"] == OTHER]
-    assert named["token"].tolist() == [t for t in world.words if t % 4 == 1]
-
-
-def test_no_more_targets_than_asked_for_at_a_token_and_by_the_seed(world: SimpleNamespace):
+    assert (targets["position"] > 0).all()  # not at BOS (trap 7)
     few = draw_targets(world.activations, [1, 2], per_token=2, seed=3)
-    counts = few.groupby(["layer", "token_row"]).size()
-    assert counts.max() == 2
-    assert set(few["layer"]) == {1, 2}
+    assert few.groupby(["layer", "token_row"]).size().max() == 2
     assert few.equals(draw_targets(world.activations, [1, 2], per_token=2, seed=3))
     assert not few.equals(draw_targets(world.activations, [1, 2], per_token=2, seed=4))
-    drawn = few[few["layer"] == 1]["feature"].value_counts()
-    assert set(drawn.index) == {COPY, SUM, MLP, OTHER, ATT, ALL}
-    for layers in ([], [1, 1]):
-        with pytest.raises(ValueError, match="expected one or more, each once"):
-            draw_targets(world.activations, layers)
-    with pytest.raises(ValueError, match="per_token=0: expected 1 or more"):
-        draw_targets(world.activations, [1], per_token=0)
-    with pytest.raises(ValueError, match=r"no activations at 5/res: expected a layer of \[0, 1, 2"):
-        draw_targets(world.activations, [5])
+    assert set(few[few["layer"] == 1]["feature"]) == {COPY, SUM, MLP, OTHER, ATT, ALL}
+    for layers, per_token, message in (
+        ([], 1, "expected one or more, each once"), ([1, 1], 1, "expected one or more, each once"),
+        ([1], 0, "per_token=0: expected 1 or more"), ([5], 1, "no activations at 5/res"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            draw_targets(world.activations, layers, per_token)
 
 
 def test_sources_are_the_matches_with_what_they_do_at_that_token(world: SimpleNamespace):
@@ -122,7 +121,7 @@ def test_sources_are_the_matches_with_what_they_do_at_that_token(world: SimpleNa
         for feature in of
     )
     assert len(world.sources) == expected
-    assert (active_predecessors(world.sources)["activation"] > 0).all()
+    assert (world.predecessors["activation"] > 0).all()
     with pytest.raises(ValueError, match="top_n=2: expected 1 to 1"):
         sources_of(world.targets, world.matches, world.activations, 2)
     above = draw_targets(world.activations, [2])
@@ -146,7 +145,7 @@ def test_several_matches_at_a_place_count_and_go_together(world: SimpleNamespace
     one = sources_of(world.targets, table, world.activations, 1)
     assert one.equals(world.sources)
     # The second adds nothing to what is written along SUM, and takes nothing from it.
-    outcomes = deactivate(world.suite, world.tokens, world.targets, cases, edits)
+    outcomes = run(world, cases, edits)
     plain = run_cases(world)
     both = outcomes["group"] == plain["group"]
     assert (both & (outcomes["feature"] == SUM)).any()
@@ -154,21 +153,16 @@ def test_several_matches_at_a_place_count_and_go_together(world: SimpleNamespace
 
 
 def test_groups_are_those_of_the_tokens(world: SimpleNamespace):
-    groups = pd.Series(
-        groups_of(world.targets, active_predecessors(world.sources)), world.targets.index
-    )
-    known = {COPY: RES, MLP: MLP_ONLY, OTHER: RES, ATT: ATT_ONLY}
-    for (feature, token), group in zip(
-        world.targets[["feature", "token"]].itertuples(index=False), groups, strict=True
-    ):
-        if feature == SUM:
-            assert group == (BOTH if token % 3 == 0 else MLP_ONLY)
-        elif feature == ALL:
-            assert group == (THREE if token % 5 == 0 else WITH_ATT)
-        else:
-            assert group == known[feature]
-    none = groups_of(world.targets, active_predecessors(world.sources)[:0])
-    assert set(none) == {"From nowhere"}
+    tokens = world.targets["token"].to_numpy()
+    expected = {
+        COPY: RES, MLP: MLP_ONLY, OTHER: RES, ATT: ATT_ONLY,
+        SUM: np.where(tokens % 3 == 0, BOTH, MLP_ONLY),
+        ALL: np.where(tokens % 5 == 0, THREE, WITH_ATT),
+    }  # fmt: skip
+    for feature, group in expected.items():
+        own = (world.targets["feature"] == feature).to_numpy()
+        assert (world.groups[own] == (group if isinstance(group, str) else group[own])).all()
+    assert {*groups_of(world.targets, world.predecessors[:0])} == {"From nowhere"}
 
 
 def test_every_subset_does_what_is_built(world: SimpleNamespace):
@@ -188,17 +182,10 @@ def test_every_subset_does_what_is_built(world: SimpleNamespace):
         assert (table[column] == own[column]).all()
 
 
-def test_without_subsets_all_predecessors_go_at_once(world: SimpleNamespace):
-    table = run_cases(world)
-    assert (table["group"] == table["removed"]).all()
-    assert len(table) == len(world.targets)  # here every target has a predecessor
-    expected = [BUILT[f, g, g][1] for f, g in zip(table["feature"], table["group"], strict=True)]
-    assert table["new"].to_numpy() == pytest.approx(expected, abs=1e-5)
-
-
 def test_rescaling_adds_r_less_one_times_the_activation(world: SimpleNamespace):
     table = run_cases(world, r=[-1.0, 1.0, 2.0])
-    assert len(table) == 3 * len(world.targets)
+    assert (table["group"] == table["removed"]).all()
+    assert len(table) == 3 * len(world.targets)  # here every target has a predecessor
     for row in table.itertuples():
         old, _, linear, _ = BUILT[row.feature, row.group, row.group]
         value = old * (1 + (row.r - 1) * linear)
@@ -221,77 +208,65 @@ def test_live_activations_are_those_after_the_edits_before(world: SimpleNamespac
 
 
 def test_the_loss_changes_by_what_a_pass_over_the_text_says(world: SimpleNamespace):
-    from flowhelpers.interventions.edits import add
-    from flowhelpers.suites.model import logits_of
-
-    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources), r=[-30.0, 1.0])
-    table = deactivate(world.suite, world.tokens, world.targets, cases, edits, loss=True)
+    cases, edits = ablation_cases(world.targets, world.predecessors, r=[-30.0, 1.0])
+    table = run(world, cases, edits, loss=True)
     same = table[table["r"] == 1]
     assert (same["loss_change"] == 0).all()
     assert (same["token_loss_change"].dropna() == 0).all()
     row = table.index[(table["feature"] == COPY) & (table["r"] == -30)][2]
     target, edit = world.targets.loc[table["target"][row]], edits[edits["case"] == row].iloc[0]
-    end = 1 + int(world.tokens.is_text[target["text"]].nonzero().max())
-    ids = world.tokens.ids[target["text"] : target["text"] + 1, :end]
+    text, position = int(target["text"]), int(target["position"])
+    ids = world.tokens.ids[text : text + 1, : 1 + int(world.tokens.is_text[text].nonzero().max())]
     vector = world.suite.sae("0/res").lens_sae.W_dec[edit["feature"]]
-    change = add(Site(0, "res"), vector, float(edit["amount"]), [int(target["position"])])
-    losses = [
+    change = add(Site(0, "res"), vector, float(edit["amount"]), [position])
+    before, after = (
         torch.nn.functional.cross_entropy(
-            logits_of(world.suite.model, ids, some)[0, :-1], ids[0, 1:]
+            logits_of(world.suite.model, ids, some)[0, :-1], ids[0, 1:], reduction="none"
         )
         for some in ([], [change])
-    ]
-    expected = float((losses[1] - losses[0]) / losses[0])
+    )
+    expected = float((after.mean() - before.mean()) / before.mean())
     assert abs(expected) > 0.01  # so that what it is divided by shows
     assert table["loss_change"][row] == pytest.approx(expected, rel=1e-3)
-    # The token's own loss moves by as much as the whole text's, which has as many as it predicts.
-    assert abs(table["token_loss_change"][row]) > abs(table["loss_change"][row])
+    own = float(after[position] / before[position] - 1)
+    assert table["token_loss_change"][row] == pytest.approx(own, rel=1e-3)
     last = world.targets.loc[table["target"], "position"].to_numpy() == 19
     assert table["token_loss_change"][last].isna().all()
-    assert table["token_loss_change"][table["layer"].eq(1) & ~last].notna().any()
 
 
-def test_rates_are_means_within_groups_with_intervals_of_texts(world: SimpleNamespace):
+def test_rates_are_means_over_active_targets_with_intervals_of_texts(world: SimpleNamespace):
     table = run_cases(world)
+    table.loc[table.index[table["group"] == RES][0], ["change", "success"]] = np.nan
     tokens = world.activations.tokens.assign(dataset="all")
     rates = success_rates(table, ["group"], tokens, times=50).set_index("group")
-    from_res = table[table["group"] == RES]
-    assert rates.loc[RES, "n"] == len(from_res)
-    copies = (from_res["feature"] == COPY).mean()
-    assert 0 < copies < 1
-    assert rates.loc[RES, "success"] == pytest.approx(copies)
-    assert rates.loc[RES, "change"] == pytest.approx(copies)
+    from_res = table[(table["group"] == RES) & table["change"].notna()]
+    assert rates.loc[RES, ["n", "inactive"]].tolist() == [len(from_res), 1]
+    assert 0 < from_res["success"].mean() < 1
+    for column in ("success", "change"):
+        assert rates.loc[RES, column] == pytest.approx(from_res[column].mean())
     # By hand: draw texts anew, and take the share over all their cases.
-    from flowhelpers.core.bootstrap import resamples
-
     of_text = from_res.groupby("text")["success"].agg(["sum", "count"]).reindex(range(3))
     drawn = resamples(tokens, 50)
     shares = drawn @ of_text["sum"].to_numpy() / (drawn @ of_text["count"].to_numpy())
     low, high = np.quantile(shares, [0.025, 0.975])
-    assert rates.loc[RES, "success_low"] == pytest.approx(low)
-    assert rates.loc[RES, "success_high"] == pytest.approx(high)
-    assert rates.loc[THREE, "success_low"] == rates.loc[THREE, "success_high"] == 1
-    whole = success_rates(table, [], tokens, times=20)
-    assert whole["n"].tolist() == [len(table)]
-    assert whole["success"][0] == pytest.approx(table["success"].mean())
+    assert rates.loc[RES, ["success_low", "success_high"]].tolist() == pytest.approx([low, high])
+    whole = success_rates(table, [], tokens, times=5)
+    assert (whole["n"][0], whole["inactive"][0]) == (len(table) - 1, 1)
 
 
-def test_a_target_that_is_off_is_counted_and_not_divided_by(world: SimpleNamespace):
+def test_a_target_that_is_off_has_no_change(world: SimpleNamespace):
     targets = world.targets.copy()
-    sums = targets.index[targets["feature"] == COPY]
     off = targets.index[(targets["token"] % 4 != 1)][0]
     targets.loc[off, "feature"] = OTHER  # not active at this token
-    assert len(sums)
     sources = sources_of(targets, world.matches, world.activations)
     cases, edits = ablation_cases(targets, active_predecessors(sources))
     table = deactivate(world.suite, world.tokens, targets, cases, edits, sources)
     row = table[table["target"] == off].iloc[0]
     assert (row["old"], row["new"]) == (0, 0)
     assert row[["change", "success", "linear", "after"]].isna().all()
-    rates = success_rates(table, [], world.activations.tokens.assign(dataset="all"), times=5)
-    assert rates["n"][0] == len(table) - 1
-    assert rates["inactive"][0] == 1
-    assert not np.isnan(rates["success"][0])
+    assert (
+        table[["change", "success", "linear", "after"]].notna().all(axis=1).sum() == len(table) - 1
+    )
     given = (world.suite, world.tokens, targets, {"cosine": sources}, world.activations)
     searched = table_1(*given).set_index("target").loc[off]
     assert (searched["tried"] > 0).all()
@@ -299,34 +274,28 @@ def test_a_target_that_is_off_is_counted_and_not_divided_by(world: SimpleNamespa
 
 
 def test_cases_in_another_order_are_told_of_the_right_targets(world: SimpleNamespace):
-    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources))
+    cases, edits = world.cases
     order = np.random.default_rng(0).permutation(len(cases))
     mixed = cases.iloc[order]
     moved = edits.assign(case=np.argsort(order)[edits["case"]])
-    table = deactivate(world.suite, world.tokens, world.targets, mixed, moved)
-    plain = deactivate(world.suite, world.tokens, world.targets, cases, edits)
+    table = run(world, mixed, moved)
+    plain = run(world, cases, edits)
     assert table["target"].tolist() == mixed["target"].tolist()
     for column in ("feature", "new", "linear", "text"):
         assert table[column].tolist() == plain[column].iloc[order].tolist()
 
 
-def test_methods_are_put_side_by_side_each_with_its_own_denominator(world: SimpleNamespace):
-    # A method that knows the MLP's matches alone has fewer targets.
-    fewer = active_predecessors(world.sources)
-    fewer = fewer[fewer["module"] == "mlp"]
-    cases, edits = concat_methods(
-        {
-            "all": ablation_cases(world.targets, active_predecessors(world.sources)),
-            "mlp": ablation_cases(world.targets, fewer),
-        }
-    )
-    table = deactivate(world.suite, world.tokens, world.targets, cases, edits)
-    assert table["method"].value_counts()["all"] == len(world.targets)
+def test_methods_have_their_own_denominators_and_a_common_one(world: SimpleNamespace):
+    # Trap 25: a method that knows the MLP's matches alone has fewer targets.
+    fewer = world.predecessors[world.predecessors["module"] == "mlp"]
+    parts = {"all": world.cases, "mlp": ablation_cases(world.targets, fewer)}
+    table = run(world, *concat_methods(parts))
     with_mlp = world.targets["feature"].isin([SUM, MLP, ALL])
-    assert table["method"].value_counts()["mlp"] == with_mlp.sum()
-    mine = table[(table["method"] == "mlp") & (table["feature"] == ALL)]
-    tens = world.targets.loc[mine["target"], "token"] % 5 == 0
-    assert mine["success"].to_numpy() == pytest.approx(np.where(tens, 0, 1))
+    counts = table["method"].value_counts()
+    assert (counts["all"], counts["mlp"]) == (len(world.targets), with_mlp.sum())
+    own = table[(table["method"] == "mlp") & (table["feature"] == ALL)]
+    fifth = world.targets.loc[own["target"], "token"] % 5 == 0
+    assert own["success"].to_numpy() == pytest.approx(np.where(fifth, 0, 1))
     common = common_targets(table)
     assert set(common["target"]) == set(world.targets.index[with_mlp])
     assert len(common) == 2 * with_mlp.sum()
@@ -335,189 +304,117 @@ def test_methods_are_put_side_by_side_each_with_its_own_denominator(world: Simpl
 def test_removals_refuse_what_is_no_number(world: SimpleNamespace):
     for r in ([float("nan")], [0.0, float("inf")], [], [0.0, 0.0]):
         with pytest.raises(ValueError, match="expected one or more finite numbers"):
-            ablation_cases(world.targets, active_predecessors(world.sources), r)
+            ablation_cases(world.targets, world.predecessors, r)
     with pytest.raises(ValueError, match="no target has an active predecessor"):
-        ablation_cases(world.targets, active_predecessors(world.sources)[:0])
+        ablation_cases(world.targets, world.predecessors[:0])
 
 
-def test_the_control_changes_the_stream_by_the_same_norm(world: SimpleNamespace):
+def test_the_control_changes_the_stream_by_the_same_norm_and_nothing_else(world: SimpleNamespace):
     drawn = equal_norm(world.suite, world.targets, world.sources, world.activations)
-    kept = active_predecessors(world.sources).merge(
-        drawn, on=["target", "module"], suffixes=("", "_drawn")
-    )
-    assert len(kept) == len(drawn)
-    assert (kept["feature"] != kept["feature_drawn"]).all()
-    for row in kept.itertuples():
+    both = world.predecessors.merge(drawn, on=["target", "module"], suffixes=("", "_drawn"))
+    assert len(both) == len(drawn)
+    assert (both["feature"] != both["feature_drawn"]).all()
+    others = {}
+    for row in both.itertuples():
         site = predecessor_site(1, row.module)
-        rows = world.suite.sae(site).lens_sae.W_dec.detach().norm(dim=1)
-        norms = [float(rows[f]) * a for f, a in (
-            (row.feature, row.activation), (row.feature_drawn, row.activation_drawn)
-        )]  # fmt: skip
-        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+        norms = world.suite.sae(site).lens_sae.W_dec.detach().norm(dim=1)
+        expected = float(norms[row.feature]) * row.activation
+        assert float(norms[row.feature_drawn]) * row.activation_drawn == pytest.approx(expected)
         token = world.targets.loc[row.target, "token_row"]
         assert world.activations.by_site[site][token, row.feature_drawn] > 0
-    # A target without another active feature at one of its places is left out whole.
-    others = {
-        target: all(
-            world.activations.by_site[predecessor_site(1, m)][
-                world.targets.loc[target, "token_row"]
-            ].nnz
-            > 1
-            for m in part["module"]
-        )
-        for target, part in active_predecessors(world.sources).groupby("target")
-    }
-    assert set(drawn["target"]) == {target for target, there in others.items() if there}
-    again = equal_norm(world.suite, world.targets, world.sources, world.activations)
-    assert drawn.equals(again)
-    other = equal_norm(world.suite, world.targets, world.sources, world.activations, seed=1)
-    assert not drawn.equals(other)
-
-
-def test_the_control_does_nothing_to_a_feature_it_has_nothing_to_do_with(world: SimpleNamespace):
-    drawn = equal_norm(world.suite, world.targets, world.sources, world.activations)
-    cases, edits = concat_methods(
-        {
-            "top-1": ablation_cases(world.targets, active_predecessors(world.sources)),
-            CONTROL: ablation_cases(world.targets, drawn),
-        }
-    )
-    table = deactivate(world.suite, world.tokens, world.targets, cases, edits)
-    control = table[table["method"] == CONTROL]
-    assert (control["new"] == control["old"]).all()
-    assert table[table["method"] == "top-1"]["success"].mean() > 0.8
+    # A target without another active feature at one of its sites is left out whole.
+    for target, part in world.predecessors.groupby("target"):
+        row = world.targets.loc[target, "token_row"]
+        sites = [world.activations.by_site[predecessor_site(1, m)] for m in part["module"]]
+        others[target] = all(codes[row].nnz > 1 for codes in sites)
+    assert set(drawn["target"]) == {target for target, has_other in others.items() if has_other}
+    given = (world.suite, world.targets, world.sources, world.activations)
+    assert drawn.equals(equal_norm(*given))
+    assert not drawn.equals(equal_norm(*given, seed=1))
+    table = run(world, *ablation_cases(world.targets, drawn))
+    assert (table["new"] == table["old"]).all()  # features have nothing to do with each other
     twice = pd.concat([world.sources, world.sources.assign(rank=2, feature=0)])
-    with pytest.raises(ValueError, match="several predecessors at a place"):
+    with pytest.raises(ValueError, match="the control has several matches at a site"):
         equal_norm(world.suite, world.targets, twice, world.activations)
 
 
 def test_the_search_finds_what_a_method_misses(world: SimpleNamespace):
-    # A method whose matches at R_0 are wrong for COPY and ALL; the search finds the right ones.
-    wrong = world.sources.copy()
-    place = (wrong["module"] == "res") & wrong["target"].isin(
-        world.targets.index[world.targets["feature"] == COPY]
-    )
-    wrong.loc[place, "feature"] = 1
-    wrong.loc[place, "activation"] = 1.0
-    table = table_1(
-        world.suite,
-        world.tokens,
-        world.targets,
-        {"cosine": world.sources, "other": wrong},
-        world.activations,
-    )
-    single = pd.Series(
-        groups_of(world.targets, active_predecessors(world.sources)), world.targets.index
-    )
-    chosen = set(single.index[single.isin([RES, MLP_ONLY, ATT_ONLY])])
-    assert set(table["target"]) == chosen
-    assert table.groupby("method").size().to_dict() == dict.fromkeys(
-        ["cosine", "other", "exhaustive"], len(chosen)
-    )
-    by = table.set_index(["method", "target"])
-    copies = [t for t in chosen if world.targets.loc[t, "feature"] == COPY]
-    assert len(copies) > 5
-    for target in copies:
-        assert by.loc[("cosine", target), "change"] == pytest.approx(1, abs=1e-5)
-        assert by.loc[("other", target), "change"] == pytest.approx(0, abs=1e-5)
-        assert by.loc[("exhaustive", target), ["change", "success"]].tolist() == [1, 1]
-        codes = world.activations.by_site[Site(0, "res")]
-        there = codes[world.targets.loc[target, "token_row"]].nnz
-        assert by.loc[("exhaustive", target), "tried"] == there
-        assert by.loc[("cosine", target), "tried"] == 1
-    best = by.loc["exhaustive", "change"]
+    # `other` is wrong about COPY, and knows no match at attention.
+    copies = world.targets.index[world.targets["feature"] == COPY]
+    other = world.sources[world.sources["module"] != "att"].copy()
+    wrong = (other["module"] == "res") & other["target"].isin(copies)
+    other.loc[wrong, ["feature", "activation"]] = [1, 1.0]
+    by = search(world, cosine=world.sources, other=other.astype({"feature": int}))
+    single = world.groups.index[world.groups.isin([RES, MLP_ONLY, ATT_ONLY])]
+    assert set(single) <= set(by.loc["exhaustive"].index)
+    assert len({*map(len, (by.loc[m] for m in ("cosine", "other", "exhaustive")))}) == 1
+    assert (by.loc["cosine"].loc[copies, ["tried", "change", "success"]] == 1).all().all()
+    assert by.loc["other"].loc[copies, "change"].to_numpy() == pytest.approx(0, abs=1e-5)
+    best = by.loc["exhaustive"]
+    assert (best.loc[copies, ["change", "success"]] == 1).all().all()
+    rows = world.targets.loc[copies, "token_row"]
+    active = np.diff(world.activations.by_site[Site(0, "res")].indptr)[rows]
+    assert best.loc[copies, "tried"].tolist() == active.tolist()
+    at_att = world.targets.index[world.targets["feature"] == ATT]
+    assert (by.loc["other"].loc[at_att, ["tried", "change", "success"]] == 0).all().all()
+    assert (by.loc["cosine"].loc[at_att, "success"] == 1).all()
     for method in ("cosine", "other"):
-        assert (best >= by.loc[method, "change"] - 1e-5).all()
+        assert (best["change"] >= by.loc[method, "change"] - 1e-5).all()
 
 
-def test_a_method_that_finds_several_places_is_held_to_the_one_named(world: SimpleNamespace):
+def test_a_method_that_finds_several_sites_is_held_to_the_one_named(world: SimpleNamespace):
     # To `blind` SUM at tokens with R_0 is "From RES", to `cosine` it is "From RES & MLP".
     sums = world.targets.index[world.targets["feature"] == SUM]
     at_mlp = (world.sources["module"] == "mlp") & world.sources["target"].isin(sums)
-    blind = world.sources[~at_mlp]
-    methods = {"cosine": world.sources, "blind": blind}
-    table = table_1(world.suite, world.tokens, world.targets, methods, world.activations)
-    by = table.set_index(["method", "target"])
-    group = pd.Series(
-        groups_of(world.targets, active_predecessors(world.sources)), world.targets.index
-    )
-    both = [target for target in sums if group[target] == BOTH]
-    assert len(both) > 5
-    for target in both:
-        for method in methods:
-            assert by.loc[(method, target), ["tried", "change"]].tolist() == [1, pytest.approx(0.4)]
+    by = search(world, cosine=world.sources, blind=world.sources[~at_mlp])
+    both = [target for target in sums if world.groups[target] == BOTH]
+    for method in ("cosine", "blind"):
+        assert (by.loc[method].loc[both, "tried"] == 1).all()
+        assert by.loc[method].loc[both, "change"].to_numpy() == pytest.approx(0.4)
     # Where cosine names the MLP and `blind` nothing, `blind` is held to the MLP and has no match.
-    alone = [target for target in sums if group[target] == MLP_ONLY]
+    alone = [target for target in sums if world.groups[target] == MLP_ONLY]
     assert (by.loc["blind"].loc[alone, ["tried", "change"]] == 0).all().all()
-    best = by.loc["exhaustive", "change"]
-    for method in methods:
-        assert (best >= by.loc[method, "change"] - 1e-5).all()
     twice = pd.concat([world.sources, world.sources.assign(rank=2, feature=0)])
-    with pytest.raises(ValueError, match="cosine has several matches at a place"):
-        table_1(world.suite, world.tokens, world.targets, {"cosine": twice}, world.activations)
-
-
-def test_a_method_without_a_predecessor_has_tried_nothing(world: SimpleNamespace):
-    sources = world.sources[world.sources["module"] != "att"]
-    table = table_1(
-        world.suite,
-        world.tokens,
-        world.targets,
-        {"cosine": world.sources, "other": sources},
-        world.activations,
-    )
-    row = table[(table["method"] == "other") & (table["feature"] == ATT)]
-    assert len(row) > 10
-    assert (row[["tried", "change", "success"]] == 0).all().all()
-    assert (table[(table["method"] == "cosine") & (table["feature"] == ATT)]["success"] == 1).all()
+    with pytest.raises(ValueError, match="cosine has several matches at a site"):
+        search(world, cosine=twice)
+    with pytest.raises(ValueError, match="no target has a single source"):
+        search(world, cosine=world.sources.assign(activation=0.0))
 
 
 def test_the_search_over_all_sites_tries_more(world: SimpleNamespace):
     given = (world.suite, world.tokens, world.targets, {"cosine": world.sources}, world.activations)
-    own = table_1(*given).set_index(["method", "target"]).loc["exhaustive"]
+    own = search(world, cosine=world.sources).loc["exhaustive"]
     every = table_1(*given, all_sites=True).set_index(["method", "target"]).loc["exhaustive"]
     rows = world.targets.loc[every.index, "token_row"]
-    counts = sum(
-        np.diff(world.activations.by_site[predecessor_site(1, m)].indptr)[rows] for m in MODULES
-    )
-    assert every["tried"].tolist() == np.asarray(counts).tolist()
+    sites = [world.activations.by_site[predecessor_site(1, m)] for m in MODULES]
+    active = np.sum([np.diff(codes.indptr)[rows] for codes in sites], axis=0)
+    assert every["tried"].tolist() == active.tolist()
     assert (every["tried"] > own["tried"]).any()
     assert (every["change"] >= own["change"] - 1e-5).all()
-    nothing = world.sources.assign(activation=0.0)
-    with pytest.raises(ValueError, match="no target has a single source"):
-        table_1(*given[:3], {"cosine": nothing}, world.activations)
 
 
 def test_what_grows_again_above_is_seen(world: SimpleNamespace):
-    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources))
-    table = downstream_effects(
-        world.suite, world.tokens, world.targets, cases, edits, world.matches
-    )
-    own = table[table["above"] == 0].set_index("target")
-    plain = deactivate(world.suite, world.tokens, world.targets, cases, edits).set_index("target")
-    assert own["change"].to_numpy() == pytest.approx(plain["change"].loc[own.index].to_numpy())
-    above = table[table["above"] == 1]
-    features = world.targets.loc[above["target"], "feature"].to_numpy()
-    assert set(features) == {COPY, SUM, MLP}
-    assert above["descendant"].tolist() == [adder.FORWARD[f] for f in features]
-    # The MLP of layer 2 gives COPY .5 of its 1.5 back; nothing is given to the others.
-    expected = np.where(features == COPY, 2 / 3, 1.0)
-    assert above["change"].to_numpy() == pytest.approx(expected, abs=1e-5)
-    assert (above["layer"] == 1).all()
-    assert set(table["above"]) == {0, 1}
-
-
-def test_a_descendant_that_is_not_active_anyway_is_left_out(world: SimpleNamespace):
     matches = world.matches.copy()
     first = (matches["direction"] == "forward") & (matches["rank"] == 1)
     matches.loc[first & (matches["source"] == MLP), "feature"] = adder.SECOND
-    cases, edits = ablation_cases(world.targets, active_predecessors(world.sources))
+    cases, edits = world.cases
     table = downstream_effects(world.suite, world.tokens, world.targets, cases, edits, matches)
-    own = world.targets.loc[table["target"]].reset_index(drop=True)
-    above = (table["above"] == 1) & (own["feature"] == MLP)
+    own = table[table["above"] == 0].set_index("target")
+    plain = run(world, cases, edits).set_index("target")["change"]
+    assert own["change"].to_numpy() == pytest.approx(plain.loc[own.index].to_numpy())
+    above = table[table["above"] == 1]
+    targets = world.targets.loc[above["target"]]
+    features = targets["feature"].to_numpy()
+    assert set(features) == {COPY, SUM, MLP}
+    descendants = adder.FORWARD | {MLP: adder.SECOND}
+    assert above["descendant"].tolist() == [descendants[feature] for feature in features]
+    # The MLP of layer 2 gives COPY .5 of its 1.5 back, and nothing to SUM; what SECOND reads is not
+    # touched, and it counts at the tokens alone where it is active.
+    change = above["change"].to_numpy()
+    assert change[features == COPY] == pytest.approx(2 / 3, abs=1e-5)
+    assert change[features == SUM] == pytest.approx(1, abs=1e-5)
+    assert set(targets["token"][features == MLP] % 4) == {1}
     assert (table["old"] > 0).all()
-    assert (table["descendant"][above] == adder.SECOND).all()
-    assert set(own["token"][above] % 4) == {1}
 
 
 def test_saes_at_z_say_nothing_of_what_is_written(toy: Model, planted: Suite):
@@ -552,9 +449,3 @@ def test_layers_in_the_middle_are_spread_over_the_depth():
     assert middle_layers(8) == [2, 4, 6]
     assert middle_layers(2) == [1]
     assert all(0 < layer < n for n in range(2, 40) for layer in middle_layers(n))
-
-
-def test_groups_name_their_places():
-    assert modules_of("From nowhere") == ()
-    assert modules_of("From RES & ATT") == ("res", "att")
-    assert [len(modules_of(group)) for group in GROUPS] == [0, 1, 1, 1, 2, 2, 2, 3]

@@ -1,4 +1,4 @@
-"""The vocabulary of edits: what each one does to the stream, and what it refuses."""
+"""What each edit does to the stream, and what is refused."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Edit, Model, logits_of, run_model, tokenize
 from flowhelpers.suites.saes import SAE, make_sae
 
-SITE, D = Site(1, "res"), toys.D_MODEL
+SITE, D, ONE = Site(1, "res"), toys.D_MODEL, torch.tensor([0])
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,7 @@ def before(model: Model, ids: Tensor, site: Site = SITE) -> Tensor:
     return run_model(model, ids, read=[site])[1][site]
 
 
+# Trap 13.
 def test_removing_is_the_code_set_to_zero_with_the_error_kept(planted: Suite, ids: Tensor):
     sae = planted.sae(SITE)
     x = before(planted.model, ids)
@@ -46,38 +47,12 @@ def test_removing_is_the_code_set_to_zero_with_the_error_kept(planted: Suite, id
     without = codes.clone()
     without[..., chosen] = 0
     expected = sae.decode(without) + (x - sae.decode(codes))
-    for edit in (
-        edits.rescale(sae, [feature(chosen)], 0.0),
-        edits.set_to(sae, [feature(chosen)], 0.0),
-    ):
-        assert torch.allclose(after(planted.model, ids, edit), expected, atol=1e-5)
+    removed = after(planted.model, ids, edits.rescale(sae, [feature(chosen)], 0.0))
+    assert torch.allclose(removed, expected, atol=1e-5)
     assert not torch.allclose(x, expected, atol=1e-2)
 
 
-def test_a_feature_is_set_to_a_value_where_it_is_active_and_where_it_is_not(
-    planted: Suite, ids: Tensor
-):
-    sae = planted.sae(SITE)
-    x = before(planted.model, ids)
-    codes = sae.encode(x)[..., 3]
-    assert (codes > 0).any()
-    assert (codes == 0).any()
-    changed = after(planted.model, ids, edits.set_to(sae, [feature(3)], 2.5))
-    step = (2.5 - codes)[..., None] * sae.lens_sae.W_dec[3]
-    assert torch.allclose(changed - x, step, atol=1e-5)
-
-
-def test_activations_of_a_clean_run_are_used_as_given(planted: Suite, ids: Tensor):
-    sae = planted.sae(SITE)
-    x = before(planted.model, ids)
-    chosen = [feature(3), feature(7)]
-    edit = edits.rescale(sae, chosen, 0.5, [2], activations=torch.tensor([4.0, 6.0]))
-    moved = after(planted.model, ids, edit) - x
-    step = -0.5 * (4 * sae.lens_sae.W_dec[3] + 6 * sae.lens_sae.W_dec[7])
-    assert torch.allclose(moved[:, 2], step.expand(3, -1), atol=1e-5)
-    assert not moved[:, [0, 1, *range(3, ids.shape[1])]].any()
-
-
+# Trap 12.
 def test_r_of_one_changes_nothing_to_the_bit(planted: Suite, at_z: SAE, ids: Tensor):
     clean = logits_of(planted.model, ids)
     chosen = planted.sae(SITE)
@@ -100,6 +75,14 @@ def test_a_sae_that_reads_z_is_edited_there(toy: Model, at_z: SAE, ids: Tensor):
         expected = at_z.decode(changed) + (x - at_z.decode(codes))
         assert torch.allclose(after(toy, ids, edit, z), expected, atol=1e-5)
         assert not torch.allclose(after(toy, ids, edit, site), before(toy, ids, site), atol=1e-4)
+
+
+def test_adding_moves_the_positions_that_are_named_by_s_times_the_vector(toy: Model, ids: Tensor):
+    vector = torch.randn(D, generator=torch.Generator().manual_seed(2))
+    moved = after(toy, ids, edits.add(SITE, vector, -2.5, [2, -1])) - before(toy, ids)
+    expected = torch.zeros_like(moved)
+    expected[:, [2, -1]] = -2.5 * vector
+    assert torch.allclose(moved, expected, atol=1e-5)
 
 
 def test_each_row_of_a_batch_has_an_edit_of_its_own(toy: Model, ids: Tensor):
@@ -181,34 +164,23 @@ def test_an_edit_lost_to_rounding_is_an_error(toy: Model, planted: Suite, ids: T
     assert torch.equal(logits_of(toy, ids, [nothing]), logits_of(toy, ids))
 
 
-def test_a_step_that_some_tokens_do_not_feel_is_no_error(toy: Model, ids: Tensor):
-    x = before(toy, ids)
-    x[0, 1] *= 1e12  # so large that the step is lost there
-    step = edits.add(SITE, torch.ones(D), 0.5).change(x) - x
-    assert not step[0, 1].any()
-    assert (step[0, 2:] != 0).all()
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda d: edits.rescale(d, [feature(3)], float("nan")), "r=nan: expected a finite"),
-        (lambda d: edits.set_to(d, [feature(3)], float("inf")), "value=inf: expected a finite"),
-        (lambda d: edits.add(SITE, torch.ones(D), float("nan")), "strength=nan"),
-        (lambda d: edits.add(SITE, torch.ones(D), 1.0, []), "at 1/res names no position"),
         (lambda d: edits.rescale(d, [feature(3)], 0.0, []), "at 1/res names no position"),
-        (lambda d: edits.set_to(d, [FeatureId(0, "res", 3)], 0.0), "0/res/3 is no feature of"),
-        (
-            lambda d: edits.rescale(d, [feature(3)], 0.0, None, torch.ones(2)),
-            r"activations of shape \(2,\): expected a finite one for each of the 1 features",
-        ),
-        (
-            lambda d: edits.rescale(d, [feature(3)], 0.0, None, torch.tensor([torch.nan])),
-            "expected a finite one",
-        ),
+        (lambda d: edits.rescale(d, [feature(3)], [0.0, 1.0]), "2 factors for 1 features"),
+        (lambda d: edits.rescale(d, [FeatureId(0, "res", 3)], 0.0), "0/res/3 is no feature of"),
+        (lambda d: edits.add(SITE, torch.ones(D), float("nan")), "strength=nan"),
+        (lambda d: edits.add(SITE, torch.full((D,), torch.nan), 1.0), "zero or not finite"),
+        (lambda d: edits.add(SITE, torch.ones(D), 1.0, []), "at 1/res names no position"),
         (
             lambda d: edits.add_per_row(SITE, torch.tensor([5]), torch.full((1, D), torch.nan), 0),
             "what row 5 of the batch is to have added at 1/res is not finite",
+        ),
+        (
+            lambda d: edits.rescale_per_row(d, ONE, ONE, torch.tensor([torch.inf])),
+            "r=inf: expected a finite number",
         ),
     ],
 )
@@ -219,26 +191,22 @@ def test_edits_that_make_no_sense_are_refused(
         make(planted.sae(SITE))
 
 
-def test_a_row_or_position_that_is_not_there_is_named(toy: Model, planted: Suite, ids: Tensor):
-    row = edits.add_per_row(SITE, torch.tensor([3]), torch.ones(1, D), 0)
-    with pytest.raises(ValueError, match="at 1/res names row 3: the batch has 3"):
-        logits_of(toy, ids, [row])
-    for position in (99, -99):
-        message = rf"at 1/res names position {position}: the text has \d+"
-        one = torch.tensor([0])
-        for far in (
-            edits.add_per_row(SITE, one, torch.ones(1, D), position),
-            edits.rescale_per_row(planted.sae(SITE), one, one, torch.ones(1), position),
-            edits.add(SITE, torch.ones(D), 1.0, [position]),
-        ):
-            with pytest.raises(ValueError, match=message):
-                logits_of(toy, ids, [far])
-
-
-def test_a_negative_strength_goes_the_other_way(toy: Model, ids: Tensor):
-    vector = torch.randn(D, generator=torch.Generator().manual_seed(2))
-    moved = after(toy, ids, edits.add(SITE, vector, -2.5)) - before(toy, ids)
-    assert torch.allclose(moved, (-2.5 * vector).expand_as(moved), atol=1e-5)
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda d: edits.add(SITE, torch.ones(1), 1.0), f"1/res has width 1: expected {D}"),
+        (lambda d: edits.add(SITE, torch.ones(D + 1), 1.0), f"has width {D + 1}: expected {D}"),
+        (lambda d: edits.add_per_row(SITE, ONE, torch.ones(1, 1), 0), "1/res has width 1"),
+        (lambda d: edits.add(SITE, torch.ones(D), 1.0, [99]), r"position 99: the text has \d+"),
+        (lambda d: edits.add_per_row(SITE, ONE, torch.ones(1, D), -99), "names position -99"),
+        (lambda d: edits.rescale_per_row(d, ONE, ONE, torch.ones(1), 99), "names position 99"),
+    ],
+)
+def test_an_edit_that_misses_the_stream_is_an_error(
+    planted: Suite, ids: Tensor, make: Callable[[SAE], Edit], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        logits_of(planted.model, ids, [make(planted.sae(SITE))])
 
 
 def test_a_sae_without_weights_or_row_cannot_write():

@@ -1,4 +1,4 @@
-"""Sampling: seeds, the nucleus, the cache, and where edits act."""
+"""Sampling: seeds, the nucleus, and where edits act."""
 
 from typing import Any
 
@@ -11,24 +11,18 @@ from transformers import Gemma3ForCausalLM
 
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.interventions import edits, generation
-from flowhelpers.interventions.generation import NotFiniteError, generate, prompt_ids, sample_tokens
+from flowhelpers.interventions.generation import NotFiniteError, generate, sample_tokens
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Edit, Model, final_norm, tokenize
+from flowhelpers.suites.model import Edit, Model, final_norm, logits_of, tokenize
 
 PROMPT = "The cat sat"
 
 
-def test_the_same_seed_gives_the_same_text_and_another_does_not(toy: Model):
-    first = generate(toy, PROMPT, 8, samples=3, seed=1)
-    assert generate(toy, PROMPT, 8, samples=3, seed=1) == first
-    assert generate(toy, PROMPT, 8, samples=3, seed=2) != first
-    assert len(set(first)) == 3
-
-
-def test_a_sample_does_not_depend_on_how_many_are_drawn(toy: Model):
+def test_a_seed_gives_its_samples_however_many_are_drawn(toy: Model):
     many = generate(toy, PROMPT, 8, samples=5, seed=3)
-    assert generate(toy, PROMPT, 8, samples=1, seed=3) == many[:1]
+    assert len(set(many)) == 5
     assert generate(toy, PROMPT, 8, samples=3, seed=3) == many[:3]
+    assert generate(toy, PROMPT, 8, samples=5, seed=2) != many
 
 
 def test_a_small_nucleus_or_temperature_takes_the_likeliest_token(
@@ -101,48 +95,48 @@ def test_a_text_ends_at_eos_and_nothing_is_sampled_after(
     ]
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"temperature": 0.0},
-        {"temperature": -1.0},
-        {"top_p": 0.0},
-        {"top_p": 1.1},
-        {"max_new_tokens": 0},
-    ],
-)
-def test_settings_out_of_range_are_named(toy: Model, wrong: dict[str, float]):
-    (name, value), = wrong.items()  # fmt: skip
-    settings: dict[str, Any] = {"max_new_tokens": 2} | wrong
-    with pytest.raises(ValueError, match=f"{name}={value}.*expected temperature > 0, 0 < top_p"):
-        generate(toy, PROMPT, **settings)
-
-
 PHASES = [("prompt", "generation"), ("prompt",), ("generation",)]
+
+
+def plain_loop(suite: Suite, ids: Tensor, edits_at: Any, steps: int) -> Tensor:
+    """Samples token by token, with a pass over the whole text each time."""
+    uniform = np.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)).numpy()
+                        for s in range(len(ids))])  # fmt: skip
+    prompt = ids.shape[1]
+    for step in range(steps):
+        logits = logits_of(suite.model, ids, edits_at(prompt, ids.shape[1]))[:, -1]
+        drawn = generation._drawn(generation._nucleus(logits, 0.8), uniform[:, step])
+        ids = torch.cat([ids, drawn], dim=1)
+    return ids
 
 
 @pytest.mark.parametrize("phases", PHASES)
 @pytest.mark.parametrize("skip_bos", [False, True])
-def test_with_and_without_the_cache_the_same_tokens(
+def test_edits_act_in_the_phases_asked_for_as_in_passes_over_the_whole_text(
     planted: Suite, phases: tuple[str, ...], skip_bos: bool
 ):
-    toy = planted.model
     sae = planted.sae("1/res")
-    live = edits.rescale(sae, [FeatureId(1, "res", i) for i in range(8)], -3.0)
-    push = edits.add(Site(0, "mlp"), sae.directions[3], 4.0)
-    ids = tokenize(toy, PROMPT).ids.expand(3, -1)
-    settings: dict[str, Any] = {"phases": phases, "skip_bos": skip_bos, "top_p": 0.8}
-    found = [
-        sample_tokens(toy, ids, [1, 2, 3], 12, edits=[live, push], cache=cache, **settings)
-        for cache in (True, False)
-    ]
-    assert torch.equal(*found)
-    plain = sample_tokens(toy, ids, [1, 2, 3], 12, top_p=0.8)
-    assert not torch.equal(found[0], plain)
+    features = [FeatureId(1, "res", i) for i in range(8)]
+    push = sae.directions[3]
+
+    def edits_at(prompt: int, length: int) -> list[Edit]:
+        asked = range(int(skip_bos), prompt) if "prompt" in phases else range(0)
+        positions = [*asked, *(range(prompt, length) if "generation" in phases else ())]
+        if not positions:
+            return []
+        live = edits.rescale(sae, features, -3.0, positions)
+        return [live, edits.add(Site(0, "mlp"), push, 4.0, positions)]
+
+    ids = tokenize(planted.model, PROMPT).ids.expand(3, -1)
+    given = [edits.rescale(sae, features, -3.0), edits.add(Site(0, "mlp"), push, 4.0)]
+    sampled = sample_tokens(
+        planted.model, ids, [0, 1, 2], 12, top_p=0.8, edits=given, phases=phases, skip_bos=skip_bos
+    )
+    assert torch.equal(sampled, plain_loop(planted, ids, edits_at, 12))
+    assert not torch.equal(sampled, sample_tokens(planted.model, ids, [0, 1, 2], 12, top_p=0.8))
 
 
-@pytest.mark.parametrize("cache", [True, False])
-def test_edits_act_in_the_phases_asked_for_and_nowhere_else(toy: Model, cache: bool):
+def test_each_pass_after_the_first_reads_one_token(toy: Model):
     ids = tokenize(toy, PROMPT).ids
     n, seen = ids.shape[1], []
 
@@ -151,18 +145,13 @@ def test_edits_act_in_the_phases_asked_for_and_nowhere_else(toy: Model, cache: b
         return activations
 
     watched = [Edit(Site(1, "res"), watch)]
-    expected = {
-        PHASES[0]: [n, 1, 1] if cache else [n, n + 1, n + 2],
-        PHASES[1]: [n] if cache else [n, n, n],
-        PHASES[2]: [1, 1] if cache else [1, 2],
-    }
-    for phases, lengths in expected.items():
+    for phases, skip_bos, lengths in (
+        (PHASES[0], False, [n, 1, 1]), (PHASES[0], True, [n - 1, 1, 1]),
+        (PHASES[1], False, [n]), (PHASES[2], False, [1, 1]),
+    ):  # fmt: skip
         seen.clear()
-        sample_tokens(toy, ids, [0], 3, edits=watched, phases=phases, cache=cache)
+        sample_tokens(toy, ids, [0], 3, edits=watched, phases=phases, skip_bos=skip_bos)
         assert seen == lengths
-    seen.clear()
-    sample_tokens(toy, ids, [0], 3, edits=watched, skip_bos=True, cache=cache)
-    assert seen == ([n - 1, 1, 1] if cache else [n - 1, n, n + 1])
 
 
 def test_each_row_has_its_own_edit_and_its_own_stream(toy: Model):
@@ -192,15 +181,21 @@ def test_logits_that_are_not_finite_stop_it_by_row(toy: Model):
     assert caught.value.rows == (1,)
 
 
-def test_prompts_that_cannot_be_are_refused(toy: Model):
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        generate(toy, "")
-    with pytest.raises(ValueError, match=rf"and 60 new ones: .* has a context of {toys.CONTEXT}"):
-        prompt_ids(toy, "the cat sat on the mat", 60)
-    with pytest.raises(ValueError, match="samples=0: expected 1 or more"):
-        generate(toy, PROMPT, samples=0)
-    ids = tokenize(toy, PROMPT).ids
-    with pytest.raises(ValueError, match="2 seeds for 1 rows"):
-        sample_tokens(toy, ids, [1, 2])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"max_new_tokens": 64}, rf"and 64 new ones: .* has a context of {toys.CONTEXT}"),
+        ({"samples": 0}, "0 seeds for 0 rows"),
+        ({"temperature": 0.0}, "temperature=0.0.*expected temperature > 0"),
+        ({"top_p": 1.1}, "top_p=1.1.*expected temperature > 0, 0 < top_p"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0.*expected temperature > 0"),
+    ],
+)
+def test_prompts_and_settings_that_cannot_be_are_refused(
+    toy: Model, given: dict[str, Any], message: str
+):
+    with pytest.raises(ValueError, match=message):
+        generate(toy, given.pop("prompt", PROMPT), **given)
     with pytest.raises(ValueError, match="unknown phase 'promt'; did you mean 'prompt'"):
-        sample_tokens(toy, ids, [1], phases=["promt"])
+        sample_tokens(toy, tokenize(toy, PROMPT).ids, [1], phases=["promt"])

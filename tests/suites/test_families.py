@@ -38,7 +38,7 @@ from flowhelpers.activations.corpora import load_texts
 from flowhelpers.activations.preflight import run_preflight
 from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import MODULES, FeatureId, Site
-from flowhelpers.deactivation.experiments import (
+from flowhelpers.deactivation import (
     ablation_cases,
     active_predecessors,
     deactivate,

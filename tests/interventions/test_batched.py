@@ -16,8 +16,8 @@ from torch import Tensor
 
 from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
 from flowhelpers.core.features import MODULES, FeatureId, Site, predecessor_site
-from flowhelpers.interventions import batched as interventions
-from flowhelpers.interventions.batched import intervene, rows_at_once
+from flowhelpers.interventions import batched
+from flowhelpers.interventions.batched import Outcome, intervene
 from flowhelpers.interventions.edits import add, add_per_row, rescale
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import (
@@ -30,7 +30,6 @@ from flowhelpers.suites.model import (
     run_model,
     tokenize,
 )
-from flowhelpers.suites.registry import SuiteRow
 
 TEXTS = [
     "At night the astronomers watched the stars and wrote down what they saw.",
@@ -136,17 +135,24 @@ def test_a_batch_gives_what_one_at_a_time_gives(flowlet: SimpleNamespace):
     assert moved > 200  # at R_L an edit shows always, at M_L where it came before
 
 
+def assert_same(one: Outcome, other: Outcome) -> None:
+    """Two outcomes give the same activations and losses to each case."""
+    for offset in one.after:
+        for name, rows in (("before", "token"), ("after", "row")):
+            first, second = (getattr(o, name)[offset][getattr(o, rows)] for o in (one, other))
+            assert np.abs((first - second).toarray()).max() < 1e-5
+    if one.losses is not None and other.losses is not None:
+        assert one.losses.to_numpy() == pytest.approx(other.losses.to_numpy(), abs=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_how_many_go_at_once_changes_no_number(flowlet: SimpleNamespace, batch_size: int):
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=1)
     cases[["text", "position"]] = (1, 7)  # so that a batch is full
     known = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
     found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True, batch_size=batch_size)
-    assert np.abs((known.after[0, "res"] - found.after[0, "res"]).toarray()).max() < 1e-5
-    assert np.abs((known.before[0, "res"] - found.before[0, "res"]).toarray()).max() < 1e-5
     assert known.losses is not None
-    assert found.losses is not None
-    assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
+    assert_same(known, found)
 
 
 def test_layers_apart_and_together_give_the_same(
@@ -156,26 +162,17 @@ def test_layers_apart_and_together_give_the_same(
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 60, seed=4)
     cases["position"] = 6
     apart = replace(flowlet.suite, saes=MappingProxyType(dict(flowlet.suite.saes)))
-    places, passes, outcomes = [(0, "res"), (-1, "res"), (0, "res")], [], []
+    offsets, passes, outcomes = [(0, "res"), (-1, "res"), (0, "res")], [], []
 
     def watched(*given: Any) -> Any:
-        passes.append(given[4])
+        passes.append(len(outcomes))
         return run_model(*given)
 
-    monkeypatch.setattr(interventions, "run_model", watched)
+    monkeypatch.setattr(batched, "run_model", watched)
     for suite in (flowlet.suite, apart):
-        outcomes.append(intervene(suite, flowlet.tokens, cases, edits, places, batch_size=9))
-        passes.append(None)
-    together, each = outcomes
-    first = passes.index(None)
-    assert first < len(passes) - first - 2
-    for place in places:
-        for name in ("before", "after"):
-            rows = "token" if name == "before" else "row"
-            one, other = (
-                getattr(o, name)[place][getattr(o, rows)].toarray() for o in (together, each)
-            )
-            assert one == pytest.approx(other, abs=1e-5, rel=1e-5)
+        outcomes.append(intervene(suite, flowlet.tokens, cases, edits, offsets, batch_size=9))
+    assert passes.count(0) < passes.count(1)
+    assert_same(*outcomes)
 
 
 def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace):
@@ -192,38 +189,28 @@ def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace):
 
 
 def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace):
-    # With r = 0 at R_{L-1} the MLP answers, so that its own activation is no longer the clean one.
+    # Trap 15. With less at R_{L-1} the MLP answers, so that its own activation is no longer clean.
     suite, tokens, read = flowlet.suite, flowlet.tokens, flowlet.activations
-    layer, token = 4, read.tokens.iloc[12]
-    res, mlp = read.by_site[Site(3, "res")][12], read.by_site[Site(4, "mlp")][12]
-    first, second = (int(codes.indices[codes.data.argmax()]) for codes in (res, mlp))
-    cases = cases_of((int(token["text"]), int(token["position"]), layer))
-    edits = edits_of((0, "res", first, -2.0), (0, "mlp", second, 0.0), size="r")
-    outcome = intervene(suite, tokens, cases, edits, [(0, "res"), (0, "mlp")])
-    end = 1 + int(tokens.is_text[token["text"]].nonzero().max())
+    text, position = (int(read.tokens[column][12]) for column in ("text", "position"))
+    codes = {site: read.by_site[site][12] for site in (Site(3, "res"), Site(4, "mlp"))}
+    first, second = (int(each.indices[each.data.argmax()]) for each in codes.values())
+    cases = cases_of((text, position, 4))
+    live = edits_of((0, "res", first, -2.0), (0, "mlp", second, 0.0), size="r")
+    offsets = [(0, "res"), (0, "mlp")]
+    outcome = intervene(suite, tokens, cases, live, offsets)
     changes = [
-        rescale(
-            suite.sae(site),
-            [FeatureId(site.layer, site.module, index)],
-            r,
-            [int(token["position"])],
-        )
+        rescale(suite.sae(site), [FeatureId(site.layer, site.module, index)], r, [position])
         for site, index, r in ((Site(3, "res"), first, -2.0), (Site(4, "mlp"), second, 0.0))
     ]
-    ids = tokens.ids[token["text"] : token["text"] + 1, :end]
-    _, found = run_model(suite.model, ids, [Site(4, "res"), Site(4, "mlp")], changes)
-    for place in ((0, "res"), (0, "mlp")):
-        expected = suite.sae(Site(4, place[1])).encode(
-            found[Site(4, place[1])][0, int(token["position"])]
-        )
-        assert outcome.after[place].toarray()[0] == pytest.approx(
-            expected.numpy(), abs=1e-5, rel=1e-5
-        )
-    clean = edits_of(
-        (0, "res", first, -3.0 * float(res.data.max())),
-        (0, "mlp", second, -float(mlp.data.max())),
-    )
-    other = intervene(suite, tokens, cases, clean, [(0, "res"), (0, "mlp")])
+    ids = tokens.ids[text : text + 1, : 1 + int(tokens.is_text[text].nonzero().max())]
+    _, stream = run_model(suite.model, ids, [Site(4, "res"), Site(4, "mlp")], changes)
+    for offset in offsets:
+        site = Site(4, offset[1])
+        expected = suite.sae(site).encode(stream[site][0, position]).numpy()
+        assert outcome.after[offset].toarray()[0] == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    most_res, most_mlp = (float(each.data.max()) for each in codes.values())
+    clean = edits_of((0, "res", first, -3 * most_res), (0, "mlp", second, -most_mlp))
+    other = intervene(suite, tokens, cases, clean, offsets)
     assert np.abs((other.after[0, "mlp"] - outcome.after[0, "mlp"]).toarray()).max() > 1e-3
 
 
@@ -280,21 +267,12 @@ def test_an_edit_that_reaches_an_earlier_site_is_an_error(
         made = add_per_row(earlier, rows, vectors, position)
         return Edit(earlier, made.change)
 
-    monkeypatch.setattr(interventions, "add_per_row", misplaced)
+    monkeypatch.setattr(batched, "add_per_row", misplaced)
     cases = cases_of((0, 3, 1), (0, 3, 1))
     edits = edits_of((0, "mlp", 1, -1.0), (1, "res", 1, -1.0))
     for read in ([(0, "att"), (0, "res")], [(0, "res")]):  # whether it is asked for or not
         with pytest.raises(RuntimeError, match="an edit changed 1/att, which lies before it, by"):
             intervene(world.suite, world.tokens, cases, edits, read)
-
-
-def test_what_counts_as_changed_depends_on_the_type():
-    clean = torch.ones(1, 1, 8)
-    moved = clean * torch.tensor([1.0, 1.001])[:, None, None]
-    with pytest.raises(RuntimeError, match="an edit changed 1/att"):
-        interventions._check_order(Site(1, "att"), moved, clean)
-    interventions._check_order(Site(1, "att"), moved.bfloat16(), clean.bfloat16())
-    interventions._check_order(Site(1, "att"), moved[:0], clean)
 
 
 def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
@@ -304,7 +282,7 @@ def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, monkeypatch: 
         passes.append((given[1].shape, given[4], len(given[5])))
         return run_model(*given)
 
-    monkeypatch.setattr(interventions, "run_model", watched)
+    monkeypatch.setattr(batched, "run_model", watched)
     cases = cases_of((0, 5, 2), (0, 5, 2), (0, 8, 6))
     edits = edits_of((0, "res", 3, 1.0), (1, "mlp", 3, 1.0), (2, "att", 3, 1.0))
     intervene(flowlet.suite, flowlet.tokens, cases, edits)
@@ -315,53 +293,32 @@ def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, monkeypatch: 
     assert passes == [((3, length - 5), None, 5), ((2, length - 8), None, 8)]
 
 
+@pytest.mark.parametrize("where", ["run_model", "token_losses"])
 def test_memory_that_runs_out_halves_the_batch_and_goes_on(
-    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, where: str
 ):
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=3)
     cases[["text", "position", "layer"]] = (1, 7, 4)
     known = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    sizes = []
+    whole, sizes, room = getattr(batched, where), [], 12
 
-    def small(model: Model, ids: Tensor, *rest: Any) -> Any:
+    def small(first: Any, ids: Tensor, *rest: Any) -> Any:
         sizes.append(len(ids) - 1)
-        if len(ids) > 12:
+        if len(ids) > room:
             raise torch.OutOfMemoryError("no room")
-        return run_model(model, ids, *rest)
+        return whole(first, ids, *rest)
 
-    monkeypatch.setattr(interventions, "run_model", small)
-    with pytest.warns(UserWarning, match="ran out of memory with 20 interventions .* with 10"):
+    monkeypatch.setattr(batched, where, small)
+    with pytest.warns(UserWarning, match="out of memory with 20 interventions .* with 10"):
         found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    n = known.after[0, "res"].shape[0]
-    assert sizes[:4] == [n, n // 2, n // 4, n // 4]
-    assert np.abs((known.after[0, "res"] - found.after[0, "res"]).toarray()).max() < 1e-5
-    assert known.losses is not None
-    assert found.losses is not None
-    assert known.losses.to_numpy() == pytest.approx(found.losses.to_numpy(), abs=1e-5)
-
-    monkeypatch.setattr(interventions, "run_model", run_model)
-    whole = interventions.token_losses
-
-    def short(logits: Tensor, ids: Tensor) -> Tensor:  # with the logits there, the loss finds none
-        if len(ids) > 12:
-            raise torch.OutOfMemoryError("no room")
-        return whole(logits, ids)
-
-    monkeypatch.setattr(interventions, "token_losses", short)
-    with pytest.warns(UserWarning, match="ran out of memory with 20 interventions .* with 10"):
-        again = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    assert again.losses is not None
-    assert known.losses.to_numpy() == pytest.approx(again.losses.to_numpy(), abs=1e-5)
-
-    def none(*given: Any) -> Any:
-        raise torch.OutOfMemoryError("no room")
-
-    monkeypatch.setattr(interventions, "run_model", none)
+    assert [size for size in sizes if size > 0][:4] == [40, 20, 10, 10]
+    assert_same(known, found)
+    room = 1
     with (
-        pytest.warns(UserWarning, match="ran out of memory"),
-        pytest.raises(MemoryError, match="not even one intervention"),
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(MemoryError, match="no room for one intervention"),
     ):
-        intervene(flowlet.suite, flowlet.tokens, cases, edits)
+        intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
 
 
 def test_the_size_of_a_batch_follows_memory(
@@ -369,73 +326,40 @@ def test_the_size_of_a_batch_follows_memory(
 ):
     model = flowlet.suite.model
     _, prefix = cache_prompt(model, flowlet.tokens.ids[:1])
-    sizes = {}
-    for room in (2**20, 2**24, 2**40):
-        monkeypatch.setattr(interventions, "free_memory", lambda device, room=room: room)
-        sizes[room] = [rows_at_once(model, prefix, 5, 9, loss) for loss in (False, True)]
-    assert sizes[2**20] == [1, 1]
-    assert 1 < sizes[2**24][0] < 1024
-    assert sizes[2**24][1] < sizes[2**24][0]
-    assert sizes[2**40][0] == 1024
-    assert sizes[2**24][0] <= 2**23 // (9 * model.d_model * interventions.PASS_TENSORS * 4)
-    monkeypatch.setattr(interventions, "free_memory", lambda device: 2**24)
-    wide = rows_at_once(model, prefix, 5, 9, False, 65536)
-    assert wide == 2**23 // (2**23 // sizes[2**24][0] + 65536 * 16) < sizes[2**24][0]
+
+    def rows(room: int, loss: bool = False, width: int = 0) -> int:
+        monkeypatch.setattr(batched, "free_memory", lambda device: room)
+        return batched._fitting_rows(model, prefix, 5, 9, loss, width)
+
+    assert (rows(2**20), rows(2**20, loss=True), rows(2**40)) == (1, 1, 1024)
+    assert 1 < rows(2**24) <= 2**23 // (9 * model.d_model * batched.PASS_TENSORS * 4)
+    assert rows(2**24, loss=True) < rows(2**24)
+    assert rows(2**24, width=65536) == 2**23 // (2**23 // rows(2**24) + 65536 * 16)
 
 
 @pytest.mark.parametrize(
-    ("cases", "edits", "read", "message"),
+    ("cases", "edits", "message"),
     [
-        ([(0, 0, 1)], [(0, "res", 1, 1.0)], (0, "res"), "position 0 of text 0 is BOS"),
-        ([(0, 20, 1)], [(0, "res", 1, 1.0)], (0, "res"), "20 lies outside text 0, which has 20"),
-        ([(2, 15, 1)], [(0, "res", 1, 1.0)], (0, "res"), "15 lies outside text 2, which has 15"),
-        ([(0, -1, 1)], [(0, "res", 1, 1.0)], (0, "res"), "-1 lies outside text 0"),
-        ([(3, 2, 1)], [(0, "res", 1, 1.0)], (0, "res"), "no text 3: there are 3"),
-        ([(0, 2, 1)], [(0, "res", 1, float("nan"))], (0, "res"), "case 0: the change of res/1"),
-        ([(0, 2, 1)], [(0, "res", 9, 1.0)], (0, "res"), "no feature 0/res/9 in adder"),
-        ([(0, 2, 1)], [(0, "res", -1, 1.0)], (0, "res"), "no feature 0/res/-1 in adder"),
-        ([(0, 2, 1)], [(0, "rse", 1, 1.0)], (0, "res"), "unknown module 'rse'"),
-        ([(0, 2, 0)], [(0, "res", 1, 1.0)], (0, "res"), "a feature of layer 0 has no predecessor"),
-        ([(0, 2, 2)], [(0, "mlp", 1, 1.0)], (0, "res"), "no SAE at 2/mlp in suite adder"),
-        ([(0, 2, 1)], [(0, "res", 1, 1.0)], (2, "res"), "no layer 3 in suite adder"),
-        ([(0, 2, 1)], [(0, "res", 1, 1.0)] * 2, (0, "res"), "case 0 names res/1 twice"),
-        ([(0, 2, 1)] * 2, [(0, "res", 1, 1.0)], (0, "res"), "case 1 has no edit"),
-        ([(0, 2, 1)], [(0, "res", 1, 1.0), (4, "res", 1, 1.0)], (0, "res"), "names case 4"),
-        ([], [], (0, "res"), "0 cases and 0 edits: expected one or more"),
+        ([(0, 0, 1)], [(0, "res", 1, 1.0)], "a case is at BOS or a special token"),
+        ([(0, 5, 1)], [(0, "res", 1, 1.0)], "a case is at BOS or a special token"),
+        ([(0, 2, 1)], [(0, "res", 1, float("nan"))], "row 1 of the batch .* is not finite"),
+        ([(0, 2, 1)], [(0, "res", -1, 1.0)], "an edit of feature -1"),
+        ([(0, 2, 0)], [(0, "res", 1, 1.0)], "a feature of layer 0 has no predecessor"),
+        ([(0, 2, 2)], [(0, "mlp", 1, 1.0)], "no SAE at 2/mlp in suite adder"),
+        ([(0, 2, 1)] * 2, [(0, "res", 1, 1.0)], "edits of 1 cases: expected some for each of 2"),
+        ([(0, 3, 1)] * 2, [(0, "res", 1, -1.0), (1, "res", 1, 1e-12)], "0/res leaves 1 tokens as"),
     ],
 )
-def test_bad_input_is_named(
+def test_what_would_give_a_wrong_number_is_an_error(
     world: SimpleNamespace,
     cases: list[tuple[int, int, int]],
     edits: list[tuple[int, str, int, float]],
-    read: tuple[int, str],
     message: str,
 ):
-    with pytest.raises(ValueError, match=message):
-        intervene(world.suite, world.tokens, cases_of(*cases), edits_of(*edits), [read])
-
-
-def test_special_tokens_inside_a_text_are_not_edited(world: SimpleNamespace):
     tokens = Tokens(world.tokens.ids, world.tokens.is_text.clone())
     tokens.is_text[0, 5] = False
-    with pytest.raises(ValueError, match="position 5 of text 0 is a special token"):
-        intervene(world.suite, tokens, cases_of((0, 5, 1)), edits_of((0, "res", 1, 1.0)))
-
-
-def test_no_rows_in_a_pass_are_too_few(world: SimpleNamespace):
-    for batch_size in (0, -1):
-        with pytest.raises(ValueError, match=f"batch_size={batch_size}: expected 1 or more"):
-            intervene(
-                world.suite, world.tokens, cases_of((0, 5, 1)), edits_of((0, "res", 1, 1.0)),
-                batch_size=batch_size,
-            )  # fmt: skip
-
-
-def test_an_edit_that_is_lost_in_one_row_is_an_error(world: SimpleNamespace):
-    cases = cases_of((0, 3, 1), (0, 3, 1))
-    edits = edits_of((0, "res", 1, -1.0), (1, "res", 1, 1e-12))
-    with pytest.raises(ValueError, match="at 0/res leaves 1 tokens as they were"):
-        intervene(world.suite, world.tokens, cases, edits)
+    with pytest.raises(ValueError, match=message):
+        intervene(world.suite, tokens, cases_of(*cases), edits_of(*edits))
 
 
 def families() -> dict[str, Callable[[], Any]]:
@@ -497,10 +421,3 @@ def test_a_model_whose_prefix_is_ignored_is_refused(
     monkeypatch.setattr(PromptCache, "cache", lambda self, batch, layers=None: DynamicCache())
     with pytest.raises(ValueError, match="goes on after a prefix gives other logits"):
         load_model(str(toy_folder))
-
-
-def test_a_site_without_a_sae_is_named(world: SimpleNamespace):
-    row = SuiteRow("bare", "none", {Site(1, "res"): "x"}, 0)
-    bare = Suite(row, world.suite.model, {Site(1, "res"): world.suite.sae("1/res")})
-    with pytest.raises(ValueError, match="no SAE at 0/res in suite bare"):
-        intervene(bare, world.tokens, cases_of((0, 2, 1)), edits_of((0, "res", 1, 1.0)))

@@ -1,0 +1,152 @@
+"""What matches are held against: other features of equal norm, and the best of all (Table 1)."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowhelpers.activations.sparse import FeatureActivations
+from flowhelpers.core.features import MODULES, predecessor_site
+from flowhelpers.deactivation.ablation import concat_methods, deactivate
+from flowhelpers.deactivation.targets import active_predecessors, groups_of
+from flowhelpers.groups.occurrences import GROUPS, modules_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from flowhelpers.suites.load import Suite
+    from flowhelpers.suites.model import Tokens
+
+SINGLE = GROUPS[1:4]
+SINGLE_MODULE = {group: modules_of(group)[0] for group in SINGLE}
+CONTROL = "equal norm, random"
+
+
+def equal_norm(
+    suite: "Suite",
+    targets: "pd.DataFrame",
+    sources: "pd.DataFrame",
+    activations: FeatureActivations,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """The control that the paper lacks: other active features, same norm of change (CHOICES 33).
+
+    Each predecessor is replaced by another feature, drawn from those that are active at the same
+    site and token; its activation is scaled so that removing it changes what its SAE reads
+    by the same norm, even where that is more than the feature writes. If it does as much to the
+    target, the match is nothing special.
+
+    Returns:
+        As `active_predecessors`; targets that have no other feature active at a site are left out.
+    """
+    import pandas as pd
+    import torch
+
+    predecessors = active_predecessors(sources)
+    _check_single("the control", predecessors)
+    rng = np.random.default_rng(seed)
+    chosen = targets.loc[predecessors["target"]].reset_index(drop=True)
+    token_rows, parts = chosen["token_row"].to_numpy(), []
+    for (layer, module), part in predecessors.groupby([chosen["layer"].to_numpy(), "module"]):
+        site = predecessor_site(int(layer), str(module))
+        codes = activations.by_site[site]
+        own, drawn = part["feature"].to_numpy(), np.full(len(part), -1)
+        for place, (row, feature) in enumerate(zip(token_rows[part.index], own, strict=True)):
+            at_token = slice(codes.indptr[row], codes.indptr[row + 1])
+            others = codes.indices[at_token][codes.data[at_token] > 0]
+            others = others[others != feature]
+            if len(others):
+                drawn[place] = rng.choice(np.sort(others))
+        has_other = drawn >= 0
+        own_norms, drawn_norms = (
+            suite.sae(site).decoder_rows(torch.tensor(f[has_other])).float().norm(dim=1)
+            for f in (own, drawn)
+        )
+        part = part[has_other].assign(feature=drawn[has_other])
+        part["activation"] *= own_norms.cpu().numpy()
+        part["activation"] /= drawn_norms.cpu().numpy()
+        parts.append(part)
+    control = pd.concat(parts).sort_index()
+    sizes = predecessors.groupby("target").size()
+    complete = control.groupby("target").size().reindex(sizes.index) == sizes
+    return control[control["target"].map(complete)].reset_index(drop=True)
+
+
+def table_1(
+    suite: "Suite",
+    tokens: "Tokens",
+    targets: "pd.DataFrame",
+    by_method: "Mapping[str, pd.DataFrame]",
+    activations: FeatureActivations,
+    all_sites: bool = False,
+) -> "pd.DataFrame":
+    """Single matches against the best of all active candidates (Table 1; CHOICES 13, 34).
+
+    A target's site is where a method finds its only predecessor; targets for which no method does
+    are left out. A method that finds predecessors at several sites, or none, is held to the site
+    that another one named. The search tries the features of the sites that a method named, or of
+    `all_sites`.
+
+    Returns:
+        One row for each method, the search among them as "exhaustive", and target: `method`,
+        `target`, `layer`, `feature`, `dataset`, `text`, `tried` (interventions), `change`,
+        `success`. A method without an active match at the site has tried 0 and changed nothing.
+        What was tried at a target that is not active has `change` and `success` missing.
+    """
+    import pandas as pd
+
+    single = {}  # the only module at which each method finds a predecessor, by target
+    for method, sources in by_method.items():
+        _check_single(method, sources)
+        groups = pd.Series(groups_of(targets, active_predecessors(sources)), targets.index)
+        single[method] = groups.astype(str).map(SINGLE_MODULE).dropna()
+    named = pd.concat(single.values()).rename_axis("target").rename("module")
+    if named.empty:
+        raise ValueError("no target has a single source")
+    first_named = named.groupby("target").first()
+    chosen = targets.loc[first_named.index]
+    cases = {}
+    for method, sources in by_method.items():
+        module = single[method].reindex(chosen.index).fillna(first_named)
+        predecessors = active_predecessors(sources)
+        at_site = predecessors["target"].map(module) == predecessors["module"]
+        cases[method] = _one_by_one(predecessors[at_site])
+    searched = named.reset_index().drop_duplicates()
+    if all_sites:
+        searched = pd.MultiIndex.from_product([chosen.index, MODULES], names=searched.columns)
+        searched = searched.to_frame(index=False)
+    searched = searched.join(chosen[["layer", "token_row"]], on="target")
+    cases["exhaustive"] = _one_by_one(_every_active(searched, activations))
+    table = deactivate(suite, tokens, targets, *concat_methods(cases))
+    keys = ["method", "target"]
+    tried = table.groupby(keys).size().rename("tried")
+    best = table.sort_values("change", kind="stable").drop_duplicates(keys, keep="last")
+    best = best.set_index(keys)[["change", "success"]].join(tried)
+    best = best.reindex(pd.MultiIndex.from_product([cases, chosen.index], names=keys))
+    best.loc[best["tried"].isna()] = 0.0
+    about = chosen[["layer", "feature", "dataset", "text"]]
+    return best.reset_index().join(about, on="target").astype({"tried": int})
+
+
+def _check_single(method: str, sources: "pd.DataFrame") -> None:
+    if sources.duplicated(["target", "module"]).any():
+        raise ValueError(f"{method} has several matches at a site: expected one (top-1)")
+
+
+def _every_active(searched: "pd.DataFrame", activations: FeatureActivations) -> "pd.DataFrame":
+    """All features that are active at the modules and tokens of targets."""
+    import pandas as pd
+
+    parts = []
+    for (layer, module), part in searched.groupby(["layer", "module"]):
+        at_site = activations.by_site[predecessor_site(int(layer), str(module))]
+        codes = at_site[part["token_row"].to_numpy()].tocoo()
+        columns = {"feature": codes.col, "activation": codes.data}
+        parts.append(part[["target", "module"]].iloc[codes.row].assign(**columns))
+    return active_predecessors(pd.concat(parts))
+
+
+def _one_by_one(predecessors: "pd.DataFrame") -> "tuple[pd.DataFrame, pd.DataFrame]":
+    predecessors = predecessors.reset_index(drop=True)
+    edits = predecessors.reset_index(names="case").assign(amount=-predecessors["activation"])
+    return predecessors[["target"]].assign(r=0.0), edits[["case", "module", "feature", "amount"]]

@@ -1,0 +1,103 @@
+"""Targets of the deactivation experiments, and their predecessors.
+
+A target is an active residual feature at one token. Its sources are its matches at R_{L-1}, M_L and
+A_L; those that are active at that token are its predecessors.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowhelpers.activations.sparse import FeatureActivations
+from flowhelpers.core.features import MODULES, Site, predecessor_site
+from flowhelpers.groups.occurrences import group_names, with_dataset
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def middle_layers(layers: int, n: int = 3) -> list[int]:
+    """So many layers spread over the depth: 6, 12 and 18 of Gemma 2 2B's 26, as in the paper."""
+    step = max(layers // (n + 1), 1)
+    return [number * step for number in range(1, n + 1) if number * step < layers]
+
+
+def draw_targets(
+    activations: FeatureActivations, layers: Sequence[int], per_token: int = 25, seed: int = 0
+) -> "pd.DataFrame":
+    """Active residual features at a sample's tokens, at most `per_token` of each (paper A.2).
+
+    Returns:
+        One row a target: `layer`, `feature`, `token_row`, `activation`, and what the sample says of
+        the token, `dataset`, `text`, `position`, `token`.
+
+    Raises:
+        ValueError: If a layer has no residual SAE or stands twice, or `per_token` is below 1.
+    """
+    import pandas as pd
+
+    if per_token < 1:
+        raise ValueError(f"per_token={per_token}: expected 1 or more")
+    if not len(layers) or len(set(layers)) < len(layers):
+        raise ValueError(f"layers={list(layers)}: expected one or more, each once")
+    readable = sorted(site.layer for site in activations.by_site if site.module == "res")
+    if missing := sorted(set(layers) - set(readable)):
+        raise ValueError(f"no activations at {missing[0]}/res: expected a layer of {readable}")
+    rng = np.random.default_rng(seed)
+    parts = []
+    for layer in layers:
+        codes = activations.by_site[Site(layer, "res")].tocoo()
+        columns = {"layer": layer, "feature": codes.col, "token_row": codes.row}
+        part = pd.DataFrame(columns).astype(np.int64).assign(activation=codes.data.astype(float))
+        part = part.iloc[rng.permutation(len(part))]
+        part = part.groupby("token_row", sort=False).head(per_token)
+        parts.append(part.sort_values(["token_row", "feature"]))
+    targets = pd.concat(parts, ignore_index=True)
+    tokens = with_dataset(activations.tokens)[["dataset", "text", "position", "token"]]
+    return targets.join(tokens.iloc[targets["token_row"]].reset_index(drop=True))
+
+
+def sources_of(
+    targets: "pd.DataFrame",
+    matches: "pd.DataFrame",
+    activations: FeatureActivations,
+    top_n: int = 1,
+) -> "pd.DataFrame":
+    """Every target's `top_n` matches at each site, with their activation at its token.
+
+    Returns:
+        One row a match: `target` (row of `targets`), `module`, `feature` (the match), `rank`, and
+        `activation`, 0 where it is not active.
+    """
+    backward = matches[matches["direction"] == "backward"]
+    ranks = int(backward["rank"].max())
+    if not 1 <= top_n <= ranks:
+        raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
+    if missing := sorted(set(targets["layer"]) - set(backward["layer"])):
+        raise ValueError(f"no matches at layer {missing[0]}: its features have no predecessors")
+    backward = backward[(backward["rank"] <= top_n) & (backward["source"] >= 0)]
+    sources = targets[["layer", "feature", "token_row"]].reset_index(names="target")
+    columns = ["layer", "feature", "module", "source", "rank"]
+    sources = sources.merge(backward[columns], on=["layer", "feature"]).assign(activation=0.0)
+    sources["module"] = sources["module"].astype(str)
+    for (layer, module), part in sources.groupby(["layer", "module"]):
+        codes = activations.by_site[predecessor_site(int(layer), str(module))]
+        values = codes[part["token_row"].to_numpy(), part["source"].to_numpy()]
+        sources.loc[part.index, "activation"] = np.asarray(values, dtype=float).ravel()
+    sources = sources.assign(feature=sources["source"]).sort_values(["target", "module", "rank"])
+    columns = ["target", "module", "feature", "rank", "activation"]
+    return sources[columns].reset_index(drop=True)
+
+
+def active_predecessors(sources: "pd.DataFrame") -> "pd.DataFrame":
+    """The sources that are active at their target's token: its predecessors there."""
+    return sources[sources["activation"] > 0].reset_index(drop=True)
+
+
+def groups_of(targets: "pd.DataFrame", predecessors: "pd.DataFrame") -> "pd.Categorical":
+    """The group of each target, by where it has a predecessor."""
+    import pandas as pd
+
+    counts = pd.crosstab(predecessors["target"], predecessors["module"])
+    return group_names(counts.reindex(index=targets.index, columns=list(MODULES), fill_value=0) > 0)
