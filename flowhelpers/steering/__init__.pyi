@@ -40,9 +40,11 @@ from .steered_texts import steer as steer
 from .sweeps import (
     SweepCell as SweepCell,
     equal_norm_cells as equal_norm_cells,
+    graph_cells as graph_cells,
     random_cells as random_cells,
     strategy_cells as strategy_cells,
     sweep as sweep,
+    vector_cells as vector_cells,
 )
 from .text_table import marked_generations as marked_generations
 from .themes import (

@@ -56,6 +56,14 @@ class EmbeddedJudge:
     various: float
     looped: float
 
+    @property
+    def about(self) -> str:
+        """What it is worth on held-out passages, in a line."""
+        return (
+            f"embedded, for {self.theme!r}: names the subject of {self.accuracy:.0%} of held-out"
+            f" pieces, ranks one on the theme above another {self.auc:.0%} of the time"
+        )
+
     def judge(self, texts: Sequence[str]) -> "pd.DataFrame":
         """Scores from 0 to 1: `behavioral`, `coherence`, one row a text; of an empty text both 0.
 

@@ -5,7 +5,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +27,7 @@ KEY = r"[!#-%(-;=?-\[\]-~]+"  # of characters that no server escapes when it rep
 BEST = 5  # the highest score
 ATTEMPTS = 3  # at a readable reply
 AGAIN = 1.0  # temperature from the second attempt on: at 0 the same reply would come again
-RETRIES, TIMEOUT = 5, 60.0  # of one request, by the client; seconds
+RETRIES, PROBE_RETRIES, TIMEOUT = 5, 2, 60.0  # of one request, of the first; seconds
 STOP_AFTER = 8  # failed requests in a row
 HOPELESS = (401, 403, 404)  # statuses that no other text would change
 PROBE = "The sun rose over the quiet harbour, and the first boats went out to sea."
@@ -186,6 +186,8 @@ class EndpointJudge:
         except openai.APIConnectionError as error:
             said = self._quote(str(error.__cause__ or error))
             status, problem = 0, f"the connection failed: {said}"
+        except UnicodeError:
+            return ""  # a text that cannot be sent has no reply
         except (openai.OpenAIError, ValueError, AttributeError, LookupError, TypeError):
             status, problem = 200, "the reply is no chat completion"
         raise _RequestError(status, problem)
@@ -265,6 +267,7 @@ def endpoint_judge(
     judge = EndpointJudge(
         theme, task, model, address, store, subject, concurrency, temperature, client
     )
-    if problem := judge._ask_all([PROBE]).get(PROBE):
+    probing = replace(judge, client=client.with_options(max_retries=PROBE_RETRIES))
+    if problem := probing._ask_all([PROBE]).get(PROBE):
         warnings.warn(f"{judge.about}: {problem}", stacklevel=2)
     return judge

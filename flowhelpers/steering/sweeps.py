@@ -5,20 +5,24 @@ looks better than it is: choose it on some samples and report it on others (CHOI
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
 from flowhelpers.core.cache import DiskCache, key_of
+from flowhelpers.core.features import Site
 from flowhelpers.core.progress_bar import progress
+from flowhelpers.flow.graph import FlowGraph
 from flowhelpers.steering.controls import (
     random_feature_control,
     scale_plan,
+    side_effects,
     total_norm,
 )
-from flowhelpers.steering.plans import Plan, SteeringVectors
+from flowhelpers.steering.plans import Plan, SteeringVectors, make_plan, plan_or_none
 from flowhelpers.steering.steered_texts import steer
 
 if TYPE_CHECKING:
@@ -157,14 +161,72 @@ def strategy_cells(
     ]
 
 
-def random_cells(
-    suite: "Suite", cell: SweepCell, activations: "FeatureActivations", seeds: Iterable[int]
+def graph_cells(
+    suite: "Suite",
+    theme: str,
+    graph: FlowGraph,
+    strategies: Iterable[str],
+    strengths: Iterable[float],
+    layers: Sequence[int] | None = None,
 ) -> list[SweepCell]:
-    """A cell for each seed, with random features in place of a cell's own (CHOICES 37)."""
+    """The cells of plans that add the features of a graph.
+
+    They end at `layers`, or at three of the graph's layers after the first, evenly apart.
+
+    Raises:
+        ValueError: If the graph has no feature at the layers.
+    """
+    of_graph = sorted(graph.nodes["layer"].unique())
+    places = np.linspace(0, len(of_graph) - 1, 4).round().astype(int)[1:]
+    ends = layers or sorted({int(of_graph[place]) for place in places})
+    if not set(ends) & set(of_graph):
+        raise ValueError(f"layers={layers}: the graph of {theme} has features at {of_graph}")
+
+    def plan_of(strategy: str, layer: int, strength: float) -> Plan | None:
+        return plan_or_none(suite, graph, strength, strategy=strategy, layer=layer)
+
+    return strategy_cells(theme, strategies, ends, strengths, plan_of)
+
+
+def vector_cells(
+    suite: "Suite",
+    theme: str,
+    site: Site,
+    vector: Tensor,
+    feature: str,
+    strengths: Iterable[float],
+) -> list[SweepCell]:
+    """A vector as steering vector, with the norms of a feature at the strengths."""
+    cells = []
+    for s in strengths:
+        norm = total_norm(suite, make_plan(suite, [feature], s))
+        vectors = {site: vector * norm / vector.norm()}
+        cells.append(SweepCell(theme, "difference of means", vectors, site.layer, float(s)))
+    return cells
+
+
+def random_cells(
+    suite: "Suite",
+    cell: SweepCell,
+    activations: "FeatureActivations",
+    seeds: Iterable[int],
+    texts: Sequence[str] = (),
+) -> list[SweepCell]:
+    """A cell for each seed, with random features in place of a cell's own (CHOICES 37).
+
+    With texts each comes a second time, scaled to the norm of the cell's own plan on these.
+    """
     assert isinstance(cell.plan, Plan)
-    twins = [random_feature_control(suite, cell.plan, activations, seed) for seed in seeds]
-    name = "random features"
-    return [SweepCell(cell.theme, name, twin, cell.layer, cell.strength) for twin in twins]
+    cells = []
+    for seed in seeds:
+        twin = random_feature_control(suite, cell.plan, activations, seed)
+        cells.append(replace(cell, strategy="random features", plan=twin))
+        if texts:
+            own, other = side_effects(suite, {"own": cell.plan, "twin": twin}, texts)["norm"]
+            if other > 0:
+                scaled = scale_plan(twin, float(own / other))
+                cells.append(replace(cell, strategy="random, same norm", plan=scaled))
+    return cells
 
 
 def equal_norm_cells(suite: "Suite", cells: Sequence[SweepCell], measure: str) -> list[SweepCell]:
