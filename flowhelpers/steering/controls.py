@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
     from flowhelpers.suites.load import Suite
 
+P = TypeVar("P", Plan, SteeringVectors, Plan | SteeringVectors)
 NEAREST = 20
-MAX_TOKENS = 64
-ROWS = 64
+MAX_TOKENS = 64  # that each text is cut to, BOS included
+ROWS = 64  # of a pass
 LOGITS = 2**28  # of a pass: 1 GiB in float32, a few times over
 
 
@@ -85,11 +86,7 @@ def random_feature_control(
     return replace(control, steps=tuple(steps))
 
 
-@overload
-def scale_plan(plan: Plan, factor: float) -> Plan: ...
-@overload
-def scale_plan(plan: SteeringVectors, factor: float) -> SteeringVectors: ...
-def scale_plan(plan: Plan | SteeringVectors, factor: float) -> Plan | SteeringVectors:
+def scale_plan(plan: P, factor: float) -> P:
     """The plan with a change so many times as large: s times the factor, or r - 1 times it."""
     if not isinstance(plan, Plan):
         return {at: vector * factor for at, vector in plan.items()}
@@ -114,7 +111,6 @@ def difference_of_means(
     site: Site,
     texts: Sequence[str],
     others: Sequence[str],
-    max_tokens: int = MAX_TOKENS,
 ) -> Float[Tensor, "d_model"]:
     """The mean of the stream at the tokens of some texts, less that of others (AxBench's DiffMean).
 
@@ -123,7 +119,6 @@ def difference_of_means(
         site: Where.
         texts: Texts of the theme.
         others: Texts of none.
-        max_tokens: Each text is cut to so many tokens, BOS included.
 
     Raises:
         ValueError: If one of the two has no text, or both have the same mean.
@@ -132,7 +127,7 @@ def difference_of_means(
     for group in (texts, others):
         total, n = torch.zeros(model.d_model, device=model.device), 0
         for start in progress(range(0, len(group), ROWS), "means"):
-            tokens = tokenize(model, group[start : start + ROWS], max_tokens)
+            tokens = tokenize(model, group[start : start + ROWS], MAX_TOKENS)
             _, read = run_model(model, tokens.ids, [site], stop_after=site.layer)
             total += read[site][tokens.is_text].float().sum(0)
             n += int(tokens.is_text.sum())
@@ -149,8 +144,6 @@ def side_effects(
     suite: "Suite",
     plans: Mapping[str, Plan | SteeringVectors | None],
     texts: Sequence[str],
-    max_tokens: int = MAX_TOKENS,
-    rows: int = ROWS,
 ) -> "pd.DataFrame":
     """What plans do to given texts, such as neutral ones.
 
@@ -158,8 +151,6 @@ def side_effects(
         suite: Of the plans.
         plans: Plans, or vectors to be added, by name; None for no edit.
         texts: The texts.
-        max_tokens: Each text is cut to so many tokens, BOS included.
-        rows: The most texts of a pass; fewer where the vocabulary is large.
 
     Returns:
         One row a plan: `plan`, `norm` (Σ‖Δh‖: the norm of each edit's step in the stream, summed
@@ -175,12 +166,12 @@ def side_effects(
     if not plans or not texts:
         raise ValueError(f"{len(plans)} plans and {len(texts)} texts: expected 1 or more of each")
     model, names = suite.model, list(plans)
-    rows = max(1, min(rows, LOGITS // (max_tokens * model.unembedding.shape[1])))
+    rows = max(1, min(ROWS, LOGITS // (MAX_TOKENS * model.unembedding.shape[1])))
     norms, kls = torch.zeros(2, len(names), dtype=torch.float64)
     n_tokens = 0
     for at in progress(range(0, len(texts), rows), "side effects"):
         piece = texts[at : at + rows]
-        tokens = tokenize(model, piece, max_tokens)
+        tokens = tokenize(model, piece, MAX_TOKENS)
         clean = logits_of(model, tokens.ids).float().log_softmax(-1)
         n_tokens += int(tokens.is_text.sum())
         plans_per_pass = max(1, rows // len(piece))

@@ -35,21 +35,17 @@ PROBE = "The sun rose over the quiet harbour, and the first boats went out to se
 Score = Annotated[int, Field(strict=True, ge=0, le=BEST)]
 
 
-class Promotion(BaseModel, extra="forbid"):
-    """The reply that the prompt of B.2 asks for."""
-
+class _Promotion(BaseModel, extra="forbid"):
     coherence: Score
     behavioral: Score
 
 
-class Suppression(BaseModel, extra="forbid"):
-    """The reply that the prompt of B.1 asks for: a score for each of the subjects a, b and c."""
-
+class _Suppression(BaseModel, extra="forbid"):
     coherence: Score
-    behavioral: tuple[Score, Score, Score]
+    behavioral: tuple[Score, Score, Score]  # of the subjects a, b and c
 
 
-REPLIES = {"promote": Promotion, "suppress": Suppression}
+REPLIES = {"promote": _Promotion, "suppress": _Suppression}  # what the prompts ask for
 SUBJECTS = "abc"
 PROMPTS = {
     task: [
@@ -71,16 +67,8 @@ class _RequestError(Exception):
 class EndpointJudge:
     """A judge that is a language model behind an OpenAI-compatible endpoint.
 
-    Attributes:
-        theme: What it looks for in texts.
-        task: `promote` or `suppress`.
-        model: The model's name at the endpoint.
-        address: The endpoint's host, and port.
-        cache: Keeps replies as they come.
-        subject: The letter of the subject whose score counts; None to promote.
-        concurrency: Requests at a time.
-        temperature: Of the first attempt; None leaves every one to the server.
-        client: The openai package's; it has the key, which nothing else here has.
+    Its attributes are as `endpoint_judge` has them; the `client`, which is openai's, has the key,
+    and nothing else here does.
     """
 
     theme: str
@@ -254,7 +242,7 @@ def endpoint_judge(
 
     if task not in REPLIES:
         raise ValueError(f"unknown task {task!r}{suggestion(task, REPLIES)}")
-    if subject not in (SUBJECTS if task == "suppress" else (None,)):
+    if subject not in ([*SUBJECTS] if task == "suppress" else [None]):
         raise ValueError(f"subject {subject!r}: expected a, b or c to suppress, none to promote")
     url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
     address = urlsplit(url).netloc.rpartition("@")[2]

@@ -189,8 +189,10 @@ def make_plan(
         raise ValueError(f"strategy={strategy!r}: r is the same at all layers, single or constant")
     if isinstance(features, FlowGraph):
         _check_suite(features.suite, suite, "a flow graph")
-        features = features.nodes["feature"].tolist()
-    found = list(dict.fromkeys(suite.feature(name) for name in features))
+        names = features.nodes["feature"].tolist()
+    else:
+        names = list(features)
+    found = list(dict.fromkeys(suite.feature(name) for name in names))
     if not found:
         raise ValueError("no feature to steer: expected a graph or features, such as 12/res/4230")
     span = min(f.layer for f in found), max(f.layer for f in found)

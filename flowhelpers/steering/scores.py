@@ -48,7 +48,7 @@ def score_texts(
     if missing := set(texts["theme"]) - set(judges):
         raise ValueError(f"no judge for {', '.join(sorted(missing))}: expected one for each theme")
     parts = []
-    for theme, of_theme in texts.groupby("theme", sort=False):
+    for theme, of_theme in texts.reset_index(drop=True).groupby("theme", sort=False):
         different = list(dict.fromkeys(of_theme["text"]))
         scores = judges[str(theme)].judge(different)[["behavioral", "coherence"]]
         outside = int(((scores < 0) | (scores > 1)).sum().sum())
@@ -58,7 +58,7 @@ def score_texts(
                 f" {outside} scores outside 0 to 1"
             )
         parts.append(of_theme.join(scores.set_axis(different), on="text"))
-    scored = pd.concat(parts).loc[texts.index]
+    scored = pd.concat(parts).sort_index().set_axis(texts.index)
     present = 1 - scored["behavioral"] if suppress else scored["behavioral"]
     return scored.assign(score=present * scored["coherence"])
 

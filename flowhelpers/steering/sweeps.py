@@ -117,9 +117,9 @@ def sweep(
         if cache:
             DiskCache(cache).put(new)
         texts |= new
-    cell_of = np.repeat(np.arange(len(cells)), len(numbers))
-    columns = {name: [getattr(cells[cell], name) for cell in cell_of] for name in CELL}
-    table = pd.DataFrame({"cell": cell_of, **columns}).astype({"layer": float, "strength": float})
+    rows = [(i, *(getattr(cell, name) for name in CELL)) for i, cell in enumerate(cells)]
+    rows = [row for row in rows for _ in numbers]
+    table = pd.DataFrame(rows, columns=["cell", *CELL]).astype({"layer": float, "strength": float})
     return table.assign(sample=numbers * len(cells), text=[t for key in keys for t in texts[key]])
 
 

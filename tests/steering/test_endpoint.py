@@ -73,9 +73,8 @@ def make(server: JudgeServer, tmp_path: Path) -> Callable[..., EndpointJudge]:
 
     def make(theme: str = "space", task: str = "promote", **options: Any) -> EndpointJudge:
         given: dict[str, Any] = {"base_url": server.url, "api_key": KEY}
-        judge = endpoint_judge(
-            theme, task, **given | {"cache": tmp_path / "judge.sqlite"} | options
-        )
+        given |= {"cache": tmp_path / "judge.sqlite"} | options
+        judge = endpoint_judge(theme, task, **given)
         server.requests.clear()
         return judge
 
@@ -351,5 +350,5 @@ def test_wrong_arguments_say_what_is_expected(
 ):
     with pytest.raises(ValueError, match=message) as error:
         make(**given)
-    assert given.get("api_key", "none") not in str(error.value)
+    assert given.get("api_key", KEY) not in str(error.value)
     assert server.requests == []

@@ -44,9 +44,9 @@ def test_nothing_of_a_text_becomes_html(column: str):
 
 
 def test_marks_are_on_words_of_the_theme_alone():
-    text = "GODS, (god)! Godly “Myths”: god's, mythical; gods—myth 3gods4 _god_ ungod. & amp"
+    text = "GODS, (god)! Godly “Myths”: god's, mythology; gods—myth 3gods4 _god_ ungod. & amp"
     marks = re.findall("<mark>(.*?)</mark>", page({"steered": text}))
-    assert marks == ["GODS", "god", "Myths", "god", "gods", "myth", "gods", "god"]
+    assert marks == ["GODS", "god", "Godly", "Myths", "god", "gods", "myth", "gods", "god"]
     both = pd.DataFrame([ROW | {"theme": theme, "steered": "a god, a ship"} for theme in "ab"])
     html = marked_generations(both, {"a": ["god"], "b": ["ship"], "c": ["a"]})
     assert re.findall("<mark>(.*?)</mark>", html) == ["god", "ship"]
