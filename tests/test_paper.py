@@ -12,6 +12,11 @@ from flowhelpers.flow.graph import FlowGraph, flow_graph
 from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.groups.significance import class_shares
 from flowhelpers.paper import (
+    ACTIVATION_PROMPT,
+    SUPPRESSION_PROMPT,
+    TABLE_2,
+    TABLE_3,
+    TABLE_4,
     TABLE_5_MLP,
     TABLE_5_RES,
     TABLE_5_SCORES,
@@ -30,6 +35,24 @@ def test_the_numbers_are_those_that_the_paper_prints():
     assert (TABLE_5_RES[0], TABLE_5_RES[7], TABLE_5_RES[24]) == (14403, 16335, 14548)
     assert len(TABLE_5_MLP) == 9
     assert sorted(TABLE_5_SCORES.values()) == [0.30, 0.48, 0.79, 0.82]
+
+
+def test_the_prompts_end_with_a_space_and_the_seeds_are_those_of_tables_2_to_4():
+    assert ACTIVATION_PROMPT == "I think" + " "
+    words = "I think that the biggest problem of contemporary theoretical physics is"
+    assert words + " " == SUPPRESSION_PROMPT
+    assert list(TABLE_2) == [
+        *("3/res/9811", "18/res/14053", "18/res/1336", "20/res/4506", "21/res/13226"),
+        *("22/res/9002", "22/res/15105", "23/res/4086", "24/res/7017", "24/res/14548"),
+    ]
+    assert TABLE_3 == {
+        **{"Anger": "12/res/4111", "Mental health": "12/res/16226"},
+        **{"Wedding": "12/res/4230", "Religion": "12/res/5483"},
+    }
+    assert list(TABLE_4) == [
+        *("12/res/6778", "16/res/13806", "18/res/1056", "18/res/7505", "23/res/10746"),
+        *("24/res/11794", "24/res/1027", "24/res/7391", "24/res/1714", "25/res/6821"),
+    ]
 
 
 def planted(

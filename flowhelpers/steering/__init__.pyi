@@ -5,12 +5,8 @@ from .controls import (
     side_effects as side_effects,
     total_norm as total_norm,
 )
-from .effects import (
-    output_scores as output_scores,
-)
-from .judge_embedded import (
-    theme_stems as theme_stems,
-)
+from .effects import output_scores as output_scores
+from .judge_embedded import theme_stems as theme_stems
 from .plans import (
     STRATEGIES as STRATEGIES,
     load_plan as load_plan,
@@ -18,7 +14,6 @@ from .plans import (
     plan_or_none as plan_or_none,
     save_plan as save_plan,
     schedule as schedule,
-    steer as steer,
 )
 from .plots import (
     best_by_layer as best_by_layer,
@@ -30,21 +25,28 @@ from .plots import (
     strategies_by_theme as strategies_by_theme,
     suppression_by_layer as suppression_by_layer,
 )
-from .sweeps import (
-    SweepCell as SweepCell,
+from .scores import (
     beside_unsteered as beside_unsteered,
     best_cells as best_cells,
     cell_means as cell_means,
     paired_differences as paired_differences,
     score_texts as score_texts,
     select_cells as select_cells,
-    strategy_cells as strategy_cells,
-    sweep as sweep,
+    selection_bias as selection_bias,
+    verdicts as verdicts,
     with_costs as with_costs,
 )
-from .text_table import (
-    marked_generations as marked_generations,
+from .steered_texts import steer as steer
+from .sweeps import (
+    SweepCell as SweepCell,
+    equal_norm_cells as equal_norm_cells,
+    graph_cells as graph_cells,
+    random_cells as random_cells,
+    strategy_cells as strategy_cells,
+    sweep as sweep,
+    vector_cells as vector_cells,
 )
+from .text_table import marked_generations as marked_generations
 from .themes import (
     clearest_themes as clearest_themes,
     judge_of as judge_of,

@@ -1,8 +1,8 @@
-"""What steering has to be held against: random features, its norm, other ways, side effects."""
+"""Controls of steering: random features, equal norms, the difference of means, side effects."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.steering.plans import Plan, SteeringVectors, Step, row_edits, steering_vectors
+from flowhelpers.steering.plans import Plan, SteeringVectors, steering_vectors
+from flowhelpers.steering.steered_texts import row_edits
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.model import Activations, Edit, Model, logits_of, run_model, tokenize
 
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
     from flowhelpers.suites.load import Suite
 
+P = TypeVar("P", Plan, SteeringVectors, Plan | SteeringVectors)
 NEAREST = 20
-MAX_TOKENS = 64
-ROWS = 64
-LOGITS = 2**28  # of the texts of a pass: a GiB in float32, several times
+MAX_TOKENS = 64  # that each text is cut to, BOS included
+ROWS = 64  # of a pass
+LOGITS = 2**28  # of a pass: 1 GiB in float32, a few times over
 
 
 def random_feature_control(
@@ -37,11 +39,11 @@ def random_feature_control(
     """The plan with random features in place of its own (CHOICES 37).
 
     Each is drawn from the `nearest` features of its site whose share of active tokens is closest to
-    that of the one that it stands for; none is in the plan, or drawn twice. A twin that adds writes
-    the norm that the plan writes, at every site; one that rescales has the same r.
+    that of the one that it stands for; none is in the plan, or drawn twice. A control that adds has
+    the norm of the plan at every site; one that rescales has the same r.
 
     Args:
-        suite: The suite.
+        suite: Of the plan.
         plan: The plan.
         activations: Of a sample of text, at the plan's sites.
         seed: Decides the draw.
@@ -53,44 +55,38 @@ def random_feature_control(
     rng = np.random.default_rng(seed)
     features = [suite.feature(step.feature) for step in plan.steps]
     shares: dict[Site, np.ndarray] = {}
-    taken: dict[Site, set[int]] = {}
+    taken = {site: set(suite.sae(site).excluded.tolist()) for site in {f.site for f in features}}
     for feature in features:
-        site = feature.site
-        if site not in activations.by_site:
-            raise ValueError(f"the sample was not read at {site}, where {feature} lies")
-        if site not in shares:
-            shares[site] = np.asarray((activations.by_site[site] > 0).mean(axis=0)).ravel()
-            taken[site] = set(suite.sae(site).excluded.tolist())
-        taken[site].add(feature.index)
+        taken[feature.site].add(feature.index)
+        if feature.site not in activations.by_site:
+            raise ValueError(f"the sample was not read at {feature.site}, where {feature} lies")
     steps = []
     for step, feature in zip(plan.steps, features, strict=True):
-        share, out = shares[feature.site], taken[feature.site]
-        order = np.argsort(np.abs(share - share[feature.index]), kind="stable")
-        free = [index for index in order.tolist() if index not in out]
+        site = feature.site
+        if site not in shares:
+            shares[site] = np.asarray((activations.by_site[site] > 0).mean(axis=0)).ravel()
+        distance = np.abs(shares[site] - shares[site][feature.index])
+        free = [i for i in np.argsort(distance, kind="stable").tolist() if i not in taken[site]]
         if not free:
-            raise ValueError(f"no feature of {feature.site} is left to stand for {feature}")
-        twin = int(rng.choice(free[:nearest]))
-        out.add(twin)
-        steps.append(replace(step, feature=f"{feature.site}/{twin}"))
-    found = replace(plan, steps=tuple(steps), about=f"random features of seed {seed}")
+            raise ValueError(f"no feature of {site} is left to stand for {feature}")
+        drawn = int(rng.choice(free[:nearest]))
+        taken[site].add(drawn)
+        steps.append(replace(step, feature=f"{site}/{drawn}"))
+    control = replace(plan, steps=tuple(steps), about=f"random features of seed {seed}")
     if plan.kind == "rescale":
-        return found
-    norms = [_norms(steering_vectors(suite, each)) for each in (plan, found)]
+        return control
+    own, other = steering_vectors(suite, plan), steering_vectors(suite, control)
+    factor = {
+        at: float(own[at].norm() / other[at].norm()) if other[at].any() else 1.0 for at in own
+    }
+    sites = [suite.sae(feature.site).input_site for feature in features]
+    steps = [
+        replace(step, scale=step.scale * factor[at]) for step, at in zip(steps, sites, strict=True)
+    ]
+    return replace(control, steps=tuple(steps))
 
-    def resized(step: Step) -> Step:
-        at = suite.sae(suite.feature(step.feature).site).input_site
-        # Where strengths are 0, as at the end of a schedule, there is no norm to be had.
-        factor = norms[0][at] / norms[1][at] if norms[1][at] else 1.0
-        return replace(step, scale=step.scale * factor)
 
-    return replace(found, steps=tuple(map(resized, found.steps)))
-
-
-@overload
-def scale_plan(plan: Plan, factor: float) -> Plan: ...
-@overload
-def scale_plan(plan: SteeringVectors, factor: float) -> SteeringVectors: ...
-def scale_plan(plan: Plan | SteeringVectors, factor: float) -> Plan | SteeringVectors:
+def scale_plan(plan: P, factor: float) -> P:
     """The plan with a change so many times as large: s times the factor, or r - 1 times it."""
     if not isinstance(plan, Plan):
         return {at: vector * factor for at, vector in plan.items()}
@@ -100,15 +96,13 @@ def scale_plan(plan: Plan | SteeringVectors, factor: float) -> Plan | SteeringVe
 
 
 def total_norm(suite: "Suite", plan: Plan | SteeringVectors) -> float:
-    """Σ‖Δh‖ of a plan that adds: the norms of what it adds at each site, in the stream, summed.
-
-    What is added at z is taken through W_O and the gain.
+    """Σ‖Δh‖ of a plan that adds, in the stream: what is added at z goes through W_O and the gain.
 
     Raises:
         ValueError: If the plan is of another suite, or rescales.
     """
-    push = steering_vectors(suite, plan) if isinstance(plan, Plan) else plan
-    return sum(float(_in_stream(suite.model, at, v[None])[0].norm()) for at, v in push.items())
+    vectors = steering_vectors(suite, plan) if isinstance(plan, Plan) else plan
+    return sum(float(_in_stream(suite.model, at, v[None])[0].norm()) for at, v in vectors.items())
 
 
 @torch.no_grad()
@@ -117,7 +111,6 @@ def difference_of_means(
     site: Site,
     texts: Sequence[str],
     others: Sequence[str],
-    max_tokens: int = MAX_TOKENS,
 ) -> Float[Tensor, "d_model"]:
     """The mean of the stream at the tokens of some texts, less that of others (AxBench's DiffMean).
 
@@ -126,26 +119,24 @@ def difference_of_means(
         site: Where.
         texts: Texts of the theme.
         others: Texts of none.
-        max_tokens: Each text is cut to so many tokens, BOS included.
 
     Raises:
         ValueError: If one of the two has no text, or both have the same mean.
     """
     means = []
-    for some in (texts, others):
-        sums, n = torch.zeros(model.d_model, device=model.device), 0
-        for start in progress(range(0, len(some), ROWS), "means"):
-            tokens = tokenize(model, some[start : start + ROWS], max_tokens)
+    for group in (texts, others):
+        total, n = torch.zeros(model.d_model, device=model.device), 0
+        for start in progress(range(0, len(group), ROWS), "means"):
+            tokens = tokenize(model, group[start : start + ROWS], MAX_TOKENS)
             _, read = run_model(model, tokens.ids, [site], stop_after=site.layer)
-            sums += read[site][tokens.is_text].float().sum(0)
+            total += read[site][tokens.is_text].float().sum(0)
             n += int(tokens.is_text.sum())
         if not n:
             raise ValueError(f"{len(texts)} texts of the theme and {len(others)} others: no token")
-        means.append(sums / n)
-    found = means[0] - means[1]
-    if not found.any():
+        means.append(total / n)
+    if torch.equal(*means):
         raise ValueError(f"texts of the theme and others have the same mean at {site}")
-    return found
+    return means[0] - means[1]
 
 
 @torch.no_grad()
@@ -153,22 +144,18 @@ def side_effects(
     suite: "Suite",
     plans: Mapping[str, Plan | SteeringVectors | None],
     texts: Sequence[str],
-    max_tokens: int = MAX_TOKENS,
-    rows: int = ROWS,
 ) -> "pd.DataFrame":
-    """What plans do to texts that are given, such as neutral ones.
+    """What plans do to given texts, such as neutral ones.
 
     Args:
-        suite: The suite.
+        suite: Of the plans.
         plans: Plans, or vectors to be added, by name; None for no edit.
         texts: The texts.
-        max_tokens: Each text is cut to so many tokens, BOS included.
-        rows: The most texts of a pass; fewer where the vocabulary is large.
 
     Returns:
-        One row a plan: `plan`, `norm` (Σ‖Δh‖: the mean over tokens of the norm of each edit's step,
-        in the stream, summed over the sites) and `kl` (mean over tokens of the divergence of the
-        next token's distribution from the unsteered one, KL(unsteered ‖ steered), in nats).
+        One row a plan: `plan`, `norm` (Σ‖Δh‖: the norm of each edit's step in the stream, summed
+        over the sites, mean over tokens) and `kl` (KL(unsteered ‖ steered) of the next token in
+        nats, mean over tokens).
 
     Raises:
         ValueError: If there is no plan or text, or a plan is of another suite.
@@ -179,35 +166,31 @@ def side_effects(
     if not plans or not texts:
         raise ValueError(f"{len(plans)} plans and {len(texts)} texts: expected 1 or more of each")
     model, names = suite.model, list(plans)
-    rows = max(1, min(rows, LOGITS // (max_tokens * model.unembedding.shape[1])))
+    rows = max(1, min(ROWS, LOGITS // (MAX_TOKENS * model.unembedding.shape[1])))
     norms, kls = torch.zeros(2, len(names), dtype=torch.float64)
-    pieces = [texts[start : start + rows] for start in range(0, len(texts), rows)]
-    count = 0
-    work = []
-    for piece in pieces:
-        together = max(1, rows // len(piece))
-        work += [(piece, start, together) for start in range(0, len(names), together)]
-    for piece, start, together in progress(work, "side effects"):
-        some = names[start : start + together]
-        if start == 0:
-            tokens = tokenize(model, piece, max_tokens)
-            clean = logits_of(model, tokens.ids).float().log_softmax(-1)
-            count += int(tokens.is_text.sum())
-        ids, is_text = (part.repeat(len(some), 1) for part in (tokens.ids, tokens.is_text))
-        found: list[Float[Tensor, "rows"]] = []
-        edits = row_edits(suite, [plans[name] for name in some], len(piece))
-        measured = [_measured(model, edit, is_text, found) for edit in edits]
-        steered = logits_of(model, ids, measured).float().log_softmax(-1)
-        for number, name in enumerate(some):
-            mine = slice(number * len(piece), (number + 1) * len(piece))
-            own = steered[mine]
-            if not torch.isfinite(own).all():
-                raise FloatingPointError(f"plan {name!r}: logits are no longer finite")
-            kl = (clean.exp() * (clean - own)).sum(-1)
-            kls[start + number] += float(kl[tokens.is_text].double().sum())
-            norms[start + number] += sum(float(part[mine].double().sum()) for part in found)
+    n_tokens = 0
+    for at in progress(range(0, len(texts), rows), "side effects"):
+        piece = texts[at : at + rows]
+        tokens = tokenize(model, piece, MAX_TOKENS)
+        clean = logits_of(model, tokens.ids).float().log_softmax(-1)
+        n_tokens += int(tokens.is_text.sum())
+        plans_per_pass = max(1, rows // len(piece))
+        for start in range(0, len(names), plans_per_pass):
+            batch = names[start : start + plans_per_pass]
+            ids, is_text = (part.repeat(len(batch), 1) for part in (tokens.ids, tokens.is_text))
+            step_norms: list[Float[Tensor, "rows"]] = []
+            edits = row_edits(suite, [plans[name] for name in batch], len(piece))
+            measured = [_measured(model, edit, is_text, step_norms) for edit in edits]
+            steered = logits_of(model, ids, measured).float().log_softmax(-1)
+            for number, name in enumerate(batch):
+                of_plan = slice(number * len(piece), (number + 1) * len(piece))
+                if not torch.isfinite(steered[of_plan]).all():
+                    raise FloatingPointError(f"plan {name!r}: logits are no longer finite")
+                kl = (clean.exp() * (clean - steered[of_plan])).sum(-1)
+                kls[start + number] += float(kl[tokens.is_text].double().sum())
+                norms[start + number] += sum(float(n[of_plan].double().sum()) for n in step_norms)
     return pd.DataFrame(
-        {"plan": names, "norm": (norms / count).numpy(), "kl": (kls / count).numpy()}
+        {"plan": names, "norm": (norms / n_tokens).numpy(), "kl": (kls / n_tokens).numpy()}
     )
 
 
@@ -215,15 +198,15 @@ def _measured(
     model: Model,
     edit: Edit,
     is_text: Bool[Tensor, "rows position"],
-    found: list[Float[Tensor, "rows"]],
+    step_norms: list[Float[Tensor, "rows"]],
 ) -> Edit:
-    """The edit, that also notes the norm of its step, summed over the tokens of each row."""
+    """The edit, which also notes the norm of its step, summed over the tokens of each row."""
 
     def change(activations: Activations) -> Activations:
         changed = edit.change(activations)
         step = (changed - activations).float().flatten(0, 1)
         norms = _in_stream(model, edit.site, step).norm(dim=-1).view(is_text.shape)
-        found.append((norms * is_text).sum(1))
+        step_norms.append((norms * is_text).sum(1))
         return changed
 
     return Edit(edit.site, change)
@@ -235,7 +218,3 @@ def _in_stream(
     if site.module != "z":
         return steps.float()
     return attention_output(model, site.layer).to_residual(steps)
-
-
-def _norms(push: SteeringVectors) -> dict[Site, float]:
-    return {at: float(vector.float().norm()) for at, vector in push.items()}

@@ -1,8 +1,7 @@
-"""What a feature does to the next token, by one pass with it turned up: features by effect.
+"""Features by their effect on the next token, measured by one pass with each turned up.
 
-A label says where a feature is active, and not what steering by it would do: the two are almost
-unrelated in most SAEs (Arad et al. 2025, Wang et al. 2026). Either measure costs one pass
-of one token for each feature.
+A label says where a feature is active, which says little about what steering by it does (Arad et
+al. 2025, Wang et al. 2026).
 """
 
 from collections.abc import Iterable
@@ -32,31 +31,26 @@ def output_scores(
     suite: "Suite",
     features: Iterable[FeatureId | str],
     prompt: str = PROMPT,
-    factor: float = FACTOR,
-    top: int = TOP,
     batch_size: int = 256,
 ) -> "pd.DataFrame":
-    """Output score and change of token confidence of features (CHOICES 36).
+    """Output score and change of confidence of features (CHOICES 36).
 
-    At the prompt's last token, `factor` times the greatest activation that any feature of the site
-    has in the prompt is added to the feature; what the SAE cannot explain stays. The output
-    score (Arad et al. 2025, equation 3) looks at the `top` tokens that the feature's direction
-    writes by the logit lens: (1 - rank / vocabulary) · p of the most likely of them. The change of
+    At the prompt's last token, `FACTOR` times the max activation of the site in the prompt is added
+    to the feature. The output score (Arad et al. 2025, equation 3) looks at the `TOP` tokens of the
+    feature's logit lens: (1 - rank / vocabulary) · p of the most likely of them. The change of
     confidence (Wang et al. 2026, with k = 1) is by how much -log p of the most likely token grows:
-    below zero the feature makes the model surer of what it says.
+    below zero the feature makes the model surer.
 
     Args:
-        suite: The suite.
+        suite: Of the features.
         features: Features, of any sites.
         prompt: What the next token is asked of.
-        factor: How far the feature is turned up.
-        top: Tokens that the feature is said to write.
         batch_size: Features of one pass.
 
     Returns:
         One row a feature: `feature`, `output_score` (0 to 1), `confidence_change` (nats), `token`
-        (the most likely of those that it writes); missing where no feature of its site is active in
-        the prompt, so that it could not be said how far is far.
+        (the most likely of the `TOP`); missing where no feature of the site is active in the
+        prompt.
 
     Raises:
         ValueError: If there is no feature, one does not exist, or the prompt is empty.
@@ -76,15 +70,15 @@ def output_scores(
     assert clean is not None
     confidence = clean[0, -1].float().log_softmax(-1).max()
     _, prefix = cache_prompt(model, ids[:, :-1])
-    parts = [
+    batches = [
         (site, indices[start : start + batch_size])
         for site, indices in by_site.items()
         for start in range(0, len(indices), batch_size)
     ]
     rows = []
-    for site, indices in progress(parts, "effects"):
+    for site, indices in progress(batches, "effects"):
         sae = suite.sae(site)
-        size = factor * sae.encode(stream[sae.input_site][0, 1:]).max()
+        size = FACTOR * sae.encode(stream[sae.input_site][0, 1:]).max()
         if not size > 0:
             rows += [(f"{site}/{index}", None, None, "") for index in indices]
             continue
@@ -95,7 +89,7 @@ def output_scores(
         steered, _ = run_model(model, last, edits=[edit], prefix=prefix)
         assert steered is not None
         logs = steered[:, -1].float().log_softmax(-1)
-        written = logit_lens(suite, site, chosen).topk(top).indices
+        written = logit_lens(suite, site, chosen).topk(TOP).indices
         best, place = logs.gather(1, written).max(1)
         rank = (logs > best[:, None]).sum(1) / logs.shape[1]
         scores = ((1 - rank) * best.exp()).tolist()

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from flowhelpers.activations.corpora import load_texts, passages, subjects
-from flowhelpers.core.features import suggestion
 from flowhelpers.core.progress_bar import progress
+from flowhelpers.steering.plans import check_choice
 from flowhelpers.suites.model import Model, logits_of, token_losses, tokenize
 
 if TYPE_CHECKING:
@@ -56,6 +56,14 @@ class EmbeddedJudge:
     various: float
     looped: float
 
+    @property
+    def about(self) -> str:
+        """What it is worth on held-out passages, in a line."""
+        return (
+            f"embedded, for {self.theme!r}: names the subject of {self.accuracy:.0%} of held-out"
+            f" pieces, ranks one on the theme above another {self.auc:.0%} of the time"
+        )
+
     def judge(self, texts: Sequence[str]) -> "pd.DataFrame":
         """Scores from 0 to 1: `behavioral`, `coherence`, one row a text; of an empty text both 0.
 
@@ -66,13 +74,12 @@ class EmbeddedJudge:
         """
         import pandas as pd
 
-        there = np.array([bool(text.strip()) for text in texts], dtype=bool)
         scores = np.zeros((len(texts), 2))
-        if there.any():
-            some = [text for text, is_there in zip(texts, there, strict=True) if is_there]
+        if nonempty := [number for number, text in enumerate(texts) if text.strip()]:
+            judged = [texts[number] for number in nonempty]
             column = list(self.classifier.classes_).index(self.theme)
-            scores[there, 0] = self.classifier.predict_proba(some)[:, column]
-            scores[there, 1] = self._coherence(some)
+            scores[nonempty, 0] = self.classifier.predict_proba(judged)[:, column]
+            scores[nonempty, 1] = self._coherence(judged)
         return pd.DataFrame(scores, columns=["behavioral", "coherence"])
 
     def _coherence(self, texts: Sequence[str]) -> np.ndarray:
@@ -95,7 +102,7 @@ def embedded_judge(model: Model, theme: str, seed: int = 0) -> EmbeddedJudge:
     Raises:
         ValueError: If there is no such subject.
     """
-    check_theme(theme)
+    check_choice("theme", theme, subjects())
     classifier, accuracy, aucs = _classifier(seed)
     return EmbeddedJudge(
         theme, model, classifier, accuracy, aucs[theme], **_calibration(model, seed)
@@ -124,14 +131,14 @@ def mean_losses(model: Model, texts: Sequence[str], batch: int = 32) -> np.ndarr
 
     A text without a token is infinitely unlikely.
     """
-    found = []
+    losses = []
     for start in progress(range(0, len(texts), batch), "likelihood"):
         tokens = tokenize(model, texts[start : start + batch], model.bridge.cfg.n_ctx)
         loss = token_losses(logits_of(model, tokens.ids)[:, :-1], tokens.ids[:, 1:])
         counted = tokens.is_text[:, 1:]
         total, n = (loss * counted).sum(1), counted.sum(1)
-        found.append(torch.where(n > 0, total / n.clamp(min=1), torch.inf).cpu().numpy())
-    return np.concatenate(found)
+        losses.append(torch.where(n > 0, total / n.clamp(min=1), torch.inf).cpu().numpy())
+    return np.concatenate(losses)
 
 
 def distinct_tokens(model: Model, texts: Sequence[str], width: int = 32) -> np.ndarray:
@@ -139,12 +146,12 @@ def distinct_tokens(model: Model, texts: Sequence[str], width: int = 32) -> np.n
 
     It is the mean over pieces of `width` tokens, as a longer text has fewer; 1 where there is none.
     """
-    found = []
+    distinct = []
     for ids in model.tokenizer(list(texts), add_special_tokens=False)["input_ids"]:
         pieces = [ids[start : start + width] for start in range(0, len(ids), width)]
         shares = [len(set(piece)) / len(piece) for piece in pieces if len(piece) > width // 4]
-        found.append(np.mean(shares) if shares else 1.0)
-    return np.array(found)
+        distinct.append(np.mean(shares) if shares else 1.0)
+    return np.array(distinct)
 
 
 def windows(text: str, words: int = WINDOW) -> list[str]:
@@ -184,16 +191,16 @@ def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
         return calibrated.fit(pieces[of], subject[of])
 
     everything = np.arange(len(pieces))
-    found = fitted(everything)
-    chances = np.zeros((len(pieces), len(found.classes_)))
+    classifier = fitted(everything)
+    chances = np.zeros((len(pieces), len(classifier.classes_)))
     for train, test in progress(folds(everything), "judge"):
         chances[test] = fitted(train).predict_proba(pieces[test])
-    accuracy = float((found.classes_[chances.argmax(axis=1)] == subject).mean())
+    accuracy = float((classifier.classes_[chances.argmax(axis=1)] == subject).mean())
     aucs = {
         str(name): float(roc_auc_score(subject == name, chances[:, column]))
-        for column, name in enumerate(found.classes_)
+        for column, name in enumerate(classifier.classes_)
     }
-    return found, accuracy, aucs
+    return classifier, accuracy, aucs
 
 
 def theme_stems(theme: str, n: int = 100) -> list[str]:
@@ -207,7 +214,7 @@ def theme_stems(theme: str, n: int = 100) -> list[str]:
     """
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-    check_theme(theme)
+    check_choice("theme", theme, subjects())
     common = {stem(word) for word in ENGLISH_STOP_WORDS}
     counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for row in passages().itertuples():
@@ -217,22 +224,10 @@ def theme_stems(theme: str, n: int = 100) -> list[str]:
         np.array([counts[is_theme][name] for name in names]) for is_theme in (True, False)
     )
     prior = (mine + others) / 100
-    odds = []
-    for seen in (mine, others):
-        here = seen + prior
-        odds.append((np.log(here / (here.sum() - here)), 1 / here))
-    z = (odds[0][0] - odds[1][0]) / np.sqrt(odds[0][1] + odds[1][1])
+    own, other = mine + prior, others + prior
+    log_odds = [np.log(count / (count.sum() - count)) for count in (own, other)]
+    z = (log_odds[0] - log_odds[1]) / np.sqrt(1 / own + 1 / other)
     return [names[place] for place in np.argsort(-z, kind="stable")[:n]]
-
-
-def check_theme(theme: str) -> None:
-    """The theme is one of the passages' subjects.
-
-    Raises:
-        ValueError: If it is not; the message names the nearest.
-    """
-    if theme not in subjects():
-        raise ValueError(f"unknown theme {theme!r}{suggestion(theme, subjects())}")
 
 
 def stems(text: str) -> list[str]:

@@ -4,14 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from flowhelpers.activations.corpora import subjects
 from flowhelpers.activations.sparse import FeatureActivations
-from flowhelpers.core.features import Site, suggestion
+from flowhelpers.core.features import Site
 from flowhelpers.labels.describe import subject_scores
-from flowhelpers.steering.judge_embedded import EmbeddedJudge, check_theme, embedded_judge
+from flowhelpers.steering.judge_embedded import EmbeddedJudge, embedded_judge
 from flowhelpers.steering.judge_endpoint import EndpointJudge, endpoint_judge
+from flowhelpers.steering.plans import check_choice
 from flowhelpers.suites.model import Model
 
 if TYPE_CHECKING:
@@ -58,9 +57,7 @@ def theme_of(name: str) -> Theme:
     """
     if name in PAPER:
         return PAPER[name]
-    if name not in subjects():
-        known = [*subjects(), *PAPER]
-        raise ValueError(f"unknown theme {name!r}{suggestion(name, known)}")
+    check_choice("theme", name, [*subjects(), *PAPER])
     letters = {theme.subject: theme.letter for theme in PAPER.values() if theme.letter}
     return Theme(name, name, letters.get(name, ""))
 
@@ -78,24 +75,21 @@ def judge_of(
 
     Args:
         theme: The theme.
-        model: The unsteered model, whose likelihood of a text the embedded judge goes by.
+        model: The unsteered model, by whose likelihood the embedded judge measures coherence.
         kind: `embedded`, or `endpoint` for a language model behind an OpenAI-compatible endpoint.
         task: What the endpoint is asked about.
         seed: Of the embedded judge.
-        endpoint: As of `endpoint.endpoint_judge`: `model`, `base_url` and so on.
+        endpoint: As of `endpoint_judge`: `model`, `base_url` and so on.
 
     Raises:
         ValueError: If the kind is unknown, or the paper's prompt for suppression does not ask for
-            the theme.
-        PermissionError: If the endpoint refuses the key.
-        ConnectionError: If there is no endpoint.
+            the theme; others as `endpoint_judge`.
     """
-    if kind not in JUDGES:
-        raise ValueError(f"unknown judge {kind!r}{suggestion(kind, JUDGES)}")
+    check_choice("judge", kind, JUDGES)
     if kind == "embedded":
         return embedded_judge(model, theme.subject, seed)
     if task == "suppress" and not theme.letter:
-        asked = ", ".join(each.name for each in PAPER.values() if each.letter)
+        asked = ", ".join(known.name for known in PAPER.values() if known.letter)
         raise ValueError(
             f"the paper's prompt for suppression does not ask for {theme.name}: {asked}"
         )
@@ -111,14 +105,13 @@ def theme_features(
 ) -> "pd.DataFrame":
     """How well each feature tells the passages on a theme from others: a label that is measured.
 
-    Every second passage of a subject is for choosing, the others are for seeing what the choice is
-    worth.
+    Every second passage of a subject is for choosing, the others for reporting.
 
     Args:
         activations: Of passages.
         of_passages: The subject of each passage.
-        theme: The theme, one of them.
-        sites: The sites whose features are asked for; all that were read unless given.
+        theme: One of the subjects.
+        sites: The sites of the features; all that were read unless given.
 
     Returns:
         One row a feature, best first: `feature`, `layer`, `module`, `auc` and `share` (as
@@ -129,31 +122,25 @@ def theme_features(
     """
     import pandas as pd
 
-    check_theme(theme)
+    check_choice("theme", theme, subjects())
     names = pd.Series(list(of_passages))
     on_theme = (names == theme).to_numpy()
     half = (names.groupby(names).cumcount() % 2 == 0).to_numpy()
-    parts = []
+    tables = []
     for site in sites or activations.by_site:
-        mine, other = (subject_scores(activations, site, on_theme, h) for h in (half, ~half))
-        frame = mine.join(other, rsuffix="_other")
-        frame.insert(0, "feature", [f"{site}/{i}" for i in frame.index])
-        parts.append(frame.assign(layer=site.layer, module=site.module))
-    found = pd.concat(parts, ignore_index=True)
-    return found.sort_values(["auc", "share"], ascending=False, kind="stable", ignore_index=True)
+        chosen_on, other = (subject_scores(activations, site, on_theme, h) for h in (half, ~half))
+        table = chosen_on.join(other, rsuffix="_other")
+        table.insert(0, "feature", [f"{site}/{i}" for i in table.index])
+        tables.append(table.assign(layer=site.layer, module=site.module))
+    table = pd.concat(tables, ignore_index=True)
+    return table.sort_values(["auc", "share"], ascending=False, kind="stable", ignore_index=True)
 
 
 def clearest_themes(features: "dict[str, pd.DataFrame]", n: int, best: int = 8) -> list[str]:
-    """The themes that have the feature most their own.
+    """The n themes that have the feature most their own.
 
     By the largest share of a feature's activation that is on the theme, of the `best` features that
     tell the theme best, on the half of the passages that these were not chosen on.
-
-    Args:
-        features: `theme_features` of each theme.
-        n: How many themes.
-        best: Features of each theme that count.
     """
     share = {theme: table["share_other"].head(best).max() for theme, table in features.items()}
-    order = np.argsort([-value for value in share.values()], kind="stable")
-    return [list(share)[place] for place in order[:n]]
+    return sorted(share, key=lambda theme: -share[theme])[:n]

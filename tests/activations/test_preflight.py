@@ -15,7 +15,8 @@ from flowhelpers.activations.sampling import draw_sample
 from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import Site
 from flowhelpers.steering.effects import output_scores
-from flowhelpers.steering.plans import make_plan, steer
+from flowhelpers.steering.plans import make_plan
+from flowhelpers.steering.steered_texts import steer
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import HOOKS, logits_of, tokenize
 from flowhelpers.suites.saes import SAE

@@ -27,7 +27,8 @@ from torch import Tensor
 from flowhelpers.flow.graph import flow_graph
 from flowhelpers.interventions.generation import prompt_ids
 from flowhelpers.matching.table import match_table
-from flowhelpers.steering.plans import Plan, make_plan, steer
+from flowhelpers.steering.plans import Plan, make_plan
+from flowhelpers.steering.steered_texts import steer
 from flowhelpers.suites.load import Suite, load_suite
 
 BAR = 8
@@ -70,7 +71,7 @@ def steer_rate(suite: Suite, plans: Mapping[str, Plan | None], samples: int, see
     given = {"max_new_tokens": NEW, "temperature": TEMPERATURE, "top_p": TOP_P, "seed": seed}
     rows = samples * len(plans)
     took, table = seconds(
-        lambda: steer(suite, plans, PROMPT, samples, **given, batch_size=rows, bar=False)
+        lambda: steer(suite, plans, PROMPT, samples, **given, batch_size=rows, show_progress=False)
     )
     ids = suite.model.tokenizer(table["text"].tolist(), add_special_tokens=False)["input_ids"]
     return sum(min(len(row) + 1, NEW) for row in ids) / took  # with the token that ends a text

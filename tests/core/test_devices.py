@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flowhelpers import deactivation
+from flowhelpers import deactivation, steering
 from flowhelpers.activations import preflight
 from flowhelpers.activations.sampling import draw_sample
 from flowhelpers.activations.sparse import collect, read_sample
@@ -28,7 +28,7 @@ from flowhelpers.interventions.edits import add, add_per_row, rescale
 from flowhelpers.labels import describe as labels
 from flowhelpers.matching import cosine
 from flowhelpers.matching.table import match_table, transition
-from flowhelpers.steering import controls, effects, plans as steering
+from flowhelpers.steering import controls, effects
 from flowhelpers.steering.judge_embedded import mean_losses
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import final_norm, logits_of, tokenize
@@ -271,7 +271,7 @@ def test_edits_and_steering(suite: Suite) -> None:
         suite.model, Site(1, "res"), toys.TEXTS[:2], toys.TEXTS[2:]
     )
     plans["means"] = {Site(1, "res"): means}
-    texts = steering.steer(suite, plans, "The cat", 3, 5, bar=False)
+    texts = steering.steer(suite, plans, "The cat", 3, 5, show_progress=False)
     assert len(texts) == 3 * len(plans)
     assert len(controls.side_effects(suite, plans, toys.TEXTS)) == len(plans)
     assert controls.total_norm(suite, plans["add"]) > 0

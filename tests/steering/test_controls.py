@@ -204,6 +204,7 @@ def test_the_difference_of_means_is_that_of_the_tokens(
     model, rows = world.suite.model, adder.embeddings(toys.VOCABULARY)
     texts, others = [TEXTS[0], TEXTS[5], TEXTS[4]], [TEXTS[1], TEXTS[3]]
     monkeypatch.setattr(controls, "ROWS", 2)
+    monkeypatch.setattr(controls, "MAX_TOKENS", max_tokens)
 
     def mean(some: list[str]) -> torch.Tensor:
         ids = model.tokenizer(some, add_special_tokens=False)["input_ids"]
@@ -212,9 +213,9 @@ def test_the_difference_of_means_is_that_of_the_tokens(
     expected = mean(texts) - mean(others)
     assert expected.norm() > 0.3
     for site in (Site(0, "res"), Site(2, "res")):
-        found = difference_of_means(model, site, texts, others, max_tokens)
+        found = difference_of_means(model, site, texts, others)
         assert torch.allclose(found, expected, atol=1e-5)
-    reverse = difference_of_means(model, Site(1, "res"), others, texts, max_tokens)
+    reverse = difference_of_means(model, Site(1, "res"), others, texts)
     assert torch.allclose(reverse, -expected, atol=1e-5)
 
 
@@ -269,7 +270,7 @@ def test_side_effects_are_those_of_every_token_by_hand(suite: Suite):
     assert table.loc["scales", "norm"] == pytest.approx(np.mean(steps), rel=1e-4)
 
 
-def test_texts_and_plans_may_come_in_pieces(suite: Suite):
+def test_texts_and_plans_may_come_in_pieces(suite: Suite, monkeypatch: pytest.MonkeyPatch):
     plans = {
         "adds": plan_of(suite, ["0/res/3", "1/att/5"]),
         "none": None,
@@ -280,7 +281,8 @@ def test_texts_and_plans_may_come_in_pieces(suite: Suite):
     together = side_effects(suite, plans, TEXTS)
     assert together["plan"].tolist() == list(plans)
     for rows in (1, 4, 12, 13):
-        apart = side_effects(suite, plans, TEXTS, rows=rows)
+        monkeypatch.setattr(controls, "ROWS", rows)
+        apart = side_effects(suite, plans, TEXTS)
         for column in ("norm", "kl"):
             expected = pytest.approx(together[column].to_numpy(), rel=1e-4, abs=1e-6)
             assert apart[column].to_numpy() == expected
@@ -289,7 +291,8 @@ def test_texts_and_plans_may_come_in_pieces(suite: Suite):
         for column in ("norm", "kl"):
             expected = pytest.approx(together[column][number], rel=1e-4, abs=1e-6)
             assert alone[column][0] == expected
-    short = side_effects(suite, plans, TEXTS, max_tokens=5)
+    monkeypatch.setattr(controls, "MAX_TOKENS", 5)
+    short = side_effects(suite, plans, TEXTS)
     ids = [tokenize(suite.model, text, 5).ids[0].tolist() for text in TEXTS]
     assert max(map(len, ids)) == 5
     assert short["norm"][0] == pytest.approx(together["norm"][0], rel=1e-4)

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -77,15 +76,10 @@ def test_effects_are_those_of_whole_passes_one_feature_at_a_time(
     assert codes[0].max() > codes[1:].max()
 
 
-def test_prompt_factor_and_number_of_tokens_are_what_is_asked_for(
-    planted: Suite, plain_toy: Gemma3ForCausalLM
-):
+def test_the_prompt_is_the_one_asked_for(planted: Suite, plain_toy: Gemma3ForCausalLM):
     other = "The rivers rose and the cat"
-    changes: list[dict[str, Any]] = [{"prompt": other}, {"factor": 3.0}, {"top": 2}]
-    for given in changes:
-        rows = [by_hand(planted, plain_toy, name, **given) for name in FEATURES]
-        asked: dict[str, Any] = {"prompt": PROMPT} | given
-        check(output_scores(planted, FEATURES, **asked), rows)
+    rows = [by_hand(planted, plain_toy, name, other) for name in FEATURES]
+    check(output_scores(planted, FEATURES, other), rows)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -10,7 +10,6 @@ from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 from flowhelpers.activations.corpora import load_texts, passages, subjects
 from flowhelpers.steering.judge_embedded import (
     EmbeddedJudge,
-    check_theme,
     distinct_tokens,
     embedded_judge,
     mean_losses,
@@ -103,6 +102,8 @@ def test_windows_and_stems() -> None:
 def test_an_unknown_theme_names_the_nearest(model: Model) -> None:
     with pytest.raises(ValueError, match="unknown theme 'spaec'; did you mean 'space'"):
         embedded_judge(model, "spaec")
+    with pytest.raises(ValueError, match="unknown theme 'weding'; did you mean 'weddings'"):
+        theme_stems("weding")
 
 
 # Two short texts on each theme, written for this test: nothing like them is in the package.
@@ -294,11 +295,3 @@ def test_stems_are_ranked_by_their_log_odds_by_hand() -> None:
 
     expected = sorted(total, key=lambda stem: (-round(z(stem), 9), stem))
     assert theme_stems("sea", 40) == expected[:40]
-
-
-def test_themes_that_are_unknown_name_the_nearest() -> None:
-    for check in (check_theme, theme_stems):
-        with pytest.raises(ValueError, match="unknown theme 'weding'; did you mean 'weddings'"):
-            check("weding")
-    for theme in subjects():
-        check_theme(theme)

@@ -12,12 +12,12 @@ from scipy.sparse import csr_matrix
 from flowhelpers.activations.corpora import subjects
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
-from flowhelpers.flow.graph import FlowGraph, flow_graph, keep_nodes
+from flowhelpers.flow.graph import flow_graph, keep_nodes
 from flowhelpers.labels.describe import auc
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering import themes
 from flowhelpers.steering.judge_embedded import EmbeddedJudge
-from flowhelpers.steering.judge_endpoint import TASKS, EndpointJudge
+from flowhelpers.steering.judge_endpoint import PROMPTS, EndpointJudge
 from flowhelpers.steering.themes import (
     PAPER,
     Theme,
@@ -151,7 +151,8 @@ def test_themes_are_those_of_the_paper_or_of_the_passages():
         assert theme.name == name
         assert theme.subject in subjects()
         # The paper's prompt has this name for the letter.
-        assert not theme.letter or TASKS["suppress"].subjects[theme.letter] == name
+        named = f"{theme.letter}) ** {name} **"
+        assert not theme.letter or named in PROMPTS["suppress"][0]
     letters = {name: theme_of(name).letter for name in subjects()}
     assert {name: letter for name, letter in letters.items() if letter} == {
         "particle_physics": "b",
@@ -193,37 +194,16 @@ def test_the_judge_of_a_theme_is_told_what_it_needs(monkeypatch: pytest.MonkeyPa
         judge_of(wedding, model, "endpoint", "suppress")
 
 
-@pytest.fixture(scope="module")
-def graph(planted: Suite) -> FlowGraph:
-    return flow_graph(planted, "1/res/3", match_table(planted, k=2))
-
-
-def test_nodes_that_are_not_named_go_with_their_edges(graph: FlowGraph):
+def test_nodes_that_are_not_on_the_theme_go_with_their_edges_and_seeds_stay(planted: Suite):
+    graph = flow_graph(planted, "1/res/3", match_table(planted, k=2))
     names = graph.nodes["feature"].tolist()
-    assert len(names) > 4
     gone = next(n for n in names if n.startswith("1/") and n not in graph.seeds)
     ends = (graph.edges["source"] == gone) | (graph.edges["target"] == gone)
     assert 0 < ends.sum() < len(graph.edges)
-    found = keep_nodes(graph, (name for name in names if name != gone))
-    assert found.nodes["feature"].tolist() == [name for name in names if name != gone]
-    assert found.edges.equals(graph.edges[~ends].reset_index(drop=True))
-    assert (found.suite, found.seeds, found.choices) == (graph.suite, graph.seeds, graph.choices)
-    assert len(graph.nodes) == len(names)
-    assert keep_nodes(graph, names).edges.equals(graph.edges)
-    assert keep_nodes(graph, names).nodes.equals(graph.nodes)
-
-
-def test_seeds_stay(graph: FlowGraph):
-    # Between the seed and the others all edges are lost where only the seed is left.
+    left = keep_nodes(graph, (name for name in names if name != gone))
+    assert left.nodes["feature"].tolist() == [name for name in names if name != gone]
+    assert left.edges.equals(graph.edges[~ends].reset_index(drop=True))
+    assert (left.suite, left.seeds, left.choices) == (graph.suite, graph.seeds, graph.choices)
     alone = keep_nodes(graph, [])
     assert alone.nodes["feature"].tolist() == ["1/res/3"]
-    assert alone.nodes["is_seed"].all()
     assert alone.edges.empty
-    assert list(alone.edges.columns) == list(graph.edges.columns)
-    source = graph.edges.loc[graph.edges["target"] == "1/res/3", "source"].iloc[0]
-    pair = keep_nodes(graph, [source, "2/res/99"])
-    assert set(pair.nodes["feature"]) == {"1/res/3", source}
-    assert pair.edges[["source", "target"]].to_numpy().tolist() == [[source, "1/res/3"]]
-    empty = FlowGraph("a", (), {}, graph.nodes, graph.edges)
-    with pytest.raises(ValueError, match="no node of the graph is left"):
-        keep_nodes(empty, ["0/res/99"])

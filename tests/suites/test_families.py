@@ -49,7 +49,8 @@ from flowhelpers.flow.graph import flow_graph
 from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.matching import matchers
 from flowhelpers.matching.table import match_table
-from flowhelpers.steering.plans import make_plan, steer
+from flowhelpers.steering.plans import make_plan
+from flowhelpers.steering.steered_texts import steer
 from flowhelpers.suites.attention import attention_output, stored_attention_output
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import run_model, tokenize

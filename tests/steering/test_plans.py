@@ -22,12 +22,11 @@ from flowhelpers.steering.plans import (
     make_plan,
     plan_edits,
     plan_or_none,
-    row_edits,
     save_plan,
     schedule,
-    steer,
     steering_vectors,
 )
+from flowhelpers.steering.steered_texts import row_edits, steer
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Edit, Model, run_model
 
@@ -86,21 +85,21 @@ def test_a_linear_schedule_of_one_layer_is_the_strength():
     assert schedule(8.0, [4], (4, 4), "linear") == {4: 8.0}
     with pytest.raises(ValueError, match="unknown strategy 'expnential'; did you mean 'expon"):
         schedule(8.0, [4], (4, 4), "expnential")
-    with pytest.raises(ValueError, match="strength=nan: expected a finite"):
+    with pytest.raises(ValueError, match="strength=nan"):
         schedule(math.nan, [4], (4, 4))
 
 
 @pytest.mark.parametrize("unit", ["theta", "max", "unit"])
 def test_what_is_added_is_the_formula_at_every_site_and_token(world: SimpleNamespace, unit: str):
     suite = world.suite
-    greatest = {name: 1.0 + i for i, name in enumerate(FEATURES)}
+    maxima = {name: 1.0 + i for i, name in enumerate(FEATURES)}
     plan = make_plan(
-        suite, FEATURES, 3.0, strategy="exponential", unit=unit, greatest=greatest, alpha=-0.5
+        suite, FEATURES, 3.0, strategy="exponential", unit=unit, max_activation=maxima, alpha=-0.5
     )
     clean, steered = streams(world), streams(world, *plan_edits(suite, plan))
     added = {}
     for name in FEATURES:
-        scale = {"theta": theta(suite, name), "max": greatest[name], "unit": 0.5}[unit]
+        scale = {"theta": theta(suite, name), "max": maxima[name], "unit": 0.5}[unit]
         added[name] = 3 * math.exp(-0.5 * int(name[0])) * scale * row(suite, name)
     # The stream keeps what was added below; this model's layers answer nothing.
     expected = {
@@ -206,12 +205,6 @@ def test_a_plan_survives_saving_and_loading(world: SimpleNamespace, tmp_path: Pa
     assert "Größe" in text
 
 
-def test_a_plan_that_is_no_text_is_refused(tmp_path: Path):
-    (tmp_path / "plan.yaml").write_bytes(bytes(range(128, 256)))
-    with pytest.raises(ValueError, match="is no plan"):
-        load_plan(tmp_path / "plan.yaml")
-
-
 def test_a_plan_by_hand_that_rescales_needs_no_scale(tmp_path: Path):
     text = "suite: a\nkind: rescale\nunit: activation\nsteps: [{feature: 1/res/2, strength: -2}]"
     (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
@@ -223,26 +216,24 @@ def test_a_plan_by_hand_that_rescales_needs_no_scale(tmp_path: Path):
     ("text", "message"),
     [
         ("[1, 2]", "is no plan"),
-        ("suite: a\nkind: add\nunit: theta\nsteps: []", "the plan has no features"),
+        ("suite: [", "is no plan"),
+        ("\xff", "is no plan"),
+        ("suite: a\nkind: add\nunit: theta\nsteps: []", "is no plan"),
         ("suite: a\nkind: ad\nunit: theta\nsteps: [{feature: 1/res/2, strength: 1}]", "'ad'; did"),
         (ADDS + "[{feature: 1/res, strength: 1, scale: 1}]", "1/res"),
         (ADDS + "[{feature: 73, strength: 1, scale: 1}]", "73"),
-        (ADDS + "[{feature: 1/res/2, strength: .nan, scale: 1}]", "no finite"),
-        (ADDS + "[{feature: 1/res/2, strength: true, scale: 1}]", "no finite"),
+        (ADDS + "[{feature: 1/res/2, strength: .nan, scale: 1}]", "finite"),
+        (ADDS + "[{feature: 1/res/2, strength: true, scale: 1}]", "valid number"),
         (ADDS + "[{feature: 1/res/2, strength: 1}]", "1/res/2 has no scale: what is one unit"),
         (ADDS + "[{feature: 1/res/2, s: 1}]", "is no plan"),
         (ADDS.replace("theta", "thet") + "[{feature: 1/res/2, strength: 1}]", "'thet'; did you"),
         (ADDS.replace("suite: a", "suite: 5") + "[{feature: 1/res/2, strength: 1}]", "suite"),
-        (
-            "suite: a\nkind: rescale\nunit: theta\nsteps: [{feature: 1/res/2, strength: 1}]",
-            "'theta'",
-        ),
-        ("suite: a\nkind: add\nsteps: [{feature: 1/res/2, strength: 1}]", "is no plan"),
-        ("suite: [", "is no plan"),
+        (ADDS.replace("add", "rescale") + "[{feature: 1/res/2, strength: 1}]", "'theta'"),
+        (ADDS.replace("unit: theta\n", "") + "[{feature: 1/res/2, strength: 1}]", "is no plan"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str, message: str):
-    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "plan.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         load_plan(tmp_path / "plan.yaml")
 
@@ -334,23 +325,18 @@ def test_samples_may_be_named_by_their_numbers(planted: Suite):
 
 
 @pytest.mark.parametrize("kind", ["add", "rescale", "vectors"])
-def test_what_is_not_finite_is_named_before_it_is_tried(planted: Suite, kind: str):
+def test_what_is_not_finite_is_refused_before_it_is_tried(planted: Suite, kind: str):
     steps = (Step("1/res/3", 1.0), Step("2/res/1", math.nan))
     bad: Any = Plan(planted.name, "add" if kind == "vectors" else kind, "unit", steps)
-    words = rf"plan 'bad' \({kind}, .* layers 1 to 2\): it is not finite"
     if kind == "vectors":
         bad = steering_vectors(planted, bad)
-        words = r"plan 'bad' \(vectors of norm .* at 1/res, nan at 2/res\): it is not finite"
-    fine = make_plan(planted, ["1/res/3"], 1.0)
-    with pytest.raises(FloatingPointError, match=words):
-        steer(planted, {"none": None, "fine": fine, "bad": bad}, PROMPT, 2, max_new_tokens=3)
+    with pytest.raises(ValueError, match="finite"):
+        steer(planted, {"none": None, "bad": bad}, PROMPT, 2, max_new_tokens=3)
 
 
-def test_a_strength_that_breaks_the_model_is_named(planted: Suite):
+def test_a_plan_that_breaks_the_model_is_named(planted: Suite):
     plans = toys.plans_that_break(planted)
-    with pytest.raises(
-        FloatingPointError, match=r"plan 'far' \(add, strengths 3e\+38 .*layers 0 to 1\)"
-    ):
+    with pytest.raises(FloatingPointError, match="plan 'far': logits are no longer finite"):
         steer(planted, plans, PROMPT, samples=2, max_new_tokens=3)
 
 
@@ -362,10 +348,10 @@ def test_a_strength_that_breaks_the_model_is_named(planted: Suite):
         ({"features": FEATURES, "layer": 7, "strategy": "single"}, "layer 7: there are some at 0"),
         ({"features": FEATURES, "kind": "ad"}, "unknown kind 'ad'; did you mean 'add'"),
         ({"features": FEATURES, "unit": "thet"}, "unknown unit 'thet'; did you mean 'theta'"),
-        ({"features": FEATURES, "unit": "max"}, "no greatest activation of 0/res/2"),
+        ({"features": FEATURES, "unit": "max"}, r"the unit \(max\) of 0/res/2 is nan"),
         (
-            {"features": ["1/res/3"], "unit": "max", "greatest": {"1/res/3": 0.0}},
-            "the unit of 1/res/3 is 0.0: expected a number above zero",
+            {"features": ["1/res/3"], "unit": "max", "max_activation": {"1/res/3": 0.0}},
+            r"the unit \(max\) of 1/res/3 is 0.0: expected a number above zero",
         ),
         ({"features": FEATURES, "strength": math.inf}, "strength=inf"),
         ({"features": FEATURES, "kind": "rescale", "strategy": "linear"}, "r is the same at all"),

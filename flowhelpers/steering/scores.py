@@ -1,0 +1,211 @@
+"""Scores of texts: means over samples, differences, and the cells that do best."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+
+from flowhelpers.core.bootstrap import mean_intervals
+from flowhelpers.steering.controls import side_effects
+from flowhelpers.steering.sweeps import CELL, UNSTEERED, SweepCell
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from flowhelpers.suites.load import Suite
+
+SCORES = ("behavioral", "coherence", "score")
+TIMES = 1000  # resamples of intervals
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """What gives texts their scores: the embedded judge, an endpoint, or your own."""
+
+    def judge(self, texts: Sequence[str]) -> "pd.DataFrame":
+        """`behavioral` and `coherence` from 0 to 1, one row a text; missing where there is none."""
+        ...
+
+
+def score_texts(
+    texts: "pd.DataFrame", judges: Mapping[str, Judge], suppress: bool = False
+) -> "pd.DataFrame":
+    """Texts with their scores: `behavioral`, `coherence`, `score`.
+
+    The score of a text is B · C, or (1 - B) · C where the theme is to be suppressed (paper 5.3, B;
+    CHOICES 22); missing where the judge gave none (CHOICES 23).
+
+    Args:
+        texts: As `sweep` gives.
+        judges: The judge of each theme.
+        suppress: Whether the theme is to be suppressed.
+
+    Raises:
+        ValueError: If a theme has no judge, or a judge gives scores outside 0 to 1.
+    """
+    import pandas as pd
+
+    if missing := set(texts["theme"]) - set(judges):
+        raise ValueError(f"no judge for {', '.join(sorted(missing))}: expected one for each theme")
+    parts = []
+    for theme, of_theme in texts.reset_index(drop=True).groupby("theme", sort=False):
+        different = list(dict.fromkeys(of_theme["text"]))
+        scores = judges[str(theme)].judge(different)[["behavioral", "coherence"]]
+        outside = int(((scores < 0) | (scores > 1)).sum().sum())
+        if len(scores) != len(different) or outside:
+            raise ValueError(
+                f"the judge of {theme!r} gave {len(scores)} rows for {len(different)} texts,"
+                f" {outside} scores outside 0 to 1"
+            )
+        parts.append(of_theme.join(scores.set_axis(different), on="text"))
+    scored = pd.concat(parts).sort_index().set_axis(texts.index)
+    present = 1 - scored["behavioral"] if suppress else scored["behavioral"]
+    return scored.assign(score=present * scored["coherence"])
+
+
+def cell_means(
+    scores: "pd.DataFrame", by: Sequence[str] = ("cell", *CELL), seed: int = 0
+) -> "pd.DataFrame":
+    """The mean scores of each cell, with 95 % intervals from samples drawn anew.
+
+    The product is taken text by text, before the mean (CHOICES 22). The same samples are drawn for
+    all cells, as they share their random streams.
+
+    Args:
+        scores: As `score_texts` gives.
+        by: Columns that tell cells apart.
+        seed: Of the resamples.
+
+    Returns:
+        `by`, `n` (texts with scores), `missing` (texts without), and `behavioral`, `coherence` and
+        `score`, each with `_low` and `_high`.
+    """
+    import pandas as pd
+
+    keys = list(by)
+    cell = scores.groupby(keys, sort=False, dropna=False).ngroup()
+    table = scores.assign(group=cell, text=scores["sample"])  # the bootstrap draws samples
+    samples = pd.DataFrame({"dataset": "samples", "text": np.sort(scores["sample"].unique())})
+    means = mean_intervals(table, SCORES, ["group"], samples, TIMES, seed)
+    n = table["score"].notna().groupby(cell).sum().to_numpy()
+    named = scores[keys].drop_duplicates().reset_index(drop=True)
+    named = named.assign(n=n, missing=means["n"].to_numpy() - n)
+    return named.join(means.drop(columns=["group", "n"]))
+
+
+def paired_differences(
+    scores: "pd.DataFrame",
+    baseline: str,
+    on: Sequence[str] = ("theme",),
+    by: Sequence[str] = CELL,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """By how much each cell scores above a baseline, sample by sample.
+
+    Steered and unsteered text of one sample share a random stream: these intervals are narrower
+    than those of two means apart.
+
+    Args:
+        scores: As `score_texts` gives.
+        baseline: The strategy that is the baseline.
+        on: What a text and its baseline have in common, beside the sample.
+        by: Columns that tell cells apart.
+        seed: Of the resamples.
+
+    Returns:
+        `by`, `n`, `difference`, `difference_low`, `difference_high`, without the baseline's cells.
+
+    Raises:
+        ValueError: If there is no baseline.
+    """
+    is_base = scores["strategy"] == baseline
+    if not is_base.any():
+        known = ", ".join(map(str, scores["strategy"].unique()))
+        raise ValueError(f"no cell of the strategy {baseline!r}: there are {known}")
+    keys = [*on, "sample"]
+    base = scores[is_base].groupby(keys)["score"].mean().rename("base")
+    table = scores[~is_base].join(base, on=keys)
+    means = cell_means(table.assign(score=table["score"] - table["base"]), by, seed)
+    names = {f"score{end}": f"difference{end}" for end in ("", "_low", "_high")}
+    return means[[*by, "n", *names]].rename(columns=names)
+
+
+def with_costs(
+    means: "pd.DataFrame", suite: "Suite", cells: Sequence[SweepCell], texts: Sequence[str]
+) -> "pd.DataFrame":
+    """Means with `norm` and `kl` of each cell on given texts, as `side_effects` gives.
+
+    A cell with a prompt of its own and no edit has neither.
+    """
+    plans = {str(number): cell.plan for number, cell in enumerate(cells)}
+    costs = side_effects(suite, plans, texts)[["norm", "kl"]]
+    costs[[cell.plan is None and cell.prompt is not None for cell in cells]] = np.nan
+    at = means["cell"].to_numpy()
+    return means.assign(norm=costs["norm"].to_numpy()[at], kl=costs["kl"].to_numpy()[at])
+
+
+def beside_unsteered(steered: "pd.DataFrame", scores: "pd.DataFrame", kind: str) -> "pd.DataFrame":
+    """Rows of scored texts as `steered`, with the `unsteered` text of their theme and sample.
+
+    Args:
+        steered: Rows of `scores`.
+        scores: As `score_texts` gives, with unsteered cells.
+        kind: What the rows are, in words; a column.
+
+    Raises:
+        ValueError: If a row has no unsteered text.
+    """
+    plain = scores[scores["strategy"] == UNSTEERED].drop_duplicates(["theme", "sample"])
+    plain = plain.set_index(["theme", "sample"])["text"].rename("unsteered")
+    table = steered.join(plain, on=["theme", "sample"]).assign(kind=kind, steered=steered["text"])
+    if table["unsteered"].isna().any():
+        raise ValueError(f"{kind}: there is no unsteered text of the same theme and sample")
+    return table
+
+
+def best_cells(means: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
+    """The rows of `cell_means` of highest score for each of `by`, the first of equals."""
+    known = means[means["score"].notna()]
+    return known.loc[known.groupby(list(by), sort=False, dropna=False)["score"].idxmax()]
+
+
+def select_cells(cells: Sequence[SweepCell], best: "pd.DataFrame") -> list[SweepCell]:
+    """The cells that `best_cells` names, in its order."""
+    return [cells[int(number)] for number in best["cell"]]
+
+
+def selection_bias(reported: "pd.DataFrame", strategies: Iterable[str]) -> float:
+    """By how much chosen cells score lower on other samples, beyond what unsteered text does.
+
+    Args:
+        reported: Means with `chosen_on`, the score that each was chosen by.
+        strategies: Those of which the best cells were chosen.
+    """
+    fall = (reported["chosen_on"] - reported["score"]).groupby(reported["strategy"]).mean()
+    return float(fall[fall.index.isin(list(strategies))].mean() - fall[UNSTEERED])
+
+
+def verdicts(
+    means: "pd.DataFrame", best: Sequence[SweepCell], rivals: Sequence[str]
+) -> "pd.DataFrame":
+    """Whether the whole interval of each theme's best strategy lies above or below each rival's.
+
+    Args:
+        means: One row a `theme` and `strategy`, with intervals of `score`.
+        best: The best cell of each theme.
+        rivals: Strategies; each becomes a column of `above`, `below` or `no difference`.
+    """
+    import pandas as pd
+
+    ends = means.set_index(["theme", "strategy"])[["score", "score_low", "score_high"]]
+    rows = []
+    for cell in best:
+        own = ends.loc[(cell.theme, cell.strategy)]
+        row = {"theme": cell.theme, "strategy": cell.strategy, **own}
+        for rival in rivals:
+            other = ends.loc[(cell.theme, rival)]
+            is_above = own["score_low"] > other["score_high"]
+            is_below = own["score_high"] < other["score_low"]
+            row[rival] = "above" if is_above else "below" if is_below else "no difference"
+        rows.append(row)
+    return pd.DataFrame(rows)
