@@ -89,7 +89,7 @@ def random_feature_control(
 def scale_plan(plan: P, factor: float) -> P:
     """The plan with a change so many times as large: s times the factor, or r - 1 times it."""
     if not isinstance(plan, Plan):
-        return {at: vector * factor for at, vector in plan.items()}
+        return {at: vector * factor for at, vector in plan.items()}  # pyright: ignore[reportReturnType]
     rest = 1.0 if plan.kind == "rescale" else 0.0
     steps = (replace(s, strength=rest + (s.strength - rest) * factor) for s in plan.steps)
     return replace(plan, steps=tuple(steps))

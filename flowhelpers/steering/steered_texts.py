@@ -129,7 +129,8 @@ def steer(
         try:
             tokens = sample_tokens(
                 suite.model, ids.expand(len(numbers) * len(batch), -1), seeds * len(batch),
-                max_new_tokens, temperature, top_p, edits, phases, skip_bos, show_progress=show_progress,
+                max_new_tokens, temperature, top_p, edits, phases, skip_bos,
+                show_progress=show_progress,
             )  # fmt: skip
         except NotFiniteError as error:
             name = batch[error.rows[0] // len(numbers)]
