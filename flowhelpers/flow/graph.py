@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from flowhelpers.core.features import MODULES, FeatureId, parse_feature
-from flowhelpers.labels.on_neuronpedia import feature_page
+from flowhelpers.labels.neuronpedia import feature_page
 from flowhelpers.matching.table import check_threshold, classify, dominant_module, feature_scores
 
 if TYPE_CHECKING:
