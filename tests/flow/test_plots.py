@@ -15,21 +15,13 @@ import toys
 from flowhelpers.core.features import Site
 from flowhelpers.core.figures import COLOURS, GREY, INK, TEMPLATE
 from flowhelpers.flow.graph import FlowGraph, flow_graph, labelled
-from flowhelpers.flow.layout import flow_layout
+from flowhelpers.flow.layout import CLASS_COLOURS, flow_layout
 from flowhelpers.flow.plots import (
-    CLASS_COLOURS,
-    CONDITIONS,
-    against_chance,
-    agreement_map,
     before_after,
     births_and_deaths,
-    classes_by_layer,
     flow_picture,
     lifespan_map,
     schematic,
-    scores_by_layer,
-    share_above_null,
-    token_text,
 )
 from flowhelpers.matching.table import match_table
 
@@ -407,77 +399,6 @@ def test_the_title_names_the_seeds(chain: FlowGraph, count: int, expected: str) 
     assert flow_picture(graph, "toy").layout.title.text == expected
 
 
-def test_token_text_colours_the_characters_of_each_token() -> None:
-    tokens = pd.DataFrame({"token": ["ab", " <c", "\n", "d"], "activation": [0.0, 2.5, 1.0, 0.5]})
-    (grid,) = token_text(tokens, "title", "toy", columns=4).data
-    assert [list(row) for row in grid.text] == [
-        ["a", "b", "", ""],
-        [" ", "&lt;", "c", "⏎"],
-        ["d", "", "", ""],
-    ]
-    assert [list(row) for row in grid.z] == [
-        [0, 0, None, None],
-        [2.5, 2.5, 2.5, 1],
-        [0.5, None, None, None],
-    ]
-    assert grid.hovertext[1][0] == "' &lt;c': 2.5"
-    assert (grid.zmin, grid.zmax, grid.texttemplate) == (0, 2.5, "%{text}")
-
-
-def test_token_text_breaks_a_token_that_is_longer_than_a_line() -> None:
-    tokens = pd.DataFrame({"token": ["x", "abcdefg"], "activation": [1.0, 0.0]})
-    (grid,) = token_text(tokens, "title", "toy", columns=3).data
-    assert ["".join(row) for row in grid.text] == ["x", "abc", "def", "g"]
-
-
-def test_a_text_without_activation_is_white() -> None:
-    tokens = pd.DataFrame({"token": ["a"], "activation": [0.0]})
-    (grid,) = token_text(tokens, "title", "toy").data
-    assert grid.zmin < grid.zmax
-    assert grid.colorscale[0][1] == "white"
-
-
-def test_scores_by_layer_are_the_quantiles_of_each_layer() -> None:
-    values = np.linspace(0, 1, 101)
-    table = pd.concat(
-        [
-            pd.DataFrame({"layer": 0, "s_mlp": values, "null_mlp": 0.3}),
-            pd.DataFrame(
-                {"layer": 1, "s_mlp": values / 2, "null_mlp": 0.2, "s_res": values, "null_res": 0.4}
-            ),
-        ]
-    )
-    figure = scores_by_layer(table, "toy")
-    stream, stream_null, mlp, mlp_null = figure.data
-    assert list(stream.x) == [1]  # layer 0 has no stream before it
-    assert (stream.q1[0], stream.median[0], stream.q3[0]) == (0.25, 0.5, 0.75)
-    assert (stream.lowerfence[0], stream.upperfence[0]) == pytest.approx((0.05, 0.95))
-    assert list(mlp.median) == [0.5, 0.25]
-    assert (list(stream_null.y), list(mlp_null.y)) == ([0.4], [0.3, 0.2])
-    assert mlp.marker.color == COLOURS["mlp"]
-    assert notes(figure) == ["s(R)", "s(M)", "s(A)"]
-
-
-def test_share_above_null_has_a_line_for_each_score_there_is() -> None:
-    summary = pd.DataFrame({"layer": [0, 1], "above_res": [np.nan, 0.9], "above_mlp": [0.5, 0.1]})
-    figure = share_above_null(summary, "toy")
-    assert [trace.name for trace in figure.data] == ["s(R)", "s(M)"]
-    assert list(figure.data[1].y) == [0.5, 0.1]
-    assert figure.data[0].marker.symbol != figure.data[1].marker.symbol
-    assert [shape.y0 for shape in figure.layout.shapes] == [0.001]
-
-
-def test_classes_by_layer_stacks_the_shares_of_the_four_classes() -> None:
-    shares = {"translated": [0.5, 0], "processed": [0.25, 0.1], "newborn": [0.25, 0.2]}
-    table = pd.DataFrame({"layer": [3, 4]} | shares | {"unexplained": [0, 0.7]})
-    figure = classes_by_layer(table, "toy")
-    assert figure.layout.barmode == "stack"
-    assert {bar.name: (list(bar.x), list(bar.y)) for bar in figure.data} == {
-        name: ([3, 4], list(table[name])) for name in CLASS_COLOURS
-    }
-    assert [bar.marker.color for bar in figure.data] == [*CLASS_COLOURS.values()]
-
-
 def test_births_and_deaths_has_a_line_for_each_and_ends_deaths_before_the_last_layer() -> None:
     table = pd.DataFrame(
         {"layer": [0, 1], "born_mlp": [0.1, 0.2], "born_att": [0, 0.3], "dies": [0.4, np.nan]}
@@ -485,6 +406,7 @@ def test_births_and_deaths_has_a_line_for_each_and_ends_deaths_before_the_last_l
     mlp, att, dies = births_and_deaths(table, "toy").data
     assert (list(mlp.y), list(att.y), dies.y[0]) == ([0.1, 0.2], [0, 0.3], 0.4)
     assert np.isnan(dies.y[1])
+    assert [mlp.name, att.name] == ["born of the MLP", "born of attention"]
     assert (mlp.line.color, att.line.color) == (COLOURS["mlp"], COLOURS["att"])
 
 
@@ -498,73 +420,31 @@ def test_lifespan_map_counts_every_run_once_where_it_begins() -> None:
     assert (list(grid.x), list(grid.y)) == ([0, 1, 2], [0, 1, 2])
 
 
-def test_agreement_map_has_a_panel_for_each_module_and_each_pair_both_ways() -> None:
-    rows = [("a", "b", "mlp", 9, 0.2), ("a", "b", "res", 9, 0.5), ("a", "c", "res", 9, 0.7)]
-    table = pd.DataFrame(rows, columns=["first", "second", "module", "features", "same"])
-    figure = agreement_map(table, "toy")
-    assert notes(figure) == ["from R (stream)", "from M (MLP)"]
-    nan = np.nan
-    expected = [
-        [[nan, 0.5, 0.7], [0.5, nan, nan], [0.7, nan, nan]],
-        [[nan, 0.2, nan], [0.2, nan, nan], [nan, nan, nan]],
-    ]
-    for grid, shares in zip(figure.data, expected, strict=True):
-        assert list(grid.x) == list(grid.y) == ["a", "b", "c"]
-        assert np.array_equal(np.array(grid.z, dtype=float), shares, equal_nan=True)
-
-
-def test_against_chance_puts_both_histograms_on_the_same_bins() -> None:
-    both = pd.DataFrame({"found": [0.5, 0.9], "chance": [0.1, 0.2]})
-    figure = against_chance(both, 0.33, "title", "toy")
-    chance, found = figure.data
-    assert (list(chance.x), list(found.x)) == ([0.1, 0.2], [0.5, 0.9])
-    assert chance.xbins.to_plotly_json() == found.xbins.to_plotly_json()
-    assert figure.layout.shapes[0].x0 == 0.33
-
-
 def test_before_after_has_a_bar_for_each_row() -> None:
-    table = pd.DataFrame(
-        {
-            "what": ["a\nb", "a\nb", "c", "c"],
-            "condition": ["before", "after", "before", "after"],
-            "value": [12.34, 0.0, 0.123, 1.0],
-        }
-    )
+    rows = [
+        ("a<\nb", "before", 12.34),
+        ("a<\nb", "after", 0.0),
+        ("c", "before", 0.123),
+        ("c", "after", 1),
+    ]
+    table = pd.DataFrame(rows, columns=["what", "condition", "value"])
     before, after = before_after(table, "title", "activation", "toy").data
-    assert (list(before.x), list(before.y)) == (["a<br>b", "c"], [12.34, 0.123])
-    assert list(after.y) == [0, 1]
-    assert list(before.text) == ["12.3", "0.12"]
-    assert (before.name, after.name) == ("before", "after")
-    assert (before.marker.color, after.marker.color) == CONDITIONS[:2]
-
-
-def test_more_conditions_than_colours_are_an_error() -> None:
-    table = pd.DataFrame({"what": "a", "condition": range(6), "value": 1.0})
-    with pytest.raises(ValueError, match="6 conditions: expected at most 5"):
-        before_after(table, "title", "value", "toy")
+    assert (list(before.x), list(before.y)) == (["a&lt;<br>b", "c"], [12.34, 0.123])
+    assert (before.name, after.name, list(after.y)) == ("before", "after", [0, 1])
+    assert before.marker.color != after.marker.color
 
 
 def test_every_figure_says_suite_and_choices_and_looks_the_same(chain: FlowGraph) -> None:
     bars = pd.DataFrame({"what": ["a"], "condition": ["c"], "value": [1.0]})
-    scores = pd.DataFrame({"layer": [1], "s_res": [0.5], "null_res": [0.3]})
     by_layer = pd.DataFrame({"layer": [0], "born_mlp": 0.1, "born_att": 0.1, "dies": 0.1})
-    by_layer = by_layer.assign(**dict.fromkeys(CLASS_COLOURS, 0.25))
-    agreement = pd.DataFrame({"first": ["a"], "second": "b", "module": "mlp", "same": 0.5})
     figures = [
         schematic(chain, "1/res/5", "suite toy"),
         flow_picture(chain, "suite toy"),
-        classes_by_layer(by_layer, "suite toy"),
         births_and_deaths(by_layer, "suite toy"),
         lifespan_map(pd.DataFrame({"layer": [0], "first": [0], "last": [0]}), "suite toy"),
-        agreement_map(agreement, "suite toy"),
-        token_text(pd.DataFrame({"token": ["a"], "activation": [1.0]}), "title", "suite toy"),
-        scores_by_layer(scores, "suite toy"),
-        share_above_null(pd.DataFrame({"layer": [1], "above_res": [1.0]}), "suite toy"),
-        against_chance(pd.DataFrame({"found": [0.5], "chance": [0.1]}), 0.3, "title", "suite toy"),
         before_after(bars, "title", "value", "suite toy"),
     ]
     for figure in figures:
         assert figure.layout.title.subtitle.text == "suite toy"
         assert figure.layout.title.text
         assert figure.layout.template == TEMPLATE
-        assert figure.layout.template.layout.plot_bgcolor == "white"

@@ -22,6 +22,7 @@ from flowhelpers.labels.describe import (
     top_logit_tokens,
     top_tokens,
 )
+from flowhelpers.labels.plots import token_text
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import token_strings
 from flowhelpers.suites.saes import make_sae
@@ -208,3 +209,33 @@ def test_a_feature_that_does_not_exist_is_named(planted: Suite):
     ):
         with pytest.raises(ValueError, match="no feature 1/res/16 in "):
             function(planted, "1/res/16")
+
+
+def test_token_text_colours_the_characters_of_each_token():
+    tokens = pd.DataFrame({"token": ["ab", " <c", "\n", "d"], "activation": [0.0, 2.5, 1.0, 0.5]})
+    (grid,) = token_text(tokens, "title", "toy", columns=4).data
+    assert [list(row) for row in grid.text] == [
+        ["a", "b", "", ""],
+        [" ", "&lt;", "c", "⏎"],
+        ["d", "", "", ""],
+    ]
+    assert [list(row) for row in grid.z] == [
+        [0, 0, None, None],
+        [2.5, 2.5, 2.5, 1],
+        [0.5, None, None, None],
+    ]
+    assert grid.hovertext[1][0] == "' &lt;c': 2.5"
+    assert (grid.zmin, grid.zmax, grid.texttemplate) == (0, 2.5, "%{text}")
+
+
+def test_token_text_breaks_a_token_that_is_longer_than_a_line():
+    tokens = pd.DataFrame({"token": ["x", "abcdefg"], "activation": [1.0, 0.0]})
+    (grid,) = token_text(tokens, "title", "toy", columns=3).data
+    assert ["".join(row) for row in grid.text] == ["x", "abc", "def", "g"]
+
+
+def test_a_text_without_activation_is_white():
+    tokens = pd.DataFrame({"token": ["a"], "activation": [0.0]})
+    (grid,) = token_text(tokens, "title", "toy").data
+    assert grid.zmin < grid.zmax
+    assert grid.colorscale[0][1] == "white"
