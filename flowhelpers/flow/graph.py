@@ -83,8 +83,7 @@ def flow_graph(
     Backward, each step goes to the best match of the node reached; forward, to the feature of the
     next layer whose score with the node is highest. Every residual node has its MLP and attention
     predecessors, which are not followed further. A seed at an MLP or attention leads to the
-    residual features that it matches best, whose flow this is. Flows of several seeds share the
-    nodes that they have in common.
+    residual features that it matches best, whose flow this is. Flows of several seeds share nodes.
 
     The paper's B.2 has `t_res=0.5, t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
 
@@ -101,18 +100,17 @@ def flow_graph(
         thresholds: What the classes go by, as in `matching.classify`.
 
     Raises:
-        ValueError: If a feature does not exist, a threshold is outside [-1, 1] or of a place that
-            does not, or the table has fewer ranks than `top_n`, nothing at a seed's layer, or is
-            another suite's.
+        ValueError: If a feature or the place of a threshold does not exist, a threshold is outside
+            [-1, 1], or the table is another suite's or lacks ranks or the layer of a seed.
 
     Example:
         >>> from flowhelpers import flow_graph, load_suite, match_table
         >>> suite = load_suite("flowlet")
         >>> graph = flow_graph(suite, "4/res/17", match_table(suite, k=1))
         >>> graph.chain["feature"].tolist()[3:6]
-        []
-        >>> graph.chain.loc[5, ["from_res", "from_mlp", "class"]].tolist()
-        []
+        ['3/res/733', '4/res/17', '5/res/197']
+        >>> ancestors(graph, "1/res/206")
+        ['0/att/68', '0/res/698', '0/mlp/499', '1/att/35', '1/mlp/284']
     """
     import pandas as pd
 
@@ -131,13 +129,11 @@ def flow_graph(
         if seed.layer not in {*table["layer"], *table["source_layer"]}:
             raise ValueError(f"the match table has nothing at layer {seed.layer}, of {seed}")
     steps = _Steps(table, top_n, limits)
-    starts: list[FeatureId] = []
-    for seed in found:
-        starts += [seed] if seed.module == "res" else steps.onward(seed)
+    starts = [end for s in found for end in ([s] if s.module == "res" else steps.onward(s))]
     reached = {*starts}
-    for go, step in ((backward, steps.back), (forward, steps.onward)):
+    for step in [steps.back] * backward + [steps.onward] * forward:
         seen, ahead = {*starts}, [*starts]
-        while go and ahead:
+        while ahead:
             fresh = {*step(ahead.pop())} - seen
             seen |= fresh
             ahead += fresh
@@ -169,20 +165,17 @@ class _Steps:
 
     def back(self, node: FeatureId, module: str = "res") -> list[FeatureId]:
         """Predecessors of a residual node at a module."""
-        return self._step(node, (node.layer, module, "backward"))
+        return self._step(node, node.layer, module, "backward")
 
     def onward(self, node: FeatureId) -> list[FeatureId]:
         """Residual features that a node leads to."""
-        layer = node.layer + (node.module == "res")
-        return self._step(node, (layer, node.module, "forward"))
+        return self._step(node, node.layer + (node.module == "res"), node.module, "forward")
 
-    def _step(self, node: FeatureId, key: tuple[int, str, str]) -> list[FeatureId]:
-        layer, module, direction = key
-        group = self.groups.get(key)
+    def _step(self, node: FeatureId, layer: int, module: str, direction: str) -> list[FeatureId]:
+        group = self.groups.get((layer, module, direction))
         if group is None or node.index not in group.index:
             return []
-        limit = self.limits[module]
-        reached = []
+        limit, reached = self.limits[module], []
         for row in group.loc[[node.index]].sort_values("rank").to_dict("records"):
             if limit is not None and row["score"] < limit:
                 continue
@@ -234,11 +227,7 @@ def _sorted_edges(edges: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def merged(graphs: Sequence[FlowGraph]) -> FlowGraph:
-    """Several graphs of one suite as one, the graph that `flow_graph` builds of all their seeds.
-
-    Raises:
-        ValueError: If there is none, or they are of several suites or choices.
-    """
+    """Several graphs of one suite as one, the graph that `flow_graph` builds of all their seeds."""
     import pandas as pd
 
     kinds = {(graph.suite, json.dumps(dict(graph.choices), sort_keys=True)) for graph in graphs}
@@ -264,13 +253,7 @@ def labelled(graph: FlowGraph, labels: "pd.DataFrame") -> FlowGraph:
 
 
 def keep_nodes(graph: FlowGraph, features: Iterable[str]) -> FlowGraph:
-    """The graph without nodes that are not named: what the paper does by hand, with labels in view.
-
-    Seeds stay. Edges stay where both ends do.
-
-    Raises:
-        ValueError: If nothing is left.
-    """
+    """The graph of the seeds and the nodes that are named, as the paper chooses them by hand."""
     kept = {*features, *graph.seeds}
     nodes = graph.nodes[graph.nodes["feature"].isin(kept)].reset_index(drop=True)
     both = graph.edges["source"].isin(kept) & graph.edges["target"].isin(kept)
@@ -294,11 +277,7 @@ def descendants(graph: FlowGraph, feature: FeatureId | str) -> list[str]:
 
 
 def path(graph: FlowGraph, first: FeatureId | str, last: FeatureId | str) -> "pd.DataFrame":
-    """The edges from one feature to a later one, in order; the sum of (1 - score) is least.
-
-    Raises:
-        ValueError: If a feature is not in the graph, or no path leads there.
-    """
+    """The edges from one feature to a later one, in order; the sum of (1 - score) is least."""
     import networkx
 
     ends = _node(graph, first), _node(graph, last)
@@ -316,9 +295,6 @@ def lifespan(
 
     The run ends where no residual edge of the graph goes on whose score is at least `t_res`, or
     above the null's quantile if `t_res` is not given.
-
-    Raises:
-        ValueError: If the feature is not in the graph, or is not residual.
     """
     import networkx
 

@@ -1,5 +1,6 @@
 """A flow graph is the planted chain, from whichever of its nodes it is built."""
 
+import doctest
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -65,6 +66,12 @@ def bare(directions: dict[str, Tensor], layers: int = 3) -> Suite:
 def built(directions: dict[str, Tensor], seed: str, layers: int = 3, **options: Any) -> FlowGraph:
     small = bare(directions, layers)
     return flow_graph(small, seed, match_table(small, k=1), **options)
+
+
+def test_the_example_of_the_docstring_is_true():
+    from flowhelpers.flow import graph
+
+    assert doctest.testmod(graph) == (0, 5)
 
 
 @pytest.mark.parametrize("coordinate", [2, 13])

@@ -14,6 +14,7 @@ import toys
 
 from flowhelpers.core.features import Site
 from flowhelpers.core.figures import COLOURS, GREY, INK, TEMPLATE
+from flowhelpers.flow.files import load_graph, save_graph
 from flowhelpers.flow.graph import FlowGraph, flow_graph, labelled
 from flowhelpers.flow.layout import CLASS_COLOURS, flow_layout
 from flowhelpers.flow.plots import (
@@ -23,6 +24,7 @@ from flowhelpers.flow.plots import (
     lifespan_map,
     schematic,
 )
+from flowhelpers.flow.svg import flow_svg
 from flowhelpers.matching.table import match_table
 
 LABELS = pd.DataFrame(
@@ -432,6 +434,48 @@ def test_before_after_has_a_bar_for_each_row() -> None:
     assert (list(before.x), list(before.y)) == (["a&lt;<br>b", "c"], [12.34, 0.123])
     assert (before.name, after.name, list(after.y)) == ("before", "after", [0, 1])
     assert before.marker.color != after.marker.color
+
+
+@pytest.fixture(scope="module")
+def linked(cache: Path) -> FlowGraph:
+    """A graph of a suite whose stream and MLP, but not its attention, are on Neuronpedia."""
+    bare = toys.bare_suite()
+    names = {at: f"toy-model/{at.layer}-{at.module}" for at in bare.saes if at.module != "att"}
+    suite = replace(bare, row=replace(bare.row, neuronpedia=names))
+    of_attention = f"2/res/{toys.COORDINATE[2].index(13)}"
+    return flow_graph(suite, ["1/res/5", of_attention], match_table(suite, k=1, cache=cache))
+
+
+def test_every_node_has_its_page_in_the_graph_and_in_its_file(
+    linked: FlowGraph, tmp_path: Path
+) -> None:
+    for node in linked.nodes.itertuples():
+        page = f"https://www.neuronpedia.org/toy-model/{node.layer}-{node.module}/{node.index}"
+        assert node.link == ("" if node.module == "att" else page)
+    bad = replace(linked, nodes=linked.nodes.assign(link="javascript:alert(1)"))
+    for graph, links in ((linked, linked.nodes["link"].tolist()), (bad, [""] * len(bad.nodes))):
+        save_graph(graph, tmp_path / "graph.json")
+        assert load_graph(tmp_path / "graph.json").nodes["link"].tolist() == links
+
+
+def test_nodes_lead_to_their_pages_in_every_picture(linked: FlowGraph, chain: FlowGraph) -> None:
+    links = linked.nodes.loc[linked.nodes["link"] != "", ["feature", "link"]]
+    svg = flow_svg(linked, "toy")
+    values = dict.fromkeys(["1/res/5"], 1.0)
+    for figure in (flow_picture(linked, "toy"), flow_picture(linked, "toy", values, "strength")):
+        drawn = nodes(figure).set_index("feature")
+        for feature, link in links.itertuples(index=False):
+            index = feature.rpartition("/")[2]
+            assert drawn.loc[feature, "text"] == f'<a href="{link}" target="_blank">{index}</a>'
+            assert f"<br>{link}" in drawn.loc[feature, "hover"]
+        assert drawn["text"].str.contains("<a ").sum() == len(links)
+    for feature, link in links.itertuples(index=False):
+        group = svg.partition(f'<g id="{feature}">')[2].partition("</g>")[0]
+        assert f'<a xlink:href="{link}" target="_blank">' in group
+    assert svg.count('<a xlink:href="') == len(links)
+    assert sum("<a " in text for text in notes(schematic(linked, "1/res/5", "toy"))) == 3
+    bare = str(flow_picture(chain, "toy").to_json()) + str(schematic(chain, "1/res/5", "toy"))
+    assert "<a " not in bare + flow_svg(chain, "toy")
 
 
 def test_every_figure_says_suite_and_choices_and_looks_the_same(chain: FlowGraph) -> None:

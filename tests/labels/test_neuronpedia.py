@@ -316,7 +316,7 @@ def test_neighbours_of_another_form_or_sae_are_an_error(
     suite: Suite, table: pd.DataFrame, server: NeuronpediaServer, reply: Any
 ):
     server.cosines = lambda asked: reply
-    with pytest.raises(ValueError, match="no known form|not of toy-model"):
+    with pytest.raises(ValueError, match=r"no known form|not of toy-model"):
         cosine_check(suite, table, ["1/res/0"])
 
 
