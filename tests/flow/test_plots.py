@@ -80,11 +80,6 @@ def deep(cache: Path) -> FlowGraph:
     return replace(graph, nodes=graph.nodes.assign(index=graph.nodes["index"] + 131_000))
 
 
-def lines(figure: go.Figure) -> dict[str, go.Scatter]:
-    """The edges of a schematic by name."""
-    return {trace.name: trace for trace in figure.data if "→" in (trace.name or "")}
-
-
 def notes(figure: go.Figure) -> list[str]:
     return [note.text for note in figure.layout.annotations]
 
@@ -97,7 +92,7 @@ def nodes(figure: go.Figure) -> pd.DataFrame:
             "x": trace.x[number],
             "y": trace.y[number],
             "size": trace.marker.size[number],
-            "ring": trace.marker.line.color[number],
+            "ring": trace.marker.line.color[number] if trace.name != "no strength" else "",
             "colour": trace.marker.color,
             "text": trace.text[number],
             "hover": hover,
@@ -135,49 +130,26 @@ def hover_of(graph: FlowGraph, feature: str) -> list[str]:
     return str(drawn.loc[feature, "hover"]).split("<br>")
 
 
-def test_schematic_draws_an_edge_for_each_match_and_none_without(chain: FlowGraph) -> None:
-    figure = schematic(chain, "1/res/5", "toy")
-    drawn = lines(figure)
+def test_schematic_draws_an_edge_for_each_match_and_its_class(chain: FlowGraph) -> None:
+    given = {"null_mlp": 0.7, "high_res": 0.123, "high_mlp": -0.5, "high_att": np.nan}
+    figure = schematic(replace(chain, nodes=chain.nodes.assign(**given)), "1/res/5", "k < 5")
+    drawn = {trace.name: trace for trace in figure.data if "→" in (trace.name or "")}
     assert set(drawn) == {"0/res/2 → 1/res/5", "1/mlp/2 → 1/res/5"}
-    stream, mlp = drawn["0/res/2 → 1/res/5"], drawn["1/mlp/2 → 1/res/5"]
-    assert stream.line.width == pytest.approx(1 + 9 * 0.8)
-    assert mlp.line.width == pytest.approx(1 + 9 * 0.6)
-    assert (stream.line.color, mlp.line.color) == (COLOURS["res"], COLOURS["mlp"])
-    assert stream.y[0] == 0 > mlp.y[0]
+    stream, mlp = drawn["0/res/2 → 1/res/5"].line, drawn["1/mlp/2 → 1/res/5"].line
+    assert (stream.width, mlp.width) == pytest.approx((1 + 9 * 0.8, 1 + 9 * 0.6))
+    assert (stream.color, stream.dash) == (COLOURS["res"], "solid")
+    assert (mlp.color, mlp.dash) == (GREY, "dot")  # not above chance
+    assert drawn["1/mlp/2 → 1/res/5"].y[0] < 0 == drawn["0/res/2 → 1/res/5"].y[0]
+    shown = notes(figure)
     null = chain.nodes.set_index("feature").loc["1/res/5", "null_res"]
-    assert f"<b>0.80</b> (chance {null:.2f})" in notes(figure)
-    assert "<b>A<sub>1</sub></b>  no match" in notes(figure)
-    assert "<b>M<sub>1</sub></b>  1/mlp/2<br>writes ship, harbour, mast" in notes(figure)
-
-
-def test_schematic_prints_the_class_with_the_threshold_it_goes_by(chain: FlowGraph) -> None:
-    given = {"high_res": 0.123, "high_mlp": -0.5, "high_att": np.nan}
-    graph = replace(chain, nodes=chain.nodes.assign(**given))
-    (mine,) = (note for note in notes(schematic(graph, "1/res/5", "toy")) if "  1/res/5" in note)
-    assert mine.split("<br>")[1] == "processed (high above .12 / -.50 / –)"
-
-
-def test_labels_are_shown_as_text_not_as_markup(chain: FlowGraph) -> None:
-    figure = schematic(chain, "1/res/5", "k < 5")
-    mine = next(note for note in figure.layout.annotations if "  1/res/5" in note.text)
-    assert mine.text.startswith("<b>R<sub>1</sub></b>  1/res/5<br>")
-    assert mine.text.endswith("<br>writes &lt;b&gt;, sea<br>active at storm")
+    assert f"<b>0.80</b> (chance {null:.2f})" in shown
+    assert "<b>A<sub>1</sub></b>  no match" in shown
+    assert "<b>M<sub>1</sub></b>  1/mlp/2<br>writes ship, harbour, mast" in shown
+    (mine,) = (note for note in shown if note.startswith("<b>R<sub>1</sub></b>  1/res/5<br>"))
+    limits = "processed (high above .12 / -.50 / –)"
+    assert mine.split("<br>")[1:] == [limits, "writes &lt;b&gt;, sea", "active at storm"]
     assert figure.layout.title.subtitle.text == "k &lt; 5"
-    assert "writes &lt;b&gt;, sea" in hover_of(chain, "1/res/5")
-    picture = nodes(flow_picture(chain, "toy")).set_index("feature")
-    assert picture.loc["1/res/5", "text"] == "5<br>&lt;b&gt;, sea"
-
-
-def test_schematic_of_layer_0_says_that_nothing_comes_before(chain: FlowGraph) -> None:
     assert "<b>before layer 0</b>  nothing" in notes(schematic(chain, "0/res/2", "toy"))
-
-
-def test_schematic_has_what_is_not_above_chance_grey_and_dotted(chain: FlowGraph) -> None:
-    graph = replace(chain, nodes=chain.nodes.assign(null_res=0.81))
-    drawn = lines(schematic(graph, "1/res/5", "toy"))
-    weak, strong = drawn["0/res/2 → 1/res/5"], drawn["1/mlp/2 → 1/res/5"]
-    assert (weak.line.color, weak.line.dash) == (GREY, "dot")
-    assert strong.line.dash == "solid"
 
 
 @pytest.mark.parametrize("feature", ["1/res/9", "1/mlp/2"])
@@ -222,25 +194,21 @@ def test_flow_picture_with_values_of_no_node_is_an_error(chain: FlowGraph) -> No
         flow_picture(chain, "toy", {"7/res/7": 1.0}, "strength")
 
 
-def test_flow_picture_joins_source_and_target_of_every_edge_once(web: FlowGraph) -> None:
-    drawn = [(source, target) for source, target, _ in edges(flow_picture(web, "toy"))]
-    assert sorted(drawn) == sorted(zip(web.edges["source"], web.edges["target"], strict=True))
-
-
-def test_flow_picture_has_lines_as_thick_as_the_cosine_is_high(chain: FlowGraph) -> None:
-    widths = {source: line.width for source, _, line in edges(flow_picture(chain, "toy"))}
-    cosines = {"0/mlp/2": 1, "2/mlp/2": 0.96, "0/res/2": 0.8, "1/res/5": 0.8, "1/mlp/2": 0.6}
-    assert widths == {source: round(4 * (0.5 + 8 * s)) / 4 for source, s in cosines.items()}
-
-
-def test_flow_picture_dots_exactly_what_is_not_above_chance(web: FlowGraph) -> None:
+def test_flow_picture_joins_every_edge_once_and_dots_what_is_not_above_chance(
+    web: FlowGraph,
+) -> None:
     table = web.edges.set_index(["source", "target"])
-    above = table["cosine"] > table["null"]
+    drawn = {(source, target): line for source, target, line in edges(flow_picture(web, "toy"))}
+    assert sorted(drawn) == sorted(table.index)
+    above = table["score"] > table["null"]
     assert {*above} == {True, False}
-    for source, target, line in edges(flow_picture(web, "toy")):
+    for (source, target), line in drawn.items():
         module = source.split("/")[1]
         expected = ("solid", COLOURS[module]) if above[source, target] else ("dot", GREY)
         assert (line.dash, line.color) == expected
+        cosine = table.loc[(source, target), "cosine"]
+        scale = flow_layout(web).nodes["size"].min() / 14
+        assert line.width == pytest.approx((0.5 + 8 * max(cosine, 0)) * scale, abs=0.126)
 
 
 def test_flow_picture_bears_an_arrow_on_forward_edges_and_only_there(web: FlowGraph) -> None:
@@ -381,11 +349,6 @@ def test_a_graph_too_high_for_captions_has_none(chain: FlowGraph) -> None:
     layout = flow_layout(graph)
     assert {*layout.nodes["caption"]} == {""}
     assert layout.nodes["size"].max() < layout.height / (layout.up[1] - layout.up[0])
-
-
-def test_a_node_alone_is_drawn_too(chain: FlowGraph) -> None:
-    graph = replace(chain, nodes=chain.nodes[3:4], edges=chain.edges[:0], seeds=("1/mlp/2",))
-    assert list(nodes(flow_picture(graph, "toy"))["feature"]) == ["1/mlp/2"]
 
 
 @pytest.mark.parametrize(
