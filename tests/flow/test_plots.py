@@ -152,14 +152,6 @@ def test_schematic_draws_an_edge_for_each_match_and_its_class(chain: FlowGraph) 
     assert "<b>before layer 0</b>  nothing" in notes(schematic(chain, "0/res/2", "toy"))
 
 
-@pytest.mark.parametrize("feature", ["1/res/9", "1/mlp/2"])
-def test_schematic_of_no_residual_feature_of_the_graph_is_an_error(
-    chain: FlowGraph, feature: str
-) -> None:
-    with pytest.raises(ValueError, match=f"{feature} is no residual.*valid: 0/res/2, 1/res/5"):
-        schematic(chain, feature, "toy")
-
-
 @pytest.mark.parametrize(
     ("values", "scale", "ends"),
     [
@@ -189,9 +181,12 @@ def test_flow_picture_colours_nodes_by_a_value_and_leaves_others_empty(
     assert len(empty.x) + len(valued.x) == len(chain.nodes)
 
 
-def test_flow_picture_with_values_of_no_node_is_an_error(chain: FlowGraph) -> None:
+def test_what_the_graph_does_not_have_cannot_be_drawn(chain: FlowGraph) -> None:
     with pytest.raises(ValueError, match="none of 1 values is of a node of this graph"):
         flow_picture(chain, "toy", {"7/res/7": 1.0}, "strength")
+    for feature in ("1/res/9", "1/mlp/2"):
+        with pytest.raises(ValueError, match=f"{feature} is no residual.*valid: 0/res/2, 1/res/5"):
+            schematic(chain, feature, "toy")
 
 
 def test_flow_picture_joins_every_edge_once_and_dots_what_is_not_above_chance(
@@ -282,13 +277,6 @@ def test_flow_picture_rings_seeds_and_colours_classes(web: FlowGraph) -> None:
         assert colour == palette[row["class"] if row["module"] == "res" else row["module"]]
 
 
-def test_the_legend_names_the_classes_that_there_are(chain: FlowGraph) -> None:
-    shown = [trace for trace in flow_picture(chain, "toy").data if trace.showlegend is not False]
-    names = {trace.name for trace in shown if len(trace.x)}
-    lines = {"chosen by the earlier feature", "above chance", "not above"}
-    assert names == {"processed", "newborn"} | lines
-
-
 def test_hovers_hold_label_source_scores_and_thresholds(chain: FlowGraph) -> None:
     row = chain.nodes.set_index("feature").loc["1/res/5"]
     assert hover_of(chain, "1/res/5") == [
@@ -351,17 +339,10 @@ def test_a_graph_too_high_for_captions_has_none(chain: FlowGraph) -> None:
     assert layout.nodes["size"].max() < layout.height / (layout.up[1] - layout.up[0])
 
 
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (1, "The flow through 0/res/0"),
-        (3, "The flow through 0/res/0, 0/res/1 and 0/res/2"),
-        (9, "The flow through 0/res/0, 0/res/1, 0/res/2 and 6 other features"),
-    ],
-)
-def test_the_title_names_the_seeds(chain: FlowGraph, count: int, expected: str) -> None:
-    graph = replace(chain, seeds=tuple(f"0/res/{number}" for number in range(count)))
-    assert flow_picture(graph, "toy").layout.title.text == expected
+def test_the_title_names_the_seeds(chain: FlowGraph) -> None:
+    for count, expected in ((1, "0/res/0"), (9, "0/res/0, 0/res/1, 0/res/2 and 6 other features")):
+        graph = replace(chain, seeds=tuple(f"0/res/{number}" for number in range(count)))
+        assert flow_layout(graph).title == f"The flow through {expected}"
 
 
 def test_births_and_deaths_has_a_line_for_each_and_ends_deaths_before_the_last_layer() -> None:
