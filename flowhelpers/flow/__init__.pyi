@@ -14,7 +14,6 @@ from .graph import (
     lifespan as lifespan,
     merged as merged,
     path as path,
-    turns as turns,
 )
 from .lifespans import (
     feature_lifespans as feature_lifespans,
@@ -31,6 +30,7 @@ from .reading import (
     funnels as funnels,
     in_words as in_words,
     layer_by_layer as layer_by_layer,
+    turns as turns,
 )
 from .svg import (
     flow_svg as flow_svg,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowhelpers.core.features import MODULES, FeatureId, parse_feature, suggestion
 from flowhelpers.labels.neuronpedia import feature_page
-from flowhelpers.matching.table import check_threshold, classify, dominant_module, feature_scores
+from flowhelpers.matching.table import check_threshold, classify, feature_scores
 
 if TYPE_CHECKING:
     import networkx
@@ -311,21 +311,6 @@ def lifespan(
         near |= networkx.ancestors(network, node) | networkx.descendants(network, node)
     layers = [graph.network.nodes[name]["layer"] for name in near]
     return min(layers), max(layers)
-
-
-def turns(graph: FlowGraph) -> "pd.DataFrame":
-    """The residual nodes where the meaning turns: a module lies nearer than the stream before.
-
-    These have an s(M) or s(A) that is high and above s(R) (paper 3.3, class C and those of class B
-    that lean on the module). Layer 0, which has no s(R), is left out.
-
-    Returns:
-        Rows of `nodes`, with the module as `turned_by` (`matching.dominant_module`).
-    """
-    chain = graph.chain
-    chain["turned_by"] = dominant_module(chain)
-    near = chain["s_mlp"].where(chain["turned_by"] == "mlp", chain["s_att"])
-    return chain[chain["turned_by"].notna() & (near > chain["s_res"])]
 
 
 def chains(graph: FlowGraph) -> dict[str, list[str]]:

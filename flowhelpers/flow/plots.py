@@ -16,18 +16,9 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from flowhelpers.core.features import MODULES, parse_feature, suggestion
-from flowhelpers.core.figures import (
-    COLOURS,
-    GREY,
-    INK,
-    MARGIN,
-    NAMES,
-    PALE,
-    SYMBOLS,
-    dress,
-    escape,
-    step,
-)
+from flowhelpers.core.figures import COLOURS, GREY, INK, MARGIN, NAMES, PALE, SYMBOLS
+
+from flowhelpers.core.figures import dress, escape, step  # isort: skip
 from flowhelpers.flow.layout import CLASS_COLOURS, Layout, flow_layout
 
 if TYPE_CHECKING:
@@ -38,6 +29,7 @@ if TYPE_CHECKING:
     from flowhelpers.flow.graph import FlowGraph
 
 HALO = ", ".join(f"{x}px {y}px 1px white" for x in (-1, 1) for y in (-1, 1))
+PLAIN_LINE = {"mode": "lines", "hoverinfo": "skip", "showlegend": False}
 CONDITIONS = (GREY, "#0072B2", "#E69F00", "#CC79A7", "#56B4E9")
 
 
@@ -52,32 +44,23 @@ def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
         hint = suggestion(feature, graph.chain["feature"])
         raise ValueError(f"{feature} is no residual feature of this graph{hint}")
     row, layer = rows.iloc[0], parse_feature(feature).layer
-    labels, links = (
-        dict(zip(graph.nodes["feature"], graph.nodes[column], strict=True))
-        for column in ("label", "link")
-    )
+    labels, links = (graph.nodes.set_index("feature")[column] for column in ("label", "link"))
     figure = dress(go.Figure(), f"Where {feature} may come from", subtitle, 420)
     mine = "\n".join(filter(None, [_class(row), labels[feature]]))
-    _box(figure, (1.0, 0.0), f"R<sub>{layer}</sub>", feature, mine, COLOURS["res"], row["link"])
+    _add_box(figure, 1.0, 0.0, f"R<sub>{layer}</sub>", feature, mine, COLOURS["res"], row["link"])
     for module, lane in {"att": 1.0, "res": 0.0, "mlp": -1.0}.items():
         source, score, null = (row[f"{column}_{module}"] for column in ("from", "s", "null"))
         at = layer - (module == "res")
         site = f"{SYMBOLS[module]}<sub>{at}</sub>" if at >= 0 else "before layer 0"
         if not isinstance(source, str):
-            _box(figure, (0.0, lane), site, "no match" if at >= 0 else "nothing", "", GREY)
+            _add_box(figure, 0.0, lane, site, "no match" if at >= 0 else "nothing", "", GREY)
             continue
         about, link = labels.get(source, ""), links.get(source, "")
-        _box(figure, (0.0, lane), site, source, about, COLOURS[module], link)
+        _add_box(figure, 0.0, lane, site, source, about, COLOURS[module], link)
         colour, dash = (COLOURS[module], "solid") if score > null else (GREY, "dot")
-        figure.add_scatter(
-            x=[0.22, 0.78],
-            y=[lane, 0.0],
-            name=f"{source} → {feature}",
-            mode="lines",
-            line={"width": 1 + 9 * max(score, 0.0), "color": colour, "dash": dash},
-            hoverinfo="skip",
-            showlegend=False,
-        )
+        line = {"width": 1 + 9 * max(score, 0.0), "color": colour, "dash": dash}
+        ends = {"x": [0.22, 0.78], "y": [lane, 0.0], "name": f"{source} → {feature}"}
+        figure.add_scatter(**ends, line=line, **PLAIN_LINE)
         note = {"text": f"<b>{score:.2f}</b> (chance {null:.2f})", "font_color": colour}
         figure.add_annotation(x=0.5, y=lane / 2, bgcolor="white", showarrow=False, **note)
     figure.update_xaxes(range=[-0.3, 1.3], visible=False)
@@ -95,18 +78,8 @@ def flow_picture(
 
     A line is as thick as its cosine is high, and a node has the colour of its class; a forward
     edge, which the earlier feature chose, bears an open arrow. The caption of a node that has a
-    page leads there.
-
-    Args:
-        graph: The graph.
-        subtitle: Suite and choices.
-        values: A value for some features, such as the strength that a plan steers them with or the
-            effect that they have: nodes then have the colour of their value, and those without one
-            are empty.
-        named: What the values are.
-
-    Raises:
-        ValueError: If values are given and no node has one.
+    page leads there. With `values` of some features, which are `named` so, nodes have the colour of
+    their value, and those without one are empty.
     """
     layout = flow_layout(graph)
     margin = MARGIN | {"b": 100}
@@ -114,27 +87,18 @@ def flow_picture(
     figure = dress(go.Figure(), layout.title, subtitle, height)
     steps = layout.edges.assign(width=layout.edges["width"].mul(4).round().div(4))
     for (above, colour, width), part in steps.groupby(["above", "colour", "width"]):
-        figure.add_scatter(
-            x=_with_gaps(part["x0"], part["x1"]),
-            y=_with_gaps(part["y0"], part["y1"]),
-            mode="lines",
-            line={"width": width, "color": colour, "dash": "solid" if above else "dot"},
-            hoverinfo="skip",
-            showlegend=False,
-        )
+        line = {"width": width, "color": colour, "dash": "solid" if above else "dot"}
+        x, y = _with_gaps(part["x0"], part["x1"]), _with_gaps(part["y0"], part["y1"])
+        figure.add_scatter(x=x, y=y, line=line, **PLAIN_LINE)
+    arrow = {"symbol": "triangle-right", "color": "white", "line": {"color": INK, "width": 1}}
+    arrow["size"] = 0.7 * layout.nodes["size"].min()
     for direction, part in layout.edges.groupby("direction"):
         figure.add_scatter(
             x=part["x"],
             y=part["y"],
-            name="chosen by the earlier feature" if direction == "forward" else None,
+            name="chosen by the earlier feature",
             mode="markers",
-            marker={
-                "symbol": "triangle-right",
-                "size": 0.7 * layout.nodes["size"].min(),
-                "color": "white",
-                "line": {"color": INK, "width": 1},
-                "opacity": float(direction == "forward"),
-            },
+            marker=arrow | {"opacity": float(direction == "forward")},  # unseen, it bears the hover
             hovertext=part["hover"].map(escape),
             hoverinfo="text",
             showlegend=direction == "forward",
@@ -196,39 +160,21 @@ def _add_valued_nodes(
     _add_nodes(figure, layout, layout.nodes[~known], empty, f"no {named}", bool((~known).any()))
     part, value = layout.nodes[known], value[known]
     hover = [f"{text}\n{named} {x:.3g}" for text, x in zip(part["hover"], value, strict=True)]
-    most = max(value.abs().max(), 1e-9)
-    low, high = -most * (value.min() < 0), most * (value.max() > 0)
-    scale = {
-        "color": value,
-        "colorscale": "RdBu" if low and high else "Reds_r" if low else "Blues",
-        "cmin": low,
-        "cmax": high or most * (not low),
-        "colorbar": {"title": escape(named), "thickness": 12},
-        "line": {"color": INK, "width": part["is_seed"].map({True: 2.5, False: 1.0})},
-    }
+    scale = {"color": value, "colorscale": "RdBu", "cmid": 0}  # negative red, positive blue
+    scale["colorbar"] = {"title": escape(named), "thickness": 12}
+    scale["line"] = {"color": INK, "width": part["is_seed"].map({True: 2.5, False: 1.0})}
     _add_nodes(figure, layout, part.assign(hover=hover), scale, named)
 
 
 def births_and_deaths(table: pd.DataFrame, subtitle: str) -> go.Figure:
     """The shares of features born at each layer, by module, and ended there (`flow_by_layer`)."""
-    fates = {
-        "born_mlp": "born of the MLP",
-        "born_att": "born of attention",
-        "dies": "no match in the next layer",
-    }
+    fates = {"born_mlp": "born of the MLP", "born_att": "born of attention"}
+    fates |= {"dies": "no match in the next layer"}
     shares = table.rename(columns=fates).melt("layer", [*fates.values()], "fate", "share")
-    figure = px.line(
-        shares,
-        x="layer",
-        y="share",
-        color="fate",
-        symbol="fate",
-        line_dash="fate",
-        color_discrete_sequence=[COLOURS["mlp"], COLOURS["att"], INK],
-        symbol_sequence=["diamond", "square", "x"],
-        line_dash_sequence=["solid", "solid", "dash"],
-        labels={"share": "share of features", "fate": ""},
-    )
+    series = dict.fromkeys(["color", "symbol", "line_dash"], "fate")
+    looks = {"color_discrete_sequence": [COLOURS["mlp"], COLOURS["att"], INK]}
+    names = {"share": "share of features", "fate": ""}
+    figure = px.line(shares, x="layer", y="share", labels=names, **series, **looks)
     dress(figure, "Births and deaths of features, by layer", subtitle, 380)
     figure.update_xaxes(dtick=step(table)).update_traces(marker_size=9, cliponaxis=False)
     return figure.update_yaxes(tickformat=".1%", rangemode="tozero")
@@ -244,12 +190,9 @@ def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
     counts = begun.groupby(["first", "last"]).size().unstack().reindex(layers, columns=layers)
     powers = range(int(np.log10(counts.max(axis=None))) + 1)
     ticks = {"tickvals": [*powers], "ticktext": [10**power for power in powers]}
-    figure = px.imshow(
-        np.log10(counts),
-        labels={"x": "last layer", "y": "first layer", "color": "features"},
-        color_continuous_scale=["#D6E9F5", COLOURS["res"]],
-        zmin=0,
-    )
+    names = {"x": "last layer", "y": "first layer", "color": "features"}
+    colours = ["#D6E9F5", COLOURS["res"]]
+    figure = px.imshow(np.log10(counts), labels=names, color_continuous_scale=colours, zmin=0)
     dress(figure, "Where features begin and where they end", subtitle, 500)
     figure.update_traces(
         text=counts.map("{:.0f}".format).replace("nan", ""),
@@ -265,16 +208,9 @@ def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
 def before_after(table: pd.DataFrame, title: str, value: str, subtitle: str) -> go.Figure:
     """Bars that compare conditions: `what` stands on the axis, `value` is a bar's height."""
     shown = table.assign(**{c: table[c].astype(str).map(escape) for c in ("what", "condition")})
-    figure = px.bar(
-        shown,
-        x="what",
-        y="value",
-        color="condition",
-        barmode="group",
-        text_auto=".3g",
-        color_discrete_sequence=CONDITIONS,
-        labels={"value": value, "what": "", "condition": ""},
-    )
+    names = {"value": value, "what": "", "condition": ""}
+    looks = {"barmode": "group", "text_auto": ".3g", "color_discrete_sequence": CONDITIONS}
+    figure = px.bar(shown, x="what", y="value", color="condition", labels=names, **looks)
     figure.update_traces(textposition="outside", marker_line={"color": INK, "width": 0.5})
     return dress(figure, title, subtitle, 400).update_xaxes(type="category")
 
@@ -303,29 +239,16 @@ def _class(row: pd.Series[Any]) -> str:
     return f"{row['class']} (high above {shown})"
 
 
-def _box(
-    figure: go.Figure,
-    place: tuple[float, float],
-    site: str,
-    feature: str,
-    text: str,
-    colour: str,
-    link: str = "",
+BOX = {"width": 245, "align": "left", "bgcolor": PALE, "borderwidth": 2, "borderpad": 7}
+
+
+def _add_box(
+    figure: go.Figure, x: float, y: float, site: str, feature: str, text: str, colour: str, link=""
 ) -> None:
     lines = [part for line in text.split("\n") for part in wrap(line, 40)]
-    figure.add_annotation(
-        x=place[0],
-        y=place[1],
-        text="<br>".join([f"<b>{site}</b>  {linked(feature, link)}", *map(escape, lines[:4])]),
-        hovertext=escape(f"{feature}\n{text}".rstrip("\n")),
-        showarrow=False,
-        width=245,
-        align="left",
-        bgcolor=PALE,
-        bordercolor=colour,
-        borderwidth=2,
-        borderpad=7,
-    )
+    shown = "<br>".join([f"<b>{site}</b>  {linked(feature, link)}", *map(escape, lines[:4])])
+    hover = {"hovertext": escape(f"{feature}\n{text}".rstrip("\n")), "showarrow": False}
+    figure.add_annotation(x=x, y=y, text=shown, bordercolor=colour, **hover, **BOX)
 
 
 def _with_gaps(starts: pd.Series[float], ends: pd.Series[float]) -> list[float | None]:

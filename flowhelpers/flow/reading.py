@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowhelpers.core.features import MODULES
-from flowhelpers.flow.graph import FlowGraph, turns
+from flowhelpers.flow.graph import FlowGraph
+from flowhelpers.matching.table import dominant_module
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,6 +35,21 @@ def layer_by_layer(graph: FlowGraph) -> "pd.DataFrame":
         row["adds"] = " | ".join(f"{source}: {labels[source]}" for source in high)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def turns(graph: FlowGraph) -> "pd.DataFrame":
+    """The residual nodes where the meaning turns: a module lies nearer than the stream before.
+
+    These have an s(M) or s(A) that is high and above s(R) (paper 3.3, class C and those of class B
+    that lean on the module). Layer 0, which has no s(R), is left out.
+
+    Returns:
+        Rows of `nodes`, with the module as `turned_by` (`matching.dominant_module`).
+    """
+    chain = graph.chain
+    chain["turned_by"] = dominant_module(chain)
+    near = chain["s_mlp"].where(chain["turned_by"] == "mlp", chain["s_att"])
+    return chain[chain["turned_by"].notna() & (near > chain["s_res"])]
 
 
 def in_words(graph: FlowGraph) -> str:

@@ -27,9 +27,9 @@ from flowhelpers.flow.graph import (
     lifespan,
     merged,
     path,
-    turns,
 )
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
+from flowhelpers.flow.reading import in_words, turns
 from flowhelpers.matching.table import classify, feature_scores, match_table
 from flowhelpers.suites.load import Suite
 
@@ -284,6 +284,11 @@ def test_a_turn_is_where_a_module_lies_nearer_than_the_stream(suite: Suite, tabl
     assert found[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
     high = low | {(2, "att"): 0.97}
     assert turns(flow_graph(suite, nodes[0], table, thresholds=high)).empty
+    said = in_words(flow_graph(suite, nodes[0], table, thresholds=low))
+    assert said == (
+        "2 of 2 steps of the chain are above chance; after layer 0: 2 processed;"
+        f" a module lies nearer than the stream at {nodes[2]} (att)"
+    )
 
 
 def test_labels_are_laid_over_the_nodes(suite: Suite, table: pd.DataFrame):
