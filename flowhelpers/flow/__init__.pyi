@@ -14,26 +14,23 @@ from .graph import (
     lifespan as lifespan,
     merged as merged,
     path as path,
-    to_networkx as to_networkx,
-    turns as turns,
 )
 from .lifespans import (
     feature_lifespans as feature_lifespans,
     flow_by_layer as flow_by_layer,
 )
 from .plots import (
-    CONDITIONS as CONDITIONS,
-    against_chance as against_chance,
-    agreement_map as agreement_map,
     before_after as before_after,
     births_and_deaths as births_and_deaths,
-    classes_by_layer as classes_by_layer,
     flow_picture as flow_picture,
     lifespan_map as lifespan_map,
     schematic as schematic,
-    scores_by_layer as scores_by_layer,
-    share_above_null as share_above_null,
-    token_text as token_text,
+)
+from .reading import (
+    funnels as funnels,
+    in_words as in_words,
+    layer_by_layer as layer_by_layer,
+    turns as turns,
 )
 from .svg import (
     flow_svg as flow_svg,

@@ -16,15 +16,9 @@ FORMAT = "flowhelpers flow graph, version 2"
 
 def save_graph(graph: FlowGraph, path: Path) -> None:
     """Write a graph as a JSON file, whole or not at all."""
-    record = {
-        "format": FORMAT,
-        "suite": graph.suite,
-        "seeds": list(graph.seeds),
-        "choices": dict(graph.choices),
-        "nodes": _records(graph.nodes),
-        "edges": _records(graph.edges),
-    }
-    write_json(path, record)
+    record = {"format": FORMAT, "suite": graph.suite, "seeds": list(graph.seeds)}
+    record |= {"choices": dict(graph.choices)}
+    write_json(path, record | {"nodes": _records(graph.nodes), "edges": _records(graph.edges)})
 
 
 def load_graph(path: Path) -> FlowGraph:
@@ -38,26 +32,14 @@ def load_graph(path: Path) -> FlowGraph:
 
     record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        given = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{path} holds {given!r}: expected {FORMAT!r}")
-    for key in ("suite", "seeds", "choices", "nodes", "edges"):
-        if key not in record:
-            raise ValueError(f"{path} has no {key!r}: it is no whole flow graph")
-    if not record["nodes"]:
-        raise ValueError(f"{path} has no nodes: it is no whole flow graph")
+        raise ValueError(f"{path} holds no flow graph: expected the format {FORMAT!r}")
     nodes = pd.DataFrame(record["nodes"])
-    nodes["class"] = nodes["class"].astype(object)
-    links = nodes["link"].astype(str) if "link" in nodes else pd.Series("", nodes.index)
-    nodes["link"] = links.where(links.str.match("https?://"), "")  # it will be clicked on
-    for module in MODULES:
-        names = nodes[f"from_{module}"].astype(object)
-        nodes[f"from_{module}"] = names.where(names.notna(), None)
-        for kind in ("s", "null", "high"):
-            nodes[f"{kind}_{module}"] = nodes[f"{kind}_{module}"].astype(float)
-    if any(set(edge) != set(EDGE_COLUMNS) for edge in record["edges"]):
-        raise ValueError(f"{path} has edges without some of {', '.join(EDGE_COLUMNS)}")
-    edges = pd.DataFrame(record["edges"], columns=EDGE_COLUMNS)
-    edges["margin"] = edges["margin"].astype(float)
+    sources = [f"from_{module}" for module in MODULES]
+    scores = [f"{kind}_{module}" for module in MODULES for kind in ("s", "null", "high")]
+    nodes = nodes.astype(dict.fromkeys(["class", *sources], object) | dict.fromkeys(scores, float))
+    nodes[sources] = nodes[sources].where(nodes[sources].notna(), None)
+    nodes["link"] = nodes["link"].where(nodes["link"].str.match("https?://"), "")  # is clicked on
+    edges = pd.DataFrame(record["edges"], columns=EDGE_COLUMNS).astype({"margin": float})
     return FlowGraph(record["suite"], tuple(record["seeds"]), record["choices"], nodes, edges)
 
 
@@ -70,56 +52,41 @@ def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) 
 
     Args:
         graph: The graph.
-        slug: A name of letters, digits and hyphens.
+        slug: A name of letters, digits and hyphens, for an address.
         model: Neuronpedia's name of the model, to find features by; the suite's unless given.
-
-    Raises:
-        ValueError: If the slug holds anything else.
     """
     if not re.fullmatch(r"[A-Za-z0-9-]+", slug):
         raise ValueError(f"slug {slug!r}: expected letters, digits and hyphens")
-    nodes = {
-        row["feature"]: {
-            "node_id": f"{row['layer']}_{row['index']}_{LANES.index(row['module'])}",
-            "feature": _number(row["layer"], row["module"], row["index"]),
-            "layer": str(row["layer"]),
-            "ctx_idx": LANES.index(row["module"]),
+    nodes = {}
+    for row in graph.nodes.to_dict("records"):
+        layer, lane, index = row["layer"], LANES.index(row["module"]), row["index"]
+        nodes[row["feature"]] = {
+            "node_id": f"{layer}_{index}_{lane}",
+            "feature": _number(layer, row["module"], index),
+            "layer": str(layer),
+            "ctx_idx": lane,
             "feature_type": "cross layer transcoder",
-            "jsNodeId": f"{row['layer']}_{row['index']}-{LANES.index(row['module'])}",
+            "jsNodeId": f"{layer}_{index}-{lane}",
             "clerp": row["label"].replace("\n", "; ") or row["feature"],
         }
-        for row in graph.nodes.to_dict("records")
-    }
+    ids = {feature: node["node_id"] for feature, node in nodes.items()}
+    ends = zip(graph.edges["source"].map(ids), graph.edges["target"].map(ids), strict=True)
     links = [
-        {
-            "source": nodes[row["source"]]["node_id"],
-            "target": nodes[row["target"]]["node_id"],
-            "weight": float(row["score"]),
-        }
-        for row in graph.edges.to_dict("records")
+        {"source": source, "target": target, "weight": float(score)}
+        for (source, target), score in zip(ends, graph.edges["score"], strict=True)
     ]
-    return {
-        "metadata": {
-            "slug": slug,
-            "scan": model or graph.suite,
-            "transcoder_list": [],
-            "prompt_tokens": list(LANES),
-            "prompt": f"feature flow of {', '.join(graph.seeds)}",
-            "schema_version": 1,
-        },
-        "qParams": {
-            "pinnedIds": [node["node_id"] for node in nodes.values()],
-            "supernodes": [
-                [name, *(nodes[feature]["node_id"] for feature in members)]
-                for name, members in chains(graph).items()
-            ],
-            "linkType": "both",
-            "clickedId": "",
-            "sg_pos": "",
-        },
-        "nodes": list(nodes.values()),
-        "links": links,
+    supernodes = [[seed, *map(ids.get, chain)] for seed, chain in chains(graph).items()]
+    metadata = {
+        "slug": slug,
+        "scan": model or graph.suite,
+        "transcoder_list": [],
+        "prompt_tokens": list(LANES),
+        "prompt": f"feature flow of {', '.join(graph.seeds)}",
+        "schema_version": 1,
     }
+    view = {"pinnedIds": list(ids.values()), "supernodes": supernodes, "linkType": "both"}
+    view |= {"clickedId": "", "sg_pos": ""}
+    return {"metadata": metadata, "qParams": view, "nodes": list(nodes.values()), "links": links}
 
 
 def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowhelpers.core.figures import COLOURS, GREY
 from flowhelpers.flow.graph import LANES
 
 if TYPE_CHECKING:
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 
     from flowhelpers.flow.graph import FlowGraph
 
+CLASS_COLOURS = {
+    "translated": "#56B4E9",
+    "processed": "#E69F00",
+    "newborn": "#CC79A7",
+    "unexplained": GREY,
+}
 CENTRED = {"att": "top center", "res": "bottom center", "mlp": "bottom center"}
 BESIDE_EDGES = {"att": "top left", "res": "bottom right", "mlp": "bottom left"}
 BEFORE = 0.4  # a module stands so far before its layer's output
@@ -30,15 +37,14 @@ class Layout:
     Attributes:
         title: What it shows.
         nodes: The graph's nodes with their place `x` (layers) and `y` (rows), `kind` (the class,
-            or the module of what has none), `size` and `ring` in pixels, and two texts: `caption`,
-            short or empty, with `caption_at`, such as "top left", and `hover`.
+            or the module of what has none) and its `colour`, `size` and `ring` in pixels, and two
+            texts: `caption`, short or empty, with `caption_at`, such as "top left", and `hover`.
         edges: The graph's edges with their ends `x0`, `y0`, `x1`, `y1`, a place `x`, `y` between
-            for a mark, `width` in pixels, whether they are `above` chance, and the text `hover`.
+            for a mark, `width` in pixels, whether they are `above` chance, `colour` and `hover`.
         lanes: The y of the middle of each module's lane.
         across: The least and the greatest x shown.
         up: The least and the greatest y shown.
-        width: Pixels from the least to the greatest x.
-        height: Pixels from the least to the greatest y.
+        width: Pixels between these, like `height`.
         font: Size of the captions.
     """
 
@@ -63,12 +69,9 @@ def flow_layout(graph: "FlowGraph") -> Layout:
     module, layer = nodes["module"], nodes["layer"]
     rows = nodes.groupby(["module", "layer"]).size().groupby("module").max()
     att, res, mlp = (int(rows.get(name, 1)) for name in LANES)
-    lanes = {
-        "att": (res + att) / 2 + BETWEEN_LANES,
-        "res": 0.0,
-        "mlp": -(res + mlp) / 2 - BETWEEN_LANES,
-    }
-    up = (lanes["mlp"] - (mlp + 1) / 2, lanes["att"] + (att + 1) / 2)
+    upper, lower = (res + att) / 2 + BETWEEN_LANES, -(res + mlp) / 2 - BETWEEN_LANES
+    lanes = {"att": upper, "res": 0.0, "mlp": lower}
+    up = (lower - (mlp + 1) / 2, upper + (att + 1) / 2)
     across = (float(layer.min()) - 1.3, float(layer.max()) + 0.9)
     layers = int(layer.max() - layer.min()) + 1
     row_height = float(np.clip(TALLEST / (up[1] - up[0]), 3, 50))
@@ -78,6 +81,7 @@ def flow_layout(graph: "FlowGraph") -> Layout:
     nodes["x"] = layer - BEFORE * (module != "res")
     nodes["y"] = module.map(lanes) + nodes["feature"].map(_heights(graph))
     nodes["kind"] = nodes["class"].where(nodes["class"].notna(), module)
+    nodes["colour"] = nodes["kind"].map(CLASS_COLOURS | COLOURS)
     nodes["size"] = np.where(nodes["is_seed"], 1.6, 1) * size
     nodes["ring"] = size / 7
     characters = 104 // layers if row_height > 40 and layers <= 10 else 0
@@ -92,6 +96,7 @@ def flow_layout(graph: "FlowGraph") -> Layout:
         edges[f"{axis}1"] = edges["target"].map(places[axis]).astype(float)
         edges[axis] = edges[f"{axis}0"] + MARK * (edges[f"{axis}1"] - edges[f"{axis}0"])
     edges["above"] = edges["score"] > edges["null"]
+    edges["colour"] = edges["module"].map(COLOURS).where(edges["above"], GREY)
     edges["width"] = (0.5 + 8 * edges["cosine"].astype(float).clip(lower=0)) * size / 14
     ranked_by = "correlation" if graph.choices.get("method") == "pearson" else "cosine"
     edges["hover"] = [_edge_hover(row, ranked_by) for row in edges.to_dict("records")]
@@ -157,12 +162,9 @@ def _edge_hover(row: dict[str, Any], ranked_by: str) -> str:
     if ranked_by != "cosine":
         score = f"{ranked_by} {row['score']:.3f} ({score})"
     chooser = "later" if row["direction"] == "backward" else "earlier"
-    lines = [
-        f"{row['source']} → {row['target']}",
-        f"{score}, {side} chance ({row['null']:.3f})",
-        f"{row['null_quantile']:.1%} of chance lies below",
-        f"rank {row['rank']} for the {chooser} feature, {'' if row['mutual'] else 'not '}mutual",
-    ]
-    if not np.isnan(row["margin"]):
-        lines.append(f"margin over the next {row['margin']:.3f}")
-    return "\n".join(lines)
+    mutual = "mutual" if row["mutual"] else "not mutual"
+    return (
+        f"{row['source']} → {row['target']}\n{score}, {side} chance ({row['null']:.3f})\n"
+        f"{row['null_quantile']:.1%} of chance lies below\n"
+        f"rank {row['rank']} for the {chooser} feature, {mutual}"
+    ) + ("" if np.isnan(row["margin"]) else f"\nmargin over the next {row['margin']:.3f}")

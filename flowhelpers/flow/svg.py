@@ -1,4 +1,4 @@
-"""Still pictures, as SVG: drawn without a browser, and the same bytes for the same graph."""
+"""A flow graph as SVG: drawn without a browser, and the same bytes for the same graph."""
 
 import html
 import io
@@ -6,9 +6,8 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from flowhelpers.core.figures import COLOURS, GREY, INK, MARGIN, NAMES
-from flowhelpers.flow.layout import flow_layout
-from flowhelpers.flow.plots import CLASS_COLOURS, NODE_COLOURS
+from flowhelpers.core.figures import GREY, INK, MARGIN, NAMES
+from flowhelpers.flow.layout import CLASS_COLOURS, flow_layout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,10 +22,7 @@ TOWARDS = {"top": 1, "bottom": -1, "left": -1, "right": 1, "center": 0}
 
 
 def flow_svg(graph: "FlowGraph", subtitle: str) -> str:
-    """The picture of `plots.flow_picture` as SVG, with its hovers as titles and text as text.
-
-    A node that has a page is a link to it.
-    """
+    """The picture of `flow_picture` as SVG: hovers are titles, and nodes lead to their pages."""
     from matplotlib import style
     from matplotlib.figure import Figure
 
@@ -57,33 +53,21 @@ def flow_svg(graph: "FlowGraph", subtitle: str) -> str:
 def _draw(axes: "Axes", layout: "Layout") -> None:
     arrow = 0.6 * layout.nodes["size"].min()
     for edge in layout.edges.sort_values("above", kind="stable").to_dict("records"):
-        axes.plot(
-            [edge["x0"], edge["x1"]],
-            [edge["y0"], edge["y1"]],
-            color=COLOURS[edge["module"]] if edge["above"] else GREY,
-            ls="-" if edge["above"] else ":",
-            lw=edge["width"],
-            solid_capstyle="butt",
-            gid=_name(edge),
-            zorder=1,
-        )
+        ends = [edge["x0"], edge["x1"]], [edge["y0"], edge["y1"]]
+        line = {"color": edge["colour"], "ls": "-" if edge["above"] else ":", "lw": edge["width"]}
+        axes.plot(*ends, **line, solid_capstyle="butt", gid=_name(edge), zorder=1)
         if edge["direction"] == "forward":
             axes.plot(edge["x"], edge["y"], ">", ms=arrow, mfc="white", mec=INK, zorder=2)
     for node in layout.nodes.to_dict("records"):
         place, ring = (node["x"], node["y"]), INK if node["is_seed"] else "white"
-        fill = {
-            "mfc": NODE_COLOURS[node["kind"]],
-            "mec": ring,
-            "mew": node["ring"],
-            "ms": node["size"],
-        }
+        fill = {"mfc": node["colour"], "mec": ring, "mew": node["ring"], "ms": node["size"]}
         axes.plot(*place, "o", gid=_name(node), url=node["link"] or None, zorder=3, **fill)
         vertical, horizontal = node["caption_at"].split()
         away = node["size"] / 2 + 2
         axes.annotate(
             _printable(node["caption"]),
             place,
-            xytext=(away * TOWARDS[horizontal], away * TOWARDS[vertical]),
+            (away * TOWARDS[horizontal], away * TOWARDS[vertical]),
             textcoords="offset points",
             ha=OPPOSITE[horizontal],
             va=OPPOSITE[vertical],

@@ -8,10 +8,10 @@ from .describe import (
     top_logit_tokens as top_logit_tokens,
     top_tokens as top_tokens,
 )
-from .on_neuronpedia import (
+from .neuronpedia import (
     cosine_check as cosine_check,
-    feature_embed as feature_embed,
     feature_page as feature_page,
     neuronpedia_labels as neuronpedia_labels,
     single_labels as single_labels,
 )
+from .plots import token_text as token_text

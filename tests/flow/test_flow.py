@@ -1,5 +1,6 @@
 """A flow graph is the planted chain, from whichever of its nodes it is built."""
 
+import doctest
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -26,10 +27,9 @@ from flowhelpers.flow.graph import (
     lifespan,
     merged,
     path,
-    to_networkx,
-    turns,
 )
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
+from flowhelpers.flow.reading import in_words, turns
 from flowhelpers.matching.table import classify, feature_scores, match_table
 from flowhelpers.suites.load import Suite
 
@@ -66,6 +66,12 @@ def bare(directions: dict[str, Tensor], layers: int = 3) -> Suite:
 def built(directions: dict[str, Tensor], seed: str, layers: int = 3, **options: Any) -> FlowGraph:
     small = bare(directions, layers)
     return flow_graph(small, seed, match_table(small, k=1), **options)
+
+
+def test_the_example_of_the_docstring_is_true():
+    from flowhelpers.flow import graph
+
+    assert doctest.testmod(graph) == (0, 5)
 
 
 @pytest.mark.parametrize("coordinate", [2, 13])
@@ -145,14 +151,11 @@ def test_forward_goes_to_the_best_of_the_next_layer_whosever_match_that_is():
     assert back.chain["feature"].tolist() == ["0/res/1", "1/res/1"]
 
 
-def test_a_chain_ends_where_nothing_points_the_same_way():
+def test_a_chain_ends_where_nothing_points_the_same_way_or_a_site_lacks():
     layers = {"0/res": AXES[:1], "1/res": torch.stack([AXES[1], AXES[2]]), "2/res": -AXES[1:2]}
     graph = built(layers, "1/res/0")
     assert graph.nodes["feature"].tolist() == ["1/res/0"]
     assert graph.edges.empty
-
-
-def test_a_suite_with_some_sites_only_is_followed_through_these():
     alone = built({"1/res": AXES[:2], "2/res": AXES[[1, 0]]}, "2/res/0", layers=4)
     assert alone.chain["feature"].tolist() == ["1/res/1", "2/res/0"]
     partial = {"1/res": AXES[:2], "1/mlp": AXES[1:2], "3/res": AXES}
@@ -211,67 +214,40 @@ def test_a_module_seed_leads_to_the_residual_features_it_matches(suite: Suite, t
     assert not graph.chain["is_seed"].any()
 
 
-def test_a_table_of_another_suite_is_refused(suite: Suite, table: pd.DataFrame):
-    other = replace(suite, row=replace(suite.row, name="other"))
-    with pytest.raises(ValueError, match="a match table of bare: expected one of other"):
-        flow_graph(other, nodes_of(2)[1], table)
-
-
 def test_a_merged_graph_is_the_graph_of_all_seeds(suite: Suite, table: pd.DataFrame):
     seeds = [nodes_of(2)[1], "1/att/3", nodes_of(13)[0], nodes_of(2)[2]]
     whole = flow_graph(suite, seeds, table)
+    assert whole.seeds == tuple(seeds)
+    assert whole.nodes["is_seed"].sum() == 4
+    third = nodes_of(8 + 3)
+    assert sorted(whole.chain["feature"]) == sorted([*nodes_of(2), *nodes_of(13), *third])
+    lines = {seeds[0]: nodes_of(2), seeds[1]: third, seeds[2]: nodes_of(13), seeds[3]: []}
+    assert chains(whole) == lines
     together = merged([flow_graph(suite, seed, table) for seed in seeds])
+    assert together.seeds == whole.seeds
     pd.testing.assert_frame_equal(together.nodes, whole.nodes, check_dtype=False)
     pd.testing.assert_frame_equal(together.edges, whole.edges, check_dtype=False)
     low = flow_graph(suite, seeds[0], table, thresholds={(1, "res"): 0.5})
     assert low.choices["high"] == {"1/res": 0.5}
-    with pytest.raises(ValueError, match="cannot merge graphs of"):
-        merged([low, flow_graph(suite, seeds[1], table)])
-
-
-def test_flows_of_several_seeds_share_their_nodes(suite: Suite, table: pd.DataFrame):
-    seeds = [nodes_of(2)[1], nodes_of(13)[0], nodes_of(2)[2]]
-    graph = flow_graph(suite, seeds, table)
-    assert graph.seeds == tuple(seeds)
-    assert sorted(graph.chain["feature"]) == sorted([*nodes_of(2), *nodes_of(13)])
-    assert len(graph.nodes) == 12
-    assert chains(graph) == {seeds[0]: nodes_of(2), seeds[1]: nodes_of(13), seeds[2]: []}
-    alone = [flow_graph(suite, seed, table) for seed in seeds]
-    together = merged(alone)
-    assert together.seeds == graph.seeds
-    assert set(together.nodes["feature"]) == set(graph.nodes["feature"])
-    pairs = [set(zip(g.edges["source"], g.edges["target"], strict=True)) for g in (together, graph)]
-    assert pairs[0] == pairs[1]
-    assert together.nodes["is_seed"].sum() == 3
-    with pytest.raises(ValueError, match="expected one suite and one set of choices"):
-        merged([alone[0], flow_graph(suite, seeds[1], table, t_res=0.5)])
-    with pytest.raises(ValueError, match="cannot merge graphs of none"):
-        merged([])
+    for graphs in ([], [low, flow_graph(suite, seeds[1], table)]):
+        with pytest.raises(ValueError, match="expected one suite and one set of choices"):
+            merged(graphs)
 
 
 def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
     # 0/res/0 goes on to 1/res/1, whose own match back is 0/res/1; that one leads to 1/res/0.
     between = 0.6 * AXES[0] + 0.8 * AXES[1]
     directions = {"0/res": AXES[:2], "1/res": torch.stack([between, AXES[2]])}
-    directions["2/res"] = between[None]
-    small = bare(directions)
-    table = match_table(small, k=1)
-    seeds = ["0/res/0", "2/res/0"]
+    small = bare(directions | {"2/res": between[None]})
+    table, seeds = match_table(small, k=1), ["0/res/0", "2/res/0"]
     together = flow_graph(small, seeds, table)
     apart = merged([flow_graph(small, seed, table) for seed in seeds])
-    assert set(together.nodes["feature"]) == set(apart.nodes["feature"])
-    pairs = [set(zip(g.edges["source"], g.edges["target"], strict=True)) for g in (together, apart)]
-    assert pairs[0] == pairs[1]
-    assert ("0/res/0", "1/res/0") in pairs[0]
+    pd.testing.assert_frame_equal(together.nodes, apart.nodes, check_dtype=False)
+    pd.testing.assert_frame_equal(together.edges, apart.edges, check_dtype=False)
+    assert ("0/res/0", "1/res/0") in together.network.edges
 
 
-def test_lifespans_of_residual_saes_alone_begin_at_their_first_layer():
-    small = bare(rising([0.9, 0.8]))
-    found = feature_lifespans(match_table(small, k=1), 0.5)
-    assert found[["layer", "first", "last"]].values.tolist() == [[0, 0, 2], [1, 0, 2], [2, 0, 2]]
-
-
-def test_ancestors_descendants_and_ways_are_those_of_the_chain(suite: Suite, table: pd.DataFrame):
+def test_ancestors_descendants_and_paths_are_those_of_the_chain(suite: Suite, table: pd.DataFrame):
     nodes = nodes_of(2)
     graph = flow_graph(suite, nodes[1], table)
     assert ancestors(graph, nodes[1]) == [nodes[0], "0/mlp/2", "1/mlp/2"]
@@ -280,9 +256,9 @@ def test_ancestors_descendants_and_ways_are_those_of_the_chain(suite: Suite, tab
     assert way["source"].tolist() == ["0/mlp/2", *nodes[:2]]
     assert way["target"].tolist() == nodes
     assert way["cosine"].tolist() == pytest.approx([1, 0.8, 0.8])
-    with pytest.raises(
-        ValueError, match=f"no way leads from {nodes[2]} to {nodes[0]} in this graph"
-    ):
+    assert graph.network.edges[nodes[0], nodes[1]]["cosine"] == pytest.approx(0.8)
+    assert graph.network.nodes[nodes[1]]["is_seed"]
+    with pytest.raises(ValueError, match=f"no path leads from {nodes[2]} to {nodes[0]}"):
         path(graph, nodes[2], nodes[0])
     with pytest.raises(ValueError, match="1/res/15 is not in this graph; did you mean"):
         ancestors(graph, "1/res/15")
@@ -308,16 +284,11 @@ def test_a_turn_is_where_a_module_lies_nearer_than_the_stream(suite: Suite, tabl
     assert found[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
     high = low | {(2, "att"): 0.97}
     assert turns(flow_graph(suite, nodes[0], table, thresholds=high)).empty
-
-
-def test_networkx_has_every_node_and_edge_with_its_columns(suite: Suite, table: pd.DataFrame):
-    graph = flow_graph(suite, [nodes_of(2)[1], nodes_of(9)[1]], table)
-    network = to_networkx(graph)
-    assert set(network) == set(graph.nodes["feature"])
-    assert set(network.edges) == set(zip(graph.edges["source"], graph.edges["target"], strict=True))
-    assert network.edges[nodes_of(2)[0], nodes_of(2)[1]]["cosine"] == pytest.approx(0.8)
-    assert network.nodes[nodes_of(2)[1]]["is_seed"]
-    assert network.graph["suite"] == "bare"
+    said = in_words(flow_graph(suite, nodes[0], table, thresholds=low))
+    assert said == (
+        "2 of 2 steps of the chain are above chance; after layer 0: 2 processed;"
+        f" a module lies nearer than the stream at {nodes[2]} (att)"
+    )
 
 
 def test_labels_are_laid_over_the_nodes(suite: Suite, table: pd.DataFrame):
@@ -338,24 +309,11 @@ def test_a_graph_is_the_same_after_saving(suite: Suite, table: pd.DataFrame, tmp
     pd.testing.assert_frame_equal(turns(again), turns(graph), check_dtype=False)
 
 
-@pytest.mark.parametrize("slug", ["", "a/b", "a b"])
-def test_a_slug_that_no_address_can_hold_is_refused(suite: Suite, table: pd.DataFrame, slug: str):
-    with pytest.raises(ValueError, match="expected letters, digits and hyphens"):
-        to_attribution_graph(flow_graph(suite, "1/res/1", table), slug)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[]", "holds 'list': expected 'flowhelpers flow graph, version 2'"),
-        ('{"format": "other"}', "holds 'other': expected 'flowhelpers flow graph, version 2'"),
-    ],
-)
-def test_a_file_that_is_no_graph_is_refused(tmp_path: Path, content: str, message: str):
-    (tmp_path / "graph.json").write_text(content)
-    with pytest.raises(ValueError, match=message):
-        load_graph(tmp_path / "graph.json")
+def test_a_file_that_is_no_graph_is_refused(tmp_path: Path):
+    for content, message in (("{", "is not JSON"), ('{"format": "x"}', "holds no flow graph")):
+        (tmp_path / "graph.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
+            load_graph(tmp_path / "graph.json")
 
 
 def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame):
@@ -377,6 +335,8 @@ def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame
         total = layer + index + 1000 * {1: 0, 2: 1, 0: 2}[place]  # not the number of a res feature
         assert node["feature"] == total * (total + 1) // 2 + index
     assert len({node["feature"] for node in found["nodes"]}) == len(found["nodes"])
+    with pytest.raises(ValueError, match="expected letters, digits and hyphens"):
+        to_attribution_graph(graph, "a/b")
     seed = parse_feature(nodes[1])
     assert ids[f"1_{seed.index}_1"]["clerp"] == "a; b"
     of_module = flow_graph(suite, "1/mlp/2", table)
@@ -390,11 +350,8 @@ def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame
     ("seeds", "options", "message"),
     [
         ("1/res/16", {}, "no feature 1/res/16 in bare: 1/res has features 0 to 15"),
-        ("7/res/1", {}, "no layer 7 in suite bare: it has layers 0 to 2"),
-        ("x", {}, "'x' is not a feature"),
         ([], {}, "no seed given"),
         ("1/res/1", {"t_res": 1.5}, "threshold 1.5 for t_res: expected a cosine, from -1 to 1"),
-        ("1/res/1", {"t_mlp": -2.0}, "threshold -2.0 for t_mlp"),
         ("1/res/1", {"t_att": float("nan")}, "threshold nan for t_att"),
         ("1/res/1", {"top_n": 0}, "top_n=0: expected 1 to 3"),
         ("1/res/1", {"thresholds": {(9, "res"): 0.5}}, r"a threshold for \(9, 'res'\): expected"),
@@ -405,6 +362,16 @@ def test_what_makes_no_sense_is_refused(
 ):
     with pytest.raises(ValueError, match=message):
         flow_graph(suite, seeds, table, **options)
+
+
+def test_a_table_of_another_suite_or_without_the_layer_is_refused(
+    suite: Suite, table: pd.DataFrame
+):
+    other = replace(suite, row=replace(suite.row, name="other"))
+    with pytest.raises(ValueError, match="a match table of bare: expected one of other"):
+        flow_graph(other, nodes_of(2)[1], table)
+    with pytest.raises(ValueError, match="the match table has nothing at layer 2, of 2/res/1"):
+        flow_graph(suite, "2/res/1", match_table(suite, k=3, layers=[0]))
 
 
 # The whole model.
@@ -461,6 +428,8 @@ def test_lifespans_of_planted_chains_come_out_exactly():
     assert mutual.loc[(4, 2), ["first", "last"]].tolist() == [4, 4]
     with pytest.raises(ValueError, match="threshold 2 for t_res: expected a cosine"):
         feature_lifespans(table, 2)
+    found = feature_lifespans(match_table(bare(rising([0.9, 0.8])), k=1), 0.5)  # no modules
+    assert found[["layer", "first", "last"]].values.tolist() == [[0, 0, 2], [1, 0, 2], [2, 0, 2]]
 
 
 def busy_chain() -> Suite:
@@ -527,28 +496,16 @@ def test_a_birth_is_by_the_module_whose_score_is_high(monkeypatch: pytest.Monkey
     assert by_layer["processed"].tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 2 / 3, 0])
 
 
-def test_a_seed_at_a_layer_that_the_table_lacks_is_refused(suite: Suite):
-    part = match_table(suite, k=3, layers=[0])
-    with pytest.raises(ValueError, match="the match table has nothing at layer 2, of 2/res/1"):
-        flow_graph(suite, "2/res/1", part)
-
-
-def test_a_table_of_chosen_layers_says_nothing_of_the_others(suite: Suite):
+def test_layers_that_the_table_lacks_or_nothing_leads_on_from(suite: Suite):
     found = flow_by_layer(match_table(suite, k=1, layers=[0, 2])).set_index("layer")
     assert found["dies"].notna().to_dict() == {0: False, 1: True, 2: False}
-
-
-def test_a_suite_of_the_stream_alone_has_its_first_layer_too():
-    suite = bare({"0/res": AXES[:3], "1/res": AXES[[0, 1, 9]]}, layers=2)
-    found = flow_by_layer(match_table(suite, k=1).assign(null=np.float32(0.5))).set_index("layer")
+    stream = bare({"0/res": AXES[:3], "1/res": AXES[[0, 1, 9]]}, layers=2)
+    found = flow_by_layer(match_table(stream, k=1).assign(null=np.float32(0.5))).set_index("layer")
     assert found["features"].to_dict() == {0: 3, 1: 3}
     assert found["dies"][0] == pytest.approx(1 / 3)
     assert found["translated"].tolist() == pytest.approx([0, 2 / 3])
-
-
-def test_a_layer_that_nothing_leads_on_from_dies_whole():
-    suite = bare({"0/res": AXES[:2], "1/res": AXES[2:4], "2/res": AXES[2:4]})
-    assert flow_by_layer(match_table(suite, k=1))["dies"].tolist()[:2] == [1, 0]
+    small = bare({"0/res": AXES[:2], "1/res": AXES[2:4], "2/res": AXES[2:4]})
+    assert flow_by_layer(match_table(small, k=1))["dies"].tolist()[:2] == [1, 0]
     broken = bare({"0/res": AXES[:2], "0/mlp": AXES[:2], "1/res": AXES[2:4]}, layers=2)
     dies = flow_by_layer(match_table(broken, k=1)).set_index("layer")["dies"]
     assert dies[0] == 1

@@ -14,23 +14,17 @@ import toys
 
 from flowhelpers.core.features import Site
 from flowhelpers.core.figures import COLOURS, GREY, INK, TEMPLATE
+from flowhelpers.flow.files import load_graph, save_graph
 from flowhelpers.flow.graph import FlowGraph, flow_graph, labelled
-from flowhelpers.flow.layout import flow_layout
+from flowhelpers.flow.layout import CLASS_COLOURS, flow_layout
 from flowhelpers.flow.plots import (
-    CLASS_COLOURS,
-    CONDITIONS,
-    against_chance,
-    agreement_map,
     before_after,
     births_and_deaths,
-    classes_by_layer,
     flow_picture,
     lifespan_map,
     schematic,
-    scores_by_layer,
-    share_above_null,
-    token_text,
 )
+from flowhelpers.flow.svg import flow_svg
 from flowhelpers.matching.table import match_table
 
 LABELS = pd.DataFrame(
@@ -86,11 +80,6 @@ def deep(cache: Path) -> FlowGraph:
     return replace(graph, nodes=graph.nodes.assign(index=graph.nodes["index"] + 131_000))
 
 
-def lines(figure: go.Figure) -> dict[str, go.Scatter]:
-    """The edges of a schematic by name."""
-    return {trace.name: trace for trace in figure.data if "→" in (trace.name or "")}
-
-
 def notes(figure: go.Figure) -> list[str]:
     return [note.text for note in figure.layout.annotations]
 
@@ -103,7 +92,7 @@ def nodes(figure: go.Figure) -> pd.DataFrame:
             "x": trace.x[number],
             "y": trace.y[number],
             "size": trace.marker.size[number],
-            "ring": trace.marker.line.color[number],
+            "ring": trace.marker.line.color[number] if trace.name != "no strength" else "",
             "colour": trace.marker.color,
             "text": trace.text[number],
             "hover": hover,
@@ -141,112 +130,65 @@ def hover_of(graph: FlowGraph, feature: str) -> list[str]:
     return str(drawn.loc[feature, "hover"]).split("<br>")
 
 
-def test_schematic_draws_an_edge_for_each_match_and_none_without(chain: FlowGraph) -> None:
-    figure = schematic(chain, "1/res/5", "toy")
-    drawn = lines(figure)
+def test_schematic_draws_an_edge_for_each_match_and_its_class(chain: FlowGraph) -> None:
+    given = {"null_mlp": 0.7, "high_res": 0.123, "high_mlp": -0.5, "high_att": np.nan}
+    figure = schematic(replace(chain, nodes=chain.nodes.assign(**given)), "1/res/5", "k < 5")
+    drawn = {trace.name: trace for trace in figure.data if "→" in (trace.name or "")}
     assert set(drawn) == {"0/res/2 → 1/res/5", "1/mlp/2 → 1/res/5"}
-    stream, mlp = drawn["0/res/2 → 1/res/5"], drawn["1/mlp/2 → 1/res/5"]
-    assert stream.line.width == pytest.approx(1 + 9 * 0.8)
-    assert mlp.line.width == pytest.approx(1 + 9 * 0.6)
-    assert (stream.line.color, mlp.line.color) == (COLOURS["res"], COLOURS["mlp"])
-    assert stream.y[0] == 0 > mlp.y[0]
+    stream, mlp = drawn["0/res/2 → 1/res/5"].line, drawn["1/mlp/2 → 1/res/5"].line
+    assert (stream.width, mlp.width) == pytest.approx((1 + 9 * 0.8, 1 + 9 * 0.6))
+    assert (stream.color, stream.dash) == (COLOURS["res"], "solid")
+    assert (mlp.color, mlp.dash) == (GREY, "dot")  # not above chance
+    assert drawn["1/mlp/2 → 1/res/5"].y[0] < 0 == drawn["0/res/2 → 1/res/5"].y[0]
+    shown = notes(figure)
     null = chain.nodes.set_index("feature").loc["1/res/5", "null_res"]
-    assert f"<b>0.80</b> (chance {null:.2f})" in notes(figure)
-    assert "<b>A<sub>1</sub></b>  no match" in notes(figure)
-    assert "<b>M<sub>1</sub></b>  1/mlp/2<br>writes ship, harbour, mast" in notes(figure)
-
-
-def test_schematic_prints_the_class_with_the_threshold_it_goes_by(chain: FlowGraph) -> None:
-    given = {"high_res": 0.123, "high_mlp": -0.5, "high_att": np.nan}
-    graph = replace(chain, nodes=chain.nodes.assign(**given))
-    (mine,) = (note for note in notes(schematic(graph, "1/res/5", "toy")) if "  1/res/5" in note)
-    assert mine.split("<br>")[1] == "processed (high above .12 / -.50 / –)"
-
-
-def test_labels_are_shown_as_text_not_as_markup(chain: FlowGraph) -> None:
-    figure = schematic(chain, "1/res/5", "k < 5")
-    mine = next(note for note in figure.layout.annotations if "  1/res/5" in note.text)
-    assert mine.text.startswith("<b>R<sub>1</sub></b>  1/res/5<br>")
-    assert mine.text.endswith("<br>writes &lt;b&gt;, sea<br>active at storm")
+    assert f"<b>0.80</b> (chance {null:.2f})" in shown
+    assert "<b>A<sub>1</sub></b>  no match" in shown
+    assert "<b>M<sub>1</sub></b>  1/mlp/2<br>writes ship, harbour, mast" in shown
+    (mine,) = (note for note in shown if note.startswith("<b>R<sub>1</sub></b>  1/res/5<br>"))
+    limits = "processed (high above .12 / -.50 / –)"
+    assert mine.split("<br>")[1:] == [limits, "writes &lt;b&gt;, sea", "active at storm"]
     assert figure.layout.title.subtitle.text == "k &lt; 5"
-    assert "writes &lt;b&gt;, sea" in hover_of(chain, "1/res/5")
-    picture = nodes(flow_picture(chain, "toy")).set_index("feature")
-    assert picture.loc["1/res/5", "text"] == "5<br>&lt;b&gt;, sea"
-
-
-def test_schematic_of_layer_0_says_that_nothing_comes_before(chain: FlowGraph) -> None:
     assert "<b>before layer 0</b>  nothing" in notes(schematic(chain, "0/res/2", "toy"))
 
 
-def test_schematic_has_what_is_not_above_chance_grey_and_dotted(chain: FlowGraph) -> None:
-    graph = replace(chain, nodes=chain.nodes.assign(null_res=0.81))
-    drawn = lines(schematic(graph, "1/res/5", "toy"))
-    weak, strong = drawn["0/res/2 → 1/res/5"], drawn["1/mlp/2 → 1/res/5"]
-    assert (weak.line.color, weak.line.dash) == (GREY, "dot")
-    assert strong.line.dash == "solid"
-
-
-@pytest.mark.parametrize("feature", ["1/res/9", "1/mlp/2"])
-def test_schematic_of_no_residual_feature_of_the_graph_is_an_error(
-    chain: FlowGraph, feature: str
-) -> None:
-    with pytest.raises(ValueError, match=f"{feature} is no residual.*valid: 0/res/2, 1/res/5"):
-        schematic(chain, feature, "toy")
-
-
-@pytest.mark.parametrize(
-    ("values", "scale", "ends"),
-    [
-        ({"0/res/2": 1.0, "1/res/5": 4.0}, "Blues", (0, 4)),
-        ({"0/res/2": -8.0, "1/res/5": -2.0}, "Reds", (-8, 0)),
-        ({"0/res/2": -1.0, "1/res/5": 3.0}, "RdBu", (-3, 3)),
-        ({"0/res/2": 0.0, "9/res/9": 5.0}, "Blues", (0, 1e-9)),
-    ],
-)
-def test_flow_picture_colours_nodes_by_a_value_and_leaves_others_empty(
-    chain: FlowGraph, values: dict[str, float], scale: str, ends: tuple[float, float]
-) -> None:
+def test_flow_picture_colours_nodes_by_a_value_and_leaves_others_empty(chain: FlowGraph) -> None:
+    values = {"0/res/2": -1.0, "1/res/5": 3.0, "9/res/9": 5.0}
     figure = flow_picture(chain, "toy", values, "strength")
     (valued,) = [trace for trace in figure.data if trace.name == "strength"]
     (empty,) = [trace for trace in figure.data if trace.name == "no strength"]
-    named = {text.split("<br>")[0].removesuffix(", a seed"): text for text in valued.hovertext}
-    there = {name: value for name, value in values.items() if name in set(chain.nodes["feature"])}
-    assert set(named) == set(there)
-    for name, value in there.items():
-        assert f"strength {value:.3g}" in named[name]
-    assert sorted(valued.marker.color) == sorted(there.values())
-    assert (valued.marker.cmin, valued.marker.cmax) == pytest.approx(ends)
-    expected = go.Figure().add_scatter(marker={"colorscale": scale}).data[0].marker.colorscale
-    given = valued.marker.colorscale
-    assert given == expected or given == tuple((1 - at, c) for at, c in reversed(expected))
+    assert [*valued.marker.color] == [-1, 3]
+    assert valued.marker.cmid == 0
+    for hover, (name, value) in zip(valued.hovertext, values.items(), strict=False):
+        assert hover.startswith(name)
+        assert hover.endswith(f"strength {value:.3g}")
     assert empty.marker.color == "white"
     assert len(empty.x) + len(valued.x) == len(chain.nodes)
 
 
-def test_flow_picture_with_values_of_no_node_is_an_error(chain: FlowGraph) -> None:
+def test_what_the_graph_does_not_have_cannot_be_drawn(chain: FlowGraph) -> None:
     with pytest.raises(ValueError, match="none of 1 values is of a node of this graph"):
         flow_picture(chain, "toy", {"7/res/7": 1.0}, "strength")
+    for feature in ("1/res/9", "1/mlp/2"):
+        with pytest.raises(ValueError, match=f"{feature} is no residual.*valid: 0/res/2, 1/res/5"):
+            schematic(chain, feature, "toy")
 
 
-def test_flow_picture_joins_source_and_target_of_every_edge_once(web: FlowGraph) -> None:
-    drawn = [(source, target) for source, target, _ in edges(flow_picture(web, "toy"))]
-    assert sorted(drawn) == sorted(zip(web.edges["source"], web.edges["target"], strict=True))
-
-
-def test_flow_picture_has_lines_as_thick_as_the_cosine_is_high(chain: FlowGraph) -> None:
-    widths = {source: line.width for source, _, line in edges(flow_picture(chain, "toy"))}
-    cosines = {"0/mlp/2": 1, "2/mlp/2": 0.96, "0/res/2": 0.8, "1/res/5": 0.8, "1/mlp/2": 0.6}
-    assert widths == {source: round(4 * (0.5 + 8 * s)) / 4 for source, s in cosines.items()}
-
-
-def test_flow_picture_dots_exactly_what_is_not_above_chance(web: FlowGraph) -> None:
+def test_flow_picture_joins_every_edge_once_and_dots_what_is_not_above_chance(
+    web: FlowGraph,
+) -> None:
     table = web.edges.set_index(["source", "target"])
-    above = table["cosine"] > table["null"]
+    drawn = {(source, target): line for source, target, line in edges(flow_picture(web, "toy"))}
+    assert sorted(drawn) == sorted(table.index)
+    above = table["score"] > table["null"]
     assert {*above} == {True, False}
-    for source, target, line in edges(flow_picture(web, "toy")):
+    for (source, target), line in drawn.items():
         module = source.split("/")[1]
         expected = ("solid", COLOURS[module]) if above[source, target] else ("dot", GREY)
         assert (line.dash, line.color) == expected
+        cosine = table.loc[(source, target), "cosine"]
+        scale = flow_layout(web).nodes["size"].min() / 14
+        assert line.width == pytest.approx((0.5 + 8 * max(cosine, 0)) * scale, abs=0.126)
 
 
 def test_flow_picture_bears_an_arrow_on_forward_edges_and_only_there(web: FlowGraph) -> None:
@@ -320,13 +262,6 @@ def test_flow_picture_rings_seeds_and_colours_classes(web: FlowGraph) -> None:
         assert colour == palette[row["class"] if row["module"] == "res" else row["module"]]
 
 
-def test_the_legend_names_the_classes_that_there_are(chain: FlowGraph) -> None:
-    shown = [trace for trace in flow_picture(chain, "toy").data if trace.showlegend is not False]
-    names = {trace.name for trace in shown if len(trace.x)}
-    lines = {"chosen by the earlier feature", "above chance", "not above"}
-    assert names == {"processed", "newborn"} | lines
-
-
 def test_hovers_hold_label_source_scores_and_thresholds(chain: FlowGraph) -> None:
     row = chain.nodes.set_index("feature").loc["1/res/5"]
     assert hover_of(chain, "1/res/5") == [
@@ -389,93 +324,10 @@ def test_a_graph_too_high_for_captions_has_none(chain: FlowGraph) -> None:
     assert layout.nodes["size"].max() < layout.height / (layout.up[1] - layout.up[0])
 
 
-def test_a_node_alone_is_drawn_too(chain: FlowGraph) -> None:
-    graph = replace(chain, nodes=chain.nodes[3:4], edges=chain.edges[:0], seeds=("1/mlp/2",))
-    assert list(nodes(flow_picture(graph, "toy"))["feature"]) == ["1/mlp/2"]
-
-
-@pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (1, "The flow through 0/res/0"),
-        (3, "The flow through 0/res/0, 0/res/1 and 0/res/2"),
-        (9, "The flow through 0/res/0, 0/res/1, 0/res/2 and 6 other features"),
-    ],
-)
-def test_the_title_names_the_seeds(chain: FlowGraph, count: int, expected: str) -> None:
-    graph = replace(chain, seeds=tuple(f"0/res/{number}" for number in range(count)))
-    assert flow_picture(graph, "toy").layout.title.text == expected
-
-
-def test_token_text_colours_the_characters_of_each_token() -> None:
-    tokens = pd.DataFrame({"token": ["ab", " <c", "\n", "d"], "activation": [0.0, 2.5, 1.0, 0.5]})
-    (grid,) = token_text(tokens, "title", "toy", columns=4).data
-    assert [list(row) for row in grid.text] == [
-        ["a", "b", "", ""],
-        [" ", "&lt;", "c", "⏎"],
-        ["d", "", "", ""],
-    ]
-    assert [list(row) for row in grid.z] == [
-        [0, 0, None, None],
-        [2.5, 2.5, 2.5, 1],
-        [0.5, None, None, None],
-    ]
-    assert grid.hovertext[1][0] == "' &lt;c': 2.5"
-    assert (grid.zmin, grid.zmax, grid.texttemplate) == (0, 2.5, "%{text}")
-
-
-def test_token_text_breaks_a_token_that_is_longer_than_a_line() -> None:
-    tokens = pd.DataFrame({"token": ["x", "abcdefg"], "activation": [1.0, 0.0]})
-    (grid,) = token_text(tokens, "title", "toy", columns=3).data
-    assert ["".join(row) for row in grid.text] == ["x", "abc", "def", "g"]
-
-
-def test_a_text_without_activation_is_white() -> None:
-    tokens = pd.DataFrame({"token": ["a"], "activation": [0.0]})
-    (grid,) = token_text(tokens, "title", "toy").data
-    assert grid.zmin < grid.zmax
-    assert grid.colorscale[0][1] == "white"
-
-
-def test_scores_by_layer_are_the_quantiles_of_each_layer() -> None:
-    values = np.linspace(0, 1, 101)
-    table = pd.concat(
-        [
-            pd.DataFrame({"layer": 0, "s_mlp": values, "null_mlp": 0.3}),
-            pd.DataFrame(
-                {"layer": 1, "s_mlp": values / 2, "null_mlp": 0.2, "s_res": values, "null_res": 0.4}
-            ),
-        ]
-    )
-    figure = scores_by_layer(table, "toy")
-    stream, stream_null, mlp, mlp_null = figure.data
-    assert list(stream.x) == [1]  # layer 0 has no stream before it
-    assert (stream.q1[0], stream.median[0], stream.q3[0]) == (0.25, 0.5, 0.75)
-    assert (stream.lowerfence[0], stream.upperfence[0]) == pytest.approx((0.05, 0.95))
-    assert list(mlp.median) == [0.5, 0.25]
-    assert (list(stream_null.y), list(mlp_null.y)) == ([0.4], [0.3, 0.2])
-    assert mlp.marker.color == COLOURS["mlp"]
-    assert notes(figure) == ["s(R)", "s(M)", "s(A)"]
-
-
-def test_share_above_null_has_a_line_for_each_score_there_is() -> None:
-    summary = pd.DataFrame({"layer": [0, 1], "above_res": [np.nan, 0.9], "above_mlp": [0.5, 0.1]})
-    figure = share_above_null(summary, "toy")
-    assert [trace.name for trace in figure.data] == ["s(R)", "s(M)"]
-    assert list(figure.data[1].y) == [0.5, 0.1]
-    assert figure.data[0].marker.symbol != figure.data[1].marker.symbol
-    assert [shape.y0 for shape in figure.layout.shapes] == [0.001]
-
-
-def test_classes_by_layer_stacks_the_shares_of_the_four_classes() -> None:
-    shares = {"translated": [0.5, 0], "processed": [0.25, 0.1], "newborn": [0.25, 0.2]}
-    table = pd.DataFrame({"layer": [3, 4]} | shares | {"unexplained": [0, 0.7]})
-    figure = classes_by_layer(table, "toy")
-    assert figure.layout.barmode == "stack"
-    assert {bar.name: (list(bar.x), list(bar.y)) for bar in figure.data} == {
-        name: ([3, 4], list(table[name])) for name in CLASS_COLOURS
-    }
-    assert [bar.marker.color for bar in figure.data] == [*CLASS_COLOURS.values()]
+def test_the_title_names_the_seeds(chain: FlowGraph) -> None:
+    for count, expected in ((1, "0/res/0"), (9, "0/res/0, 0/res/1, 0/res/2 and 6 other features")):
+        graph = replace(chain, seeds=tuple(f"0/res/{number}" for number in range(count)))
+        assert flow_layout(graph).title == f"The flow through {expected}"
 
 
 def test_births_and_deaths_has_a_line_for_each_and_ends_deaths_before_the_last_layer() -> None:
@@ -485,6 +337,7 @@ def test_births_and_deaths_has_a_line_for_each_and_ends_deaths_before_the_last_l
     mlp, att, dies = births_and_deaths(table, "toy").data
     assert (list(mlp.y), list(att.y), dies.y[0]) == ([0.1, 0.2], [0, 0.3], 0.4)
     assert np.isnan(dies.y[1])
+    assert [mlp.name, att.name] == ["born of the MLP", "born of attention"]
     assert (mlp.line.color, att.line.color) == (COLOURS["mlp"], COLOURS["att"])
 
 
@@ -498,73 +351,73 @@ def test_lifespan_map_counts_every_run_once_where_it_begins() -> None:
     assert (list(grid.x), list(grid.y)) == ([0, 1, 2], [0, 1, 2])
 
 
-def test_agreement_map_has_a_panel_for_each_module_and_each_pair_both_ways() -> None:
-    rows = [("a", "b", "mlp", 9, 0.2), ("a", "b", "res", 9, 0.5), ("a", "c", "res", 9, 0.7)]
-    table = pd.DataFrame(rows, columns=["first", "second", "module", "features", "same"])
-    figure = agreement_map(table, "toy")
-    assert notes(figure) == ["from R (stream)", "from M (MLP)"]
-    nan = np.nan
-    expected = [
-        [[nan, 0.5, 0.7], [0.5, nan, nan], [0.7, nan, nan]],
-        [[nan, 0.2, nan], [0.2, nan, nan], [nan, nan, nan]],
-    ]
-    for grid, shares in zip(figure.data, expected, strict=True):
-        assert list(grid.x) == list(grid.y) == ["a", "b", "c"]
-        assert np.array_equal(np.array(grid.z, dtype=float), shares, equal_nan=True)
-
-
-def test_against_chance_puts_both_histograms_on_the_same_bins() -> None:
-    both = pd.DataFrame({"found": [0.5, 0.9], "chance": [0.1, 0.2]})
-    figure = against_chance(both, 0.33, "title", "toy")
-    chance, found = figure.data
-    assert (list(chance.x), list(found.x)) == ([0.1, 0.2], [0.5, 0.9])
-    assert chance.xbins.to_plotly_json() == found.xbins.to_plotly_json()
-    assert figure.layout.shapes[0].x0 == 0.33
-
-
 def test_before_after_has_a_bar_for_each_row() -> None:
-    table = pd.DataFrame(
-        {
-            "what": ["a\nb", "a\nb", "c", "c"],
-            "condition": ["before", "after", "before", "after"],
-            "value": [12.34, 0.0, 0.123, 1.0],
-        }
-    )
+    rows = [
+        ("a<\nb", "before", 12.34),
+        ("a<\nb", "after", 0.0),
+        ("c", "before", 0.123),
+        ("c", "after", 1),
+    ]
+    table = pd.DataFrame(rows, columns=["what", "condition", "value"])
     before, after = before_after(table, "title", "activation", "toy").data
-    assert (list(before.x), list(before.y)) == (["a<br>b", "c"], [12.34, 0.123])
-    assert list(after.y) == [0, 1]
-    assert list(before.text) == ["12.3", "0.12"]
-    assert (before.name, after.name) == ("before", "after")
-    assert (before.marker.color, after.marker.color) == CONDITIONS[:2]
+    assert (list(before.x), list(before.y)) == (["a&lt;<br>b", "c"], [12.34, 0.123])
+    assert (before.name, after.name, list(after.y)) == ("before", "after", [0, 1])
+    assert before.marker.color != after.marker.color
 
 
-def test_more_conditions_than_colours_are_an_error() -> None:
-    table = pd.DataFrame({"what": "a", "condition": range(6), "value": 1.0})
-    with pytest.raises(ValueError, match="6 conditions: expected at most 5"):
-        before_after(table, "title", "value", "toy")
+@pytest.fixture(scope="module")
+def linked(cache: Path) -> FlowGraph:
+    """A graph of a suite whose stream and MLP, but not its attention, are on Neuronpedia."""
+    bare = toys.bare_suite()
+    names = {at: f"toy-model/{at.layer}-{at.module}" for at in bare.saes if at.module != "att"}
+    suite = replace(bare, row=replace(bare.row, neuronpedia=names))
+    of_attention = f"2/res/{toys.COORDINATE[2].index(13)}"
+    return flow_graph(suite, ["1/res/5", of_attention], match_table(suite, k=1, cache=cache))
+
+
+def test_every_node_has_its_page_in_the_graph_and_in_its_file(
+    linked: FlowGraph, tmp_path: Path
+) -> None:
+    for node in linked.nodes.itertuples():
+        page = f"https://www.neuronpedia.org/toy-model/{node.layer}-{node.module}/{node.index}"
+        assert node.link == ("" if node.module == "att" else page)
+    bad = replace(linked, nodes=linked.nodes.assign(link="javascript:alert(1)"))
+    for graph, links in ((linked, linked.nodes["link"].tolist()), (bad, [""] * len(bad.nodes))):
+        save_graph(graph, tmp_path / "graph.json")
+        assert load_graph(tmp_path / "graph.json").nodes["link"].tolist() == links
+
+
+def test_nodes_lead_to_their_pages_in_every_picture(linked: FlowGraph, chain: FlowGraph) -> None:
+    links = linked.nodes.loc[linked.nodes["link"] != "", ["feature", "link"]]
+    svg = flow_svg(linked, "toy")
+    values = dict.fromkeys(["1/res/5"], 1.0)
+    for figure in (flow_picture(linked, "toy"), flow_picture(linked, "toy", values, "strength")):
+        drawn = nodes(figure).set_index("feature")
+        for feature, link in links.itertuples(index=False):
+            index = feature.rpartition("/")[2]
+            assert drawn.loc[feature, "text"] == f'<a href="{link}" target="_blank">{index}</a>'
+            assert f"<br>{link}" in drawn.loc[feature, "hover"]
+        assert drawn["text"].str.contains("<a ").sum() == len(links)
+    for feature, link in links.itertuples(index=False):
+        group = svg.partition(f'<g id="{feature}">')[2].partition("</g>")[0]
+        assert f'<a xlink:href="{link}" target="_blank">' in group
+    assert svg.count('<a xlink:href="') == len(links)
+    assert sum("<a " in text for text in notes(schematic(linked, "1/res/5", "toy"))) == 3
+    bare = str(flow_picture(chain, "toy").to_json()) + str(schematic(chain, "1/res/5", "toy"))
+    assert "<a " not in bare + flow_svg(chain, "toy")
 
 
 def test_every_figure_says_suite_and_choices_and_looks_the_same(chain: FlowGraph) -> None:
     bars = pd.DataFrame({"what": ["a"], "condition": ["c"], "value": [1.0]})
-    scores = pd.DataFrame({"layer": [1], "s_res": [0.5], "null_res": [0.3]})
     by_layer = pd.DataFrame({"layer": [0], "born_mlp": 0.1, "born_att": 0.1, "dies": 0.1})
-    by_layer = by_layer.assign(**dict.fromkeys(CLASS_COLOURS, 0.25))
-    agreement = pd.DataFrame({"first": ["a"], "second": "b", "module": "mlp", "same": 0.5})
     figures = [
         schematic(chain, "1/res/5", "suite toy"),
         flow_picture(chain, "suite toy"),
-        classes_by_layer(by_layer, "suite toy"),
         births_and_deaths(by_layer, "suite toy"),
         lifespan_map(pd.DataFrame({"layer": [0], "first": [0], "last": [0]}), "suite toy"),
-        agreement_map(agreement, "suite toy"),
-        token_text(pd.DataFrame({"token": ["a"], "activation": [1.0]}), "title", "suite toy"),
-        scores_by_layer(scores, "suite toy"),
-        share_above_null(pd.DataFrame({"layer": [1], "above_res": [1.0]}), "suite toy"),
-        against_chance(pd.DataFrame({"found": [0.5], "chance": [0.1]}), 0.3, "title", "suite toy"),
         before_after(bars, "title", "value", "suite toy"),
     ]
     for figure in figures:
         assert figure.layout.title.subtitle.text == "suite toy"
         assert figure.layout.title.text
         assert figure.layout.template == TEMPLATE
-        assert figure.layout.template.layout.plot_bgcolor == "white"

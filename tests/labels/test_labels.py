@@ -22,6 +22,7 @@ from flowhelpers.labels.describe import (
     top_logit_tokens,
     top_tokens,
 )
+from flowhelpers.labels.plots import token_text
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import token_strings
 from flowhelpers.suites.saes import make_sae
@@ -133,7 +134,7 @@ def test_ones_own_labels_come_before_all_others(
         "label": ["red, or green", "NA"],
         "label_from": [name] * 2,
     }
-    found = describe_features(planted, ["1/res/3", "1/res/4"], own=own).set_index("feature")
+    found = describe_features(planted, ["1/res/3", "1/res/4"], user_labels=own).set_index("feature")
     assert found.loc["1/res/3", ["label", "label_from"]].tolist() == ["red, or green", name]
     assert found.loc["1/res/4", "label_from"] == "logit lens"
     assert found.loc["1/res/3", "writes"]
@@ -142,17 +143,17 @@ def test_ones_own_labels_come_before_all_others(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "feature,label\n1/res/3,a\n1/res/99,b\n", "row 2: no feature 1/res/99 in "),
-        ("a.csv", "feature,label\n9/res/3,a\n", "row 1: no layer 9 in suite"),
+        ("a.csv", "feature,label\n1/res/3,a\n1/res/99,b\n", "no feature 1/res/99 in "),
+        ("a.csv", "feature,label\n9/res/3,a\n", "no layer 9 in suite"),
+        ("a.jsonl", '{"feature": "x", "label": "a"}', "'x' is not a feature"),
+        ("a.csv", "feature,label\n1/res/3,a\n1/res/3,b\n", "1/res/3 twice"),
+        ("a.csv", "feature,label\n1/res/3, \n", "1/res/3 is without a label"),
+        ("a.jsonl", '{"feature": "1/res/3", "label": null}', "1/res/3 is without a label"),
         (
             "a.csv",
-            "feature,label\nx,a\ny,a\nz,a\nw,a\n",
-            "row 3: 'z' is .*; and 1 more",
+            "feature,lable\n1/res/3,a\n",
+            "columns feature, lable: expected feature and label",
         ),
-        ("a.csv", "feature,label\n1/res/3,a\n1/res/3,b\n", "labels 1/res/3 more than once"),
-        ("a.csv", "feature,lable\n1/res/3,a\n", "has no column 'label'; did you mean 'lable'"),
-        ("a.csv", "", "cannot be read as csv: No columns"),
-        ("a.jsonl", "{", "cannot be read as jsonl"),
         ("a.txt", "1/res/3 a", "expected a file of labels, .csv or .jsonl"),
     ],
 )
@@ -162,11 +163,6 @@ def test_a_label_file_that_is_wrong_says_where(
     (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         read_labels(tmp_path / name, planted)
-
-
-def test_a_label_file_that_is_not_there_is_named(planted: Suite, tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"there is no file .*mine\.csv"):
-        read_labels(tmp_path / "mine.csv", planted)
 
 
 def test_subject_scores_are_the_auc_of_mean_activations():
@@ -213,3 +209,33 @@ def test_a_feature_that_does_not_exist_is_named(planted: Suite):
     ):
         with pytest.raises(ValueError, match="no feature 1/res/16 in "):
             function(planted, "1/res/16")
+
+
+def test_token_text_colours_the_characters_of_each_token():
+    tokens = pd.DataFrame({"token": ["ab", " <c", "\n", "d"], "activation": [0.0, 2.5, 1.0, 0.5]})
+    (grid,) = token_text(tokens, "title", "toy", columns=4).data
+    assert [list(row) for row in grid.text] == [
+        ["a", "b", "", ""],
+        [" ", "&lt;", "c", "⏎"],
+        ["d", "", "", ""],
+    ]
+    assert [list(row) for row in grid.z] == [
+        [0, 0, None, None],
+        [2.5, 2.5, 2.5, 1],
+        [0.5, None, None, None],
+    ]
+    assert grid.hovertext[1][0] == "' &lt;c': 2.5"
+    assert (grid.zmin, grid.zmax, grid.texttemplate) == (0, 2.5, "%{text}")
+
+
+def test_token_text_breaks_a_token_that_is_longer_than_a_line():
+    tokens = pd.DataFrame({"token": ["x", "abcdefg"], "activation": [1.0, 0.0]})
+    (grid,) = token_text(tokens, "title", "toy", columns=3).data
+    assert ["".join(row) for row in grid.text] == ["x", "abc", "def", "g"]
+
+
+def test_a_text_without_activation_is_white():
+    tokens = pd.DataFrame({"token": ["a"], "activation": [0.0]})
+    (grid,) = token_text(tokens, "title", "toy").data
+    assert grid.zmin < grid.zmax
+    assert grid.colorscale[0][1] == "white"

@@ -1,0 +1,82 @@
+"""Tables and a sentence that read a flow graph, and the features where chains meet."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowhelpers.core.features import MODULES
+from flowhelpers.flow.graph import FlowGraph
+from flowhelpers.matching.table import dominant_module
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def layer_by_layer(graph: FlowGraph) -> "pd.DataFrame":
+    """The chain of a graph as the paper's appendix E reads it, one row a residual node.
+
+    Returns:
+        `feature`, `label`, `step` (the score of the step into it), `s_res`, `s_mlp`, `s_att`,
+        `class`, `high above` (the thresholds that it goes by, for stream / MLP / attention) and
+        `adds`: the modules' matches that are high, with their labels.
+    """
+    import pandas as pd
+
+    labels = graph.nodes.set_index("feature")["label"].str.replace("\n", "; ")
+    steps = graph.edges[graph.edges["module"] == "res"].groupby("target")["score"].max()
+    rows = []
+    for node in graph.chain.to_dict("records"):
+        row = {"feature": node["feature"], "label": labels[node["feature"]]}
+        row |= {"step": steps.get(node["feature"], np.nan)}
+        row |= {column: node[column] for column in (*(f"s_{m}" for m in MODULES), "class")}
+        limits = [node[f"high_{m}"] for m in MODULES]
+        row["high above"] = " / ".join("–" if np.isnan(x) else f"{x:.3f}" for x in limits)
+        high = (node[f"from_{m}"] for m in MODULES[1:] if node[f"s_{m}"] > node[f"high_{m}"])
+        row["adds"] = " | ".join(f"{source}: {labels[source]}" for source in high)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def turns(graph: FlowGraph) -> "pd.DataFrame":
+    """The residual nodes where the meaning turns: a module lies nearer than the stream before.
+
+    These have an s(M) or s(A) that is high and above s(R) (paper 3.3, class C and those of class B
+    that lean on the module). Layer 0, which has no s(R), is left out.
+
+    Returns:
+        Rows of `nodes`, with the module as `turned_by` (`matching.dominant_module`).
+    """
+    chain = graph.chain
+    chain["turned_by"] = dominant_module(chain)
+    near = chain["s_mlp"].where(chain["turned_by"] == "mlp", chain["s_att"])
+    return chain[chain["turned_by"].notna() & (near > chain["s_res"])]
+
+
+def in_words(graph: FlowGraph) -> str:
+    """A sentence: the steps above chance, the classes after layer 0, and where a module is nearer.
+
+    It is the residual chain's; what is high is said by the graph's thresholds.
+    """
+    steps, chain = graph.edges[graph.edges["module"] == "res"], graph.chain
+    above = int((steps["score"] > steps["null"]).sum())
+    counts = chain.loc[chain["layer"] > 0, "class"].value_counts()
+    classes = ", ".join(f"{count} {name}" for name, count in counts.items())
+    turned = [f"{row['feature']} ({row['turned_by']})" for row in turns(graph).to_dict("records")]
+    return (
+        f"{above} of {len(steps)} steps of the chain are above chance; after layer 0: {classes};"
+        f" a module lies nearer than the stream at {', '.join(turned) or 'no layer'}"
+    )
+
+
+def funnels(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The residual features that are best matches back, by how many features name them.
+
+    Returns:
+        `source_layer`, `source`, `features` (their number), `score` (their mean) and `above`, how
+        many of them match it above chance; the largest first.
+    """
+    best = table[(table["direction"] == "backward") & (table["module"] == "res")]
+    best = best[(best["rank"] == 1) & (best["source"] >= 0)]
+    sources = best.assign(high=best["score"] > best["null"]).groupby(["source_layer", "source"])
+    found = sources.agg(features=("high", "size"), score=("score", "mean"), above=("high", "sum"))
+    return found.sort_values(["features", "score"], ascending=False).reset_index()
