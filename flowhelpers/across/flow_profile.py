@@ -10,7 +10,7 @@ import numpy as np
 
 from flowhelpers.core.features import MODULES
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
-from flowhelpers.matching.table import CLASSES, classify, feature_scores
+from flowhelpers.matching.scores import CLASSES, classify, feature_scores
 from flowhelpers.suites.registry import SuiteRow
 
 if TYPE_CHECKING:

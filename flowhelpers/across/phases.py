@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flowhelpers.across.flow_profile import depth
-from flowhelpers.matching.table import CLASSES
+from flowhelpers.matching.scores import CLASSES
 
 if TYPE_CHECKING:
     import pandas as pd

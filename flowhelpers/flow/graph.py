@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from flowhelpers.core.features import MODULES, FeatureId, parse_feature
 from flowhelpers.labels.on_neuronpedia import feature_page
-from flowhelpers.matching.table import check_threshold, classify, dominant_module, feature_scores
+from flowhelpers.matching.scores import check_threshold, classify, dominant_module, feature_scores
 
 if TYPE_CHECKING:
     import networkx

@@ -23,8 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-from flowhelpers.activations.corpora import passages
-from flowhelpers.activations.sources import Documents, digests, load_source
+from flowhelpers.activations.corpora import Documents, digests, load_source, passages
 from flowhelpers.core.files import check_unchanged, read_json, write_json
 from flowhelpers.suites.model import token_losses
 

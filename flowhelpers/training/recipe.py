@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flowhelpers.activations.sources import HELD_OUT_PERCENT, digests, load_source
+from flowhelpers.activations.corpora import HELD_OUT_PERCENT, digests, load_source
 from flowhelpers.core.features import MODULES, Site, suggestion
 from flowhelpers.core.files import check_json, fingerprint, read_json, write_json, write_text
 from flowhelpers.core.machine import check_device

@@ -39,7 +39,8 @@ from flowhelpers.across.profile import (
 )
 from flowhelpers.core.features import MODULES
 from flowhelpers.groups.occurrences import GROUPS, Occurrences, find_occurrences, modules_of
-from flowhelpers.matching.table import CLASSES, classify, feature_scores, match_table
+from flowhelpers.matching.scores import CLASSES, classify, feature_scores
+from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.needs import needs, needs_table
 from flowhelpers.suites.registry import find_suite

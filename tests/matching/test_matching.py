@@ -16,9 +16,10 @@ from flowhelpers.core.cache import CACHE
 from flowhelpers.core.features import Site, predecessor_sites
 from flowhelpers.groups.occurrences import Occurrences, youden_thresholds
 from flowhelpers.matching import table as matching
-from flowhelpers.matching.cosine import Matches
-from flowhelpers.matching.matchers import null_cosines
-from flowhelpers.matching.table import agreement, classify, feature_scores, match_table, transition
+from flowhelpers.matching.cosine import TopK
+from flowhelpers.matching.null import null_cosines
+from flowhelpers.matching.scores import agreement, classify, feature_scores, transition
+from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite, load_suite
 
 CODE = {"res": 0, "mlp": 1, "att": 2}
@@ -379,7 +380,7 @@ def test_methods_agree_where_they_choose_the_same():
 
 
 def test_the_transition_matrix_has_a_one_for_each_match():
-    matches = Matches(torch.tensor([[2, 0], [1, -1], [-1, -1]]), torch.zeros(3, 2))
+    matches = TopK(torch.tensor([[2, 0], [1, -1], [-1, -1]]), torch.zeros(3, 2))
     found = transition(matches, 4)
     assert found.is_sparse
     assert found.to_dense().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]

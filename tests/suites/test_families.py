@@ -47,7 +47,7 @@ from flowhelpers.deactivation.experiments import (
 )
 from flowhelpers.flow.graph import flow_graph
 from flowhelpers.groups.occurrences import find_occurrences
-from flowhelpers.matching import matchers
+from flowhelpers.matching import null
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import make_plan, steer
 from flowhelpers.suites.attention import attention_output, stored_attention_output
@@ -91,7 +91,7 @@ def whole_way(suite: Suite, layer: int = 1) -> None:
     matches = match_table(suite, k=2)
     assert set(matches["module"]) == set(MODULES)
     assert matches["cosine"].between(-1, 1).all()
-    activations = collect(suite, TEXTS, batch=1)
+    activations = collect(suite, TEXTS, batch_size=1)
     found = find_occurrences(matches, activations)
     of_layer = found.table[found.table["layer"] == layer]
     assert len(of_layer) == activations.by_site[Site(layer, "res")].nnz > 0
@@ -410,7 +410,7 @@ def gemma_suite(
         hub.use_in_process(tmp_path_factory.mktemp("gemma-home"), patch)
         shrink(patch, "gemma-2-2b", layers=2, model_parameters=200_000_000)
         # Chance is drawn less often: at this width it takes as long as the matches themselves.
-        patch.setattr(matchers, "null_cosines", partial(matchers.null_cosines, draws=512))
+        patch.setattr(null, "null_cosines", partial(null.null_cosines, draws=512))
         yield load_suite("gemma-2-2b"), family
 
 

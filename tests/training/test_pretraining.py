@@ -15,8 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from flowhelpers.activations.corpora import passages
-from flowhelpers.activations.sources import is_held_out
+from flowhelpers.activations.corpora import is_held_out, passages
 from flowhelpers.suites.model import load_model, tokenize
 from flowhelpers.training import language_model as pretraining
 from flowhelpers.training.language_model import (

@@ -14,8 +14,7 @@ import yaml
 from hub import Hub
 
 from flowhelpers.__main__ import main
-from flowhelpers.activations.corpora import passages
-from flowhelpers.activations.sources import is_held_out
+from flowhelpers.activations.corpora import is_held_out, passages
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.suites.load import load_suite
 from flowhelpers.training import language_model as pretraining
