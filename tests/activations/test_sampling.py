@@ -6,7 +6,6 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import psutil
 import pytest

@@ -1,7 +1,9 @@
 """The match table holds the planted chain in both directions, and its classes are the paper's."""
 
+import doctest
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jaxtyping
@@ -12,13 +14,20 @@ import torch
 import toys
 from torch import Tensor
 
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.cache import CACHE
 from flowhelpers.core.features import Site, predecessor_sites
 from flowhelpers.groups.occurrences import Occurrences, youden_thresholds
 from flowhelpers.matching import table as matching
 from flowhelpers.matching.cosine import TopK
 from flowhelpers.matching.null import null_cosines
-from flowhelpers.matching.scores import agreement, classify, feature_scores, transition
+from flowhelpers.matching.scores import (
+    agreement,
+    best_matches,
+    classify,
+    feature_scores,
+    transition,
+)
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite, load_suite
 
@@ -45,6 +54,25 @@ def backward(table: pd.DataFrame, layer: int, module: str, rank: int = 1) -> pd.
 
 def two_layers(first: Tensor, second: Tensor) -> Suite:
     return toys.bare_suite({Site(0, "res"): first, Site(1, "res"): second}, layers=2)
+
+
+@pytest.mark.parametrize("function", [match_table, collect])
+def test_the_example_of_the_docstring_runs(function: Callable[..., object]):
+    [example] = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={})
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_the_best_matches_are_those_of_rank_1_of_the_side_that_chose(table: pd.DataFrame):
+    best = best_matches(table, module="res")
+    assert len(best) == 2 * toys.RES
+    assert (best["source"].tolist(), set(best["rank"])) == (
+        toys.RES_FROM[1] + toys.RES_FROM[2],
+        {1},
+    )
+    onward = best_matches(table, "forward")
+    assert set(onward["direction"]) == {"forward"}
+    assert not onward.duplicated(["layer", "module", "source"]).any()
 
 
 def test_predecessors_are_the_layer_before_and_the_modules_of_the_same_layer():
