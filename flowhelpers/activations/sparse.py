@@ -69,11 +69,11 @@ def collect(
     Example:
         >>> from flowhelpers import collect, load_suite
         >>> suite = load_suite("flowlet")
-        >>> activations = collect(suite, ["Once there was a ship."], list(suite.saes)[:1])
+        >>> activations = collect(suite, ["Once there was a ship."])
         >>> activations.tokens["position"].tolist()[:3]
         [1, 2, 3]
-        >>> [codes.shape[1] for codes in activations.by_site.values()]
-        [1024]
+        >>> activations.of(suite.feature("4/res/17")).shape == (len(activations.tokens),)
+        True
     """
     return collect_tokens(suite, tokenize(suite.model, texts, max_tokens), sites, batch_size)
 

@@ -27,12 +27,7 @@ LEAST_ACTIVE = 10  # tokens, for a correlation to say anything
 
 @dataclass(frozen=True)
 class PairMatch:
-    """Two SAEs matched, in both directions.
-
-    Attributes:
-        backward: The best sources of every target, `[targets, k or k + 1]`.
-        forward: The best targets of every source, `[sources, k or k + 1]`.
-    """
+    """The best sources of every target, and the best targets of every source."""
 
     backward: TopK
     forward: TopK

@@ -99,6 +99,7 @@ def test_the_table_holds_each_feature_site_and_rank_once(table: pd.DataFrame):
         assert not mine.duplicated(["layer", "module", chooser, "rank"]).any()
     assert set(table["rank"]) == {1, 2, 3}
     assert set(table["method"]) == {"cosine"}
+    assert not table.loc[table["rank"] > 1, "mutual"].any()
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -202,7 +203,7 @@ def test_a_suite_without_two_sites_that_follow_is_an_error():
         match_table(suite, k=1)
 
 
-def test_a_method_that_does_not_exist_or_lacks_its_texts_is_refused(
+def test_what_a_method_does_not_know_lacks_or_has_no_use_for_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would speak first
@@ -212,6 +213,10 @@ def test_a_method_that_does_not_exist_or_lacks_its_texts_is_refused(
         match_table(toys.bare_suite(), 1, method="pearson")
     with pytest.raises(ValueError, match="method='cosine': texts are for 'pearson'"):
         match_table(toys.bare_suite(), 1, texts=["a"])
+    with pytest.raises(ValueError, match="weights and folded are for 'permutation' alone"):
+        match_table(toys.bare_suite(), 1, weights="all")
+    with pytest.raises(ValueError, match="torch finds no device 'cpuu' on this machine"):
+        match_table(toys.bare_suite(), 1, device="cpuu")
 
 
 # Tables on disk.
@@ -312,20 +317,6 @@ def test_processes_may_make_the_same_table_at_once(cache: Path):
         pd.testing.assert_frame_equal(match_table(toys.bare_suite(), k=2), other)
     assert len(list(cache.glob("*.parquet"))) == 3
     assert not list(cache.glob(".*"))
-
-
-def test_what_a_method_has_no_use_for_is_refused():
-    for method in ("cosine", "random"):
-        for given in ({"weights": "all"}, {"folded": True}):
-            with pytest.raises(ValueError, match="weights and folded are for 'permutation' alone"):
-                match_table(toys.bare_suite(), 1, method=method, **given)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="torch finds no device 'cpuu' on this machine"):
-        match_table(toys.bare_suite(), 1, device="cpuu")
-
-
-def test_a_match_of_lower_rank_is_not_mutual(table: pd.DataFrame):
-    assert not table.loc[table["rank"] > 1, "mutual"].any()
-    assert table.loc[table["rank"] == 1, "mutual"].any()
 
 
 def test_some_layers_are_those_of_the_whole_table():
@@ -454,15 +445,11 @@ def test_a_feature_of_layer_0_can_only_be_newborn_or_unexplained(table: pd.DataF
     }
 
 
-@pytest.mark.parametrize("threshold", [1.5, -1.01, float("nan")])
-def test_a_threshold_that_is_no_cosine_is_refused(threshold: float):
+def test_a_threshold_that_is_no_cosine_or_of_no_place_is_refused():
     table = scored(s_res=[0.5], s_mlp=[0.5], s_att=[0.5])
-    with pytest.raises(ValueError, match="for 1/mlp: expected a cosine, from -1 to 1"):
-        classify(table, {(1, "mlp"): threshold})
-
-
-def test_a_threshold_of_a_place_that_does_not_exist_is_refused():
-    table = scored(s_res=[0.5], s_mlp=[0.5], s_att=[0.5])
+    for threshold in (1.5, -1.01, float("nan")):
+        with pytest.raises(ValueError, match="for 1/mlp: expected a cosine, from -1 to 1"):
+            classify(table, {(1, "mlp"): threshold})
     for place in ((9, "res"), (1, "MLP")):
         with pytest.raises(ValueError, match=r"expected \(layer, module\), a layer of 1 and"):
             classify(table, {place: 0.5})
