@@ -652,16 +652,17 @@ def groups(executed: dict[str, Executed]) -> Executed:
 
 
 @pytest.fixture(scope="module")
-def sampled() -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
+def sampled(tmp_path_factory: pytest.TempPathFactory) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """The tokens of the run's sample, and whether each feature is active there, by site."""
-    from flowhelpers.activations.sampling import datasets_for, draw_sample, texts_of
-    from flowhelpers.activations.sparse import read_sample
-    from flowhelpers.core.cache import cache_folder
-    from flowhelpers.suites.load import load_suite
+    from flowhelpers import activations, load_suite
 
     suite = load_suite("flowlet")
-    sample = draw_sample(suite.model, texts_of(datasets_for(suite.row), 100))
-    found = read_sample(suite, sample, cache_folder() / "activations")
+    given = {name: p.default for name, p in inspect(FOLDER / "03_group_statistics.ipynb").items()}
+    names = activations.datasets_for(suite.row)
+    texts = activations.texts_of(names, given["n_texts"], given["seed"])
+    per_text, seed = given["tokens_per_text"], given["seed"]
+    sample = activations.draw_sample(suite.model, texts, per_text, seed=seed)
+    found = activations.read_sample(suite, sample, tmp_path_factory.mktemp("activations"))
     return found.tokens, {str(s): c.toarray() > 0 for s, c in found.by_site.items()}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from flowhelpers.across.profile import Profile, depth
 from flowhelpers.groups.occurrences import GROUPS
-from flowhelpers.matching.table import CLASSES
+from flowhelpers.matching.scores import CLASSES
 from flowhelpers.suites.registry import GEMMA
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
 from flowhelpers.groups.intervals import share_intervals
 from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, group_shares, modules_of
 from flowhelpers.groups.significance import activity_auc
-from flowhelpers.matching.table import CLASSES, classify, feature_scores
+from flowhelpers.matching.scores import CLASSES, classify, feature_scores
 from flowhelpers.suites.registry import SuiteRow, find_suite, registered
 
 if TYPE_CHECKING:

@@ -1,4 +1,10 @@
 from .corpora import (
+    HELD_OUT_PERCENT as HELD_OUT_PERCENT,
+    Documents as Documents,
+    digests as digests,
+    hub_documents as hub_documents,
+    is_held_out as is_held_out,
+    load_source as load_source,
     load_texts as load_texts,
     passages as passages,
     subjects as subjects,
@@ -13,19 +19,11 @@ from .sampling import (
     sample_sizes as sample_sizes,
     texts_of as texts_of,
 )
-from .sources import (
-    HELD_OUT_PERCENT as HELD_OUT_PERCENT,
-    Documents as Documents,
-    digests as digests,
-    load_source as load_source,
-)
 from .sparse import (
     PASS_TENSORS as PASS_TENSORS,
     FeatureActivations as FeatureActivations,
     collect as collect,
     collect_tokens as collect_tokens,
-    needs_of as needs_of,
     read_batches as read_batches,
     read_sample as read_sample,
-    save_activations as save_activations,
 )

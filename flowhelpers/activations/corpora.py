@@ -1,46 +1,42 @@
-"""The texts to evaluate on: the paper's corpora by their hub names, and four that need no network.
+"""Texts to read and to train on: the paper's corpora on the hub, and four that need no network.
 
 Every sample is seeded and holds no text twice. The local corpora are the package's own passages and
-the modules of the standard library's source that no training has seen.
+modules of the standard library. Whether a document is held out from training depends on its content
+alone, so that no later choice of order, budget or seed can bring a held-out document into training.
 """
 
 import gzip
+import hashlib
 import json
 import re
+import sysconfig
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.activations.sources import SEPARATOR, is_held_out, stdlib_modules, text_documents
 from flowhelpers.core.features import suggestion
-from flowhelpers.core.files import DATA
+from flowhelpers.core.files import DATA, fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PASSAGES = DATA / "passages"
+SEPARATOR = "<|endoftext|>"
+HELD_OUT_PERCENT = 2
 PIECE_WORDS = (60, 150)
 SHUFFLE_BUFFER = 1_000
+TRAINING_ROWS = 200_000  # of a hub dataset, at most
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where a corpus comes from.
-
-    Attributes:
-        name: The name by which `load_texts` knows it.
-        about: What it holds.
-        hub_id: The hub dataset; empty if the corpus is on every machine.
-        config: The configuration of the hub dataset; None for its only one.
-        split: The split that is read.
-        column: The column that holds the text.
-    """
+    """Where a corpus comes from; one without `hub_id` is on every machine."""
 
     name: str
     about: str
@@ -71,18 +67,14 @@ DOMAINS = ("fiction", "science", "maths")
 def load_texts(
     name_or_path: str | Path, n: int | None, seed: int = 0, or_fewer: bool = False
 ) -> list[str]:
-    """Sample texts of a corpus, or of a text file or folder of your own.
-
-    In a file, texts are parted by `<|endoftext|>`; in a folder, every file holds at least one.
+    """Sample different texts of a corpus, or of a text file or folder of your own.
 
     Args:
-        name_or_path: A name in `CORPORA`, or the path of a UTF-8 text file or folder.
+        name_or_path: A name in `CORPORA`, or the path of UTF-8 text, a file (parted into texts by
+            `<|endoftext|>`) or a folder.
         n: How many; None for all of a corpus that is not on the hub.
         seed: Decides which texts are taken, and their order; a smaller `n` gives the first of them.
         or_fewer: Whether a corpus that has fewer may give all it has.
-
-    Returns:
-        `n` different texts.
 
     Raises:
         ValueError: If the corpus is unknown, has fewer than `n` texts, or a file is not text.
@@ -92,20 +84,36 @@ def load_texts(
     if n is not None and n < 1:
         raise ValueError(f"cannot load n={n} texts: expected at least 1, or None for all")
     corpus = CORPORA.get(name_or_path) if isinstance(name_or_path, str) else None
-    if corpus and corpus.hub_id:
-        return _hub_texts(corpus, n, seed, or_fewer)
-    if corpus is None:
-        found: Iterable[str] = _own_texts(name_or_path)
+    on_hub = corpus is not None and bool(corpus.hub_id)
+    if corpus and on_hub:
+        if n is None:
+            raise ValueError(f"n=None takes all texts: {corpus.name!r} is on the hub, give n")
+        source = (corpus.hub_id, corpus.config, corpus.split, corpus.column)
+        documents = (text for _, text in hub_documents(*source, seed=seed))
+    elif corpus is None:
+        documents = (text for _, text in text_documents(_own_path(name_or_path)))
     elif corpus.name in DOMAINS:
-        found = [row["text"] for row in _passages() if row["domain"] == corpus.name]
+        documents = (row["text"] for row in _passages() if row["domain"] == corpus.name)
     else:
-        found = _held_out_python()
-    texts = list(dict.fromkeys(found))
+        documents = iter(_held_out_python())
+    texts = _different(documents, n if on_hub else None)
     if n is not None and n > len(texts) and not or_fewer:
-        own = "" if corpus else f" (a file is parted into texts by {SEPARATOR})"
-        raise ValueError(_too_few(name_or_path, n, len(texts)) + f"; n=None takes all{own}")
-    order = np.random.default_rng(seed).permutation(len(texts))
-    return [texts[i] for i in order[:n]]
+        raise ValueError(
+            f"{str(name_or_path)!r} has {len(texts)} different texts, {n} were asked for"
+            f" (n=None takes all of a local corpus; {SEPARATOR} parts a file into texts)"
+        )
+    if on_hub:  # already in seeded order
+        return texts
+    return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:n]]
+
+
+def _different(documents: Iterable[str], n: int | None) -> list[str]:
+    texts: dict[str, None] = {}
+    for text in documents:
+        texts[text] = None
+        if len(texts) == n:
+            break
+    return list(texts)
 
 
 def passages() -> "pd.DataFrame":
@@ -120,25 +128,10 @@ def subjects() -> list[str]:
     return list(dict.fromkeys(passage["subject"] for passage in _passages()))
 
 
-def _too_few(name: str | Path, n: int, count: int) -> str:
-    return f"{str(name)!r} has {count} different texts, {n} were asked for"
-
-
-def _passages() -> list[dict[str, str]]:
-    found = []
-    for file in sorted(PASSAGES.glob("*.jsonl")):
-        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        for number, line in enumerate(lines, 1):
-            passage = json.loads(line)
-            if set(passage) != {"subject", "domain", "text"} or passage["domain"] not in DOMAINS:
-                raise ValueError(
-                    f"{file}:{number} is not a passage: expected subject, domain (one of "
-                    f"{', '.join(DOMAINS)}) and text, got {line[:80]}"
-                )
-            found.append(passage)
-    if not found:
-        raise FileNotFoundError(f"no passages in {PASSAGES}: expected .jsonl files, reinstall")
-    return found
+@cache
+def _passages() -> tuple[dict[str, str], ...]:
+    files = sorted(PASSAGES.glob("*.jsonl"))
+    return tuple(json.loads(line) for file in files for line in file.open(encoding="utf-8"))
 
 
 @cache
@@ -174,72 +167,181 @@ def python_pieces(source: str) -> list[str]:
     return [p.strip("\n") for p in pieces if least <= len(p.split()) <= most]
 
 
-def _own_texts(name_or_path: str | Path) -> list[str]:
+# Sources of documents: (key, text) pairs, of which the key decides what is held out.
+
+
+def is_held_out(key: str) -> bool:
+    """Whether the document of this key (its text, or a module's path) is kept from training."""
+    digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % 100 < HELD_OUT_PERCENT
+
+
+@dataclass(frozen=True)
+class Documents:
+    """A source of documents to train on, as (key, text) pairs."""
+
+    name: str
+    pairs: Callable[[], Iterator[tuple[str, str]]]
+
+    def train(self, seed: int, budget: int) -> list[str]:
+        """Documents to train on in seeded order, up to about `budget` characters."""
+        return self._take(False, seed, budget)
+
+    def held_out(self, seed: int, budget: int) -> list[str]:
+        """Documents never trained on in seeded order, up to about `budget` characters."""
+        return self._take(True, seed, budget)
+
+    def _take(self, held_out: bool, seed: int, budget: int) -> list[str]:
+        documents = [text for key, text in self.pairs() if is_held_out(key) == held_out]
+        taken, size = [], 0
+        for index in np.random.default_rng(seed).permutation(len(documents)):
+            if size >= budget:
+                break
+            taken.append(documents[index][: budget - size])
+            size += len(taken[-1])
+        return taken
+
+
+def load_source(name: str, folder: Path | None = None) -> Documents:
+    """A source by name: `stdlib`, `pydoc`, a text file or folder, or a dataset of the hub.
+
+    Args:
+        name: A file's or folder's path (looked up in `folder` first), or a hub id `owner/name`.
+        folder: Where text files lie.
+
+    Raises:
+        FileNotFoundError: If there is no such file and the name is not a hub id.
+    """
+    if name in OWN:
+        return Documents(name, OWN[name])
+    if folder and not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder} to look up the text source {name!r} in")
+    if path := find_file(name, folder):
+        return Documents(name, partial(text_documents, path))
+    if name.count("/") == 1:
+        return Documents(name, partial(hub_documents, name))
+    here = [*OWN, *sorted(path.name for path in folder.iterdir())] if folder else list(OWN)
+    raise FileNotFoundError(
+        f"no text source {name!r}: expected stdlib, pydoc, a file or folder"
+        f"{f' (looked in {folder})' if folder else ''}, or a hub dataset owner/name"
+        f"{suggestion(name, here)}"
+    )
+
+
+def find_file(name: str, folder: Path | None = None) -> Path | None:
+    """The file or folder that a source is, if it is one."""
+    places = ([folder / name] if folder else []) + [Path(name)]
+    return next((path for path in places if name not in OWN and path.exists()), None)
+
+
+def digests(names: Iterable[str], folder: Path | None = None) -> dict[str, str]:
+    """A digest of the content of each source that is a file or folder."""
+    found = {name: find_file(name, folder) for name in names}
+    return {name: fingerprint(path) for name, path in found.items() if path}
+
+
+def _own_path(name_or_path: str | Path) -> Path:
     path = Path(name_or_path).expanduser()
-    if not path.exists():
-        hint = suggestion(str(name_or_path), CORPORA)
-        if len(path.parts) > 1 or path.suffix:
-            raise FileNotFoundError(f"there is no file, folder or corpus {str(path)!r}{hint}")
-        raise ValueError(f"unknown corpus {str(path)!r}{hint}; a path to a text file works too")
-    files = [path]
-    if path.is_dir():
-        files = [p for p in sorted(path.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-        if not files:
-            raise ValueError(f"{path} is an empty folder: expected files of text")
-    return [text for file in files for text in _file_texts(file)]
+    if path.exists():
+        return path
+    hint = suggestion(str(name_or_path), CORPORA)
+    if len(path.parts) > 1 or path.suffix:
+        raise FileNotFoundError(f"there is no file, folder or corpus {str(path)!r}{hint}")
+    raise ValueError(f"unknown corpus {str(path)!r}{hint}; a path to a text file works too")
 
 
-def _file_texts(file: Path) -> list[str]:
-    try:
-        texts = [text.lstrip("\ufeff") for _, text in text_documents(file)]
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"cannot read {file}: {error}") from error
-    if not texts:
-        raise ValueError(f"{file} holds nothing but separators: expected text")
-    if any("\0" in text for text in texts):
-        raise ValueError(f"{file} is not text: it holds zero bytes, expected UTF-8")
-    return texts
+def text_documents(path: Path) -> Iterator[tuple[str, str]]:
+    """Documents of a UTF-8 text file (`.gz` too) or of every file below a folder.
+
+    Lines `<|endoftext|>` part documents of one file. Hidden files are left out.
+
+    Raises:
+        ValueError: If there is no file, or one is empty or no text.
+    """
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = [file for file in files if file == path or not file.name.startswith(".")]
+    if not files:
+        raise ValueError(f"{path} is an empty folder: expected files of text")
+    for file in files:
+        try:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
+                documents = f.read().replace("\ufeff", "").split(SEPARATOR)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"cannot read {file}: {error}") from error
+        documents = [document.strip() for document in documents if document.strip()]
+        if not documents:
+            raise ValueError(f"{file} is empty: expected text")
+        if any("\0" in document for document in documents):
+            raise ValueError(f"{file} is not text: it holds zero bytes, expected UTF-8")
+        yield from zip(documents, documents, strict=True)
 
 
-def _hub_texts(corpus: Corpus, n: int | None, seed: int, or_fewer: bool) -> list[str]:
+def stdlib_modules() -> Iterator[tuple[str, str]]:
+    """Source of the standard library's modules, its tests left out, keyed by path."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if skipped.intersection(relative.parts):
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:  # a few modules are kept in older encodings on purpose
+            continue
+        if len(text) > 200:
+            yield relative.as_posix(), text
+
+
+def pydoc_topics() -> Iterator[tuple[str, str]]:
+    """The language reference's topics, as shipped with the interpreter."""
+    from pydoc_data.topics import topics
+
+    yield from sorted(topics.items())
+
+
+OWN = {"stdlib": stdlib_modules, "pydoc": pydoc_topics}
+
+
+def hub_documents(
+    name: str,
+    config: str | None = None,
+    split: str = "train",
+    column: str = "text",
+    seed: int | None = None,
+) -> Iterator[tuple[str, str]]:
+    """Texts of a hub dataset, streamed: shuffled by a seed, or the first 200,000 rows in order.
+
+    Raises:
+        ValueError: If the dataset has no such column, configuration or split.
+        ConnectionError: If it cannot be read.
+    """
     from datasets import load_dataset
     from huggingface_hub import HfApi, constants
     from huggingface_hub.utils import httpx
     from pyarrow import ArrowInvalid
 
-    if n is None:
-        raise ValueError(f"n=None takes all texts: {corpus.name!r} is on the hub, give a number")
     try:
         # load_dataset would try for half a minute before it says that there is no network.
         if not constants.is_offline_mode():
-            HfApi().dataset_info(corpus.hub_id, timeout=10, expand=["sha"])
-        rows = load_dataset(corpus.hub_id, corpus.config, split=corpus.split, streaming=True)
-        texts = _first_texts(rows.shuffle(seed, buffer_size=SHUFFLE_BUFFER), corpus, n)
+            HfApi().dataset_info(name, timeout=10, expand=["sha"])
+        rows = load_dataset(name, config, split=split, streaming=True)
+        if seed is None:
+            rows = rows.take(TRAINING_ROWS)
+        else:
+            rows = rows.shuffle(seed, buffer_size=SHUFFLE_BUFFER)
+        for row in rows:
+            if column not in row:
+                raise ValueError(f"{name} has no column {column!r}{suggestion(column, row)}")
+            if text := (row[column] or "").strip():
+                yield text, text
     except (OSError, httpx.HTTPError, ArrowInvalid) as error:
-        config = f", configuration {corpus.config!r}" if corpus.config else ""
-        local = ", ".join(name for name, other in CORPORA.items() if not other.hub_id)
+        configuration = f", configuration {config!r}" if config else ""
+        local = ", ".join(key for key, corpus in CORPORA.items() if not corpus.hub_id)
         reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
         raise ConnectionError(
-            f"cannot read {corpus.name!r}, the dataset {corpus.hub_id}{config}, split "
-            f"{corpus.split!r}, from {constants.ENDPOINT} ({reason}). With HF_HUB_OFFLINE=1 a copy "
-            f"that datasets has cached is read. No network is needed for {local}, or for a text "
-            "file or folder of your own"
+            f"cannot read the dataset {name}{configuration}, split {split!r}, from"
+            f" {constants.ENDPOINT} ({reason}). With HF_HUB_OFFLINE=1 a copy that datasets has"
+            f" cached is read. No network is needed for {local}, or for text of your own"
         ) from error
-    if len(texts) < n and not or_fewer:
-        raise ValueError(_too_few(corpus.name, n, len(texts)))
-    return texts
-
-
-def _first_texts(rows: Iterable[dict[str, Any]], corpus: Corpus, n: int) -> list[str]:
-    texts: dict[str, None] = {}
-    for row in rows:
-        if corpus.column not in row:
-            raise ValueError(
-                f"{corpus.hub_id} has no column {corpus.column!r}{suggestion(corpus.column, row)}"
-            )
-        text = (row[corpus.column] or "").strip()
-        if text:
-            texts[text] = None
-        if len(texts) == n:
-            break
-    return list(texts)

@@ -60,10 +60,7 @@ def run_preflight(
     BOS and other special tokens are left out (CHOICES 1). What is declared are means over much text
     of another kind: only figures far from them are warned of.
 
-    Args:
-        suite: The suite; its model and these SAEs are loaded.
-        texts: The sentences; some of the package's own unless given.
-        sites: The sites; those of `preflight_sites` unless given.
+    The texts are some of the package's own unless given, the sites those of `preflight_sites`.
 
     Returns:
         One row a site: `site`, `tokens`, `l0` (active features a token), `declared_l0`,

@@ -42,10 +42,7 @@ def datasets_for(row: "SuiteRow") -> tuple[str, ...]:
 def texts_of(datasets: Sequence[str], n_texts: int, seed: int = 0) -> dict[str, list[str]]:
     """So many texts of each dataset, or all that it has where these are fewer.
 
-    Args:
-        datasets: Names in `texts.CORPORA`, or paths of your own text.
-        n_texts: Texts of each.
-        seed: Decides which.
+    Datasets are names in `CORPORA`, or paths of your own text.
 
     Raises:
         ValueError: If no dataset or one twice is given, one is unknown, or `n_texts` is below 1.
@@ -69,11 +66,8 @@ def draw_sample(
     BOS and other special tokens are never chosen. A text with fewer tokens gives all it has.
 
     Args:
-        model: Its tokenizer reads the texts.
-        texts: Texts by dataset.
-        tokens_per_text: Tokens chosen in each text.
+        texts: By dataset.
         max_tokens: Each text is cut to so many tokens, BOS included; the paper gives no length.
-        seed: Decides which tokens.
 
     Raises:
         ValueError: If `tokens_per_text` is below 1, or a dataset leaves no token to choose.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowhelpers.core.features import MODULES, FeatureId, parse_feature, suggestion
 from flowhelpers.labels.neuronpedia import feature_page
-from flowhelpers.matching.table import check_threshold, classify, feature_scores
+from flowhelpers.matching.scores import check_threshold, classify, feature_scores
 
 if TYPE_CHECKING:
     import networkx

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowhelpers.core.features import MODULES
-from flowhelpers.matching.table import (
+from flowhelpers.matching.scores import (
     CLASSES,
     check_threshold,
     classify,

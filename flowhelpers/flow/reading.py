@@ -6,7 +6,7 @@ import numpy as np
 
 from flowhelpers.core.features import MODULES
 from flowhelpers.flow.graph import FlowGraph
-from flowhelpers.matching.table import dominant_module
+from flowhelpers.matching.scores import dominant_module
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,9 +1,9 @@
 """Exact top-k cosine between two SAEs of any size, in blocks of bounded memory.
 
-A product in low precision makes a short list for every target, where that is faster than float32;
-the list is rescored in float32. Rounding can move a cosine by no more than a bound that is computed
-for each target, so a list whose last entry lies far enough below the k-th best is complete for
-certain. A target whose list is not is given a longer one. The answer is that of float32, always.
+Where low precision is faster, a product in bfloat16 makes a short list of sources for every target,
+and the list is rescored in float32. Rounding moves a cosine by no more than a bound that is known
+for each target, so that a list can be proven complete (`_certified`); one that cannot is made
+longer. The answer is always that of float32.
 """
 
 import time
@@ -25,7 +25,7 @@ BFLOAT16_UNIT = 2.0**-8
 
 
 @dataclass(frozen=True)
-class Matches:
+class TopK:
     """The best sources of every target.
 
     Attributes:
@@ -43,7 +43,7 @@ def top_k_cosine(
     k: int = 1,
     memory: int | None = None,
     device: str | torch.device | None = None,
-) -> Matches:
+) -> TopK:
     """The k sources of highest cosine for each target (paper 3.2).
 
     Both sides are normalised in float32 (CHOICES 2). The cosine is signed: an antipodal direction
@@ -53,7 +53,7 @@ def top_k_cosine(
         target: Directions to be matched, one a row, in any floating type.
         source: Directions to choose from, one a row. Either may lie elsewhere than on `device`: it
             is brought there block by block.
-        k: Matches kept for each target.
+        k: TopK kept for each target.
         memory: Bytes to use beside input and answer; 512 MiB on a CPU and 2 GiB on a GPU unless
             given. A block of one target and 64 sources is the least.
         device: Where to compute; where `target` lies unless given.
@@ -74,32 +74,30 @@ def top_k_cosine(
     if memory < 1:
         raise ValueError(f"memory={memory}: expected a number of bytes")
     quick = quick_dtype(device.type)
-    sizes = _block_sizes(memory, target.shape[1], len(source), k)
+    rows_at_once, columns_at_once = _block_sizes(memory, target.shape[1], len(source), k)
     indices = torch.full((len(target), k), -1, device=device)
     scores = torch.zeros(len(target), k, device=device)
     blocks = [
-        (rows, columns)
-        for columns in torch.arange(len(source)).split(sizes[1])
-        for rows in torch.arange(len(target)).split(sizes[0])
+        (row, column)
+        for column in range(0, len(source), columns_at_once)
+        for row in range(0, len(target), rows_at_once)
     ]
-    if not len(target):
-        return Matches(indices, scores)
-    block, of = None, -1
-    for rows, columns in progress(blocks, "cosines"):
-        first, last = int(columns[0]), int(columns[-1]) + 1
-        if block is None or of != first:
+    block, begins_at = None, -1
+    for row, column in progress(blocks, "cosines"):
+        columns = source[column : column + columns_at_once]
+        if block is None or begins_at != column:
             block = None  # before the next is made, so that there is never room for two
-            block, of = _prepare(source[first:last], first, quick, device), first
-        begin, end = int(rows[0]), int(rows[-1]) + 1
-        part = unit_rows(target[begin:end].to(device), begin)
-        here = _best_of_block(part, block, min(k, last - first))
+            block, begins_at = _prepare(columns, column, quick, device), column
+        rows = slice(row, row + rows_at_once)
+        units = unit_rows(target[rows].to(device), row)
+        best = _best_of_block(units, block, min(k, len(columns)))
         # Earlier blocks stand first, and the sort is stable: of a tie the lowest index stays.
-        both = torch.cat([scores[begin:end], here.scores], dim=1)
-        which = torch.cat([indices[begin:end], here.indices + first], dim=1)
+        both = torch.cat([scores[rows], best.scores], dim=1)
+        which = torch.cat([indices[rows], best.indices + column], dim=1)
         both, order = both.sort(dim=1, descending=True, stable=True)
-        scores[begin:end] = both[:, :k]
-        indices[begin:end] = which.gather(1, order)[:, :k].where(both[:, :k] > 0, -1)
-    return Matches(indices, scores.clamp_(0, 1))
+        scores[rows] = both[:, :k]
+        indices[rows] = which.gather(1, order)[:, :k].where(both[:, :k] > 0, -1)
+    return TopK(indices, scores.clamp_(0, 1))
 
 
 def unit_rows(
@@ -107,12 +105,8 @@ def unit_rows(
 ) -> Float[Tensor, "rows d_model"]:
     """Rows of unit norm in float32; rows of zeros stay zero.
 
-    Args:
-        matrix: The rows.
-        first: The number of the first of them, for messages.
-
     Raises:
-        ValueError: If a value is not finite.
+        ValueError: If a value is not finite; rows are counted from `first`.
     """
     matrix = matrix.float()
     largest = torch.linalg.vector_norm(matrix, ord=torch.inf, dim=1, keepdim=True)
@@ -182,12 +176,15 @@ def _block_sizes(memory: int, d: int, sources: int, k: int) -> tuple[int, int]:
     return max(1, memory // 2 // a_row), columns
 
 
-def _best_of_block(target: Tensor, block: _Block, k: int) -> Matches:
+def _best_of_block(target: Tensor, block: _Block, k: int) -> TopK:
+    # With t', s' the rounded rows, |t·s - t'·s'| <= |t - t'| |s| + |t'| |s - s'|, where |s| = 1 and
+    # |t'| <= 1 + |t - t'|. To it comes what sums in float32 lose: two products and one norm.
     rough, error = _rounded(target, block.rough.dtype)
     product = _product(rough, block.rough)
-    slack = 3 * target.shape[1] * FLOAT32_UNIT + 1e-7  # of sums in float32: two products, one norm
-    error = error + (1 + error) * block.error + slack
-    return _certified(target, block, product, error, k, k + LISTED)
+    slack = 3 * target.shape[1] * FLOAT32_UNIT + 1e-7
+    return _certified(
+        target, block, product, error + (1 + error) * block.error + slack, k, k + LISTED
+    )
 
 
 def _product(target: Tensor, source: Tensor) -> Tensor:
@@ -198,25 +195,49 @@ def _product(target: Tensor, source: Tensor) -> Tensor:
 
 def _certified(
     target: Tensor, block: _Block, product: Tensor, error: Tensor, k: int, listed: int
-) -> Matches:
+) -> TopK:
+    """The k best of a block, proven to be those of the exact cosines.
+
+    Args:
+        target: Unit rows t in float32, `[targets, d_model]`.
+        block: Unit rows s in float32, and how far rounding moved them.
+        product: The rough cosines p(t, s), `[targets, sources of the block]`.
+        error: For each target, a bound on |p(t, s) - t·s| over all s of the block, but for the
+            rounding of the product itself.
+        k: Sources to return.
+        listed: Sources to rescore for each target.
+    """
+    # 1. A list that would hold much of the block saves nothing: all cosines, in float64.
     columns = len(block.units)
     if 4 * listed > columns:
         scores, indices = _sorted_cosines(target, block.units, k)
-        return Matches(indices, scores)
+        return TopK(indices, scores)
+    # 2. The short list: the `listed` sources of the highest rough cosines. So every other source
+    #    has a rough cosine of at most `rough[:, -1]`, the lowest on the list.
     rough, places = _highest(product, listed)
-    places = places.sort(dim=1).values  # so that of a tie the lowest index comes first
+    # 3. Rescored in float32. Sorted by index first, and then stably by cosine: ties go to the
+    #    lowest index, on the list. That no source off the list ties is proven in 5.
+    places = places.sort(dim=1).values
     scores, order = _dots(target, block.units, places).sort(dim=1, descending=True, stable=True)
     scores, places = scores[:, :k].contiguous(), places.gather(1, order[:, :k])
+    # 4. The bound: a source off the list has an exact cosine of at most `beyond`. Its rough cosine
+    #    is at most the list's lowest; the product was rounded once to its type (`rounding`,
+    #    relative); the rows were rounded before it, and the sums carry float32 errors (`error`).
     rounding = BFLOAT16_UNIT if product.dtype is torch.bfloat16 else FLOAT32_UNIT
-    beyond = rough[:, -1].float()
-    beyond = beyond + rounding * beyond.abs() + error  # no source that is not listed has more
+    lowest = rough[:, -1].float()
+    beyond = lowest + rounding * lowest.abs() + error
+    # 5. A target's k best are proven if its k-th score is strictly above that bound. They are also
+    #    proven if the bound is not above zero (a cosine that is not is no match, so nothing off the
+    #    list counts), or if the target is a row of zeros (which matches nothing).
     certain = (scores[:, -1] > beyond) | (beyond <= 0) | ~target.any(dim=1)
-    longer = 8  # times; so many fewer targets at a time keep the memory as it is
+    # 6. The others get a list eight times as long, an eighth of the targets at a time, so that the
+    #    memory stays the same. This ends: at the latest in 1, where there is nothing to prove.
+    longer = 8
     uncertain = torch.nonzero(~certain).flatten()
     for again in uncertain.split(max(1, len(target) // longer)) if len(uncertain) else ():
         redone = _certified(target[again], block, product[again], error[again], k, longer * listed)
         scores[again], places[again] = redone.scores, redone.indices
-    return Matches(places, scores)
+    return TopK(places, scores)
 
 
 def _highest(product: Tensor, n: int) -> tuple[Tensor, Tensor]:

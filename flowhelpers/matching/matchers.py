@@ -1,127 +1,58 @@
-"""The ways to match two saes: by cosine, at random, by permutation, by correlation.
+"""The ways to match two SAEs: by cosine, at random, by permutation, by correlation.
 
-Each gives the best sources of every target, the best targets of every source, and what the best
-scores are by chance.
+Each gives the best sources of every target, and the best targets of every source.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from flowhelpers.core.features import Site
 from flowhelpers.core.machine import check_memory
-from flowhelpers.matching.cosine import Matches, top_k_cosine
+from flowhelpers.matching.cosine import TopK, top_k_cosine
+from flowhelpers.matching.null import Null
 from flowhelpers.suites.saes import SMALLEST_THRESHOLD
 
 if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
     from flowhelpers.suites.saes import SAE
 
-NULL_DRAWS, NULL_ROTATIONS = 8192, 16
+MAX_TOKENS = 128  # of a text, BOS included
 LEAST_ACTIVE = 10  # tokens, for a correlation to say anything
 
 
 @dataclass(frozen=True)
-class Match:
-    """Two SAEs matched, in both directions.
+class PairMatch:
+    """The best sources of every target, and the best targets of every source."""
 
-    Attributes:
-        backward: The best sources of every target, `[targets, k or k + 1]`.
-        forward: The best targets of every source, `[sources, k or k + 1]`.
-    """
-
-    backward: Matches
-    forward: Matches
+    backward: TopK
+    forward: TopK
 
 
-@dataclass(frozen=True)
-class Null:
-    """Best scores by chance, sorted: of targets that look for a source, and of sources."""
-
-    backward: Float[Tensor, "draws"]
-    forward: Float[Tensor, "draws2"]
-
-
-def by_cosine(target: "SAE", source: "SAE", k: int, device: str | None = None) -> Match:
+def by_cosine(target: "SAE", source: "SAE", k: int, device: str | None = None) -> PairMatch:
     """Top-k by cosine (paper 3.2), one match more than k where there is one, for the margin."""
     later, earlier = target.decoder, source.decoder
-    return Match(
+    return PairMatch(
         top_k_cosine(later, earlier, min(k + 1, source.width), device=device),
         top_k_cosine(earlier, later, min(k + 1, target.width), device=device),
     )
 
 
-def cosine_null(target: "SAE", source: "SAE", seed: int = 0, device: str | None = None) -> Null:
-    """What the best cosine is by chance, both ways."""
-    later, earlier = target.decoder, source.decoder
-    return Null(
-        null_cosines(later, earlier, seed, device=device).cpu().sort().values,
-        null_cosines(earlier, later, seed, device=device).cpu().sort().values,
-    )
-
-
-def null_cosines(
-    target: Float[Tensor, "targets d_model"],
-    source: Float[Tensor, "sources d_model"],
-    seed: int = 0,
-    draws: int = NULL_DRAWS,
-    device: str | None = None,
-) -> Float[Tensor, "draws"]:
-    """Best cosines of targets into randomly rotated copies of the source: what chance gives.
-
-    As many rotations are pooled, up to 16, as bring the number of draws about; rows of zeros are
-    left out.
-
-    Args:
-        target: Directions to be matched.
-        source: Directions to choose from.
-        seed: Seed of the rotations, and of the choice of targets where there are more than `draws`.
-        draws: Best cosines to return.
-        device: Where to compute.
-    """
-    rows = torch.nonzero((target != 0).any(dim=1)).flatten()
-    if not len(rows):
-        return target.new_zeros(1)
-    generator = torch.Generator().manual_seed(seed)
-    turned = []
-    for start in range(0, min(draws, NULL_ROTATIONS * len(rows)), len(rows)):
-        some = torch.randperm(len(rows), generator=generator)[: draws - start].to(rows.device)
-        # To turn the targets is the same as to turn the source the other way, and less to do.
-        turned.append(rotated(target[rows[some]], seed * NULL_ROTATIONS + len(turned)))
-    return top_k_cosine(torch.cat(turned), source, device=device).scores[:, 0]
-
-
-def rotated(
-    directions: Float[Tensor, "rows d_model"], seed: int = 0
-) -> Float[Tensor, "rows d_model"]:
-    """The directions, all turned by one random rotation: alike among themselves, new to others."""
-    return directions.float() @ _rotation(directions.shape[1], seed).to(directions.device)
-
-
-@lru_cache(maxsize=NULL_ROTATIONS)
-def _rotation(d: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    rotation, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.double))
-    return (rotation * triangle.diagonal().sign()).float()  # uniform over the orthogonal group
-
-
-def random_of_top_k(match: Match, k: int, seed: int = 0) -> Match:
+def random_of_top_k(match: PairMatch, k: int, seed: int = 0) -> PairMatch:
     """One of the k best instead of the best, drawn at random: the paper's baseline (A.2)."""
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(matches: Matches) -> Matches:
+    def draw(matches: TopK) -> TopK:
         there = (matches.indices[:, :k] >= 0).sum(dim=1, keepdim=True).cpu()
         rank = (torch.rand(there.shape, generator=generator) * there).long()
         rank = rank.to(matches.indices.device)
-        return Matches(matches.indices.gather(1, rank), matches.scores.gather(1, rank))
+        return TopK(matches.indices.gather(1, rank), matches.scores.gather(1, rank))
 
-    return Match(draw(match.backward), draw(match.forward))
+    return PairMatch(draw(match.backward), draw(match.forward))
 
 
 def by_permutation(
@@ -130,7 +61,7 @@ def by_permutation(
     weights: Literal["decoder", "all"] = "decoder",
     folded: bool = False,
     device: str | None = None,
-) -> Match:
+) -> PairMatch:
     """One to one, so that the sum of products is highest (SAE Match; paper 3.1).
 
     The predecessor of target j is the source i that the permutation sends there: P[i, j] = 1
@@ -138,13 +69,10 @@ def by_permutation(
     features without a match. Scores are cosines of directions, whatever weights were matched.
 
     Args:
-        target: The later SAE.
-        source: The earlier one.
         weights: `decoder` compares directions; `all` the decoder, the encoder and its bias, in one
             row of weights for each feature.
         folded: Whether thresholds are folded into the weights first (CHOICES 16); decoder rows
             then count with their threshold as their norm.
-        device: Where to compute the products.
 
     Raises:
         ValueError: If the weights of the two cannot be compared, or there is nothing to fold.
@@ -161,16 +89,16 @@ def by_permutation(
     cosines = (directions[0] * directions[1]).sum(-1)
     usable = directions[0].any(1) & directions[1].any(1)
     ends, starts, cosines = ends[usable], starts[usable], cosines[usable]
-    return Match(
+    return PairMatch(
         _one_to_one(ends, starts, cosines, target.width),
         _one_to_one(starts, ends, cosines, source.width),
     )
 
 
-def _one_to_one(chooser: Tensor, chosen: Tensor, cosines: Tensor, width: int) -> Matches:
+def _one_to_one(chooser: Tensor, chosen: Tensor, cosines: Tensor, width: int) -> TopK:
     indices, scores = torch.full((width, 1), -1), torch.zeros(width, 1)
     indices[chooser, 0], scores[chooser, 0] = chosen, cosines
-    return Matches(indices, scores)
+    return TopK(indices, scores)
 
 
 def _rows(sae: "SAE", weights: str, folded: bool) -> Tensor:
@@ -196,10 +124,9 @@ def by_pearson(
     pairs: Sequence[tuple[Site, Site]],
     k: int,
     seed: int = 0,
-    max_tokens: int = 128,
     candidates: int | None = None,
     least_active: int = LEAST_ACTIVE,
-) -> dict[tuple[Site, Site], tuple[Match, Null]]:
+) -> dict[tuple[Site, Site], tuple[PairMatch, Null]]:
     """Top-k by correlation of activations (paper C.4), in one pass of the model over the texts.
 
     Raw activations with their zeros; BOS and other special tokens are left out; a correlation that
@@ -211,7 +138,7 @@ def by_pearson(
         suite: The suite.
         texts: The text sample.
         pairs: Target and source sites.
-        k: Matches kept, and one more for the margin.
+        k: TopK kept, and one more for the margin.
         seed: Seed of the shifts.
         max_tokens: Each text is cut to so many tokens, BOS included.
         candidates: Looks only at so many sources of highest cosine for each target, and so many
@@ -237,7 +164,7 @@ def by_pearson(
     sums = {site: np.zeros((3, width)) for site, width in widths.items()}
     count = 0
     rng = np.random.default_rng(seed)
-    for batch in read_batches(suite, tokenize(suite.model, texts, max_tokens), list(widths)):
+    for batch in read_batches(suite, tokenize(suite.model, texts, MAX_TOKENS), list(widths)):
         tokens = next(iter(batch.values())).shape[0]
         count += tokens
         shifted = np.roll(np.arange(tokens), int(rng.integers(1, max(2, tokens))))
@@ -265,12 +192,9 @@ def by_pearson(
 def pearson_candidates(
     widths: Sequence[tuple[int, int]], memory: int = 2**30, few: int = 64
 ) -> int | None:
-    """How many candidates `by_pearson` is to have: all (None), or few where those do not fit.
+    """How many candidates `by_pearson` is to have: all (None), or `few` where those do not fit.
 
-    Args:
-        widths: Features of each pair's target and source.
-        memory: Bytes that the sums of all pairs may take.
-        few: Candidates where they would take more.
+    The sums of all pairs, of so many targets and sources, may take `memory` bytes.
     """
     whole = 16 * sum(target * source for target, source in widths)
     return None if whole <= memory else few
@@ -298,7 +222,7 @@ def _correlated(
     count: int,
     k: int,
     least_active: int,
-) -> tuple[Match, Null]:
+) -> tuple[PairMatch, Null]:
     rows, columns = ends
     (mean_t, spread_t), (mean_s, spread_s) = (
         (total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0)))
@@ -315,7 +239,7 @@ def _correlated(
         for part in products
     )
     widths = len(mean_t), len(mean_s)
-    match = Match(
+    match = PairMatch(
         _best(rows, columns, found, widths[0], min(k + 1, widths[1])),
         _best(columns, rows, found, widths[1], min(k + 1, widths[0])),
     )
@@ -327,9 +251,7 @@ def _correlated(
     return match, Null(*(draws.sort().values if len(draws) else none for draws in by_chance))
 
 
-def _best(
-    chooser: np.ndarray, chosen: np.ndarray, scores: np.ndarray, width: int, k: int
-) -> Matches:
+def _best(chooser: np.ndarray, chosen: np.ndarray, scores: np.ndarray, width: int, k: int) -> TopK:
     """The k highest scores above 0 of each chooser; of a tie, the lowest index first."""
     keep = scores > 0
     chooser, chosen, scores = chooser[keep], chosen[keep], scores[keep]
@@ -340,4 +262,4 @@ def _best(
     indices, values = np.full((width, k), -1), np.zeros((width, k), dtype=np.float32)
     indices[chooser[top], rank[top]] = chosen[top]
     values[chooser[top], rank[top]] = scores[top]
-    return Matches(torch.from_numpy(indices), torch.from_numpy(values))
+    return TopK(torch.from_numpy(indices), torch.from_numpy(values))

@@ -1,4 +1,4 @@
-"""Match features across layers and modules: the match table of a suite, its scores and classes.
+"""Match features across layers and modules: the match table of a suite.
 
 A match is an edge from a source feature to a target feature that lies later in the stream:
 R_{L-1}, M_L or A_L to R_L. It is `backward` where the target chose its best sources, `forward`
@@ -6,7 +6,9 @@ where the source chose its best targets (paper 3.2 and 3.3).
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,19 +20,17 @@ from flowhelpers.core.cache import cached_table
 from flowhelpers.core.features import MODULES, Site, predecessor_sites, suggestion
 from flowhelpers.core.machine import check_device
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.matching.cosine import Matches, unit_rows
+from flowhelpers.matching.cosine import unit_rows
 from flowhelpers.matching.matchers import (
     LEAST_ACTIVE,
-    NULL_DRAWS,
-    Match,
-    Null,
+    PairMatch,
     by_cosine,
     by_pearson,
     by_permutation,
-    cosine_null,
     pearson_candidates,
     random_of_top_k,
 )
+from flowhelpers.matching.null import NULL_DRAWS, NULL_QUANTILE, Null, cached_null
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,9 +40,8 @@ if TYPE_CHECKING:
 
 Method = Literal["cosine", "random", "permutation", "pearson"]
 METHODS: tuple[Method, ...] = ("cosine", "random", "permutation", "pearson")
-CLASSES = ("translated", "processed", "newborn", "unexplained")
-NULL_QUANTILE = 0.999
 TABLE_VERSION = 2  # of what a table on disk holds: raise it when that changes
+Pairs = dict[str, tuple[Site, Site]]  # by module, the target's site and the source's
 
 
 def match_table(
@@ -64,9 +63,8 @@ def match_table(
     read from there the next time.
 
     Args:
-        suite: The suite.
         k: Matches kept for each feature and pair of sites; for `random`, how many are drawn from.
-        seed: Seed of the null and of `random`.
+        seed: Of the null and of `random`.
         method: `cosine` of directions (top-k, paper 3.2); `random`, one of the k of highest cosine
             (paper A.2); `permutation`, one to one as in SAE Match (paper 3.1, CHOICES 15);
             `pearson`, correlation of activations over `texts` (paper C.4, CHOICES 14).
@@ -90,77 +88,36 @@ def match_table(
         ValueError: If no residual SAE has one that precedes it (at the layers asked for),
             the method is unknown, lacks its texts or is given what it has no use for, there is no
             such device, or k is larger than an SAE.
+
+    Example:
+        >>> from flowhelpers import load_suite, match_table, matching
+        >>> matches = match_table(load_suite("flowlet"), k=1, layers=[4])
+        >>> best = matching.best_matches(matches, module="res")
+        >>> len(best), float(best["null"].iloc[0]) < float(best["cosine"].median())
+        (1024, True)
     """
     import pandas as pd
 
-    words = {"method": METHODS, "direction": ("backward", "forward"), "module": MODULES}
-    categories = {name: pd.CategoricalDtype(sorted(some)) for name, some in words.items()}
-    categories["suite"] = pd.CategoricalDtype([suite.name])
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}{suggestion(method, METHODS)}")
     if method != "permutation" and (weights != "decoder" or folded):
         raise ValueError(f"method={method!r}: weights and folded are for 'permutation' alone")
-    if device is not None:
-        check_device(device)
     if (method == "pearson") != (texts is not None):
         raise ValueError(f"method={method!r}: texts are for 'pearson', which needs them")
-    by_layer = {layer: pairs for layer in range(suite.layers) if (pairs := _pairs(suite, layer))}
-    if not by_layer:
-        raise ValueError(f"suite {suite.name} has no residual SAE with one that precedes it")
-    if layers is not None:
-        if not layers or not set(layers) <= set(by_layer):
-            there = ", ".join(map(str, by_layer))
-            raise ValueError(f"layers={list(layers)}: {suite.name} has matches at layers {there}")
-        by_layer = {layer: by_layer[layer] for layer in sorted(set(layers))}
-    choices: dict[str, Any] = {"method": method, "k": k, "seed": seed}
-    if method == "permutation":
-        choices |= {"weights": weights, "folded": folded}
-    everything = [pair for pairs in by_layer.values() for pair in pairs.values()]
-    candidates = None
-    if texts is not None:
-        widths = {site: suite.sae(site).width for pair in everything for site in pair}
-        candidates = pearson_candidates([(widths[t], widths[s]) for t, s in everything])
-        choices |= {"texts": list(texts), "model": suite.model.fingerprint}
-        choices |= {"candidates": candidates, "least_active": LEAST_ACTIVE}
-
-    correlated: dict[tuple[Site, Site], tuple[Match, Null]] = {}
-
-    def matched(target: "SAE", source: "SAE") -> tuple[Match, Null]:
-        if method == "pearson":
-            if not correlated:  # the first layer that is not on disk: one pass of the model for all
-                _check_k(k, everything, suite)
-                found = by_pearson(suite, texts or [], everything, k, seed, candidates=candidates)
-                correlated.update(found)
-            return correlated[target.site, source.site]
-        null = _cosine_null(target, source, seed, device, cache)
-        if method == "permutation":
-            return by_permutation(target, source, weights, folded, device), null
-        match = by_cosine(target, source, k, device)
-        if method == "random":
-            match = random_of_top_k(match, k, _seed_of(seed, target.site, source.site))
-        return match, null
-
-    def table_of(layer: int) -> "pd.DataFrame":
-        parts = [
-            part
-            for module, pair in by_layer[layer].items()
-            for target, source in [tuple(suite.sae(site) for site in pair)]
-            for part in _rows(*matched(target, source), target, source, module, k)
-        ]
-        return pd.concat(parts, ignore_index=True).assign(method=method)
-
+    if device is not None:
+        check_device(device)
+    pairs = _pairs_by_layer(suite, layers)
+    job = _Job(suite, pairs, k, seed, method, weights, folded, tuple(texts or ()), device, cache)
+    words = {"method": METHODS, "direction": ("backward", "forward"), "module": MODULES}
+    # A few words over and over: as categories, all layers of a large suite fit into memory.
+    categories = {name: pd.CategoricalDtype(sorted(some)) for name, some in words.items()}
+    categories["suite"] = pd.CategoricalDtype([suite.name])
     tables = []
-    for layer, pairs in progress(list(by_layer.items()), "matching"):
-        _check_k(k, list(pairs.values()), suite)
-        sites = dict.fromkeys(site for pair in pairs.values() for site in pair)
-        prints = {str(site): suite.sae(site).fingerprint for site in sites}
-        key = {"suite": suite.name, "layer": layer, "sites": prints}
-        key["null"] = (NULL_QUANTILE, NULL_DRAWS)
+    for layer in progress(list(pairs), "matching"):
         made = cached_table(
-            "matches", key | choices, lambda at=layer: table_of(at), cache, TABLE_VERSION
+            "matches", job.key(layer), lambda at=layer: job.table(at), cache, TABLE_VERSION
         )
         made.insert(0, "suite", suite.name)
-        # A few words over and over: as categories, all layers of a large suite fit into memory.
         tables.append(made.astype(categories))
     table = pd.concat(tables, ignore_index=True)
     for column in words:
@@ -168,55 +125,108 @@ def match_table(
     return table
 
 
-def _pairs(suite: "Suite", layer: int) -> dict[str, tuple[Site, Site]]:
-    target = Site(layer, "res")
-    if target not in suite.saes:
-        return {}
-    return {
-        module: (target, site)
-        for module, site in predecessor_sites(target).items()
-        if site in suite.saes
-    }
+def _pairs_by_layer(suite: "Suite", layers: Sequence[int] | None) -> dict[int, Pairs]:
+    by_layer: dict[int, Pairs] = {}
+    for target in (Site(layer, "res") for layer in range(suite.layers)):
+        sources = predecessor_sites(target) if target in suite.saes else {}
+        pairs = {module: (target, site) for module, site in sources.items() if site in suite.saes}
+        if pairs:
+            by_layer[target.layer] = pairs
+    if not by_layer:
+        raise ValueError(f"suite {suite.name} has no residual SAE with one that precedes it")
+    if layers is None:
+        return by_layer
+    if not layers or not set(layers) <= set(by_layer):
+        there = ", ".join(map(str, by_layer))
+        raise ValueError(f"layers={list(layers)}: {suite.name} has matches at layers {there}")
+    return {layer: by_layer[layer] for layer in sorted(set(layers))}
 
 
-def _check_k(k: int, pairs: Sequence[tuple[Site, Site]], suite: "Suite") -> None:
-    sites = dict.fromkeys(site for pair in pairs for site in pair)
-    width, site = min((suite.sae(site).width, site) for site in sites)
-    if not isinstance(k, int) or not 1 <= k <= width:
-        raise ValueError(f"k={k}: expected 1 to {width}, the features of {site}")
+@dataclass(frozen=True)
+class _Job:
+    """What `match_table` was asked for."""
+
+    suite: "Suite"
+    pairs: dict[int, Pairs]
+    k: int
+    seed: int
+    method: Method
+    weights: Literal["decoder", "all"]
+    folded: bool
+    texts: tuple[str, ...]
+    device: str | None
+    cache: Path | None
+
+    @cached_property
+    def choices(self) -> dict[str, Any]:
+        """All that the tables of all layers depend on, beside the SAEs."""
+        choices: dict[str, Any] = {"method": self.method, "k": self.k, "seed": self.seed}
+        if self.method == "permutation":
+            choices |= {"weights": self.weights, "folded": self.folded}
+        if self.method == "pearson":
+            choices |= {"texts": list(self.texts), "model": self.suite.model.fingerprint}
+            choices |= {"candidates": self.candidates, "least_active": LEAST_ACTIVE}
+        return choices
+
+    @property
+    def all_pairs(self) -> list[tuple[Site, Site]]:
+        return [pair for pairs in self.pairs.values() for pair in pairs.values()]
+
+    @cached_property
+    def candidates(self) -> int | None:
+        width = {site: self.suite.sae(site).width for pair in self.all_pairs for site in pair}
+        return pearson_candidates([(width[t], width[s]) for t, s in self.all_pairs])
+
+    @cached_property
+    def correlated(self) -> dict[tuple[Site, Site], tuple[PairMatch, Null]]:
+        """Of `pearson`, all pairs: one pass of the model, when the first layer is not on disk."""
+        for layer in self.pairs:
+            self.check_k(layer)
+        pairs, candidates = self.all_pairs, self.candidates
+        return by_pearson(self.suite, self.texts, pairs, self.k, self.seed, candidates)
+
+    def check_k(self, layer: int) -> None:
+        sites = dict.fromkeys(site for pair in self.pairs[layer].values() for site in pair)
+        width, site = min((self.suite.sae(site).width, site) for site in sites)
+        if not isinstance(self.k, int) or not 1 <= self.k <= width:
+            raise ValueError(f"k={self.k}: expected 1 to {width}, the features of {site}")
+
+    def key(self, layer: int) -> dict[str, Any]:
+        """What the table of a layer is kept under."""
+        self.check_k(layer)
+        sites = dict.fromkeys(site for pair in self.pairs[layer].values() for site in pair)
+        prints = {str(site): self.suite.sae(site).fingerprint for site in sites}
+        key = {"suite": self.suite.name, "layer": layer, "sites": prints}
+        return key | {"null": (NULL_QUANTILE, NULL_DRAWS)} | self.choices
+
+    def table(self, layer: int) -> "pd.DataFrame":
+        """The matches of a layer."""
+        import pandas as pd
+
+        tables: list[pd.DataFrame] = []
+        for module, pair in self.pairs[layer].items():
+            target, source = (self.suite.sae(site) for site in pair)
+            match, null = self.match(target, source)
+            tables += _tables(match, null, target, source, module, self.k)
+        return pd.concat(tables, ignore_index=True).assign(method=self.method)
+
+    def match(self, target: "SAE", source: "SAE") -> tuple[PairMatch, Null]:
+        if self.method == "pearson":
+            return self.correlated[target.site, source.site]
+        null = cached_null(target, source, self.seed, self.device, self.cache)
+        if self.method == "permutation":
+            return by_permutation(target, source, self.weights, self.folded, self.device), null
+        match = by_cosine(target, source, self.k, self.device)
+        if self.method == "random":
+            # A seed for each pair of sites: what is drawn at one says nothing of another.
+            text = f"{self.seed} {target.site} {source.site}".encode()
+            seed = int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
+            match = random_of_top_k(match, self.k, seed)
+        return match, null
 
 
-def _seed_of(seed: int, *sites: Site) -> int:
-    """A seed for each pair of sites, so that what is drawn at one says nothing of another."""
-    digest = hashlib.blake2b(f"{seed} {' '.join(map(str, sites))}".encode(), digest_size=6)
-    return int.from_bytes(digest.digest(), "big")
-
-
-def _cosine_null(
-    target: "SAE",
-    source: "SAE",
-    seed: int,
-    device: str | None,
-    cache: Path | None,
-) -> Null:
-    # Kept by itself, since several methods share it and it is most of the work.
-    import pandas as pd
-
-    def compute() -> pd.DataFrame:
-        null = cosine_null(target, source, seed, device)
-        sides = {"backward": null.backward, "forward": null.forward}
-        parts = [pd.DataFrame({"side": side, "cosine": c.numpy()}) for side, c in sides.items()]
-        return pd.concat(parts, ignore_index=True)
-
-    key = {"seed": seed, "draws": NULL_DRAWS}
-    key |= {"target": target.fingerprint, "source": source.fingerprint}
-    found = cached_table("nulls", key, compute, cache, TABLE_VERSION).groupby("side")["cosine"]
-    sides = (found.get_group(side).to_numpy(copy=True) for side in ("backward", "forward"))
-    return Null(*map(torch.from_numpy, sides))
-
-
-def _rows(
-    match: Match, null: Null, target: "SAE", source: "SAE", module: str, k: int
+def _tables(
+    match: PairMatch, null: Null, target: "SAE", source: "SAE", module: str, k: int
 ) -> "Iterator[pd.DataFrame]":
     import numpy as np
     import pandas as pd
@@ -272,149 +282,3 @@ def _cosines(target: "SAE", source: "SAE", ends: Tensor, starts: Tensor) -> Tens
     ]
     missing = (ends.flatten() < 0) | (starts.flatten() < 0)
     return torch.cat(parts).clamp(-1, 1).masked_fill(missing, 0.0)
-
-
-def feature_scores(table: "pd.DataFrame") -> "pd.DataFrame":
-    """s(R), s(M) and s(A) of every residual feature: its best score at each site (paper 3.3).
-
-    Args:
-        table: A match table.
-
-    Returns:
-        One row a feature: `layer`, `feature`, and for each of `res`, `mlp`, `att` the columns
-        `s_res` (score), `source_res` (index, -1 without a match) and `null_res`. At layer 0 the
-        residual columns are missing.
-    """
-    best = table[(table["rank"] == 1) & (table["direction"] == "backward")]
-    wide = best.assign(module=best["module"].astype(str)).pivot(
-        index=["layer", "feature"], columns="module", values=["score", "source", "null"]
-    )
-    wide.columns = [f"{'s' if kind == 'score' else kind}_{module}" for kind, module in wide.columns]
-    return wide.reset_index()
-
-
-def classify(
-    scores: "pd.DataFrame", thresholds: Mapping[tuple[int, str], float] | None = None
-) -> "pd.DataFrame":
-    """Which of the four readings of the paper's 3.3 fits each feature.
-
-    A: `translated`, s(R) alone is high; B: `processed`, s(R) and s(M) or s(A) are; C: `newborn`,
-    s(M) or s(A) alone; D: `unexplained`, none. What is high differs by layer and site: what
-    exceeds the null's 99.9 % quantile, unless thresholds are given (CHOICES 27). A score that
-    does not exist, such as s(R) at layer 0, is not high.
-
-    Args:
-        scores: One row a feature, as `scores` gives.
-        thresholds: For (layer, module) the score above which a feature's is high, such as
-            `youden_thresholds` gives; the null's quantile where there is none.
-
-    Returns:
-        `scores` with `high_res`, `high_mlp`, `high_att` (the thresholds that applied) and `class`.
-
-    Raises:
-        ValueError: If a threshold is outside [-1, 1], or of a place that the table does not have.
-    """
-    import numpy as np
-
-    found = scores.copy()
-    layers = sorted(scores["layer"].unique().tolist())
-    for place in thresholds or {}:
-        if place not in {(layer, module) for layer in layers for module in MODULES}:
-            raise ValueError(
-                f"a threshold for {place!r}: expected (layer, module), a layer of"
-                f" {', '.join(map(str, layers))} and a module of {', '.join(MODULES)}"
-            )
-    high = {}
-    for module in MODULES:
-        limits = scores.get(f"null_{module}", scores["layer"] * np.nan)
-        given = {layer: at for (layer, name), at in (thresholds or {}).items() if name == module}
-        for layer, at in given.items():
-            check_threshold(at, f"{layer}/{module}")
-        found[f"high_{module}"] = scores["layer"].map(given).fillna(limits).astype(float)
-        high[module] = scores.get(f"s_{module}", limits) > found[f"high_{module}"]
-    module = high["mlp"] | high["att"]
-    found["class"] = np.select(
-        [high["res"] & ~module, high["res"] & module, module], CLASSES[:3], CLASSES[3]
-    )
-    return found
-
-
-def dominant_module(classes: "pd.DataFrame") -> "pd.Series":
-    """Which module a feature leans on: of `mlp` and `att`, the nearer one whose score is high.
-
-    Args:
-        classes: One row a feature, with its scores and thresholds as `classify` gives them.
-
-    Returns:
-        `mlp`, `att`, or missing where neither score is high.
-    """
-    import pandas as pd
-
-    missing = pd.Series(float("nan"), classes.index)
-    scores = pd.DataFrame(
-        {
-            name: (score := classes.get(f"s_{name}", missing).astype(float)).where(
-                score > classes.get(f"high_{name}", missing).astype(float), -float("inf")
-            )
-            for name in ("mlp", "att")
-        }
-    )
-    return scores.idxmax(axis=1).where(scores.max(axis=1) > -float("inf"), None)
-
-
-def check_threshold(value: float, name: str) -> None:
-    """A threshold of cosines lies in [-1, 1].
-
-    Raises:
-        ValueError: If it does not.
-    """
-    if not -1 <= value <= 1:
-        raise ValueError(f"threshold {value} for {name}: expected a cosine, from -1 to 1")
-
-
-def transition(matches: Matches, width: int) -> Tensor:
-    """The transition matrix T of the paper's 3.2: a one for each match.
-
-    Top-k is taken for each row, and a cosine that is not above zero is no match. Rows are features
-    of the side that chose: of the target for `backward` matches, as in the paper's 3.2, and of the
-    source for `forward` ones, as in its appendix F, where ẑ = z·T (CHOICES 29).
-
-    Args:
-        matches: The matches, `[rows, k]`.
-        width: Number of features of the other side.
-
-    Returns:
-        A sparse matrix, `[rows, width]`.
-    """
-    rows, ranks = torch.nonzero(matches.indices >= 0, as_tuple=True)
-    places = torch.stack([rows, matches.indices[rows, ranks]])
-    shape = (len(matches.indices), width)
-    ones = torch.ones(len(rows), device=places.device)
-    return torch.sparse_coo_tensor(places, ones, shape, check_invariants=False)
-
-
-def agreement(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
-    """How often two match tables choose the same best source, for each pair and module.
-
-    Args:
-        tables: Match tables of one suite, by name.
-
-    Returns:
-        `first`, `second`, `module`, `features` (that both match) and `same`, their share.
-    """
-    import pandas as pd
-
-    index = ["layer", "module", "feature"]
-    best = {}
-    for name, table in tables.items():
-        rows = table[(table["rank"] == 1) & (table["direction"] == "backward")]
-        rows = rows[rows["source"] >= 0].assign(module=rows["module"].astype(str))
-        best[name] = rows.set_index(index)["source"]
-    records = []
-    names = list(best)
-    for number, first in enumerate(names):
-        for second in names[number + 1 :]:
-            both = pd.concat({"a": best[first], "b": best[second]}, axis=1, join="inner")
-            for module, part in (both["a"] == both["b"]).groupby("module"):
-                records.append((first, second, module, len(part), part.mean()))
-    return pd.DataFrame(records, columns=["first", "second", "module", "features", "same"])

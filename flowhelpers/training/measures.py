@@ -16,7 +16,8 @@ from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.groups.significance import mann_whitney_tests, share_significant
 from flowhelpers.labels.describe import auc
-from flowhelpers.matching.table import feature_scores, match_table
+from flowhelpers.matching.scores import feature_scores
+from flowhelpers.matching.table import match_table
 from flowhelpers.suites.model import (
     Activations,
     Edit,

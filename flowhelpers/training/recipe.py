@@ -10,13 +10,11 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, Field, PositiveFloat, StringConstraints, model_validator
 
-from flowhelpers.activations.corpora import passages
-from flowhelpers.activations.sources import HELD_OUT_PERCENT, digests, load_source
+from flowhelpers.activations.corpora import HELD_OUT_PERCENT, digests, load_source, passages
 from flowhelpers.core.features import MODULES, Site, suggestion
-from flowhelpers.core.files import fingerprint, read_json, write_json, write_text
+from flowhelpers.core.files import DATA, fingerprint, read_json, write_json, write_text
 from flowhelpers.core.machine import check_device
 from flowhelpers.suites.model import load_model
-from flowhelpers.suites.registry import DATA
 from flowhelpers.training.language_model import (
     ModelRecipe,
     mix_rows,

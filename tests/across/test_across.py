@@ -37,7 +37,8 @@ from flowhelpers.across.profile import (
 )
 from flowhelpers.core.features import MODULES
 from flowhelpers.groups.occurrences import GROUPS, find_occurrences, modules_of
-from flowhelpers.matching.table import CLASSES, match_table
+from flowhelpers.matching.scores import CLASSES
+from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 
 PARTS = {"bare": set(MODULES), "no attention": {"res", "mlp"}, "stream": {"res"}}

@@ -24,7 +24,7 @@ def by_hand(suite: Suite, site: Site, texts: list[str]) -> np.ndarray:
 
 @pytest.mark.parametrize("batch", [1, 2, 16])
 def test_activations_are_those_of_each_text_alone(planted: Suite, batch: int):
-    found = collect(planted, toys.TEXTS, batch=batch)
+    found = collect(planted, toys.TEXTS, batch_size=batch)
     assert list(found.by_site) == list(planted.saes)
     for site in planted.saes:
         expected = by_hand(planted, site, toys.TEXTS)
@@ -34,7 +34,7 @@ def test_activations_are_those_of_each_text_alone(planted: Suite, batch: int):
 
 
 def test_the_rows_are_the_tokens_of_the_texts_without_bos_and_padding(planted: Suite):
-    found = collect(planted, toys.TEXTS, [LAST], batch=2)
+    found = collect(planted, toys.TEXTS, [LAST], batch_size=2)
     encode = planted.model.tokenizer
     expected = [
         (number, position + 1, token)
@@ -65,7 +65,7 @@ def test_texts_are_cut(planted: Suite):
 
 
 def test_texts_without_a_token_are_no_hindrance(planted: Suite):
-    found = collect(planted, ["", "", toys.TEXTS[0], ""], [LAST], batch=2)
+    found = collect(planted, ["", "", toys.TEXTS[0], ""], [LAST], batch_size=2)
     assert set(found.tokens["text"]) == {2}
     expected = by_hand(planted, LAST, [toys.TEXTS[0]])
     assert np.allclose(found.by_site[LAST].toarray(), expected, atol=1e-4)

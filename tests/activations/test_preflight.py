@@ -120,7 +120,7 @@ def looked(flowlet: Suite, monkeypatch: pytest.MonkeyPatch) -> tuple[Suite, list
         looks.append([str(site) for site in sites])
         run_preflight(suite, TEXTS, sites)
 
-    monkeypatch.setattr(room, "preflight", look)
+    monkeypatch.setattr(room, "run_preflight", look)
     return as_of_hub(flowlet), looks
 
 

@@ -1,14 +1,11 @@
 """A sample holds what it says; it is read once, goes on where it was stopped, and fits memory."""
 
-import threading
-import time
 import weakref
 from collections import Counter
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import psutil
 import pytest
@@ -26,24 +23,14 @@ from flowhelpers.activations.sampling import (
     sample_sizes,
     texts_of,
 )
-from flowhelpers.activations.sparse import (
-    FeatureActivations,
-    Needs,
-    collect,
-    load_activations,
-    needs_of,
-    read_sample,
-    reading_needs,
-    save_activations,
-    texts_at_once,
-)
+from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import Site
 from flowhelpers.groups.intervals import share_intervals, significance_intervals
 from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.groups.significance import mann_whitney_tests
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.attention import attention_output
-from flowhelpers.suites.load import OnDemand, Suite, load_suite
+from flowhelpers.suites.load import OnDemand, Suite
 from flowhelpers.suites.model import Tokens, run_model
 from flowhelpers.suites.registry import find_suite
 from flowhelpers.suites.saes import SAE, make_sae
@@ -135,7 +122,7 @@ def test_texts_without_a_token_to_choose_are_refused(planted: Suite):
 def test_what_is_read_is_what_every_sae_says_of_the_whole_text(
     planted: Suite, sample: Sample, tmp_path: Path
 ):
-    found = read_sample(planted, sample, tmp_path, batch=2)
+    found = read_sample(planted, sample, tmp_path, batch_size=2)
     pd.testing.assert_frame_equal(found.tokens, sample.tokens)
     whole = collect(planted, sample.texts["text"].tolist())
     place = whole.tokens.reset_index().set_index(["text", "position"])["index"]
@@ -147,79 +134,32 @@ def test_what_is_read_is_what_every_sae_says_of_the_whole_text(
         assert codes.toarray() == pytest.approx(expected, abs=1e-5)
 
 
-class Stopped(Exception):
-    """A pass that was stopped."""
-
-
 @pytest.mark.parametrize("after", [1, 3])
-def test_a_pass_that_was_stopped_goes_on_and_ends_the_same(
+def test_a_pass_that_was_stopped_goes_on_after_its_last_batch_and_ends_the_same(
     planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ):
-    whole = read_sample(planted, sample, tmp_path / "whole", batch=2)
+    monkeypatch.setattr(activations, "ENCODED_TOGETHER", 6)  # a pass of two texts at a time
+    whole = read_sample(planted, sample, tmp_path / "whole", batch_size=2)
     calls: list[int] = []
     true = activations.run_model
 
-    def counted(*args: object, **options: object) -> object:
+    def stopping(*args: object, **options: object) -> object:
         if len(calls) == after:
-            raise Stopped
+            raise KeyboardInterrupt
         calls.append(1)
         return true(*args, **options)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(activations, "run_model", counted)
-    with pytest.raises(Stopped):
-        read_sample(planted, sample, tmp_path / "stopped", batch=2)
-    batches = -(-len(sample.texts) // 2)
-    passes: list[int] = []
-
-    def second(*args: object, **options: object) -> object:
-        passes.append(1)
-        return true(*args, **options)  # pyright: ignore[reportArgumentType]
-
-    monkeypatch.setattr(activations, "run_model", second)
-    again = read_sample(planted, sample, tmp_path / "stopped", batch=2)
-    assert len(passes) == batches - after  # each text is read once, whatever happened
-    for site, codes in whole.by_site.items():
-        assert (codes != again.by_site[site]).nnz == 0
-    read_sample(planted, sample, tmp_path / "stopped", batch=2)
-    assert len(passes) == batches - after  # and not at all the next time
-    assert not list((tmp_path / "stopped").rglob("*.safetensors"))
-
-
-def test_encoding_that_was_stopped_goes_on_and_ends_the_same(
-    planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    whole = read_sample(planted, sample, tmp_path / "whole", batch=2)
-    true, encoded = activations._encoded, []
-
-    def stopping(*args: object) -> object:
-        if len(encoded) == 4:
-            raise Stopped
-        encoded.append(1)
-        return true(*args)  # pyright: ignore[reportArgumentType]
-
-    monkeypatch.setattr(activations, "_encoded", stopping)
-    with pytest.raises(Stopped):
-        read_sample(planted, sample, tmp_path / "stopped", batch=2)
-    monkeypatch.setattr(activations, "_encoded", true)
-    monkeypatch.setattr(activations, "run_model", None)  # the model has been run already
-    again = read_sample(planted, sample, tmp_path / "stopped", batch=2)
-    for site, codes in whole.by_site.items():
-        assert (codes != again.by_site[site]).nnz == 0
-
-
-def test_saes_are_encoded_one_after_the_other(planted: Suite, sample: Sample, tmp_path: Path):
-    asked: list[Site] = []
-
-    class Watched(dict):
-        def __getitem__(self, site: Site):
-            asked.append(site)
-            return super().__getitem__(site)
-
-    suite = Suite(planted.row, planted.model, Watched(planted.saes))
-    read_sample(suite, sample, tmp_path)
-    assert asked[-1] == list(planted.saes)[-1]
-    order = [site for place, site in enumerate(asked) if site not in asked[place + 1 :]]
-    assert order == list(planted.saes)
+    with monkeypatch.context() as patch:
+        patch.setattr(activations, "run_model", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            read_sample(planted, sample, tmp_path / "stopped", batch_size=2)
+    after = -100  # nothing stops it any more
+    monkeypatch.setattr(activations, "run_model", stopping)
+    for _ in range(2):  # the second time all is on disk
+        again = read_sample(planted, sample, tmp_path / "stopped", batch_size=2)
+        assert len(calls) == -(-len(sample.texts) // 2)  # each text is read once
+        for site, codes in whole.by_site.items():
+            assert (codes != again.by_site[site]).nnz == 0
 
 
 def test_another_sample_model_or_sae_is_read_anew(planted: Suite, sample: Sample, tmp_path: Path):
@@ -240,81 +180,38 @@ def test_another_sample_model_or_sae_is_read_anew(planted: Suite, sample: Sample
     saes[site] = make_sae(site, changed, toys.D_MODEL, "changed")
     found = read_sample(replace(planted, saes=saes), sample, tmp_path)
     assert (found.by_site[site] != first.by_site[site]).nnz > 0
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
 
 
-@pytest.mark.parametrize("harm", ["few sites", "truncated"])
-def test_what_a_stopped_pass_left_is_used_only_where_it_is_whole(
-    planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str
-):
-    whole = read_sample(planted, sample, tmp_path / "whole", batch=2)
-    few = {Site(1, "res"): planted.sae("1/res")}
-    suite = replace(planted, saes=few) if harm == "few sites" else planted
-
-    def stop(*args: object) -> None:
-        raise Stopped
-
-    with monkeypatch.context() as patch:
-        patch.setattr(activations, "_encoded", stop)
-        with pytest.raises(Stopped):
-            read_sample(suite, sample, tmp_path / "stopped", batch=2)
-    parts = sorted((tmp_path / "stopped").rglob("*.safetensors"))
-    assert len(parts) > 2
-    if harm == "truncated":
-        parts[1].write_bytes(parts[1].read_bytes()[:50])
-    again = read_sample(planted, sample, tmp_path / "stopped", batch=2)
-    for site, codes in whole.by_site.items():
-        assert (codes != again.by_site[site]).nnz == 0
-
-
-def test_a_file_on_disk_that_is_broken_is_made_again(
+def test_a_batch_on_disk_that_is_broken_is_made_again(
     planted: Suite, sample: Sample, tmp_path: Path
 ):
     first = read_sample(planted, sample, tmp_path)
-    path = next(tmp_path.rglob("1-res-*.npz"))
+    path = next(tmp_path.rglob("*.npz"))
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.warns(UserWarning, match=r"made again: .*1-res.* is truncated or corrupt"):
+    with pytest.warns(UserWarning, match=r"\.npz is made again, it is truncated or corrupt"):
         again = read_sample(planted, sample, tmp_path)
-    assert (first.by_site[Site(1, "res")] != again.by_site[Site(1, "res")]).nnz == 0
+    for site, codes in first.by_site.items():
+        assert (codes != again.by_site[site]).nnz == 0
 
 
-def test_no_more_than_a_few_saes_are_in_memory(planted: Suite, sample: Sample, tmp_path: Path):
+def test_no_more_than_a_few_saes_are_in_memory_and_each_is_loaded_once_for_many_texts(
+    planted: Suite, sample: Sample, tmp_path: Path
+):
     alive: list[weakref.ref] = []
     most = 0
 
     def load(site: Site) -> SAE:
         nonlocal most
-        found = copy(planted.sae(site))
-        alive.append(weakref.ref(found))
+        sae = copy(planted.sae(site))
+        alive.append(weakref.ref(sae))
         most = max(most, sum(ref() is not None for ref in alive))
-        return found
+        return sae
 
     suite = replace(planted, saes=OnDemand(planted.saes, load, kept=2))
-    found = read_sample(suite, sample, tmp_path)
-    assert len(found.by_site) == 9
+    assert len(read_sample(suite, sample, tmp_path, batch_size=1).by_site) == 9
     assert most <= 4  # two kept, one in use, and one that is being read
-
-
-def test_activations_are_the_same_after_saving(planted: Suite, sample: Sample, tmp_path: Path):
-    found = read_sample(planted, sample, tmp_path)
-    save_activations(found, tmp_path / "saved")
-    again = load_activations(tmp_path / "saved")
-    pd.testing.assert_frame_equal(again.tokens, found.tokens, check_dtype=False)
-    assert list(again.by_site) == sorted(
-        found.by_site, key=lambda s: (s.layer, ("res", "mlp", "att").index(s.module))
-    )
-    for site, codes in found.by_site.items():
-        assert (codes != again.by_site[site]).nnz == 0
-    save_activations(found, tmp_path / "one")
-    one = FeatureActivations(found.tokens, {Site(1, "res"): found.by_site[Site(1, "res")]})
-    save_activations(one, tmp_path / "one")  # over the older, of which nothing stays
-    assert list(load_activations(tmp_path / "one").by_site) == [Site(1, "res")]
-    path = tmp_path / "saved" / "1-res.npz"
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"1-res.npz is truncated or corrupt"):
-        load_activations(tmp_path / "saved")
-    with pytest.raises(FileNotFoundError, match=r"no tokens.parquet in"):
-        load_activations(tmp_path)
+    assert len(alive) < 5 * 9  # and not once for each of the texts
 
 
 def test_a_sae_without_encoder_is_refused(sample: Sample, planted: Suite, tmp_path: Path):
@@ -327,70 +224,14 @@ def test_a_sae_without_encoder_is_refused(sample: Sample, planted: Suite, tmp_pa
 # Memory.
 
 
-def test_needs_are_said_for_suites_of_any_size():
-    gemma = reading_needs(5000, 26 * 3, 2304, 16384)
-    llama = reading_needs(5000, 32 * 3, 4096, 32768, element=2)
-    base = {"tokens": 5000, "sites": 78, "d_model": 2304, "width": 16384}
-    for more in ({"tokens": 10000}, {"sites": 96}, {"d_model": 4096}, {"width": 32768}):
-        assert reading_needs(**base | more).memory > gemma.memory
-    long = reading_needs(**base, batch_tokens=64 * 128)
-    assert long.memory > gemma.memory  # of the pass
-    dense = reading_needs(**base, active_share=0.04)
-    assert dense.memory - gemma.memory == int(5000 * 16384 * 0.02) * 8 * 78  # of the result
-    assert gemma.disk == 5000 * 78 * 2304 * 4
-    assert llama.disk == 5000 * 96 * 4096 * 2
-    # One SAE at a time: neither the widths of all nor the texts' length times all sites.
-    assert gemma.memory < 6 * 2**30
-    assert llama.memory < 8 * 2**30
-    assert str(Needs(2**30, 3 * 2**20)) == "1,024 MiB of memory, 3 MiB of disk"
-
-
-def test_a_pass_takes_fewer_texts_where_there_are_more_sites(planted: Suite, sample: Sample):
-    assert texts_at_once(planted, sample) == 16
-    many = dict.fromkeys(range(10**6))
-    wide = replace(planted, saes=many)  # pyright: ignore[reportArgumentType]
-    assert texts_at_once(wide, sample) == 1
-    of_one = 2 * 300_000 + activations.PASS_TENSORS
-    some = replace(planted, saes=dict.fromkeys(range(300_000)))  # pyright: ignore[reportArgumentType]
-    of_text = sample.ids.ids.shape[1] * toys.D_MODEL * 4 * of_one
-    assert texts_at_once(some, sample) == max(1, 2**30 // of_text)
-
-
-def test_too_little_memory_or_disk_is_told_before_the_pass(
+def test_too_little_memory_is_told_before_the_pass(
     planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(activations, "run_model", None)
-    usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(activations, "disk_usage", lambda folder: usage)
-    with pytest.raises(OSError, match=r"the sample needs .* MiB of disk; .* has 0 MiB"):
-        read_sample(planted, sample, tmp_path)
     free = type("Memory", (), {"available": 1000})
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
     with pytest.raises(MemoryError, match=r"the sample needs .* GiB"):
         read_sample(planted, sample, tmp_path)
-
-
-def test_the_pass_keeps_within_what_was_said(tmp_path: Path):
-    suite = load_suite("flowlet")
-    texts = texts_of(LOCAL_DATASETS, 60)
-    read_sample(suite, draw_sample(suite.model, {"one": texts["maths"][:2]}), tmp_path / "warm")
-    sample = draw_sample(suite.model, texts, tokens_per_text=20)
-    process, used, done = psutil.Process(), [], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.005):
-            used.append(process.memory_info().rss)
-
-    before = process.memory_info().rss
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = time.perf_counter()
-    found = read_sample(suite, sample, tmp_path / "all")
-    done.set()
-    watcher.join()
-    assert time.perf_counter() - began < 120
-    assert max(used) - before < needs_of(suite, sample).memory
-    assert np.mean([codes.nnz for codes in found.by_site.values()]) > len(sample.tokens)
 
 
 def test_a_sae_at_z_is_read_at_z(planted: Suite, sample: Sample, tmp_path: Path):

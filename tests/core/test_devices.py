@@ -27,7 +27,8 @@ from flowhelpers.interventions import generation
 from flowhelpers.interventions.edits import add, add_per_row, rescale
 from flowhelpers.labels import describe as labels
 from flowhelpers.matching import cosine
-from flowhelpers.matching.table import match_table, transition
+from flowhelpers.matching.scores import transition
+from flowhelpers.matching.table import match_table
 from flowhelpers.steering import controls, effects
 from flowhelpers.steering.judge_embedded import mean_losses
 from flowhelpers.suites.load import Suite, load_suite

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowhelpers.core.features import Site
 from flowhelpers.core.machine import fitting_threads
-from flowhelpers.suites.model import Edit, Model, Site, run_model
+from flowhelpers.suites.model import Edit, Model, run_model
 
 WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 SHOW = f"import os; print(*(os.environ.get(name) for name in {WAITS}))"

@@ -30,7 +30,8 @@ from flowhelpers.flow.graph import (
 )
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
 from flowhelpers.flow.reading import in_words, turns
-from flowhelpers.matching.table import classify, feature_scores, match_table
+from flowhelpers.matching.scores import classify, feature_scores
+from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 
 AXES = torch.eye(12)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowhelpers.matching import cosine
-from flowhelpers.matching.cosine import Matches, quick_dtype, top_k_cosine, unit_rows
+from flowhelpers.matching.cosine import TopK, quick_dtype, top_k_cosine, unit_rows
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], autouse=True)
@@ -232,7 +232,7 @@ def test_a_short_list_that_may_miss_one_is_made_longer(
     lengths = []
     certified = cosine._certified
 
-    def counted(*args: Any) -> Matches:
+    def counted(*args: Any) -> TopK:
         lengths.append(args[-1])
         return certified(*args)
 

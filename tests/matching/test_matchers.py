@@ -15,12 +15,8 @@ from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import Site
 from flowhelpers.matching import matchers
 from flowhelpers.matching.cosine import unit_rows
-from flowhelpers.matching.matchers import (
-    by_pearson,
-    by_permutation,
-    null_cosines,
-    pearson_candidates,
-)
+from flowhelpers.matching.matchers import by_pearson, by_permutation, pearson_candidates
+from flowhelpers.matching.null import null_cosines
 from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.saes import SAE, make_sae

@@ -1,7 +1,9 @@
 """The match table holds the planted chain in both directions, and its classes are the paper's."""
 
+import doctest
 import multiprocessing
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jaxtyping
@@ -12,13 +14,21 @@ import torch
 import toys
 from torch import Tensor
 
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.cache import CACHE
 from flowhelpers.core.features import Site, predecessor_sites
 from flowhelpers.groups.occurrences import Occurrences, youden_thresholds
 from flowhelpers.matching import table as matching
-from flowhelpers.matching.cosine import Matches
-from flowhelpers.matching.matchers import null_cosines
-from flowhelpers.matching.table import agreement, classify, feature_scores, match_table, transition
+from flowhelpers.matching.cosine import TopK
+from flowhelpers.matching.null import null_cosines
+from flowhelpers.matching.scores import (
+    agreement,
+    best_matches,
+    classify,
+    feature_scores,
+    transition,
+)
+from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite, load_suite
 
 CODE = {"res": 0, "mlp": 1, "att": 2}
@@ -46,6 +56,25 @@ def two_layers(first: Tensor, second: Tensor) -> Suite:
     return toys.bare_suite({Site(0, "res"): first, Site(1, "res"): second}, layers=2)
 
 
+@pytest.mark.parametrize("function", [match_table, collect])
+def test_the_example_of_the_docstring_runs(function: Callable[..., object]):
+    [example] = doctest.DocTestFinder(recurse=False).find(function, function.__name__, globs={})
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+def test_the_best_matches_are_those_of_rank_1_of_the_side_that_chose(table: pd.DataFrame):
+    best = best_matches(table, module="res")
+    assert len(best) == 2 * toys.RES
+    assert (best["source"].tolist(), set(best["rank"])) == (
+        toys.RES_FROM[1] + toys.RES_FROM[2],
+        {1},
+    )
+    onward = best_matches(table, "forward")
+    assert set(onward["direction"]) == {"forward"}
+    assert not onward.duplicated(["layer", "module", "source"]).any()
+
+
 def test_predecessors_are_the_layer_before_and_the_modules_of_the_same_layer():
     assert predecessor_sites(Site(3, "res")) == {
         "res": Site(2, "res"),
@@ -70,6 +99,7 @@ def test_the_table_holds_each_feature_site_and_rank_once(table: pd.DataFrame):
         assert not mine.duplicated(["layer", "module", chooser, "rank"]).any()
     assert set(table["rank"]) == {1, 2, 3}
     assert set(table["method"]) == {"cosine"}
+    assert not table.loc[table["rank"] > 1, "mutual"].any()
 
 
 @pytest.mark.parametrize("layer", [1, 2])
@@ -173,7 +203,7 @@ def test_a_suite_without_two_sites_that_follow_is_an_error():
         match_table(suite, k=1)
 
 
-def test_a_method_that_does_not_exist_or_lacks_its_texts_is_refused(
+def test_what_a_method_does_not_know_lacks_or_has_no_use_for_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would speak first
@@ -183,6 +213,10 @@ def test_a_method_that_does_not_exist_or_lacks_its_texts_is_refused(
         match_table(toys.bare_suite(), 1, method="pearson")
     with pytest.raises(ValueError, match="method='cosine': texts are for 'pearson'"):
         match_table(toys.bare_suite(), 1, texts=["a"])
+    with pytest.raises(ValueError, match="weights and folded are for 'permutation' alone"):
+        match_table(toys.bare_suite(), 1, weights="all")
+    with pytest.raises(ValueError, match="torch finds no device 'cpuu' on this machine"):
+        match_table(toys.bare_suite(), 1, device="cpuu")
 
 
 # Tables on disk.
@@ -285,20 +319,6 @@ def test_processes_may_make_the_same_table_at_once(cache: Path):
     assert not list(cache.glob(".*"))
 
 
-def test_what_a_method_has_no_use_for_is_refused():
-    for method in ("cosine", "random"):
-        for given in ({"weights": "all"}, {"folded": True}):
-            with pytest.raises(ValueError, match="weights and folded are for 'permutation' alone"):
-                match_table(toys.bare_suite(), 1, method=method, **given)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="torch finds no device 'cpuu' on this machine"):
-        match_table(toys.bare_suite(), 1, device="cpuu")
-
-
-def test_a_match_of_lower_rank_is_not_mutual(table: pd.DataFrame):
-    assert not table.loc[table["rank"] > 1, "mutual"].any()
-    assert table.loc[table["rank"] == 1, "mutual"].any()
-
-
 def test_some_layers_are_those_of_the_whole_table():
     some = match_table(toys.bare_suite(), k=3, layers=[2, 0])
     whole = match_table(toys.bare_suite(), k=3)
@@ -379,7 +399,7 @@ def test_methods_agree_where_they_choose_the_same():
 
 
 def test_the_transition_matrix_has_a_one_for_each_match():
-    matches = Matches(torch.tensor([[2, 0], [1, -1], [-1, -1]]), torch.zeros(3, 2))
+    matches = TopK(torch.tensor([[2, 0], [1, -1], [-1, -1]]), torch.zeros(3, 2))
     found = transition(matches, 4)
     assert found.is_sparse
     assert found.to_dense().tolist() == [[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
@@ -425,15 +445,11 @@ def test_a_feature_of_layer_0_can_only_be_newborn_or_unexplained(table: pd.DataF
     }
 
 
-@pytest.mark.parametrize("threshold", [1.5, -1.01, float("nan")])
-def test_a_threshold_that_is_no_cosine_is_refused(threshold: float):
+def test_a_threshold_that_is_no_cosine_or_of_no_place_is_refused():
     table = scored(s_res=[0.5], s_mlp=[0.5], s_att=[0.5])
-    with pytest.raises(ValueError, match="for 1/mlp: expected a cosine, from -1 to 1"):
-        classify(table, {(1, "mlp"): threshold})
-
-
-def test_a_threshold_of_a_place_that_does_not_exist_is_refused():
-    table = scored(s_res=[0.5], s_mlp=[0.5], s_att=[0.5])
+    for threshold in (1.5, -1.01, float("nan")):
+        with pytest.raises(ValueError, match="for 1/mlp: expected a cosine, from -1 to 1"):
+            classify(table, {(1, "mlp"): threshold})
     for place in ((9, "res"), (1, "MLP")):
         with pytest.raises(ValueError, match=r"expected \(layer, module\), a layer of 1 and"):
             classify(table, {place: 0.5})

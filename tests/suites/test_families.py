@@ -38,6 +38,7 @@ from flowhelpers.activations.corpora import load_texts
 from flowhelpers.activations.preflight import run_preflight
 from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import MODULES, FeatureId, Site
+from flowhelpers.core.files import DATA
 from flowhelpers.deactivation import (
     ablation_cases,
     active_predecessors,
@@ -47,14 +48,14 @@ from flowhelpers.deactivation import (
 )
 from flowhelpers.flow.graph import flow_graph
 from flowhelpers.groups.occurrences import find_occurrences
-from flowhelpers.matching import matchers
+from flowhelpers.matching import null
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import make_plan
 from flowhelpers.steering.steered_texts import steer
 from flowhelpers.suites.attention import attention_output, stored_attention_output
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import run_model, tokenize
-from flowhelpers.suites.registry import DATA, find_suite
+from flowhelpers.suites.registry import find_suite
 from flowhelpers.suites.sae_files import release_files
 from flowhelpers.suites.saes import SAE, load_folder
 from flowhelpers.training.measures import measure_saes
@@ -92,7 +93,7 @@ def whole_way(suite: Suite, layer: int = 1) -> None:
     matches = match_table(suite, k=2)
     assert set(matches["module"]) == set(MODULES)
     assert matches["cosine"].between(-1, 1).all()
-    activations = collect(suite, TEXTS, batch=1)
+    activations = collect(suite, TEXTS, batch_size=1)
     found = find_occurrences(matches, activations)
     of_layer = found.table[found.table["layer"] == layer]
     assert len(of_layer) == activations.by_site[Site(layer, "res")].nnz > 0
@@ -411,7 +412,7 @@ def gemma_suite(
         hub.use_in_process(tmp_path_factory.mktemp("gemma-home"), patch)
         shrink(patch, "gemma-2-2b", layers=2, model_parameters=200_000_000)
         # Chance is drawn less often: at this width it takes as long as the matches themselves.
-        patch.setattr(matchers, "null_cosines", partial(matchers.null_cosines, draws=512))
+        patch.setattr(null, "null_cosines", partial(null.null_cosines, draws=512))
         yield load_suite("gemma-2-2b"), family
 
 

@@ -27,7 +27,8 @@ from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.groups.significance import mann_whitney_tests
 from flowhelpers.labels.describe import top_logit_tokens
-from flowhelpers.matching.table import feature_scores, match_table
+from flowhelpers.matching.scores import feature_scores
+from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import (
     KEPT,
     OnDemand,

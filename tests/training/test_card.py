@@ -21,9 +21,9 @@ from transformers import Gemma3ForCausalLM
 from flowhelpers.__main__ import main
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
+from flowhelpers.core.files import DATA
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Edit, Tokens, logits_of, run_model, tokenize
-from flowhelpers.suites.registry import DATA
 from flowhelpers.suites.saes import make_sae
 from flowhelpers.training import card, measures
 from flowhelpers.training.card import Bar, bars, measured_bars, stored_bars, write_card

@@ -12,11 +12,10 @@ import pytest
 import yaml
 
 from flowhelpers.__main__ import main
-from flowhelpers.activations.corpora import passages
-from flowhelpers.activations.sources import is_held_out
+from flowhelpers.activations.corpora import is_held_out, passages
 from flowhelpers.core.features import MODULES, Site
+from flowhelpers.core.files import DATA
 from flowhelpers.suites.load import load_suite
-from flowhelpers.suites.registry import DATA
 from flowhelpers.training import language_model
 from flowhelpers.training.recipe import read_recipe, read_rows, train_suite, usable_device
 

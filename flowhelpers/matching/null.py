@@ -1,0 +1,102 @@
+"""The null distribution of a match: what the best cosine is if two SAEs have nothing in common.
+
+One of the two is turned by a random rotation, all its directions alike, so that they keep their
+angles among themselves (CHOICES 27).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from flowhelpers.core.cache import cached_table
+from flowhelpers.matching.cosine import top_k_cosine
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from flowhelpers.suites.saes import SAE
+
+NULL_DRAWS, NULL_ROTATIONS = 8192, 16
+NULL_QUANTILE = 0.999
+NULL_VERSION = 2  # of what is kept on disk: raise it when that changes
+
+
+@dataclass(frozen=True)
+class Null:
+    """Best scores by chance, sorted: of targets that look for a source, and of sources."""
+
+    backward: Float[Tensor, "draws"]
+    forward: Float[Tensor, "draws2"]
+
+
+def null_cosines(
+    target: Float[Tensor, "targets d_model"],
+    source: Float[Tensor, "sources d_model"],
+    seed: int = 0,
+    draws: int = NULL_DRAWS,
+    device: str | None = None,
+) -> Float[Tensor, "draws"]:
+    """Best cosines of targets into randomly rotated copies of the source: what chance gives.
+
+    As many rotations are pooled, up to 16, as bring the number of draws about; rows of zeros are
+    left out. The seed is of the rotations, and of the choice of targets where there are more than
+    `draws`.
+    """
+    rows = torch.nonzero((target != 0).any(dim=1)).flatten()
+    if not len(rows):
+        return target.new_zeros(1)
+    generator = torch.Generator().manual_seed(seed)
+    turned = []
+    for start in range(0, min(draws, NULL_ROTATIONS * len(rows)), len(rows)):
+        some = torch.randperm(len(rows), generator=generator)[: draws - start].to(rows.device)
+        # To turn the targets is the same as to turn the source the other way, and less to do.
+        turned.append(rotated(target[rows[some]], seed * NULL_ROTATIONS + len(turned)))
+    return top_k_cosine(torch.cat(turned), source, device=device).scores[:, 0]
+
+
+def rotated(
+    directions: Float[Tensor, "rows d_model"], seed: int = 0
+) -> Float[Tensor, "rows d_model"]:
+    """The directions, all turned by one random rotation: alike among themselves, new to others."""
+    return directions.float() @ _rotation(directions.shape[1], seed).to(directions.device)
+
+
+@lru_cache(maxsize=NULL_ROTATIONS)
+def _rotation(d: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rotation, triangle = torch.linalg.qr(torch.randn(d, d, generator=generator, dtype=torch.double))
+    return (rotation * triangle.diagonal().sign()).float()  # uniform over the orthogonal group
+
+
+def cached_null(
+    target: "SAE", source: "SAE", seed: int, device: str | None, cache: Path | None
+) -> Null:
+    """The null of the best cosine in both directions, kept on disk: methods share it."""
+    import pandas as pd
+
+    later, earlier = target.decoder, source.decoder
+
+    def compute() -> "pd.DataFrame":
+        draws = {
+            "backward": null_cosines(later, earlier, seed, device=device),
+            "forward": null_cosines(earlier, later, seed, device=device),
+        }
+        tables = [
+            pd.DataFrame({"side": side, "cosine": cosines.cpu().sort().values.numpy()})
+            for side, cosines in draws.items()
+        ]
+        return pd.concat(tables, ignore_index=True)
+
+    key = {"seed": seed, "draws": NULL_DRAWS}
+    key |= {"target": target.fingerprint, "source": source.fingerprint}
+    sides = cached_table("nulls", key, compute, cache, NULL_VERSION).groupby("side")["cosine"]
+    backward, forward = (
+        torch.from_numpy(sides.get_group(side).to_numpy(copy=True))
+        for side in ("backward", "forward")
+    )
+    return Null(backward, forward)
