@@ -10,12 +10,8 @@ import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flowhelpers import __version__
-
-if TYPE_CHECKING:
-    from flowhelpers.suites.registry import SuiteRow
 
 RUN_NOTES = """examples:
   flowhelpers run                               every notebook, as it stands
@@ -72,7 +68,7 @@ def notebooks(arguments: argparse.Namespace) -> int:
 
 def suites(arguments: argparse.Namespace) -> int:
     """Lists the suites, or says of one what it holds and what each experiment needs."""
-    from flowhelpers.suites.load import check_sources
+    from flowhelpers.suites.load import check_sources, decoders_memory, memory_needed
     from flowhelpers.suites.registry import find_suite, registered
 
     if not arguments.suite:
@@ -91,7 +87,11 @@ def suites(arguments: argparse.Namespace) -> int:
     row = find_suite(arguments.suite)
     check_sources(row)
     print(row.name, row.about, sep="\n", end="\n\n")
-    _print_needs(row)
+    features = f" of {row.features:,} features" if row.features else ""
+    print(f"model {row.model}; {len(row.saes)} SAEs{features}")
+    if row.parameters:
+        matching, whole = decoders_memory(row) / 2**30, memory_needed(row) / 2**30
+        print(f"in float32 it takes {whole:.1f} GiB of memory as a whole, {matching:.1f} to match")
     print()
     for note in row.notes:
         print(textwrap.fill(f"- {note}", 90, subsequent_indent="  "))
@@ -100,40 +100,6 @@ def suites(arguments: argparse.Namespace) -> int:
         named = source if isinstance(source, str) else f"{source['release']}/{source['id']}"
         print(f"  {site!s:<10}{named}", row.neuronpedia.get(site, ""), sep="  ")
     return 0
-
-
-def _print_needs(row: "SuiteRow") -> None:
-    from flowhelpers.core.machine import free_memory
-    from flowhelpers.matching.cosine import quick_dtype
-    from flowhelpers.suites.load import chosen_device, chosen_dtype
-    from flowhelpers.suites.needs import needs, speed
-
-    device = chosen_device(row)
-    dtype = chosen_dtype(row, device)
-    quick = str(quick_dtype(device)).removeprefix("torch.")
-    speeds = {"model": speed(device, dtype), "matching": speed(device, quick)}
-    features = f" of {row.features:,} features" if row.features else ""
-    print(f"model {row.model}; {len(row.saes)} SAEs{features}")
-    free = free_memory(device)
-    print(f"here it runs on {device} in {dtype}, where {free / 2**30:.1f} GiB are free;")
-    if not (row.parameters or row.is_local):
-        print("the suite says nothing of its sizes: give it the keys d_model, parameters and")
-        print("model_parameters, so that its needs can be told")
-        return
-    print("times are rough, from the products alone; what is cached is fetched no more\n")
-    print(f"{'':<42}{'notebooks':<11}{'fetched':>10}{'memory':>11}{'time':>10}")
-    for need in needs(row, dtype, speeds):
-        fetched = f"{need.fetched / 1e9:.1f} GB" if need.fetched else "nothing"
-        memory = f"{need.memory / 2**30:.1f} GiB"
-        print(f"{need.experiment:<42}{need.notebooks:<11}{fetched:>10}{memory:>11}", end="")
-        print(f"{_duration(need.seconds):>10}", "" if need.memory <= free else " does not fit")
-
-
-def _duration(seconds: float) -> str:
-    for size, unit in ((3600, "h"), (60, "min"), (1, "s")):
-        if seconds >= 1.5 * size or unit == "s":
-            return f"{max(seconds / size, 1):.0f} {unit}"
-    raise AssertionError(seconds)
 
 
 def train(arguments: argparse.Namespace) -> int:

@@ -28,8 +28,9 @@ from torch import Tensor
 
 from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
 from flowhelpers.core.features import Site
+from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Model, Tokens, load_model
+from flowhelpers.suites.model import Model, Tokens
 from flowhelpers.suites.registry import SuiteRow
 from flowhelpers.suites.saes import make_sae
 

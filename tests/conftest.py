@@ -72,7 +72,7 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def toy(toy_folder: Path) -> "Model":
     """The toy model behind the door."""
-    from flowhelpers.suites.model import load_model
+    from flowhelpers.suites.bridge import load_model
 
     return load_model(str(toy_folder))
 

@@ -7,6 +7,7 @@ stand in another order than in the next, so that no index is right by accident.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,11 +21,12 @@ from transformers import Gemma3ForCausalLM
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.steering.plans import Plan, make_plan
+from flowhelpers.suites import sae_files
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model
 from flowhelpers.suites.registry import SuiteRow
-from flowhelpers.suites.saes import SAE, make_sae
+from flowhelpers.suites.saes import SAE, make_sae, read_sae
 
 LAYERS, D_MODEL, CONTEXT, VOCABULARY = 3, 32, 64, 320
 RES, MODULE = 16, 8  # features of a residual SAE, and of a module's
@@ -179,6 +181,12 @@ def write_lens_sae(
         ):
             parameter.copy_(torch.as_tensor(value, dtype=torch.float32).expand_as(parameter))
     return lens_sae
+
+
+def load_folder(folder: Path, site: Site, d_model: int = D_MODEL) -> SAE:
+    """The SAE of a folder that sae-lens saved."""
+    load = partial(sae_files.load_folder, folder, "cpu", "float32")
+    return read_sae(site, sae_files.folder_files(folder), load, d_model, "cpu", "float32")
 
 
 def sae_at_z(model: Model, layer: int = 1) -> SAE:

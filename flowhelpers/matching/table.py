@@ -20,7 +20,6 @@ from flowhelpers.core.cache import cached_table
 from flowhelpers.core.features import MODULES, Site, predecessor_sites, suggestion
 from flowhelpers.core.machine import check_device
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.matching.cosine import unit_rows
 from flowhelpers.matching.matchers import (
     LEAST_ACTIVE,
     PairMatch,
@@ -31,6 +30,7 @@ from flowhelpers.matching.matchers import (
     random_of_top_k,
 )
 from flowhelpers.matching.null import NULL_DRAWS, NULL_QUANTILE, Null, cached_null
+from flowhelpers.suites.saes import unit_rows
 
 if TYPE_CHECKING:
     import pandas as pd

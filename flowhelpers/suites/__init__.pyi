@@ -1,6 +1,7 @@
 from .attention import (
     attention_output as attention_output,
 )
+from .bridge import load_model as load_model
 from .load import (
     Suite as Suite,
     check_sources as check_sources,
@@ -20,17 +21,11 @@ from .model import (
     final_norm as final_norm,
     forward as forward,
     is_edited as is_edited,
-    load_model as load_model,
     logits_of as logits_of,
     run_model as run_model,
     token_losses as token_losses,
     token_strings as token_strings,
     tokenize as tokenize,
-)
-from .needs import (
-    needs as needs,
-    needs_table as needs_table,
-    speed as speed,
 )
 from .registry import (
     DATA as DATA,

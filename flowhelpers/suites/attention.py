@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowhelpers.suites.hub import fetch, read_hub_json, read_tensors
+from flowhelpers.core.files import read_json
+from flowhelpers.suites.hub import fetch, read_tensors
 
 if TYPE_CHECKING:
     from flowhelpers.suites.model import Model
@@ -60,23 +61,16 @@ def attention_output(model: "Model", layer: int) -> AttentionOutput:
 def stored_attention_output(
     name: str, layer: int, revision: str | None = None
 ) -> AttentionOutput | None:
-    """The same from a model's files, of which no more is read or fetched than those two tensors.
+    """The same from a model's files, of which only those two tensors are read or fetched.
 
-    Args:
-        name: A folder, or a name on the hub.
-        layer: The layer.
-        revision: Of the hub.
-
-    Returns:
-        None for models other than Gemma 2 and 3, of which the files do not tell here.
+    None for models other than Gemma 2 and 3.
 
     Raises:
         ValueError: If the files lack the tensors.
-        What `hub.fetch` raises.
     """
     folder = Path(name)
     path = folder / "config.json" if folder.is_dir() else fetch(name, "config.json", revision)
-    if read_hub_json(path).get("model_type") not in GEMMAS:
+    if read_json(path).get("model_type") not in GEMMAS:
         return None
     ends = ("self_attn.o_proj.weight", "post_attention_layernorm.weight")
     names = [[f"{prefix}layers.{layer}.{end}" for end in ends] for prefix in PREFIXES]

@@ -1,20 +1,20 @@
 """Suites: one language model and the SAEs trained on it, loaded as far as is asked for.
 
-Decoders come first: matching, flow graphs and labels need nothing else. Of a suite of the hub the
-model and the encoders are fetched and read once an experiment asks for them.
+Decoders come first: matching, flow graphs and labels need nothing else. The model and the encoders
+of a suite of the hub are fetched and read once an experiment asks for them.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowhelpers.core.features import FeatureId, Site, parse_feature, parse_site, suggestion
+from flowhelpers.core.files import read_json
 from flowhelpers.core.machine import check_device, check_memory, free_memory
 from flowhelpers.core.versions import warn_of_untried
-from flowhelpers.suites.hub import OFFLINE_HINT
+from flowhelpers.suites.hub import fetch
 from flowhelpers.suites.registry import BYTES, SuiteRow, find_suite
 
 if TYPE_CHECKING:
@@ -28,11 +28,7 @@ VERY_LARGE = 1e9  # and in half precision there
 
 
 class OnDemand(Mapping[Site, "SAE"]):
-    """SAEs that are read when they are asked for; the last few are kept.
-
-    So a suite serves whose SAEs do not fit into memory together. Who goes through them
-    should take one after the other, and keep none.
-    """
+    """SAEs that are read when they are asked for, the last few kept: all need not fit in memory."""
 
     def __init__(self, sites: Iterable[Site], load: "Callable[[Site], SAE]", kept: int):
         self._sites = tuple(sites)
@@ -59,13 +55,11 @@ class Suite:
 
     Attributes:
         row: What it was loaded from.
-        source: The language model behind named sites, or what loads it when it is asked for.
-        saes: The SAE at each site; of a suite that is large or lies on the hub, each
-            is read when it is asked for.
+        source: The language model, or what loads it when it is asked for.
+        saes: The SAE at each site, in a large suite read when it is asked for.
         device: Where SAEs and model are.
-        dtype: Type of the weights of model and encoders; decoders that are matched are kept in the
-            type they are stored in.
-        looked_at: The sites that had their preflight.
+        dtype: Type of the weights of model and encoders; decoders keep their stored type.
+        checked_sites: The sites that had their preflight.
     """
 
     row: SuiteRow
@@ -131,33 +125,20 @@ class Suite:
         raise ValueError(f"no SAE at {site} in suite {self.name}{near}")
 
 
-def memory_needed(row: SuiteRow, dtype: str = "float32") -> int:
-    """Bytes that a suite takes with all in memory: its weights, and decoders as they are stored."""
-    decoders = (row.parameters - (row.model_parameters or 0)) // 2
-    return row.parameters * BYTES[dtype] + decoders * _stored_bytes(row)
-
-
-def least_memory(row: SuiteRow, dtype: str = "float32") -> int:
-    """Bytes that a suite takes with its model and a few SAEs in memory at a time.
-
-    That of a suite which does not say how large its model alone is, is what it takes as a whole.
-    """
-    whole, count = memory_needed(row, dtype), max(len(row.saes), 1)
-    if row.model_parameters is None:
-        return whole
-    model = row.model_parameters * BYTES[dtype]
-    return model + (whole - model) * min(KEPT, count) // count
+def memory_needed(row: SuiteRow, dtype: str = "float32", kept: int | None = None) -> int:
+    """Bytes of the model, and of so many SAEs (all by default) with decoders as they are stored."""
+    in_saes = (row.parameters - (row.model_parameters or 0)) / max(len(row.saes), 1)
+    all_of_them = row.model_parameters is None
+    count = len(row.saes) if kept is None or all_of_them else min(kept, len(row.saes))
+    each = BYTES[dtype] + BYTES[row.stored.get("saes", "float32")] / 2
+    return int((row.model_parameters or 0) * BYTES[dtype] + count * in_saes * each)
 
 
 def decoders_memory(row: SuiteRow) -> int:
     """Bytes that matching takes: the decoders of a few SAEs, and one being read."""
     count = max(len(row.saes), 1)
     numbers = (row.parameters - (row.model_parameters or 0)) // (2 * count)
-    return (min(KEPT, count) + 2) * numbers * _stored_bytes(row)
-
-
-def _stored_bytes(row: SuiteRow) -> int:
-    return BYTES[row.stored.get("saes", "float32")]
+    return (min(KEPT, count) + 2) * numbers * BYTES[row.stored.get("saes", "float32")]
 
 
 def chosen_device(row: SuiteRow, device: str = "auto") -> str:
@@ -186,29 +167,30 @@ def chosen_dtype(row: SuiteRow, device: str, dtype: str = "auto") -> str:
             raise ValueError(f"unknown dtype {dtype!r}{suggestion(dtype, ['auto', *BYTES])}")
         return dtype
     is_large = (row.model_parameters or 0) >= VERY_LARGE
-    fits = least_memory(row) <= free_memory(device)
+    fits = memory_needed(row, kept=KEPT) <= free_memory(device)
     return "bfloat16" if is_large and (device != "cpu" or not fits) else "float32"
 
 
 def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> Suite:
     """Load a language model and its SAEs.
 
-    A suite of a folder whose memory is there is loaded at once. Of others the first decoder is, so
-    that what is wrong with the first is wrong at once, and the rest when it is asked for. Packages
-    of versions that were not tried are warned of, once.
+    A suite in a folder that fits into memory is loaded at once. Of others the first decoder is
+    loaded, and the rest when it is asked for.
 
     Args:
-        name: A registered suite, as `registry.find_suite` takes it, or a folder with a
-            `suite.yaml`.
-        device: Torch device; `auto` as `chosen_device` says.
-        dtype: Type of the weights: float32, bfloat16 or float16; `auto` as `chosen_dtype` says.
+        name: A registered suite, as `find_suite` takes it, or a folder with a `suite.yaml`.
+        device: Torch device; `auto` takes a GPU for a large model where there is one.
+        dtype: float32, bfloat16 or float16; `auto` takes bfloat16 for a very large model on a GPU.
 
     Raises:
         ValueError: If the suite is unknown or broken.
-        MemoryError: If the machine has less memory than a few decoders need; once it is asked for,
-            than the model and a few SAEs.
-        ConnectionError: If something has to be fetched and there is no network.
-        PermissionError, FileNotFoundError, OSError: As `hub.fetch` says.
+        MemoryError: If the decoders of a few SAEs do not fit; later, if the model does not.
+        OSError: huggingface_hub's, if something has to be fetched and cannot be.
+
+    Example:
+        >>> suite = load_suite("flowlet")
+        >>> suite.layers, suite.d_model, suite.sae("4/res").width
+        (8, 192, 1024)
     """
     warn_of_untried()
     row = find_suite(name)
@@ -230,21 +212,20 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
         return Suite(row, load_model, saes, device, dtype)
     model = load_model()
     for sae in saes.values():
-        sae.lens_sae  # noqa: B018  what is wrong with it is wrong at once
+        _ = sae.lens_sae  # a broken encoder is an error at once
     return Suite(row, model, dict(saes), device, dtype)
 
 
 def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
     import torch
 
-    from flowhelpers.suites.model import load_model
+    from flowhelpers.suites.bridge import load_model
 
     if check:
         held = torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
-        needed = max(least_memory(row, dtype) - held, 0)  # of which decoders may be there already
+        needed = max(memory_needed(row, dtype, KEPT) - held, 0)  # decoders may be there already
         check_memory(needed, f"the model of suite {row.name}", device, dtype)
-    with _told(row):
-        model = load_model(row.model, device, getattr(torch, dtype), row.revision)
+    model = load_model(row.model, device, getattr(torch, dtype), row.revision)
     _check_layers(row, model.layers)
     if row.d_model not in (None, model.d_model):
         raise ValueError(
@@ -266,7 +247,8 @@ def _load_sae(
     row: SuiteRow, load_model: "Callable[[], Model]", device: str, dtype: str, site: Site
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
-    from flowhelpers.suites.saes import load_folder, load_release
+    from flowhelpers.suites.sae_files import folder_files, load_folder, load_release, release_files
+    from flowhelpers.suites.saes import make_sae, read_sae
 
     def output() -> "AttentionOutput":
         stored = stored_attention_output(row.model, site.layer, row.revision)
@@ -274,31 +256,30 @@ def _load_sae(
 
     source = row.saes[site]
     d_model = row.d_model or _stored_width(row) or load_model().d_model
-    of = (
-        partial(load_folder, Path(source))
-        if isinstance(source, str)
-        else partial(load_release, source["release"], source["id"])
-    )
-    with _told(row):
-        found = of(site=site, d_model=d_model, device=device, dtype=dtype, output=output)
-    trained_on = found.files.revision if found.files else None
+    if isinstance(source, str):
+        files = folder_files(Path(source))
+        load = partial(load_folder, Path(source), device, dtype)
+    else:
+        files = release_files(source["release"], source["id"])
+        load = partial(load_release, source["release"], source["id"], device, dtype)
+    if files is None:  # a format that sae-lens alone reads
+        lens_sae = load()
+        reads_z = str(lens_sae.cfg.metadata.hook_name).endswith("hook_z")
+        return make_sae(site, lens_sae, d_model, str(source), output() if reads_z else None)
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
-    if trained_on is not None and at_issue and trained_on != row.revision:
+    if files.revision is not None and at_issue and files.revision != row.revision:
         raise ValueError(
             f"suite {row.name} has the model at revision {row.revision or 'main'}, and the"
-            f" SAE for {site} ({found.source}) was trained on revision {trained_on}"
+            f" SAE for {site} ({files.source}) was trained on revision {files.revision}"
         )
-    return found
+    return read_sae(site, files, load, d_model, device, dtype, output)
 
 
 def _stored_width(row: SuiteRow) -> int | None:
-    # The width of a model of the hub, from its configuration alone.
-    from flowhelpers.suites.hub import fetch, read_hub_json
-
+    """The width of a model of the hub, from its configuration alone."""
     if Path(row.model).is_dir():
         return None
-    with _told(row):
-        config = read_hub_json(fetch(row.model, "config.json", row.revision))
+    config = read_json(fetch(row.model, "config.json", row.revision))
     config = {**config, **config.get("text_config", {})}
     return config.get("hidden_size") or config.get("n_embd")
 
@@ -346,15 +327,3 @@ def _plain(model: str) -> str:
     # As libraries call it: TransformerLens has other names for some.
     name = model.rsplit("/", 1)[-1].lower()
     return {"gpt2": "gpt2-small"}.get(name, name)
-
-
-@contextmanager
-def _told(row: SuiteRow) -> Iterator[None]:
-    try:
-        yield
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"suite {row.name} is not cached and could not be fetched: it needs the model"
-            f" {row.model} and {len(row.saes)} SAEs; {OFFLINE_HINT}"
-            f" ({str(error).replace(f'; {OFFLINE_HINT}', '')})"
-        ) from error

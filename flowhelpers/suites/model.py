@@ -1,12 +1,9 @@
-"""The one door to a language model: read at a site, edit at a site, generate.
+"""A language model behind named sites: tokenize, run, read and edit at a site.
 
-Nobody else knows a hook's name. A model that passed `load_model` has been checked: at every layer
-what attention and the MLP add makes up the step of the residual stream, and an edit at every site
-reaches the logits.
+This module alone knows the names of hook points.
 """
 
 import hashlib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,8 +17,6 @@ from torch import Tensor
 
 from flowhelpers.core.features import Site, suggestion
 from flowhelpers.core.machine import fitting_threads
-from flowhelpers.core.versions import naming_untried
-from flowhelpers.suites.hub import fetched
 
 HOOKS = {
     "res": "blocks.{layer}.hook_resid_post",
@@ -29,7 +24,6 @@ HOOKS = {
     "att": "blocks.{layer}.hook_attn_out",
     "z": "blocks.{layer}.attn.hook_z",  # the heads' outputs, side by side, before W_O
 }
-RESID_PRE = "blocks.{layer}.hook_resid_pre"
 CACHE = "past_key_values"  # what keys and values are called; from transformers 5.24 on, "cache"
 
 Activations = Float[Tensor, "batch position d_model"]
@@ -37,12 +31,7 @@ Activations = Float[Tensor, "batch position d_model"]
 
 @dataclass(frozen=True)
 class Edit:
-    """A change to the stream at one site.
-
-    Attributes:
-        site: Where.
-        change: From the activations at the site, `[batch, position, d_model]`, to the new ones.
-    """
+    """A change to the activations at one site, from what is there to what is to be."""
 
     site: Site
     change: Callable[[Activations], Activations]
@@ -50,11 +39,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class PromptCache:
-    """What attention keeps of the tokens of one text: keys and values of every layer.
-
-    Attributes:
-        layers: For each layer keys and values, `[1, heads, position, d_head]`.
-    """
+    """Keys and values of one text: for each layer both, `[1, heads, position, d_head]`."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
 
@@ -91,11 +76,7 @@ class PromptCache:
 class Model:
     """A language model behind named sites.
 
-    Attributes:
-        name: What it was loaded from.
-        bridge: TransformerLens's view of the Hugging Face model; use the functions of this module.
-        layers: Number of layers.
-        d_model: Width of the residual stream.
+    `bridge` is TransformerLens's view of the Hugging Face model: use the functions of this module.
     """
 
     name: str
@@ -149,87 +130,6 @@ class Tokens:
 
     ids: Int[Tensor, "batch position"]
     is_text: Bool[Tensor, "batch position"]
-
-
-@naming_untried()
-def load_model(
-    name: str,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    revision: str | None = None,
-) -> Model:
-    """Load a Hugging Face model, by folder or by name, and check that its sites can be trusted.
-
-    Args:
-        name: A local folder or a hub name.
-        device: Torch device.
-        dtype: Type of the weights.
-        revision: Revision on the hub.
-
-    Raises:
-        ValueError: If the model's sites do not add up or an edit does not reach the logits.
-        What `hub.fetch` raises.
-    """
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with fetched(name, revision):
-            weights: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, revision=revision, attn_implementation="eager"
-            )
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    return wrap_model(weights.to(device), tokenizer, name, TransformerBridge)
-
-
-def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None) -> Model:
-    """Put a loaded Hugging Face model behind the door, and check it."""
-    if bridge_class is None:
-        from transformer_lens.model_bridge import TransformerBridge as bridge_class
-    from transformer_lens.model_bridge.generalized_components import AttentionBridge
-
-    with warnings.catch_warnings(), _installing_nothing():
-        warnings.simplefilter("ignore")
-        bridge = bridge_class.boot_transformers(
-            name, hf_model=weights.eval(), tokenizer=tokenizer, device=weights.device
-        )
-        # Until compatibility mode is on, a hook on an alias such as hook_resid_post never fires.
-        bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
-    for module in bridge.modules():
-        # Those that leave the work to transformers' own attention hand on what they are given.
-        if (
-            isinstance(module, AttentionBridge)
-            and type(module).forward is not AttentionBridge.forward
-        ):
-            module.register_forward_pre_hook(_hand_on_cache, with_kwargs=True)
-    for parameter in bridge.parameters():
-        parameter.requires_grad_(False)
-    model = Model(name, bridge, bridge.cfg.n_layers, bridge.cfg.d_model)
-    check_sites(model)
-    return model
-
-
-@contextmanager
-def _installing_nothing() -> Iterator[None]:
-    # For a model that reads images as well, TransformerLens installs torchvision where a processor
-    # does not load, which may bring another torch; it goes on without where that fails.
-    import subprocess
-
-    def refuse(command: Any, *_: Any, **__: Any) -> None:
-        raise PermissionError(f"nothing is installed while a model loads: {command}")
-
-    before = subprocess.check_call
-    subprocess.check_call = refuse
-    try:
-        yield
-    finally:
-        subprocess.check_call = before
 
 
 def hook_name(model: Model, site: Site) -> str:
@@ -299,12 +199,8 @@ def run_model(
         ids: Token ids.
         read: Sites whose activations are returned.
         edits: Changes to the stream, in order where they share a site.
-        stop_after: Stop once this layer is done; there are no logits then.
-        prefix: The tokens before `ids`, as `cache_prompt` gives, the same for every row. Positions
-            are then counted from the first of `ids`.
-
-    Returns:
-        Logits, or None with `stop_after`, and the activations by site.
+        stop_after: Stop once this layer is done; the logits are None then.
+        prefix: The tokens before `ids`, the same for every row; positions are counted after them.
 
     Raises:
         ValueError: If a site does not exist.
@@ -350,12 +246,7 @@ def cache_prompt(
 ) -> tuple[Float[Tensor, "1 position vocabulary"], PromptCache]:
     """One pass over a text: its logits, and what later passes need so as to go on after it.
 
-    An edit at a token changes nothing before it. Passes that differ from that token on share all
-    that comes before, and each row of a batch needs no more than its own tokens.
-
-    Args:
-        model: The model.
-        ids: Token ids of one text.
+    Passes that differ from a token on share all that comes before it.
     """
     from transformers import DynamicCache
 
@@ -368,11 +259,6 @@ def forward(
     model: Model, ids: Int[Tensor, "batch position"], cache: Any = None
 ) -> Float[Tensor, "batch position vocabulary"]:
     """The logits of one pass, which goes on after the keys and values of a cache and extends it.
-
-    Args:
-        model: The model.
-        ids: Token ids: with a cache, of the tokens after those that it holds.
-        cache: A cache of transformers; without one nothing is kept.
 
     Raises:
         ValueError: If the model left the cache as it was.
@@ -391,13 +277,6 @@ def forward(
             f" expected {expected}"
         )
     return logits
-
-
-def _hand_on_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A hook before an attention of TransformerLens, which knows the cache by its first name."""
-    if "cache" in kwargs:
-        kwargs = kwargs | {CACHE: kwargs["cache"]}
-    return args, kwargs
 
 
 def logits_of(
@@ -469,99 +348,3 @@ def is_edited(model: Model) -> bool:
     return any(
         point.has_hooks(including_permanent=False) for point in model.bridge.hook_dict.values()
     )
-
-
-def check_sites(model: Model, tolerance: float | None = None) -> None:
-    """Check on a few tokens that the sites are what they are called.
-
-    R_{L-1} + A_L + M_L = R_L at every layer, a vector added at any site changes the logits, a zero
-    vector does not, and a pass that goes on after a prefix gives what a whole one does.
-
-    Args:
-        model: The model.
-        tolerance: Largest residue allowed, as a share of the largest activation; by default 1e-4
-            in float32 and 3e-2 in half precision.
-
-    Raises:
-        ValueError: Naming the layer that failed, and by how much.
-    """
-    half = model.bridge.W_E.dtype != torch.float32
-    tolerance = tolerance or (3e-2 if half else 1e-4)
-    vocabulary = model.bridge.cfg.d_vocab
-    ids = torch.arange(1, 9, device=model.device)[None] * (vocabulary // 10)
-    sites = model.sites()
-    before: dict[int, Tensor] = {}
-
-    def keep_before(layer: int) -> Callable[..., None]:
-        def hook(activations: Tensor, hook: Any = None) -> None:
-            before[layer] = activations.detach().clone()
-
-        return hook
-
-    pre = [(RESID_PRE.format(layer=i), keep_before(i)) for i in range(model.layers)]
-    with torch.no_grad(), model.bridge.hooks(fwd_hooks=pre):
-        clean, read = run_model(model, ids, read=sites)
-    assert clean is not None
-    for layer in range(model.layers):
-        after = read[Site(layer, "res")].float()
-        parts = before[layer] + read[Site(layer, "att")] + read[Site(layer, "mlp")]
-        residue = (after - parts.float()).abs().max() / after.abs().max()
-        if not residue <= tolerance:
-            raise ValueError(
-                f"{model.name}: at layer {layer} the stream before plus attention plus MLP differs"
-                f" from the stream after by {residue:.2%} of its size (allowed {tolerance:.2%}):"
-                " the sites of this architecture are not what they are called"
-            )
-    _check_edits(model, ids, sites, clean, read)
-    _check_prefix(model, ids, clean, tolerance)
-
-
-@torch.no_grad()
-def _check_prefix(
-    model: Model,
-    ids: Int[Tensor, "1 position"],
-    clean: Float[Tensor, "1 position vocabulary"],
-    tolerance: float,
-) -> None:
-    _, prefix = cache_prompt(model, ids)
-    after, _ = run_model(model, ids[:, 4:].expand(2, -1), prefix=prefix.first(4))
-    assert after is not None
-    off = (after - clean[:, 4:]).abs().max() / clean.abs().max()
-    if not off <= tolerance:
-        raise ValueError(
-            f"{model.name}: a pass that goes on after a prefix gives other logits than a whole one,"
-            f" by {off:.2%} of their size (allowed {tolerance:.2%})"
-        )
-
-
-def _check_edits(
-    model: Model,
-    ids: Int[Tensor, "1 position"],
-    sites: list[Site],
-    clean: Float[Tensor, "1 position vocabulary"],
-    read: dict[Site, Activations],
-) -> None:
-    def push(row: int, size: float) -> Callable[[Activations], Activations]:
-        def change(activations: Activations) -> Activations:
-            changed = activations.clone()
-            changed[row, :, 0] += size
-            return changed
-
-        return change
-
-    zero = logits_of(model, ids, [Edit(site, push(0, 0.0)) for site in sites])
-    # One row of the batch for each site, so that one pass tells for all of them.
-    sizes = [float(read[site].float().norm(dim=-1).mean()) for site in sites]
-    edits = [Edit(site, push(row, sizes[row])) for row, site in enumerate(sites)]
-    pushed = logits_of(model, ids.expand(len(sites), -1), edits)
-    # A row of a larger batch may differ from the same row alone by rounding, as may any two passes
-    # on a GPU.
-    rounding = (1e-2 if clean.dtype != torch.float32 else 1e-5) * clean.abs().max()
-    if (zero - clean).abs().max() > (rounding if clean.is_cuda else 0):
-        raise ValueError(f"{model.name}: adding a zero vector changed the logits")
-    for row, site in enumerate(sites):
-        if (pushed[row] - clean[0]).abs().max() <= rounding:
-            raise ValueError(
-                f"{model.name}: a vector added at {site} left the logits as they were:"
-                f" the hook {hook_name(model, site)} does not edit the stream"
-            )

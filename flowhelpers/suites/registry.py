@@ -1,13 +1,7 @@
 """What is known of a suite before anything is loaded: rows of one table.
 
-Every suite, the embedded one included, is described in the same few words: a row of
-`data/suites.yaml`, or the `suite.yaml` of a folder.
+Every suite is a row of `data/suites.yaml`, or the `suite.yaml` of a folder.
 """
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 import json
 import re
@@ -16,32 +10,39 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from flowhelpers.core.features import MODULES, Site, parse_site, suggestion
 from flowhelpers.core.files import DATA
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-KINDS: dict[str, tuple[type, str]] = {
-    "name": (str, "text"),
-    "model": (str, "text"),
-    "revision": (str, "text"),
-    "layers": (int, "a whole number above zero"),
-    "d_model": (int, "a whole number above zero"),
-    "d_att": (int, "a whole number above zero"),
-    "parameters": (int, "a whole number above zero"),
-    "model_parameters": (int, "a whole number above zero"),
-    "saes": (dict, "a mapping"),
-    "variants": (dict, "a mapping"),
-    "by_l0": (dict, "a mapping"),
-    "neuronpedia": (dict, "a mapping"),
-    "stored": (dict, "a mapping"),
-    "notes": (list, "a list"),
-}
-KEYS = {"about", *KINDS}
+GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features
 L0 = re.compile(r"l0=(\d+)")
 
 Source = str | Mapping[str, str]
+
+
+class _Row(BaseModel, extra="forbid", strict=True):
+    """The keys of a row as they are written; `saes` and others may be patterns with `{layer}`."""
+
+    model: str
+    saes: dict[Any, Any] = Field(min_length=1)
+    name: str | None = None
+    about: str = ""
+    revision: str | None = None
+    layers: PositiveInt | None = None
+    d_model: PositiveInt | None = None
+    d_att: PositiveInt | None = None
+    parameters: PositiveInt | None = None
+    model_parameters: PositiveInt | None = None
+    variants: dict[str, dict[str, Any]] = {}
+    by_l0: dict[str, Any] = {}
+    neuronpedia: dict[Any, str] = {}
+    stored: dict[Literal["model", "saes"], Literal["float32", "float16", "bfloat16"]] = {}
+    notes: list[str] = []
+    features: int | None = None  # of the variant
 
 
 @dataclass(frozen=True)
@@ -241,23 +242,14 @@ def _row(
     name: str, row: Mapping[str, Any], folder: Path | None, variant: str | None = None
 ) -> SuiteRow:
     where = f"suite {name}" + (f" ({folder / 'suite.yaml'})" if folder else "")
-    for key in row.keys() - KEYS:
-        raise ValueError(f"{where}: unknown key {key!r}{suggestion(key, sorted(KEYS))}")
-    for key in {"model", "saes"} - row.keys():
-        raise ValueError(f"{where}: the key {key!r} is missing")
-    for key, (kind, said) in KINDS.items():
-        if key not in row:
-            continue
-        value = row[key]
-        if not isinstance(value, kind) or (kind is int and (value is True or value < 1)):
-            raise ValueError(f"{where}: {key} is {value!r}, expected {said}")
-    for each, words in row.get("variants", {}).items():
-        if not isinstance(words, dict):
-            raise ValueError(f"{where}: variant {each} is {words!r}, expected a mapping")
-    for key, dtype in row.get("stored", {}).items():
-        if key not in ("model", "saes") or dtype not in BYTES:
-            said = f"expected model or saes, each one of {', '.join(BYTES)}"
-            raise ValueError(f"{where}: stored is {key}: {dtype!r}, {said}")
+    for key in row.keys() - _Row.model_fields.keys():
+        raise ValueError(
+            f"{where}: unknown key {key!r}{suggestion(key, sorted(_Row.model_fields))}"
+        )
+    try:
+        _Row.model_validate(row)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {error}") from error
     row = _fill(row, variant)
     local = folder / row["model"] if folder else None
     is_here = local is not None and local.exists()
@@ -272,8 +264,6 @@ def _row(
     for key, source in row.get("neuronpedia", {}).items():
         for site in _sites(str(key), layers, where, model):
             neuronpedia[site] = _called(source, site, where)
-    if not saes:
-        raise ValueError(f"{where}: no SAE is named")
     found = SuiteRow(
         name=name,
         model=model,
@@ -382,6 +372,3 @@ def _count_parameters(model: Path, saes: Mapping[Site, Any]) -> int:
         except SafetensorError as error:
             raise ValueError(f"{path} is truncated or corrupt: {error}") from error
     return total
-
-
-GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features

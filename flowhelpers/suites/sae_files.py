@@ -1,7 +1,7 @@
 """The files of an SAE: which they are, and the decoder alone out of them.
 
-Whole SAEs are sae-lens's to load. It always reads both matrices, though matching needs one:
-what is known here of each family's format serves to read the decoder by itself.
+Whole SAEs are sae-lens's to load. It always reads both matrices, though matching needs one: what is
+known here of each family's format serves to read the decoder by itself.
 """
 
 import re
@@ -17,22 +17,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flowhelpers.core.features import Site, suggestion
-from flowhelpers.core.files import fingerprint
-from flowhelpers.suites.hub import (
-    SHA256,
-    broken,
-    cached_only,
-    fetch,
-    fetch_if_there,
-    read_hub_json,
-    told,
-)
+from flowhelpers.core.features import suggestion
+from flowhelpers.core.files import fingerprint, read_json
+from flowhelpers.suites.hub import cached_only, fetch, fetch_if_there
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
+SHA256 = re.compile(r"[0-9a-f]{64}")
 BROKEN = (SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError)
+UNREADABLE = (
+    *BROKEN,
+    RuntimeError,
+    TypeError,
+)  # of sae-lens, where a file is not what it should be
 UNITS_AGREE = 0.01  # how far two statements of one scale may lie apart
 
 
@@ -43,114 +41,110 @@ class SaeFiles:
     Attributes:
         source: `release/id`, or a folder.
         weights: The file with the weights.
-        decoder: The decoder's name in it.
+        hook: TransformerLens's name of the hook point where the SAE was trained.
+        content: A digest of the files.
+        model: The model it was trained on, if that is said; `revision` likewise.
+        decoder: The decoder's name in the file.
         by_column: Whether each feature is a column of the decoder, and not a row.
-        hook: TransformerLens's name of the place where the SAE was trained.
-        model: The model it was trained on, if that is said.
-        revision: The model's revision, if that is said.
-        thresholds: The name of the thresholds in the file, or the one threshold of all features;
-            None if features have none.
+        thresholds: The name of the thresholds in the file, or the one threshold of all features.
         scale: How much larger activations are, as sae-lens gives them, than those that go with the
             file's numbers: thresholds are larger by that factor, decoder rows smaller.
-        content: A digest by which the file is known.
     """
 
     source: str
     weights: Path
-    decoder: str
-    by_column: bool
     hook: str
-    model: str | None
-    revision: str | None
-    thresholds: str | float | None
-    scale: float
     content: str
+    model: str | None = None
+    revision: str | None = None
+    decoder: str = "W_dec"
+    by_column: bool = False
+    thresholds: str | float = "threshold"
+    scale: float = 1.0
 
 
 def read_decoder(files: SaeFiles) -> Tensor:
-    """The decoder as it is stored, one row a feature; its rows are to be divided by the scale.
+    """The decoder in its stored type, one row a feature; its rows are to be divided by the scale.
 
     Of a safetensors file in the hub's cache it is memory-mapped: what is not used is not read.
 
     Raises:
         ValueError: If the file is truncated or corrupt, or has no decoder.
     """
-    decoder = _read(files.weights, files.decoder)
+    decoder = _read(files, files.decoder)
     if decoder is None or decoder.ndim != 2:
         raise ValueError(f"{files.weights} of {files.source} has no decoder {files.decoder!r}")
     return decoder.T if files.by_column else decoder
 
 
 def read_thresholds(files: SaeFiles, features: int) -> Tensor | None:
-    """The thresholds in float32, one for each feature; None if it has none.
-
-    Raises:
-        ValueError: If the file is truncated or corrupt.
-    """
-    if files.thresholds is None:
-        return None
+    """The thresholds in float32, one for each feature; None if it has none."""
     if not isinstance(files.thresholds, str):
         return torch.full((features,), files.thresholds * files.scale)
-    found = _read(files.weights, files.thresholds)
-    return None if found is None else found.float() * files.scale
+    thresholds = _read(files, files.thresholds)
+    return None if thresholds is None else thresholds.float() * files.scale
 
 
-def _read(path: Path, name: str) -> Tensor | None:
-    # One array of a file; of safetensors and of an npz alike no more is read than that. A file of a
-    # folder may be written anew, which a mapping would not survive: that is copied.
+def _read(files: SaeFiles, name: str) -> Tensor | None:
+    """One array of a file, of which no more is read than that.
+
+    A file of a folder may be written anew, which a mapping would not survive: that is copied.
+    """
     import numpy as np
 
+    path = files.weights
     try:
         if path.suffix == ".npz":
             with np.load(path) as arrays:
                 return torch.from_numpy(arrays[name]) if name in arrays else None
         with safe_open(path, "pt") as tensors:
-            if name not in tensors.keys():  # noqa: SIM118
+            if name not in set(tensors.keys()):
                 return None
-            found = tensors.get_tensor(name)
-            return found if _is_blob(path) else found.clone()
+            tensor = tensors.get_tensor(name)
+            return tensor if _is_blob(path) else tensor.clone()
     except BROKEN as error:
-        raise broken(path, error) from error
+        raise unreadable(files.source, error) from error
 
 
-def load_sae(release: str, sae_id: str, device: str, dtype: str) -> Any:
-    """The whole of an SAE, by sae-lens, from files that are on this machine.
+def unreadable(source: str | Path, error: Exception) -> ValueError:
+    """The error for an SAE whose files cannot be read."""
+    return ValueError(f"the SAE in {source} cannot be read, a file may be truncated: {error}")
 
-    Args:
-        release: A release that sae-lens knows.
-        sae_id: An SAE of it.
-        device: Torch device.
-        dtype: Type of the weights.
 
-    Raises:
-        ValueError: If a file is truncated or corrupt.
-        What `hub.fetch` raises, for formats that are not known here.
-    """
+def load_folder(folder: Path, device: str, dtype: str) -> Any:
+    """The whole of an SAE in a folder, by sae-lens."""
+    from sae_lens import SAE
+
+    try:
+        return SAE.load_from_disk(folder, device=device, dtype=dtype)
+    except UNREADABLE as error:
+        raise unreadable(folder, error) from error
+
+
+def load_release(release: str, sae_id: str, device: str, dtype: str) -> Any:
+    """The whole of an SAE of a release, by sae-lens, from the hub or its cache."""
     from sae_lens import SAE
 
     listed = listed_release(release, sae_id)
-    if listed.conversion_func not in FORMATS:
-        with told(listed.repo_id, listed.saes_map[sae_id]):
-            return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
     files = release_files(release, sae_id)
-    assert files is not None
+    if files is None:
+        return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
     # Of Gemma Scope 2 sae-lens's own way asks the hub for the shapes each time.
-    converter = (
-        partial(_gemma_scope_2_parts, files) if listed.conversion_func == "gemma_3" else None
-    )
+    is_gemma_3 = listed.conversion_func == "gemma_3"
+    converter = partial(_gemma_scope_2_parts, files) if is_gemma_3 else None
     try:
         with cached_only():
             return SAE.from_pretrained(
                 release, sae_id, device=device, dtype=dtype, converter=converter
             )
-    except BROKEN as error:
-        raise broken(files.weights, error) from error
+    except UNREADABLE as error:
+        raise unreadable(files.source, error) from error
 
 
 def _gemma_scope_2_parts(
     files: SaeFiles, device: str, cfg_overrides: dict[str, Any] | None = None, **_: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor], None]:
-    # Configuration and weights as sae-lens takes them from a converter.
+    """Configuration and weights, as sae-lens takes them from a converter."""
     from safetensors.torch import load_file
 
     weights = load_file(files.weights, device=device)
@@ -177,24 +171,16 @@ def _gemma_scope_2_parts(
     return config | (cfg_overrides or {}), state, None
 
 
-def folder_files(folder: Path, site: Site) -> SaeFiles:
+def folder_files(folder: Path) -> SaeFiles:
     """The files of an SAE that sae-lens saved in a folder.
-
-    Args:
-        folder: The folder.
-        site: Whose SAE it is, for messages.
 
     Raises:
         FileNotFoundError: If the folder is no sae-lens folder.
-        ValueError: If its configuration cannot be read.
     """
     for name in ("cfg.json", "sae_weights.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"no {name} in {folder} for {site}: expected a folder saved by sae-lens"
-            )
-    weights = folder / "sae_weights.safetensors"
-    return _of_sae_lens(str(folder), folder / "cfg.json", weights)
+            raise FileNotFoundError(f"no {name} in {folder}: expected a folder saved by sae-lens")
+    return _of_sae_lens(str(folder), folder / "cfg.json", folder / "sae_weights.safetensors")
 
 
 def trained_on(folder: Path) -> str | None:
@@ -202,20 +188,12 @@ def trained_on(folder: Path) -> str | None:
     path = folder / "cfg.json"
     if not path.is_file():
         return None
-    about = read_hub_json(path)
+    about = read_json(path)
     return {**about, **(about.get("metadata") or {})}.get("model_name")
 
 
 def release_files(release: str, sae_id: str) -> SaeFiles | None:
-    """The files of an SAE of a release that sae-lens knows, from the hub or its cache.
-
-    Returns:
-        None for the formats that are not known here; sae-lens alone reads those.
-
-    Raises:
-        ValueError: If there is no such release, or no such SAE in it.
-        What `hub.fetch` raises.
-    """
+    """The files of an SAE of a release, fetched; None for formats that sae-lens alone reads."""
     listed = listed_release(release, sae_id)
     read = FORMATS.get(listed.conversion_func)
     return None if read is None else read(f"{release}/{sae_id}", listed, sae_id)
@@ -247,51 +225,43 @@ def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFil
 
 
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
-    about = read_hub_json(config)
+    about = read_json(config)
     about = {**about, **(about.get("metadata") or {})}
-    hook = about.get("hook_name") or about.get("hook_point")
+    hook = about.get("hook_name") or about.get("hook_point") or ""
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
-    return SaeFiles(
-        source, weights, "W_dec", False, hook or "", about.get("model_name"), revision,
-        "threshold", 1.0, _content(weights) + _content(config),
-    )  # fmt: skip
+    content = _content(weights) + _content(config)
+    return SaeFiles(source, weights, hook, content, about.get("model_name"), revision)
 
 
 def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
-    # The folder and the repository name the place; attention SAEs read z.
+    """The folder and the repository name the site; attention SAEs read z."""
     folder = listed.saes_map[sae_id]
     weights = fetch(listed.repo_id, f"{folder}/params.npz")
-    module = listed.repo_id.rsplit("-", 1)[-1]
-    hook = _hook(
-        folder, {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}[module]
-    )
-    return SaeFiles(
-        source, weights, "W_dec", False, hook, listed.model, None, "threshold", 1.0,
-        _content(weights),
-    )  # fmt: skip
+    hooks = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+    hook = _hook(folder, hooks[listed.repo_id.rsplit("-", 1)[-1]])
+    return SaeFiles(source, weights, hook, _content(weights), listed.model)
 
 
 def _gemma_scope_2(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
-    # Folders of attention SAEs say attn_out, and hold what reads the input of o_proj.
+    """Folders of attention SAEs say attn_out, and hold what reads the input of o_proj."""
     folder = listed.saes_map[sae_id]
     fetch_if_there(listed.repo_id, f"{folder}/config.json")
     weights = fetch(listed.repo_id, f"{folder}/params.safetensors")
     hooks = {"resid_post": "hook_resid_post", "mlp_out": "hook_mlp_out", "attn_out": "attn.hook_z"}
     kind = next((name for name in hooks if folder.startswith(name)), None)
     hook = _hook(folder, hooks[kind]) if kind else folder
-    return SaeFiles(
-        source, weights, "w_dec", False, hook, listed.model, None, "threshold", 1.0,
-        _content(weights),
-    )  # fmt: skip
+    return SaeFiles(source, weights, hook, _content(weights), listed.model, decoder="w_dec")
 
 
 def _llama_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
-    # Its one threshold counts in units of the raw stream; sae-lens's activations are larger by the
-    # factor that brings the stream to a norm of √d.
+    """One threshold for all features, in units of the raw stream (CHOICES 45).
+
+    sae-lens's activations are larger by the factor that brings the stream to a norm of √d.
+    """
     folder = listed.saes_map[sae_id]
     config = fetch(listed.repo_id, f"{folder}/hyperparams.json")
     weights = fetch(listed.repo_id, f"{folder}/checkpoints/final.safetensors")
-    about = read_hub_json(config)
+    about = read_json(config)
     norm = about["dataset_average_activation_norm"]["in"]
     scale = about["d_model"] ** 0.5 / norm
     folded = listed.norm_scaling_factor.get(sae_id)
@@ -300,9 +270,11 @@ def _llama_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> Sae
             f"{source}: sae-lens scales its activations by {folded}, and {config.name} says"
             f" {scale:.4g} (√{about['d_model']} / {norm}): their units are not known"
         )
+    content = _content(weights) + _content(config)
     return SaeFiles(
-        source, weights, "decoder.weight", True, about["hook_point_in"], listed.model, None,
-        float(about["jump_relu_threshold"]), folded, _content(weights) + _content(config),
+        source, weights, about["hook_point_in"], content, listed.model,
+        decoder="decoder.weight", by_column=True,
+        thresholds=float(about["jump_relu_threshold"]), scale=folded,
     )  # fmt: skip
 
 
@@ -322,7 +294,7 @@ def _hook(folder: str, name: str) -> str:
 
 
 def _content(path: Path) -> str:
-    # The hub keeps large files under their SHA-256, which then need not be read.
+    """A digest: of a large file in the hub's cache the SHA-256 that is its name."""
     return path.resolve().name if _is_blob(path) else fingerprint(path)
 
 

@@ -5,10 +5,9 @@ The decoder comes first and by itself; the rest is read when something asks for 
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,17 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowhelpers.core.features import FeatureId, Site
-from flowhelpers.matching.cosine import unit_rows
 from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.model import HOOKS
-from flowhelpers.suites.sae_files import (
-    SaeFiles,
-    folder_files,
-    load_sae,
-    read_decoder,
-    read_thresholds,
-    release_files,
-)
+from flowhelpers.suites.sae_files import SaeFiles, read_decoder, read_thresholds
 
 SMALLEST_THRESHOLD = 1e-6
 
@@ -37,7 +28,7 @@ class Weights:
 
     Attributes:
         encoder: Encoder rows.
-        bias: Encoder biases, a bias subtracted from the input included.
+        bias: Encoder biases, with that of a bias subtracted from the input.
         decoder: Decoder rows.
         threshold: Thresholds; 1 once folded.
     """
@@ -54,16 +45,15 @@ class SAE:
 
     Attributes:
         site: The site whose contribution to the stream it describes.
-        decoder: Decoder rows in the residual basis, of any norm, in the type they are stored in,
-            and memory-mapped where the file allows it; zero for the rows in `excluded`, so that
-            they match nothing.
+        decoder: Decoder rows in the residual basis, of any norm, in their stored type, and
+            memory-mapped where the file allows it; zero for `excluded` rows, which match nothing.
         norms: Norms of the decoder rows, in the scale of the activations.
         excluded: Indices of the rows that hold NaN or infinity or are all zero.
         source: Where it was loaded from.
-        whole: sae-lens's SAE, which encodes; or what loads it, once something asks for it.
+        loader: sae-lens's SAE, which encodes, or what loads it; None where there is no encoder.
         input_site: Where it reads: its site, or the attention heads' outputs z before W_O, `12/z`.
         files: The files that it is read from.
-        dtype: Type of the SAE's weights, where it is still to be loaded.
+        dtype: Type of the weights that are still to be loaded.
     """
 
     site: Site
@@ -71,7 +61,7 @@ class SAE:
     norms: Float[Tensor, "features"]
     excluded: Int[Tensor, "bad"]
     source: str
-    whole: Any = field(repr=False)
+    loader: Any = field(repr=False)
     input_site: Site
     files: SaeFiles | None = field(default=None, repr=False)
     dtype: str = "float32"
@@ -79,22 +69,24 @@ class SAE:
     @cached_property
     def lens_sae(self) -> Any:
         """sae-lens's SAE, loaded the first time that it is asked for; None if there is none."""
-        if self.whole is None or isinstance(self.whole, torch.nn.Module):
-            return self.whole
-        return self.whole()
+        if self.loader is None or isinstance(self.loader, torch.nn.Module):
+            return self.loader
+        lens_sae = self.loader()
+        if self.input_site != self.site:  # the heads lie side by side already
+            lens_sae.turn_off_forward_pass_hook_z_reshaping()
+        _silence_unusable(lens_sae, self.excluded, f"{self.site} ({self.source})")
+        return lens_sae
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of directions and weights, by which tables made from them are known."""
+        """A digest of directions and weights, the key of tables that are made from them."""
         digest = hashlib.blake2b(digest_size=16)
         if self._stored:
             digest.update(f"{self._stored.content} {self.dtype}".encode())
         elif self.lens_sae is not None:
             for tensor in self.lens_sae.state_dict().values():
                 digest.update(_bytes(tensor))
-        if (
-            not self._stored or self.input_site != self.site
-        ):  # what the model makes of it counts too
+        if not self._stored or self.input_site != self.site:  # the model's W_O decides too
             digest.update(_bytes(self.decoder))
         return digest.hexdigest()
 
@@ -103,13 +95,13 @@ class SAE:
         """Each feature's threshold, in units of its activation; None if it has none."""
         if self._stored:
             return read_thresholds(self._stored, self.width)
-        found = getattr(self.lens_sae, "threshold", None)
-        return None if found is None else found.detach().float()
+        threshold = getattr(self.lens_sae, "threshold", None)
+        return None if threshold is None else threshold.detach().float()
 
     @property
     def _stored(self) -> SaeFiles | None:
-        # Its files, unless another SAE was put in their place.
-        return None if isinstance(self.whole, torch.nn.Module) else self.files
+        """Its files, unless another SAE was put in their place."""
+        return None if isinstance(self.loader, torch.nn.Module) else self.files
 
     @property
     def normalises_tokens(self) -> bool:
@@ -123,14 +115,11 @@ class SAE:
 
     @property
     def directions(self) -> Float[Tensor, "features d_model"]:
-        """The decoder's rows, each of unit norm in float32; made anew each time that it is asked.
-
-        What compares many of them takes `decoder`, and normalises block by block.
-        """
+        """The decoder directions: rows of unit norm in float32, computed at each call."""
         return unit_rows(self.decoder)
 
     def direction(self, feature: FeatureId) -> Float[Tensor, "d_model"]:
-        """The unit direction of one feature.
+        """The decoder direction of one feature, of unit norm.
 
         Raises:
             ValueError: If the row was excluded.
@@ -145,16 +134,14 @@ class SAE:
     ) -> Float[Tensor, "*batch features"]:
         """Feature activations; a feature is active where its value is above zero (CHOICES 4).
 
-        They are such that a feature adds its activation times its decoder row, at every token: of
-        an SAE that brings each token to variance 1 first, they are scaled back (CHOICES 43).
+        A feature adds its activation times its decoder row, at every token: activations of an SAE
+        that brings each token to variance 1 first are scaled back (CHOICES 43).
 
         Raises:
             ValueError: If there is no encoder.
         """
         if self.lens_sae is None:
-            raise ValueError(
-                f"the SAE for {self.site} has no encoder: its activations cannot be read"
-            )
+            raise ValueError(f"the SAE for {self.site} has no encoder: it has no activations")
         x = activations.to(self.lens_sae.W_enc.dtype)
         codes = self.lens_sae.encode(x)
         return codes * x.std(dim=-1, keepdim=True) if self.normalises_tokens else codes
@@ -165,27 +152,21 @@ class SAE:
         features: Float[Tensor, "*batch features"],
         at: Float[Tensor, "*batch d_model"] | None = None,
     ) -> Float[Tensor, "*batch d_model"]:
-        """Activations rebuilt from feature activations.
-
-        Args:
-            features: Feature activations, as `encode` gives them.
-            at: What they were read from; needed where the SAE normalises each token.
+        """The reconstruction from feature activations, as `encode` gives them.
 
         Raises:
-            ValueError: If it is needed and not given.
+            ValueError: If the SAE normalises each token and `at`, what it read, is not given.
         """
         if not self.normalises_tokens:
             return self.lens_sae.decode(features)
         if at is None:
-            raise ValueError(
-                f"the SAE for {self.site} normalises each token: decode needs what was read"
-            )
+            raise ValueError(f"the SAE for {self.site} normalises each token: decode needs `at`")
         at = at.to(self.lens_sae.W_enc.dtype)
         shift, scale = at.mean(dim=-1, keepdim=True), at.std(dim=-1, keepdim=True)
         return features @ self.lens_sae.W_dec + self.lens_sae.b_dec * scale + shift
 
     def decoder_rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
-        """What features write for each unit of activation, at the site that is read, z included.
+        """What features write for each unit of activation, at the input site, z included.
 
         Raises:
             ValueError: If there are no weights, or a row was excluded.
@@ -205,9 +186,7 @@ class SAE:
             ValueError: If the SAE reads z: what it writes passes a norm on its way.
         """
         if self.input_site != self.site:
-            raise ValueError(
-                f"{feature} reads {self.input_site}: only the direction it writes is known"
-            )
+            raise ValueError(f"{feature} reads {self.input_site}: only its direction is known")
         size = activation[..., None].to(self.norms) * self.norms[feature.index]
         return size * self.direction(feature)
 
@@ -231,239 +210,141 @@ class SAE:
         if lens_sae.cfg.apply_b_dec_to_input:
             bias = bias - lens_sae.b_dec.detach().float() @ encoder
         at = torch.zeros_like(bias) if threshold is None else threshold.to(bias)
-        at = at.nan_to_num(0.0, 0.0, 0.0)  # as of the encoders that are not finite
-        found = Weights(encoder.T, bias, decoder, at)
+        at = at.nan_to_num(0.0, 0.0, 0.0)  # of encoders that are not finite
         if not folded:
-            return found
+            return Weights(encoder.T, bias, decoder, at)
         at = at.clamp(min=SMALLEST_THRESHOLD)
-        return Weights(
-            encoder.T / at[:, None], bias / at, decoder * at[:, None], torch.ones_like(at)
-        )
+        rows = at[:, None]
+        return Weights(encoder.T / rows, bias / at, decoder * rows, torch.ones_like(at))
+
+
+def unit_rows(
+    matrix: Float[Tensor, "rows d_model"], first: int = 0
+) -> Float[Tensor, "rows d_model"]:
+    """Rows of unit norm in float32; rows of zeros stay zero.
+
+    Raises:
+        ValueError: If a value is not finite; rows are counted from `first`.
+    """
+    matrix = matrix.float()
+    largest = torch.linalg.vector_norm(matrix, ord=torch.inf, dim=1, keepdim=True)
+    if not torch.isfinite(largest).all():
+        bad = torch.nonzero(~torch.isfinite(largest[:, 0])).flatten() + first
+        raise ValueError(f"{len(bad)} rows are not finite, the first is row {int(bad[0])}")
+    # Divided by the largest entry first, neither huge nor tiny rows are lost in their squares.
+    units = matrix / largest.masked_fill(largest == 0, 1.0)
+    norms = torch.linalg.vector_norm(units, dim=1, keepdim=True)
+    return units.div_(norms.masked_fill_(norms == 0, 1.0))
 
 
 def make_sae(
     site: Site, lens_sae: Any, d_model: int, source: str, output: AttentionOutput | None = None
 ) -> SAE:
-    """Bring an SAE's decoder to the residual basis; note what is wrong with it.
+    """The SAE around one of sae-lens that is in memory, as `read_sae` around files."""
+    decoder = lens_sae.W_dec.detach().clone()
+    hook = lens_sae.cfg.metadata.hook_name
+    sae = _in_residual_basis(site, decoder, hook, d_model, source, lambda: output)
+    _silence_unusable(lens_sae, sae.excluded, f"{site} ({source})")
+    return replace(sae, loader=lens_sae)
 
-    A decoder that writes at z, before W_O, is brought there by W_O and the gain of the norm after
-    attention, where the model has one (CHOICES 30; this project's extension). What the norm divides
-    by differs by token but is a positive number: the direction is exact.
+
+def read_sae(
+    site: Site,
+    files: SaeFiles,
+    load: Callable[[], Any],
+    d_model: int,
+    device: str,
+    dtype: str,
+    output: Callable[[], AttentionOutput | None] = lambda: None,
+) -> SAE:
+    """The SAE of files: its decoder alone, in the type it is stored in, and what loads the rest.
 
     Args:
         site: The site.
-        lens_sae: An SAE of sae-lens.
-        d_model: Width of the model's stream, which the directions have to share.
-        source: Where it came from, for messages.
-        output: How the model brings z into the stream at this layer.
+        files: The SAE's files.
+        load: Loads sae-lens's SAE, in `dtype`.
+        d_model: Width of the residual stream.
+        device: Torch device of the decoder.
+        dtype: Type of the weights that `load` gives.
+        output: Says how the model brings z into the stream; asked only if the SAE reads z.
 
     Raises:
-        ValueError: If the width is another, the hook is not the site's, or no row is usable.
+        ValueError: If the file is corrupt, the width is another, the hook point is not the site's,
+            or no row is usable.
     """
-    reads = _hooked_site(site, lens_sae.cfg.metadata.hook_name, source)
-    decoder = _in_stream(lens_sae.W_dec.detach(), site, reads, source, output)
-    decoder, norms, bad = _usable(decoder.clone(), site, d_model, source, _silenced(lens_sae))
-    if len(bad):
-        _silence([lens_sae.W_dec, *_encoder_rows(lens_sae)], bad)
-        _warn(bad, len(norms), site, source)
-    return SAE(site, decoder, norms, bad, source, lens_sae, reads)
+    decoder = read_decoder(files).to(device)
+    sae = _in_residual_basis(site, decoder, files.hook, d_model, files.source, output)
+    norms = sae.norms / files.scale
+    return replace(sae, norms=norms, loader=load, files=files, dtype=dtype)
 
 
-def _in_stream(
-    decoder: Tensor, site: Site, reads: Site, source: str, output: AttentionOutput | None
-) -> Tensor:
-    if reads == site:
-        return decoder
-    if output is None:
-        raise ValueError(
-            f"the SAE for {site} ({source}) reads z, before W_O: it cannot be compared"
-            " with the stream unless its model says how z gets there"
-        )
-    return output.to_residual(decoder)
+def _in_residual_basis(
+    site: Site,
+    decoder: Tensor,
+    hook: str | None,
+    d_model: int,
+    source: str,
+    output: Callable[[], AttentionOutput | None],
+) -> SAE:
+    """Brings decoder rows to the residual basis, and leaves out those that are of no use.
 
-
-def _usable(
-    decoder: Tensor, site: Site, d_model: int, source: str, silenced: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    # The rows, with zeros in place of those that are of no use; their norms; and which those are.
+    Rows at z are carried by W_O and the gain of the norm after attention, where the model has one
+    (CHOICES 30; this project's extension). What the norm divides by differs by token but is a
+    positive number: the direction is exact.
+    """
+    expected = HOOKS[site.module].format(layer=site.layer)
+    input_site = site
+    if hook not in (None, "", expected):
+        if site.module != "att" or hook != HOOKS["z"].format(layer=site.layer):
+            raise ValueError(
+                f"the SAE for {site} ({source}) was trained at {hook}: expected {expected}"
+            )
+        input_site = Site(site.layer, "z")
+        if (to_stream := output()) is None:
+            raise ValueError(
+                f"the SAE for {site} ({source}) reads z, before W_O: it cannot be compared"
+                " with the stream unless its model says how z gets there"
+            )
+        decoder = to_stream.to_residual(decoder)
     if decoder.shape[1] != d_model:
         raise ValueError(
             f"the SAE for {site} ({source}) has width {decoder.shape[1]}:"
             f" expected {d_model}, the width of its model"
         )
     norms = torch.linalg.vector_norm(decoder, dim=1, dtype=torch.float32)
-    useless = ~torch.isfinite(norms) | (norms == 0)
-    if silenced is not None:
-        useless |= silenced
-    bad = torch.nonzero(useless).flatten()
+    bad = torch.nonzero(~torch.isfinite(norms) | (norms == 0)).flatten()
     if len(bad) == len(norms):
         raise ValueError(f"the SAE for {site} ({source}) has no decoder row that is usable")
+    if len(bad):
+        warnings.warn(
+            f"{len(bad)} of {len(norms)} decoder rows for {site} ({source}) are zero or not"
+            f" finite; they are left out of matching: {bad[:10].tolist()}",
+            stacklevel=4,
+        )
     decoder = decoder.contiguous()
     decoder[bad] = norms[bad] = 0
-    return decoder, norms, bad
-
-
-def _warn(bad: Tensor, features: int, site: Site, source: str) -> None:
-    warnings.warn(
-        f"{len(bad)} of {features} decoder rows for {site} ({source}) are zero, or they or"
-        f" their encoder are not finite; they are left out of matching: {_listed(bad)}",
-        stacklevel=3,
-    )
-
-
-def _listed(rows: Tensor) -> str:
-    return ", ".join(str(int(i)) for i in rows[:10]) + (", …" if len(rows) > 10 else "")
-
-
-def _encoder_rows(lens_sae: Any) -> list[Tensor]:
-    return [lens_sae.W_enc.T, lens_sae.b_enc[:, None], *_thresholds(lens_sae)]
-
-
-def _silenced(lens_sae: Any) -> Tensor:
-    return ~torch.stack([torch.isfinite(rows).all(dim=1) for rows in _encoder_rows(lens_sae)]).all(
-        0
-    )
+    return SAE(site, decoder, norms, bad, source, None, input_site)
 
 
 @torch.no_grad()
-def _silence(weights: Iterable[Tensor], bad: Tensor) -> None:
-    # Without an encoder a feature is never active; without a decoder it writes nothing.
-    for rows in weights:
-        rows[bad] = 0
+def _silence_unusable(lens_sae: Any, excluded: Tensor, what: str) -> None:
+    """Features without a finite encoder are never active, those excluded write nothing either."""
+    encoder = [lens_sae.W_enc.T, lens_sae.b_enc[:, None]]
+    encoder += [lens_sae.threshold[:, None]] if hasattr(lens_sae, "threshold") else []
+    finite = torch.stack([rows.isfinite().all(dim=1) for rows in encoder]).all(dim=0)
+    deaf = torch.nonzero(~finite).flatten()
+    excluded = excluded.to(deaf)
+    if len(alone := deaf[~torch.isin(deaf, excluded)]):
+        warnings.warn(
+            f"{len(alone)} features at {what} have an encoder that is not finite; they are never"
+            f" active here: {alone[:10].tolist()}",
+            stacklevel=4,
+        )
+    for rows in encoder:
+        rows[deaf] = 0
+        rows[excluded] = 0
+    lens_sae.W_dec[excluded] = 0
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data
-
-
-def _thresholds(lens_sae: Any) -> list[Tensor]:
-    return [lens_sae.threshold[:, None]] if hasattr(lens_sae, "threshold") else []
-
-
-def _hooked_site(site: Site, hook: str | None, source: str) -> Site:
-    expected = HOOKS[site.module].format(layer=site.layer)
-    if hook in (None, "", expected):
-        return site
-    if site.module == "att" and hook == HOOKS["z"].format(layer=site.layer):
-        return Site(site.layer, "z")
-    raise ValueError(f"the SAE for {site} ({source}) was trained at {hook}: expected {expected}")
-
-
-def read_sae(
-    files: SaeFiles,
-    load: Callable[[], Any],
-    site: Site,
-    d_model: int,
-    device: str,
-    dtype: str,
-    output: Callable[[], AttentionOutput] | None = None,
-) -> SAE:
-    """Read the decoder alone; the SAE is loaded when something asks for it.
-
-    Args:
-        files: The SAE's files.
-        load: Loads the SAE.
-        site: The site.
-        d_model: Width of the model's stream.
-        device: Torch device of decoder and SAE.
-        dtype: Type of the SAE's weights; the decoder is in the type it is stored in.
-        output: Says how the model brings z into the stream; asked only if the SAE reads z.
-
-    Raises:
-        ValueError: As `make_sae` does, or if the file is truncated or corrupt.
-    """
-    reads = _hooked_site(site, files.hook, files.source)
-    brings = output() if output is not None and reads != site else None
-    try:
-        decoder = read_decoder(files).to(device)
-    except ValueError as error:
-        raise _unreadable(files.source, site, error) from error
-    decoder = _in_stream(decoder, site, reads, files.source, brings)
-    decoder, norms, bad = _usable(decoder, site, d_model, files.source)
-    if len(bad):
-        _warn(bad, len(norms), site, files.source)
-
-    def whole() -> Any:
-        lens_sae = load()
-        if reads != site:  # here the heads lie side by side already
-            lens_sae.turn_off_forward_pass_hook_z_reshaping()
-        deaf = torch.nonzero(_silenced(lens_sae)).flatten()
-        deaf = deaf[~torch.isin(deaf, bad.to(deaf))]
-        if len(deaf):
-            warnings.warn(
-                f"{len(deaf)} of {len(norms)} features at {site} ({files.source}) have an encoder"
-                f" that is not finite; they are never active here: {_listed(deaf)}",
-                stacklevel=3,
-            )
-            _silence(_encoder_rows(lens_sae), deaf)  # what they would write is known
-        _silence([lens_sae.W_dec, *_encoder_rows(lens_sae)], bad.to(deaf))
-        return lens_sae
-
-    norms = norms / files.scale
-    return SAE(site, decoder, norms, bad, files.source, whole, reads, files=files, dtype=dtype)
-
-
-def load_folder(
-    path: Path,
-    site: Site,
-    d_model: int,
-    device: str,
-    dtype: str,
-    output: Callable[[], AttentionOutput] | None = None,
-) -> SAE:
-    """Load an SAE from a folder in sae-lens's format.
-
-    Raises:
-        FileNotFoundError: If the folder is no sae-lens folder.
-        ValueError: If a file is truncated or corrupt, or the SAE does not fit; what only
-            the encoder tells, once that is asked for.
-    """
-    from sae_lens import SAE
-    from safetensors import SafetensorError
-
-    def load() -> Any:
-        try:
-            return SAE.load_from_disk(path, device=device, dtype=dtype)
-        except (SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise _unreadable(path, site, error) from error
-
-    try:
-        files = folder_files(path, site)
-    except ValueError as error:
-        raise _unreadable(path, site, error) from error
-    return read_sae(files, load, site, d_model, device, dtype, output)
-
-
-def _unreadable(source: str | Path, site: Site, error: Exception) -> ValueError:
-    return ValueError(
-        f"the SAE for {site} in {source} cannot be read,"
-        f" a file of it may be truncated or corrupt: {error}"
-    )
-
-
-def load_release(
-    release: str,
-    sae_id: str,
-    site: Site,
-    d_model: int,
-    device: str,
-    dtype: str,
-    output: Callable[[], AttentionOutput] | None = None,
-) -> SAE:
-    """Load an SAE of a release that sae-lens knows, from the hub or its cache.
-
-    Raises:
-        ValueError: As `make_sae` does; if there is no such release or SAE.
-        What `hub.fetch` raises.
-    """
-    files = release_files(release, sae_id)
-
-    def load() -> Any:
-        return load_sae(release, sae_id, device, dtype)
-
-    if files is not None:
-        return read_sae(files, load, site, d_model, device, dtype, output)
-    lens_sae = load()
-    reads_z = str(lens_sae.cfg.metadata.hook_name).endswith("hook_z")
-    brings = output() if output is not None and reads_z else None
-    return make_sae(site, lens_sae, d_model, f"{release}/{sae_id}", brings)

@@ -14,7 +14,7 @@ from flowhelpers.activations.corpora import HELD_OUT_PERCENT, digests, load_sour
 from flowhelpers.core.features import MODULES, Site, suggestion
 from flowhelpers.core.files import DATA, fingerprint, read_json, write_json, write_text
 from flowhelpers.core.machine import check_device
-from flowhelpers.suites.model import load_model
+from flowhelpers.suites.bridge import load_model
 from flowhelpers.training.language_model import (
     ModelRecipe,
     mix_rows,

@@ -37,7 +37,7 @@ def with_sae(suite: Suite, **changed: torch.Tensor) -> Suite:
     lens_sae = copy.deepcopy(suite.sae(MLP).lens_sae)
     for name, value in changed.items():
         getattr(lens_sae, name).data = value
-    other = replace(suite.sae(MLP), whole=lens_sae)
+    other = replace(suite.sae(MLP), loader=lens_sae)
     return replace(suite, saes={**suite.saes, MLP: other})
 
 

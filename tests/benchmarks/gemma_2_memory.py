@@ -75,12 +75,9 @@ def suite_of(paths: dict[Site, Path], layers: int) -> Suite:
 
     def load(site: Site) -> SAE:
         hook = f"blocks.{site.layer}.{HOOKS[site.module]}"
-        files = SaeFiles(
-            str(paths[site]), paths[site], "W_dec", False, hook, None, None, "threshold", 1.0,
-            str(site),
-        )  # fmt: skip
+        files = SaeFiles(str(paths[site]), paths[site], hook, str(site))
         brings = partial(output, site.layer)
-        return read_sae(files, _nothing, site, D_MODEL, "cpu", "float32", brings)
+        return read_sae(site, files, _nothing, D_MODEL, "cpu", "float32", brings)
 
     row = SuiteRow("gemma-2-2b", "none", dict.fromkeys(paths, "none"), 0, layers=layers)
     return Suite(row, _nothing, OnDemand(sorted(paths), load, KEPT))

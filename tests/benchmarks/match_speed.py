@@ -26,11 +26,11 @@ from clock import memory
 from torch import Tensor
 
 from flowhelpers.core.features import MODULES, Site, predecessor_sites
-from flowhelpers.matching.cosine import quick_dtype, top_k_cosine, unit_rows
+from flowhelpers.matching.cosine import quick_dtype, top_k_cosine
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.registry import SuiteRow
-from flowhelpers.suites.saes import SAE
+from flowhelpers.suites.saes import SAE, unit_rows
 
 MIB = 2**20
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from flowhelpers.core import versions
 from flowhelpers.suites import model as models
-from flowhelpers.suites.model import Model, cache_prompt, forward, load_model
+from flowhelpers.suites.bridge import load_model
+from flowhelpers.suites.model import Model, cache_prompt, forward
 
 TRIED = [
     "torch==2.13.0",

@@ -19,13 +19,13 @@ from flowhelpers.core.features import MODULES, FeatureId, Site, predecessor_site
 from flowhelpers.interventions import batched
 from flowhelpers.interventions.batched import Outcome, intervene
 from flowhelpers.interventions.edits import add, add_per_row, rescale
+from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import (
     Edit,
     Model,
     Tokens,
     cache_prompt,
-    load_model,
     logits_of,
     run_model,
     tokenize,

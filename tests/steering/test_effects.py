@@ -12,8 +12,9 @@ from transformers import Gemma3ForCausalLM
 from flowhelpers.core.features import FeatureId, Site, parse_feature
 from flowhelpers.interventions.edits import add
 from flowhelpers.steering.effects import output_scores
+from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Model, load_model, run_model, tokenize
+from flowhelpers.suites.model import Model, run_model, tokenize
 from flowhelpers.suites.saes import make_sae
 
 PROMPT = "The cat sat"

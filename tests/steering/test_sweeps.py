@@ -199,7 +199,7 @@ def test_what_texts_depend_on_makes_them_anew(
     other_rows = toys.write_lens_sae(
         sae.lens_sae.W_dec.detach() * 1.5, Site(1, "res"), sae.lens_sae.threshold.detach()
     )
-    others = {Site(1, "res"): replace(sae, whole=other_rows)}
+    others = {Site(1, "res"): replace(sae, loader=other_rows)}
     changes: list[dict[str, Any]] = [
         {"plan": replace(plan, steps=(replace(step, strength=9.5),))},
         {"plan": replace(plan, steps=(replace(step, scale=2 * step.scale),))},
@@ -228,7 +228,7 @@ def test_what_texts_depend_on_makes_them_anew(
     for change in ({}, *changes):
         assert made(**change) == 0, change
     # The SAE of a layer that is not steered is nothing to it; nor is what a plan is called.
-    elsewhere = replace(sae, site=Site(2, "res"), whole=other_rows)
+    elsewhere = replace(sae, site=Site(2, "res"), loader=other_rows)
     suite = replace(planted, saes={**planted.saes, Site(2, "res"): elsewhere})
     assert made(suite=suite) == 0
     assert made(plan=replace(plan, about="in other words")) == 0

@@ -16,6 +16,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+import toys
 import yaml
 from hub import Hub
 from hub_families import (
@@ -57,7 +58,7 @@ from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import run_model, tokenize
 from flowhelpers.suites.registry import find_suite
 from flowhelpers.suites.sae_files import release_files
-from flowhelpers.suites.saes import SAE, load_folder
+from flowhelpers.suites.saes import SAE
 from flowhelpers.training.measures import measure_saes
 
 TEXTS = ["The cat sat on the mat and the dog sat by the door.", "Rain fell on seven hills all day."]
@@ -220,7 +221,7 @@ def test_decoders_of_safetensors_are_mapped_from_the_cache_and_never_from_a_fold
     sae = load_suite("gpt2-small").sae("0/res")
     assert is_mapped(sae)
     sae.lens_sae.save_model(tmp_path)
-    here = load_folder(tmp_path, Site(0, "res"), sae.decoder.shape[1], "cpu", "float32")
+    here = toys.load_folder(tmp_path, Site(0, "res"), sae.decoder.shape[1])
     assert torch.equal(here.decoder, sae.decoder)
     assert not is_mapped(here)
 

@@ -102,7 +102,8 @@ def load(release: str, sae_id: str) -> Any:
 def read(name: str, modules: tuple[str, ...] = MODULES) -> dict[tuple[str, int], Any]:
     """What the model has at its sites, `z` for attention's heads, at tokens of sentences."""
     from flowhelpers.core.features import Site
-    from flowhelpers.suites.model import load_model, run_model, tokenize
+    from flowhelpers.suites.bridge import load_model
+    from flowhelpers.suites.model import run_model, tokenize
 
     model = load_model(name)
     tokens = tokenize(model, SENTENCES)
@@ -433,7 +434,7 @@ def test_the_multimodal_model_is_loaded_with_both_its_parts(hub_here: Hub, multi
 def test_a_multimodal_model_without_its_processor_loads_and_installs_nothing(
     tmp_path: Path, installs: list[Any]
 ):
-    from flowhelpers.suites.model import load_model
+    from flowhelpers.suites.bridge import load_model
 
     folder = tmp_path / "models" / write_gemma_3_multimodal(tmp_path)
     assert load_model(str(folder)).bridge.processor is not None
@@ -448,7 +449,7 @@ def test_sites_of_each_family_add_up(
     name: str, hub_here: Hub, installs: list[Any], request: pytest.FixtureRequest
 ):
     from flowhelpers.suites.attention import attention_output
-    from flowhelpers.suites.model import load_model
+    from flowhelpers.suites.bridge import load_model
 
     families = {LLAMA: "llama", GPT2: "gpt2", GEMMA_3: "gemma_3", GEMMA_3_MULTIMODAL: "multimodal"}
     if name == GEMMA_2:

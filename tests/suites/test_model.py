@@ -14,18 +14,16 @@ from transformers import AutoTokenizer, Gemma3ForCausalLM
 import flowhelpers.suites.model as door
 from flowhelpers.core.features import Site
 from flowhelpers.interventions import edits
+from flowhelpers.suites.bridge import check_sites, load_model, wrap_model
 from flowhelpers.suites.model import (
     Edit,
     Model,
-    check_sites,
     editing,
     final_norm,
-    load_model,
     logits_of,
     run_model,
     token_strings,
     tokenize,
-    wrap_model,
 )
 
 SITES = [Site(layer, module) for layer in range(3) for module in ("att", "mlp", "res")]

@@ -3,12 +3,12 @@
 import re
 
 import pytest
+from flowhelpers.suites.needs import needs
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
 from flowhelpers import __main__
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.suites.load import KEPT, decoders_memory
-from flowhelpers.suites.needs import needs
 from flowhelpers.suites.registry import declared_l0, find_suite, registered
 
 KNOWN = get_pretrained_saes_directory()

@@ -16,7 +16,7 @@ from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Edit, Model, Tokens, logits_of, run_model, tokenize
 from flowhelpers.suites.registry import SuiteRow
-from flowhelpers.suites.saes import SAE, load_folder, make_sae
+from flowhelpers.suites.saes import SAE, make_sae
 
 SITE = Site(1, "res")
 D = toys.D_MODEL
@@ -199,7 +199,7 @@ def test_of_a_file_rows_that_are_not_finite_are_told_apart_by_what_they_spoil(tm
     lens_sae = toys.write_lens_sae(decoder, SITE, encoder=encoder, threshold=threshold)
     lens_sae.save_model(tmp_path)
     with pytest.warns(UserWarning, match=r"1 of 6 decoder rows .* left out of matching: 1$"):
-        sae = load_folder(tmp_path, SITE, D, "cpu", "float32")
+        sae = toys.load_folder(tmp_path, SITE, D)
     assert sae.excluded.tolist() == [1]
     assert sae.norms.tolist() == [1, 0, 1, 1, 1, 1]
     said = r"2 of 6 features at 1/res .* an encoder that is not finite; .* never active here: 3, 4$"
@@ -300,7 +300,7 @@ def test_a_sae_without_one_usable_row_is_refused():
 
 
 def load(folder: Path, site: Site = SITE) -> SAE:
-    return load_folder(folder, site, D, "cpu", "float32")
+    return toys.load_folder(folder, site, D)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import toys
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast, Trainer
 
-from flowhelpers.suites.model import load_model, logits_of, tokenize
+from flowhelpers.suites.bridge import load_model
+from flowhelpers.suites.model import logits_of, tokenize
 from flowhelpers.training import language_model
 from flowhelpers.training.language_model import (
     BOS,

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from flowhelpers.core.features import Site
 from flowhelpers.suites.model import Model, hook_name, run_model
-from flowhelpers.suites.saes import load_folder
 from flowhelpers.training.language_model import token_rows
 from flowhelpers.training.saes import SAERecipe, batches, new_sae, train_saes
 
@@ -120,7 +119,7 @@ def test_a_saved_sae_reads_raw_activations_as_it_was_trained_on_scaled_ones(
         assert torch.allclose(found[active], codes[active], rtol=2e-2, atol=2e-2)
         expected = (found / norms * scale) @ weights["W_dec"] / scale + weights["b_dec"] / scale
         assert torch.allclose(saved.decode(found), expected, atol=2e-2)
-    sae = load_folder(folder, site, toys.D_MODEL, "cpu", "float32")
+    sae = toys.load_folder(folder, site, toys.D_MODEL)
     cosines = torch.cosine_similarity(sae.directions, weights["W_dec"], dim=-1)
     assert torch.allclose(cosines, torch.ones(24), atol=1e-5)
 
@@ -182,7 +181,7 @@ def test_training_lowers_the_error(toy: Model, rows: np.ndarray, tmp_path: Path)
     site = Site(1, "res")
     change = {"features": 64, "k": 6, "tokens": 16 * 150, "warmup": 5}
     folder = train_saes(RECIPE.model_copy(update=change), toy, rows, tmp_path, [site], "toy")
-    sae = load_folder(folder / "1-res", site, toys.D_MODEL, "cpu", "float32")
+    sae = toys.load_folder(folder / "1-res", site, toys.D_MODEL)
     _, read = run_model(toy, torch.from_numpy(rows[:2].astype(np.int64)), read=[site])
     x = read[site][:, 1:].flatten(0, 1)
     codes = sae.encode(x)
