@@ -226,6 +226,8 @@ def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFil
 
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     about = read_json(config)
+    if not isinstance(about, dict):
+        raise ValueError(f"{config} is no configuration of an SAE: expected keys and values")
     about = {**about, **(about.get("metadata") or {})}
     hook = about.get("hook_name") or about.get("hook_point") or ""
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")

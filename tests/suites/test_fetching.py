@@ -46,7 +46,7 @@ def test_with_the_network_off_what_is_cached_is_found_and_the_rest_is_an_error(
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert fetch(OWNER, FILE).read_bytes() == CONTENT
     assert fetch_if_there(OWNER, "config.json") is None
-    with pytest.raises(OSError, match=r"config\.json|outgoing traffic|offline"):
+    with pytest.raises(OSError, match="cannot find the requested files"):
         fetch(OWNER, "config.json")
 
 
@@ -55,7 +55,7 @@ def test_a_file_that_is_not_there_is_none_where_that_may_be_and_trouble_is_an_er
     with pytest.raises(OSError, match="404"):
         fetch(OWNER, "layer_1/params.safetensors")
     files.fail(f"/{OWNER}", 403, times=None)
-    with pytest.raises(OSError, match="403"):
+    with pytest.raises(OSError, match="locate the file"):
         fetch_if_there(OWNER, FILE)
 
 
@@ -108,7 +108,7 @@ def test_of_a_model_s_files_only_the_tensors_are_fetched(
     again = read_tensors("planted/sharded", [*NAMES, "not there"])
     assert torch.equal(again[NAMES[0]], found[NAMES[0]])
     assert files.requests == []
-    with pytest.raises(OSError, match="offline|cache"):
+    with pytest.raises(OSError, match=r"offline|cache"):
         read_tensors("planted/sharded", ["large"])
 
 
