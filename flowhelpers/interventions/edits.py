@@ -143,11 +143,7 @@ def _edit(site: Site, positions: Sequence[int] | None, step: Callable[[Tensor], 
 
 
 def _stepped(
-    activations: Activations,
-    at: slice | list[int],
-    step: Tensor,
-    site: Site,
-    each: bool = False,
+    activations: Activations, at: slice | list[int], step: Tensor, site: Site, each: bool = False
 ) -> Activations:
     """The stream after a step at some positions; one that is lost to rounding is an error.
 
