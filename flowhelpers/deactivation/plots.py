@@ -144,7 +144,7 @@ def written_against_change(table: pd.DataFrame, subtitle: str) -> go.Figure:
     figure = px.scatter(
         drawn.assign(feature=names, ends=ends), x="linear", y="change", color="removed",
         symbol="ends", facet_col="removed", hover_name="feature", opacity=0.6, labels=LABELS,
-        color_discrete_map=COLOUR_OF, category_orders={"removed": GROUPS},
+        color_discrete_map=COLOUR_OF, category_orders={"removed": _groups_in(drawn["removed"])},
         symbol_map={"still active": "circle-open", "deactivated": "circle"},
     )  # fmt: skip
     figure.add_shape(
