@@ -70,10 +70,11 @@ def rate_panels(
     for value, part in rates.groupby(facet, sort=False) if facet else [("", rates)]:
         for column in columns:
             panel = PANELS[column] + (f"<br>{facet}: {value}" if facet else "")
-            up, down = part[f"{column}_high"] - part[column], part[column] - part[f"{column}_low"]
-            parts.append(part.assign(panel=panel, value=part[column], up=up, down=down))
+            ends = {end: part[f"{column}_{end}"] for end in ("low", "high")}
+            parts.append(part.assign(panel=panel, value=part[column], **ends))
     panels = [part["panel"].iloc[0] for part in parts]
     table = pd.concat(parts).dropna(subset="value").query("n > 0").sort_values(x, kind="stable")
+    table = table.assign(up=table["high"] - table["value"], down=table["value"] - table["low"])
     across = len(columns) if len(columns) > 1 else 3
     places = _groups_in(table[x]) or sorted({*table[x]})
     figure = px.line(
@@ -82,7 +83,7 @@ def rate_panels(
         facet_row_spacing=0.15, facet_col_spacing=0.07, labels=LABELS,
         category_orders={x: places, series: ORDER, "panel": panels},
         color_discrete_map=COLOUR_OF, symbol_map=SYMBOL_OF,
-        hover_data={"panel": False, "n": ":,", "value": ":.2%"},
+        hover_data={"panel": False, "n": ":,"} | dict.fromkeys(("value", "low", "high"), ":.2%"),
     )  # fmt: skip
     if not lines:
         names = [str(p).removeprefix("From ").replace(" & ", " &<br>") for p in places]

@@ -23,13 +23,7 @@ def add(
     strength: float,
     positions: Sequence[int] | None = None,
 ) -> Edit:
-    """Steering: `h + s · v` at the site (paper 3.5).
-
-    Args:
-        site: Where.
-        vector: The direction v.
-        strength: s, in units of the vector.
-        positions: Token positions; by default all, in every pass.
+    """Steering: `h + s · v` at the site (paper 3.5), by default at all tokens of every pass.
 
     Raises:
         ValueError: If the vector is zero or not finite, s is not finite, or no position is given;
@@ -49,13 +43,8 @@ def rescale(
 ) -> Edit:
     """Rescale features: `h + (r - 1) · a · v` (paper 3.5), a read live from the stream.
 
-    r = 0 removes the features, r = 1 changes nothing.
-
-    Args:
-        sae: The SAE at the site.
-        features: Features of that SAE, all changed at once.
-        r: The factor, or one for each feature.
-        positions: Token positions; by default all.
+    r = 0 removes the features, r = 1 changes nothing. `r` is one factor, or one for each of the
+    features, which are changed at once; `positions` are by default all.
 
     Raises:
         ValueError: If a feature belongs to another site, none is given, or r is not finite.
@@ -63,9 +52,7 @@ def rescale(
     factors = torch.tensor([r] * len(features) if isinstance(r, (int, float)) else r)
     for factor in factors.tolist():
         _check_finite(factor, "r")
-    if not features:
-        raise ValueError("no feature to rescale")
-    if len(factors) != len(features):
+    if not len(factors) == len(features) > 0:
         raise ValueError(f"{len(factors)} factors for {len(features)} features")
     for feature in features:
         if feature.site != sae.site:
