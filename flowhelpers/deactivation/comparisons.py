@@ -30,10 +30,9 @@ def equal_norm(
 ) -> "pd.DataFrame":
     """The control that the paper lacks: other active features, same norm of change (CHOICES 33).
 
-    Each predecessor is replaced by another feature, drawn from those that are active at the same
-    site and token; its activation is scaled so that removing it changes what its SAE reads
-    by the same norm, even where that is more than the feature writes. If it does as much to the
-    target, the match is nothing special.
+    Each predecessor is replaced by another feature drawn from those active at the same site and
+    token, its activation scaled so that removing it changes what its SAE reads by the same norm,
+    even where that is more than the feature writes.
 
     Returns:
         As `active_predecessors`; targets that have no other feature active at a site are left out.
@@ -73,16 +72,15 @@ def table_1(
 ) -> "pd.DataFrame":
     """Single matches against the best of all active candidates (Table 1; CHOICES 13, 34).
 
-    A target's site is where a method finds its only predecessor; targets for which no method does
-    are left out. A method that finds predecessors at several sites, or none, is held to the site
-    that another one named. The search tries the features of the sites that a method named, or of
-    `all_sites`.
+    A target's site is where a method finds its only predecessor; other targets are left out. A
+    method that finds predecessors at several sites, or none, is held to the site that another one
+    named. The search tries the features of the named sites, or of `all_sites`.
 
     Returns:
         One row for each method, the search among them as "exhaustive", and target: `method`,
-        `target`, `layer`, `feature`, `dataset`, `text`, `tried` (interventions), `change`,
-        `success`. A method without an active match at the site has tried 0 and changed nothing.
-        What was tried at a target that is not active has `change` and `success` missing.
+        `target`, `change`, `success`, `tried` (interventions), `layer`, `feature`, `dataset`,
+        `text`. A method without an active match at the site has tried 0 and changed nothing;
+        `change` and `success` are missing for a target that is not active.
     """
     import pandas as pd
 

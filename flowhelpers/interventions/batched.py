@@ -263,7 +263,7 @@ def _edit(sae: "SAE", edits: "pd.DataFrame") -> Edit:
     device = sae.norms.device
     names = ("batch_row", "feature")
     rows, features = (torch.tensor(edits[c].to_numpy(), device=device) for c in names)
-    live = "r" in edits
+    live = "amount" not in edits
     size = edits["r" if live else "amount"].to_numpy(np.float32)
     size = torch.tensor(size, device=device)
     if live:

@@ -73,10 +73,7 @@ def add_per_row(
     vectors: Float[Tensor, "n d_model"],
     position: int | None = None,
 ) -> Edit:
-    """Each row of a batch its own edit: `h[row] + v`, at one position or all of them.
-
-    A row may be named several times. A vector that is not finite is an error.
-    """
+    """Each row of a batch its own edits: `h[row] + v`, at one position or all of them."""
     if not torch.isfinite(vectors).all():
         bad = int(rows[(~torch.isfinite(vectors)).any(1).to(rows.device)][0])
         raise ValueError(f"what row {bad} of the batch is to have added at {site} is not finite")
@@ -97,10 +94,7 @@ def rescale_per_row(
     r: Float[Tensor, "n"],
     position: int | None = None,
 ) -> Edit:
-    """Each row of a batch its own `rescale`: of `features` by `r`, at one position or all of them.
-
-    Activations are read live from the stream. A factor that is not finite is an error.
-    """
+    """Each row of a batch its own `rescale` of features, live, at one position or all of them."""
     if not torch.isfinite(r).all():
         raise ValueError(f"r={float(r[~torch.isfinite(r)][0])}: expected a finite number")
     chosen, column = features.unique(return_inverse=True)
