@@ -1,6 +1,5 @@
 """Many edits in a batch give what one at a time gives, and bad input never gives a number."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -12,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import toys
+import transformers
 from torch import Tensor
 
 from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
@@ -23,6 +23,7 @@ from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import (
     Edit,
     Model,
+    PromptCache,
     Tokens,
     cache_prompt,
     load_model,
@@ -67,39 +68,40 @@ def random_cases(
     while len(cases) < n:
         row = int(rng.integers(len(activations.tokens)))
         layer = int(rng.integers(1, suite.layers))
-        mine = []
+        changes = []
         for module in rng.permutation(MODULES)[: rng.integers(1, 4)]:
             codes = activations.by_site[predecessor_site(layer, str(module))][row]
             if codes.nnz:
-                at = int(rng.integers(codes.nnz))
-                r = float(rng.choice([-2, -1, 0, 0.5, 2, 3]))
+                at, r = int(rng.integers(codes.nnz)), float(rng.choice([-2, -1, 0, 0.5, 2, 3]))
                 amount = (r - 1) * float(codes.data[at])
-                mine.append((len(cases), str(module), int(codes.indices[at]), amount))
-        if mine:
-            token = activations.tokens.iloc[row]
-            cases.append((int(token["text"]), int(token["position"]), layer))
-            edits += mine
+                changes.append((len(cases), str(module), int(codes.indices[at]), amount))
+        if changes:
+            text, position = (int(activations.tokens[c][row]) for c in ("text", "position"))
+            cases.append((text, position, layer))
+            edits += changes
     return cases_of(*cases), edits_of(*edits)
+
+
+def whole_text(tokens: Tokens, text: int) -> Tensor:
+    return tokens.ids[text : text + 1, : 1 + int(tokens.is_text[text].nonzero().max())]
 
 
 def one_at_a_time(
     suite: Suite, tokens: Tokens, case: Any, edits: pd.DataFrame
 ) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
     """Features at the edited token and the loss at every token, from a pass over the whole text."""
-    end = 1 + int(tokens.is_text[case.text].nonzero().max())
-    ids = tokens.ids[case.text : case.text + 1, :end]
+    ids = whole_text(tokens, case.text)
     changes = []
     for edit in edits.itertuples():
-        site = predecessor_site(case.layer, edit.module)
-        sae = suite.sae(site)
+        sae = suite.sae(predecessor_site(case.layer, edit.module))
         vector = sae.lens_sae.W_dec[edit.feature]
         changes.append(add(sae.input_site, vector, edit.amount, [case.position]))
-    places = {(0, "res"): Site(case.layer, "res"), (0, "mlp"): Site(case.layer, "mlp")}
-    logits, read = run_model(suite.model, ids, places.values(), changes)
+    sites = {(0, module): Site(case.layer, module) for module in ("res", "mlp")}
+    logits, read = run_model(suite.model, ids, sites.values(), changes)
     assert logits is not None
     codes = {
-        place: suite.sae(site).encode(read[site][0, case.position])
-        for place, site in places.items()
+        offset: suite.sae(site).encode(read[site][0, case.position])
+        for offset, site in sites.items()
     }
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
     return codes, loss
@@ -127,11 +129,8 @@ def test_a_batch_gives_what_one_at_a_time_gives(flowlet: SimpleNamespace):
             moved += bool(np.abs(after - before).max() > 1e-3)
         assert losses["loss_after"][i] == pytest.approx(float(loss.mean()), abs=1e-5)
         assert losses["loss_before"][i] == pytest.approx(float(clean_loss.mean()), abs=1e-5)
-        if case.position < len(loss):
-            own = float(loss[case.position])
-            assert losses["token_loss_after"][i] == pytest.approx(own, abs=1e-5)
-        else:
-            assert np.isnan(losses["token_loss_after"][i])
+        own = float(loss[case.position]) if case.position < len(loss) else np.nan
+        assert losses["token_loss_after"][i] == pytest.approx(own, abs=1e-5, nan_ok=True)
     assert moved > 200  # at R_L an edit shows always, at M_L where it came before
 
 
@@ -202,7 +201,7 @@ def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace)
         rescale(suite.sae(site), [FeatureId(site.layer, site.module, index)], r, [position])
         for site, index, r in ((Site(3, "res"), first, -2.0), (Site(4, "mlp"), second, 0.0))
     ]
-    ids = tokens.ids[text : text + 1, : 1 + int(tokens.is_text[text].nonzero().max())]
+    ids = whole_text(tokens, text)
     _, stream = run_model(suite.model, ids, [Site(4, "res"), Site(4, "mlp")], changes)
     for offset in offsets:
         site = Site(4, offset[1])
@@ -226,10 +225,9 @@ def test_saes_at_z_are_edited_and_read_there(toy: Model, planted: Suite):
     places = [(-1, "res"), (0, "att"), (0, "mlp"), (0, "res")]
     outcome = intervene(suite, tokens, cases, edits, places)
     edit = rescale(at_z, [FeatureId(1, "att", index)], 0.0, [position])
-    end = 1 + int(tokens.is_text[text].nonzero().max())
     sites = {place: Site(1 + place[0], place[1]) for place in places}
     wanted = [suite.sae(site).input_site for site in sites.values()]
-    _, found = run_model(toy, tokens.ids[text : text + 1, :end], wanted, [edit])
+    _, found = run_model(toy, whole_text(tokens, text), wanted, [edit])
     for place, site in sites.items():
         sae = suite.sae(site)
         expected = sae.encode(found[sae.input_site][0, position]).numpy()
@@ -246,14 +244,13 @@ def test_what_comes_before_an_edit_stays_as_it_was(flowlet: SimpleNamespace, mod
     edits = edits[edits["module"] == module]
     cases = cases.iloc[edits["case"]].reset_index(drop=True)
     edits = edits.assign(case=range(len(edits)))
-    places = {"res": (-1, "res"), "att": (0, "att"), "mlp": (0, "mlp"), "target": (0, "res")}
-    outcome = intervene(flowlet.suite, flowlet.tokens, cases, edits, list(places.values()))
-    order = list(places)
-    for name, place in places.items():
-        before = outcome.before[place][outcome.token].toarray()
-        after = outcome.after[place][outcome.row].toarray()
+    order = {"res": (-1, "res"), "att": (0, "att"), "mlp": (0, "mlp"), "target": (0, "res")}
+    outcome = intervene(flowlet.suite, flowlet.tokens, cases, edits, list(order.values()))
+    for name, offset in order.items():
+        before = outcome.before[offset][outcome.token].toarray()
+        after = outcome.after[offset][outcome.row].toarray()
         moved = np.abs(before - after).max(axis=1) > 1e-4
-        if order.index(name) < order.index(module):
+        if [*order].index(name) < [*order].index(module):
             assert not moved.any()
         else:
             assert moved.mean() > 0.5
@@ -362,33 +359,26 @@ def test_what_would_give_a_wrong_number_is_an_error(
         intervene(world.suite, tokens, cases_of(*cases), edits_of(*edits))
 
 
-def families() -> dict[str, Callable[[], Any]]:
-    """Small models of every architecture that the hub's suites have."""
-    import transformers
-
-    size = {"vocab_size": toys.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3}
-    size |= {"num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
-    grouped: Any = size | {"num_key_value_heads": 2}
-    window = grouped | {"head_dim": 8, "sliding_window": 6}
-    gpt2: Any = {"vocab_size": toys.VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4}
-    ends: Any = {"bos_token_id": 2, "eos_token_id": 1}
-    return {
-        "gemma2": lambda: transformers.Gemma2Config(**window, **ends),
-        "gemma3": lambda: transformers.Gemma3TextConfig(**window, **ends),
-        "llama": lambda: transformers.LlamaConfig(**grouped, **ends),
-        "gpt2": lambda: transformers.GPT2Config(**gpt2, **ends),
-        "pythia": lambda: transformers.GPTNeoXConfig(**size, **ends),
-    }
+SMALL: dict[str, Any] = {
+    "vocab_size": toys.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64,
+    "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2}
+WINDOW = GROUPED | {"head_dim": 8, "sliding_window": 6}
+GPT2 = {"vocab_size": toys.VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4}
+FAMILIES = {  # small models of every architecture that the hub's suites have
+    "Gemma2Config": WINDOW, "Gemma3TextConfig": WINDOW, "LlamaConfig": GROUPED,
+    "GPT2Config": GPT2, "GPTNeoXConfig": SMALL,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_after_a_prefix_is_a_whole_pass(family: str, toy_folder: Path, tmp_path: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     torch.manual_seed(0)
-    config = families()[family]()
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(toy_folder).save_pretrained(tmp_path)
+    config = getattr(transformers, family)(**FAMILIES[family])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(toy_folder).save_pretrained(tmp_path)
     model = load_model(str(tmp_path))
     ids = torch.arange(20, 60)[None]  # longer than the window where there is one
     whole = logits_of(model, ids)
@@ -396,17 +386,16 @@ def test_a_pass_after_a_prefix_is_a_whole_pass(family: str, toy_folder: Path, tm
     assert len(prefix) == 40
     assert torch.allclose(logits, whole, atol=1e-5)
     site = Site(1, "mlp")
-    _, there = run_model(model, ids, [site])
+    _, stream = run_model(model, ids, [site])
     for position in (1, 7, 30, 39):
-        rest = ids[:, position:].expand(3, -1)
-        after, _ = run_model(model, rest, prefix=prefix.first(position))
-        assert after is not None
-        assert torch.allclose(after, whole[:, position:].expand(3, -1, -1), atol=1e-5)
-        for stop in (1, 2):
-            _, read = run_model(model, rest, [site], stop_after=stop, prefix=prefix.first(position))
+        rest, earlier = ids[:, position:].expand(3, -1), prefix.first(position)
+        for stop in (None, 1, 2):
+            logits, read = run_model(model, rest, [site], stop_after=stop, prefix=earlier)
             assert torch.allclose(
-                read[site], there[site][:, position:].expand(3, -1, -1), atol=1e-5
+                read[site], stream[site][:, position:].expand(3, -1, -1), atol=1e-5
             )
+            if logits is not None:
+                assert torch.allclose(logits, whole[:, position:].expand(3, -1, -1), atol=1e-5)
     with pytest.raises(ValueError, match="41 tokens of a prefix of 40"):
         prefix.first(41)
 
@@ -414,10 +403,7 @@ def test_a_pass_after_a_prefix_is_a_whole_pass(family: str, toy_folder: Path, tm
 def test_a_model_whose_prefix_is_ignored_is_refused(
     toy_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from transformers import DynamicCache
-
-    from flowhelpers.suites.model import PromptCache
-
-    monkeypatch.setattr(PromptCache, "cache", lambda self, batch, layers=None: DynamicCache())
+    empty = transformers.DynamicCache
+    monkeypatch.setattr(PromptCache, "cache", lambda self, batch, layers=None: empty())
     with pytest.raises(ValueError, match="goes on after a prefix gives other logits"):
         load_model(str(toy_folder))
