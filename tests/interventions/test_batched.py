@@ -17,7 +17,7 @@ from torch import Tensor
 from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
 from flowhelpers.core.features import MODULES, FeatureId, Site, predecessor_site
 from flowhelpers.interventions import batched
-from flowhelpers.interventions.batched import Outcome, intervene
+from flowhelpers.interventions.batched import Offset, Outcome, intervene
 from flowhelpers.interventions.edits import add, add_per_row, rescale
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import (
@@ -82,56 +82,63 @@ def random_cases(
     return cases_of(*cases), edits_of(*edits)
 
 
-def whole_text(tokens: Tokens, text: int) -> Tensor:
-    return tokens.ids[text : text + 1, : 1 + int(tokens.is_text[text].nonzero().max())]
-
-
 def one_at_a_time(
-    suite: Suite, tokens: Tokens, case: Any, edits: pd.DataFrame
-) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
+    suite: Suite, tokens: Tokens, case: Any, edits: pd.DataFrame, read: list[Offset]
+) -> tuple[dict[Offset, np.ndarray], Tensor]:
     """Features at the edited token and the loss at every token, from a pass over the whole text."""
-    ids = whole_text(tokens, case.text)
+    ids = tokens.ids[case.text, : 1 + int(tokens.is_text[case.text].nonzero().max())][None]
     changes = []
     for edit in edits.itertuples():
-        sae = suite.sae(predecessor_site(case.layer, edit.module))
-        vector = sae.lens_sae.W_dec[edit.feature]
-        changes.append(add(sae.input_site, vector, edit.amount, [case.position]))
-    sites = {(0, module): Site(case.layer, module) for module in ("res", "mlp")}
-    logits, read = run_model(suite.model, ids, sites.values(), changes)
+        sae, at = suite.sae(predecessor_site(case.layer, edit.module)), [case.position]
+        if "r" in edits:
+            feature = FeatureId(sae.site.layer, sae.site.module, edit.feature)
+            changes.append(rescale(sae, [feature], edit.r, at))
+        else:
+            vector = sae.lens_sae.W_dec[edit.feature]
+            changes.append(add(sae.input_site, vector, edit.amount, at))
+    saes = {offset: suite.sae(Site(case.layer + offset[0], offset[1])) for offset in read}
+    inputs = [sae.input_site for sae in saes.values()]
+    logits, stream = run_model(suite.model, ids, inputs, changes)
     assert logits is not None
-    codes = {
-        offset: suite.sae(site).encode(read[site][0, case.position])
-        for offset, site in sites.items()
-    }
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
-    return codes, loss
+    at_token = {offset: stream[sae.input_site][0, case.position] for offset, sae in saes.items()}
+    return {offset: saes[offset].encode(x).numpy() for offset, x in at_token.items()}, loss
 
 
-def test_a_batch_gives_what_one_at_a_time_gives(flowlet: SimpleNamespace):
-    suite, tokens = flowlet.suite, flowlet.tokens
-    cases, edits = random_cases(suite, flowlet.activations, 200)
-    assert set(edits["module"]) == set(MODULES)
-    assert (edits["amount"] > 0).any()
-    assert (edits["amount"] < 0).any()
-    places = [(0, "res"), (0, "mlp")]
-    outcome = intervene(suite, tokens, cases, edits, places, loss=True)
+def checked(
+    suite: Suite, tokens: Tokens, cases: pd.DataFrame, edits: pd.DataFrame, read: list[Offset]
+) -> tuple[Outcome, dict[Offset, float]]:
+    """The outcome, equal to passes over whole texts, and the share of cases that each site moved in."""
+    outcome, moved = (
+        intervene(suite, tokens, cases, edits, read, loss=True),
+        dict.fromkeys(read, 0.0),
+    )
     losses = outcome.losses
     assert losses is not None
-    moved = 0
     for i, case in enumerate(cases.itertuples()):
-        codes, loss = one_at_a_time(suite, tokens, case, edits[edits["case"] == i])
-        clean, clean_loss = one_at_a_time(suite, tokens, case, edits[:0])
-        for place in places:
-            after = outcome.after[place][outcome.row[i]].toarray()[0]
-            before = outcome.before[place][outcome.token[i]].toarray()[0]
-            assert after == pytest.approx(codes[place].numpy(), abs=1e-5, rel=1e-5)
-            assert before == pytest.approx(clean[place].numpy(), abs=1e-5, rel=1e-5)
-            moved += bool(np.abs(after - before).max() > 1e-3)
+        codes, loss = one_at_a_time(suite, tokens, case, edits[edits["case"] == i], read)
+        clean, clean_loss = one_at_a_time(suite, tokens, case, edits[:0], read)
+        for offset in read:
+            after = outcome.after[offset][outcome.row[i]].toarray()[0]
+            before = outcome.before[offset][outcome.token[i]].toarray()[0]
+            assert after == pytest.approx(codes[offset], abs=1e-5, rel=1e-5)
+            assert before == pytest.approx(clean[offset], abs=1e-5, rel=1e-5)
+            moved[offset] += bool(np.abs(after - before).max() > 1e-3) / len(cases)
         assert losses["loss_after"][i] == pytest.approx(float(loss.mean()), abs=1e-5)
         assert losses["loss_before"][i] == pytest.approx(float(clean_loss.mean()), abs=1e-5)
         own = float(loss[case.position]) if case.position < len(loss) else np.nan
         assert losses["token_loss_after"][i] == pytest.approx(own, abs=1e-5, nan_ok=True)
-    assert moved > 200  # at R_L an edit shows always, at M_L where it came before
+    return outcome, moved
+
+
+def test_a_batch_gives_what_one_at_a_time_gives(flowlet: SimpleNamespace):
+    cases, edits = random_cases(flowlet.suite, flowlet.activations, 200)
+    assert set(edits["module"]) == set(MODULES)
+    assert edits["amount"].min() < 0 < edits["amount"].max()
+    read: list[Offset] = [(0, "res"), (0, "mlp")]
+    _, moved = checked(flowlet.suite, flowlet.tokens, cases, edits, read)
+    assert moved[0, "res"] > 0.9  # at M_L, where the edit came before it
+    assert 0.3 < moved[0, "mlp"] < moved[0, "res"]
 
 
 def assert_same(one: Outcome, other: Outcome) -> None:
@@ -148,10 +155,10 @@ def assert_same(one: Outcome, other: Outcome) -> None:
 def test_how_many_go_at_once_changes_no_number(flowlet: SimpleNamespace, batch_size: int):
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=1)
     cases[["text", "position"]] = (1, 7)  # so that a batch is full
-    known = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True, batch_size=batch_size)
+    given = (flowlet.suite, flowlet.tokens, cases, edits)
+    known, other = (intervene(*given, loss=True, batch_size=size) for size in (None, batch_size))
     assert known.losses is not None
-    assert_same(known, found)
+    assert_same(known, other)
 
 
 def test_layers_apart_and_together_give_the_same(
@@ -189,52 +196,32 @@ def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace):
 
 def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace):
     # Trap 15. With less at R_{L-1} the MLP answers, so that its own activation is no longer clean.
-    suite, tokens, read = flowlet.suite, flowlet.tokens, flowlet.activations
+    read = flowlet.activations
     text, position = (int(read.tokens[column][12]) for column in ("text", "position"))
-    codes = {site: read.by_site[site][12] for site in (Site(3, "res"), Site(4, "mlp"))}
-    first, second = (int(each.indices[each.data.argmax()]) for each in codes.values())
-    cases = cases_of((text, position, 4))
+    at_res, at_mlp = (read.by_site[site][12] for site in (Site(3, "res"), Site(4, "mlp")))
+    first, second = (int(codes.indices[codes.data.argmax()]) for codes in (at_res, at_mlp))
     live = edits_of((0, "res", first, -2.0), (0, "mlp", second, 0.0), size="r")
-    offsets = [(0, "res"), (0, "mlp")]
-    outcome = intervene(suite, tokens, cases, live, offsets)
-    changes = [
-        rescale(suite.sae(site), [FeatureId(site.layer, site.module, index)], r, [position])
-        for site, index, r in ((Site(3, "res"), first, -2.0), (Site(4, "mlp"), second, 0.0))
-    ]
-    ids = whole_text(tokens, text)
-    _, stream = run_model(suite.model, ids, [Site(4, "res"), Site(4, "mlp")], changes)
-    for offset in offsets:
-        site = Site(4, offset[1])
-        expected = suite.sae(site).encode(stream[site][0, position]).numpy()
-        assert outcome.after[offset].toarray()[0] == pytest.approx(expected, abs=1e-5, rel=1e-5)
-    most_res, most_mlp = (float(each.data.max()) for each in codes.values())
-    clean = edits_of((0, "res", first, -3 * most_res), (0, "mlp", second, -most_mlp))
-    other = intervene(suite, tokens, cases, clean, offsets)
-    assert np.abs((other.after[0, "mlp"] - outcome.after[0, "mlp"]).toarray()).max() > 1e-3
+    amounts = -3 * float(at_res.data.max()), -float(at_mlp.data.max())
+    clean = edits_of((0, "res", first, amounts[0]), (0, "mlp", second, amounts[1]))
+    given = (flowlet.suite, flowlet.tokens, cases_of((text, position, 4)))
+    offsets: list[Offset] = [(0, "res"), (0, "mlp")]
+    outcomes = [checked(*given, edits, offsets)[0].after[0, "mlp"] for edits in (live, clean)]
+    assert np.abs((outcomes[0] - outcomes[1]).toarray()).max() > 1e-3
 
 
 def test_saes_at_z_are_edited_and_read_there(toy: Model, planted: Suite):
-    at_z = toys.sae_at_z(toy)
-    suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): at_z})
+    suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): toys.sae_at_z(toy)})
     tokens = tokenize(toy, toys.TEXTS[:2])
     read = collect_tokens(suite, tokens, [Site(1, "att")])
     codes = read.by_site[Site(1, "att")].tocoo()
-    row, index, activation = int(codes.row[0]), int(codes.col[0]), float(codes.data[0])
-    text, position = (int(read.tokens[c][row]) for c in ("text", "position"))
-    cases, edits = cases_of((text, position, 1)), edits_of((0, "att", index, -activation))
-    places = [(-1, "res"), (0, "att"), (0, "mlp"), (0, "res")]
-    outcome = intervene(suite, tokens, cases, edits, places)
-    edit = rescale(at_z, [FeatureId(1, "att", index)], 0.0, [position])
-    sites = {place: Site(1 + place[0], place[1]) for place in places}
-    wanted = [suite.sae(site).input_site for site in sites.values()]
-    _, found = run_model(toy, whole_text(tokens, text), wanted, [edit])
-    for place, site in sites.items():
-        sae = suite.sae(site)
-        expected = sae.encode(found[sae.input_site][0, position]).numpy()
-        assert outcome.after[place].toarray()[0] == pytest.approx(expected, abs=1e-5)
-    before, after = outcome.before[0, "att"].toarray(), outcome.after[0, "att"].toarray()
-    assert before[0, index] == pytest.approx(activation, abs=1e-5)
-    assert np.abs(before - after).max() > 1e-2
+    text, position = (int(read.tokens[c][codes.row[0]]) for c in ("text", "position"))
+    edits = edits_of((0, "att", int(codes.col[0]), -float(codes.data[0])))
+    offsets: list[Offset] = [(-1, "res"), (0, "att"), (0, "mlp"), (0, "res")]
+    outcome, moved = checked(suite, tokens, cases_of((text, position, 1)), edits, offsets)
+    assert outcome.before[0, "att"][0, codes.col[0]] == pytest.approx(
+        float(codes.data[0]), abs=1e-5
+    )
+    assert (moved[-1, "res"], moved[0, "att"]) == (0, 1)
 
 
 @pytest.mark.parametrize("module", MODULES)
