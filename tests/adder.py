@@ -26,11 +26,11 @@ import torch
 import toys
 from torch import Tensor
 
-from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
+from flowhelpers.activations.sparse import collect_tokens
 from flowhelpers.core.features import Site
 from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Model, Tokens
+from flowhelpers.suites.model import Tokens
 from flowhelpers.suites.registry import SuiteRow
 from flowhelpers.suites.saes import make_sae
 
@@ -74,7 +74,7 @@ CONSTANTS = {  # coordinate: value, at each layer of the MLP and of attention
 }
 
 
-def write_adder(folder: Path) -> Path:
+def load_adder(folder: Path) -> Suite:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from flowhelpers.training.language_model import train_tokenizer
@@ -83,25 +83,17 @@ def write_adder(folder: Path) -> Path:
     config = GPT2Config(
         vocab_size=toys.VOCABULARY, n_embd=D, n_layer=3, n_head=2, n_positions=32, n_inner=16
     )
-    model = GPT2LMHeadModel(config)
+    network = GPT2LMHeadModel(config)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.zero_()
-        model.transformer.wte.weight.copy_(embeddings(toys.VOCABULARY))
-        blocks: Any = model.transformer.h
+        for name, parameter in network.named_parameters():
+            parameter.fill_(float("ln" in name and "weight" in name))
+        network.transformer.wte.weight.copy_(embeddings(toys.VOCABULARY))
+        blocks: Any = network.transformer.h
         for layer, block in enumerate(blocks):
-            for norm in (block.ln_1, block.ln_2):
-                norm.weight.fill_(1)
-            for bias, module in ((block.mlp.c_proj.bias, "mlp"), (block.attn.c_proj.bias, "att")):
-                for coordinate, value in CONSTANTS[module][layer].items():
-                    bias[coordinate] = value
-        model.transformer.ln_f.weight.fill_(1)
-    model.save_pretrained(folder)
-    return folder
-
-
-def load_adder(folder: Path) -> Suite:
-    model: Model = load_model(str(write_adder(folder)))
+            for module, part in (("mlp", block.mlp), ("att", block.attn)):
+                constants = CONSTANTS[module][layer]
+                part.c_proj.bias[[*constants]] = torch.tensor([*constants.values()]).float()
+    network.save_pretrained(folder)
     saes = {}
     for site, axes in AXES.items():
         rows = torch.eye(D)[axes]
@@ -109,8 +101,8 @@ def load_adder(folder: Path) -> Suite:
         norms = torch.tensor(NORMS.get(site, [2] * len(axes)))[:, None]
         lens_sae = toys.write_lens_sae(norms * rows, site, threshold, encoder=rows.T / norms.T)
         saes[site] = make_sae(site, lens_sae, D, "adder")
-    row = SuiteRow("adder", "none", {site: "adder" for site in saes}, parameters=0)
-    return Suite(row, model, saes)
+    row = SuiteRow("adder", "none", dict.fromkeys(saes, "adder"), parameters=0)
+    return Suite(row, load_model(str(folder)), saes)
 
 
 def matches() -> pd.DataFrame:
@@ -128,20 +120,13 @@ def matches() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def sample() -> tuple[Tokens, list[int]]:
-    """Three texts whose tokens go through all remainders, and the tokens after BOS."""
+def world(folder: Path) -> SimpleNamespace:
+    """The suite, three texts whose tokens go through all remainders, and its match table."""
+    suite = load_adder(folder)
     ids = torch.arange(60, 120).view(3, 20)
     is_text = torch.ones_like(ids, dtype=torch.bool)
     is_text[:, 0] = False
     is_text[2, 15:] = False
-    return Tokens(ids, is_text), ids[is_text].tolist()
-
-
-def world(folder: Path) -> SimpleNamespace:
-    """The suite, its texts, what is active in them and its match table."""
-    suite = load_adder(folder)
-    tokens, words = sample()
-    activations: FeatureActivations = collect_tokens(suite, tokens)
-    return SimpleNamespace(
-        suite=suite, tokens=tokens, words=words, activations=activations, matches=matches()
-    )
+    tokens = Tokens(ids, is_text)
+    activations = collect_tokens(suite, tokens)
+    return SimpleNamespace(suite=suite, tokens=tokens, activations=activations, matches=matches())

@@ -27,18 +27,10 @@ from .figures import (
     NAMES as NAMES,
     PALE as PALE,
     SYMBOLS as SYMBOLS,
-    add_line as add_line,
-    categories as categories,
     dress as dress,
-    error_bars as error_bars,
     escape as escape,
     legend_below as legend_below,
-    looks as looks,
-    pattern as pattern,
-    percent as percent,
-    rated as rated,
     step as step,
-    unique_legend as unique_legend,
 )
 from .files import (
     DATA as DATA,

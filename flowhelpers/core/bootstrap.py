@@ -15,10 +15,7 @@ TIMES, LEVEL = 200, 0.95
 def resamples(tokens: "pd.DataFrame", times: int = TIMES, seed: int = 0) -> np.ndarray:
     """How often each text counts in each resample, `[times, texts]`; datasets keep their size.
 
-    Args:
-        tokens: The sample's tokens, with `dataset` and `text`.
-        times: Resamples.
-        seed: Of these.
+    `tokens` are the sample's, with `dataset` and `text`.
     """
     if times < 1:
         raise ValueError(f"times={times}: expected 1 resample or more")
@@ -38,15 +35,10 @@ def mean_intervals(
     times: int = TIMES,
     seed: int = 0,
 ) -> "pd.DataFrame":
-    """Means of columns within groups of rows, with intervals.
+    """Means of `columns` within groups of rows, with intervals over texts.
 
-    Args:
-        table: Rows with `text`; values that are missing count for nothing.
-        columns: The columns whose means are wanted.
-        by: Columns that tell the groups apart; none for all rows together.
-        tokens: The sample's tokens, with `dataset` and `text`.
-        times: Resamples.
-        seed: Of these.
+    The table's rows have a `text`; missing values count for nothing. `by` are the columns that tell
+    groups apart, none for all rows together; `tokens` are the sample's, with `dataset` and `text`.
 
     Returns:
         One row for each group there is: `by`, `n`, and for each column its mean under its own name,

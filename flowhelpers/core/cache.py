@@ -85,25 +85,14 @@ PATIENCE = 60.0  # seconds to wait while another process writes
 class DiskCache:
     """Answers in one SQLite file, which several processes may share.
 
-    What was put is there for good once `put` returns: a process that is killed loses none of it. No
-    connection stays open between calls.
-
-    A file that is no such store is left as it is, and an error says so: answers may have been paid
-    for, and a path may be a mistake.
-
-    Attributes:
-        path: The file; made, with its folder, when something is put.
+    What was put is there for good once `put` returns, even if the process is killed. A file that is
+    no such store is left as it is, with a ValueError: answers may have been paid for.
     """
 
     path: Path
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
-        """The answers that are there, by their keys.
-
-        Raises:
-            ValueError: If the file is no store of answers.
-            OSError: If it cannot be read.
-        """
+        """The answers that are there, by their keys."""
         if not self.path.exists():
             return {}
         with self._open() as database:
@@ -112,15 +101,7 @@ class DiskCache:
         return {row[0]: json.loads(row[1]) for row in found if row}
 
     def put(self, items: Mapping[str, Any]) -> None:
-        """Keeps answers, all or none of them; one with the same key is replaced.
-
-        Args:
-            items: Values that JSON can hold, by their keys.
-
-        Raises:
-            ValueError: If the file is no store of answers.
-            OSError: If it cannot be written.
-        """
+        """Keeps answers that JSON can hold, all or none; one with the same key is replaced."""
         rows = [(key, json.dumps(value)) for key, value in items.items()]
         writable_folder(self.path.parent)
         with self._open() as database:
@@ -143,10 +124,6 @@ class DiskCache:
 
 
 def key_of(value: Mapping[str, Any]) -> str:
-    """A digest of what was asked: the same whatever the order of its keys.
-
-    Args:
-        value: What JSON can hold.
-    """
+    """A digest of what was asked, the same whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

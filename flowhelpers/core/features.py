@@ -12,9 +12,8 @@ MODULES = ("res", "mlp", "att")
 class Site:
     """A place in the model where an SAE reads.
 
-    Attributes:
-        layer: Layer index from 0.
-        module: `res` (the layer's output), `mlp` or `att` (what that part adds to the stream).
+    `layer` is from 0; `module` is `res` (the layer's output), `mlp` or `att` (what that part adds
+    to the residual stream).
     """
 
     layer: int
@@ -42,11 +41,7 @@ class FeatureId:
 
 
 def parse_site(text: str) -> Site:
-    """Read a site such as `12/res`.
-
-    Raises:
-        ValueError: If the text is no site; the message names the nearest module.
-    """
+    """Read a site such as `12/res`; an unknown module is an error that names the nearest."""
     match = re.fullmatch(r"\s*(\d+)\s*/\s*([A-Za-z_]+)\s*", text)
     if not match:
         raise ValueError(f"{text!r} is not a site: expected layer/module, such as 12/res")
@@ -54,11 +49,7 @@ def parse_site(text: str) -> Site:
 
 
 def parse_feature(text: str) -> FeatureId:
-    """Read a feature such as `12/res/4230`.
-
-    Raises:
-        ValueError: If the text is no feature; the message names the nearest module.
-    """
+    """Read a feature such as `12/res/4230`; errors as of `parse_site`."""
     match = re.fullmatch(r"\s*(\d+)\s*/\s*([A-Za-z_]+)\s*/\s*(\d+)\s*", text)
     if not match:
         raise ValueError(
@@ -85,10 +76,7 @@ def suggestion(given: str, valid: Iterable[str]) -> str:
 def predecessor_sites(site: Site) -> dict[str, Site]:
     """Where the features of a residual site may come from: R_{L-1}, M_L and A_L (paper 3.3).
 
-    Layer 0 has no residual predecessor (CHOICES 5).
-
-    Raises:
-        ValueError: If the site is not residual.
+    Layer 0 has no residual predecessor (CHOICES 5); a site that is not residual is an error.
     """
     if site.module != "res":
         raise ValueError(f"{site} has no predecessors: expected a residual site, such as 12/res")
@@ -97,11 +85,7 @@ def predecessor_sites(site: Site) -> dict[str, Site]:
 
 
 def predecessor_site(layer: int, module: str) -> Site:
-    """Where the predecessor of a feature of `layer` lies: R_{L-1}, M_L or A_L.
-
-    Raises:
-        ValueError: If there is no such module, or no stream before the layer.
-    """
+    """Where the predecessor of a feature of `layer` lies: R_{L-1}, M_L or A_L."""
     if module not in MODULES:
         raise ValueError(f"unknown module {module!r}{suggestion(module, MODULES)}")
     if module == "res" and layer == 0:

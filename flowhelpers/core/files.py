@@ -12,11 +12,7 @@ DATA = Path(__file__).parents[1] / "data"  # of the package
 
 
 def writable_folder(folder: Path) -> Path:
-    """Makes a folder unless it is there, and returns it resolved.
-
-    Raises:
-        OSError: If it cannot be made or written to.
-    """
+    """The folder resolved, made unless it is there; an OSError if it cannot be written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -27,11 +23,7 @@ def writable_folder(folder: Path) -> Path:
 
 
 def new_folder(root: Path, name: str) -> Path:
-    """Makes `root/name`, or `root/name-2` and so on if that is taken; it is never shared.
-
-    Raises:
-        OSError: If it cannot be made.
-    """
+    """Makes `root/name`, or `root/name-2` and so on if that is taken; it is never shared."""
     folder, number = writable_folder(root) / name, 1
     while True:
         try:
@@ -65,11 +57,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file.
-
-    Raises:
-        ValueError: If it is not JSON.
-    """
+    """Reads a JSON file; a ValueError names the file if it is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -89,9 +77,8 @@ def fingerprint(path: Path) -> str:
     """A digest of a file, or of all files below a folder with their names."""
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if not file.is_file():
-            continue
-        digest.update(file.relative_to(path).as_posix().encode())
-        with file.open("rb") as handle:
-            digest.update(hashlib.file_digest(handle, "blake2b").digest())
+        if file.is_file():
+            digest.update(file.relative_to(path).as_posix().encode())
+            with file.open("rb") as handle:
+                digest.update(hashlib.file_digest(handle, "blake2b").digest())
     return digest.hexdigest()

@@ -13,12 +13,9 @@ FEW = 16  # rows of a product for which reading the matrix takes as long as mult
 def fitting_threads(rows: int, width: int) -> Iterator[None]:
     """Inside the block torch has one thread on the CPU if the products are too small for more.
 
-    Several threads wait for each other after every step of a pass. That is soon more than they
-    save, all the more where other programs want the cores as well.
-
-    Args:
-        rows: Of the products in the block, such as the tokens of a pass.
-        width: Of the stream; the largest matrices are taken to be `width` × `4 width`.
+    Threads that wait for each other after every step of a pass can cost more than they save.
+    `rows` are those of the products, such as the tokens of a pass; the largest matrices are taken
+    to be `width` × `4 width`.
     """
     import torch
 
@@ -34,11 +31,7 @@ def fitting_threads(rows: int, width: int) -> Iterator[None]:
 
 
 def check_device(name: str) -> None:
-    """Torch finds a device of this name here.
-
-    Raises:
-        ValueError: If it does not; the message names those that there are.
-    """
+    """A ValueError that names this machine's devices if torch finds none of this name."""
     import torch
 
     gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
@@ -61,17 +54,7 @@ def free_memory(device: str = "cpu") -> int:
 
 
 def check_memory(needed: int, what: str, device: str = "cpu", dtype: str = "") -> None:
-    """So many bytes are free.
-
-    Args:
-        needed: The bytes.
-        what: What needs them, for the message.
-        device: Where.
-        dtype: In what type, for the message.
-
-    Raises:
-        MemoryError: If they are not; the message has both numbers.
-    """
+    """A MemoryError if `what` needs more bytes, in type `dtype`, than are free on a device."""
     free = free_memory(device)
     if needed > free:
         as_type = f" in {dtype}" if dtype else ""

@@ -12,8 +12,7 @@ T = TypeVar("T")
 def progress(iterable: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
     """The iterable with a progress bar and the time left, shown once it takes over two seconds.
 
-    The bar is a widget before a live front end and plain text elsewhere, where it is redrawn
-    seldom enough not to swell the notebook that stores it.
+    The bar is a widget before a live front end, else plain text that is redrawn seldom.
     """
     options: dict[str, Any] = {"desc": desc, "total": total, "delay": 2, "leave": False}
     if live():

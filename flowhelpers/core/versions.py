@@ -37,11 +37,9 @@ def warn_of_untried() -> None:
 
 @contextmanager
 def naming_untried() -> Iterator[None]:
-    """Where something fails under versions that were not tried, the error names them first.
+    """Where something fails under versions that were not tried, a ValueError names them first.
 
-    Raises:
-        ValueError: In place of an error, if there are such versions. Errors of memory, files and
-            network stay as they are.
+    Errors of memory, files and network stay as they are.
     """
     try:
         yield

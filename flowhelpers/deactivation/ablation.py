@@ -1,8 +1,8 @@
-"""Removing or rescaling predecessors, and what is left of their targets.
+"""Ablating predecessors, and what is left of their targets (paper 5.2, A.2).
 
-A case takes some of a target's predecessors away at the target's token, or rescales them, all in
-one forward pass. `targets`, `sources` and `predecessors` are tables as of `targets.py`; `cases` and
-`edits` as `ablation_cases` gives them; `tokens` are the texts of the sample.
+A case removes or rescales some of a target's predecessors at the target's token, all in one
+forward pass. `targets`, `sources` and `predecessors` are tables of `targets.py`, `cases` and
+`edits` those of `ablation_cases`; `tokens` are the texts of the sample.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,8 +12,8 @@ import numpy as np
 
 from flowhelpers.core.bootstrap import TIMES, mean_intervals
 from flowhelpers.core.features import MODULES, Site, predecessor_site
-from flowhelpers.deactivation.targets import groups_of
-from flowhelpers.groups.occurrences import GROUPS, group_names, modules_of
+from flowhelpers.deactivation.targets import active_predecessors, groups_of
+from flowhelpers.groups.occurrences import GROUPS, modules_of
 from flowhelpers.interventions.batched import PREDECESSOR_OFFSETS, TARGET_OFFSET, Outcome, intervene
 
 if TYPE_CHECKING:
@@ -35,14 +35,14 @@ def ablation_cases(
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """Cases that rescale all of a target's predecessors, or those of every subset of their sites.
 
-    Targets without predecessors have no case. Several at one site go together. A factor `r` of 0
-    removes. With `subsets` every non-empty subset of the sites is a case (Figures 8 and 15 b).
-    Predecessors are rescaled by their activation in the clean run, or live, by what it is after the
-    edits before them (CHOICES 9).
+    Targets without predecessors have no case. Several predecessors at one site go together. A
+    factor `r` of 0 removes. With `subsets` every non-empty subset of the sites is a case (Figures 8
+    and 15 b). The activation that is rescaled is that of the clean run, or the live one, after the
+    edits at earlier sites (CHOICES 9).
 
     Returns:
-        The cases, `target`, `group`, `removed` (the group of the sites that are edited), `r`; and
-        their edits, `case`, `module`, `feature`, and `amount`, or `r` if live.
+        Cases: `target`, `group`, `removed` (the group of the edited sites), `r`. Edits: `case`,
+        `module`, `feature`, and `amount`, or `r` if live.
     """
     import pandas as pd
 
@@ -57,14 +57,12 @@ def ablation_cases(
         if removed == group or (subsets and {*modules_of(removed)} < {*modules_of(group)})
         for factor in r
     ]
-    cases = pd.DataFrame({"target": targets.index, "group": groups_of(targets, predecessors)})
     plan = pd.DataFrame(plans, columns=["group", "removed", "r"])
+    cases = pd.DataFrame({"target": targets.index, "group": groups_of(targets, predecessors)})
     cases = cases.astype({"group": str}).merge(plan, on="group")
     cases = cases.sort_values("target", kind="stable", ignore_index=True)
-    modules = [(removed, module) for removed in GROUPS for module in modules_of(removed)]
-    of_removed = pd.DataFrame(modules, columns=["removed", "module"])
-    edits = cases.reset_index(names="case").merge(of_removed, on="removed")
-    edits = edits.merge(predecessors, on=["target", "module"])
+    edits = cases.assign(case=cases.index, module=cases["removed"].map(modules_of))
+    edits = edits.explode("module").merge(predecessors, on=["target", "module"])
     edits = edits.assign(amount=(edits["r"] - 1) * edits["activation"])
     size = "amount" if activation == "clean" else "r"
     return cases, edits[["case", "module", "feature", size]]
@@ -99,11 +97,10 @@ def deactivate(
         The cases with `layer`, `feature`, `dataset` and `text` of their targets, and with
 
         - `old` and `new` activation; `change`, 1 - new / old, negative where the feature grew;
-          `success`, 1 where it is off and else 0; all but `old` and `new` are missing for a target
-          that is not active;
-        - `linear`, the share of the activation that the edits take away by what they write alone,
-          a · v · w_enc / old, before the layer answers; missing for live activations, and where a
-          norm lies between (SAEs that read z, or that normalise what they read);
+          `success`, 1 where it is off and else 0; missing for a target that is not active;
+        - `linear`, the share of the activation that the edits themselves write away,
+          a · v · w_enc / old, before the layer responds; missing for live activations, and where a
+          norm lies between (SAEs that read z, or that normalise their input);
         - `after`, the group afterwards or "Deactivated", if `sources` are given;
         - `loss_change` and `token_loss_change`, relative, of the text's mean loss and of the
           token's own (CHOICES 12), if `loss` is asked for.
@@ -113,12 +110,13 @@ def deactivate(
     read = [TARGET_OFFSET]
     if sources is not None:
         read += [PREDECESSOR_OFFSETS[m] for m in MODULES if m in {*sources["module"]}]
-    outcome = intervene(suite, tokens, chosen[["text", "position", "layer"]], edits, read, loss)
+    outcome = intervene(suite, tokens, chosen, edits, read, loss)
     old, new = outcome.activations(chosen["feature"].to_numpy())
-    table = cases.join(chosen[["layer", "feature", "dataset", "text"]])
-    table = table.assign(**_changes(old, new), linear=_written_share(suite, chosen, edits, old))
+    table = cases.join(chosen[["layer", "feature", "dataset", "text"]]).assign(**_changes(old, new))
+    table["linear"] = _written(suite, chosen, edits) / np.where(old > 0, old, np.nan)
     if sources is not None:
-        table["after"] = _groups_after(outcome, cases, sources, new)
+        table["after"] = _groups_after(outcome, cases, sources)
+        table.loc[new <= 0, "after"] = OFF
         table.loc[old <= 0, "after"] = None
     if outcome.losses is not None:
         for name in ("loss", "token_loss"):
@@ -128,52 +126,45 @@ def deactivate(
 
 
 def _changes(old: np.ndarray, new: np.ndarray) -> dict[str, np.ndarray]:
-    success = np.where(old > 0, (new == 0).astype(float), np.nan)
-    return {"old": old, "new": new, "change": 1 - _ratio(new, old), "success": success}
+    change = 1 - (new / np.where(old > 0, old, np.nan)).astype(float)
+    success = np.where(old > 0, new == 0, np.nan)
+    return {"old": old, "new": new, "change": change, "success": success}
 
 
-def _ratio(values: np.ndarray, old: np.ndarray) -> np.ndarray:
-    return np.divide(values, old, out=np.full(len(old), np.nan), where=old > 0)
-
-
-def _written_share(
-    suite: "Suite", targets: "pd.DataFrame", edits: "pd.DataFrame", old: np.ndarray
-) -> np.ndarray:
-    """The share of each case's target that its edits take away in a linear reading."""
+def _written(suite: "Suite", targets: "pd.DataFrame", edits: "pd.DataFrame") -> np.ndarray:
+    """How much of each case's target its edits take away in a linear reading."""
     import torch
 
-    if "amount" not in edits:  # how much is written shows in the pass alone
+    if "amount" not in edits:  # the amount is known only during the pass
         return np.full(len(targets), np.nan)
     taken = np.zeros(len(targets))
-    case = edits["case"].to_numpy()
-    layers, features = (targets[column].to_numpy()[case] for column in ("layer", "feature"))
-    for (layer, module), rows in edits.groupby([layers, "module"]).indices.items():
+    edits = edits.join(targets[["layer", "feature"]], on="case", rsuffix="_read")
+    for (layer, module), rows in edits.groupby(["layer", "module"]):
         sae = suite.sae(predecessor_site(int(layer), str(module)))
         above = suite.sae(Site(int(layer), "res"))
         if sae.input_site != sae.site or above.normalises_tokens:
-            taken[case[rows]] = np.nan  # what is written passes a norm before it is read
+            taken[rows["case"]] = np.nan  # what is written passes a norm before it is read
             continue
         encoder = above.weights().encoder
-        for some in np.array_split(rows, -(-len(rows) // ROWS_AT_ONCE)):
-            written = sae.decoder_rows(torch.tensor(edits["feature"].to_numpy()[some])).float()
-            read = (written * encoder[torch.tensor(features[some])]).sum(1).cpu().numpy()
-            np.subtract.at(taken, case[some], edits["amount"].to_numpy()[some] * read)
-    return _ratio(taken, old)
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows.iloc[start : start + ROWS_AT_ONCE]
+            written = sae.decoder_rows(torch.tensor(some["feature"].to_numpy())).float()
+            read = encoder[torch.tensor(some["feature_read"].to_numpy())]
+            shares = (written * read).sum(1).cpu().numpy()
+            np.subtract.at(taken, some["case"].to_numpy(), some["amount"].to_numpy() * shares)
+    return taken
 
 
 def _groups_after(
-    outcome: Outcome, cases: "pd.DataFrame", sources: "pd.DataFrame", new: np.ndarray
+    outcome: Outcome, cases: "pd.DataFrame", sources: "pd.DataFrame"
 ) -> "pd.Categorical":
-    import pandas as pd
-
     sources = cases[["target"]].reset_index(names="case").merge(sources, on="target")
-    active = {module: np.zeros(len(cases), dtype=bool) for module in MODULES}
     for module, part in sources.groupby("module"):
-        case, offset = part["case"].to_numpy(), PREDECESSOR_OFFSETS[str(module)]
-        _, values = outcome.activations(part["feature"].to_numpy(), offset, case)
-        np.logical_or.at(active[str(module)], case, values > 0)
-    names = np.where(new > 0, group_names(active).astype(str), OFF)
-    return pd.Categorical(names, categories=[*GROUPS, OFF])
+        features, case = part["feature"].to_numpy(), part["case"].to_numpy()
+        _, after = outcome.activations(features, PREDECESSOR_OFFSETS[str(module)], case)
+        sources.loc[part.index, "activation"] = after
+    groups = groups_of(cases, active_predecessors(sources.assign(target=sources["case"])))
+    return groups.add_categories([OFF])
 
 
 def downstream_effects(
@@ -196,20 +187,20 @@ def downstream_effects(
     """
     import pandas as pd
 
-    is_best = (matches["direction"] == "forward") & (matches["rank"] == 1)
-    forward = matches[is_best & (matches["module"] == "res")].groupby("source_layer")
-    upward = {int(layer): best.set_index("source")["feature"] for layer, best in forward}
-    chosen = targets.loc[cases["target"]].reset_index(drop=True)
+    best = matches.query("direction == 'forward' and rank == 1 and module == 'res'")
+    upward = {at: part.set_index("source")["feature"] for at, part in best.groupby("source_layer")}
+    about = ["layer", "text", "dataset"]
+    cases = cases.reset_index(drop=True)
+    chosen = cases.join(targets[[*about, "position", "feature"]], on="target")
     tables = []
-    for layer, rows in chosen.groupby("layer").indices.items():
+    for layer, own in chosen.groupby("layer"):
         read = [TARGET_OFFSET]
         while layer + len(read) - 1 in upward:
             read.append((len(read), "res"))
-        own_edits = edits[edits["case"].isin(rows)]
-        own_edits = own_edits.assign(case=np.searchsorted(rows, own_edits["case"]))
-        own = chosen.iloc[rows].reset_index(drop=True)
-        about = cases.iloc[rows].reset_index(drop=True).join(own[["layer", "text", "dataset"]])
-        outcome = intervene(suite, tokens, own[["text", "position", "layer"]], own_edits, read)
+        own_edits = edits[edits["case"].isin(own.index)]
+        own_edits = own_edits.assign(case=own.index.get_indexer(own_edits["case"]))
+        own = own.reset_index(drop=True)
+        outcome = intervene(suite, tokens, own, own_edits, read)
         descendants = own["feature"]
         for offset in read:
             if offset != TARGET_OFFSET:
@@ -218,7 +209,8 @@ def downstream_effects(
             followed = np.flatnonzero(descendants >= 0)
             features = descendants.to_numpy()[followed]
             effects = _changes(*outcome.activations(features, offset, followed))
-            part = about.iloc[followed].assign(above=offset[0], descendant=features, **effects)
+            part = own.loc[followed, [*cases.columns, *about]]
+            part = part.assign(above=offset[0], descendant=features, **effects)
             tables.append(part[part["old"] > 0])
     return pd.concat(tables, ignore_index=True)
 
@@ -232,14 +224,14 @@ def success_rates(
 ) -> "pd.DataFrame":
     """Successful deactivations and activation change, with intervals (paper A.2; CHOICES 10, 11).
 
-    Rates of a table as of `deactivate` within the columns `by`; the texts of the sample's `tokens`
-    are drawn anew `times` times.
+    Rates of `deactivate`'s table within the columns `by`; the texts of the sample's `tokens` are
+    drawn anew `times` times.
 
     Returns:
         One row a group: `by`, `n`, `inactive` (targets that were not active, not among the n),
         `success`, `change` and, if the table has it, `loss_change`, with `_low` and `_high`.
     """
-    columns = ["success", "change", *(["loss_change"] if "loss_change" in table else [])]
+    columns = [c for c in ("success", "change", "loss_change") if c in table]
     rates = mean_intervals(table, columns, by, tokens, times, seed)
     off = table["change"].isna()
     inactive = off.groupby([table[c] for c in by], observed=True).sum() if by else [off.sum()]

@@ -9,7 +9,7 @@ from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import MODULES, predecessor_site
 from flowhelpers.deactivation.ablation import concat_methods, deactivate
 from flowhelpers.deactivation.targets import active_predecessors, groups_of
-from flowhelpers.groups.occurrences import GROUPS, modules_of
+from flowhelpers.groups.occurrences import GROUPS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from flowhelpers.suites.model import Tokens
 
 SINGLE = GROUPS[1:4]
-SINGLE_MODULE = {group: modules_of(group)[0] for group in SINGLE}
 CONTROL = "equal norm, random"
 
 
@@ -31,45 +30,36 @@ def equal_norm(
 ) -> "pd.DataFrame":
     """The control that the paper lacks: other active features, same norm of change (CHOICES 33).
 
-    Each predecessor is replaced by another feature, drawn from those that are active at the same
-    site and token; its activation is scaled so that removing it changes what its SAE reads
-    by the same norm, even where that is more than the feature writes. If it does as much to the
-    target, the match is nothing special.
+    Each predecessor is replaced by another feature drawn from those active at the same site and
+    token, its activation scaled so that removing it changes what its SAE reads by the same norm,
+    even where that is more than the feature writes.
 
     Returns:
         As `active_predecessors`; targets that have no other feature active at a site are left out.
     """
-    import pandas as pd
     import torch
 
     predecessors = active_predecessors(sources)
     _check_single("the control", predecessors)
     rng = np.random.default_rng(seed)
-    chosen = targets.loc[predecessors["target"]].reset_index(drop=True)
-    token_rows, parts = chosen["token_row"].to_numpy(), []
-    for (layer, module), part in predecessors.groupby([chosen["layer"].to_numpy(), "module"]):
-        site = predecessor_site(int(layer), str(module))
-        codes = activations.by_site[site]
-        own, drawn = part["feature"].to_numpy(), np.full(len(part), -1)
-        for place, (row, feature) in enumerate(zip(token_rows[part.index], own, strict=True)):
-            at_token = slice(codes.indptr[row], codes.indptr[row + 1])
-            others = codes.indices[at_token][codes.data[at_token] > 0]
-            others = others[others != feature]
-            if len(others):
-                drawn[place] = rng.choice(np.sort(others))
-        has_other = drawn >= 0
-        own_norms, drawn_norms = (
-            suite.sae(site).decoder_rows(torch.tensor(f[has_other])).float().norm(dim=1)
-            for f in (own, drawn)
+    sites = predecessors.join(targets[["layer", "token_row"]], on="target")
+    others = _every_active(sites, activations)
+    keys = ["target", "module"]
+    others = others.merge(predecessors[[*keys, "feature"]], on=keys, suffixes=("", "_own"))
+    others = others[others["feature"] != others["feature_own"]]
+    by_site = others.groupby(keys, sort=False)["feature"]
+    drawn = {key: rng.choice(np.sort(features)) for key, features in by_site}
+    sites["other"] = sites.set_index(keys).index.map(drawn)
+    alone = sites.loc[sites["other"].isna(), "target"]
+    sites = sites[~sites["target"].isin(alone)].reset_index(drop=True).astype({"other": int})
+    for (layer, module), part in sites.groupby(["layer", "module"]):
+        sae = suite.sae(predecessor_site(int(layer), str(module)))
+        own, other = (
+            sae.decoder_rows(torch.tensor(part[c].to_numpy())).float().norm(dim=1).cpu().numpy()
+            for c in ("feature", "other")
         )
-        part = part[has_other].assign(feature=drawn[has_other])
-        part["activation"] *= own_norms.cpu().numpy()
-        part["activation"] /= drawn_norms.cpu().numpy()
-        parts.append(part)
-    control = pd.concat(parts).sort_index()
-    sizes = predecessors.groupby("target").size()
-    complete = control.groupby("target").size().reindex(sizes.index) == sizes
-    return control[control["target"].map(complete)].reset_index(drop=True)
+        sites.loc[part.index, "activation"] = part["activation"] * own / other
+    return sites.assign(feature=sites["other"])[[*predecessors.columns]]
 
 
 def table_1(
@@ -82,16 +72,15 @@ def table_1(
 ) -> "pd.DataFrame":
     """Single matches against the best of all active candidates (Table 1; CHOICES 13, 34).
 
-    A target's site is where a method finds its only predecessor; targets for which no method does
-    are left out. A method that finds predecessors at several sites, or none, is held to the site
-    that another one named. The search tries the features of the sites that a method named, or of
-    `all_sites`.
+    A target's site is where a method finds its only predecessor; other targets are left out. A
+    method that finds predecessors at several sites, or none, is held to the site that another one
+    named. The search tries the features of the named sites, or of `all_sites`.
 
     Returns:
         One row for each method, the search among them as "exhaustive", and target: `method`,
-        `target`, `layer`, `feature`, `dataset`, `text`, `tried` (interventions), `change`,
-        `success`. A method without an active match at the site has tried 0 and changed nothing.
-        What was tried at a target that is not active has `change` and `success` missing.
+        `target`, `change`, `success`, `tried` (interventions), `layer`, `feature`, `dataset`,
+        `text`. A method without an active match at the site has tried 0 and changed nothing;
+        `change` and `success` are missing for a target that is not active.
     """
     import pandas as pd
 
@@ -99,7 +88,7 @@ def table_1(
     for method, sources in by_method.items():
         _check_single(method, sources)
         groups = pd.Series(groups_of(targets, active_predecessors(sources)), targets.index)
-        single[method] = groups.astype(str).map(SINGLE_MODULE).dropna()
+        single[method] = groups.astype(str).map(dict(zip(SINGLE, MODULES, strict=True))).dropna()
     named = pd.concat(single.values()).rename_axis("target").rename("module")
     if named.empty:
         raise ValueError("no target has a single source")

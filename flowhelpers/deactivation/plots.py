@@ -1,8 +1,4 @@
-"""Figures of the deactivation experiments, on plotly.express.
-
-A `change` of 1 means that the feature is off, 0 that it is as it was, and below 0 that it grew. A
-rate bears its interval as an error bar; a group or method without members is left out.
-"""
+"""Figures of the deactivation experiments; groups and methods without members are left out."""
 
 from __future__ import annotations
 
@@ -38,13 +34,17 @@ LABELS = {
     "share": "share of cases",
     "value": "",
 }
-METHODS = ("random", "permutation", "top-1", "top-5", "pearson", CONTROL)
-METHOD_COLOURS = (GREY, "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", INK)
-METHOD_MARKS = ("x", "triangle-up", "circle", "diamond", "square", "star")
-COLOUR_OF: dict[str, str] = (
-    GROUP_COLOURS | {OFF: "#882255"} | dict(zip(METHODS, METHOD_COLOURS, strict=True))
-)
-SYMBOL_OF: dict[str, str] = {**GROUP_MARKS, **dict(zip(METHODS, METHOD_MARKS, strict=True))}
+METHOD_LOOKS = {
+    "random": (GREY, "x"),
+    "permutation": ("#56B4E9", "triangle-up"),
+    "top-1": ("#0072B2", "circle"),
+    "top-5": ("#E69F00", "diamond"),
+    "pearson": ("#CC79A7", "square"),
+    CONTROL: (INK, "star"),
+}
+METHODS = tuple(METHOD_LOOKS)
+COLOUR_OF = GROUP_COLOURS | {OFF: "#882255"} | {m: look[0] for m, look in METHOD_LOOKS.items()}
+SYMBOL_OF = GROUP_MARKS | {m: look[1] for m, look in METHOD_LOOKS.items()}
 ORDER = [OFF, *GROUPS, *METHODS]  # of series
 MOST_POINTS = 4000
 
@@ -59,23 +59,22 @@ def rate_panels(
     facet: str | None = None,
     lines: bool = False,
 ) -> go.Figure:
-    """Rates as of `success_rates` with their intervals: Figures 6, 7 and 8, and the controls.
+    """Rates of `success_rates`, intervals as error bars: Figures 6, 7 and 8, and the controls.
 
-    There is a panel for each of the columns (`success`, `change` or `loss_change`), and for each
-    value of the column `facet`. `series` is the column told apart by colour and symbol; a series is
-    a line, or marks side by side.
+    A panel shows one of the columns (`success`, `change` or `loss_change`) for one value of the
+    column `facet`. `series` is the column told apart by colour and symbol, as marks or `lines`.
     """
     import pandas as pd
 
     parts = []
     for value, part in rates.groupby(facet, sort=False) if facet else [("", rates)]:
         for column in columns:
-            ends = {end: part[f"{column}_{end}"] for end in ("low", "high")}
             panel = PANELS[column] + (f"<br>{facet}: {value}" if facet else "")
+            ends = {end: part[f"{column}_{end}"] for end in ("low", "high")}
             parts.append(part.assign(panel=panel, value=part[column], **ends))
+    panels = [part["panel"].iloc[0] for part in parts]
     table = pd.concat(parts).dropna(subset="value").query("n > 0").sort_values(x, kind="stable")
     table = table.assign(up=table["high"] - table["value"], down=table["value"] - table["low"])
-    panels = [part["panel"].iloc[0] for part in parts]
     across = len(columns) if len(columns) > 1 else 3
     places = _groups_in(table[x]) or sorted({*table[x]})
     figure = px.line(
@@ -110,10 +109,9 @@ def group_shares_by_method(shares: pd.DataFrame, subtitle: str) -> go.Figure:
 
 
 def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
-    """The group of a target once some of its predecessors are removed, or that it is off (15 b).
+    """Groups of targets once some of their predecessors are removed, or that they are off (15 b).
 
-    The table has a row a `group`, `removed` and `after` with `n`, and `share`, of all cases of that
-    group from which that was removed.
+    Of `shares` within each `group` and `removed`, one row an `after`, with `n`.
     """
     shares = shares.query("n > 0").astype({"group": str, "after": str})
     groups = _groups_in(shares["group"])
@@ -127,30 +125,27 @@ def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_yaxes(title="", showgrid=False)
     figure.update_xaxes(tickformat=".0%", range=[0, 1])
     title = "What becomes of a feature whose predecessors are removed"
-    return _finish(figure, title, subtitle, 225 + 100 * (len(groups) + 1)).update_layout(
-        margin_l=160
-    )
+    figure = _finish(figure, title, subtitle, 225 + 100 * (len(groups) + 1))
+    return figure.update_layout(margin_l=160)
 
 
 def written_against_change(table: pd.DataFrame, subtitle: str) -> go.Figure:
-    """What a removal takes away by what was written alone, against what happens, case by case.
+    """What a removal itself writes away, against the activation change, case by case.
 
-    Of a table as of `deactivate`, cases at a single site are drawn, at most 4,000. Axes go from the
-    1 % to the 99 % quantile of all values, but hold 0 and 1 and stay within -1 and 2; the subtitle
-    tells how many cases lie outside.
+    Cases of `deactivate` at a single site are drawn, at most 4,000. Axes go from the 1 % to the
+    99 % quantile, but hold 0 and 1 and stay within -1 and 2; the subtitle counts what lies outside.
     """
     known = table[table["removed"].isin(SINGLE)].dropna(subset=["linear", "change", "success"])
     low, high = np.quantile(known[["linear", "change"]], [0.01, 0.99]) if len(known) else (0, 1)
     low, high = max(min(low, 0.0), -1.0) - 0.05, min(max(high, 1.0), 2.0) + 0.05
     inside = known[known[["linear", "change"]].apply(lambda c: c.between(low, high)).all(axis=1)]
     drawn = inside.sample(min(MOST_POINTS, len(inside)), random_state=0).sort_index()
-    order = {"removed": _groups_in(drawn["removed"])}
     names = drawn["layer"].astype(str) + "/res/" + drawn["feature"].astype(str)
     ends = drawn["success"].map({0: "still active", 1: "deactivated"})
     figure = px.scatter(
         drawn.assign(feature=names, ends=ends), x="linear", y="change", color="removed",
         symbol="ends", facet_col="removed", hover_name="feature", opacity=0.6, labels=LABELS,
-        color_discrete_map=COLOUR_OF, category_orders=order,
+        color_discrete_map=COLOUR_OF, category_orders={"removed": _groups_in(drawn["removed"])},
         symbol_map={"still active": "circle-open", "deactivated": "circle"},
     )  # fmt: skip
     figure.add_shape(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def middle_layers(layers: int, n: int = 3) -> list[int]:
-    """So many layers spread over the depth: 6, 12 and 18 of Gemma 2 2B's 26, as in the paper."""
+    """`n` layers spread over the depth: 6, 12 and 18 of Gemma 2 2B's 26, as in the paper."""
     step = max(layers // (n + 1), 1)
     return [number * step for number in range(1, n + 1) if number * step < layers]
 
@@ -29,11 +29,8 @@ def draw_targets(
     """Active residual features at a sample's tokens, at most `per_token` of each (paper A.2).
 
     Returns:
-        One row a target: `layer`, `feature`, `token_row`, `activation`, and what the sample says of
-        the token, `dataset`, `text`, `position`, `token`.
-
-    Raises:
-        ValueError: If a layer has no residual SAE or stands twice, or `per_token` is below 1.
+        One row a target: `layer`, `feature`, `token_row`, `activation`, and of the token `dataset`,
+        `text`, `position` and `token`.
     """
     import pandas as pd
 
@@ -85,9 +82,9 @@ def sources_of(
         codes = activations.by_site[predecessor_site(int(layer), str(module))]
         values = codes[part["token_row"].to_numpy(), part["source"].to_numpy()]
         sources.loc[part.index, "activation"] = np.asarray(values, dtype=float).ravel()
-    sources = sources.assign(feature=sources["source"]).sort_values(["target", "module", "rank"])
-    columns = ["target", "module", "feature", "rank", "activation"]
-    return sources[columns].reset_index(drop=True)
+    sources = sources.sort_values(["target", "module", "rank"], ignore_index=True)
+    sources = sources.assign(feature=sources["source"])
+    return sources[["target", "module", "feature", "rank", "activation"]]
 
 
 def active_predecessors(sources: "pd.DataFrame") -> "pd.DataFrame":

@@ -1,8 +1,8 @@
 """Thousands of edits, each on a row of a batch of its own.
 
-An edit at a token changes nothing before it. So the text before a token is read once; what differs
-is that token alone, and a pass holds one row for each intervention, of a single token where only
-the target's activation is wanted, and of the rest of the text where the loss is.
+An edit at a token changes nothing before it. So the text before the token is read once, and a pass
+holds one row for each intervention: of that token where only activations are wanted, and of the
+rest of the text where the loss is.
 """
 
 import warnings
@@ -49,17 +49,16 @@ LOSSES = ["loss_before", "token_loss_before", "loss_after", "token_loss_after"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What features do after edits, and what they do without.
+    """Activations and losses with and without edits.
 
     Attributes:
-        before: At each offset, the activations at each token without edits, `[tokens, features]`.
-        after: At each offset, the activations after each distinct intervention,
-            `[rows, features]`.
-        token: The row of `before` that belongs to each case.
-        row: The row of `after` that belongs to each case.
-        losses: One row a case: `loss_before` and `loss_after`, mean next-token cross-entropy of the
-            text in nats, and `token_loss_before` and `token_loss_after`, of the edited token's own
-            next one, missing at the last; None unless asked for.
+        before: By offset, the activations at each token without edits, `[tokens, features]`.
+        after: By offset, those after each distinct intervention, `[rows, features]`.
+        token: The row of `before` for each case.
+        row: The row of `after` for each case.
+        losses: One row a case, in nats: `loss_before` and `loss_after`, the text's mean next-token
+            cross-entropy; `token_loss_before` and `token_loss_after`, the edited token's own,
+            missing at the last token. None unless asked for.
     """
 
     before: "Mapping[Offset, csr_matrix]"
@@ -93,12 +92,12 @@ def intervene(
     changes of a token share a row of a batch.
 
     Args:
-        suite: The suite.
+        suite: A model and its SAEs.
         tokens: The texts.
         cases: One row a case: `text` (row of `tokens`), `position`, `layer` (of the target).
-        edits: One row for each feature that is changed: `case` (the case's row number), `module`
-            (a predecessor's: R_{L-1}, M_L or A_L), `feature`, and either `amount`, what is added in
-            units of the decoder row, (r - 1) · a of the clean run; or `r`, with a read live.
+        edits: One row a feature that is changed: `case` (the case's row number), `module` (of
+            R_{L-1}, M_L or A_L), `feature`, and either `amount`, what is added in units of the
+            decoder row, (r - 1) · a of the clean run; or `r`, with a read live.
         read: Offsets of the sites whose features are read, after the edits.
         loss: Whether the pass goes on to the end of the text and the model, for the loss.
         batch_size: The most rows in a pass; by default as many as memory allows. If a GPU runs
@@ -124,8 +123,7 @@ def intervene(
     widths = {(up, m): max(suite.sae(Site(at + up, m)).width for at in layers) for up, m in read}
     before: dict[Offset, list] = {offset: [] for offset in read}
     after: dict[Offset, list] = {offset: [] for offset in read}
-    clean_row: dict[tuple[int, int, int], int] = {}
-    clean_rows, order, losses = 0, [], []
+    clean, order, losses = [], [], []
     # Layers share passes, unless their SAEs are not all in memory.
     by = ["text"] if isinstance(suite.saes, dict) else ["layer", "text"]
     for _, rows_of_text in progress([*rows.groupby(by)], "interventions"):
@@ -142,11 +140,9 @@ def intervene(
             start, earlier = 0, prefix.first(position)
             while start < len(at_token):
                 batch = at_token.iloc[start : start + min(most, batch_size or most)]
-                numbers = [edits_of_row[number] for number in batch.index]
-                batch_row = np.repeat(np.arange(len(batch)), [len(each) for each in numbers])
-                batch_edits = edits.iloc[np.concatenate(numbers)].assign(
-                    batch_row=batch_row + 1, layer=batch["layer"].to_numpy()[batch_row]
-                )
+                batch_edits = edits.iloc[np.concatenate([edits_of_row[i] for i in batch.index])]
+                batch_row = 1 + batch.index.get_indexer(batch_edits["row"])
+                batch_edits = batch_edits.assign(batch_row=batch_row)
                 repeated = rest.expand(len(batch) + 1, -1)
                 try:
                     logits, codes = _pass(
@@ -158,17 +154,12 @@ def intervene(
                 except torch.OutOfMemoryError as error:
                     if len(batch) == 1:
                         raise MemoryError("the device has no room for one intervention") from error
+                    told = f"out of memory with {len(batch)} interventions in a pass: it goes on"
                     batch_size = len(batch) // 2
-                    warnings.warn(
-                        f"out of memory with {len(batch)} interventions in a pass: it goes on with"
-                        f" {batch_size}",
-                        stacklevel=2,
-                    )
+                    warnings.warn(f"{told} with {batch_size}", stacklevel=2)
                     torch.cuda.empty_cache()
                     continue
-                for layer in sorted({*batch["layer"]}):
-                    clean_row.setdefault((layer, text, position), clean_rows)
-                    clean_rows += 1
+                clean += [(layer, text, position) for layer in sorted({*batch["layer"]})]
                 for (_, offset), of_site in codes.items():
                     of_site.resize(of_site.shape[0], widths[offset])
                     before[offset].append(of_site[:1])
@@ -176,6 +167,7 @@ def intervene(
                 order += list(batch.index)
                 start += len(batch)
     back = np.argsort(order)
+    clean_row = dict(zip(reversed(clean), reversed(range(len(clean))), strict=True))
     tokens_of_cases = cases[["layer", "text", "position"]].itertuples(index=False, name=None)
     return Outcome(
         {offset: vstack(parts, format="csr") for offset, parts in before.items()},
@@ -207,11 +199,10 @@ def _fitting_rows(
 def _distinct(
     cases: "pd.DataFrame", edits: "pd.DataFrame"
 ) -> "tuple[np.ndarray, np.ndarray, pd.DataFrame]":
-    """Cases that ask for the same: each one's row, the first case of each row, and its edits."""
+    """The row of each case, equal where they ask for the same; each row's first case and edits."""
     size = "amount" if "amount" in edits else "r"
     what = edits.groupby(["module", "feature", size], observed=True).ngroup()
-    what = edits.assign(what=what).sort_values(["case", "what"])
-    what = what.groupby("case")["what"].agg(tuple)
+    what = what.sort_values().groupby(edits["case"]).agg(tuple)
     if what.index.tolist() != list(range(len(cases))):
         raise ValueError(f"edits of {len(what)} cases: expected some for each of {len(cases)}")
     if edits["feature"].min() < 0:
@@ -219,8 +210,9 @@ def _distinct(
     asked = cases[["text", "position", "layer"]].reset_index(drop=True).assign(what=what)
     row = asked.groupby(list(asked.columns), sort=False).ngroup().to_numpy()
     first_cases = np.unique(row, return_index=True)[1]
-    kept = edits[edits["case"].isin(first_cases)]
-    return row, first_cases, kept.assign(row=row[kept["case"]]).reset_index(drop=True)
+    kept = edits[edits["case"].isin(first_cases)].reset_index(drop=True)
+    layer = cases["layer"].to_numpy()[kept["case"]]
+    return row, first_cases, kept.assign(row=row[kept["case"]], layer=layer)
 
 
 def _pass(
@@ -234,8 +226,7 @@ def _pass(
 ) -> "tuple[Tensor | None, dict[tuple[int, Offset], csr_matrix]]":
     """One forward pass; row 0 is without edits, and each edit names its `batch_row`.
 
-    Gives logits, and by layer and offset the features of row 0 and of the rows of that layer,
-    layers in their order.
+    Gives logits, and by layer and offset the features of row 0 and of the rows of that layer.
     """
     from scipy.sparse import csr_matrix
 
@@ -245,8 +236,8 @@ def _pass(
         changes.append(_edit(sae, part))
         np.minimum.at(first_edit, part["batch_row"].to_numpy(), _order(sae.input_site))
     rows = {
-        layer: torch.tensor([0, *(np.flatnonzero(layers == layer) + 1)], device=ids.device)
-        for layer in sorted({int(layer) for layer in layers})
+        int(layer): torch.tensor([0, *(places + 1)], device=ids.device)
+        for layer, places in layers.groupby(layers).indices.items()
     }
     saes = {(layer, (up, m)): suite.sae(Site(layer + up, m)) for layer in rows for up, m in read}
     # What comes before an edit is read as well, to see that it stays as it was.
@@ -260,9 +251,7 @@ def _pass(
         clean = activations[0, 0]
         moved = (activations[unedited, 0] - clean).abs().max() / clean.abs().max()
         if not moved <= (1e-4 if clean.dtype == torch.float32 else 3e-2):
-            raise RuntimeError(
-                f"an edit changed {site}, which lies before it, by {moved:.1%} of its size"
-            )
+            raise RuntimeError(f"an edit changed {site}, which lies before it, by {moved:.1%}")
     codes = {}
     for (layer, offset), sae in saes.items():
         dense = sae.encode(stream[sae.input_site][rows[layer], 0])
@@ -274,13 +263,13 @@ def _edit(sae: "SAE", edits: "pd.DataFrame") -> Edit:
     device = sae.norms.device
     names = ("batch_row", "feature")
     rows, features = (torch.tensor(edits[c].to_numpy(), device=device) for c in names)
-    if "amount" not in edits:
-        r = torch.tensor(edits["r"].to_numpy(np.float32), device=device)
-        return rescale_per_row(sae, rows, features, r, 0)
-    amount = torch.tensor(edits["amount"].to_numpy(np.float32), device=device)
-    return add_per_row(
-        sae.input_site, rows, amount[:, None] * sae.decoder_rows(features).float(), 0
-    )
+    live = "amount" not in edits
+    size = edits["r" if live else "amount"].to_numpy(np.float32)
+    size = torch.tensor(size, device=device)
+    if live:
+        return rescale_per_row(sae, rows, features, size, 0)
+    vectors = size[:, None] * sae.decoder_rows(features).float()
+    return add_per_row(sae.input_site, rows, vectors, 0)
 
 
 def _order(site: Site) -> int:

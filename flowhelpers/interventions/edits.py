@@ -23,13 +23,7 @@ def add(
     strength: float,
     positions: Sequence[int] | None = None,
 ) -> Edit:
-    """Steering: `h + s · v` at the site (paper 3.5).
-
-    Args:
-        site: Where.
-        vector: The direction v.
-        strength: s, in units of the vector.
-        positions: Token positions; by default all, in every pass.
+    """Steering: `h + s · v` at the site (paper 3.5), by default at all tokens of every pass.
 
     Raises:
         ValueError: If the vector is zero or not finite, s is not finite, or no position is given;
@@ -49,13 +43,8 @@ def rescale(
 ) -> Edit:
     """Rescale features: `h + (r - 1) · a · v` (paper 3.5), a read live from the stream.
 
-    r = 0 removes the features, r = 1 changes nothing.
-
-    Args:
-        sae: The SAE at the site.
-        features: Features of that SAE, all changed at once.
-        r: The factor, or one for each feature.
-        positions: Token positions; by default all.
+    r = 0 removes the features, r = 1 changes nothing. `r` is one factor, or one for each of the
+    features, which are changed at once; `positions` are by default all.
 
     Raises:
         ValueError: If a feature belongs to another site, none is given, or r is not finite.
@@ -63,9 +52,7 @@ def rescale(
     factors = torch.tensor([r] * len(features) if isinstance(r, (int, float)) else r)
     for factor in factors.tolist():
         _check_finite(factor, "r")
-    if not features:
-        raise ValueError("no feature to rescale")
-    if len(factors) != len(features):
+    if not len(factors) == len(features) > 0:
         raise ValueError(f"{len(factors)} factors for {len(features)} features")
     for feature in features:
         if feature.site != sae.site:
@@ -86,10 +73,7 @@ def add_per_row(
     vectors: Float[Tensor, "n d_model"],
     position: int | None = None,
 ) -> Edit:
-    """Each row of a batch its own edit: `h[row] + v`, at one position or all of them.
-
-    A row may be named several times. A vector that is not finite is an error.
-    """
+    """Each row of a batch its own edits: `h[row] + v`, at one position or all of them."""
     if not torch.isfinite(vectors).all():
         bad = int(rows[(~torch.isfinite(vectors)).any(1).to(rows.device)][0])
         raise ValueError(f"what row {bad} of the batch is to have added at {site} is not finite")
@@ -110,10 +94,7 @@ def rescale_per_row(
     r: Float[Tensor, "n"],
     position: int | None = None,
 ) -> Edit:
-    """Each row of a batch its own `rescale`: of `features` by `r`, at one position or all of them.
-
-    Activations are read live from the stream. A factor that is not finite is an error.
-    """
+    """Each row of a batch its own `rescale` of features, live, at one position or all of them."""
     if not torch.isfinite(r).all():
         raise ValueError(f"r={float(r[~torch.isfinite(r)][0])}: expected a finite number")
     chosen, column = features.unique(return_inverse=True)
@@ -143,11 +124,7 @@ def _edit(site: Site, positions: Sequence[int] | None, step: Callable[[Tensor], 
 
 
 def _stepped(
-    activations: Activations,
-    at: slice | list[int],
-    step: Tensor,
-    site: Site,
-    each: bool = False,
+    activations: Activations, at: slice | list[int], step: Tensor, site: Site, each: bool = False
 ) -> Activations:
     """The stream after a step at some positions; one that is lost to rounding is an error.
 

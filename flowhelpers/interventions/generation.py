@@ -1,6 +1,7 @@
 """Sampling text: many samples in one batch, each with a random stream of its own."""
 
 from collections.abc import Collection, Sequence
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -33,11 +34,7 @@ def generate(
     seed: int = 0,
     edits: Sequence[Edit] = (),
 ) -> list[str]:
-    """Sample continuations of a prompt, with edits applied to prompt and generated tokens alike.
-
-    Raises:
-        ValueError: As `sample_tokens` and `prompt_ids`.
-    """
+    """Sample continuations of a prompt; edits act on prompt and generated tokens alike."""
     ids = prompt_ids(model, prompt, max_new_tokens)
     seeds = [sample_seed(seed, i) for i in range(samples)]
     sampled = sample_tokens(
@@ -68,11 +65,8 @@ def prompt_ids(model: Model, prompt: str, max_new_tokens: int) -> Int[Tensor, "1
 def continuations(model: Model, ids: Int[Tensor, "batch position"]) -> list[str]:
     """Generated tokens as text, up to the end-of-text token."""
     eos = model.tokenizer.eos_token_id
-    texts = []
-    for row in ids.tolist():
-        end = row.index(eos) if eos in row else len(row)
-        texts.append(model.tokenizer.decode(row[:end]))
-    return texts
+    rows = [[*takewhile(lambda token: token != eos, row)] for row in ids.tolist()]
+    return [model.tokenizer.decode(row) for row in rows]
 
 
 @torch.no_grad()
@@ -88,12 +82,11 @@ def sample_tokens(
     skip_bos: bool = False,
     show_progress: bool = True,
 ) -> Int[Tensor, "batch longer"]:
-    """Sample tokens for every row of a batch.
+    """Sample tokens for every row of a batch, each with a random stream of its own, by its seed.
 
-    Each row has a random stream of its own, by its seed: it does not depend on what else is in the
-    batch. The prompts `ids` have one length. Edits have to treat all positions alike; they act on
-    the tokens of the `phases` (CHOICES 20), with `skip_bos` not on the first. Tokens are drawn from
-    the smallest set of likely ones that has the share `top_p` of probability (nucleus).
+    The prompts `ids` have one length. Edits have to treat all positions alike; they act on the
+    tokens of the `phases` (CHOICES 20), with `skip_bos` not on the first. Tokens are drawn from the
+    smallest set of likely ones whose probability reaches `top_p` (nucleus).
 
     Returns:
         Prompt and sampled tokens; after its end-of-text token a row means nothing.
@@ -123,13 +116,11 @@ def sample_tokens(
 
     def in_phases(edit: Edit) -> Edit:
         def change(activations: Activations) -> Activations:
-            if inputs is not prompt:
-                return edit.change(activations) if "generation" in phases else activations
-            if "prompt" not in phases:
+            if ("prompt" if inputs is prompt else "generation") not in phases:
                 return activations
-            changed = activations.clone()
-            changed[:, int(skip_bos) :] = edit.change(activations[:, int(skip_bos) :])
-            return changed
+            first = int(skip_bos and inputs is prompt)
+            changed = edit.change(activations[:, first:])
+            return torch.cat([activations[:, :first], changed], dim=1)
 
         return Edit(edit.site, change)
 
@@ -148,10 +139,7 @@ def sample_tokens(
 
 
 def _nucleus(logits: Float[Tensor, "batch vocabulary"], top_p: float) -> np.ndarray:
-    """The smallest set of most likely tokens whose probability reaches top_p, others at 0.
-
-    Tokens as likely as the last of them are in as well.
-    """
+    """The smallest set of likely tokens that reaches top_p, with ties; others at 0."""
     chances = logits.softmax(-1).numpy()
     falling = np.sort(chances, axis=-1)[:, ::-1]  # many times as fast as torch's
     before = (falling.cumsum(axis=-1) < top_p).sum(axis=-1, keepdims=True)
@@ -160,7 +148,7 @@ def _nucleus(logits: Float[Tensor, "batch vocabulary"], top_p: float) -> np.ndar
 
 
 def _drawn(chances: np.ndarray, uniform: np.ndarray) -> Int[Tensor, "batch 1"]:
-    """One token a row: the first at which the chances so far exceed a share of their sum."""
+    """One token a row: the first whose cumulative chance exceeds that share of the sum."""
     so_far = chances.cumsum(axis=-1, dtype=np.float64)
     share = uniform.astype(np.float64)[:, None] * so_far[:, -1:]
     return torch.from_numpy((so_far <= share).sum(axis=-1, keepdims=True))

@@ -74,42 +74,33 @@ def test_panels_hold_every_rate_with_its_interval_and_no_empty_group():
 
 
 def test_each_value_of_a_facet_has_panels_of_its_own_and_lines_go_from_left_to_right():
-    rows = [
-        (method, layer, up, 100 - up, start - 0.1 * up)
-        for method, start in (("top-1", 0.9), (CONTROL, 0.2))
-        for layer in (2, 4)
-        for up in (1, 0, 2)
-        if (method, layer) != (CONTROL, 2)
-    ]
+    keys = [("top-1", 2, 0.9), ("top-1", 4, 0.9), (CONTROL, 4, 0.2)]
+    rows = [(*key[:2], up, 100 - up, key[2] - 0.1 * up) for key in keys for up in (1, 0, 2)]
     table = rated(rows, ("method", "layer", "above"), "change")
     figure = rate_panels(
         table, "above", "method", "Above", CAPTION, columns=["change"], facet="layer", lines=True
     )
-    by_layer = {title.split(": ")[1]: traces for title, traces in panels(figure).items()}
-    assert {layer: sorted(traces) for layer, traces in by_layer.items()} == {
-        "2": ["top-1"],
-        "4": sorted([CONTROL, "top-1"]),
-    }
-    for start, trace in ((0.9, by_layer["4"]["top-1"]), (0.2, by_layer["4"][CONTROL])):
+    by_layer = {int(title[-1]): traces for title, traces in panels(figure).items()}
+    assert sum(map(len, by_layer.values())) == len(keys)
+    for method, layer, start in keys:
+        trace = by_layer[layer][method]
         assert list(trace.x) == [0, 1, 2]
         assert list(trace.y) == pytest.approx([start, start - 0.1, start - 0.2])
         assert trace.mode == "lines+markers"
 
 
-def test_methods_and_groups_differ_in_colour_and_symbol():
-    for names in (METHODS, GROUPS, (OFF, *GROUPS)):
-        assert len({COLOUR_OF[name] for name in names}) == len(names)
-    for names in (METHODS, GROUPS):
-        assert len({SYMBOL_OF[name] for name in names}) == len(names)
+@pytest.mark.parametrize("names", [METHODS, GROUPS, (OFF, *GROUPS)])
+def test_methods_and_groups_differ_in_colour_and_symbol(names: tuple[str, ...]):
+    assert len({COLOUR_OF[name] for name in names}) == len(names)
+    assert len({SYMBOL_OF.get(name) for name in names}) == len(names)
 
 
 def test_shares_are_bars_of_each_method():
     rows = [("pearson", "From RES", 1600, 0.8), ("pearson", "From nowhere", 400, 0.2)]
     table = pd.DataFrame([*rows, ("top-1", "From ATT", 3, 1.0)])
     table.columns = ["method", "group", "n", "share"]
-    bars = {
-        t.name: dict(zip(t.x, t.y, strict=True)) for t in group_shares_by_method(table, "").data
-    }
+    figure = group_shares_by_method(table, "")
+    bars = {trace.name: dict(zip(trace.x, trace.y, strict=True)) for trace in figure.data}
     assert bars == {"pearson": {"From RES": 0.8, "From nowhere": 0.2}, "top-1": {"From ATT": 1}}
 
 
@@ -139,23 +130,18 @@ def test_groups_after_are_stacked_for_each_removal(kind: str):
 def test_written_against_change_draws_single_sites_and_tells_what_lies_outside():
     linear = np.linspace(0, 1, 300)
     line = pd.DataFrame({"removed": "From RES", "linear": linear, "change": linear**2})
-    more = pd.DataFrame(
-        {
-            "removed": ["From MLP"] * 4 + ["From RES & MLP", "From ATT"],
-            "linear": [0.3, 0.6, 90.0, 0.5, 0.5, np.nan],
-            "change": [-0.02, 1.0, 0.5, -70.0, 0.5, 0.5],
-        }
-    )
-    table = pd.concat([line, more], ignore_index=True)
-    table = table.assign(success=(table["change"] == 1).astype(float), layer=3)
-    table["feature"] = np.arange(len(table))
+    rows = [
+        ("From MLP", 0.3, -0.02), ("From MLP", 0.6, 1.0), ("From MLP", 90.0, 0.5),
+        ("From MLP", 0.5, -70.0), ("From RES & MLP", 0.5, 0.5), ("From ATT", np.nan, 0.5),
+    ]  # fmt: skip
+    table = pd.concat([line, pd.DataFrame(rows, columns=line.columns)], ignore_index=True)
+    table = table.assign(success=(table["change"] == 1) * 1.0, layer=3, feature=table.index)
     figure = written_against_change(table, CAPTION)
     assert "302 of 304 cases drawn, 2 outside" in figure.layout.title.subtitle.text
-    points = {
-        title: sum(len(t.x) for t in found.values()) for title, found in panels(figure).items()
-    }
+    drawn = panels(figure)
+    points = {title: sum(len(t.x) for t in traces.values()) for title, traces in drawn.items()}
     assert points == {"From RES": 300, "From MLP": 2}
-    off = panels(figure)["From MLP"]["From MLP, deactivated"]
+    off = drawn["From MLP"]["From MLP, deactivated"]
     assert (list(off.x), list(off.y), list(off.hovertext)) == ([0.6], [1.0], ["3/res/301"])
     assert off.marker.symbol == "circle"
     assert figure.layout.xaxis.range == pytest.approx((-0.05, 1.05))

@@ -1,6 +1,5 @@
 """Many edits in a batch give what one at a time gives, and bad input never gives a number."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -12,18 +11,20 @@ import pandas as pd
 import pytest
 import torch
 import toys
+import transformers
 from torch import Tensor
 
 from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
 from flowhelpers.core.features import MODULES, FeatureId, Site, predecessor_site
 from flowhelpers.interventions import batched
-from flowhelpers.interventions.batched import Outcome, intervene
+from flowhelpers.interventions.batched import Offset, Outcome, intervene
 from flowhelpers.interventions.edits import add, add_per_row, rescale
 from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import (
     Edit,
     Model,
+    PromptCache,
     Tokens,
     cache_prompt,
     logits_of,
@@ -67,72 +68,74 @@ def random_cases(
     while len(cases) < n:
         row = int(rng.integers(len(activations.tokens)))
         layer = int(rng.integers(1, suite.layers))
-        mine = []
+        changes = []
         for module in rng.permutation(MODULES)[: rng.integers(1, 4)]:
             codes = activations.by_site[predecessor_site(layer, str(module))][row]
             if codes.nnz:
-                at = int(rng.integers(codes.nnz))
-                r = float(rng.choice([-2, -1, 0, 0.5, 2, 3]))
+                at, r = int(rng.integers(codes.nnz)), float(rng.choice([-2, -1, 0, 0.5, 2, 3]))
                 amount = (r - 1) * float(codes.data[at])
-                mine.append((len(cases), str(module), int(codes.indices[at]), amount))
-        if mine:
-            token = activations.tokens.iloc[row]
-            cases.append((int(token["text"]), int(token["position"]), layer))
-            edits += mine
+                changes.append((len(cases), str(module), int(codes.indices[at]), amount))
+        if changes:
+            text, position = (int(activations.tokens[c][row]) for c in ("text", "position"))
+            cases.append((text, position, layer))
+            edits += changes
     return cases_of(*cases), edits_of(*edits)
 
 
 def one_at_a_time(
-    suite: Suite, tokens: Tokens, case: Any, edits: pd.DataFrame
-) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
+    suite: Suite, tokens: Tokens, case: Any, edits: pd.DataFrame, read: list[Offset]
+) -> tuple[dict[Offset, np.ndarray], Tensor]:
     """Features at the edited token and the loss at every token, from a pass over the whole text."""
-    end = 1 + int(tokens.is_text[case.text].nonzero().max())
-    ids = tokens.ids[case.text : case.text + 1, :end]
+    ids = tokens.ids[case.text, : 1 + int(tokens.is_text[case.text].nonzero().max())][None]
     changes = []
     for edit in edits.itertuples():
-        site = predecessor_site(case.layer, edit.module)
-        sae = suite.sae(site)
-        vector = sae.lens_sae.W_dec[edit.feature]
-        changes.append(add(sae.input_site, vector, edit.amount, [case.position]))
-    places = {(0, "res"): Site(case.layer, "res"), (0, "mlp"): Site(case.layer, "mlp")}
-    logits, read = run_model(suite.model, ids, places.values(), changes)
+        sae, at = suite.sae(predecessor_site(case.layer, edit.module)), [case.position]
+        if "r" in edits:
+            feature = FeatureId(sae.site.layer, sae.site.module, edit.feature)
+            changes.append(rescale(sae, [feature], edit.r, at))
+        else:
+            vector = sae.lens_sae.W_dec[edit.feature]
+            changes.append(add(sae.input_site, vector, edit.amount, at))
+    saes = {offset: suite.sae(Site(case.layer + offset[0], offset[1])) for offset in read}
+    inputs = [sae.input_site for sae in saes.values()]
+    logits, stream = run_model(suite.model, ids, inputs, changes)
     assert logits is not None
-    codes = {
-        place: suite.sae(site).encode(read[site][0, case.position])
-        for place, site in places.items()
-    }
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
-    return codes, loss
+    at_token = {offset: stream[sae.input_site][0, case.position] for offset, sae in saes.items()}
+    return {offset: saes[offset].encode(x).numpy() for offset, x in at_token.items()}, loss
+
+
+def checked(
+    suite: Suite, tokens: Tokens, cases: pd.DataFrame, edits: pd.DataFrame, read: list[Offset]
+) -> tuple[Outcome, dict[Offset, int]]:
+    """The outcome, equal to passes over whole texts, and in how many cases each site moved."""
+    outcome = intervene(suite, tokens, cases, edits, read, loss=True)
+    moved = dict.fromkeys(read, 0)
+    losses = outcome.losses
+    assert losses is not None
+    for i, case in enumerate(cases.itertuples()):
+        codes, loss = one_at_a_time(suite, tokens, case, edits[edits["case"] == i], read)
+        clean, clean_loss = one_at_a_time(suite, tokens, case, edits[:0], read)
+        for offset in read:
+            after = outcome.after[offset][outcome.row[i]].toarray()[0]
+            before = outcome.before[offset][outcome.token[i]].toarray()[0]
+            assert after == pytest.approx(codes[offset], abs=1e-5, rel=1e-5)
+            assert before == pytest.approx(clean[offset], abs=1e-5, rel=1e-5)
+            moved[offset] += int(np.abs(after - before).max() > 1e-3)
+        assert losses["loss_after"][i] == pytest.approx(float(loss.mean()), abs=1e-5)
+        assert losses["loss_before"][i] == pytest.approx(float(clean_loss.mean()), abs=1e-5)
+        own = float(loss[case.position]) if case.position < len(loss) else np.nan
+        assert losses["token_loss_after"][i] == pytest.approx(own, abs=1e-5, nan_ok=True)
+    return outcome, moved
 
 
 def test_a_batch_gives_what_one_at_a_time_gives(flowlet: SimpleNamespace):
-    suite, tokens = flowlet.suite, flowlet.tokens
-    cases, edits = random_cases(suite, flowlet.activations, 200)
+    cases, edits = random_cases(flowlet.suite, flowlet.activations, 200)
     assert set(edits["module"]) == set(MODULES)
-    assert (edits["amount"] > 0).any()
-    assert (edits["amount"] < 0).any()
-    places = [(0, "res"), (0, "mlp")]
-    outcome = intervene(suite, tokens, cases, edits, places, loss=True)
-    losses = outcome.losses
-    assert losses is not None
-    moved = 0
-    for i, case in enumerate(cases.itertuples()):
-        codes, loss = one_at_a_time(suite, tokens, case, edits[edits["case"] == i])
-        clean, clean_loss = one_at_a_time(suite, tokens, case, edits[:0])
-        for place in places:
-            after = outcome.after[place][outcome.row[i]].toarray()[0]
-            before = outcome.before[place][outcome.token[i]].toarray()[0]
-            assert after == pytest.approx(codes[place].numpy(), abs=1e-5, rel=1e-5)
-            assert before == pytest.approx(clean[place].numpy(), abs=1e-5, rel=1e-5)
-            moved += bool(np.abs(after - before).max() > 1e-3)
-        assert losses["loss_after"][i] == pytest.approx(float(loss.mean()), abs=1e-5)
-        assert losses["loss_before"][i] == pytest.approx(float(clean_loss.mean()), abs=1e-5)
-        if case.position < len(loss):
-            own = float(loss[case.position])
-            assert losses["token_loss_after"][i] == pytest.approx(own, abs=1e-5)
-        else:
-            assert np.isnan(losses["token_loss_after"][i])
-    assert moved > 200  # at R_L an edit shows always, at M_L where it came before
+    assert edits["amount"].min() < 0 < edits["amount"].max()
+    read: list[Offset] = [(0, "res"), (0, "mlp")]
+    _, moved = checked(flowlet.suite, flowlet.tokens, cases, edits, read)
+    assert min(moved.values()) > 150
 
 
 def assert_same(one: Outcome, other: Outcome) -> None:
@@ -149,10 +152,10 @@ def assert_same(one: Outcome, other: Outcome) -> None:
 def test_how_many_go_at_once_changes_no_number(flowlet: SimpleNamespace, batch_size: int):
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=1)
     cases[["text", "position"]] = (1, 7)  # so that a batch is full
-    known = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True, batch_size=batch_size)
+    given = (flowlet.suite, flowlet.tokens, cases, edits)
+    known, other = (intervene(*given, loss=True, batch_size=size) for size in (None, batch_size))
     assert known.losses is not None
-    assert_same(known, found)
+    assert_same(known, other)
 
 
 def test_layers_apart_and_together_give_the_same(
@@ -190,53 +193,31 @@ def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace):
 
 def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace):
     # Trap 15. With less at R_{L-1} the MLP answers, so that its own activation is no longer clean.
-    suite, tokens, read = flowlet.suite, flowlet.tokens, flowlet.activations
+    read = flowlet.activations
     text, position = (int(read.tokens[column][12]) for column in ("text", "position"))
-    codes = {site: read.by_site[site][12] for site in (Site(3, "res"), Site(4, "mlp"))}
-    first, second = (int(each.indices[each.data.argmax()]) for each in codes.values())
-    cases = cases_of((text, position, 4))
+    at_res, at_mlp = (read.by_site[site][12] for site in (Site(3, "res"), Site(4, "mlp")))
+    first, second = (int(codes.indices[codes.data.argmax()]) for codes in (at_res, at_mlp))
     live = edits_of((0, "res", first, -2.0), (0, "mlp", second, 0.0), size="r")
-    offsets = [(0, "res"), (0, "mlp")]
-    outcome = intervene(suite, tokens, cases, live, offsets)
-    changes = [
-        rescale(suite.sae(site), [FeatureId(site.layer, site.module, index)], r, [position])
-        for site, index, r in ((Site(3, "res"), first, -2.0), (Site(4, "mlp"), second, 0.0))
-    ]
-    ids = tokens.ids[text : text + 1, : 1 + int(tokens.is_text[text].nonzero().max())]
-    _, stream = run_model(suite.model, ids, [Site(4, "res"), Site(4, "mlp")], changes)
-    for offset in offsets:
-        site = Site(4, offset[1])
-        expected = suite.sae(site).encode(stream[site][0, position]).numpy()
-        assert outcome.after[offset].toarray()[0] == pytest.approx(expected, abs=1e-5, rel=1e-5)
-    most_res, most_mlp = (float(each.data.max()) for each in codes.values())
-    clean = edits_of((0, "res", first, -3 * most_res), (0, "mlp", second, -most_mlp))
-    other = intervene(suite, tokens, cases, clean, offsets)
-    assert np.abs((other.after[0, "mlp"] - outcome.after[0, "mlp"]).toarray()).max() > 1e-3
+    amounts = -3 * float(at_res.data.max()), -float(at_mlp.data.max())
+    clean = edits_of((0, "res", first, amounts[0]), (0, "mlp", second, amounts[1]))
+    given = (flowlet.suite, flowlet.tokens, cases_of((text, position, 4)))
+    offsets: list[Offset] = [(0, "res"), (0, "mlp")]
+    outcomes = [checked(*given, edits, offsets)[0].after[0, "mlp"] for edits in (live, clean)]
+    assert np.abs((outcomes[0] - outcomes[1]).toarray()).max() > 1e-3
 
 
 def test_saes_at_z_are_edited_and_read_there(toy: Model, planted: Suite):
-    at_z = toys.sae_at_z(toy)
-    suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): at_z})
+    suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): toys.sae_at_z(toy)})
     tokens = tokenize(toy, toys.TEXTS[:2])
     read = collect_tokens(suite, tokens, [Site(1, "att")])
     codes = read.by_site[Site(1, "att")].tocoo()
-    row, index, activation = int(codes.row[0]), int(codes.col[0]), float(codes.data[0])
-    text, position = (int(read.tokens[c][row]) for c in ("text", "position"))
-    cases, edits = cases_of((text, position, 1)), edits_of((0, "att", index, -activation))
-    places = [(-1, "res"), (0, "att"), (0, "mlp"), (0, "res")]
-    outcome = intervene(suite, tokens, cases, edits, places)
-    edit = rescale(at_z, [FeatureId(1, "att", index)], 0.0, [position])
-    end = 1 + int(tokens.is_text[text].nonzero().max())
-    sites = {place: Site(1 + place[0], place[1]) for place in places}
-    wanted = [suite.sae(site).input_site for site in sites.values()]
-    _, found = run_model(toy, tokens.ids[text : text + 1, :end], wanted, [edit])
-    for place, site in sites.items():
-        sae = suite.sae(site)
-        expected = sae.encode(found[sae.input_site][0, position]).numpy()
-        assert outcome.after[place].toarray()[0] == pytest.approx(expected, abs=1e-5)
-    before, after = outcome.before[0, "att"].toarray(), outcome.after[0, "att"].toarray()
-    assert before[0, index] == pytest.approx(activation, abs=1e-5)
-    assert np.abs(before - after).max() > 1e-2
+    text, position = (int(read.tokens[c][codes.row[0]]) for c in ("text", "position"))
+    edits = edits_of((0, "att", int(codes.col[0]), -float(codes.data[0])))
+    offsets: list[Offset] = [(-1, "res"), (0, "att"), (0, "mlp"), (0, "res")]
+    outcome, moved = checked(suite, tokens, cases_of((text, position, 1)), edits, offsets)
+    known = outcome.before[0, "att"][0, codes.col[0]]
+    assert known == pytest.approx(float(codes.data[0]), abs=1e-5)
+    assert (moved[-1, "res"], moved[0, "att"]) == (0, 1)
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -246,14 +227,13 @@ def test_what_comes_before_an_edit_stays_as_it_was(flowlet: SimpleNamespace, mod
     edits = edits[edits["module"] == module]
     cases = cases.iloc[edits["case"]].reset_index(drop=True)
     edits = edits.assign(case=range(len(edits)))
-    places = {"res": (-1, "res"), "att": (0, "att"), "mlp": (0, "mlp"), "target": (0, "res")}
-    outcome = intervene(flowlet.suite, flowlet.tokens, cases, edits, list(places.values()))
-    order = list(places)
-    for name, place in places.items():
-        before = outcome.before[place][outcome.token].toarray()
-        after = outcome.after[place][outcome.row].toarray()
+    order = {"res": (-1, "res"), "att": (0, "att"), "mlp": (0, "mlp"), "target": (0, "res")}
+    outcome = intervene(flowlet.suite, flowlet.tokens, cases, edits, list(order.values()))
+    for name, offset in order.items():
+        before = outcome.before[offset][outcome.token].toarray()
+        after = outcome.after[offset][outcome.row].toarray()
         moved = np.abs(before - after).max(axis=1) > 1e-4
-        if order.index(name) < order.index(module):
+        if [*order].index(name) < [*order].index(module):
             assert not moved.any()
         else:
             assert moved.mean() > 0.5
@@ -362,33 +342,26 @@ def test_what_would_give_a_wrong_number_is_an_error(
         intervene(world.suite, tokens, cases_of(*cases), edits_of(*edits))
 
 
-def families() -> dict[str, Callable[[], Any]]:
-    """Small models of every architecture that the hub's suites have."""
-    import transformers
-
-    size = {"vocab_size": toys.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3}
-    size |= {"num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64}
-    grouped: Any = size | {"num_key_value_heads": 2}
-    window = grouped | {"head_dim": 8, "sliding_window": 6}
-    gpt2: Any = {"vocab_size": toys.VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4}
-    ends: Any = {"bos_token_id": 2, "eos_token_id": 1}
-    return {
-        "gemma2": lambda: transformers.Gemma2Config(**window, **ends),
-        "gemma3": lambda: transformers.Gemma3TextConfig(**window, **ends),
-        "llama": lambda: transformers.LlamaConfig(**grouped, **ends),
-        "gpt2": lambda: transformers.GPT2Config(**gpt2, **ends),
-        "pythia": lambda: transformers.GPTNeoXConfig(**size, **ends),
-    }
+SMALL: dict[str, Any] = {
+    "vocab_size": toys.VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "intermediate_size": 48, "max_position_embeddings": 64,
+    "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+GROUPED = SMALL | {"num_key_value_heads": 2}
+WINDOW = GROUPED | {"head_dim": 8, "sliding_window": 6}
+GPT2 = {"vocab_size": toys.VOCABULARY, "n_embd": 32, "n_layer": 3, "n_head": 4}
+FAMILIES = {  # small models of every architecture that the hub's suites have
+    "Gemma2Config": WINDOW, "Gemma3TextConfig": WINDOW, "LlamaConfig": GROUPED,
+    "GPT2Config": GPT2, "GPTNeoXConfig": SMALL,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_pass_after_a_prefix_is_a_whole_pass(family: str, toy_folder: Path, tmp_path: Path):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     torch.manual_seed(0)
-    config = families()[family]()
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(toy_folder).save_pretrained(tmp_path)
+    config = getattr(transformers, family)(**FAMILIES[family])
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(toy_folder).save_pretrained(tmp_path)
     model = load_model(str(tmp_path))
     ids = torch.arange(20, 60)[None]  # longer than the window where there is one
     whole = logits_of(model, ids)
@@ -396,17 +369,16 @@ def test_a_pass_after_a_prefix_is_a_whole_pass(family: str, toy_folder: Path, tm
     assert len(prefix) == 40
     assert torch.allclose(logits, whole, atol=1e-5)
     site = Site(1, "mlp")
-    _, there = run_model(model, ids, [site])
+    _, stream = run_model(model, ids, [site])
     for position in (1, 7, 30, 39):
-        rest = ids[:, position:].expand(3, -1)
-        after, _ = run_model(model, rest, prefix=prefix.first(position))
-        assert after is not None
-        assert torch.allclose(after, whole[:, position:].expand(3, -1, -1), atol=1e-5)
-        for stop in (1, 2):
-            _, read = run_model(model, rest, [site], stop_after=stop, prefix=prefix.first(position))
+        rest, earlier = ids[:, position:].expand(3, -1), prefix.first(position)
+        for stop in (None, 1, 2):
+            logits, read = run_model(model, rest, [site], stop_after=stop, prefix=earlier)
             assert torch.allclose(
-                read[site], there[site][:, position:].expand(3, -1, -1), atol=1e-5
+                read[site], stream[site][:, position:].expand(3, -1, -1), atol=1e-5
             )
+            if logits is not None:
+                assert torch.allclose(logits, whole[:, position:].expand(3, -1, -1), atol=1e-5)
     with pytest.raises(ValueError, match="41 tokens of a prefix of 40"):
         prefix.first(41)
 
@@ -414,10 +386,7 @@ def test_a_pass_after_a_prefix_is_a_whole_pass(family: str, toy_folder: Path, tm
 def test_a_model_whose_prefix_is_ignored_is_refused(
     toy_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from transformers import DynamicCache
-
-    from flowhelpers.suites.model import PromptCache
-
-    monkeypatch.setattr(PromptCache, "cache", lambda self, batch, layers=None: DynamicCache())
+    empty = transformers.DynamicCache
+    monkeypatch.setattr(PromptCache, "cache", lambda self, batch, layers=None: empty())
     with pytest.raises(ValueError, match="goes on after a prefix gives other logits"):
         load_model(str(toy_folder))
