@@ -64,8 +64,8 @@ def random_feature_control(
         return control
     own, other = steering_vectors(suite, plan), steering_vectors(suite, control)
     factor = {at: float(own[at].norm() / other[at].norm()) if other[at].any() else 1 for at in own}
-    at = [suite.sae(feature.site).input_site for feature in features]
-    steps = (replace(s, scale=s.scale * factor[z]) for s, z in zip(steps, at, strict=True))
+    factors = [factor[suite.sae(feature.site).input_site] for feature in features]
+    steps = (replace(s, scale=s.scale * f) for s, f in zip(steps, factors, strict=True))
     return replace(control, steps=tuple(steps))
 
 
