@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from flowhelpers.activations.sparse import FeatureActivations
@@ -23,113 +23,83 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
 
 P = TypeVar("P", Plan, SteeringVectors, Plan | SteeringVectors)
-NEAREST = 20
-MAX_TOKENS = 64  # that each text is cut to, BOS included
-ROWS = 64  # of a pass
+MAX_TOKENS, ROWS = 64, 64  # of each text, BOS included; of a pass
 LOGITS = 2**28  # of a pass: 1 GiB in float32, a few times over
 
 
 def random_feature_control(
-    suite: "Suite",
-    plan: Plan,
-    activations: FeatureActivations,
-    seed: int = 0,
-    nearest: int = NEAREST,
+    suite: "Suite", plan: Plan, activations: FeatureActivations, seed: int = 0, nearest: int = 20
 ) -> Plan:
     """The plan with random features in place of its own (CHOICES 37).
 
-    Each is drawn from the `nearest` features of its site whose share of active tokens is closest to
-    that of the one that it stands for; none is in the plan, or drawn twice. A control that adds has
-    the norm of the plan at every site; one that rescales has the same r.
-
-    Args:
-        suite: Of the plan.
-        plan: The plan.
-        activations: Of a sample of text, at the plan's sites.
-        seed: Decides the draw.
-        nearest: From how many each is drawn.
+    Each is drawn from the `nearest` features of its site whose share of active tokens in a sample
+    of text is closest to that of the feature it replaces; none is in the plan, or drawn twice. A
+    control that adds has the norm of the plan at every site; one that rescales has the same r.
 
     Raises:
-        ValueError: If a site was not read, or has too few features.
+        ValueError: If a site is not in `activations`, or has too few features.
     """
     rng = np.random.default_rng(seed)
     features = [suite.feature(step.feature) for step in plan.steps]
     shares: dict[Site, np.ndarray] = {}
-    taken = {site: set(suite.sae(site).excluded.tolist()) for site in {f.site for f in features}}
-    for feature in features:
-        taken[feature.site].add(feature.index)
-        if feature.site not in activations.by_site:
-            raise ValueError(f"the sample was not read at {feature.site}, where {feature} lies")
-    steps = []
-    for step, feature in zip(plan.steps, features, strict=True):
-        site = feature.site
-        if site not in shares:
-            shares[site] = np.asarray((activations.by_site[site] > 0).mean(axis=0)).ravel()
-        distance = np.abs(shares[site] - shares[site][feature.index])
-        free = [i for i in np.argsort(distance, kind="stable").tolist() if i not in taken[site]]
+    taken: dict[Site, set[int]] = {}
+    for site in dict.fromkeys(feature.site for feature in features):
+        if site not in activations.by_site:
+            raise ValueError(f"the sample was not read at {site}, where the plan has features")
+        shares[site] = np.asarray((activations.by_site[site] > 0).mean(axis=0)).ravel()
+        own = {feature.index for feature in features if feature.site == site}
+        taken[site] = own | set(suite.sae(site).excluded.tolist())
+    drawn = []
+    for site, index in ((feature.site, feature.index) for feature in features):
+        closest = np.argsort(np.abs(shares[site] - shares[site][index]), kind="stable").tolist()
+        free = [i for i in closest if i not in taken[site]]
         if not free:
-            raise ValueError(f"no feature of {site} is left to stand for {feature}")
-        drawn = int(rng.choice(free[:nearest]))
-        taken[site].add(drawn)
-        steps.append(replace(step, feature=f"{site}/{drawn}"))
-    control = replace(plan, steps=tuple(steps), about=f"random features of seed {seed}")
+            raise ValueError(f"no feature of {site} is left to stand for {site}/{index}")
+        number = int(rng.choice(free[:nearest]))
+        taken[site].add(number)
+        drawn.append(f"{site}/{number}")
+    steps = tuple(replace(s, feature=f) for s, f in zip(plan.steps, drawn, strict=True))
+    control = replace(plan, steps=steps, about=f"random features of seed {seed}")
     if plan.kind == "rescale":
         return control
     own, other = steering_vectors(suite, plan), steering_vectors(suite, control)
-    factor = {
-        at: float(own[at].norm() / other[at].norm()) if other[at].any() else 1.0 for at in own
-    }
-    sites = [suite.sae(feature.site).input_site for feature in features]
-    steps = [
-        replace(step, scale=step.scale * factor[at]) for step, at in zip(steps, sites, strict=True)
-    ]
+    factor = {at: float(own[at].norm() / other[at].norm()) if other[at].any() else 1 for at in own}
+    factors = [factor[suite.sae(feature.site).input_site] for feature in features]
+    steps = (replace(s, scale=s.scale * f) for s, f in zip(steps, factors, strict=True))
     return replace(control, steps=tuple(steps))
 
 
 def scale_plan(plan: P, factor: float) -> P:
-    """The plan with a change so many times as large: s times the factor, or r - 1 times it."""
+    """The plan with s, or r - 1, times the factor."""
     if not isinstance(plan, Plan):
-        return {at: vector * factor for at, vector in plan.items()}  # pyright: ignore[reportReturnType]
+        return cast("P", {at: vector * factor for at, vector in plan.items()})
     rest = 1.0 if plan.kind == "rescale" else 0.0
     steps = (replace(s, strength=rest + (s.strength - rest) * factor) for s in plan.steps)
     return replace(plan, steps=tuple(steps))
 
 
 def total_norm(suite: "Suite", plan: Plan | SteeringVectors) -> float:
-    """Σ‖Δh‖ of a plan that adds, in the stream: what is added at z goes through W_O and the gain.
-
-    Raises:
-        ValueError: If the plan is of another suite, or rescales.
-    """
+    """Σ‖Δh‖ of a plan that adds, in the stream: at z through W_O and the gain."""
     vectors = steering_vectors(suite, plan) if isinstance(plan, Plan) else plan
     return sum(float(_in_stream(suite.model, at, v[None])[0].norm()) for at, v in vectors.items())
 
 
 @torch.no_grad()
 def difference_of_means(
-    model: Model,
-    site: Site,
-    texts: Sequence[str],
-    others: Sequence[str],
+    model: Model, site: Site, texts: Sequence[str], others: Sequence[str]
 ) -> Float[Tensor, "d_model"]:
-    """The mean of the stream at the tokens of some texts, less that of others (AxBench's DiffMean).
-
-    Args:
-        model: The model.
-        site: Where.
-        texts: Texts of the theme.
-        others: Texts of none.
+    """The mean of the stream at the tokens of texts on a theme, less that of others (AxBench).
 
     Raises:
-        ValueError: If one of the two has no text, or both have the same mean.
+        ValueError: If one of the two has no token, or both have the same mean.
     """
     means = []
     for group in (texts, others):
         total, n = torch.zeros(model.d_model, device=model.device), 0
         for start in progress(range(0, len(group), ROWS), "means"):
             tokens = tokenize(model, group[start : start + ROWS], MAX_TOKENS)
-            _, read = run_model(model, tokens.ids, [site], stop_after=site.layer)
-            total += read[site][tokens.is_text].float().sum(0)
+            _, stream = run_model(model, tokens.ids, [site], stop_after=site.layer)
+            total += stream[site][tokens.is_text].float().sum(0)
             n += int(tokens.is_text.sum())
         if not n:
             raise ValueError(f"{len(texts)} texts of the theme and {len(others)} others: no token")
@@ -141,9 +111,7 @@ def difference_of_means(
 
 @torch.no_grad()
 def side_effects(
-    suite: "Suite",
-    plans: Mapping[str, Plan | SteeringVectors | None],
-    texts: Sequence[str],
+    suite: "Suite", plans: Mapping[str, Plan | SteeringVectors | None], texts: Sequence[str]
 ) -> "pd.DataFrame":
     """What plans do to given texts, such as neutral ones.
 
@@ -158,7 +126,7 @@ def side_effects(
         nats, mean over tokens).
 
     Raises:
-        ValueError: If there is no plan or text, or a plan is of another suite.
+        ValueError: If there is no plan or text.
         FloatingPointError: If a plan makes logits infinite or NaN; it names the plan.
     """
     import pandas as pd
@@ -167,46 +135,37 @@ def side_effects(
         raise ValueError(f"{len(plans)} plans and {len(texts)} texts: expected 1 or more of each")
     model, names = suite.model, list(plans)
     rows = max(1, min(ROWS, LOGITS // (MAX_TOKENS * model.unembedding.shape[1])))
-    norms, kls = torch.zeros(2, len(names), dtype=torch.float64)
+    sums = pd.DataFrame(0.0, index=names, columns=["norm", "kl"])
     n_tokens = 0
     for at in progress(range(0, len(texts), rows), "side effects"):
-        piece = texts[at : at + rows]
-        tokens = tokenize(model, piece, MAX_TOKENS)
+        n_texts = len(texts[at : at + rows])
+        tokens = tokenize(model, texts[at : at + rows], MAX_TOKENS)
         clean = logits_of(model, tokens.ids).float().log_softmax(-1)
         n_tokens += int(tokens.is_text.sum())
-        plans_per_pass = max(1, rows // len(piece))
+        plans_per_pass = max(1, rows // n_texts)
         for start in range(0, len(names), plans_per_pass):
             batch = names[start : start + plans_per_pass]
-            ids, is_text = (part.repeat(len(batch), 1) for part in (tokens.ids, tokens.is_text))
-            step_norms: list[Float[Tensor, "rows"]] = []
-            edits = row_edits(suite, [plans[name] for name in batch], len(piece))
-            measured = [_measured(model, edit, is_text, step_norms) for edit in edits]
-            steered = logits_of(model, ids, measured).float().log_softmax(-1)
-            for number, name in enumerate(batch):
-                of_plan = slice(number * len(piece), (number + 1) * len(piece))
-                if not torch.isfinite(steered[of_plan]).all():
+            norms = torch.zeros(len(batch), *tokens.ids.shape, device=model.device)
+            edits = row_edits(suite, [plans[name] for name in batch], n_texts)
+            measured = [_measured(model, edit, norms) for edit in edits]
+            logits = logits_of(model, tokens.ids.repeat(len(batch), 1), measured)
+            steered = logits.float().log_softmax(-1).unflatten(0, (len(batch), n_texts))
+            for name, norm, log_q in zip(batch, norms, steered, strict=True):
+                if not torch.isfinite(log_q).all():
                     raise FloatingPointError(f"plan {name!r}: logits are no longer finite")
-                kl = (clean.exp() * (clean - steered[of_plan])).sum(-1)
-                kls[start + number] += float(kl[tokens.is_text].double().sum())
-                norms[start + number] += sum(float(n[of_plan].double().sum()) for n in step_norms)
-    return pd.DataFrame(
-        {"plan": names, "norm": (norms / n_tokens).numpy(), "kl": (kls / n_tokens).numpy()}
-    )
+                kl = (clean.exp() * (clean - log_q)).sum(-1)
+                both = [float(v[tokens.is_text].double().sum()) for v in (norm, kl)]
+                sums.loc[name] += both
+    return (sums / n_tokens).rename_axis("plan").reset_index()
 
 
-def _measured(
-    model: Model,
-    edit: Edit,
-    is_text: Bool[Tensor, "rows position"],
-    step_norms: list[Float[Tensor, "rows"]],
-) -> Edit:
-    """The edit, which also notes the norm of its step, summed over the tokens of each row."""
+def _measured(model: Model, edit: Edit, norms: Float[Tensor, "plan text position"]) -> Edit:
+    """The edit, which also adds the norm of its step at each token to `norms`."""
 
     def change(activations: Activations) -> Activations:
         changed = edit.change(activations)
         step = (changed - activations).float().flatten(0, 1)
-        norms = _in_stream(model, edit.site, step).norm(dim=-1).view(is_text.shape)
-        step_norms.append((norms * is_text).sum(1))
+        norms.add_(_in_stream(model, edit.site, step).norm(dim=-1).view(norms.shape))
         return changed
 
     return Edit(edit.site, change)
@@ -215,6 +174,5 @@ def _measured(
 def _in_stream(
     model: Model, site: Site, steps: Float[Tensor, "n d_in"]
 ) -> Float[Tensor, "n d_model"]:
-    if site.module != "z":
-        return steps.float()
-    return attention_output(model, site.layer).to_residual(steps)
+    is_z = site.module == "z"
+    return attention_output(model, site.layer).to_residual(steps) if is_z else steps.float()

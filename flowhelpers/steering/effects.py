@@ -28,10 +28,7 @@ FACTOR, TOP = 10.0, 20
 
 @torch.no_grad()
 def output_scores(
-    suite: "Suite",
-    features: Iterable[FeatureId | str],
-    prompt: str = PROMPT,
-    batch_size: int = 256,
+    suite: "Suite", features: Iterable[FeatureId | str], prompt: str = PROMPT, batch_size: int = 256
 ) -> "pd.DataFrame":
     """Output score and change of confidence of features (CHOICES 36).
 
@@ -40,12 +37,6 @@ def output_scores(
     feature's logit lens: (1 - rank / vocabulary) · p of the most likely of them. The change of
     confidence (Wang et al. 2026, with k = 1) is by how much -log p of the most likely token grows:
     below zero the feature makes the model surer.
-
-    Args:
-        suite: Of the features.
-        features: Features, of any sites.
-        prompt: What the next token is asked of.
-        batch_size: Features of one pass.
 
     Returns:
         One row a feature: `feature`, `output_score` (0 to 1), `confidence_change` (nats), `token`
@@ -57,12 +48,11 @@ def output_scores(
     """
     import pandas as pd
 
-    found = list(dict.fromkeys(suite.feature(feature) for feature in features))
-    if not found:
-        raise ValueError("no feature given: expected one or more, such as 12/res/4230")
     by_site: dict[Site, list[int]] = {}
-    for feature in found:
+    for feature in (unique := list(dict.fromkeys(map(suite.feature, features)))):
         by_site.setdefault(feature.site, []).append(feature.index)
+    if not unique:
+        raise ValueError("no feature given: expected one or more, such as 12/res/4230")
     model = suite.model
     preflight_once(suite, by_site)
     ids = prompt_ids(model, prompt, 1)
@@ -92,11 +82,11 @@ def output_scores(
         written = logit_lens(suite, site, chosen).topk(TOP).indices
         best, place = logs.gather(1, written).max(1)
         rank = (logs > best[:, None]).sum(1) / logs.shape[1]
-        scores = ((1 - rank) * best.exp()).tolist()
-        changes = (confidence - logs.max(1).values).tolist()
-        tokens = written.gather(1, place[:, None])[:, 0].tolist()
-        for index, score, change, token in zip(indices, scores, changes, tokens, strict=True):
-            rows.append((f"{site}/{index}", score, change, model.tokenizer.decode([token])))
-    table = pd.DataFrame(rows, columns=["feature", "output_score", "confidence_change", "token"])
-    floats = {"output_score": float, "confidence_change": float}
-    return table.astype(floats).set_index("feature").loc[map(str, found)].reset_index()
+        scores = (1 - rank) * best.exp()
+        changes = confidence - logs.max(1).values
+        tokens = model.tokenizer.batch_decode(written.gather(1, place[:, None]))
+        names = [f"{site}/{index}" for index in indices]
+        rows += zip(names, scores.tolist(), changes.tolist(), tokens, strict=True)
+    columns = ["feature", "output_score", "confidence_change", "token"]
+    table = pd.DataFrame(rows, columns=columns).set_index("feature").loc[map(str, unique)]
+    return table.astype({name: float for name in columns[1:3]}).reset_index()

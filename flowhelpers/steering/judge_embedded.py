@@ -6,7 +6,6 @@ meaning: a text of the theme's words in grammatical order is all it asks for.
 """
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -38,10 +37,10 @@ class EmbeddedJudge:
         theme: The subject of the package's passages that it looks for.
         model: The unsteered model, whose likelihood of a text is taken for coherence.
         classifier: Tells the subjects of the passages apart; scikit-learn's.
-        accuracy: Share of held-out pieces of passages of which it names the subject, of all.
+        accuracy: Share of held-out pieces of passages whose subject it names.
         auc: How often it finds more of the theme in a held-out piece of it than in another.
-        human: Mean loss of human text, in nats a token: what is as likely is coherent.
-        shuffled: Mean loss of the same in shuffled words: what is as unlikely is not.
+        human: Mean loss of human text in nats a token, coherence 1.
+        shuffled: That of the same in shuffled words, coherence 0.
         various: Share of different tokens that 95 % of human texts exceed.
         looped: Mean share in human text that goes on repeating its first words.
     """
@@ -79,34 +78,27 @@ class EmbeddedJudge:
             judged = [texts[number] for number in nonempty]
             column = list(self.classifier.classes_).index(self.theme)
             scores[nonempty, 0] = self.classifier.predict_proba(judged)[:, column]
-            scores[nonempty, 1] = self._coherence(judged)
+            likely = self.shuffled - mean_losses(self.model, judged)
+            various = distinct_tokens(self.model, judged) - self.looped
+            likely = (likely / (self.shuffled - self.human)).clip(0, 1)
+            scores[nonempty, 1] = likely * (various / (self.various - self.looped)).clip(0, 1)
         return pd.DataFrame(scores, columns=["behavioral", "coherence"])
-
-    def _coherence(self, texts: Sequence[str]) -> np.ndarray:
-        likely = (self.shuffled - mean_losses(self.model, texts)) / (self.shuffled - self.human)
-        various = (distinct_tokens(self.model, texts) - self.looped) / (self.various - self.looped)
-        return likely.clip(0, 1) * various.clip(0, 1)
 
 
 def embedded_judge(model: Model, theme: str, seed: int = 0) -> EmbeddedJudge:
     """Trains the embedded judge for one theme.
 
     The classifier is naive Bayes over word stems, calibrated on passages that it was not trained
-    on; what it is worth is measured on passages left out once more.
-
-    Args:
-        model: The unsteered model.
-        theme: A subject of `texts.passages()`.
-        seed: Of folds and shuffled words.
+    on; what it is worth is measured on passages left out once more. The seed decides the folds and
+    the shuffled words.
 
     Raises:
-        ValueError: If there is no such subject.
+        ValueError: If the passages have no such subject.
     """
     check_choice("theme", theme, subjects())
     classifier, accuracy, aucs = _classifier(seed)
-    return EmbeddedJudge(
-        theme, model, classifier, accuracy, aucs[theme], **_calibration(model, seed)
-    )
+    calibration = _calibration(model, seed)
+    return EmbeddedJudge(theme, model, classifier, accuracy, aucs[theme], **calibration)
 
 
 @lru_cache(maxsize=2)
@@ -127,10 +119,7 @@ def _calibration(model: Model, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def mean_losses(model: Model, texts: Sequence[str], batch: int = 32) -> np.ndarray:
-    """The model's mean next-token cross-entropy over each text, in nats.
-
-    A text without a token is infinitely unlikely.
-    """
+    """The model's mean next-token cross-entropy over each text in nats; ∞ without a token."""
     losses = []
     for start in progress(range(0, len(texts), batch), "likelihood"):
         tokens = tokenize(model, texts[start : start + batch], model.bridge.cfg.n_ctx)
@@ -171,36 +160,30 @@ def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
     from sklearn.naive_bayes import ComplementNB
     from sklearn.pipeline import make_pipeline
 
-    rows = [
-        (window, row.subject, number)
-        for number, row in enumerate(passages().itertuples())
-        for window in windows(str(row.text))
-    ]
-    pieces, subject, passage = (np.array(column) for column in zip(*rows, strict=True))
+    table = passages().assign(text=lambda rows: rows["text"].map(windows)).explode("text")
+    pieces, subject = (table[column].to_numpy(str) for column in ("text", "subject"))
 
     def folds(of: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
         splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-        return list(splitter.split(pieces[of], subject[of], passage[of]))
+        return list(splitter.split(pieces[of], subject[of], table.index.to_numpy()[of]))
 
     def fitted(of: np.ndarray) -> Any:
         vectors = TfidfVectorizer(tokenizer=stems, token_pattern=None, sublinear_tf=True)
-        both = make_pipeline(vectors, ComplementNB())
+        classifier = make_pipeline(vectors, ComplementNB())
         calibrated = CalibratedClassifierCV(
-            both, method="temperature", cv=folds(of), ensemble=False
+            classifier, method="temperature", cv=folds(of), ensemble=False
         )
         return calibrated.fit(pieces[of], subject[of])
 
     everything = np.arange(len(pieces))
     classifier = fitted(everything)
-    chances = np.zeros((len(pieces), len(classifier.classes_)))
+    names = classifier.classes_
+    chances = np.zeros((len(pieces), len(names)))
     for train, test in progress(folds(everything), "judge"):
         chances[test] = fitted(train).predict_proba(pieces[test])
-    accuracy = float((classifier.classes_[chances.argmax(axis=1)] == subject).mean())
-    aucs = {
-        str(name): float(roc_auc_score(subject == name, chances[:, column]))
-        for column, name in enumerate(classifier.classes_)
-    }
-    return classifier, accuracy, aucs
+    accuracy = float((names[chances.argmax(axis=1)] == subject).mean())
+    aucs = [float(roc_auc_score(subject == name, chances[:, i])) for i, name in enumerate(names)]
+    return classifier, accuracy, dict(zip(names.tolist(), aucs, strict=True))
 
 
 def theme_stems(theme: str, n: int = 100) -> list[str]:
@@ -212,22 +195,18 @@ def theme_stems(theme: str, n: int = 100) -> list[str]:
     Raises:
         ValueError: If there is no such subject.
     """
+    import pandas as pd
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     check_choice("theme", theme, subjects())
+    words = passages().assign(text=lambda rows: rows["text"].map(stems))
+    words = words.explode("text", ignore_index=True)
     common = {stem(word) for word in ENGLISH_STOP_WORDS}
-    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for row in passages().itertuples():
-        counts[row.subject == theme].update(stems(str(row.text)))
-    names = sorted(name for name in counts[True] | counts[False] if name not in common)
-    mine, others = (
-        np.array([counts[is_theme][name] for name in names]) for is_theme in (True, False)
-    )
-    prior = (mine + others) / 100
-    own, other = mine + prior, others + prior
-    log_odds = [np.log(count / (count.sum() - count)) for count in (own, other)]
-    z = (log_odds[0] - log_odds[1]) / np.sqrt(1 / own + 1 / other)
-    return [names[place] for place in np.argsort(-z, kind="stable")[:n]]
+    counts = pd.crosstab(words["text"], words["subject"] == theme).drop(common, errors="ignore")
+    counts = counts.add(counts.sum(axis=1) / 100, axis="index")
+    log_odds = np.log(counts / (counts.sum() - counts))
+    z = (log_odds[True] - log_odds[False]) / np.sqrt((1 / counts).sum(axis=1))
+    return z.sort_values(ascending=False, kind="stable").index[:n].tolist()
 
 
 def stems(text: str) -> list[str]:
@@ -238,11 +217,6 @@ def stems(text: str) -> list[str]:
 @cache
 def stem(word: str) -> str:
     """The stem of a word in small letters (Snowball)."""
-    return _stemmer().stem(word)
-
-
-@cache
-def _stemmer() -> Any:
     from nltk.stem.snowball import SnowballStemmer
 
-    return SnowballStemmer("english")
+    return SnowballStemmer("english").stem(word)

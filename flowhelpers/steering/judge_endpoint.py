@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field, ValidationError
 
 from flowhelpers.core.cache import DiskCache, cache_folder, key_of
-from flowhelpers.core.features import suggestion
 from flowhelpers.core.files import DATA
 from flowhelpers.core.progress_bar import progress
+from flowhelpers.steering.plans import check_choice
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,11 +25,9 @@ OPENAI = "https://api.openai.com/v1"
 NO_KEY = "no-key-needed"  # sent to servers that need none
 KEY = r"[!#-%(-;=?-\[\]-~]+"  # of characters that no server escapes when it repeats a key
 BEST = 5  # the highest score
-ATTEMPTS = 3  # at a readable reply
-AGAIN = 1.0  # temperature from the second attempt on: at 0 the same reply would come again
+ATTEMPTS, AGAIN = 3, 1.0  # at a readable reply; at temperature 0 the same one would come again
 RETRIES, PROBE_RETRIES, TIMEOUT = 5, 2, 60.0  # of one request, of the first; seconds
 STOP_AFTER = 8  # failed requests in a row
-HOPELESS = (401, 403, 404)  # statuses that no other text would change
 PROBE = "The sun rose over the quiet harbour, and the first boats went out to sea."
 
 Score = Annotated[int, Field(strict=True, ge=0, le=BEST)]
@@ -65,21 +63,17 @@ class _RequestError(Exception):
 
 @dataclass(frozen=True)
 class EndpointJudge:
-    """A judge that is a language model behind an OpenAI-compatible endpoint.
-
-    Its attributes are as `endpoint_judge` has them; the `client`, which is openai's, has the key,
-    and nothing else here does.
-    """
+    """A language model as judge; `endpoint_judge` makes it. Only its `client` holds the key."""
 
     theme: str
     task: str
     model: str
     address: str
     cache: DiskCache
-    subject: str | None = None
-    concurrency: int = 8
-    temperature: float | None = 0.0
-    client: Any = field(default=None, repr=False, compare=False)
+    subject: str | None
+    concurrency: int
+    temperature: float | None
+    client: Any = field(repr=False, compare=False)
 
     @property
     def about(self) -> str:
@@ -101,29 +95,26 @@ class EndpointJudge:
         """
         import pandas as pd
 
-        keys = {text: self._key(text) for text in dict.fromkeys(texts) if text.strip()}
+        keys = {text: self._key(text) for text in texts if text.strip()}
+        known = self.cache.get(keys.values())
+        problems = self._ask_all([text for text, key in keys.items() if key not in known])
         answers = self.cache.get(keys.values())
-        problems = self._ask_all([text for text, key in keys.items() if key not in answers])
-        answers = self.cache.get(keys.values())
-        rows = []
-        for text in texts:
-            answer, problem = answers.get(keys.get(text, "")), problems.get(text, "")
-            scores = (
-                self._scores(answer) if answer else (float("nan"),) * 2 if problem else (0.0,) * 2
-            )
-            rows.append((*scores, problem))
+        scores = {text: self._scores(answers.get(key)) for text, key in keys.items()}
+        rows = [(*scores.get(text, (0.0, 0.0)), problems.get(text, "")) for text in texts]
         table = pd.DataFrame(rows, columns=["behavioral", "coherence", "problem"])
         return table.astype({"behavioral": float, "coherence": float, "problem": object})
 
-    def _scores(self, answer: dict[str, Any]) -> tuple[float, float]:
+    def _scores(self, answer: dict[str, Any] | None) -> tuple[float, float]:
         """Behavioral and coherence from 0 to 1 (CHOICES 22)."""
+        if answer is None:
+            return float("nan"), float("nan")
         behavioral = answer["behavioral"]
         if self.subject:
             behavioral = behavioral[SUBJECTS.index(self.subject)]
         return behavioral / BEST, answer["coherence"] / BEST
 
     def _ask_all(self, texts: Sequence[str]) -> dict[str, str]:
-        """Asks about each text; why there is no readable reply, of those that have none."""
+        """Asks about each text; returns what is wrong with those that got no readable reply."""
         problems, failures = {}, 0
         pool = ThreadPoolExecutor(self.concurrency)
         futures = {pool.submit(self._ask, text): text for text in texts}
@@ -133,7 +124,8 @@ class EndpointJudge:
                     problem, failures = future.result(), 0
                 except _RequestError as error:
                     problem, failures = str(error), failures + 1
-                    if error.status in HOPELESS or failures == min(STOP_AFTER, len(texts)):
+                    is_hopeless = error.status in (401, 403, 404)  # whatever the text
+                    if is_hopeless or failures == min(STOP_AFTER, len(texts)):
                         raise self._error(error) from None
                 if problem:
                     problems[futures[future]] = problem
@@ -143,18 +135,17 @@ class EndpointJudge:
 
     def _ask(self, text: str) -> str:
         """Asks until a reply can be read, and keeps it; what is wrong with the last, or ""."""
-        problem = ""
+        reply = ""
         for attempt in range(ATTEMPTS):
             reply = self._request(text, self.temperature if attempt == 0 else AGAIN)
             fenced = re.fullmatch(r"\s*```(?:json)?\s(.*)```\s*", reply, re.DOTALL | re.IGNORECASE)
             try:
                 answer = REPLIES[self.task].model_validate_json(fenced[1] if fenced else reply)
             except ValidationError:
-                problem = f"no readable reply in {ATTEMPTS}: {self._quote(reply)!r}"
-            else:
-                self.cache.put({self._key(text): answer.model_dump(mode="json")})
-                return ""
-        return problem
+                continue
+            self.cache.put({self._key(text): answer.model_dump(mode="json")})
+            return ""
+        return f"no readable reply in {ATTEMPTS}: {self._quote(reply)!r}"
 
     def _request(self, text: str, temperature: float | None) -> str:
         """The text of one reply."""
@@ -167,10 +158,9 @@ class EndpointJudge:
             )
             return reply.choices[0].message.content or ""
         except openai.APIStatusError as error:  # one that refuses a key may repeat a part of it
-            said = "" if error.status_code in (401, 403) else f": {self._quote(error.message)}"
-            status, problem = error.status_code, f"the server answers {error.status_code}{said}"
-        except openai.APITimeoutError:
-            status, problem = 0, f"no reply within {TIMEOUT:g} s"
+            status = error.status_code
+            said = "" if status in (401, 403) else f": {self._quote(error.message)}"
+            problem = f"the server answers {status}{said}"
         except openai.APIConnectionError as error:
             said = self._quote(str(error.__cause__ or error))
             status, problem = 0, f"the connection failed: {said}"
@@ -196,8 +186,7 @@ class EndpointJudge:
 
     def _key(self, text: str) -> str:
         asked = {"model": self.model, "base_url": str(self.client.base_url)}
-        asked |= {"temperature": self.temperature, "messages": self._messages(text)}
-        return key_of(asked)
+        return key_of(asked | {"temperature": self.temperature, "messages": self._messages(text)})
 
     def _messages(self, text: str) -> list[dict[str, str]]:
         system, template = PROMPTS[self.task]
@@ -229,8 +218,7 @@ def endpoint_judge(
         subject: To suppress, the letter of the subject whose score counts: a, b or c.
         cache: The file that keeps replies; `judge.sqlite` in `cache_folder()` unless given.
         concurrency: Requests at a time.
-        temperature: Of the first attempt; later ones have 1. None sends none, for models that
-            refuse it.
+        temperature: Of the first attempt; later ones have 1. None sends none.
 
     Raises:
         ValueError: If there is no such task, subject or model, or the address is no endpoint's.
@@ -240,8 +228,7 @@ def endpoint_judge(
     """
     import openai
 
-    if task not in REPLIES:
-        raise ValueError(f"unknown task {task!r}{suggestion(task, REPLIES)}")
+    check_choice("task", task, REPLIES)
     if subject not in ([*SUBJECTS] if task == "suppress" else [None]):
         raise ValueError(f"subject {subject!r}: expected a, b or c to suppress, none to promote")
     url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
@@ -252,9 +239,8 @@ def endpoint_judge(
     key = key or (None if address.endswith("openai.com") else NO_KEY)
     client = openai.OpenAI(api_key=key, base_url=url, timeout=TIMEOUT, max_retries=RETRIES)
     store = DiskCache(Path(cache or cache_folder() / "judge.sqlite"))
-    judge = EndpointJudge(
-        theme, task, model, address, store, subject, concurrency, temperature, client
-    )
+    settings = (subject, concurrency, temperature, client)
+    judge = EndpointJudge(theme, task, model, address, store, *settings)
     probing = replace(judge, client=client.with_options(max_retries=PROBE_RETRIES))
     if problem := probing._ask_all([PROBE]).get(PROBE):
         warnings.warn(f"{judge.about}: {problem}", stacklevel=2)

@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
-from jaxtyping import Float
 from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from flowhelpers.suites.load import Suite
-    from flowhelpers.suites.saes import SAE
 
 KINDS = ("rescale", "add")
 STRATEGIES = ("single", "constant", "exponential", "linear")
@@ -50,8 +48,8 @@ class Step:
 
     Attributes:
         feature: Its name.
-        strength: r for a plan that rescales, s for one that adds.
-        scale: One unit of s, as a multiple of the feature's decoder row; 1 where it rescales.
+        strength: r to rescale, s to add.
+        scale: One unit of s, as a multiple of the feature's decoder row; 1 to rescale.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -65,11 +63,11 @@ class Plan:
     """Which features are steered, and how much.
 
     Attributes:
-        suite: The suite's name.
+        suite: Its name.
         kind: `rescale`, h + (r - 1) · a · v with a read live (CHOICES 21), or `add`, h + s · v.
         unit: The unit of s (CHOICES 19): `theta`, the feature's own threshold; `max`, its own max
             activation; `unit`, a vector of norm 1. `activation` for a plan that rescales.
-        steps: The features.
+        steps: One for each feature.
         about: A description.
     """
 
@@ -84,19 +82,15 @@ class Plan:
         """One row a feature: `feature`, `layer`, `module`, `index`, `strength`, `scale`."""
         import pandas as pd
 
-        rows = [(step, parse_feature(step.feature)) for step in self.steps]
-        return pd.DataFrame(
-            [(s.feature, f.layer, f.module, f.index, s.strength, s.scale) for s, f in rows],
-            columns=["feature", "layer", "module", "index", "strength", "scale"],
-        )
+        features = [parse_feature(step.feature) for step in self.steps]
+        table = pd.DataFrame([asdict(step) for step in self.steps])
+        for place, name in enumerate(("layer", "module", "index"), start=1):
+            table.insert(place, name, [getattr(feature, name) for feature in features])
+        return table
 
     @contextmanager
     def on(self, suite: "Suite") -> Iterator[None]:
-        """Steers every pass of the suite's model inside the block, in any code.
-
-        Raises:
-            ValueError: If the plan is of another suite.
-        """
+        """Steers every pass of the suite's model inside the block, in any code."""
         with editing(suite.model, plan_edits(suite, self)):
             yield
 
@@ -108,7 +102,7 @@ def schedule(
     strategy: str = "constant",
     alpha: float = ALPHA,
     end_strength: float = END_STRENGTH,
-    origin: Literal["absolute", "span"] = "absolute",
+    origin: str = "absolute",
 ) -> dict[int, float]:
     """The strength at each layer (paper B.2).
 
@@ -120,7 +114,7 @@ def schedule(
             at the span's start to s* at its end, and is s where these are one layer (CHOICES 18).
         alpha: α.
         end_strength: s*.
-        origin: Whether l is the layer's own number, or counted from the span's start (CHOICES 17).
+        origin: l is a layer's number (`absolute`), or counts from the `span`'s start (CHOICES 17).
 
     Raises:
         ValueError: If the strategy or origin is unknown or a number is not finite.
@@ -151,7 +145,7 @@ def make_plan(
     max_activation: Mapping[str, float] | None = None,
     alpha: float = ALPHA,
     end_strength: float = END_STRENGTH,
-    origin: Literal["absolute", "span"] = "absolute",
+    origin: str = "absolute",
     about: str = "",
 ) -> Plan:
     """A plan from the nodes of a flow graph, or from a list of features.
@@ -164,18 +158,18 @@ def make_plan(
         features: A flow graph, all of whose nodes are steered, or features.
         strength: s, or r for `rescale`, which is the same at all layers.
         kind: `rescale` or `add`.
-        strategy: One of `STRATEGIES`.
+        strategy: One of `STRATEGIES`; as `alpha`, `end_strength` and `origin` in `schedule`.
         layer: The layer, or the last one; the last of the features unless given.
         unit: The unit of s, as in `Plan`.
         max_activation: For `unit="max"`: the max activation of each feature.
-        alpha: As in `schedule`.
-        end_strength: As in `schedule`.
-        origin: As in `schedule`.
+        alpha: α.
+        end_strength: s*.
+        origin: Where layers are counted from.
         about: A description.
 
     Raises:
-        ValueError: If there is no feature, none at the layer, one is not of the suite, the graph is
-            another suite's, or a name or number is out of range.
+        NoFeatureError: If there is no feature at the layer.
+        ValueError: If there is no feature at all, or one or the graph is not of the suite.
 
     Example:
         >>> from flowhelpers import load_suite, make_plan
@@ -199,7 +193,7 @@ def make_plan(
     last = span[1] if layer is None else layer
     steered = [f for f in found if (f.layer == last if strategy == "single" else f.layer <= last)]
     if not steered:
-        layers = ", ".join(map(str, sorted({f.layer for f in found})))
+        layers = sorted({f.layer for f in found})
         raise NoFeatureError(f"no feature to steer at layer {last}: there are some at {layers}")
     at = schedule(strength, [f.layer for f in steered], span, strategy, alpha, end_strength, origin)
     is_add = kind == "add"
@@ -244,11 +238,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
 
 
 def load_plan(path: str | Path) -> Plan:
-    """Reads what `save_plan` wrote, or what was written by hand in the same form.
-
-    Raises:
-        ValueError: If it is no plan; the message says what is wrong.
-    """
+    """Reads what `save_plan` wrote, or a file by hand in the same form; else a ValueError."""
     import yaml
 
     try:
@@ -271,14 +261,9 @@ def _check_suite(of: str, suite: "Suite", what: str) -> None:
 
 
 def plan_edits(suite: "Suite", plan: Plan) -> list[Edit]:
-    """A plan as edits that act on every row and token; one edit for each site.
-
-    Raises:
-        ValueError: If the plan is of another suite.
-    """
+    """A plan as edits that act on every row and token; one edit for each site."""
     if plan.kind == "add":
-        vectors = steering_vectors(suite, plan)
-        return [_add_everywhere(site, vector) for site, vector in vectors.items()]
+        return [_add_everywhere(*at) for at in steering_vectors(suite, plan).items()]
     return [
         rescale(suite.sae(site), [f for f, _ in steps], [step.strength for _, step in steps])
         for site, steps in steps_by_site(suite, plan).items()
@@ -286,19 +271,25 @@ def plan_edits(suite: "Suite", plan: Plan) -> list[Edit]:
 
 
 def steering_vectors(suite: "Suite", plan: Plan) -> SteeringVectors:
-    """What a plan that adds adds, by the hook point that is edited.
+    """What a plan of kind `add` adds to the stream, by hook point.
 
     Raises:
         ValueError: If the plan is of another suite, or rescales.
     """
     if plan.kind != "add":
         raise ValueError(f"a plan of kind {plan.kind!r}: what it adds depends on the stream")
-    by_site = steps_by_site(suite, plan).items()
-    return {suite.sae(site).input_site: _added(suite.sae(site), steps) for site, steps in by_site}
+    vectors = {}
+    for site, steps in steps_by_site(suite, plan).items():
+        sae = suite.sae(site)
+        indices = torch.tensor([feature.index for feature, _ in steps], device=sae.norms.device)
+        rows = sae.decoder_rows(indices).float()
+        sizes = torch.tensor([s.strength * s.scale for _, s in steps], dtype=torch.float32)
+        vectors[sae.input_site] = sizes.to(rows.device) @ rows
+    return vectors
 
 
 def steps_by_site(suite: "Suite", plan: Plan) -> "dict[Site, list[tuple[FeatureId, Step]]]":
-    """The features of a plan, and their steps, by site; checked once against the suite's texts."""
+    """The features of a plan, and their steps, by site; runs the suite's preflight once."""
     _check_suite(plan.suite, suite, "a plan")
     by_site: dict[Site, list[tuple[FeatureId, Step]]] = {}
     for step in plan.steps:
@@ -306,12 +297,6 @@ def steps_by_site(suite: "Suite", plan: Plan) -> "dict[Site, list[tuple[FeatureI
         by_site.setdefault(feature.site, []).append((feature, step))
     preflight_once(suite, by_site)
     return by_site
-
-
-def _added(sae: "SAE", steps: "Sequence[tuple[FeatureId, Step]]") -> "Float[Tensor, 'd_in']":
-    rows = sae.decoder_rows(torch.tensor([f.index for f, _ in steps], device=sae.norms.device))
-    sizes = [step.strength * step.scale for _, step in steps]
-    return torch.tensor(sizes, dtype=torch.float32, device=rows.device) @ rows.float()
 
 
 def _add_everywhere(site: Site, vector: Tensor) -> Edit:

@@ -1,8 +1,7 @@
 """The figures of the steering experiments: tables of means in, plotly figures out.
 
-A table of means has one row a cell (`theme`, `strategy`, `layer`, `strength`), as `cell_means`
-gives. A cell without texts or without a score is left out. Unsteered text, and a strategy without a
-layer or strength, is a line across.
+A table of means has one row a cell, as `cell_means` gives; one without a score is left out.
+Unsteered text, and a strategy without a layer or strength, is a line across.
 """
 
 from __future__ import annotations
@@ -17,11 +16,8 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from flowhelpers.core.figures import COLOURS, INK, NAMES, dress, legend_below
-from flowhelpers.steering.plans import check_choice
 from flowhelpers.steering.scores import SCORES
 from flowhelpers.steering.sweeps import UNSTEERED
-
-Layers = int | Iterable[int]
 
 SEEDS = "layer of the seed features"
 # The colour, marker, dash and bar pattern of each strategy. Controls are grey, hollow and dotted.
@@ -89,10 +85,8 @@ def suppression_by_layer(means: pd.DataFrame, subtitle: str) -> go.Figure:
 def best_by_strength(means: pd.DataFrame, subtitle: str) -> go.Figure:
     """The best score of each strategy at each r, evenly spaced from 0 down (Figure 10)."""
     long, order = _evenly(_long(means, ["score"]), "strength", largest_first=True)
-    figure = px.line(
-        long, x="strength", y="value", **LINES, **ERRORS, category_orders=order,
-        hover_data=_hover(long), labels={"strength": "r", "value": "best score (1 − B) · C"},
-    )  # fmt: skip
+    labels = {"strength": "r", "value": "best score (1 − B) · C"}
+    figure = _lines(long, x="strength", category_orders=order, labels=labels)
     theme = means["theme"].iloc[0]
     title = f"Which strategy suppresses “{theme}” best at each strength?"
     return _finished(figure, title, subtitle, 525)
@@ -110,23 +104,15 @@ def strategies_by_theme(means: pd.DataFrame, subtitle: str) -> go.Figure:
 
 
 def best_by_layer(
-    means: pd.DataFrame, subtitle: str, seeds: Mapping[str, Layers] | None = None
+    means: pd.DataFrame, subtitle: str, seeds: Mapping[str, int] | None = None
 ) -> go.Figure:
     """The best score of each strategy at each layer, a panel for each theme (Figure 16).
 
-    Args:
-        means: One row a `theme`, `strategy` and `layer`.
-        subtitle: Suite, n and choices.
-        seeds: For each theme the layer or layers of the features that it began with: a dotted line.
+    A dotted line is at the layer of the seed of each theme, as `seeds` has it.
     """
-    top = means["score"].max()
-    starts = [
-        {"theme": theme, "strategy": SEEDS, "layer": layer, "score": score, "n": 1}
-        for theme, layers in (seeds or {}).items()
-        for layer in np.atleast_1d(np.array(layers)).tolist()
-        for score in (0, top)
-    ]
-    table = pd.concat([means, pd.DataFrame(starts)], ignore_index=True)
+    starts = pd.DataFrame({"theme": [*(seeds or {})], "layer": [*(seeds or {}).values()]})
+    ends = pd.DataFrame({"strategy": SEEDS, "score": [0, means["score"].max()], "n": 1})
+    table = pd.concat([means, starts.merge(ends, how="cross")], ignore_index=True)
     long, order = _evenly(_long(table, ["score"]), "layer")
     is_line = long["strategy"].isin([UNSTEERED, SEEDS])
     shared: dict[str, Any] = {"x": "layer", "y": "value", "facet_col": "theme"}
@@ -137,12 +123,11 @@ def best_by_layer(
     return _finished(figure, "At which layer does steering work best?", subtitle, height)
 
 
-def features_by_layer(features: pd.DataFrame, subtitle: str, seeds: Layers = ()) -> go.Figure:
-    """How many features (`layer`, `module`) were selected at each layer (Figure 17 a).
-
-    Dotted lines are at the layers of `seeds`, the features that the graph began with.
-    """
-    counts = features.groupby(["layer", "module"]).size().rename("features").reset_index()
+def features_by_layer(
+    features: pd.DataFrame, subtitle: str, seeds: Iterable[int] = ()
+) -> go.Figure:
+    """How many features (`layer`, `module`) lie at each layer (Figure 17 a); dotted: `seeds`."""
+    counts = features.value_counts(["layer", "module"], sort=False).rename("features").reset_index()
     figure = px.bar(
         counts.replace({"module": NAMES}), x="layer", y="features", color="module",
         color_discrete_map={name: COLOURS[module] for module, name in NAMES.items()},
@@ -153,13 +138,10 @@ def features_by_layer(features: pd.DataFrame, subtitle: str, seeds: Layers = ())
     return _finished(figure, "At which layers do the selected features lie?", subtitle, 505)
 
 
-def steered_by_layer(means: pd.DataFrame, subtitle: str, seeds: Layers = ()) -> go.Figure:
+def steered_by_layer(means: pd.DataFrame, subtitle: str, seeds: Iterable[int] = ()) -> go.Figure:
     """The score of each strategy by layer, of one theme (Figure 17 b); `seeds` as above."""
     long = _across(_long(means, ["score"]), "layer")
-    figure = px.line(
-        long, x="layer", y="value", **LINES, **ERRORS, hover_data=_hover(long),
-        labels={"value": "score"},
-    )  # fmt: skip
+    figure = _lines(long, x="layer", labels={"value": "score"})
     _add_seeds(figure, seeds)
     title = f"Which layer steers to “{means['theme'].iloc[0]}” best?"
     return _finished(figure, title, subtitle, 525)
@@ -168,10 +150,9 @@ def steered_by_layer(means: pd.DataFrame, subtitle: str, seeds: Layers = ()) -> 
 def dose_response(means: pd.DataFrame, subtitle: str) -> go.Figure:
     """Behavioral, coherence and score by strength, a line a strategy, a row of panels a theme."""
     long, order = _evenly(_long(means, SCORES), "strength")
-    figure = px.line(
-        long, x="strength", y="value", facet_row="theme", facet_col="measure", **LINES, **ERRORS,
-        hover_data=_hover(long), category_orders=order | {"measure": SCORES},
-    )  # fmt: skip
+    order["measure"] = SCORES
+    facets = {"facet_row": "theme", "facet_col": "measure"}
+    figure = _lines(long, x="strength", category_orders=order, **facets)
     height = 225 + 300 * means["theme"].nunique()
     return _finished(figure, "What does more strength bring?", subtitle, height)
 
@@ -179,13 +160,9 @@ def dose_response(means: pd.DataFrame, subtitle: str) -> go.Figure:
 def score_against(means: pd.DataFrame, subtitle: str, by: str = "norm") -> go.Figure:
     """The score of every cell against its cost on a logarithmic axis, a panel for each theme.
 
-    Args:
-        means: One row a cell, with the column of `by`.
-        subtitle: Suite, n and choices.
-        by: `norm`, all that is added to the stream, or `kl`, what changes on neutral text. The
-            cells whose cost is not above 0 cannot be drawn: the subtitle says how many.
+    The cost is `norm`, all that is added to the stream, or `kl`, what changes on neutral text. The
+    subtitle says how many cells cannot be drawn since their cost is not above 0.
     """
-    check_choice("by", by, COSTS)
     long = _long(means, ["score"])
     steered = long[long["strategy"] != UNSTEERED]
     drawn = steered[steered[by] > 0]
@@ -206,13 +183,15 @@ def _long(means: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
     """One row a cell and measure: `value`, `low`, `high`, and error bars `up` and `down`."""
     parts = []
     for measure in measures:
-        ends = {end: means.get(f"{measure}_{end}", np.nan) for end in ("low", "high")}
+        ends = {end: means[f"{measure}_{end}"] for end in ("low", "high")}
         parts.append(means.assign(measure=measure, value=means[measure], **ends))
     long = pd.concat(parts).dropna(subset="value")
-    long = long[long["n"] > 0]
-    return long.assign(
-        up=(long["high"] - long["value"]).clip(0), down=(long["value"] - long["low"]).clip(0)
-    )
+    up, down = long["high"] - long["value"], long["value"] - long["low"]
+    return long.assign(up=up.clip(0), down=down.clip(0))
+
+
+def _lines(long: pd.DataFrame, **options: Any) -> go.Figure:
+    return px.line(long, y="value", **LINES, **ERRORS, hover_data=_hover(long), **options)
 
 
 def _across(long: pd.DataFrame, x: str) -> pd.DataFrame:
@@ -225,7 +204,7 @@ def _across(long: pd.DataFrame, x: str) -> pd.DataFrame:
 def _evenly(
     long: pd.DataFrame, x: str, largest_first: bool = False
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Lines across, and x as categories in the order of their numbers."""
+    """As `_across`, with x as categories, and their order by number."""
     long = _across(long, x)
     numbers = sorted(long[x].unique(), reverse=largest_first)
     return long.assign(**{x: long[x].map("{:g}".format)}), {x: [f"{value:g}" for value in numbers]}
@@ -236,8 +215,8 @@ def _hover(long: pd.DataFrame) -> list[str]:
     return [name for name in names if name in long]
 
 
-def _add_seeds(figure: go.Figure, seeds: Layers) -> None:
-    for layer in np.atleast_1d(np.array(seeds)).tolist():
+def _add_seeds(figure: go.Figure, seeds: Iterable[int]) -> None:
+    for layer in seeds:
         figure.add_vline(x=layer, line={"color": INK, "width": 1.5, "dash": "dot"})
 
 

@@ -30,15 +30,10 @@ class Judge(Protocol):
 def score_texts(
     texts: "pd.DataFrame", judges: Mapping[str, Judge], suppress: bool = False
 ) -> "pd.DataFrame":
-    """Texts with their scores: `behavioral`, `coherence`, `score`.
+    """Texts of `sweep` with scores by the judge of their theme: `behavioral`, `coherence`, `score`.
 
     The score of a text is B · C, or (1 - B) · C where the theme is to be suppressed (paper 5.3, B;
     CHOICES 22); missing where the judge gave none (CHOICES 23).
-
-    Args:
-        texts: As `sweep` gives.
-        judges: The judge of each theme.
-        suppress: Whether the theme is to be suppressed.
 
     Raises:
         ValueError: If a theme has no judge, or a judge gives scores outside 0 to 1.
@@ -71,11 +66,6 @@ def cell_means(
     The product is taken text by text, before the mean (CHOICES 22). The same samples are drawn for
     all cells, as they share their random streams.
 
-    Args:
-        scores: As `score_texts` gives.
-        by: Columns that tell cells apart.
-        seed: Of the resamples.
-
     Returns:
         `by`, `n` (texts with scores), `missing` (texts without), and `behavioral`, `coherence` and
         `score`, each with `_low` and `_high`.
@@ -102,12 +92,11 @@ def paired_differences(
 ) -> "pd.DataFrame":
     """By how much each cell scores above a baseline, sample by sample.
 
-    Steered and unsteered text of one sample share a random stream: these intervals are narrower
-    than those of two means apart.
+    Both share the random stream of the sample: the intervals are narrower than those of two means.
 
     Args:
         scores: As `score_texts` gives.
-        baseline: The strategy that is the baseline.
+        baseline: A strategy.
         on: What a text and its baseline have in common, beside the sample.
         by: Columns that tell cells apart.
         seed: Of the resamples.
@@ -133,10 +122,7 @@ def paired_differences(
 def with_costs(
     means: "pd.DataFrame", suite: "Suite", cells: Sequence[SweepCell], texts: Sequence[str]
 ) -> "pd.DataFrame":
-    """Means with `norm` and `kl` of each cell on given texts, as `side_effects` gives.
-
-    A cell with a prompt of its own and no edit has neither.
-    """
+    """Means with `norm` and `kl` of each cell by `side_effects`; missing for prompting."""
     plans = {str(number): cell.plan for number, cell in enumerate(cells)}
     costs = side_effects(suite, plans, texts)[["norm", "kl"]]
     costs[[cell.plan is None and cell.prompt is not None for cell in cells]] = np.nan
@@ -145,15 +131,9 @@ def with_costs(
 
 
 def beside_unsteered(steered: "pd.DataFrame", scores: "pd.DataFrame", kind: str) -> "pd.DataFrame":
-    """Rows of scored texts as `steered`, with the `unsteered` text of their theme and sample.
+    """Rows of `scores` as `steered`, with the `unsteered` text of their theme and sample.
 
-    Args:
-        steered: Rows of `scores`.
-        scores: As `score_texts` gives, with unsteered cells.
-        kind: What the rows are, in words; a column.
-
-    Raises:
-        ValueError: If a row has no unsteered text.
+    The column `kind` says what the rows are. A row without an unsteered text is a ValueError.
     """
     plain = scores[scores["strategy"] == UNSTEERED].drop_duplicates(["theme", "sample"])
     plain = plain.set_index(["theme", "sample"])["text"].rename("unsteered")
@@ -175,11 +155,9 @@ def select_cells(cells: Sequence[SweepCell], best: "pd.DataFrame") -> list[Sweep
 
 
 def selection_bias(reported: "pd.DataFrame", strategies: Iterable[str]) -> float:
-    """By how much chosen cells score lower on other samples, beyond what unsteered text does.
+    """By how much the strategies' cells score below `chosen_on`, beyond what unsteered text does.
 
-    Args:
-        reported: Means with `chosen_on`, the score that each was chosen by.
-        strategies: Those of which the best cells were chosen.
+    `chosen_on` is the score by which each was chosen as the best, on other samples.
     """
     fall = (reported["chosen_on"] - reported["score"]).groupby(reported["strategy"]).mean()
     return float(fall[fall.index.isin(list(strategies))].mean() - fall[UNSTEERED])
@@ -188,12 +166,9 @@ def selection_bias(reported: "pd.DataFrame", strategies: Iterable[str]) -> float
 def verdicts(
     means: "pd.DataFrame", best: Sequence[SweepCell], rivals: Sequence[str]
 ) -> "pd.DataFrame":
-    """Whether the whole interval of each theme's best strategy lies above or below each rival's.
+    """Whether the interval of each theme's best cell is `above` or `below` each rival's.
 
-    Args:
-        means: One row a `theme` and `strategy`, with intervals of `score`.
-        best: The best cell of each theme.
-        rivals: Strategies; each becomes a column of `above`, `below` or `no difference`.
+    `means` has one row a `theme` and `strategy`; each rival, a strategy, becomes a column.
     """
     import pandas as pd
 

@@ -31,11 +31,6 @@ def row_edits(
 ) -> list[Edit]:
     """Several plans as edits of one batch: `n_rows` rows for the first, as many for the next.
 
-    Args:
-        suite: Of the plans.
-        plans: Plans, or vectors to be added; None for rows without edits.
-        n_rows: Rows of a plan.
-
     Raises:
         ValueError: If a plan is of another suite, or a strength or vector is not finite.
     """
@@ -82,7 +77,7 @@ def steer(
     """Texts of several plans, many samples of each in one batch (paper B.1, B.2).
 
     Sample i has the same random stream under every plan, so that steered and unsteered text can be
-    laid side by side. It does not depend on what else is in the batch.
+    laid side by side. What else is in the batch makes no difference.
 
     Args:
         suite: Of the plans.
@@ -90,8 +85,8 @@ def steer(
         prompt: What the texts go on from, taken literally (CHOICES 24).
         samples: Texts of each plan, or the numbers of the samples that are wanted.
         max_new_tokens: Tokens of each text.
-        temperature: The paper's is 1.27.
-        top_p: The paper's is 0.7.
+        temperature: As in the paper, like `top_p`.
+        top_p: The mass of the nucleus.
         seed: Decides the texts.
         phases: Where plans act, as in `generation.sample_tokens` (CHOICES 20).
         skip_bos: Whether the first token is left as it is.

@@ -6,6 +6,7 @@ looks better than it is: choose it on some samples and report it on others (CHOI
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,23 +38,14 @@ CELL = ("theme", "strategy", "layer", "strength")
 
 @dataclass(frozen=True)
 class SweepCell:
-    """One way to steer.
+    """One way to steer: a strategy by its name, a layer (or the last of several), a strength."""
 
-    Attributes:
-        theme: The theme; it decides the judge.
-        strategy: Its name, such as `single` or `unsteered`.
-        plan: A plan, vectors to be added, or None for no edit.
-        layer: The layer, or the last one.
-        strength: s, or r.
-        prompt: The prompt, if not that of the other cells.
-    """
-
-    theme: str
+    theme: str  # it decides the judge
     strategy: str = UNSTEERED
-    plan: Plan | SteeringVectors | None = None
+    plan: Plan | SteeringVectors | None = None  # vectors are added; None is no edit
     layer: int | None = None
-    strength: float | None = None
-    prompt: str | None = None
+    strength: float | None = None  # s, or r
+    prompt: str | None = None  # if not that of the other cells
 
 
 def sweep(
@@ -84,43 +76,43 @@ def sweep(
 
     Raises:
         ValueError: If there is no cell or sample, or a prompt or plan does not fit the suite.
-        FloatingPointError: As `steer`; it names theme, strategy, layer and strength.
+        FloatingPointError: As `steer`; it names the cell.
     """
     import pandas as pd
 
     numbers = [int(number) for number in samples]
     if not cells or not numbers:
-        raise ValueError(
-            f"{len(cells)} cells of {len(numbers)} samples: expected 1 or more of each"
-        )
+        raise ValueError(f"{len(cells)} cells, {len(numbers)} samples: expected 1 or more of each")
     common = {"model": suite.model.fingerprint, "samples": numbers, "seed": seed} | settings
     if "phases" in settings:
         common["phases"] = sorted(settings["phases"])
     keys = [key_of(common | _plan_key(suite, cell, cell.prompt or prompt)) for cell in cells]
     texts = DiskCache(cache).get(set(keys)) if cache else {}
-    missing = {key: cell for key, cell in zip(keys, cells, strict=True) if key not in texts}
+    missing: dict[str, dict[str, SweepCell]] = {}
+    for key, cell in zip(keys, cells, strict=True):
+        if key not in texts:
+            missing.setdefault(cell.prompt or prompt, {})[key] = cell
     cells_per_batch = max(1, batch_size // len(numbers))
-    batches = []
-    for start in dict.fromkeys(cell.prompt or prompt for cell in missing.values()):
-        of_prompt = [key for key, cell in missing.items() if (cell.prompt or prompt) == start]
-        pieces = range(0, len(of_prompt), cells_per_batch)
-        batches += [(start, of_prompt[i : i + cells_per_batch]) for i in pieces]
+    batches = [
+        (start, list(new)[i : i + cells_per_batch])
+        for start, new in missing.items()
+        for i in range(0, len(new), cells_per_batch)
+    ]
     for start, batch in progress(batches, "sweep"):
-        plans = {_name(missing[key], key): missing[key].plan for key in batch}
-        table = steer(
+        plans = {_name(missing[start][key], key): missing[start][key].plan for key in batch}
+        written = steer(
             suite, plans, start, numbers, seed=seed, batch_size=batch_size, show_progress=False,
             **settings,
         )  # fmt: skip
-        new = dict(
-            zip(batch, table["text"].to_numpy().reshape(len(batch), -1).tolist(), strict=True)
-        )
+        rows = written["text"].to_numpy().reshape(len(batch), -1).tolist()
+        new = dict(zip(batch, rows, strict=True))
         if cache:
             DiskCache(cache).put(new)
         texts |= new
     rows = [(i, *(getattr(cell, name) for name in CELL)) for i, cell in enumerate(cells)]
-    rows = [row for row in rows for _ in numbers]
     table = pd.DataFrame(rows, columns=["cell", *CELL]).astype({"layer": float, "strength": float})
-    return table.assign(sample=numbers * len(cells), text=[t for key in keys for t in texts[key]])
+    table = table.assign(sample=[numbers] * len(cells), text=[texts[key] for key in keys])
+    return table.explode(["sample", "text"], ignore_index=True).astype({"sample": int})
 
 
 def _name(cell: SweepCell, key: str) -> str:
@@ -149,15 +141,11 @@ def strategy_cells(
     strengths: Iterable[float],
     plan_of: Callable[[str, int, float], Plan | SteeringVectors | None],
 ) -> list[SweepCell]:
-    """The cells of every strategy, layer and strength (s or r).
-
-    `plan_of` gives the plan of these three, or None where there is no feature: no cell then.
-    """
-    layers, strengths = list(layers), list(strengths)
-    grid = [(name, layer, s) for name in strategies for layer in layers for s in strengths]
-    plans = [(place, plan_of(*place)) for place in grid]
+    """The cells of every strategy, layer and strength (s or r) for which `plan_of` gives a plan."""
     return [
-        SweepCell(theme, name, plan, layer, float(s)) for (name, layer, s), plan in plans if plan
+        SweepCell(theme, strategy, plan, layer, float(strength))
+        for strategy, layer, strength in product(strategies, layers, strengths)
+        if (plan := plan_of(strategy, layer, strength))
     ]
 
 
@@ -169,13 +157,7 @@ def graph_cells(
     strengths: Iterable[float],
     layers: Sequence[int] | None = None,
 ) -> list[SweepCell]:
-    """The cells of plans that add the features of a graph.
-
-    They end at `layers`, or at three of the graph's layers after the first, evenly apart.
-
-    Raises:
-        ValueError: If the graph has no feature at the layers.
-    """
+    """Cells that add a graph's features up to `layers`, or three of its layers after the first."""
     of_graph = sorted(graph.nodes["layer"].unique())
     places = np.linspace(0, len(of_graph) - 1, 4).round().astype(int)[1:]
     ends = layers or sorted({int(of_graph[place]) for place in places})
@@ -189,12 +171,7 @@ def graph_cells(
 
 
 def vector_cells(
-    suite: "Suite",
-    theme: str,
-    site: Site,
-    vector: Tensor,
-    feature: str,
-    strengths: Iterable[float],
+    suite: "Suite", theme: str, site: Site, vector: Tensor, feature: str, strengths: Iterable[float]
 ) -> list[SweepCell]:
     """A vector as steering vector, with the norms of a feature at the strengths."""
     cells = []
@@ -206,12 +183,9 @@ def vector_cells(
 
 
 def random_cells(
-    suite: "Suite",
-    cell: SweepCell,
-    activations: "FeatureActivations",
-    seeds: Iterable[int],
+    suite: "Suite", cell: SweepCell, activations: "FeatureActivations", seeds: Iterable[int],
     texts: Sequence[str] = (),
-) -> list[SweepCell]:
+) -> list[SweepCell]:  # fmt: skip
     """A cell for each seed, with random features in place of a cell's own (CHOICES 37).
 
     With texts each comes a second time, scaled to the norm of the cell's own plan on these.
@@ -230,13 +204,9 @@ def random_cells(
 
 
 def equal_norm_cells(suite: "Suite", cells: Sequence[SweepCell], measure: str) -> list[SweepCell]:
-    """The cells that add something, scaled to the total norm of their theme's `measure` cell.
+    """Cells scaled to the total norm Σ‖Δh‖ of the cell of their theme with the strategy `measure`.
 
-    Args:
-        suite: Of the plans.
-        cells: One for each theme and strategy.
-        measure: The strategy whose Σ‖Δh‖ all are to have: at the same s, a plan of many
-            layers changes more.
+    At the same s, a plan of many layers changes more. Cells without a plan are left out.
     """
     budget = {c.theme: total_norm(suite, c.plan) for c in cells if c.plan and c.strategy == measure}
     equal = []
@@ -244,5 +214,5 @@ def equal_norm_cells(suite: "Suite", cells: Sequence[SweepCell], measure: str) -
         if cell.plan is not None and cell.theme in budget:
             factor = budget[cell.theme] / total_norm(suite, cell.plan)
             plan, s = scale_plan(cell.plan, factor), (cell.strength or 0) * factor
-            equal.append(SweepCell(cell.theme, cell.strategy, plan, cell.layer, s))
+            equal.append(replace(cell, plan=plan, strength=s))
     return equal

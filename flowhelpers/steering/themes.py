@@ -17,48 +17,32 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-JUDGES = ("embedded", "endpoint")
-
-
 @dataclass(frozen=True)
 class Theme:
-    """A theme.
+    """A theme of texts."""
 
-    Attributes:
-        name: What it is called, and what a judge behind an endpoint is told.
-        subject: The subject of the package's passages that is nearest to it, which the embedded
-            judge looks for.
-        letter: The subject of the paper's prompt for suppression that it is; empty for none.
-    """
-
-    name: str
-    subject: str
-    letter: str = ""
+    name: str  # what a judge behind an endpoint is told
+    subject: str  # that of the package's passages, which the embedded judge looks for
+    letter: str = ""  # that of the subject in the paper's prompt for suppression
 
 
-PAPER = {
-    theme.name: theme
-    for theme in (
-        Theme("Anger", "anger"),
-        Theme("Mental health", "illness"),
-        Theme("Wedding", "weddings"),
-        Theme("Religion", "religion"),
-        Theme("Scientific concepts and entities", "particle_physics", "b"),
-        Theme("Research methodology and experimentation", "experiments", "c"),
-    )
-}
+_THEMES = (
+    Theme("Anger", "anger"),
+    Theme("Mental health", "illness"),
+    Theme("Wedding", "weddings"),
+    Theme("Religion", "religion"),
+    Theme("Scientific concepts and entities", "particle_physics", "b"),
+    Theme("Research methodology and experimentation", "experiments", "c"),
+)
+PAPER = {theme.name: theme for theme in _THEMES}
 
 
 def theme_of(name: str) -> Theme:
-    """One of the paper's themes, or a subject of the package's passages as a theme.
-
-    Raises:
-        ValueError: If there is neither; the message names the nearest.
-    """
+    """One of the paper's themes, or a subject of the package's passages; else a ValueError."""
     if name in PAPER:
         return PAPER[name]
     check_choice("theme", name, [*subjects(), *PAPER])
-    letters = {theme.subject: theme.letter for theme in PAPER.values() if theme.letter}
+    letters = {theme.subject: theme.letter for theme in _THEMES}
     return Theme(name, name, letters.get(name, ""))
 
 
@@ -71,28 +55,21 @@ def judge_of(
     seed: int = 0,
     **endpoint: Any,
 ) -> EmbeddedJudge | EndpointJudge:
-    """The judge of a theme.
+    """The judge of a theme: `embedded`, or `endpoint` for a language model behind an endpoint.
 
-    Args:
-        theme: The theme.
-        model: The unsteered model, by whose likelihood the embedded judge measures coherence.
-        kind: `embedded`, or `endpoint` for a language model behind an OpenAI-compatible endpoint.
-        task: What the endpoint is asked about.
-        seed: Of the embedded judge.
-        endpoint: As of `endpoint_judge`: `model`, `base_url` and so on.
+    The embedded judge needs the unsteered model and a seed. The endpoint judge needs the task, and
+    takes `model`, `base_url` and so on as `endpoint_judge`.
 
     Raises:
         ValueError: If the kind is unknown, or the paper's prompt for suppression does not ask for
             the theme; others as `endpoint_judge`.
     """
-    check_choice("judge", kind, JUDGES)
+    check_choice("judge", kind, ("embedded", "endpoint"))
     if kind == "embedded":
         return embedded_judge(model, theme.subject, seed)
     if task == "suppress" and not theme.letter:
-        asked = ", ".join(known.name for known in PAPER.values() if known.letter)
-        raise ValueError(
-            f"the paper's prompt for suppression does not ask for {theme.name}: {asked}"
-        )
+        asked = ", ".join(known.name for known in _THEMES if known.letter)
+        raise ValueError(f"the paper's prompt to suppress does not ask for {theme.name}: {asked}")
     subject = theme.letter if task == "suppress" else None
     return endpoint_judge(theme.name, task, subject=subject, **endpoint)
 
@@ -110,8 +87,8 @@ def theme_features(
     Args:
         activations: Of passages.
         of_passages: The subject of each passage.
-        theme: One of the subjects.
-        sites: The sites of the features; all that were read unless given.
+        theme: A subject.
+        sites: Of the features; all in `activations` unless given.
 
     Returns:
         One row a feature, best first: `feature`, `layer`, `module`, `auc` and `share` (as
@@ -137,10 +114,6 @@ def theme_features(
 
 
 def clearest_themes(features: "dict[str, pd.DataFrame]", n: int, best: int = 8) -> list[str]:
-    """The n themes that have the feature most their own.
-
-    By the largest share of a feature's activation that is on the theme, of the `best` features that
-    tell the theme best, on the half of the passages that these were not chosen on.
-    """
+    """The n themes with the largest `share_other` of one of their `best` features by AUC."""
     share = {theme: table["share_other"].head(best).max() for theme, table in features.items()}
     return sorted(share, key=lambda theme: -share[theme])[:n]

@@ -24,12 +24,7 @@ COLUMNS = ["output_score", "confidence_change"]
 
 
 def by_hand(
-    suite: Suite,
-    plain: Gemma3ForCausalLM,
-    name: str,
-    prompt: str = PROMPT,
-    factor: float = 10.0,
-    top: int = 20,
+    suite: Suite, plain: Gemma3ForCausalLM, name: str, prompt: str = PROMPT
 ) -> tuple[float, float, str, int]:
     """Score, change, token and its rank, of one feature, from passes over the whole prompt."""
     feature = parse_feature(name)
@@ -38,14 +33,14 @@ def by_hand(
     clean, read = run_model(suite.model, ids, [sae.input_site])
     greatest = float(sae.encode(read[sae.input_site][0, 1:]).max())
     row = sae.lens_sae.W_dec.detach()[feature.index]
-    push = add(sae.input_site, row, factor * greatest, positions=[ids.shape[1] - 1])
+    push = add(sae.input_site, row, 10 * greatest, positions=[ids.shape[1] - 1])
     steered, _ = run_model(suite.model, ids, edits=[push])
     assert clean is not None
     assert steered is not None
     before, after = (logits[0, -1].double().softmax(-1) for logits in (clean, steered))
     with torch.no_grad():
         lens = plain.lm_head(plain.model.norm(sae.directions[feature.index]))
-    written = lens.argsort(descending=True)[:top]
+    written = lens.argsort(descending=True)[:20]
     token = int(written[after[written].argmax()])
     rank = after.argsort(descending=True).tolist().index(token)
     score = (1 - rank / len(after)) * float(after[token])
@@ -60,13 +55,14 @@ def check(table: pd.DataFrame, rows: list[tuple[float, float, str, int]]) -> Non
     assert table["token"].tolist() == list(tokens)
 
 
+@pytest.mark.parametrize("prompt", [PROMPT, "The rivers rose and the cat"])
 def test_effects_are_those_of_whole_passes_one_feature_at_a_time(
-    planted: Suite, plain_toy: Gemma3ForCausalLM
+    planted: Suite, plain_toy: Gemma3ForCausalLM, prompt: str
 ):
-    table = output_scores(planted, FEATURES, PROMPT)
+    table = output_scores(planted, FEATURES, prompt)
     assert list(table.columns) == ["feature", *COLUMNS, "token"]
     assert table["feature"].tolist() == FEATURES
-    rows = [by_hand(planted, plain_toy, name) for name in FEATURES]
+    rows = [by_hand(planted, plain_toy, name, prompt) for name in FEATURES]
     check(table, rows)
     assert any(rank > 0 for *_, rank in rows)  # else the formula was not put to the test
     # BOS is no part of the prompt: at this site nothing is more active than it.
@@ -75,12 +71,6 @@ def test_effects_are_those_of_whole_passes_one_feature_at_a_time(
         run_model(planted.model, ids, [Site(1, "mlp")])[1][Site(1, "mlp")][0]
     )
     assert codes[0].max() > codes[1:].max()
-
-
-def test_the_prompt_is_the_one_asked_for(planted: Suite, plain_toy: Gemma3ForCausalLM):
-    other = "The rivers rose and the cat"
-    rows = [by_hand(planted, plain_toy, name, other) for name in FEATURES]
-    check(output_scores(planted, FEATURES, other), rows)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -93,9 +83,7 @@ def test_batches_of_any_size_give_the_same(planted: Suite, batch_size: int):
 
 def test_no_feature_is_listed_twice(planted: Suite):
     names = ["1/res/3", FeatureId(0, "mlp", 2), " 1/res/3", FeatureId(1, "res", 3), "0/mlp/2"]
-    table = output_scores(planted, iter(names), PROMPT)
-    assert table["feature"].tolist() == ["1/res/3", "0/mlp/2"]
-    assert table.equals(output_scores(planted, ["1/res/3", "0/mlp/2"], PROMPT))
+    assert output_scores(planted, iter(names))["feature"].tolist() == ["1/res/3", "0/mlp/2"]
 
 
 def test_a_sae_at_z_is_turned_up_before_w_o(

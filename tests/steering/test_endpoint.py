@@ -49,11 +49,7 @@ UNREADABLE = [
     '{"coherence": 4, "behavioral": 3, "more": 1}',
     '{"coherence": 4, "behavioral": [3, 3, 3]}',
 ]
-TRANSPORT = [
-    Fault(status=429, headers={"Retry-After": "0.05"}),
-    Fault(status=500),
-    Fault(cut=True),
-]
+TRANSPORT = [Fault(status=429, headers={"Retry-After": "0.05"}), Fault(status=500), Fault(cut=True)]
 
 
 @pytest.fixture
@@ -164,19 +160,12 @@ def test_an_empty_text_has_0_unasked_and_equal_texts_are_asked_about_once(
     make: Callable[..., EndpointJudge], server: JudgeServer
 ):
     judge = make()
-    frame = judge.judge(["Twice.", "", "Once.", " \n\t", "Twice."])
+    frame = judge.judge(["Twice.", "", "Once.", " \n\t", "Twice.", "half \ud83d a character"])
     rows = expected(["Twice.", "Once.", "Twice."])
-    assert values(frame) == [rows[0], [0, 0], rows[1], [0, 0], rows[2]]
+    assert values(frame)[:5] == [rows[0], [0, 0], rows[1], [0, 0], rows[2]]
+    assert np.isnan(values(frame)[5]).all()  # it cannot be sent
     assert sorted(server.asked()) == ["Once.", "Twice."]
     assert judge.judge([]).dtypes.equals(frame.dtypes)
-
-
-def test_a_text_that_cannot_be_sent_is_missing_and_the_rest_is_not(
-    make: Callable[..., EndpointJudge], server: JudgeServer
-):
-    frame = make().judge(["half \ud83d a character", *some(3)])
-    assert frame["behavioral"].isna().tolist() == [True, False, False, False]
-    assert values(frame)[1:] == expected(some(3))
 
 
 @pytest.mark.parametrize("reply", [f"```json\n{GOOD}\n```", f"\n {GOOD}\n"])
@@ -329,10 +318,8 @@ def test_the_key_and_the_address_may_come_from_the_environment(
     endpoint_judge("space")  # a server that needs none
     with pytest.raises(openai.OpenAIError, match="OPENAI_API_KEY"):
         endpoint_judge("space", base_url="https://api.openai.com/v1")
-    assert (
-        "secret"
-        not in endpoint_judge("space", base_url=server.url.replace("//", "//secret:secret@")).about
-    )
+    with_password = server.url.replace("//", "//secret:secret@")
+    assert "secret" not in endpoint_judge("space", base_url=with_password).about
 
 
 @pytest.mark.parametrize(

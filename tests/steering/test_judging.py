@@ -20,6 +20,17 @@ from flowhelpers.steering.judge_embedded import (
 from flowhelpers.suites.load import load_suite
 from flowhelpers.suites.model import Model, logits_of, tokenize
 
+# None of these is in the package.
+OWN = {
+    "space": "A comet crossed the sky; through the telescope the moons of Saturn were seen.",
+    "cooking": "She stirred the soup, added salt and butter, and put the bread into the oven.",
+    "war": "The soldiers loaded their rifles while the enemy artillery shelled the trenches.",
+    "illness": "The doctor felt his pulse; the fever was high, the patient coughed all night.",
+    "sea": "The sailors hauled the sails, and the ship rolled in the waves off the harbour.",
+    "school": "The teacher wrote the sum on the blackboard, and the pupils copied the lesson.",
+    "weddings": "The bride walked up the aisle, and the groom put the ring on her finger.",
+}
+
 
 @pytest.fixture(scope="module")
 def model() -> Model:
@@ -44,18 +55,10 @@ def test_fluent_texts_stand_above_scrambled_ones(judge: EmbeddedJudge) -> None:
 
 
 def test_texts_of_the_theme_stand_above_others(model: Model, judge: EmbeddedJudge) -> None:
-    # None of these is in the package.
-    others = {
-        "space": "A comet crossed the sky; through the telescope the moons of Saturn were seen.",
-        "cooking": "She stirred the soup, added salt and butter, and put the bread into the oven.",
-        "war": "The soldiers loaded their rifles while the enemy artillery shelled the trenches.",
-        "illness": "The doctor felt his pulse; the fever was high, the patient coughed all night.",
-        "sea": "The sailors hauled the sails, and the ship rolled in the waves off the harbour.",
-    }
-    texts = list(others.values())
-    for theme in others:
+    texts = list(OWN.values())
+    for theme, text in OWN.items():
         scores = embedded_judge(model, theme).judge(texts)["behavioral"]
-        assert texts[int(scores.argmax())] == others[theme]
+        assert texts[int(scores.argmax())] == text
         assert scores.max() > 2 * scores.drop(scores.argmax()).max()
 
 
@@ -106,102 +109,6 @@ def test_an_unknown_theme_names_the_nearest(model: Model) -> None:
         theme_stems("weding")
 
 
-# Two short texts on each theme, written for this test: nothing like them is in the package.
-OWN = {
-    "animals": [
-        "The fox crept past the sleeping hens, its tail low, while an owl watched from the barn"
-        " and mice hid in the straw.",
-        "A herd of deer grazed by the forest, and the young bear followed its mother down to the"
-        " stream to catch salmon.",
-    ],
-    "cooking": [
-        "Chop the onions, fry them in butter until golden, add garlic and tomatoes, and let the"
-        " sauce simmer with a pinch of salt.",
-        "He kneaded the dough, left it to rise, brushed it with egg and baked two loaves of bread"
-        " in the hot oven.",
-    ],
-    "geometry": [
-        "Draw a circle through the three corners of the triangle; its centre lies where the lines"
-        " that halve the sides at right angles meet.",
-        "The diagonals of a square are equal in length, cross at right angles, and cut it into"
-        " four triangles of the same area.",
-    ],
-    "illness": [
-        "The nurse took her temperature, the doctor listened to her lungs and gave her medicine"
-        " against the fever and the cough.",
-        "After the operation the patient lay pale in the hospital bed, weak from pain, and the"
-        " wound was slow to heal.",
-    ],
-    "money": [
-        "He owed the bank more than he earned, so he sold the shop to pay his debts and the"
-        " interest on the loan.",
-        "She counted the coins twice, put the notes into her purse, and saved half her wages for"
-        " the rent and taxes.",
-    ],
-    "plants": [
-        "The seeds sprouted in the damp soil; soon green leaves opened to the light, and roots"
-        " reached down for water.",
-        "Roses and lilies bloomed along the garden wall, and bees carried pollen from one flower"
-        " to the petals of the next.",
-    ],
-    "religion": [
-        "The priest knelt before the altar, and the people bowed their heads in prayer and sang a"
-        " hymn to God.",
-        "Pilgrims came to the holy temple to pray, light candles, and hear the monk read from the"
-        " sacred book of their faith.",
-    ],
-    "school": [
-        "The teacher wrote the sum on the blackboard, and the pupils bent over their desks and"
-        " copied it into their exercise books.",
-        "After the lesson the bell rang, the class ran out to play, and the headmaster marked the"
-        " examination papers.",
-    ],
-    "sea": [
-        "The captain steered the ship away from the rocks as waves broke over the deck and the"
-        " sailors lowered the sails.",
-        "At low tide the fishermen dragged their boats down the beach and rowed out to pull in"
-        " the nets before the harbour froze.",
-    ],
-    "space": [
-        "The astronomer turned her telescope to Jupiter and counted its moons, four points of"
-        " light in orbit about the giant planet.",
-        "A dying star swells, sheds its gas into a glowing cloud, and collapses under its own"
-        " gravity far across the galaxy.",
-    ],
-    "war": [
-        "The general sent his troops across the river at dawn, but the enemy guns opened fire and"
-        " many soldiers fell in battle.",
-        "The regiment dug trenches, loaded their rifles, and waited for the attack while shells"
-        " burst over the ruined village.",
-    ],
-    "weather": [
-        "Dark clouds rolled in from the west, thunder followed the lightning, and the rain poured"
-        " down until the storm had passed.",
-        "A cold wind blew all morning; the fog lifted, frost melted in the sunshine, and by evening"
-        " it began to snow.",
-    ],
-    "weddings": [
-        "The bride walked up the aisle in a white dress, the groom put the ring on her finger, and"
-        " the guests threw flowers.",
-        "At the wedding feast the bridesmaids danced, the best man gave a toast, and the married"
-        " couple cut the cake.",
-    ],
-}
-
-
-def test_short_texts_are_ranked_by_their_theme(model: Model) -> None:
-    texts = [text for both in OWN.values() for text in both]
-    assert all(15 <= len(text.split()) <= 27 for text in texts)
-    of = np.repeat(list(OWN), 2)
-    right = {}
-    for theme in OWN:
-        scores = embedded_judge(model, theme).judge(texts)["behavioral"].to_numpy()
-        right[theme] = (scores[of == theme][:, None] > scores[of != theme]).mean()
-    assert len(right) >= 10
-    assert np.mean(list(right.values())) >= 0.95, right
-    assert min(right.values()) >= 0.85, right
-
-
 def test_a_looping_text_is_not_coherent_though_it_is_likely(
     model: Model, judge: EmbeddedJudge
 ) -> None:
@@ -211,7 +118,7 @@ def test_a_looping_text_is_not_coherent_though_it_is_likely(
         "It was the first time that " * 6,
         "stars, stars, stars, " * 8,
     ]
-    fluent = [text for both in OWN.values() for text in both]
+    fluent = list(OWN.values())
     assert mean_losses(model, loops).max() < mean_losses(model, fluent).mean() - 1
     assert mean_losses(model, loops).max() < judge.human  # the loss alone would call it human
     assert judge.judge(loops)["coherence"].max() < 0.15
@@ -254,8 +161,6 @@ def test_different_tokens_are_counted_in_pieces(model: Model) -> None:
     found = distinct_tokens(model, list(expected))
     assert found.tolist() == pytest.approx(list(expected.values()))
     assert distinct_tokens(model, [cat * 12], width=5).tolist() == pytest.approx([0.3])
-    pair = distinct_tokens(model, [(cat + moon) * 6], width=4)
-    assert pair.tolist() == pytest.approx([0.5])
 
 
 def test_the_stems_of_a_theme_are_words_that_anyone_would_name() -> None:
@@ -266,16 +171,11 @@ def test_the_stems_of_a_theme_are_words_that_anyone_would_name() -> None:
         "war": {"soldier", "gun", "enemi"},
         "geometry": {"triangl", "circl", "angl"},
     }
-    first: dict[str, list[str]] = {}
+    first = {theme: set(theme_stems(theme)) for theme in named}
+    assert {len(some) for some in first.values()} == {100}
     for theme, words in named.items():
-        first[theme] = theme_stems(theme)
-        assert len(first[theme]) == len(set(first[theme])) == 100
-        assert words <= set(first[theme]), words - set(first[theme])
-        assert theme_stems(theme, 7) == first[theme][:7]
-        assert theme_stems(theme) == first[theme]
-    for theme, words in named.items():
-        for other in named.keys() - {theme}:
-            assert not words & set(first[other])
+        assert words <= first[theme], words - first[theme]
+        assert not any(words & first[other] for other in named.keys() - {theme})
 
 
 def test_stems_are_ranked_by_their_log_odds_by_hand() -> None:

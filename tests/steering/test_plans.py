@@ -63,11 +63,7 @@ def theta(suite: Suite, name: str) -> float:
         # 8 · exp(-0.05 · 3), · 5, · 7, worked out by hand
         ("exponential", {}, {3: 6.885663811400462, 5: 6.230406264571239, 7: 5.637504718973491}),
         # from the span's start at layer 2
-        (
-            "exponential",
-            {"origin": "span"},
-            {3: 7.609835396005712, 5: 6.885663811400462, 7: 6.230406264571239},
-        ),
+        ("exponential", {"origin": "span"}, {3: 7.6098353960, 5: 6.8856638114, 7: 6.2304062646}),
         ("exponential", {"alpha": -0.25}, {3: 3.7789324219, 5: 2.2920383749, 7: 1.3901915476}),
         # from (2, 8) to (9, 1): one less at each layer
         ("linear", {}, {3: 7, 5: 5, 7: 3}),
@@ -81,12 +77,10 @@ def test_schedules_are_those_of_the_paper(
     assert found == pytest.approx(expected)
 
 
-def test_a_linear_schedule_of_one_layer_is_the_strength():
+def test_a_schedule_of_one_layer_or_of_nonsense():
     assert schedule(8.0, [4], (4, 4), "linear") == {4: 8.0}
     with pytest.raises(ValueError, match="unknown strategy 'expnential'; did you mean 'expon"):
         schedule(8.0, [4], (4, 4), "expnential")
-    with pytest.raises(ValueError, match="strength=nan"):
-        schedule(math.nan, [4], (4, 4))
 
 
 @pytest.mark.parametrize("unit", ["theta", "max", "unit"])
@@ -102,10 +96,7 @@ def test_what_is_added_is_the_formula_at_every_site_and_token(world: SimpleNames
         scale = {"theta": theta(suite, name), "max": maxima[name], "unit": 0.5}[unit]
         added[name] = 3 * math.exp(-0.5 * int(name[0])) * scale * row(suite, name)
     # The stream keeps what was added below; this model's layers answer nothing.
-    expected = {
-        Site(0, "res"): added["0/res/2"],
-        Site(1, "mlp"): added["1/mlp/1"],
-    }
+    expected = {Site(0, "res"): added["0/res/2"], Site(1, "mlp"): added["1/mlp/1"]}
     expected[Site(1, "res")] = sum(v for n, v in added.items() if n[0] in "01")
     expected[Site(2, "res")] = sum(added.values())
     for site, step in expected.items():
@@ -203,11 +194,8 @@ def test_a_plan_survives_saving_and_loading(world: SimpleNamespace, tmp_path: Pa
     text = (tmp_path / "plan.yaml").read_text("utf-8")
     assert "feature: 1/mlp/1" in text
     assert "Größe" in text
-
-
-def test_a_plan_by_hand_that_rescales_needs_no_scale(tmp_path: Path):
     text = "suite: a\nkind: rescale\nunit: activation\nsteps: [{feature: 1/res/2, strength: -2}]"
-    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")  # by hand
     expected = Plan("a", "rescale", "activation", (Step("1/res/2", -2),))
     assert load_plan(tmp_path / "plan.yaml") == expected
 
@@ -296,32 +284,6 @@ def test_vectors_steer_as_the_plan_that_adds_them(planted: Suite):
     assert list(texts) == list(plans)
     assert texts["push"] == texts["plan"]
     assert len({tuple(some) for some in texts.values()}) == 3
-    alone = steer(planted, {"push": push}, PROMPT, samples=4, max_new_tokens=8, seed=1)
-    assert alone["text"].tolist() == texts["push"]
-    ids = torch.arange(60, 72).expand(6, -1)
-    mixed = [push, None, plan]
-    _, read = run_model(
-        planted.model, ids, [Site(1, "res"), Site(2, "res")], row_edits(planted, mixed, 2)
-    )
-    for values in read.values():
-        assert torch.allclose(values[:2], values[4:], atol=1e-6)
-        assert not torch.allclose(values[:2], values[2:4], atol=1e-2)
-
-
-def test_samples_may_be_named_by_their_numbers(planted: Suite):
-    plans = {"none": None, "push": make_plan(planted, ["1/res/3"], 9.0, unit="unit")}
-    whole = steer(planted, plans, PROMPT, samples=6, max_new_tokens=8, seed=2)
-    some = steer(planted, plans, PROMPT, samples=[5, 3], max_new_tokens=8, seed=2)
-    assert some["plan"].tolist() == ["none", "none", "push", "push"]
-    assert some["sample"].tolist() == [5, 3, 5, 3]
-    both = whole.set_index(["plan", "sample"])["text"]
-    expected = [both[name, number] for name in plans for number in (5, 3)]
-    assert some["text"].tolist() == expected
-    assert len(set(whole["text"])) == len(whole)  # else any other would do
-    apart = steer(planted, plans, PROMPT, range(2, 6), max_new_tokens=8, seed=2, batch_size=3)
-    assert apart["text"].tolist() == whole.loc[whole["sample"] >= 2, "text"].tolist()
-    with pytest.raises(ValueError, match=r"2 plans and samples=\[\]: expected 1 or more of each"):
-        steer(planted, plans, PROMPT, samples=[])
 
 
 @pytest.mark.parametrize("kind", ["add", "rescale", "vectors"])
@@ -345,14 +307,13 @@ def test_a_plan_that_breaks_the_model_is_named(planted: Suite):
     [
         ({"features": []}, "no feature to steer: expected a graph or features"),
         ({"features": ["1/res/99"]}, "no feature 1/res/99 in adder"),
-        ({"features": FEATURES, "layer": 7, "strategy": "single"}, "layer 7: there are some at 0"),
+        (
+            {"features": FEATURES, "layer": 7, "strategy": "single"},
+            r"layer 7: there are some at \[0",
+        ),
         ({"features": FEATURES, "kind": "ad"}, "unknown kind 'ad'; did you mean 'add'"),
         ({"features": FEATURES, "unit": "thet"}, "unknown unit 'thet'; did you mean 'theta'"),
         ({"features": FEATURES, "unit": "max"}, r"the unit \(max\) of 0/res/2 is nan"),
-        (
-            {"features": ["1/res/3"], "unit": "max", "max_activation": {"1/res/3": 0.0}},
-            r"the unit \(max\) of 1/res/3 is 0.0: expected a number above zero",
-        ),
         ({"features": FEATURES, "strength": math.inf}, "strength=inf"),
         ({"features": FEATURES, "kind": "rescale", "strategy": "linear"}, "r is the same at all"),
     ],
@@ -371,5 +332,6 @@ def test_a_plan_of_another_suite_is_refused(world: SimpleNamespace, planted: Sui
         plan_edits(planted, plan)
     with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
         steer(planted, {"one": plan}, PROMPT, samples=1)
-    with pytest.raises(ValueError, match="0 plans and samples=3: expected 1 or more of each"):
-        steer(planted, {}, PROMPT, samples=3)
+    for plans, samples in (({}, 3), ({"none": None}, [])):
+        with pytest.raises(ValueError, match=r"plans and samples=.*: expected 1 or more of"):
+            steer(planted, plans, PROMPT, samples=samples)

@@ -13,7 +13,6 @@ from flowhelpers.activations.corpora import subjects
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.flow.graph import flow_graph, keep_nodes
-from flowhelpers.labels.describe import auc
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering import themes
 from flowhelpers.steering.judge_embedded import EmbeddedJudge
@@ -89,17 +88,12 @@ def test_a_planted_feature_is_found_and_tried_on_the_other_half(read: FeatureAct
 
 def test_features_of_all_sites_stand_in_one_table(read: FeatureActivations):
     table = theme_features(read, OF, "space")
-    assert len(table) == 11
     assert table["feature"].tolist()[:4] == ["1/res/2", "1/res/4", "1/res/1", "0/mlp/2"]
     row = table.iloc[3]
-    assert (row["layer"], row["module"]) == (0, "mlp")
-    assert row["share"] == pytest.approx(4 / 6)
-    assert row["auc"] == pytest.approx(1 - 1 / 8)
-    assert row["auc_other"] == 0.5
-    sea = theme_features(read, OF, "sea", iter([OTHER, SITE]))
-    assert sea["feature"][0] == "0/mlp/1"
-    assert sea.loc[0, ["auc", "share", "auc_other", "share_other"]].tolist() == [1, 1, 1, 1]
-    assert (np.diff(table["auc"]) <= 0).all()
+    assert (len(table), row["layer"], row["module"]) == (11, 0, "mlp")
+    expected = [1 - 1 / 8, 4 / 6, 0.5]
+    assert row[["auc", "share", "auc_other"]].tolist() == pytest.approx(expected)
+    assert theme_features(read, OF, "sea", iter([OTHER, SITE]))["feature"][0] == "0/mlp/1"
 
 
 def test_the_half_for_choosing_has_no_part_in_the_other():
@@ -112,11 +106,6 @@ def test_the_half_for_choosing_has_no_part_in_the_other():
     table = theme_features(read, of, "space")
     assert table["auc"].head(8).mean() > 0.75
     assert table["auc_other"].head(40).mean() == pytest.approx(0.5, abs=0.05)
-    half = np.arange(48) // 2 % 2 == 1
-    means = codes.reshape(48, 2, 400).mean(axis=1)[half]
-    other = auc(means, np.array(of)[half] == "space")
-    index = table["feature"].str.split("/").str[2].astype(int)
-    assert table["auc_other"].to_numpy() == pytest.approx(other[index])
 
 
 def test_a_theme_that_no_passage_is_on_is_an_error(read: FeatureActivations):
