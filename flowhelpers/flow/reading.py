@@ -66,17 +66,3 @@ def in_words(graph: FlowGraph) -> str:
         f"{above} of {len(steps)} steps of the chain are above chance; after layer 0: {classes};"
         f" a module lies nearer than the stream at {', '.join(turned) or 'no layer'}"
     )
-
-
-def funnels(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The residual features that are best matches back, by how many features name them.
-
-    Returns:
-        `source_layer`, `source`, `features` (their number), `score` (their mean) and `above`, how
-        many of them match it above chance; the largest first.
-    """
-    best = table[(table["direction"] == "backward") & (table["module"] == "res")]
-    best = best[(best["rank"] == 1) & (best["source"] >= 0)]
-    sources = best.assign(high=best["score"] > best["null"]).groupby(["source_layer", "source"])
-    found = sources.agg(features=("high", "size"), score=("score", "mean"), above=("high", "sum"))
-    return found.sort_values(["features", "score"], ascending=False).reset_index()

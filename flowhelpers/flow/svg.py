@@ -6,8 +6,8 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from flowhelpers.core.figures import GREY, INK, MARGIN, NAMES
-from flowhelpers.flow.layout import CLASS_COLOURS, flow_layout
+from flowhelpers.core.figures import CLASS_COLOURS, GREY, INK, MARGIN, NAMES
+from flowhelpers.flow.layout import flow_layout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,10 +13,10 @@ import torch
 import toys
 
 from flowhelpers.core.features import Site
-from flowhelpers.core.figures import COLOURS, GREY, INK, TEMPLATE
+from flowhelpers.core.figures import CLASS_COLOURS, COLOURS, GREY, INK, TEMPLATE
 from flowhelpers.flow.files import load_graph, save_graph
 from flowhelpers.flow.graph import FlowGraph, flow_graph, labelled
-from flowhelpers.flow.layout import CLASS_COLOURS, flow_layout
+from flowhelpers.flow.layout import flow_layout
 from flowhelpers.flow.plots import (
     before_after,
     births_and_deaths,
