@@ -91,20 +91,14 @@ def flow_graph(
     predecessors, which are not followed further. A seed at an MLP or attention leads to the
     residual features that it matches best, whose flow this is. Flows of several seeds share nodes.
 
-    The paper's B.2 has `t_res=0.5, t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
+    Neither the suite's model nor an encoder is loaded. The paper's B.2 has `t_res=0.5` and
+    `t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
 
     Args:
-        suite: Neither its model nor an encoder is loaded.
-        table: The suite's match table.
         t_res: Ends the chain where a step's score is below it; not at all unless given.
-        t_mlp: Leaves out MLP predecessors of a lower score.
-        t_att: Leaves out attention predecessors of a lower score.
+        t_mlp: Leaves out MLP predecessors of a lower score, as `t_att` those in attention.
         top_n: Follows so many matches of each node instead of the best.
         thresholds: What the classes go by, as in `matching.classify`.
-
-    Raises:
-        ValueError: If a feature or the place of a threshold does not exist, a threshold is outside
-            [-1, 1], or the table is another suite's or lacks ranks or the layer of a seed.
 
     Example:
         >>> from flowhelpers import flow_graph, load_suite, match_table
@@ -125,18 +119,18 @@ def flow_graph(
     if (of := table["suite"].iloc[0]) != suite.name:
         raise ValueError(f"a match table of {of}: expected one of {suite.name}")
     names = [seeds] if isinstance(seeds, (str, FeatureId)) else seeds
-    seeds = list(dict.fromkeys(map(suite.feature, names)))
-    if not seeds:
+    named = list(dict.fromkeys(map(suite.feature, names)))
+    if not named:
         raise ValueError("no seed given: expected a feature, such as 12/res/4230")
-    for seed in seeds:
+    for seed in named:
         if seed.layer not in {*table["layer"], *table["source_layer"]}:
             raise ValueError(f"the match table has nothing at layer {seed.layer}, of {seed}")
 
     matches = table[(table["rank"] <= top_n) & (table["source"] >= 0) & (table["feature"] >= 0)]
     limit = matches["module"].astype(object).map(limits).astype(float)
     matches = matches[~(matches["score"] < limit)]  # where there is no limit, it is NaN
-    starts, from_seeds = {seed for seed in seeds if seed.module == "res"}, []
-    for seed in [seed for seed in seeds if seed.module != "res"]:
+    starts, from_seeds = {seed for seed in named if seed.module == "res"}, []
+    for seed in [seed for seed in named if seed.module != "res"]:
         rows = matches[(matches["direction"] == "forward") & (matches["module"] == seed.module)]
         rows = rows[(rows["layer"] == seed.layer) & (rows["source"] == seed.index)]
         starts |= {FeatureId(seed.layer, "res", index) for index in rows["feature"]}
@@ -153,15 +147,15 @@ def flow_graph(
     edges["target"] = edges["layer"].astype(str) + "/res/" + edges["feature"].astype(str)
     edges = edges.drop_duplicates(["source", "target"])  # what both sides chose is backward
     edges = pd.DataFrame(edges[EDGE_COLUMNS].to_dict("records"), columns=EDGE_COLUMNS)
-    nodes |= {*seeds, *map(parse_feature, edges["source"])}
+    nodes |= {*named, *map(parse_feature, edges["source"])}
     choices: dict[str, Any] = {f"t_{module}": limit for module, limit in limits.items()}
     choices |= {"method": str(table["method"].iloc[0]), "top_n": top_n}
     choices |= {"backward": backward, "forward": forward, "high": "above the null"}
     if thresholds:
         choices["high"] = {f"{layer}/{module}": at for (layer, module), at in thresholds.items()}
     classes = classify(feature_scores(table), thresholds)
-    node_table = _node_table(suite, sorted(nodes, key=_place), seeds, classes)
-    return FlowGraph(suite.name, (*map(str, seeds),), choices, node_table, _sorted_edges(edges))
+    node_table = _node_table(suite, sorted(nodes, key=_place), named, classes)
+    return FlowGraph(suite.name, tuple(map(str, named)), choices, node_table, _sorted_edges(edges))
 
 
 def _walk(
@@ -246,8 +240,6 @@ def keep_nodes(graph: FlowGraph, features: Iterable[str]) -> FlowGraph:
     kept = {*features, *graph.seeds}
     nodes = graph.nodes[graph.nodes["feature"].isin(kept)].reset_index(drop=True)
     both = graph.edges["source"].isin(kept) & graph.edges["target"].isin(kept)
-    if nodes.empty:
-        raise ValueError("no node of the graph is left")
     return replace(graph, nodes=nodes, edges=graph.edges[both].reset_index(drop=True))
 
 
@@ -305,8 +297,7 @@ def lifespan(
 def chains(graph: FlowGraph) -> dict[str, list[str]]:
     """For each seed its chain: the residual features that lead to it or that it leads to.
 
-    The chain of a seed at an MLP or attention is that of the residual features it matches. A
-    feature that several chains share is listed with the first.
+    What several chains share is listed with the first.
     """
     import networkx
 

@@ -105,7 +105,6 @@ def _best(table: "pd.DataFrame", direction: Literal["backward", "forward"]) -> "
 
 def _widths(table: "pd.DataFrame") -> dict[int, int]:
     """By layer, how many features each residual SAE has that the table names on either side."""
-    targets = table[table["direction"] == "backward"].groupby("layer")["feature"].max()
-    sources = table[(table["direction"] == "forward") & (table["module"] == "res")]
-    sources = sources.groupby("source_layer")["source"].max()
+    targets = table.groupby("layer")["feature"].max()
+    sources = table[table["module"] == "res"].groupby("source_layer")["source"].max()
     return (targets.combine_first(sources).sort_index() + 1).astype(int).to_dict()
