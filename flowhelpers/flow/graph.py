@@ -150,9 +150,8 @@ def flow_graph(
     nodes |= {*named, *map(parse_feature, edges["source"])}
     choices: dict[str, Any] = {f"t_{module}": limit for module, limit in limits.items()}
     choices |= {"method": str(table["method"].iloc[0]), "top_n": top_n}
-    choices |= {"backward": backward, "forward": forward, "high": "above the null"}
-    if thresholds:
-        choices["high"] = {f"{layer}/{module}": at for (layer, module), at in thresholds.items()}
+    high = {f"{layer}/{module}": at for (layer, module), at in (thresholds or {}).items()}
+    choices |= {"backward": backward, "forward": forward, "high": high or "above the null"}
     classes = classify(feature_scores(table), thresholds)
     node_table = _node_table(suite, sorted(nodes, key=_place), named, classes)
     return FlowGraph(suite.name, tuple(map(str, named)), choices, node_table, _sorted_edges(edges))

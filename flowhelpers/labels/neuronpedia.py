@@ -12,7 +12,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date
 from functools import partial
 from itertools import count
@@ -137,7 +137,7 @@ def cosine_check(
     return pd.DataFrame(rows, columns=columns).astype({"their_cosine": float, "same": bool})
 
 
-def _names(suite: "Suite") -> dict[Site, str]:
+def _names(suite: "Suite") -> Mapping[Site, str]:
     """What Neuronpedia calls the suite's SAEs: `model/source`."""
     if not suite.row.neuronpedia:
         raise ValueError(f"suite {suite.name} is not on Neuronpedia: no SAE of it has a name there")
