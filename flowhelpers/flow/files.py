@@ -22,12 +22,7 @@ def save_graph(graph: FlowGraph, path: Path) -> None:
 
 
 def load_graph(path: Path) -> FlowGraph:
-    """Read a graph that `save_graph` wrote.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no flow graph of this version.
-    """
+    """Read a graph that `save_graph` wrote; a ValueError if it is of another version."""
     import pandas as pd
 
     record = read_json(path)

@@ -45,11 +45,7 @@ CONDITIONS = (GREY, "#0072B2", "#E69F00", "#CC79A7", "#56B4E9")
 
 
 def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
-    """The paper's Figure 1 for one residual feature of a flow graph, with its class.
-
-    Raises:
-        ValueError: If the feature is no residual feature of the graph.
-    """
+    """The paper's Figure 1 for one residual feature of a flow graph, with its class."""
     rows = graph.chain[graph.chain["feature"] == feature]
     if rows.empty:
         hint = suggestion(feature, graph.chain["feature"])

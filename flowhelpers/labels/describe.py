@@ -161,7 +161,6 @@ def subject_scores(
 
     Args:
         activations: On texts of several subjects.
-        site: Of the features.
         on_subject: For each text, whether it is on the subject.
         counted: For each text, whether it counts; the others can serve as a test.
 
@@ -186,9 +185,6 @@ def auc(values: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """For each column of `[rows, columns]`, the AUC of the rows that are positive (ties: half).
 
     All columns at once; `sklearn.metrics.roc_auc_score` would take them one by one.
-
-    Raises:
-        ValueError: If all rows are positive, or none is.
     """
     from scipy.stats import rankdata
 

@@ -1,6 +1,5 @@
 """What a feature writes and where it is active, on planted directions and activations."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +24,6 @@ from flowhelpers.labels.describe import (
 from flowhelpers.labels.plots import token_text
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import token_strings
-from flowhelpers.suites.saes import make_sae
 
 SITE = Site(1, "res")
 SECOND = '{"feature": "2/mlp/0", "label": "NA"}\n'
@@ -48,24 +46,6 @@ def test_written_tokens_are_the_logit_lens_by_hand(planted: Suite, plain_toy: Ge
     found = top_logit_tokens(planted, "1/res/5", k=7)
     assert found["token"].tolist() == token_strings(planted.model, best.indices[:7].tolist())
     assert found["logit"].to_numpy() == pytest.approx(best.values[:7].numpy(), abs=1e-4)
-
-
-@pytest.mark.parametrize("token", [70, 200, 300])
-def test_a_direction_planted_to_write_a_token_writes_it(
-    planted: Suite, plain_toy: Gemma3ForCausalLM, token: int
-):
-    # The direction that the final norm's gain turns into the token's unembedding, less the mean.
-    weights = plain_toy.lm_head.weight.detach()
-    wanted = torch.linalg.lstsq(
-        weights - weights.mean(0), torch.eye(toys.VOCABULARY)[:, [token]], driver="gelsd"
-    ).solution[:, 0]
-    direction = wanted / (1 + plain_toy.model.norm.weight.detach())
-    lens_sae = toys.write_lens_sae(torch.stack([direction, -direction]), SITE)
-    sae = make_sae(SITE, lens_sae, toys.D_MODEL, "planted")
-    suite = dataclasses.replace(planted, saes={SITE: sae})
-    expected = token_strings(planted.model, [token])
-    assert top_logit_tokens(suite, "1/res/0", k=1)["token"].tolist() == expected
-    assert top_logit_tokens(suite, "1/res/1", k=5)["token"].tolist() != expected
 
 
 def test_top_tokens_are_listed_once_by_their_highest_activation(planted: Suite):
