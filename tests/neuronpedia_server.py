@@ -18,18 +18,12 @@ MINI, OPUS = "gpt-4o-mini", "claude-opus"
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one request.
-
-    Attributes:
-        status: The HTTP status instead of 200.
-        body: The body instead of the true one; `{key}` becomes the key that was sent.
-        keep: Bytes of the body after which the connection is cut; -1: not even a status line.
-    """
+    """What goes wrong with one request."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
-    body: bytes | None = None
-    keep: int | None = None
+    body: bytes | None = None  # `{key}` becomes the key that was sent
+    keep: int | None = None  # bytes after which the connection is cut; -1: not even a status line
 
 
 @dataclass(frozen=True)
@@ -54,24 +48,14 @@ def packed(*lines: Any) -> bytes:
 
 
 class NeuronpediaServer(LoopbackServer):
-    """The server: `with NeuronpediaServer() as server`, then `server.address`.
-
-    Attributes:
-        batches: The files of the export, by `source` of the model.
-        features: What the site knows, by path below `/api/feature`.
-        cosines: What it answers when asked for neighbours: a function of what was asked.
-        key: The only key that it takes; None for any, and for none.
-        requests: What reached it, in order.
-        faults: What goes wrong, by the end of a path.
-    """
+    """The server: `with NeuronpediaServer() as server`, then `server.address`."""
 
     def __init__(self) -> None:
-        self.batches: dict[str, list[bytes]] = {}
-        self.features: dict[str, Any] = {}
-        self.cosines: Any = None
-        self.key: str | None = None
+        self.batches: dict[str, list[bytes]] = {}  # files of the export, by source
+        self.features: dict[str, Any] = {}  # by path below /api/feature
+        self.cosines: Any = None  # the neighbours, a function of what was asked
         self.requests: list[Asked] = []
-        self.faults: dict[str, list[Fault]] = {}
+        self.faults: dict[str, list[Fault]] = {}  # one a request, by the end of a path
 
     def answer(self, asked: Asked) -> tuple[int, bytes]:
         """The true answer."""
@@ -80,8 +64,6 @@ class NeuronpediaServer(LoopbackServer):
             batches = self.batches.get(start.removeprefix(f"/v1/{MODEL}/"), [])
             there = dict(enumerate(batches)).get(int(end.removesuffix(".jsonl.gz")))
             return (200, there) if there is not None else (403, b"<Error>AccessDenied</Error>")
-        if self.key is not None and asked.key != self.key:
-            return 401, json.dumps({"message": f"Invalid API key {asked.key}"}).encode()
         if asked.path == "/api/cossim":
             return 200, json.dumps(self.cosines(asked.body)).encode()
         name = asked.path.removeprefix("/api/feature/")

@@ -14,6 +14,12 @@ COLOURS = {"res": "#0072B2", "mlp": "#D55E00", "att": "#009E73"}
 SYMBOLS = {"res": "R", "mlp": "M", "att": "A"}
 NAMES = {"att": "attention", "res": "stream", "mlp": "MLP"}
 GREY, PALE, INK = "#8C8C8C", "#F4F5F7", "#222222"
+CLASS_COLOURS = {
+    "translated": "#56B4E9",
+    "processed": "#E69F00",
+    "newborn": "#CC79A7",
+    "unexplained": GREY,
+}
 MARGIN = {"l": 75, "r": 20, "t": 90, "b": 50}
 AXIS = {"showgrid": False, "zeroline": False, "linecolor": "#BBBBBB", "ticks": "outside"}
 TEMPLATE = go.layout.Template(

@@ -18,6 +18,7 @@ from .graph import (
 from .lifespans import (
     feature_lifespans as feature_lifespans,
     flow_by_layer as flow_by_layer,
+    funnels as funnels,
 )
 from .plots import (
     before_after as before_after,
@@ -27,7 +28,6 @@ from .plots import (
     schematic as schematic,
 )
 from .reading import (
-    funnels as funnels,
     in_words as in_words,
     layer_by_layer as layer_by_layer,
     turns as turns,

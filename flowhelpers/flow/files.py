@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowhelpers.core.features import MODULES
 from flowhelpers.core.files import read_json, write_json
-from flowhelpers.flow.graph import EDGE_COLUMNS, LANES, FlowGraph, chains
+from flowhelpers.flow.graph import EDGE_COLUMNS, LANES, NODE_TYPES, FlowGraph, chains
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,21 +22,14 @@ def save_graph(graph: FlowGraph, path: Path) -> None:
 
 
 def load_graph(path: Path) -> FlowGraph:
-    """Read a graph that `save_graph` wrote.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds no flow graph of this version.
-    """
+    """Read a graph that `save_graph` wrote; a ValueError if it is of another version."""
     import pandas as pd
 
     record = read_json(path)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} holds no flow graph: expected the format {FORMAT!r}")
-    nodes = pd.DataFrame(record["nodes"])
+    nodes = pd.DataFrame(record["nodes"]).astype(NODE_TYPES)
     sources = [f"from_{module}" for module in MODULES]
-    scores = [f"{kind}_{module}" for module in MODULES for kind in ("s", "null", "high")]
-    nodes = nodes.astype(dict.fromkeys(["class", *sources], object) | dict.fromkeys(scores, float))
     nodes[sources] = nodes[sources].where(nodes[sources].notna(), None)
     nodes["link"] = nodes["link"].where(nodes["link"].str.match("https?://"), "")  # is clicked on
     edges = pd.DataFrame(record["edges"], columns=EDGE_COLUMNS).astype({"margin": float})
@@ -48,45 +41,27 @@ def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) 
 
     A flow has no tokens. In their place stand the three modules, so that the viewer draws a lane
     for each. Every residual chain is a supernode, named by its seed; labels are `clerp`; a link's
-    weight is the match's score.
-
-    Args:
-        graph: The graph.
-        slug: A name of letters, digits and hyphens, for an address.
-        model: Neuronpedia's name of the model, to find features by; the suite's unless given.
+    weight is the match's score. The `slug` names it in an address; `model` is Neuronpedia's name.
     """
     if not re.fullmatch(r"[A-Za-z0-9-]+", slug):
         raise ValueError(f"slug {slug!r}: expected letters, digits and hyphens")
-    nodes = {}
+    ids, nodes = {}, []
     for row in graph.nodes.to_dict("records"):
         layer, lane, index = row["layer"], LANES.index(row["module"]), row["index"]
-        nodes[row["feature"]] = {
-            "node_id": f"{layer}_{index}_{lane}",
-            "feature": _number(layer, row["module"], index),
-            "layer": str(layer),
-            "ctx_idx": lane,
-            "feature_type": "cross layer transcoder",
-            "jsNodeId": f"{layer}_{index}-{lane}",
-            "clerp": row["label"].replace("\n", "; ") or row["feature"],
-        }
-    ids = {feature: node["node_id"] for feature, node in nodes.items()}
-    ends = zip(graph.edges["source"].map(ids), graph.edges["target"].map(ids), strict=True)
-    links = [
-        {"source": source, "target": target, "weight": float(score)}
-        for (source, target), score in zip(ends, graph.edges["score"], strict=True)
-    ]
+        ids[row["feature"]] = f"{layer}_{index}_{lane}"
+        node = {"node_id": ids[row["feature"]], "jsNodeId": f"{layer}_{index}-{lane}"}
+        node |= {"feature": _number(layer, row["module"], index), "layer": str(layer)}
+        node |= {"ctx_idx": lane, "feature_type": "cross layer transcoder"}
+        nodes.append(node | {"clerp": row["label"].replace("\n", "; ") or row["feature"]})
+    links = graph.edges[["source", "target", "score"]].rename(columns={"score": "weight"})
+    links = links.replace({"source": ids, "target": ids}).to_dict("records")
     supernodes = [[seed, *map(ids.get, chain)] for seed, chain in chains(graph).items()]
-    metadata = {
-        "slug": slug,
-        "scan": model or graph.suite,
-        "transcoder_list": [],
-        "prompt_tokens": list(LANES),
-        "prompt": f"feature flow of {', '.join(graph.seeds)}",
-        "schema_version": 1,
-    }
+    metadata = {"slug": slug, "scan": model or graph.suite, "schema_version": 1}
+    metadata |= {"prompt": f"feature flow of {', '.join(graph.seeds)}"}
+    metadata |= {"prompt_tokens": list(LANES), "transcoder_list": []}
     view = {"pinnedIds": list(ids.values()), "supernodes": supernodes, "linkType": "both"}
     view |= {"clickedId": "", "sg_pos": ""}
-    return {"metadata": metadata, "qParams": view, "nodes": list(nodes.values()), "links": links}
+    return {"metadata": metadata, "qParams": view, "nodes": nodes, "links": links}
 
 
 def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
@@ -96,8 +71,8 @@ def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
 def _number(layer: int, module: str, index: int) -> int:
     """The viewers' number of a feature, from which they tell layer and index (Cantor's pairing).
 
-    Those at MLP and attention get layers that no model has: a viewer finds nothing for them, where
-    it would show the residual feature of the same layer and index.
+    At MLP and attention the layer is one that no model has: the viewer would otherwise show the
+    residual feature of the same layer and index.
     """
     layer += {"res": 0, "mlp": 1000, "att": 2000}[module]
     return (layer + index) * (layer + index + 1) // 2 + index

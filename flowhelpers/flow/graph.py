@@ -1,7 +1,7 @@
 """Flow graphs: chains of matches through the layers, with the predecessors in MLP and attention."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
 
 LANES = ("att", "res", "mlp")  # from top to bottom
+NODE_COLUMNS = [
+    *("feature", "layer", "module", "index", "is_seed", "label", "label_from", "link", "class"),
+    *(f"{kind}_{module}" for module in MODULES for kind in ("from", "s", "null", "high")),
+]
+NODE_TYPES = dict.fromkeys(["class", *(f"from_{module}" for module in MODULES)], object)
+NODE_TYPES |= {f"{kind}_{module}": float for module in MODULES for kind in ("s", "null", "high")}
 EDGE_COLUMNS = [
     *("source", "target", "module", "direction", "rank"),
     *("score", "cosine", "margin", "mutual", "null", "null_quantile"),
@@ -34,9 +40,9 @@ class FlowGraph:
         choices: What it was built with.
         nodes: One row a feature: `feature`, `layer`, `module`, `index`, `is_seed`, `label`,
             `label_from`, `link` (its page on Neuronpedia, empty if it has none); for residual
-            features `class`, and for each of `res`, `mlp`, `att` the best predecessor `from_res` …,
-            its score `s_res` …, the null's quantile `null_res` … and the threshold `high_res` …
-            that the class goes by. What does not exist is missing.
+            features `class`, and for each of `res`, `mlp`, `att` the best predecessor `from_res`,
+            its score `s_res`, the null's quantile `null_res` and the threshold `high_res` that the
+            class goes by. What does not exist is missing.
         edges: One row a match, from `source` to `target`: `module` (of the source), `direction`
             (which side chose it), `rank`, `score` (what the method ranks by), `cosine`, `margin`,
             `mutual`, `null`, `null_quantile`.
@@ -85,23 +91,14 @@ def flow_graph(
     predecessors, which are not followed further. A seed at an MLP or attention leads to the
     residual features that it matches best, whose flow this is. Flows of several seeds share nodes.
 
-    The paper's B.2 has `t_res=0.5, t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
+    Neither the suite's model nor an encoder is loaded. The paper's B.2 has `t_res=0.5` and
+    `t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
 
     Args:
-        suite: Neither its model nor an encoder is loaded.
-        seeds: One feature or several.
-        table: The suite's match table.
         t_res: Ends the chain where a step's score is below it; not at all unless given.
-        t_mlp: Leaves out MLP predecessors of a lower score.
-        t_att: Leaves out attention predecessors of a lower score.
+        t_mlp: Leaves out MLP predecessors of a lower score, as `t_att` those in attention.
         top_n: Follows so many matches of each node instead of the best.
-        backward: Whether to go back from the seeds.
-        forward: Whether to go on from them.
         thresholds: What the classes go by, as in `matching.classify`.
-
-    Raises:
-        ValueError: If a feature or the place of a threshold does not exist, a threshold is outside
-            [-1, 1], or the table is another suite's or lacks ranks or the layer of a seed.
 
     Example:
         >>> from flowhelpers import flow_graph, load_suite, match_table
@@ -122,94 +119,79 @@ def flow_graph(
     if (of := table["suite"].iloc[0]) != suite.name:
         raise ValueError(f"a match table of {of}: expected one of {suite.name}")
     names = [seeds] if isinstance(seeds, (str, FeatureId)) else seeds
-    found = list(dict.fromkeys(map(suite.feature, names)))
-    if not found:
+    named = list(dict.fromkeys(map(suite.feature, names)))
+    if not named:
         raise ValueError("no seed given: expected a feature, such as 12/res/4230")
-    for seed in found:
+    for seed in named:
         if seed.layer not in {*table["layer"], *table["source_layer"]}:
             raise ValueError(f"the match table has nothing at layer {seed.layer}, of {seed}")
-    steps = _Steps(table, top_n, limits)
-    starts = [end for s in found for end in ([s] if s.module == "res" else steps.onward(s))]
-    reached = {*starts}
-    for step in [steps.back] * backward + [steps.onward] * forward:
-        seen, ahead = {*starts}, [*starts]
-        while ahead:
-            fresh = {*step(ahead.pop())} - seen
-            seen |= fresh
-            ahead += fresh
-        reached |= seen
-    for node in [*reached]:
-        reached |= {*steps.back(node, "mlp"), *steps.back(node, "att")}
+
+    matches = table[(table["rank"] <= top_n) & (table["source"] >= 0) & (table["feature"] >= 0)]
+    limit = matches["module"].astype(object).map(limits).astype(float)
+    matches = matches[~(matches["score"] < limit)]  # where there is no limit, it is NaN
+    starts, from_seeds = {seed for seed in named if seed.module == "res"}, []
+    for seed in [seed for seed in named if seed.module != "res"]:
+        rows = matches[(matches["direction"] == "forward") & (matches["module"] == seed.module)]
+        rows = rows[(rows["layer"] == seed.layer) & (rows["source"] == seed.index)]
+        starts |= {FeatureId(seed.layer, "res", index) for index in rows["feature"]}
+        from_seeds.append(rows)
+    directions = ["backward"] * backward + ["forward"] * forward
+    walks = [_walk(matches, starts, direction) for direction in directions]
+    nodes = starts.union(*(reached for reached, _ in walks))
+    places = [(node.layer, node.index) for node in nodes]
+    modules = matches[(matches["direction"] == "backward") & (matches["module"] != "res")]
+    modules = modules.merge(pd.DataFrame(places, columns=["layer", "feature"], dtype=int))
+    edges = pd.concat([*(rows for _, rows in walks), modules, *from_seeds])
+    columns = [edges[name].astype(str) for name in ("source_layer", "module", "source")]
+    edges["source"] = columns[0] + "/" + columns[1] + "/" + columns[2]
+    edges["target"] = edges["layer"].astype(str) + "/res/" + edges["feature"].astype(str)
+    edges = edges.drop_duplicates(["source", "target"])  # what both sides chose is backward
+    edges = pd.DataFrame(edges[EDGE_COLUMNS].to_dict("records"), columns=EDGE_COLUMNS)
+    nodes |= {*named, *map(parse_feature, edges["source"])}
     choices: dict[str, Any] = {f"t_{module}": limit for module, limit in limits.items()}
     choices |= {"method": str(table["method"].iloc[0]), "top_n": top_n}
-    choices |= {"backward": backward, "forward": forward, "high": "above the null"}
-    if thresholds:
-        choices["high"] = {f"{layer}/{module}": at for (layer, module), at in thresholds.items()}
+    high = {f"{layer}/{module}": at for (layer, module), at in (thresholds or {}).items()}
+    choices |= {"backward": backward, "forward": forward, "high": high or "above the null"}
     classes = classify(feature_scores(table), thresholds)
-    nodes = _nodes(suite, sorted(reached | {*found}, key=_place), found, classes)
-    edges = _sorted_edges(pd.DataFrame(steps.edges.values(), columns=EDGE_COLUMNS))
-    return FlowGraph(suite.name, tuple(map(str, found)), choices, nodes, edges)
+    node_table = _node_table(suite, sorted(nodes, key=_place), named, classes)
+    return FlowGraph(suite.name, tuple(map(str, named)), choices, node_table, _sorted_edges(edges))
 
 
-class _Steps:
-    """Where a walk may go from a node, by the match table; it remembers the edges it took."""
+def _walk(
+    matches: "pd.DataFrame", starts: Set[FeatureId], direction: str
+) -> tuple[set[FeatureId], "pd.DataFrame"]:
+    """The residual features that a chain of matches joins to the starts, and these matches."""
+    import pandas as pd
 
-    def __init__(self, table: "pd.DataFrame", top_n: int, limits: Mapping[str, float | None]):
-        kept = table[(table["rank"] <= top_n) & (table["source"] >= 0) & (table["feature"] >= 0)]
-        self.groups = {
-            key: part.set_index("feature" if key[2] == "backward" else "source", drop=False)
-            for key, part in kept.groupby(["layer", "module", "direction"], observed=True)
-        }
-        self.limits = limits
-        self.edges: dict[tuple[str, str], list[Any]] = {}
-
-    def back(self, node: FeatureId, module: str = "res") -> list[FeatureId]:
-        """Predecessors of a residual node at a module."""
-        return self._step(node, node.layer, module, "backward")
-
-    def onward(self, node: FeatureId) -> list[FeatureId]:
-        """Residual features that a node leads to."""
-        return self._step(node, node.layer + (node.module == "res"), node.module, "forward")
-
-    def _step(self, node: FeatureId, layer: int, module: str, direction: str) -> list[FeatureId]:
-        group = self.groups.get((layer, module, direction))
-        if group is None or node.index not in group.index:
-            return []
-        limit, reached = self.limits[module], []
-        for row in group.loc[[node.index]].sort_values("rank").to_dict("records"):
-            if limit is not None and row["score"] < limit:
-                continue
-            source = FeatureId(int(row["source_layer"]), module, int(row["source"]))
-            target = FeatureId(layer, "res", int(row["feature"]))
-            ends = str(source), str(target)
-            if direction == "backward" or ends not in self.edges:
-                self.edges[ends] = [*ends, *(row[column] for column in EDGE_COLUMNS[2:])]
-            reached.append(source if direction == "backward" else target)
-        return reached
+    forward = direction == "forward"
+    near, far = ("source", "feature") if forward else ("feature", "source")
+    rows = matches[(matches["direction"] == direction) & (matches["module"] == "res")]
+    reached, taken = {*starts}, [rows[:0]]
+    for layer, group in [*rows.groupby("layer")][:: 1 if forward else -1]:
+        at, next_layer = (layer - 1, layer) if forward else (layer, layer - 1)
+        here = [node.index for node in reached if node.layer == at]
+        taken.append(group[group[near].isin(here)])
+        reached |= {FeatureId(next_layer, "res", index) for index in taken[-1][far]}
+    return reached, pd.concat(taken)
 
 
-def _nodes(
+def _node_table(
     suite: "Suite", nodes: Sequence[FeatureId], seeds: Sequence[FeatureId], classes: "pd.DataFrame"
 ) -> "pd.DataFrame":
     import pandas as pd
 
     rows = [(str(node), node.layer, node.module, node.index, node in seeds) for node in nodes]
-    frame = pd.DataFrame(rows, columns=["feature", "layer", "module", "index", "is_seed"])
+    table = pd.DataFrame(rows, columns=["feature", "layer", "module", "index", "is_seed"])
     links = [feature_page(suite, node) or "" for node in nodes]
-    frame = frame.assign(label="", label_from="", link=links)
-    kinds = ("source", "s", "null", "high")
-    columns = ["class", *(f"{kind}_{module}" for module in MODULES for kind in kinds)]
-    known = classes.assign(module="res").set_index(["layer", "module", "feature"])
-    places = pd.MultiIndex.from_frame(frame[["layer", "module", "index"]])
-    known = known.reindex(places, columns=columns)
-    frame["class"] = pd.Series(known["class"].to_numpy(), dtype=object)
+    table = table.assign(label="", label_from="", link=links)
+    classes = classes.rename(columns={"feature": "index"}).assign(module="res")
+    table = table.merge(classes, "left", ["layer", "module", "index"])
     for module in MODULES:
-        sources = zip(frame["layer"] - (module == "res"), known[f"source_{module}"], strict=True)
-        names = [f"{at}/{module}/{int(index)}" if index >= 0 else None for at, index in sources]
-        frame[f"from_{module}"] = pd.Series(names, dtype=object)
-        for kind in kinds[1:]:
-            frame[f"{kind}_{module}"] = known[f"{kind}_{module}"].astype(float).to_numpy()
-    return frame
+        sources = table.get(f"source_{module}", pd.Series(-1, table.index))
+        ends = zip(table["layer"] - (module == "res"), sources, strict=True)
+        names = [f"{layer}/{module}/{int(i)}" if i >= 0 else None for layer, i in ends]
+        table[f"from_{module}"] = pd.Series(names, dtype=object)
+    return table.reindex(columns=NODE_COLUMNS).astype(NODE_TYPES)
 
 
 def _place(node: FeatureId) -> tuple[int, int, int]:
@@ -257,8 +239,6 @@ def keep_nodes(graph: FlowGraph, features: Iterable[str]) -> FlowGraph:
     kept = {*features, *graph.seeds}
     nodes = graph.nodes[graph.nodes["feature"].isin(kept)].reset_index(drop=True)
     both = graph.edges["source"].isin(kept) & graph.edges["target"].isin(kept)
-    if nodes.empty:
-        raise ValueError("no node of the graph is left")
     return replace(graph, nodes=nodes, edges=graph.edges[both].reset_index(drop=True))
 
 
@@ -316,8 +296,7 @@ def lifespan(
 def chains(graph: FlowGraph) -> dict[str, list[str]]:
     """For each seed its chain: the residual features that lead to it or that it leads to.
 
-    The chain of a seed at an MLP or attention is that of the residual features it matches. A
-    feature that several chains share is listed with the first.
+    What several chains share is listed with the first.
     """
     import networkx
 

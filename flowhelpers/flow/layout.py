@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowhelpers.core.figures import COLOURS, GREY
+from flowhelpers.core.figures import CLASS_COLOURS, COLOURS, GREY, SYMBOLS
 from flowhelpers.flow.graph import LANES
 
 if TYPE_CHECKING:
@@ -16,12 +16,6 @@ if TYPE_CHECKING:
 
     from flowhelpers.flow.graph import FlowGraph
 
-CLASS_COLOURS = {
-    "translated": "#56B4E9",
-    "processed": "#E69F00",
-    "newborn": "#CC79A7",
-    "unexplained": GREY,
-}
 CENTRED = {"att": "top center", "res": "bottom center", "mlp": "bottom center"}
 BESIDE_EDGES = {"att": "top left", "res": "bottom right", "mlp": "bottom left"}
 BEFORE = 0.4  # a module stands so far before its layer's output
@@ -35,16 +29,15 @@ class Layout:
     """A flow graph's picture: layers from left to right, a lane for each module, in rows.
 
     Attributes:
-        title: What it shows.
+        title: Of the picture.
         nodes: The graph's nodes with their place `x` (layers) and `y` (rows), `kind` (the class,
             or the module of what has none) and its `colour`, `size` and `ring` in pixels, and two
             texts: `caption`, short or empty, with `caption_at`, such as "top left", and `hover`.
         edges: The graph's edges with their ends `x0`, `y0`, `x1`, `y1`, a place `x`, `y` between
             for a mark, `width` in pixels, whether they are `above` chance, `colour` and `hover`.
         lanes: The y of the middle of each module's lane.
-        across: The least and the greatest x shown.
-        up: The least and the greatest y shown.
-        width: Pixels between these, like `height`.
+        across: The least and the greatest x shown, `width` pixels apart.
+        up: The least and the greatest y shown, `height` pixels apart.
         font: Size of the captions.
     """
 
@@ -60,10 +53,9 @@ class Layout:
 
 
 def flow_layout(graph: "FlowGraph") -> Layout:
-    """Places a graph's nodes, so that no two touch, and its edges between them.
+    """Places a graph's nodes, so that no two touch, near those that they are joined to.
 
-    Nodes of one layer and module stand in rows, each near those that it is joined to. Where there
-    are many rows or layers, everything is smaller and captions are left out.
+    Where there are many rows or layers, everything is smaller and captions are left out.
     """
     nodes = graph.nodes.copy()
     module, layer = nodes["module"], nodes["layer"]
@@ -98,35 +90,26 @@ def flow_layout(graph: "FlowGraph") -> Layout:
     edges["above"] = edges["score"] > edges["null"]
     edges["colour"] = edges["module"].map(COLOURS).where(edges["above"], GREY)
     edges["width"] = (0.5 + 8 * edges["cosine"].astype(float).clip(lower=0)) * size / 14
-    ranked_by = "correlation" if graph.choices.get("method") == "pearson" else "cosine"
-    edges["hover"] = [_edge_hover(row, ranked_by) for row in edges.to_dict("records")]
-    return Layout(
-        _title(graph.seeds),
-        nodes,
-        edges,
-        lanes,
-        across,
-        up,
-        layer_width * (across[1] - across[0]),
-        row_height * (up[1] - up[0]),
-        min(10.0, 1.5 * layer_width / digits),
-    )
+    method = graph.choices["method"]
+    edges["hover"] = [_edge_hover(row, method) for row in edges.to_dict("records")]
+    width, height = layer_width * (across[1] - across[0]), row_height * (up[1] - up[0])
+    font = min(10.0, 1.5 * layer_width / digits)
+    return Layout(_title(graph.seeds), nodes, edges, lanes, across, up, width, height, font)
 
 
 def _heights(graph: "FlowGraph") -> dict[str, float]:
     """How far each node stands above the middle of its lane."""
     joined: dict[str, list[str]] = defaultdict(list)
-    for row in graph.edges.to_dict("records"):
-        joined[row["source"]].append(row["target"])
-        if row["module"] == "res":
-            joined[row["target"]].append(row["source"])
-    groups = graph.nodes.groupby(["module", "layer"])["feature"].agg(list).to_dict()
-    stream = [group for (module, _), group in groups.items() if module == "res"]
-    modules = [group for (module, _), group in groups.items() if module != "res"]
+    for source, target, module in graph.edges[["source", "target", "module"]].to_numpy():
+        joined[source].append(target)
+        if module == "res":
+            joined[target].append(source)
+    groups = graph.nodes.groupby(["module", "layer"])["feature"].agg(list)
+    stream, modules = groups[["res"]].to_list(), groups.drop("res").to_list()
     height = dict.fromkeys(graph.nodes["feature"], 0.0)
     for group in [*stream, *reversed(stream), *modules]:
         near = {name: mean([height[other] for other in joined[name]] or [0]) for name in group}
-        for place, name in enumerate(sorted(group, key=lambda name: near[name])):
+        for place, name in enumerate(sorted(group, key=near.__getitem__)):
             height[name] = place - (len(group) - 1) / 2
     return height
 
@@ -143,12 +126,10 @@ def _caption(row: dict[str, Any], characters: int) -> str:
 
 
 def _node_hover(row: dict[str, Any]) -> str:
-    lines = [row["feature"] + ", a seed" * row["is_seed"], row["label"]]
-    if row["label_from"]:
-        lines.append(f"(label from {row['label_from']})")
-    if row["kind"] != row["module"]:
-        lines.append(row["class"])
-    for module, symbol in (("res", "R"), ("mlp", "M"), ("att", "A")):
+    label_from = f"(label from {row['label_from']})" if row["label_from"] else ""
+    lines = [row["feature"] + ", a seed" * row["is_seed"], row["label"], label_from]
+    lines.append(row["class"] if row["kind"] != row["module"] else "")
+    for module, symbol in SYMBOLS.items():
         source, score, high = (row[f"{column}_{module}"] for column in ("from", "s", "high"))
         if isinstance(source, str):
             sign = ">" if score > high else "≤"
@@ -156,15 +137,18 @@ def _node_hover(row: dict[str, Any]) -> str:
     return "\n".join(filter(None, [*lines, row["link"]]))
 
 
-def _edge_hover(row: dict[str, Any], ranked_by: str) -> str:
-    side = "above" if row["above"] else "not above"
+def _edge_hover(row: dict[str, Any], method: str) -> str:
     score = f"cosine {row['cosine']:.3f}"
-    if ranked_by != "cosine":
-        score = f"{ranked_by} {row['score']:.3f} ({score})"
+    if method == "pearson":
+        score = f"correlation {row['score']:.3f} ({score})"
+    side = "above" if row["above"] else "not above"
     chooser = "later" if row["direction"] == "backward" else "earlier"
-    mutual = "mutual" if row["mutual"] else "not mutual"
-    return (
-        f"{row['source']} → {row['target']}\n{score}, {side} chance ({row['null']:.3f})\n"
-        f"{row['null_quantile']:.1%} of chance lies below\n"
-        f"rank {row['rank']} for the {chooser} feature, {mutual}"
-    ) + ("" if np.isnan(row["margin"]) else f"\nmargin over the next {row['margin']:.3f}")
+    lines = [
+        f"{row['source']} → {row['target']}",
+        f"{score}, {side} chance ({row['null']:.3f})",
+        f"{row['null_quantile']:.1%} of chance lies below",
+        f"rank {row['rank']} for the {chooser} feature, {'not ' * (not row['mutual'])}mutual",
+    ]
+    if not np.isnan(row["margin"]):
+        lines.append(f"margin over the next {row['margin']:.3f}")
+    return "\n".join(lines)

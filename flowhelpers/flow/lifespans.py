@@ -1,12 +1,13 @@
 """The whole model's flow: how long its features live, where they are born, where they meet."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from flowhelpers.core.features import MODULES
 from flowhelpers.matching.scores import (
     CLASSES,
+    best_matches,
     check_threshold,
     classify,
     dominant_module,
@@ -22,14 +23,9 @@ def feature_lifespans(
 ) -> "pd.DataFrame":
     """How long every residual feature lives: the run of layers whose joining matches are high.
 
-    A step back goes to a feature's best match, a step on to the feature whose best match the next
-    layer holds for it, as in a flow graph. A step is high if its score is at least `t_res`, or
-    above the null's quantile if `t_res` is not given.
-
-    Args:
-        table: A match table.
-        t_res: The score that a step has to have.
-        mutual: Whether each of the two has to be the other's best match as well.
+    A step back goes to a feature's best match, a step on to the feature of the next layer that it
+    matches best, as in a flow graph. A step is high if its score is at least `t_res`, or above the
+    null's quantile if `t_res` is not given; `mutual` steps are both features' best matches.
 
     Returns:
         One row a feature: `layer`, `feature`, `first` and `last` layer of its run, and `layers`,
@@ -37,29 +33,21 @@ def feature_lifespans(
     """
     import pandas as pd
 
-    if t_res is not None:
-        check_threshold(t_res, "t_res")
-    best = _best(table)
-    high = best["score"] > best["null"] if t_res is None else best["score"] >= t_res
-    steps = best[high & best["mutual"]] if mutual else best[high]
-    widths = _widths(table)
-    first = {layer: np.full(width, layer) for layer, width in widths.items()}
-    last = {layer: np.full(width, layer) for layer, width in widths.items()}
-    parts = {key: part for key, part in steps.groupby(["layer", "direction"], observed=True)}
-    for layer in widths:
-        if layer - 1 in widths and (layer, "backward") in parts:
-            part = parts[layer, "backward"]
-            first[layer][part["feature"]] = first[layer - 1][part["source"]]
-    for layer in reversed(widths):
-        if layer + 1 in widths and (layer + 1, "forward") in parts:
-            part = parts[layer + 1, "forward"]
-            last[layer][part["source"]] = last[layer + 1][part["feature"]]
-    spans = [
-        {"layer": layer, "feature": np.arange(width), "first": first[layer], "last": last[layer]}
-        for layer, width in widths.items()
-    ]
-    found = pd.concat(map(pd.DataFrame, spans), ignore_index=True)
-    return found.assign(layers=found["last"] - found["first"] + 1)
+    check_threshold(0.0 if t_res is None else t_res, "t_res")
+    first = {layer: np.full(width, layer) for layer, width in _widths(table).items()}
+    last = {layer: layers.copy() for layer, layers in first.items()}
+    steps = {}
+    for direction in ("backward", "forward"):
+        best = _best(table, direction)
+        high = best["score"] > best["null"] if t_res is None else best["score"] >= t_res
+        steps[direction] = best[high & (best["mutual"] | (not mutual))].groupby("layer")
+    for layer, step in steps["backward"]:
+        first[layer][step["feature"]] = first[layer - 1][step["source"]]
+    for layer, step in reversed([*steps["forward"]]):
+        last[layer - 1][step["source"]] = last[layer][step["feature"]]
+    spans = {layer: pd.DataFrame({"first": first[layer], "last": last[layer]}) for layer in first}
+    lifespans = pd.concat(spans, names=["layer", "feature"]).reset_index()
+    return lifespans.assign(layers=lifespans["last"] - lifespans["first"] + 1)
 
 
 def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
@@ -76,41 +64,47 @@ def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
     """
     import pandas as pd
 
-    best, widths = _best(table), _widths(table)
-    steps = set(table.loc[table["module"] == "res", "layer"])
+    widths = pd.Series(_widths(table)).rename_axis("layer")
     classes = classify(feature_scores(table))
-    rows = []
-    for layer, width in widths.items():
-        part = classes[classes["layer"] == layer]
-        born = dominant_module(part[part["class"] == "newborn"])
-        row = {"layer": layer, "features": width}
-        row |= (part["class"].value_counts() / width).to_dict()
-        row |= {f"born_{name}": (born == name).sum() / width for name in MODULES[1:]}
-        on = best[(best["layer"] == layer + 1) & (best["direction"] == "forward")]
-        if layer + 1 in steps:
-            row["dies"] = 1 - (on["score"] > on["null"]).sum() / width
-        back = best[(best["layer"] == layer) & (best["direction"] == "backward")]
-        if len(back):
-            ahead = best[(best["layer"] == layer) & (best["direction"] == "forward")]
-            counts = back["source"].value_counts()
-            row["mutual"] = back["mutual"].sum() / width
-            row |= {"sources": len(counts) / max(len(ahead), 1), "largest_funnel": counts.iloc[0]}
-        rows.append(row)
-    found = pd.DataFrame(rows)
-    for name in CLASSES:  # one that no feature is of has no column yet
-        found[name] = found.get(name, 0.0 * found["layer"]).fillna(0.0)
-    return found
+    newborn = classes[classes["class"] == "newborn"]
+    births = newborn.assign(**{"class": "born_" + dominant_module(newborn)})
+    counts = pd.concat([classes, births])[["layer", "class"]].value_counts().unstack()
+    columns = [*CLASSES, *(f"born_{module}" for module in MODULES[1:])]
+    shares = counts.reindex(widths.index, columns=columns).fillna(0.0).div(widths, axis=0)
+    back, on = _best(table, "backward").groupby("layer"), _best(table, "forward")
+    went_on = (on["score"] > on["null"]).groupby(on["layer"] - 1).sum()
+    has_next = table.loc[table["module"] == "res", "layer"].unique() - 1
+    shares = shares.assign(
+        dies=1 - went_on.reindex(has_next, fill_value=0) / widths,
+        mutual=back["mutual"].sum() / widths,
+        sources=back["source"].nunique() / on.groupby("layer").size(),
+        largest_funnel=back["source"].value_counts().groupby("layer").max(),
+    )
+    shares.insert(0, "features", widths)
+    return shares.rename_axis(columns=None).reset_index()
 
 
-def _best(table: "pd.DataFrame") -> "pd.DataFrame":
+def funnels(table: "pd.DataFrame") -> "pd.DataFrame":
+    """The residual features that are best matches back, by how many features name them.
+
+    Returns:
+        `source_layer`, `source`, `features` (their number), `score` (their mean) and `above`, how
+        many of them match it above chance; the largest first.
+    """
+    best = _best(table, "backward")
+    sources = best.assign(high=best["score"] > best["null"]).groupby(["source_layer", "source"])
+    sizes = sources.agg(features=("high", "size"), score=("score", "mean"), above=("high", "sum"))
+    return sizes.sort_values(["features", "score"], ascending=False).reset_index()
+
+
+def _best(table: "pd.DataFrame", direction: Literal["backward", "forward"]) -> "pd.DataFrame":
     """The best matches in the stream."""
-    best = table[(table["rank"] == 1) & (table["module"] == "res")]
+    best = best_matches(table, direction, "res")
     return best[(best["source"] >= 0) & (best["feature"] >= 0)]
 
 
 def _widths(table: "pd.DataFrame") -> dict[int, int]:
     """By layer, how many features each residual SAE has that the table names on either side."""
-    targets = table[table["direction"] == "backward"].groupby("layer")["feature"].max()
-    sources = table[(table["direction"] == "forward") & (table["module"] == "res")]
-    sources = sources.groupby("source_layer")["source"].max()
+    targets = table.groupby("layer")["feature"].max()
+    sources = table[table["module"] == "res"].groupby("source_layer")["source"].max()
     return (targets.combine_first(sources).sort_index() + 1).astype(int).to_dict()

@@ -1,8 +1,7 @@
 """Figures of flow graphs and of the whole model's flow: tables in, plotly figures out.
 
 Colours are those of Okabe and Ito, which colour-blind people can tell apart; what is no higher than
-chance is grey and dotted, so that no colour is needed to see it. Every figure has a subtitle, for
-the suite and the choices; labels are plain text, their lines parted by newlines.
+chance is grey and dotted, so that no colour is needed to see it.
 """
 
 from __future__ import annotations
@@ -16,10 +15,20 @@ import plotly.express as px
 import plotly.graph_objects as go
 
 from flowhelpers.core.features import MODULES, parse_feature, suggestion
-from flowhelpers.core.figures import COLOURS, GREY, INK, MARGIN, NAMES, PALE, SYMBOLS
-
-from flowhelpers.core.figures import dress, escape, step  # isort: skip
-from flowhelpers.flow.layout import CLASS_COLOURS, Layout, flow_layout
+from flowhelpers.core.figures import (
+    CLASS_COLOURS,
+    COLOURS,
+    GREY,
+    INK,
+    MARGIN,
+    NAMES,
+    PALE,
+    SYMBOLS,
+    dress,
+    escape,
+    step,
+)
+from flowhelpers.flow.layout import flow_layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,15 +39,13 @@ if TYPE_CHECKING:
 
 HALO = ", ".join(f"{x}px {y}px 1px white" for x in (-1, 1) for y in (-1, 1))
 PLAIN_LINE = {"mode": "lines", "hoverinfo": "skip", "showlegend": False}
+ARROW = {"symbol": "triangle-right", "color": "white", "line": {"color": INK, "width": 1}}
+BOX = {"width": 245, "align": "left", "bgcolor": PALE, "borderwidth": 2, "borderpad": 7}
 CONDITIONS = (GREY, "#0072B2", "#E69F00", "#CC79A7", "#56B4E9")
 
 
 def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
-    """The paper's Figure 1 for one residual feature of a flow graph, with its class.
-
-    Raises:
-        ValueError: If the feature is no residual feature of the graph.
-    """
+    """The paper's Figure 1 for one residual feature of a flow graph, with its class."""
     rows = graph.chain[graph.chain["feature"] == feature]
     if rows.empty:
         hint = suggestion(feature, graph.chain["feature"])
@@ -46,8 +53,8 @@ def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
     row, layer = rows.iloc[0], parse_feature(feature).layer
     labels, links = (graph.nodes.set_index("feature")[column] for column in ("label", "link"))
     figure = dress(go.Figure(), f"Where {feature} may come from", subtitle, 420)
-    mine = "\n".join(filter(None, [_class(row), labels[feature]]))
-    _add_box(figure, 1.0, 0.0, f"R<sub>{layer}</sub>", feature, mine, COLOURS["res"], row["link"])
+    text = "\n".join(filter(None, [_class(row), labels[feature]]))
+    _add_box(figure, 1.0, 0.0, f"R<sub>{layer}</sub>", feature, text, COLOURS["res"], row["link"])
     for module, lane in {"att": 1.0, "res": 0.0, "mlp": -1.0}.items():
         source, score, null = (row[f"{column}_{module}"] for column in ("from", "s", "null"))
         at = layer - (module == "res")
@@ -69,10 +76,7 @@ def schematic(graph: FlowGraph, feature: str, subtitle: str) -> go.Figure:
 
 
 def flow_picture(
-    graph: FlowGraph,
-    subtitle: str,
-    values: Mapping[str, float] | None = None,
-    named: str = "value",
+    graph: FlowGraph, subtitle: str, values: Mapping[str, float] | None = None, named: str = "value"
 ) -> go.Figure:
     """A flow graph through the layers, a lane for each module (the paper's Figures 2, 20 and 21).
 
@@ -87,83 +91,67 @@ def flow_picture(
     figure = dress(go.Figure(), layout.title, subtitle, height)
     steps = layout.edges.assign(width=layout.edges["width"].mul(4).round().div(4))
     for (above, colour, width), part in steps.groupby(["above", "colour", "width"]):
-        line = {"width": width, "color": colour, "dash": "solid" if above else "dot"}
-        x, y = _with_gaps(part["x0"], part["x1"]), _with_gaps(part["y0"], part["y1"])
-        figure.add_scatter(x=x, y=y, line=line, **PLAIN_LINE)
-    arrow = {"symbol": "triangle-right", "color": "white", "line": {"color": INK, "width": 1}}
-    arrow["size"] = 0.7 * layout.nodes["size"].min()
-    for direction, part in layout.edges.groupby("direction"):
+        gaps = part.assign(x2=None, y2=None)  # between the lines of one trace
         figure.add_scatter(
-            x=part["x"],
-            y=part["y"],
-            name="chosen by the earlier feature",
-            mode="markers",
-            marker=arrow | {"opacity": float(direction == "forward")},  # unseen, it bears the hover
-            hovertext=part["hover"].map(escape),
-            hoverinfo="text",
-            showlegend=direction == "forward",
-            legendrank=2000,
+            x=gaps[["x0", "x1", "x2"]].to_numpy(object).ravel(),
+            y=gaps[["y0", "y1", "y2"]].to_numpy(object).ravel(),
+            line={"width": width, "color": colour, "dash": "solid" if above else "dot"},
+            **PLAIN_LINE,
         )
+    for direction, part in layout.edges.groupby("direction"):
+        # Backward edges have a mark that is not seen, for the hover.
+        marker = ARROW | {"size": 0.7 * layout.nodes["size"].min()}
+        figure.add_scatter(
+            x=part["x"], y=part["y"], name="chosen by the earlier feature", mode="markers",
+            marker=marker | {"opacity": float(direction == "forward")},
+            hovertext=part["hover"].map(escape), hoverinfo="text",
+            showlegend=direction == "forward", legendrank=2000,
+        )  # fmt: skip
     if values is None:
         for kind, colour in (CLASS_COLOURS | COLOURS).items():
             part = layout.nodes[layout.nodes["kind"] == kind]
-            shown = kind in CLASS_COLOURS
-            _add_nodes(figure, layout, part, {"color": colour}, kind, showlegend=shown)
+            _add_nodes(figure, part, {"color": colour}, kind, kind in CLASS_COLOURS)
     else:
-        _add_valued_nodes(figure, layout, values, named)
+        _add_valued_nodes(figure, layout.nodes, values, named)
+    caption = {"size": layout.font, "shadow": HALO}
+    figure.update_traces(textfont=caption, selector={"mode": "markers+text"})
     layers = sorted(layout.nodes["layer"].unique())
     figure.update_xaxes(title="layer", tickvals=layers, range=layout.across)
     lanes = {"tickvals": [*layout.lanes.values()], "ticktext": [NAMES[m] for m in layout.lanes]}
     figure.update_yaxes(range=layout.up, showgrid=False, **lanes)
     below = {"x": 0, "xanchor": "left", "y": -60 / layout.height, "yanchor": "top"}
-    figure.update_layout(
-        width=round(layout.width) + margin["l"] + margin["r"],
-        margin=margin,
-        legend=below | {"itemsizing": "constant"},
-    )
+    width = round(layout.width) + margin["l"] + margin["r"]
+    figure.update_layout(width=width, margin=margin, legend=below | {"itemsizing": "constant"})
     return _with_line_legend(figure)
 
 
 def _add_nodes(
-    figure: go.Figure,
-    layout: Layout,
-    part: pd.DataFrame,
-    marker: dict[str, Any],
-    name: str,
-    showlegend: bool = False,
+    figure: go.Figure, part: pd.DataFrame, marker: dict[str, Any], name: str, showlegend: bool
 ) -> None:
     ring = part["is_seed"].map({True: INK, False: "white"})
     look = {"size": part["size"], "line": {"color": ring, "width": part["ring"]}, "opacity": 1}
     figure.add_scatter(
-        x=part["x"],
-        y=part["y"],
-        name=name,
-        mode="markers+text",
-        marker=look | marker,
-        text=[linked(*pair) for pair in zip(part["caption"], part["link"], strict=True)],
-        textposition=part["caption_at"],
-        textfont={"size": layout.font, "shadow": HALO},
-        hovertext=part["hover"].map(escape),
-        hoverinfo="text",
+        x=part["x"], y=part["y"], name=name, mode="markers+text", marker=look | marker,
+        text=[_linked(*pair) for pair in zip(part["caption"], part["link"], strict=True)],
+        textposition=part["caption_at"], hovertext=part["hover"].map(escape), hoverinfo="text",
         showlegend=showlegend,
-    )
+    )  # fmt: skip
 
 
 def _add_valued_nodes(
-    figure: go.Figure, layout: Layout, values: Mapping[str, float], named: str
+    figure: go.Figure, nodes: pd.DataFrame, values: Mapping[str, float], named: str
 ) -> None:
-    value = layout.nodes["feature"].map(dict(values)).astype(float)
-    known = value.notna()
-    if not known.any():
+    nodes = nodes.assign(value=nodes["feature"].map(dict(values)).astype(float))
+    part, others = nodes[nodes["value"].notna()], nodes[nodes["value"].isna()]
+    if part.empty:
         raise ValueError(f"none of {len(values)} values is of a node of this graph")
     empty = {"color": "white", "line": {"color": GREY, "width": 1.5}}
-    _add_nodes(figure, layout, layout.nodes[~known], empty, f"no {named}", bool((~known).any()))
-    part, value = layout.nodes[known], value[known]
-    hover = [f"{text}\n{named} {x:.3g}" for text, x in zip(part["hover"], value, strict=True)]
-    scale = {"color": value, "colorscale": "RdBu", "cmid": 0}  # negative red, positive blue
+    _add_nodes(figure, others, empty, f"no {named}", not others.empty)
+    hover = part["hover"] + part["value"].map(("\n" + named + " {:.3g}").format)
+    scale = {"color": part["value"], "colorscale": "RdBu", "cmid": 0}  # red is negative
     scale["colorbar"] = {"title": escape(named), "thickness": 12}
     scale["line"] = {"color": INK, "width": part["is_seed"].map({True: 2.5, False: 1.0})}
-    _add_nodes(figure, layout, part.assign(hover=hover), scale, named)
+    _add_nodes(figure, part.assign(hover=hover), scale, named, False)
 
 
 def births_and_deaths(table: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -189,7 +177,6 @@ def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
     layers = sorted(lifespans["layer"].unique())
     counts = begun.groupby(["first", "last"]).size().unstack().reindex(layers, columns=layers)
     powers = range(int(np.log10(counts.max(axis=None))) + 1)
-    ticks = {"tickvals": [*powers], "ticktext": [10**power for power in powers]}
     names = {"x": "last layer", "y": "first layer", "color": "features"}
     colours = ["#D6E9F5", COLOURS["res"]]
     figure = px.imshow(np.log10(counts), labels=names, color_continuous_scale=colours, zmin=0)
@@ -200,6 +187,7 @@ def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
         hovertemplate="%{text} features begin at layer %{y} and end at layer %{x}<extra></extra>",
         hoverongaps=False,
     )
+    ticks = {"tickvals": [*powers], "ticktext": [10**power for power in powers]}
     figure.update_layout(coloraxis_colorbar=ticks)
     figure.update_xaxes(dtick=step(lifespans), constrain="domain")
     return figure.update_yaxes(dtick=step(lifespans), showgrid=False)
@@ -215,12 +203,10 @@ def before_after(table: pd.DataFrame, title: str, value: str, subtitle: str) -> 
     return dress(figure, title, subtitle, 400).update_xaxes(type="category")
 
 
-def linked(text: str, address: str) -> str:
+def _linked(text: str, address: str) -> str:
     """Text that plotly shows as it is, and that leads to a page if there is one."""
-    text = escape(text)
-    if not text or not address:
-        return text
-    return f'<a href="{html.escape(address)}" target="_blank">{text}</a>'
+    link = f'<a href="{html.escape(address)}" target="_blank">{escape(text)}</a>'
+    return link if text and address else escape(text)
 
 
 def _with_line_legend(figure: go.Figure) -> go.Figure:
@@ -239,17 +225,10 @@ def _class(row: pd.Series[Any]) -> str:
     return f"{row['class']} (high above {shown})"
 
 
-BOX = {"width": 245, "align": "left", "bgcolor": PALE, "borderwidth": 2, "borderpad": 7}
-
-
 def _add_box(
     figure: go.Figure, x: float, y: float, site: str, feature: str, text: str, colour: str, link=""
 ) -> None:
     lines = [part for line in text.split("\n") for part in wrap(line, 40)]
-    shown = "<br>".join([f"<b>{site}</b>  {linked(feature, link)}", *map(escape, lines[:4])])
+    shown = "<br>".join([f"<b>{site}</b>  {_linked(feature, link)}", *map(escape, lines[:4])])
     hover = {"hovertext": escape(f"{feature}\n{text}".rstrip("\n")), "showarrow": False}
     figure.add_annotation(x=x, y=y, text=shown, bordercolor=colour, **hover, **BOX)
-
-
-def _with_gaps(starts: pd.Series[float], ends: pd.Series[float]) -> list[float | None]:
-    return [place for pair in zip(starts, ends, strict=True) for place in (*pair, None)]

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from flowhelpers.core.features import MODULES
 from flowhelpers.flow.graph import FlowGraph
 from flowhelpers.matching.scores import dominant_module
@@ -20,21 +18,19 @@ def layer_by_layer(graph: FlowGraph) -> "pd.DataFrame":
         `class`, `high above` (the thresholds that it goes by, for stream / MLP / attention) and
         `adds`: the modules' matches that are high, with their labels.
     """
-    import pandas as pd
-
-    labels = graph.nodes.set_index("feature")["label"].str.replace("\n", "; ")
+    chain, labels = graph.chain, graph.nodes.set_index("feature")["label"].str.replace("\n", "; ")
     steps = graph.edges[graph.edges["module"] == "res"].groupby("target")["score"].max()
-    rows = []
-    for node in graph.chain.to_dict("records"):
-        row = {"feature": node["feature"], "label": labels[node["feature"]]}
-        row |= {"step": steps.get(node["feature"], np.nan)}
-        row |= {column: node[column] for column in (*(f"s_{m}" for m in MODULES), "class")}
-        limits = [node[f"high_{m}"] for m in MODULES]
-        row["high above"] = " / ".join("–" if np.isnan(x) else f"{x:.3f}" for x in limits)
-        high = (node[f"from_{m}"] for m in MODULES[1:] if node[f"s_{m}"] > node[f"high_{m}"])
-        row["adds"] = " | ".join(f"{source}: {labels[source]}" for source in high)
-        rows.append(row)
-    return pd.DataFrame(rows)
+    story = chain[["feature", *(f"s_{module}" for module in MODULES), "class"]]
+    story.insert(1, "label", chain["feature"].map(labels))
+    story.insert(2, "step", chain["feature"].map(steps).astype(float))
+    limits = chain[[f"high_{module}" for module in MODULES]].map("{:.3f}".format)
+    story["high above"] = limits.replace("nan", "–").agg(" / ".join, axis=1)
+    high = [
+        [node[f"from_{m}"] for m in MODULES[1:] if node[f"s_{m}"] > node[f"high_{m}"]]
+        for node in chain.to_dict("records")
+    ]
+    adds = [" | ".join(f"{source}: {labels[source]}" for source in sources) for sources in high]
+    return story.assign(adds=adds)
 
 
 def turns(graph: FlowGraph) -> "pd.DataFrame":
@@ -53,10 +49,7 @@ def turns(graph: FlowGraph) -> "pd.DataFrame":
 
 
 def in_words(graph: FlowGraph) -> str:
-    """A sentence: the steps above chance, the classes after layer 0, and where a module is nearer.
-
-    It is the residual chain's; what is high is said by the graph's thresholds.
-    """
+    """A sentence: steps above chance, classes after layer 0, and where a module lies nearer."""
     steps, chain = graph.edges[graph.edges["module"] == "res"], graph.chain
     above = int((steps["score"] > steps["null"]).sum())
     counts = chain.loc[chain["layer"] > 0, "class"].value_counts()
@@ -66,17 +59,3 @@ def in_words(graph: FlowGraph) -> str:
         f"{above} of {len(steps)} steps of the chain are above chance; after layer 0: {classes};"
         f" a module lies nearer than the stream at {', '.join(turned) or 'no layer'}"
     )
-
-
-def funnels(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The residual features that are best matches back, by how many features name them.
-
-    Returns:
-        `source_layer`, `source`, `features` (their number), `score` (their mean) and `above`, how
-        many of them match it above chance; the largest first.
-    """
-    best = table[(table["direction"] == "backward") & (table["module"] == "res")]
-    best = best[(best["rank"] == 1) & (best["source"] >= 0)]
-    sources = best.assign(high=best["score"] > best["null"]).groupby(["source_layer", "source"])
-    found = sources.agg(features=("high", "size"), score=("score", "mean"), above=("high", "sum"))
-    return found.sort_values(["features", "score"], ascending=False).reset_index()

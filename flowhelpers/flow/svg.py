@@ -6,8 +6,8 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from flowhelpers.core.figures import GREY, INK, MARGIN, NAMES
-from flowhelpers.flow.layout import CLASS_COLOURS, flow_layout
+from flowhelpers.core.figures import CLASS_COLOURS, GREY, INK, MARGIN, NAMES
+from flowhelpers.flow.layout import flow_layout
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,17 +64,10 @@ def _draw(axes: "Axes", layout: "Layout") -> None:
         axes.plot(*place, "o", gid=_name(node), url=node["link"] or None, zorder=3, **fill)
         vertical, horizontal = node["caption_at"].split()
         away = node["size"] / 2 + 2
-        axes.annotate(
-            _printable(node["caption"]),
-            place,
-            (away * TOWARDS[horizontal], away * TOWARDS[vertical]),
-            textcoords="offset points",
-            ha=OPPOSITE[horizontal],
-            va=OPPOSITE[vertical],
-            fontsize=layout.font,
-            parse_math=False,
-            zorder=4,
-        )
+        offset = away * TOWARDS[horizontal], away * TOWARDS[vertical]
+        look = {"ha": OPPOSITE[horizontal], "va": OPPOSITE[vertical], "fontsize": layout.font}
+        look |= {"textcoords": "offset points", "parse_math": False, "zorder": 4}
+        axes.annotate(_printable(node["caption"]), place, offset, **look)
     axes.set(xlim=layout.across, ylim=layout.up, xlabel="layer")
     axes.set_xticks(sorted(layout.nodes["layer"].unique()))
     axes.set_yticks([*layout.lanes.values()], [NAMES[module] for module in layout.lanes])

@@ -69,11 +69,7 @@ def top_tokens(
 
 
 def top_contexts(
-    suite: "Suite",
-    feature: FeatureId | str,
-    activations: FeatureActivations,
-    k: int = 5,
-    width: int = 8,
+    suite: "Suite", feature: FeatureId | str, activations: FeatureActivations, k=5, width=8
 ) -> "pd.DataFrame":
     """The places of a corpus where a feature is most active, at most one for each text.
 
@@ -106,12 +102,10 @@ def describe_features(
     """Labels: your own where you have them, else what features write and where they are active.
 
     Args:
-        suite: Its model gives the logit lens.
-        features: Their order is kept.
         activations: Activations on a corpus; without them only what features write is known.
         k: How many tokens of each kind.
-        user_labels: Labels that come first, as `read_labels` and `neuronpedia_labels` give; of
-            several for a feature the last.
+        user_labels: As `read_labels` and `neuronpedia_labels` give; of several for a feature the
+            last.
 
     Returns:
         `feature`, `writes`, `active_at` (empty if unknown), `label`, which holds both, one a line,
@@ -119,11 +113,10 @@ def describe_features(
     """
     import pandas as pd
 
-    known = {}
+    known, rows = {}, []
     if user_labels is not None:
-        labels = user_labels[["label", "label_from"]].itertuples(index=False, name=None)
-        known = dict(zip(user_labels["feature"], labels, strict=True))
-    rows = []
+        own = user_labels.drop_duplicates("feature", keep="last").set_index("feature")
+        known = own[["label", "label_from"]].T.to_dict("list")
     for feature in map(suite.feature, features):
         writes, active_at = _listed(top_logit_tokens(suite, feature, k)["token"]), ""
         label, label_from = f"writes {writes}", "logit lens"
@@ -141,10 +134,6 @@ def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
 
     Returns:
         `feature`, `label` and `label_from`, the file's name.
-
-    Raises:
-        ValueError: If the file is of another kind, lacks a column or a label, or names a feature
-            that the suite does not have, or one twice.
     """
     import pandas as pd
 
@@ -171,8 +160,7 @@ def subject_scores(
     """How well each feature tells the texts on one subject from others, by its mean activation.
 
     Args:
-        activations: Activations on texts of several subjects.
-        site: The site whose features are asked for.
+        activations: On texts of several subjects.
         on_subject: For each text, whether it is on the subject.
         counted: For each text, whether it counts; the others can serve as a test.
 
@@ -197,9 +185,6 @@ def auc(values: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """For each column of `[rows, columns]`, the AUC of the rows that are positive (ties: half).
 
     All columns at once; `sklearn.metrics.roc_auc_score` would take them one by one.
-
-    Raises:
-        ValueError: If all rows are positive, or none is.
     """
     from scipy.stats import rankdata
 

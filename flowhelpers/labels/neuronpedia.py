@@ -12,10 +12,11 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import date
 from functools import partial
 from itertools import count
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential
@@ -49,29 +50,20 @@ def feature_page(suite: "Suite", feature: FeatureId | str) -> str | None:
 
 
 def neuronpedia_labels(suite: "Suite", sites: Iterable[Site | str] | None = None) -> "pd.DataFrame":
-    """Neuronpedia's labels of all features of a suite's SAEs, from its public export.
+    """Neuronpedia's labels of all features of a suite's SAEs, or some `sites`, from its export.
 
     Of several explanations of a feature it is the last by the explainer who has most of this SAE.
     What was fetched is kept for each SAE, with its date, in the folder `neuronpedia` of
     `core.cache_folder()`; remove that to fetch anew.
 
-    Args:
-        suite: Neither its model nor an encoder is loaded.
-        sites: All that Neuronpedia has unless given.
-
     Returns:
         `feature`, `label` and `label_from` (explainer and date), as `describe_features` takes them.
         An SAE that the export lacks has none, with a warning.
-
-    Raises:
-        ValueError: If a site is not on Neuronpedia, or the export's rows are of another SAE.
-        ConnectionError: If the export cannot be reached.
     """
     import pandas as pd
 
-    _check_named(suite)
     if sites is None:
-        sites = sorted(site for site in suite.row.neuronpedia if site in suite.saes)
+        sites = sorted(site for site in _names(suite) if site in suite.saes)
     sources = {site: _source(suite, site) for site in map(parse_site, map(str, sites))}
     tables = [pd.DataFrame(columns=COLUMNS)]
     for site, source in progress(list(sources.items()), f"labels of {suite.name}"):
@@ -98,7 +90,7 @@ def single_labels(suite: "Suite", features: Iterable[FeatureId | str]) -> "pd.Da
     """
     import pandas as pd
 
-    _check_named(suite)
+    _names(suite)
     tables = [pd.DataFrame(columns=COLUMNS)]
     for name in progress(list(map(str, features)), "labels of Neuronpedia"):
         page = feature_page(suite, name)
@@ -110,27 +102,16 @@ def single_labels(suite: "Suite", features: Iterable[FeatureId | str]) -> "pd.Da
 
 
 def cosine_check(
-    suite: "Suite",
-    table: "pd.DataFrame",
-    features: Iterable[FeatureId | str],
-    *,
-    module: str = "res",
+    suite: "Suite", table: "pd.DataFrame", features: Iterable[FeatureId | str], module: str = "res"
 ) -> "pd.DataFrame":
-    """Our best matches beside those that Neuronpedia's servers find among decoder rows.
+    """Our best matches of residual features beside those that Neuronpedia's servers find.
 
-    Args:
-        suite: Its SAEs at these sites have to decode to the stream (not to z).
-        table: Its match table.
-        features: Residual features; Neuronpedia is asked once for each.
-        module: Where their sources are.
+    It compares decoder rows, so the SAEs at these sites have to decode to the stream (not to z).
 
     Returns:
-        One row a feature: `feature`, `ours` (our best match back) and its `cosine`, `theirs` and
-        `their_cosine`, and whether they are the `same`. What does not exist is missing.
-
-    Raises:
-        ValueError: If the table has no such match, or an SAE is not on Neuronpedia.
-        PermissionError, ConnectionError: If Neuronpedia refuses the key or cannot be reached.
+        One row a feature: `feature`, `ours` (our best match back at the module) and its `cosine`,
+        `theirs` and `their_cosine`, and whether they are the `same`. What does not exist is
+        missing.
     """
     import pandas as pd
 
@@ -156,17 +137,19 @@ def cosine_check(
     return pd.DataFrame(rows, columns=columns).astype({"their_cosine": float, "same": bool})
 
 
-def _check_named(suite: "Suite") -> None:
+def _names(suite: "Suite") -> Mapping[Site, str]:
+    """What Neuronpedia calls the suite's SAEs: `model/source`."""
     if not suite.row.neuronpedia:
         raise ValueError(f"suite {suite.name} is not on Neuronpedia: no SAE of it has a name there")
+    return suite.row.neuronpedia
 
 
 def _source(suite: "Suite", site: Site) -> str:
-    """What Neuronpedia calls an SAE: `model/source`."""
-    if site not in suite.row.neuronpedia:
-        there = ", ".join(map(str, sorted(suite.row.neuronpedia))) or "none"
+    names = _names(suite)
+    if site not in names:
+        there = ", ".join(map(str, sorted(names)))
         raise ValueError(f"{site} of {suite.name} is not on Neuronpedia; SAEs there: {there}")
-    return suite.row.neuronpedia[site]
+    return names[site]
 
 
 def _exported(source: str) -> "pd.DataFrame":
@@ -207,8 +190,7 @@ def _one_explanation(rows: "pd.DataFrame") -> "pd.DataFrame":
 
 def _nearest(source: str, index: int, target: str) -> tuple[int | None, float | None]:
     """The feature of the target that Neuronpedia finds nearest to one, and its cosine."""
-    model, _, name = source.partition("/")
-    target_model, _, target_name = target.partition("/")
+    (model, name), (target_model, target_name) = source.split("/", 1), target.split("/", 1)
     question = {"modelId": model, "source": name, "index": index}
     question |= {"targetModelId": target_model, "targetSourceId": target_name}
     reply = _api("/api/cossim", question)
@@ -218,12 +200,12 @@ def _nearest(source: str, index: int, target: str) -> tuple[int | None, float | 
         many = next(name for name in COSINES if name in reply)
         found = [(item["feature"], float(item[COSINES[many]])) for item in reply[many]]
         of = {(f.get("model", target_model), f.get("source", target_name)) for f, _ in found}
-        indices = [(int(feature["index"]), value) for feature, value in found]
+        cosines = {int(feature["index"]): value for feature, value in found}
     except (AttributeError, LookupError, StopIteration, TypeError, ValueError):
         raise ValueError(f"no known form: Neuronpedia's reply for {source}/{index}") from None
     if of - {(target_model, target_name)}:
         raise ValueError(f"the neighbours of {source}/{index} are not of {target}")
-    return max(indices, key=lambda pair: pair[1], default=(None, None))
+    return max(cosines.items(), key=itemgetter(1), default=(None, None))
 
 
 def _api(path: str, question: object = None) -> Any:
@@ -236,11 +218,9 @@ def _api(path: str, question: object = None) -> Any:
 
 
 @retry(
-    retry=retry_if_exception_type(ConnectionError),
-    stop=stop_after_attempt(TRIES),
-    wait=wait_exponential(0.5),
-    reraise=True,
-)
+    retry=retry_if_exception_type(ConnectionError), reraise=True,
+    stop=stop_after_attempt(TRIES), wait=wait_exponential(0.5),
+)  # fmt: skip
 def _ask(address: str, question: object = None, key: str = "") -> bytes | None:
     """What a server answers, unpacked; None where it has no such page.
 

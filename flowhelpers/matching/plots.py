@@ -7,17 +7,11 @@ from typing import TYPE_CHECKING
 import plotly.express as px
 import plotly.graph_objects as go
 
-from flowhelpers.core.figures import COLOURS, GREY, INK, NAMES, SYMBOLS, dress, step
+from flowhelpers.core.figures import CLASS_COLOURS, COLOURS, GREY, INK, NAMES, SYMBOLS, dress, step
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CLASS_COLOURS = {
-    "translated": "#56B4E9",
-    "processed": "#E69F00",
-    "newborn": "#CC79A7",
-    "unexplained": GREY,
-}
 SCORES = {module: f"s({symbol})" for module, symbol in SYMBOLS.items()}
 SCORE_COLOURS = {SCORES[module]: COLOURS[module] for module in SYMBOLS}
 

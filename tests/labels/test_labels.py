@@ -1,6 +1,5 @@
 """What a feature writes and where it is active, on planted directions and activations."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +24,9 @@ from flowhelpers.labels.describe import (
 from flowhelpers.labels.plots import token_text
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import token_strings
-from flowhelpers.suites.saes import make_sae
 
 SITE = Site(1, "res")
+SECOND = '{"feature": "2/mlp/0", "label": "NA"}\n'
 
 
 def activations_of(texts: list[list[tuple[int, float]]], feature: int = 3) -> FeatureActivations:
@@ -49,24 +48,6 @@ def test_written_tokens_are_the_logit_lens_by_hand(planted: Suite, plain_toy: Ge
     assert found["logit"].to_numpy() == pytest.approx(best.values[:7].numpy(), abs=1e-4)
 
 
-@pytest.mark.parametrize("token", [70, 200, 300])
-def test_a_direction_planted_to_write_a_token_writes_it(
-    planted: Suite, plain_toy: Gemma3ForCausalLM, token: int
-):
-    # The direction that the final norm's gain turns into the token's unembedding, less the mean.
-    weights = plain_toy.lm_head.weight.detach()
-    wanted = torch.linalg.lstsq(
-        weights - weights.mean(0), torch.eye(toys.VOCABULARY)[:, [token]], driver="gelsd"
-    ).solution[:, 0]
-    direction = wanted / (1 + plain_toy.model.norm.weight.detach())
-    lens_sae = toys.write_lens_sae(torch.stack([direction, -direction]), SITE)
-    sae = make_sae(SITE, lens_sae, toys.D_MODEL, "planted")
-    suite = dataclasses.replace(planted, saes={SITE: sae})
-    expected = token_strings(planted.model, [token])
-    assert top_logit_tokens(suite, "1/res/0", k=1)["token"].tolist() == expected
-    assert top_logit_tokens(suite, "1/res/1", k=5)["token"].tolist() != expected
-
-
 def test_top_tokens_are_listed_once_by_their_highest_activation(planted: Suite):
     texts = [[(70, 1.0), (71, 5.0), (70, 3.0)], [(72, 0.0), (70, 2.0), (73, 4.0)]]
     found = top_tokens(planted, "1/res/3", activations_of(texts), k=2)
@@ -76,6 +57,8 @@ def test_top_tokens_are_listed_once_by_their_highest_activation(planted: Suite):
     assert found["activation"].tolist() == [5.0, 4.0, 3.0]
     assert found["count"].tolist() == [1, 1, 3]
     assert top_tokens(planted, "1/res/4", activations_of(texts)).empty
+    with pytest.raises(ValueError, match="no feature 1/res/16 in "):
+        top_tokens(planted, "1/res/16", activations_of(texts))
 
 
 def test_top_contexts_come_from_different_texts_and_keep_to_their_own(planted: Suite):
@@ -117,11 +100,7 @@ def test_a_description_says_what_is_written_and_what_is_read(planted: Suite):
     ("name", "content"),
     [
         ("mine.csv", 'feature,label,note\n1/res/3,"red, or green",x\n2/mlp/0,NA,\n'),
-        (
-            "mine.jsonl",
-            '{"feature": "1/res/3", "label": "red, or green"}\n'
-            '{"feature": "2/mlp/0", "label": "NA"}\n',
-        ),
+        ("mine.jsonl", '{"feature": "1/res/3", "label": "red, or green"}\n' + SECOND),
     ],
 )
 def test_ones_own_labels_come_before_all_others(
@@ -149,11 +128,7 @@ def test_ones_own_labels_come_before_all_others(
         ("a.csv", "feature,label\n1/res/3,a\n1/res/3,b\n", "1/res/3 twice"),
         ("a.csv", "feature,label\n1/res/3, \n", "1/res/3 is without a label"),
         ("a.jsonl", '{"feature": "1/res/3", "label": null}', "1/res/3 is without a label"),
-        (
-            "a.csv",
-            "feature,lable\n1/res/3,a\n",
-            "columns feature, lable: expected feature and label",
-        ),
+        ("a.csv", "feature,lable\n1/res/3,a\n", "columns feature, lable: expected feature and"),
         ("a.txt", "1/res/3 a", "expected a file of labels, .csv or .jsonl"),
     ],
 )
@@ -174,9 +149,8 @@ def test_subject_scores_are_the_auc_of_mean_activations():
     codes[:, 1] = 1 - codes[:, 0]  # and the wrong way round
     codes[:, 2] = 0  # cannot tell
     counted = np.arange(20) < 14
-    found = subject_scores(
-        toys.planted_activations({SITE: codes.tolist()}), SITE, on_subject, counted
-    )
+    seen = toys.planted_activations({SITE: codes.tolist()})
+    found = subject_scores(seen, SITE, on_subject, counted)
     means = codes.reshape(20, 8, -1).mean(axis=1)[counted]
     for i in range(toys.RES):
         expected = roc_auc_score(on_subject[counted], means[:, i])
@@ -187,9 +161,8 @@ def test_subject_scores_are_the_auc_of_mean_activations():
         means[on_subject[counted], 5].sum() / means[:, 5].sum(), rel=1e-5
     )
     codes[112:] = 9.0  # texts that do not count change nothing
-    again = subject_scores(
-        toys.planted_activations({SITE: codes.tolist()}), SITE, on_subject, counted
-    )
+    seen = toys.planted_activations({SITE: codes.tolist()})
+    again = subject_scores(seen, SITE, on_subject, counted)
     pd.testing.assert_frame_equal(again, found)
 
 
@@ -200,15 +173,6 @@ def test_a_subject_needs_texts_on_it_and_others(on_subject: bool, message: str):
     seen = toys.planted_activations({SITE: [[1.0] * 4] * 16})
     with pytest.raises(ValueError, match=message):
         subject_scores(seen, SITE, np.full(2, on_subject), np.full(2, True))
-
-
-def test_a_feature_that_does_not_exist_is_named(planted: Suite):
-    for function in (
-        top_logit_tokens,
-        lambda s, f: top_tokens(s, f, activations_of([[(70, 1.0)]])),
-    ):
-        with pytest.raises(ValueError, match="no feature 1/res/16 in "):
-            function(planted, "1/res/16")
 
 
 def test_token_text_colours_the_characters_of_each_token():
@@ -232,10 +196,5 @@ def test_token_text_breaks_a_token_that_is_longer_than_a_line():
     tokens = pd.DataFrame({"token": ["x", "abcdefg"], "activation": [1.0, 0.0]})
     (grid,) = token_text(tokens, "title", "toy", columns=3).data
     assert ["".join(row) for row in grid.text] == ["x", "abc", "def", "g"]
-
-
-def test_a_text_without_activation_is_white():
-    tokens = pd.DataFrame({"token": ["a"], "activation": [0.0]})
-    (grid,) = token_text(tokens, "title", "toy").data
-    assert grid.zmin < grid.zmax
-    assert grid.colorscale[0][1] == "white"
+    (white,) = token_text(tokens.assign(activation=0.0), "title", "toy").data
+    assert white.zmin < white.zmax

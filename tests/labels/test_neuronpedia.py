@@ -10,7 +10,6 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 from ssl import create_default_context
-from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -38,6 +37,7 @@ from flowhelpers.suites.load import Suite
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 KEY = "sk-np-Secret0123456789abcdef"
 TODAY = date.today().isoformat()
+WIDTHS = {"mlp": 8, "res": 16}
 
 
 def from_(explainer: str) -> str:
@@ -65,9 +65,8 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Neuronpe
     with NeuronpediaServer() as server:
         monkeypatch.setattr(neuronpedia, "API", server.address)
         monkeypatch.setattr(neuronpedia, "EXPORT", f"{server.address}/v1")
-        for source, width in [(f"{n}-res", 16) for n in range(3)] + [
-            (f"{n}-mlp", 8) for n in (0, 1, 2)
-        ]:
+        widths = {f"{n}-{module}": wide for n in range(3) for module, wide in WIDTHS.items()}
+        for source, width in widths.items():
             lines = [row(str(i), f" {source} about {i}\n", source) for i in range(0, width, 2)]
             server.batches[source] = [packed(*lines[:3]), packed(*lines[3:])]
         yield server
@@ -88,27 +87,18 @@ def test_all_labels_of_a_suite_come_once_and_without_the_key(
     expected = [
         (f"{n}/{module}/{i}", f"{n}-{module} about {i}", from_(MINI))
         for n in range(3)
-        for module, width in (("mlp", 8), ("res", 16))
+        for module, width in WIDTHS.items()
         for i in range(0, width, 2)
     ]
     assert table.columns.tolist() == ["feature", "label", "label_from"]
     assert list(table.itertuples(index=False, name=None)) == expected
     assert len({asked.path for asked in server.requests}) == len(server.requests) == 6 * 3
     assert {asked.key for asked in server.requests} == {None}
+    monkeypatch.setattr(neuronpedia, "date", None)  # the date is that of the download
     part = neuronpedia_labels(suite, [Site(2, "mlp"), "1/res"])
     assert part["feature"].str[:5].unique().tolist() == ["2/mlp", "1/res"]
+    assert part["label_from"].unique().tolist() == [from_(MINI)]
     assert len(server.requests) == 6 * 3
-
-
-def test_the_date_is_that_of_the_download(
-    suite: Suite, server: NeuronpediaServer, monkeypatch: pytest.MonkeyPatch
-):
-    with monkeypatch.context() as patch:
-        then = SimpleNamespace(today=lambda: date(2024, 2, 29))
-        patch.setattr(neuronpedia, "date", then)
-        neuronpedia_labels(suite, ["1/res"])
-    found = neuronpedia_labels(suite, ["1/res"])["label_from"]
-    assert found[0] == "neuronpedia, gpt-4o-mini, 2024-02-29"
 
 
 def test_of_several_explanations_the_commonest_explainers_last_is_taken(
@@ -177,6 +167,8 @@ def test_what_passes_is_tried_again_and_patience_ends(
     suite: Suite, server: NeuronpediaServer, fault: Fault
 ):
     server.faults["1-res/explanations/batch-1.jsonl.gz"] = [fault] * 2
+    unpacked = Fault(headers={"Content-Encoding": "gzip"})  # by the connection
+    server.faults["1-res/explanations/batch-0.jsonl.gz"] = [unpacked]
     assert len(neuronpedia_labels(suite, ["1/res"])) == 8
     assert len(server.requests) == 5
     server.faults["2-res/explanations/batch-1.jsonl.gz"] = [fault] * 50
@@ -186,12 +178,6 @@ def test_what_passes_is_tried_again_and_patience_ends(
     server.faults.clear()
     assert len(neuronpedia_labels(suite)) == 3 * (8 + 4)
     assert len(server.requests) == 5 + 4 * 3 + 1 + TRIES + 3  # what was whole by then was kept
-
-
-def test_a_file_that_the_connection_has_unpacked_is_read(suite: Suite, server: NeuronpediaServer):
-    fault = Fault(headers={"Content-Encoding": "gzip"})
-    server.faults["1-res/explanations/batch-0.jsonl.gz"] = [fault]
-    assert len(neuronpedia_labels(suite, ["1/res"])) == 8
 
 
 def test_single_features_are_asked_for_one_by_one_with_a_key_or_without(
@@ -281,13 +267,9 @@ def test_the_check_sets_their_best_beside_ours(
     assert found["theirs"].fillna("").tolist() == [f"0/res/{order[0]}", ""]
     assert found["their_cosine"].fillna(0).tolist() == [0.5, 0]
     assert found["same"].tolist() == [True, False]
-    assert server.requests[0].body == {
-        "modelId": MODEL,
-        "source": "1-res",
-        "index": 0,
-        "targetModelId": MODEL,
-        "targetSourceId": "0-res",
-    }
+    source = {"modelId": MODEL, "source": "1-res", "index": 0}
+    target = {"targetModelId": MODEL, "targetSourceId": "0-res"}
+    assert server.requests[0].body == source | target
 
 
 def test_the_check_tells_the_same_from_another_and_from_none(
@@ -329,12 +311,7 @@ def test_neighbours_of_another_form_or_sae_are_an_error(
     ],
 )
 def test_what_cannot_be_checked_is_named_before_anybody_is_asked(
-    suite: Suite,
-    table: pd.DataFrame,
-    server: NeuronpediaServer,
-    feature: str,
-    module: str,
-    said: str,
+    suite: Suite, table: pd.DataFrame, server: Any, feature: str, module: str, said: str
 ):
     with pytest.raises(ValueError, match=said):
         cosine_check(suite, table, ["1/res/1", feature], module=module)
