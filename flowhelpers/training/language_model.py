@@ -81,7 +81,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     names = {f"{name.strip('<>')}_token": name for name in SPECIALS}
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, padding_side="right", clean_up_tokenization_spaces=False, **names
+        tokenizer_object=tokenizer,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+        **names,
     )
 
 

@@ -289,7 +289,9 @@ def write_suite(folder: Path, settings: SuiteRecipe, model: str, sites: Sequence
         sources="\n".join(sources),
         percent=HELD_OUT_PERCENT,
         passages=record["passages"],
-        numbers=yaml.safe_dump({k: v for k, v in numbers.items() if v is not None}, sort_keys=False),
+        numbers=yaml.safe_dump(
+            {k: v for k, v in numbers.items() if v is not None}, sort_keys=False
+        ),
     )
     write_text(folder / "about.md", words)
 

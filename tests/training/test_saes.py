@@ -169,7 +169,9 @@ def test_a_killed_training_ends_as_one_that_was_not(
     assert not steps
 
 
-def test_a_loss_that_is_not_finite_is_an_error_at_its_step(toy: Model, rows: np.ndarray, tmp_path: Path):
+def test_a_loss_that_is_not_finite_is_an_error_at_its_step(
+    toy: Model, rows: np.ndarray, tmp_path: Path
+):
     recipe = RECIPE.model_copy(update={"lr": math.inf})
     with pytest.raises(FloatingPointError, match="the loss of 1-res became nan at step 1"):
         train_saes(recipe, toy, rows, tmp_path, [Site(1, "res")], "toy")
