@@ -56,9 +56,6 @@ def bars(figures: Mapping[str, float], folder: Path | None) -> list[Bar]:
     """The figures beside what the `bars.yaml` of a suite's folder asks, if it has one.
 
     What is asked for and was not measured is not a number.
-
-    Raises:
-        ValueError: If the file does not hold figures, each with `at_least` or `at_most` a number.
     """
     import yaml
 
@@ -82,18 +79,12 @@ def bars(figures: Mapping[str, float], folder: Path | None) -> list[Bar]:
 def measured_bars(
     suite: str, training: Path | None = None, write: bool = False
 ) -> dict[str, list[Bar]]:
-    """Measure a suite.
+    """Measure a suite: its figures, by the text they were measured on.
 
     Args:
-        suite: A suite.
+        suite: A name or folder.
         training: The folder of its training, whose held-out rows are then used as well.
         write: Whether to write `card.md` and `card.json` into the suite's folder.
-
-    Returns:
-        The figures, by the text they were measured on.
-
-    Raises:
-        ValueError: If a card is to be written and the suite is no folder.
     """
     import torch
 
@@ -101,7 +92,7 @@ def measured_bars(
     from flowhelpers.suites.load import load_suite
     from flowhelpers.suites.model import Tokens, tokenize
     from flowhelpers.suites.registry import find_suite
-    from flowhelpers.training.recipe import read_rows
+    from flowhelpers.training.language_model import read_rows
 
     row = find_suite(suite)
     if write and row.folder is None:
@@ -127,11 +118,7 @@ def measured_bars(
 
 
 def stored_bars(suite: str) -> dict[str, list[Bar]]:
-    """The figures of the card that a suite's folder holds.
-
-    Raises:
-        FileNotFoundError: If it has none.
-    """
+    """The figures of the card that a suite's folder holds."""
     from flowhelpers.suites.registry import find_suite
 
     row = find_suite(suite)
@@ -148,13 +135,7 @@ def write_card(
     measured: Mapping[str, list[Bar]],
     tables: "Mapping[str, Mapping[str, pd.DataFrame]]",
 ) -> None:
-    """Write `card.md` and `card.json` into a suite's folder.
-
-    Args:
-        folder: The suite's folder; its `about.md`, if there is one, comes before the figures.
-        measured: The figures, by the text they were measured on.
-        tables: The tables behind them.
-    """
+    """Write `card.md`, which begins with the folder's `about.md`, and `card.json`."""
     import pandas as pd
 
     about = folder / "about.md"

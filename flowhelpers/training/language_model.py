@@ -18,23 +18,22 @@ from jaxtyping import Int, Integer
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+)
+
+from flowhelpers.core.files import read_json
 
 SPECIALS = ("<pad>", "<eos>", "<bos>", "<unk>")
 PAD, EOS, BOS, UNK = range(4)
 
 
 class ModelRecipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
-    """Every number that decides how a language model is trained.
-
-    Attributes:
-        tokens: Training tokens in all.
-        rows: Rows of `context` tokens in one step.
-        muon_lr: Learning rate of the weight matrices, at its peak.
-        adam_lr: Learning rate of embeddings and norms, at its peak.
-        decay: Share of the steps, at the end, over which the learning rates fall to zero.
-        gain: Gain of every post-norm before training.
-    """
+    """Every number that decides how a language model is trained."""
 
     vocab_size: int = Field(default=8192, ge=256 + len(SPECIALS))
     d_model: PositiveInt = 192
@@ -44,12 +43,12 @@ class ModelRecipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     d_mlp: PositiveInt = 576
     context: int = Field(default=256, ge=2)
     tokens: PositiveInt = 28_000_000
-    rows: PositiveInt = 32
-    muon_lr: PositiveFloat = 0.02
-    adam_lr: PositiveFloat = 3e-3
+    rows: PositiveInt = 32  # of `context` tokens, in one step
+    muon_lr: PositiveFloat = 0.02  # of the weight matrices, at its peak
+    adam_lr: PositiveFloat = 3e-3  # of embeddings and norms, at its peak
     warmup: int = Field(default=100, ge=0)
-    decay: float = Field(default=0.5, ge=0, le=1)
-    gain: PositiveFloat = 0.35
+    decay: float = Field(default=0.5, ge=0, le=1)  # share of the steps, at the end
+    gain: PositiveFloat = 0.35  # of every post-norm before training
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -69,12 +68,8 @@ class ModelRecipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer that splits digits and puts `<bos>` before each text."""
     tokenizer = Tokenizer(models.BPE(unk_token=None))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits, to_bytes = pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -111,6 +106,18 @@ def token_rows(
     flat = np.concatenate(stream)
     body = flat[: len(flat) // (context - 1) * (context - 1)].reshape(-1, context - 1)
     return np.concatenate([np.full((len(body), 1), bos, np.int32), body], axis=1)
+
+
+def read_rows(work: Path, total: int, seed: int, split: str = "train") -> np.ndarray:
+    """Rows of a training folder in reading order, from every source by its share."""
+    path = work / "tokens" / "recipe.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: expected the folder of a training")
+    shares = read_json(path)["recipe"]["sources"]
+    files = {name: path.parent / split / f"{Path(name).name}.npy" for name in shares}
+    rows = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
+    filled = {name: of_source for name, of_source in rows.items() if len(of_source)}
+    return mix_rows(filled, shares, total, seed) if filled else next(iter(rows.values()))
 
 
 def mix_rows(
@@ -174,39 +181,31 @@ class MuonAdamW(torch.optim.Optimizer):
             torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01),
             torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
         ]
-        self._share_groups()
-
-    def _share_groups(self) -> None:  # so that a scheduler sets the rates of both
+        # A scheduler sets the rates of both, and a checkpoint holds the state of both.
         self.param_groups = [group for one in self.optimizers for group in one.param_groups]
 
     def step(self, closure: None = None) -> None:
         """One step of each."""
-        for optimizer in self.optimizers:
+        for optimizer, group in zip(self.optimizers, self.param_groups, strict=True):
+            optimizer.state, optimizer.param_groups = self.state, [group]
             optimizer.step()
 
-    def state_dict(self) -> dict[str, Any]:
-        """The state of each."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of each."""
-        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        self._share_groups()
+class FiniteTrainer(Trainer):
+    """A trainer that stops at a loss that is not finite."""
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Forward and backward pass of one batch."""
+        loss = super().training_step(*args, **options)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss became {loss} at step {self.state.global_step}")
+        return loss
 
 
-class RowDataset(torch.utils.data.Dataset):
-    """Rows of token ids, as `transformers.Trainer` reads them."""
-
-    def __init__(self, rows: Integer[np.ndarray, "rows context"]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        ids = torch.from_numpy(self.rows[index].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
+def collate(rows: list[Int[np.ndarray, "context"]]) -> dict[str, Int[Tensor, "batch context"]]:
+    """Rows of token ids as a batch of `transformers.Trainer`."""
+    ids = torch.from_numpy(np.stack(rows).astype(np.int64))
+    return {"input_ids": ids, "labels": ids}
 
 
 def can_compile() -> bool:
@@ -224,27 +223,21 @@ def train_model(
 ) -> Path:
     """Train a language model and save it as an ordinary Hugging Face folder.
 
-    Args:
-        recipe: The numbers.
-        tokenizer: Saved beside the model.
-        rows: Token ids in the order in which they are read, `recipe.rows` of them a step.
-        folder: Where checkpoints are kept; a second call goes on from the last one.
-        device: `cpu` or `cuda`.
-        save_steps: Steps between checkpoints.
+    A second call goes on from the last checkpoint in `folder`. `rows` are read in their order,
+    `recipe.rows` of them a step.
 
     Returns:
         The folder of the finished model, in half precision: `folder/model`.
 
     Raises:
-        FloatingPointError: If a weight is not finite.
+        FloatingPointError: If a loss is not finite.
     """
-    from transformers import Trainer, TrainingArguments
-
     final = folder / "model"
     if final.exists():
         return final
     torch.set_flush_denormal(True)
     model: Any = new_model(recipe)
+    decay_steps = round(recipe.decay * recipe.steps)
     arguments = TrainingArguments(
         output_dir=str(folder / "model-checkpoints"),
         max_steps=recipe.steps,
@@ -252,10 +245,7 @@ def train_model(
         train_sampling_strategy="sequential",
         lr_scheduler_type="warmup_stable_decay",
         warmup_steps=recipe.warmup,
-        lr_scheduler_kwargs={
-            "num_decay_steps": round(recipe.decay * recipe.steps),
-            "decay_type": "linear",
-        },
+        lr_scheduler_kwargs={"num_decay_steps": decay_steps, "decay_type": "linear"},
         max_grad_norm=1.0,
         bf16=True,
         use_cpu=device == "cpu",
@@ -268,15 +258,12 @@ def train_model(
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several would each take a whole batch
     optimizer = MuonAdamW(model, recipe.muon_lr, recipe.adam_lr)
-    trainer = Trainer(
-        model, arguments, train_dataset=RowDataset(rows), optimizers=(optimizer, None)
-    )
+    dataset: Any = rows
+    trainer = FiniteTrainer(model, arguments, collate, dataset, optimizers=(optimizer, None))
     # The Trainer writes its state last: a checkpoint without it was cut off by a kill.
     states = folder.glob("model-checkpoints/checkpoint-*/trainer_state.json")
     last = max(states, key=lambda path: int(path.parent.name.split("-")[1]), default=None)
     trainer.train(resume_from_checkpoint=str(last.parent) if last else None)
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise FloatingPointError("the language model has weights that are not finite")
     part = folder / "model.part"
     model.to(torch.float16).save_pretrained(part)
     tokenizer.save_pretrained(part)

@@ -11,21 +11,14 @@ import torch
 
 from flowhelpers.activations.corpora import passages
 from flowhelpers.activations.sparse import FeatureActivations, collect, collect_tokens
-from flowhelpers.core.features import FeatureId, Site, predecessor_sites
+from flowhelpers.core.features import Site, predecessor_sites
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.groups.significance import mann_whitney_tests, share_significant
 from flowhelpers.labels.describe import auc
 from flowhelpers.matching.scores import feature_scores
 from flowhelpers.matching.table import match_table
-from flowhelpers.suites.model import (
-    Activations,
-    Edit,
-    Tokens,
-    logits_of,
-    run_model,
-    token_losses,
-)
+from flowhelpers.suites.model import Activations, Edit, Tokens, logits_of, run_model, token_losses
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -99,13 +92,8 @@ def measure_saes(
     """L0, explained variance (CHOICES 28), dead share and loss recovered at every site.
 
     `sae_lens.evals` asks for an `ActivationsStore` and reads a hook, which our text, whose special
-    tokens are left out, and sites at z do not fit; of it the explained variance is used.
-
-    Args:
-        suite: The suite.
-        tokens: The text. A feature is dead if it is active at none of its tokens.
-        batch: Texts in one forward pass.
-        loss_rows: Texts on which the loss is measured.
+    tokens are left out, and sites at z do not fit; of it the explained variance is used. A feature
+    is dead if it is active at no token. The loss is measured on the first `loss_rows` texts.
     """
     import pandas as pd
     from sae_lens.evals import ExplainedVarianceCalculator
@@ -141,16 +129,14 @@ def loss_recovered(
     suite: "Suite", tokens: Tokens, rows: int = 32, batch: int = 16
 ) -> dict[Site, float]:
     """Share of the loss that zeroing a site costs which its SAE's reconstruction saves."""
-    parts = list(
-        zip(tokens.ids[:rows].split(batch), tokens.is_text[:rows].split(batch), strict=True)
-    )
+    texts, masks = tokens.ids[:rows].split(batch), tokens.is_text[:rows].split(batch)
 
     def change(x: Activations, to: Callable[[Activations], Activations], at: torch.Tensor):
         return torch.where(at[..., None], to(x), x)
 
     def loss(site: Site, to: Callable[[Activations], Activations]) -> float:
         losses = []
-        for ids, is_text in parts:
+        for ids, is_text in zip(texts, masks, strict=True):
             logits = logits_of(suite.model, ids, [Edit(site, partial(change, to=to, at=is_text))])
             losses.append(token_losses(logits[:, :-1], ids[:, 1:])[is_text[:, 1:]])
         return torch.cat(losses).double().mean().item()
@@ -204,11 +190,10 @@ def measure_themes(suite: "Suite", seed: int = 0) -> "pd.DataFrame":
     frame = passages()
     sites = [site for site in suite.saes if site.module == "res"]
     activations = collect(suite, frame["text"].tolist(), sites)
-    starts = np.flatnonzero(np.diff(activations.tokens["text"].to_numpy(), prepend=-1))
-    codes = [activations.by_site[site].toarray() for site in sites]
-    strongest = np.concatenate([np.maximum.reduceat(c, starts, axis=0) for c in codes], axis=1)
-    widths = zip(sites, codes, strict=True)
-    features = [FeatureId(s.layer, s.module, i) for s, c in widths for i in range(c.shape[1])]
+    text = activations.tokens["text"].to_numpy()
+    codes = {str(s): pd.DataFrame(activations.by_site[s].toarray()) for s in sites}
+    by_feature = pd.concat({s: c.groupby(text).max() for s, c in codes.items()}, axis=1)
+    strongest = by_feature.to_numpy()
     half = np.zeros(len(frame), dtype=bool)
     rng = np.random.default_rng(seed)
     for rows in frame.groupby("subject").indices.values():
@@ -218,10 +203,11 @@ def measure_themes(suite: "Suite", seed: int = 0) -> "pd.DataFrame":
         is_subject = (frame["subject"] == subject).to_numpy()
         chosen_on = auc(strongest[half], is_subject[half])
         best = int(np.argmax(chosen_on))
+        site, index = by_feature.columns[best]
         records.append(
             {
                 "subject": subject,
-                "feature": str(features[best]),
+                "feature": f"{site}/{index}",
                 "auc_chosen_on": chosen_on[best],
                 "auc_held_out": auc(strongest[~half][:, [best]], is_subject[~half])[0],
             }

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ from flowhelpers.core.machine import check_device
 from flowhelpers.suites.bridge import load_model
 from flowhelpers.training.language_model import (
     ModelRecipe,
-    mix_rows,
+    read_rows,
     token_rows,
     train_model,
     train_tokenizer,
@@ -54,13 +54,9 @@ class SAEException(SAERecipe, frozen=True):
 
 
 class SuiteRecipe(BaseModel, extra="forbid", frozen=True):
-    """How a suite is trained.
+    """How a suite is trained: the share of each text source, the model and the SAEs.
 
-    Attributes:
-        sources: Name of each text source and its share of the tokens. A name is a file or folder,
-            a hub dataset, `stdlib` (the interpreter's own source) or `pydoc` (its help topics).
-        licences: What each source is and its licence, for the card.
-        exceptions: Another way for some sites; what it does not say is as in `saes`.
+    What an exception does not say is as in `saes`.
     """
 
     name: str
@@ -74,13 +70,10 @@ class SuiteRecipe(BaseModel, extra="forbid", frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _exceptions_inherit(cls, content: Any) -> Any:
-        if not isinstance(content, dict):
-            return content
-        content = {key: value for key, value in content.items() if value is not None}
-        saes, exceptions = content.get("saes", {}), content.get("exceptions", {})
-        if isinstance(saes, dict) and isinstance(exceptions, dict):
-            merged = {n: {**saes, **e} if isinstance(e, dict) else e for n, e in exceptions.items()}
-            content["exceptions"] = merged
+        match content:
+            case {"saes": dict(saes), "exceptions": dict(exceptions)}:
+                own = {n: saes | e if isinstance(e, dict) else e for n, e in exceptions.items()}
+                return content | {"exceptions": own}
         return content
 
     @model_validator(mode="after")
@@ -92,11 +85,7 @@ class SuiteRecipe(BaseModel, extra="forbid", frozen=True):
         return self
 
     def groups(self, sites: Sequence[Site]) -> dict[str, tuple[list[Site], SAERecipe]]:
-        """The sites that are trained alike, and how; those of no exception are `all-others`.
-
-        Raises:
-            ValueError: If an exception names a site that is not there, or is another's too.
-        """
+        """The sites that are trained alike, and how; those of no exception are `all-others`."""
         groups: dict[str, tuple[list[Site], SAERecipe]] = {}
         left = list(sites)
         for name, recipe in self.exceptions.items():
@@ -113,12 +102,7 @@ class SuiteRecipe(BaseModel, extra="forbid", frozen=True):
 
 
 def read_recipe(path: Path = FLOWLET) -> SuiteRecipe:
-    """Read a recipe from a YAML file, and check all that can be told before training.
-
-    Raises:
-        OSError: If it cannot be read.
-        ValueError: If it is not YAML, a key is unknown or missing, or a value cannot be.
-    """
+    """Read a recipe from a YAML file, and check all that can be told before training."""
     import yaml
 
     try:
@@ -144,15 +128,10 @@ def train_suite(
         text: Where the recipe's text files lie.
         recipe: A recipe file; by default the one of `flowlet`.
         model: A Hugging Face folder or name; then only SAEs are trained, for it.
-        device: A torch device; where it says `auto`, a GPU if there is one.
-
-    Returns:
-        `folder`, which `load_suite` reads.
+        device: A torch device; `auto` is a GPU if there is one.
 
     Raises:
-        ValueError: If a recipe, device or model cannot be used, or what is in `folder` was begun
-            with another recipe or model, or from other text.
-        FileNotFoundError: If a text source is not there.
+        ValueError: If something given cannot be used, or `folder` was begun with something else.
     """
     from flowhelpers.training.card import measured_bars
 
@@ -188,12 +167,10 @@ def train_suite(
     for group, (group_sites, numbers) in groups.items():
         chunks = numbers.steps // numbers.steps_per_chunk(settings.model.context) + 2
         rows = read_rows(work, chunks * numbers.rows, numbers.seed + 1)
-        name = settings.name if is_folder else model
-        for trained in train_saes(
-            numbers, loaded, rows, work / f"saes-{group}", group_sites, name
-        ).iterdir():
-            copy_whole(trained, folder / "saes" / trained.name)
-    write_suite(folder, settings, model, groups)
+        name, part = settings.name if is_folder else model, work / f"saes-{group}"
+        for sae in train_saes(numbers, loaded, rows, part, group_sites, name).iterdir():
+            copy_whole(sae, folder / "saes" / sae.name)
+    write_suite(folder, settings, model, sites)
     measured_bars(str(folder), work, write=True)
     return folder
 
@@ -209,11 +186,7 @@ def usable_device(name: str) -> str:
 
 
 def check_begun(path: Path, now: dict[str, Any]) -> None:
-    """What was begun is taken up only with what it was begun with.
-
-    Raises:
-        ValueError: Naming each difference.
-    """
+    """What was begun is taken up only with what it was begun with; each difference is named."""
     import pandas as pd
 
     before = read_json(path)
@@ -233,22 +206,14 @@ def check_begun(path: Path, now: dict[str, Any]) -> None:
 
 
 def cut_rows(
-    settings: SuiteRecipe,
-    work: Path,
-    text: Path | None,
-    tokenizer: Any,
-    record: Mapping[str, Any],
+    settings: SuiteRecipe, work: Path, text: Path | None, tokenizer: Any, record: dict[str, Any]
 ) -> None:
-    """Read the sources and cut them into rows, by a tokenizer that is trained if none is given.
-
-    Raises:
-        ValueError: If a source is too small, or cannot be read.
-    """
+    """Read the sources and cut them into rows, by a tokenizer that is trained if none is given."""
     sources = {name: load_source(name, text) for name in settings.sources}
     total = sum(settings.sources.values())
     seed, part = settings.model.seed, work / "tokens.part"
-    recipes = (settings.saes, *settings.exceptions.values())
-    tokens = max([r.tokens for r in recipes] + ([] if tokenizer else [settings.model.tokens]))
+    recipes = [settings.saes, *settings.exceptions.values()]
+    tokens = max(r.tokens for r in (recipes if tokenizer else [settings.model, *recipes]))
     seen = 0
     try:
         if tokenizer is None:
@@ -280,34 +245,12 @@ def cut_rows(
                 made.rmdir()
 
 
-def read_rows(work: Path, total: int, seed: int, split: str = "train") -> np.ndarray:
-    """Rows of a training folder in reading order, from every source by its share.
-
-    Raises:
-        FileNotFoundError: If the folder holds no tokens.
-    """
-    path = work / "tokens" / "recipe.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: expected the folder of a training")
-    shares = read_json(path)["recipe"]["sources"]
-    files = {name: path.parent / split / f"{Path(name).name}.npy" for name in shares}
-    rows = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
-    filled = {name: of_source for name, of_source in rows.items() if len(of_source)}
-    return mix_rows(filled, shares, total, seed) if filled else next(iter(rows.values()))
-
-
-def write_suite(
-    folder: Path,
-    settings: SuiteRecipe,
-    model: str,
-    groups: Mapping[str, tuple[list[Site], SAERecipe]],
-) -> None:
+def write_suite(folder: Path, settings: SuiteRecipe, model: str, sites: Sequence[Site]) -> None:
     """The suite's model, if it is a folder, its `suite.yaml` and the words of its card."""
     import yaml
 
     if Path(model).is_dir():
         copy_whole(Path(model), folder / "model")
-    sites = [site for group, _ in groups.values() for site in group]
     row = {
         "name": settings.name,
         "about": settings.about,
@@ -317,9 +260,9 @@ def write_suite(
     }
     write_text(folder / "suite.yaml", yaml.safe_dump(row, sort_keys=False))
     record = read_json(folder / "training" / "tokens" / "recipe.json")
-    hidden = {"sources"} | ({"model"} if record["model"] else set())
-    numbers = {key: value for key, value in record["recipe"].items() if key not in hidden}
-    model_words = "A model that was there already, as it is." if record["model"] else NEW_MODEL
+    numbers, model_words = dict(record["recipe"], sources=None), NEW_MODEL
+    if record["model"]:
+        numbers["model"], model_words = None, "A model that was there already, as it is."
     total = sum(settings.sources.values())
     sources = [
         f"- `{name}`, {share / total:.0%} of the tokens. {settings.licences.get(name, '')}".strip()
@@ -332,7 +275,9 @@ def write_suite(
         sources="\n".join(sources),
         percent=HELD_OUT_PERCENT,
         passages=record["passages"],
-        numbers=yaml.safe_dump(numbers, sort_keys=False),
+        numbers=yaml.safe_dump(
+            {k: v for k, v in numbers.items() if v is not None}, sort_keys=False
+        ),
     )
     write_text(folder / "about.md", words)
 

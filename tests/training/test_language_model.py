@@ -25,18 +25,8 @@ from flowhelpers.training.language_model import (
     train_tokenizer,
 )
 
-RECIPE = ModelRecipe(
-    vocab_size=300,
-    d_model=16,
-    layers=2,
-    heads=2,
-    kv_heads=1,
-    d_mlp=16,
-    context=16,
-    tokens=400,
-    rows=4,
-    warmup=2,
-)
+SIZES = {"vocab_size": 300, "d_model": 16, "layers": 2, "heads": 2, "kv_heads": 1, "d_mlp": 16}
+RECIPE = ModelRecipe(**SIZES, context=16, tokens=400, rows=4, warmup=2)
 
 
 @pytest.fixture(autouse=True)
@@ -172,3 +162,12 @@ def test_training_learns_what_is_planted(
     logits = logits_of(trained, ids).log_softmax(-1)
     loss = -logits[:, :-1].gather(-1, ids[:, 1:, None]).mean().item()
     assert loss < 0.5 * math.log(recipe.vocab_size)
+
+
+def test_a_loss_that_is_not_finite_is_an_error_at_its_step(
+    rows: np.ndarray, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+):
+    recipe = RECIPE.model_copy(update={"adam_lr": math.inf})
+    with pytest.raises(FloatingPointError, match="the loss became nan at step 1"):
+        train_model(recipe, tokenizer, rows, tmp_path)
+    assert not (tmp_path / "model").exists()

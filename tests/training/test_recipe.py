@@ -17,7 +17,8 @@ from flowhelpers.core.features import MODULES, Site
 from flowhelpers.core.files import DATA
 from flowhelpers.suites.load import load_suite
 from flowhelpers.training import language_model
-from flowhelpers.training.recipe import read_recipe, read_rows, train_suite, usable_device
+from flowhelpers.training.language_model import read_rows
+from flowhelpers.training.recipe import read_recipe, train_suite, usable_device
 
 TINY: dict[str, Any] = {
     "name": "tiny",
