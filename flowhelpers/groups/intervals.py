@@ -110,11 +110,8 @@ def significance_intervals(
     Args:
         found: Occurrences.
         tests: As `mann_whitney_tests` gives with the same `alpha`, `smallest` and `unique`.
-        alpha: The level.
-        smallest: Members of the smallest group that is tested.
-        times: Resamples.
-        seed: Of these.
-        unique: Whether a feature counts once in a group.
+        alpha, smallest, unique: As there.
+        times, seed: Resamples, and the seed of their draws.
 
     Returns:
         What `class_shares` and `pair_shares` give, with `low` and `high`.
