@@ -76,13 +76,9 @@ def fit_phases(
 ) -> "pd.DataFrame":
     """The phases of one model's layers, by the shape of some columns, beside chance.
 
-    Args:
-        profile: One row a layer, with `layer`. Layers that lack a column are left out, as layer 0.
-        columns: The columns that make the shape; those that are missing everywhere count for none.
-        count: Layers of the model.
-        parts: How many phases.
-        shuffles, seed: How often layers are put in another order, for chance, and its seed.
-        named: First and last layers of phases that are given; they are measured, without chance.
+    `profile` has one row for each of the model's `count` layers; those that lack a column are left
+    out, as layer 0, and so are columns that are missing everywhere. Chance is that of `shuffles`
+    other orders. Phases that are `named` by their first and last layers are measured without it.
 
     Returns:
         One row a phase: `phase` (from 1), `first` and `last` layer, `begins` and `ends` (relative

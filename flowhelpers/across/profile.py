@@ -98,12 +98,8 @@ def suite_profile(
 ) -> Profile:
     """All that is compared of one suite, from its match table and its occurrences.
 
-    Args:
-        suite: The suite.
-        table: Its match table.
-        found: Its occurrences with `incomplete` layers; None if it read no text.
-        base: The same with predecessors at other tokens (`shuffled_tokens`).
-        times, seed: Resamples for the intervals, and their seed.
+    `found` has `incomplete` layers too, and is None if the suite read no text; `base` is the same
+    with predecessors at other tokens (`shuffled_tokens`). Intervals are of `times` resamples.
 
     Raises:
         ValueError: If the occurrences are of another suite.

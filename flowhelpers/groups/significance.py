@@ -16,6 +16,7 @@ FIRST, SECOND = np.triu_indices(len(GROUPS), 1)  # the groups of each pair
 CLASSES = ("IB", "AO", "AB")  # by in how many of two groups a module is active
 CLASS_ROWS = [(module, pair) for module in MODULES for pair in ("AO", "AB", "IB")]
 
+
 def _class_of(module: str, pair: tuple[str, str]) -> str:
     """The class of a pair of groups, by where the module is active."""
     return CLASSES[sum(module in modules_of(group) for group in pair)]
