@@ -25,8 +25,7 @@ PHASES = {GEMMA: ((0, 5), (6, 15), (16, 25)), "llama-3.1-8b": ((0, 8), (9, 16), 
 def segments(values: np.ndarray, parts: int = 3) -> tuple[list[int], float]:
     """The division of rows into so many runs that has the least sum of squared errors.
 
-    The error of a row of `[rows, columns]` is its distance to the mean of its run. Of several
-    divisions that do as well it is the one whose later runs begin first.
+    The error of a row is its distance to the mean of its run.
 
     Returns:
         The first row of each run, and the share of the variance that the division explains.
@@ -39,7 +38,7 @@ def segments(values: np.ndarray, parts: int = 3) -> tuple[list[int], float]:
         best = through.min(axis=0)
     starts = [len(values)]
     for cut in reversed(cuts):
-        starts.insert(0, int(cut[starts[0]]))
+        starts = [int(cut[starts[0]]), *starts]
     starts = [0, *starts[:-1]]
     return starts, explained(values, starts)
 
@@ -77,14 +76,9 @@ def fit_phases(
 ) -> "pd.DataFrame":
     """The phases of one model's layers, by the shape of some columns, beside chance.
 
-    Args:
-        profile: One row a layer, with `layer`. Layers that lack a column are left out, as layer 0.
-        columns: The columns that make the shape; those that are missing everywhere count for none.
-        count: Layers of the model.
-        parts: How many phases.
-        shuffles: How often the layers are put in another order, for chance.
-        seed: Of these orders.
-        named: First and last layers of phases that are given; they are measured, without chance.
+    `profile` has one row for each of the model's `count` layers; those that lack a column are left
+    out, as layer 0, and so are columns that are missing everywhere. Chance is that of `shuffles`
+    other orders. Phases that are `named` by their first and last layers are measured without it.
 
     Returns:
         One row a phase: `phase` (from 1), `first` and `last` layer, `begins` and `ends` (relative
@@ -120,7 +114,7 @@ def fit_phases(
 
 
 def all_phases(
-    found: Profile, parts: int = 3, shuffles: int = 500, seed: int = 0
+    whole: Profile, parts: int = 3, shuffles: int = 500, seed: int = 0
 ) -> "pd.DataFrame":
     """The phases of every suite, by its groups and by its classes, and those of the paper.
 
@@ -133,8 +127,8 @@ def all_phases(
     if parts < 1:
         raise ValueError(f"parts={parts}: expected 1 or more")
     frames = []
-    for suite, count in zip(found.across["suite"], found.across["layers"], strict=True):
-        profile = found.by_layer[found.by_layer["suite"] == suite]
+    for suite, count in zip(whole.across["suite"], whole.across["layers"], strict=True):
+        profile = whole.by_layer[whole.by_layer["suite"] == suite]
         for of, columns in {"groups": GROUPS, "classes": CLASSES}.items():
             if not set(columns) <= set(profile):
                 continue

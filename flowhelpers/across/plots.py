@@ -37,16 +37,9 @@ def by_depth(
 ) -> go.Figure:
     """A line for every suite over relative depth, in a panel for each column of a table.
 
-    Args:
-        table: With `suite`, `layer`, `depth` and the columns to show.
-        panels: The title of each column's panel; a column that no suite has gets none.
-        title: What it shows.
-        subtitle: Suites, n and choices.
-        chance: For columns those that hold what is by chance.
-        bands: For columns those that hold the lower and the upper end of an error bar.
-        unit: Of the values.
-        shares: Whether these are shares, so that axes are in percent.
-        columns: Panels side by side.
+    `panels` names the columns to show and the title of each one's panel; `chance` for a column the
+    one that holds what is by chance; `bands` those with the lower and upper end of its error bar.
+    With `shares` axes are in percent.
     """
     import pandas as pd
 

@@ -78,10 +78,7 @@ def chosen_suites(names: Sequence[str]) -> dict[str, SuiteRow]:
 def one_by_one(
     names: Sequence[str], look: "Callable[[Suite], T]", device: str = "auto"
 ) -> dict[str, T]:
-    """What `look` says of each suite, by its name; each is let go before the next is loaded.
-
-    `look` takes a loaded suite; what it returns should hold no part of it.
-    """
+    """What `look` returns for each loaded suite, which must not refer to it; one in memory."""
     from flowhelpers.suites.load import load_suite
 
     seen = {}
@@ -101,13 +98,11 @@ def suite_profile(
 ) -> Profile:
     """All that is compared of one suite, from its match table and its occurrences.
 
-    Args:
-        suite: The suite.
-        table: Its match table.
-        found: Its occurrences, layers that lack a site among them; None if it read no text.
-        base: The same with predecessors at other tokens (`shuffled_tokens`).
-        times: Resamples, for intervals.
-        seed: Of these.
+    `found` has `incomplete` layers too, and is None if the suite read no text; `base` is the same
+    with predecessors at other tokens (`shuffled_tokens`). Intervals are of `times` resamples.
+
+    Raises:
+        ValueError: If the occurrences are of another suite.
     """
     import pandas as pd
 
@@ -179,11 +174,11 @@ def _score_columns(scores: "pd.DataFrame") -> "pd.DataFrame":
     columns = {}
     for module in MODULES:
         score, null = (scores.get(f"{name}_{module}", layer * np.nan) for name in ("s", "null"))
-        values = {f"{name}_{module}": score.groupby(layer).quantile(q) for name, q in QUARTILES}
+        for name, q in QUARTILES:
+            columns[f"{name}_{module}"] = score.groupby(layer).quantile(q)
         above = (score > null).where(score.notna()).astype(float)
-        for name, column in (("s", score), ("null", null), ("above", above)):
-            values[f"{name}_{module}"] = column.groupby(layer).mean()
-        columns |= values
+        for name, values in (("s", score), ("null", null), ("above", above)):
+            columns[f"{name}_{module}"] = values.groupby(layer).mean()
     return pd.DataFrame(columns)
 
 
@@ -299,8 +294,7 @@ def activity_profile(found: Occurrences, base: Occurrences) -> "pd.DataFrame":
 def alike(by_layer: "pd.DataFrame", columns: Sequence[str], points: int = 41) -> "pd.DataFrame":
     """How far the profiles of any two suites lie apart, and whether they go the same way.
 
-    Profiles are compared at evenly spread relative depths that both reach, on the straight lines
-    between their layers.
+    Profiles are interpolated at evenly spread relative depths that both reach.
 
     Returns:
         One row a pair of suites and column: `first`, `second`, `column`, `apart` (the mean absolute

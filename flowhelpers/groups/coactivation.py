@@ -24,11 +24,6 @@ def coactivation_of_matches(
 ) -> "pd.DataFrame":
     """How matched features are active together: every best match of a residual feature.
 
-    Args:
-        matches: A match table, by any method.
-        activations: Activations at all sites.
-        least_active: Tokens on which each has to be active, for the measures to say anything.
-
     Returns:
         One row a feature and module with a match: `layer`, `module`, `feature`, `source_layer`,
         `source`, `score`, `cosine`, `null`, `n_target`, `n_source`, `n_both` (tokens), `pearson`,
@@ -82,26 +77,20 @@ def _measures(target: "csc_matrix", source: "csc_matrix") -> dict[str, np.ndarra
 def disagreements(
     pairs: "pd.DataFrame", near: float = 0.5, together: float = 0.3, n: int = 10
 ) -> "pd.DataFrame":
-    """Where the weights mislead: near but not active together, and active together but not near.
-
-    Args:
-        pairs: As `coactivation_of_matches` gives, of matches by cosine or by correlation.
-        near: The cosine from which directions count as near.
-        together: The correlation from which features count as active together.
-        n: The most rows of each kind.
+    """Pairs that are near by cosine but not active together (by Pearson), and the reverse.
 
     Returns:
-        Rows of `pairs` with `kind`, `near, not together` or `together, not near`, those furthest
-        from what the other measure says first.
+        At most `n` rows of each `kind`, `near, not together` and `together, not near`: the
+        lowest, and then the highest, correlations first.
     """
     import pandas as pd
 
-    known = pairs[pairs["pearson"].notna()].sort_values(["pearson", "layer", "feature"])
-    apart = known[(known["cosine"] >= near) & (known["pearson"] < together)].head(n)
-    known = known.sort_values(["pearson", "layer", "feature"], ascending=[False, True, True])
-    close = known[(known["cosine"] < near) & (known["pearson"] >= together)].head(n)
-    kinds = [apart.assign(kind="near, not together"), close.assign(kind="together, not near")]
-    return pd.concat(kinds, ignore_index=True)
+    order = ["pearson", "layer", "feature"]
+    apart = pairs[(pairs["cosine"] >= near) & (pairs["pearson"] < together)].sort_values(order)
+    close = pairs[(pairs["cosine"] < near) & (pairs["pearson"] >= together)]
+    close = close.sort_values(order, ascending=[False, True, True])
+    kinds = {"near, not together": apart, "together, not near": close}
+    return pd.concat([rows.head(n).assign(kind=k) for k, rows in kinds.items()], ignore_index=True)
 
 
 def coactivation_by_cosine(

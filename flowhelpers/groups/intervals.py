@@ -107,14 +107,7 @@ def significance_intervals(
     What is tested anew is another sample with fewer distinct texts, of which some count twice; so
     the interval need not lie around the share.
 
-    Args:
-        found: Occurrences.
-        tests: As `mann_whitney_tests` gives with the same `alpha`, `smallest` and `unique`.
-        alpha: The level.
-        smallest: Members of the smallest group that is tested.
-        times: Resamples.
-        seed: Of these.
-        unique: Whether a feature counts once in a group.
+    `tests` are those of `mann_whitney_tests` with the same `alpha`, `smallest` and `unique`.
 
     Returns:
         What `class_shares` and `pair_shares` give, with `low` and `high`.

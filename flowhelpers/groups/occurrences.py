@@ -73,7 +73,7 @@ def find_occurrences(
     Args:
         matches: A match table, by any method.
         activations: Activations at all sites.
-        top_n: How many matches of each feature and site are its predecessors.
+        top_n: How many matches at each site are a feature's predecessors.
         incomplete: Whether layers that lack one or two of the three sites are in it, as layer 0
             does (CHOICES 5); their groups are those of the sites that there are.
         predecessors: The activations of predecessors, where they are not those at the same token:
@@ -102,9 +102,8 @@ def find_occurrences(
     sites = {Site(layer, "res") for layer in layers}
     sites |= {predecessor_site(*place) for place in by_place if place[0] in layers}
     if missing := sorted(sites - set(sources)):
-        raise ValueError(
-            f"no activations at {', '.join(map(str, missing))}, of which the match table speaks"
-        )
+        named = ", ".join(map(str, missing))
+        raise ValueError(f"no activations at {named}, of which the match table speaks")
     parts = []
     for layer in layers:
         codes = activations.by_site[Site(layer, "res")].tocoo()
@@ -205,10 +204,8 @@ def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureAc
 def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.DataFrame":
     """How the occurrences are spread over the groups (Figures 5 and 12a).
 
-    Args:
-        found: Occurrences.
-        by: Columns within each of whose values the shares add up to one, such as `dataset`,
-            `layer`, or both. Layers that lack a site count only where `layer` is among them.
+    Shares add up to one within each value of the columns `by`, such as `dataset`, `layer` or both.
+    Layers that lack a site count only where `layer` is among them.
 
     Returns:
         One row a group in each: `n`, `features` (unique ones), `share` of the occurrences, and
@@ -257,7 +254,7 @@ def single_source_points(
         feature once in a group.
 
     Raises:
-        ValueError: If a layer is not among the complete ones.
+        ValueError: If a layer lacks a site.
     """
     import pandas as pd
 

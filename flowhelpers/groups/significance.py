@@ -15,15 +15,15 @@ NAMED_PAIRS = tuple(combinations(GROUPS, 2))
 FIRST, SECOND = np.triu_indices(len(GROUPS), 1)  # the groups of each pair
 CLASSES = ("IB", "AO", "AB")  # by in how many of two groups a module is active
 CLASS_ROWS = [(module, pair) for module in MODULES for pair in ("AO", "AB", "IB")]
-IN_CLASS = np.array(
-    [
-        [
-            CLASSES[sum(module in modules_of(group) for group in pair)] == name
-            for pair in NAMED_PAIRS
-        ]
-        for module, name in CLASS_ROWS
-    ]
-)  # which pairs of groups are in each class of each module, [9, 28]
+
+
+def _class_of(module: str, pair: tuple[str, str]) -> str:
+    """The class of a pair of groups, by where the module is active."""
+    return CLASSES[sum(module in modules_of(group) for group in pair)]
+
+
+# Which pairs of groups are in each class of each module, [9, 28].
+IN_CLASS = np.array([[_class_of(m, pair) == c for pair in NAMED_PAIRS] for m, c in CLASS_ROWS])
 ONCE = ["dataset", "layer", "feature", "group"]
 SMALLEST = 20  # members of a group, for a test (CHOICES 7)
 
@@ -101,19 +101,15 @@ class Cells:
         """
         tests = []
         for place, starts in zip(self.places, self.starts, strict=True):
-            counts = np.bincount(
-                self.group * starts[-1] + place, weights, len(GROUPS) * starts[-1]
-            ).reshape(len(GROUPS), -1)
+            width = starts[-1]
+            counts = np.bincount(self.group * width + place, weights, len(GROUPS) * width)
+            counts = counts.reshape(len(GROUPS), width)
             tests.append([mann_whitney(counts[:, a:b], smallest) for a, b in pairwise(starts)])
-        n, p, effect = (
-            np.array([[cell[i] for cell in cells] for cells in tests]) for i in range(3)
-        )
+        n, p, effect = (np.array([[c[i] for c in cells] for cells in tests]) for i in range(3))
         return n, p[..., FIRST, SECOND], effect[..., FIRST, SECOND]
 
 
-def mann_whitney(
-    counts: np.ndarray, smallest: int = 1
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mann_whitney(counts: np.ndarray, smallest: int = 1) -> tuple[np.ndarray, ...]:
     """Mann-Whitney U of all pairs of groups at once, from how often each has each score.
 
     All pairs come from one product of counts, so that the tests of a sample can be made hundreds of
@@ -153,10 +149,9 @@ def pair_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
         `score`, `first`, `second`, `tests` (over layers and datasets), `share` and the median
         `effect`; missing where no test was made.
     """
+    measures = {"tests": ("p", "count"), "share": ("significant", "mean")}
     by_pair = tests.groupby(["score", "first", "second"], sort=False)
-    return by_pair.agg(
-        tests=("p", "count"), share=("significant", "mean"), effect=("effect", "median")
-    ).reset_index()
+    return by_pair.agg(**measures, effect=("effect", "median")).reset_index()
 
 
 def class_means(shares: np.ndarray) -> np.ndarray:

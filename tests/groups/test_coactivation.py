@@ -32,15 +32,13 @@ def test_every_measure_is_the_one_worked_out_for_the_pair():
     pairs = coactivation_of_matches(MATCHES, ACTIVITY).set_index("feature")
     assert set(pairs.index) == {0, 1, 2, 3, 5}
     for f in range(4):
-        target, source = TARGET[:, f], SOURCE[:, f]
-        both = ((target > 0) & (source > 0)).sum()
-        row = pairs.loc[f]
-        assert (row["n_target"], row["n_source"]) == ((target > 0).sum(), (source > 0).sum())
-        assert row["n_both"] == both
-        assert row["pearson"] == pytest.approx(np.corrcoef(target, source)[0, 1])
-        assert row["jaccard"] == pytest.approx(both / ((target > 0) | (source > 0)).sum())
-        assert row["source_given_target"] == pytest.approx(both / (target > 0).sum())
-        assert row["target_given_source"] == pytest.approx(both / (source > 0).sum())
+        target, source = TARGET[:, f] > 0, SOURCE[:, f] > 0
+        n, n_source = target.sum(), source.sum()
+        both, either = (target & source).sum(), (target | source).sum()
+        assert pairs.loc[f, ["n_target", "n_source", "n_both"]].tolist() == [n, n_source, both]
+        pearson = np.corrcoef(TARGET[:, f], SOURCE[:, f])[0, 1]
+        expected = [pearson, both / either, both / n, both / n_source]
+        assert pairs.loc[f, [*MEASURES]].tolist() == pytest.approx(expected)
     assert pairs.loc[1, "source_given_target"] == 1
     assert pairs.loc[1, "target_given_source"] < 0.7
     # Of a feature that is seldom active nothing is said, unless asked for.
@@ -68,6 +66,5 @@ def test_medians_are_those_of_pairs_in_a_range_of_cosines():
     assert medians["cosine"].tolist() == pytest.approx([0.25, 0.55, 0.95])
     assert medians["pairs"].tolist() == [12, 10, 10]  # nine pairs are too few
     inside = pairs[pairs["cosine"].between(0.2, 0.3)]
-    assert medians.iloc[0][[*MEASURES]].tolist() == pytest.approx(
-        inside[[*MEASURES]].median().tolist()
-    )
+    expected = inside[[*MEASURES]].median().tolist()
+    assert medians.iloc[0][[*MEASURES]].tolist() == pytest.approx(expected)

@@ -87,9 +87,7 @@ def test_points_and_densities_are_those_of_the_scores():
         single_source_points(FOUND, [0])
     table = score_histograms(FOUND, [2], bins=10, smallest=1)
     part = table[(table["score"] == "s_res") & (table["group"] == "From RES")]
-    scores = FOUND.table[(FOUND.table["layer"] == 2) & (FOUND.table["group"] == "From RES")][
-        "s_res"
-    ]
+    scores = FOUND.table.query("layer == 2 and group == 'From RES'")["s_res"]
     assert (part["n"] == len(scores)).all()
     width = part["at"].diff().iloc[1]
     assert (part["density"] * width).sum() == pytest.approx(1)

@@ -150,10 +150,8 @@ def weighted(found: Occurrences, counts: np.ndarray) -> Occurrences:
 @pytest.mark.parametrize("by", [("dataset",), ("dataset", "layer"), ()])
 def test_shares_have_the_intervals_of_samples_made_one_by_one(by: tuple[str, ...]):
     found, _ = planted_occurrences()
-    again = [
-        group_shares(weighted(found, counts), by)["share"].fillna(0).to_numpy()
-        for counts in resamples(found.tokens, 50)
-    ]
+    resampled = (weighted(found, counts) for counts in resamples(found.tokens, 50))
+    again = [group_shares(sample, by)["share"].fillna(0).to_numpy() for sample in resampled]
     low, high = np.quantile(np.stack(again), [0.025, 0.975], axis=0)
     shares = share_intervals(found, by, times=50)
     pd.testing.assert_frame_equal(shares.drop(columns=["low", "high"]), group_shares(found, by))
@@ -168,10 +166,8 @@ def test_shares_have_the_intervals_of_samples_made_one_by_one(by: tuple[str, ...
 def test_the_transition_has_intervals_around_its_shares():
     found, _ = planted_occurrences()
     rows = transition_intervals(found, times=50)
-    again = [
-        group_transition(complete_layers(weighted(found, counts).table)).ravel()
-        for counts in resamples(found.tokens, 50)
-    ]
+    resampled = (weighted(found, counts).table for counts in resamples(found.tokens, 50))
+    again = [group_transition(complete_layers(table)).ravel() for table in resampled]
     matrix = group_transition(complete_layers(found.table))
     assert rows["share"].tolist() == pytest.approx(matrix.ravel(), nan_ok=True)
     seen = found.table.query("layer > 0").drop_duplicates(["layer", "feature", "group"])
@@ -192,10 +188,8 @@ def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences,
     found = planted_occurrences(tokens=120)[0] if unique else drawn  # where a feature has one score
     tests = mann_whitney_tests(found, **options)
     classes, pairs = significance_intervals(found, tests, times=20, **options)
-    again = [
-        mann_whitney_tests(weighted(found, counts), **options)
-        for counts in resamples(found.tokens, 20)
-    ]
+    resampled = (weighted(found, counts) for counts in resamples(found.tokens, 20))
+    again = [mann_whitney_tests(sample, **options) for sample in resampled]
     for rows, shares in ((classes, class_shares), (pairs, pair_shares)):
         wide = np.stack([shares(each)["share"].to_numpy() for each in again])
         known = ~np.isnan(wide).all(axis=0)
