@@ -101,12 +101,12 @@ def flow_graph(
         thresholds: What the classes go by, as in `matching.classify`.
 
     Example:
-        >>> from flowhelpers import flow_graph, load_suite, match_table
+        >>> from flowhelpers import flow, flow_graph, load_suite, match_table
         >>> suite = load_suite("flowlet")
         >>> graph = flow_graph(suite, "4/res/17", match_table(suite, k=1))
         >>> graph.chain["feature"].tolist()[3:6]
         ['3/res/733', '4/res/17', '5/res/197']
-        >>> ancestors(graph, "1/res/206")
+        >>> flow.ancestors(graph, "1/res/206")
         ['0/att/68', '0/res/698', '0/mlp/499', '1/att/35', '1/mlp/284']
     """
     import pandas as pd

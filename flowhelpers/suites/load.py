@@ -188,6 +188,7 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
         OSError: huggingface_hub's, if something has to be fetched and cannot be.
 
     Example:
+        >>> from flowhelpers import load_suite
         >>> suite = load_suite("flowlet")
         >>> suite.layers, suite.d_model, suite.sae("4/res").width
         (8, 192, 1024)

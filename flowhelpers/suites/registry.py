@@ -50,21 +50,13 @@ class SuiteRow:
     """What has to be known to load a suite.
 
     Attributes:
-        name: The suite's name.
-        model: A Hugging Face model, by folder or by hub name.
         saes: For each site a sae-lens folder, or `{release, id}` of a release of sae-lens.
-        parameters: Parameters of model and SAEs together.
-        revision: The model's revision on the hub.
-        about: One line on what it is.
-        folder: Where the suite lies, if it is a folder.
-        model_parameters: Those of the model alone, if known.
-        layers: Number of layers of the model, if known.
-        d_model: Width of the stream, if known.
-        d_att: Width at which attention SAEs read, if known and not that of the stream.
-        features: Number of features of each SAE, if known and the same for all.
+        parameters: Of model and SAEs together; `model_parameters` of the model alone.
+        d_att: Width at which attention SAEs read, where that is not the stream's.
+        features: Number of features of each SAE, if the same for all.
         neuronpedia: What Neuronpedia calls the SAE of a site, `model/source`.
         stored: The types in which the `model` and the `saes` lie on the hub.
-        variants: The kinds of SAEs there are; the first is taken unless one is asked for.
+        variants: The kinds of SAEs; the first is taken unless one is asked for.
         notes: What to know of it, and what it cannot do.
     """
 
@@ -137,10 +129,6 @@ def _chosen(name: str, asked: Iterable[str]) -> SuiteRow:
             l0 = int(match[1])
         elif set(choice.split("+")) <= set(MODULES) and modules is None:
             modules = choice.split("+")
-        elif choice in row.variants or match or set(choice.split("+")) <= set(MODULES):
-            raise ValueError(
-                f"suite {name}: {choice!r} is the second of its kind that is asked for"
-            )
         else:
             there = [*row.variants, *(["l0=70"] if "by_l0" in raw else []), "res+mlp"]
             raise ValueError(f"suite {name} has no variant {choice!r}{suggestion(choice, there)}")
@@ -215,12 +203,7 @@ def _listing(source: Source) -> tuple[Any, str]:
 
 
 def read_suite_folder(folder: Path) -> SuiteRow:
-    """The suite of a folder: its `suite.yaml`.
-
-    Raises:
-        FileNotFoundError: If there is no `suite.yaml`.
-        ValueError: If it lacks something or is not YAML.
-    """
+    """The suite of a folder, from its `suite.yaml`."""
     import yaml
 
     path = folder / "suite.yaml"
