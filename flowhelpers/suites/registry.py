@@ -103,12 +103,8 @@ def _table() -> dict[str, dict[str, Any]]:
 def find_suite(name: str | Path) -> SuiteRow:
     """The row of a suite, by its registered name or by its folder.
 
-    A name may ask for more, each part after an `@`: a variant (`gemma-2-2b@65k`), the SAEs
-    whose mean L0 is nearest to a number (`gemma-2-2b@l0=70`; SAE Match finds that neighbours of
-    equal L0 match best), or some of the modules alone (`gemma-2-2b@res+mlp`).
-
-    Raises:
-        ValueError: If there is neither, or no such variant; the message names the nearest.
+    A name may ask for more after an `@`: a variant (`gemma-2-2b@65k`), the SAEs whose mean L0 is
+    nearest to a number (`@l0=70`; SAEs of equal L0 match best), or some modules (`@res+mlp`).
     """
     rows, (bare, *asked) = registered(), str(name).split("@")
     if bare in rows:
@@ -306,10 +302,7 @@ def _sites(key: str, layers: int, where: str, model: str) -> list[Site]:
 def _called(source: Any, site: Site, where: str) -> str:
     name = str(source).replace("{layer}", str(site.layer))
     if name.count("/") != 1:
-        raise ValueError(
-            f"{where}: on Neuronpedia {site} is called {source!r}: expected model/source, such as"
-            " gemma-2-2b/{layer}-gemmascope-res-16k"
-        )
+        raise ValueError(f"{where}: {site} on Neuronpedia: {source!r} is not model/source")
     return name
 
 
