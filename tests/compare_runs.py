@@ -22,6 +22,8 @@ def latest_runs(folder: Path) -> dict[str, Path]:
 
 def difference(old: pd.DataFrame, new: pd.DataFrame) -> str:
     """What is different between two tables, in a line; empty where nothing is."""
+    if set(old.columns) == set(new.columns):  # in whatever order
+        new = new[old.columns]
     try:
         pd.testing.assert_frame_equal(old, new, rtol=RTOL, atol=ATOL, check_exact=False)
     except AssertionError as error:
