@@ -54,7 +54,6 @@ class Hub(LoopbackServer):
         self.root = root
         self.requests: list[Request] = []
         self._faults: list[Fault] = []
-        self._gated: set[str] = set()
         self._lock = threading.Lock()
         self._digests: dict[tuple[Path, int, int], tuple[str, str]] = {}
 
@@ -68,19 +67,10 @@ class Hub(LoopbackServer):
         with self._lock:
             self.requests.clear()
             self._faults.clear()
-            self._gated.clear()
 
     def fail(self, prefix: str, status: int, times: int | None = 1) -> None:
         """Answer requests for paths that begin with `prefix` with an error."""
         self._faults.append(Fault(prefix, times, status=status))
-
-    def gate(self, name: str) -> None:
-        """From here on a repository's files are for those who accepted its licence."""
-        self._gated.add(name)
-
-    def is_gated(self, name: str) -> bool:
-        """Whether its files are refused."""
-        return name in self._gated
 
     def truncate(
         self, prefix: str, keep: int, times: int | None = 1, declared: bool = False
@@ -307,8 +297,6 @@ class _Handler(QuietHandler):
         commit = self._commit(kind, name, revision)
         if not commit:
             return
-        if self.owner.is_gated(name):
-            return self._error(403, "GatedRepo", f"Access to model {name} is restricted")
         file = self.owner.root / kind / name / path
         if not file.is_file():
             return self._error(404, "EntryNotFound", "Entry not found", commit)

@@ -6,7 +6,7 @@ Every number comes from a seeded generator. Nothing heavy is imported before it 
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -40,6 +40,13 @@ HOOKS = {
     "mlp": "blocks.{layer}.hook_mlp_out",
     "att": "blocks.{layer}.hook_attn_out",
 }
+GPT2_CONFIG = {
+    "model_name": "gpt2-small",
+    "activation_fn_str": "topk",
+    "activation_fn_kwargs": {"k": 8},
+    "dataset_path": "Skylion007/openwebtext",
+    "normalize_activations": "layer_norm",
+}
 GPT2_KINDS = {"res": "resid-post", "mlp": "mlp-out", "att": "attn-out"}
 GEMMA_3_FOLDERS = {"res": "resid_post_all", "mlp": "mlp_out_all", "att": "attn_out_all"}
 GEMMA_3_HOOKS = {
@@ -60,7 +67,6 @@ TEXT = (
 )
 
 Arrays = dict[str, np.ndarray]
-Plant = Callable[[str, int], Arrays]  # from module and layer to the tensors of the file
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,10 @@ class Written:
 
     Attributes:
         root: The hub's root.
-        model: The model's name on the hub.
         paths: Of each id of each release the path on the hub, `<repository>/<folder>`.
     """
 
     root: Path
-    model: str
     paths: dict[str, dict[str, str]]
 
     def folder(self, release: str, sae_id: str) -> Path:
@@ -98,70 +102,47 @@ class Written:
         )
 
 
-def write_gemma_2(
-    root: Path,
-    *,
-    dtype: str = "bfloat16",
-    seed: int = 0,
-    layers: Sequence[int] = (0, 1),
-    modules: Sequence[str] = MODULES,
-    features: int = WIDTH_16K,
-    extra: Mapping[str, Sequence[str]] | None = None,
-    weights: Plant | None = None,
-) -> Written:
+def write_gemma_2(root: Path, features: int, wide: Mapping[str, str]) -> Written:
     """`google/gemma-2-2b` with two layers and a narrow MLP, and Gemma Scope's SAEs.
 
-    The loader of sae-lens takes the width from the id, `width_16k`, and refuses a file of another:
-    `features` has to stay as it is wherever sae-lens is to read what is written. One SAE of
-    this width is 0.3 GB (0.27 GB at z).
+    sae-lens takes the width from the id, `width_16k`, and refuses a file of another: of narrow ones
+    only the decoder can be read. One SAE of the true width is 0.3 GB.
 
     Args:
         root: The hub's root.
-        dtype: Of the model's weights, `bfloat16` or `float32`; SAEs are in float32.
-        seed: Of the model's weights.
-        layers: Layers whose SAEs are written, of 0 and 1.
-        modules: Their modules; an SAE of `att` reads z.
-        features: Width of the SAEs.
-        extra: For modules, further ids of the full lists, `layer_0/width_16k/average_l0_68`.
-        weights: From module and layer to the members of the file, to plant directions; by default
-            those of `gemma_2_arrays`.
+        features: Width of the canonical SAEs at all sites.
+        wide: For modules one further id of the full lists, `layer_0/width_16k/average_l0_68`, which
+            is written at the true width.
     """
-    write_gemma_2_model(root, dtype, seed)
-    base = unit_rows("gemma 2", features, D_GEMMA_2)
+    write_gemma_2_model(root)
     paths: dict[str, dict[str, str]] = {}
-    for module in modules:
+    for module in MODULES:
         release = f"gemma-scope-2b-pt-{module}"
-        wanted = {release: [*(extra or {}).get(module, ())]}
-        wanted[f"{release}-canonical"] = [f"layer_{layer}/width_16k/canonical" for layer in layers]
-        for name, sae_ids in wanted.items():
-            paths[name] = sae_paths(name, sae_ids)
+        paths[release] = sae_paths(release, [wide[module]] if module in wide else [])
+        canonical = [f"layer_{layer}/width_16k/canonical" for layer in range(LAYERS)]
+        paths[f"{release}-canonical"] = sae_paths(f"{release}-canonical", canonical)
+        for name, width in ((release, WIDTH_16K), (f"{release}-canonical", features)):
             for path in paths[name].values():
                 layer, l0 = int(path.split("/layer_")[1][0]), int(path.split("_")[-1])
-                if weights is None:
-                    arrays = gemma_2_arrays(module, layer, l0, features, base)
-                else:
-                    arrays = weights(module, layer)
+                arrays = gemma_2_arrays(module, layer, l0, width)
                 _write_npz(root / "models" / path / "params.npz", arrays)
-    return Written(root, GEMMA_2, {name: found for name, found in paths.items() if found})
+    return Written(root, paths)
 
 
-def write_gemma_2_model(root: Path, dtype: str = "bfloat16", seed: int = 0) -> str:
+def write_gemma_2_model(root: Path) -> None:
     """The model alone, in two files with an index."""
     folder = root / "models" / GEMMA_2
     config = {
         "architectures": ["Gemma2ForCausalLM"],
         "attention_bias": False,
-        "attention_dropout": 0.0,
         "attn_logit_softcapping": 50.0,
         "bos_token_id": 2,
-        "cache_implementation": "hybrid",
         "eos_token_id": 1,
         "final_logit_softcapping": 30.0,
         "head_dim": 256,
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": D_GEMMA_2,
-        "initializer_range": 0.02,
         "intermediate_size": 128,
         "max_position_embeddings": 8192,
         "model_type": "gemma2",
@@ -174,57 +155,39 @@ def write_gemma_2_model(root: Path, dtype: str = "bfloat16", seed: int = 0) -> s
         "rope_theta": 10000.0,
         "sliding_window": 4096,
         "tie_word_embeddings": True,
-        "torch_dtype": dtype,
-        "transformers_version": "4.42.4",
-        "use_cache": True,
+        "torch_dtype": "bfloat16",
         "vocab_size": GEMMA_VOCABULARY,
     }
     _write_json(folder / "config.json", config)
-    tensors = gemma_weights(config, seed)
+    tensors = gemma_weights(config)
     second = {name for name in tensors if ".layers.1." in name or name == "model.norm.weight"}
-    write_shards(folder, [tensors.keys() - second, second], tensors, dtype)
+    write_shards(folder, [tensors.keys() - second, second], tensors)
     write_gemma_tokenizer(folder)
-    return GEMMA_2
 
 
-def gemma_2_arrays(
-    module: str,
-    layer: int,
-    l0: int,
-    features: int = WIDTH_16K,
-    base: np.ndarray | None = None,
-) -> Arrays:
+def gemma_2_arrays(module: str, layer: int, l0: int, features: int) -> Arrays:
     """The members of one `params.npz`: unit rows, and an encoder that is the decoder transposed.
 
     Thresholds are such that about `l0` of 16,384 features are active at a token of the model.
-
-    Args:
-        module: The module.
-        layer: Its layer.
-        l0: The number in the id.
-        features: Width.
-        base: `unit_rows("gemma 2", features, 2304)`, where it is there already.
     """
-    decoder = gemma_2_decoder(module, layer, features, base)
+    decoder = gemma_2_decoder(module, layer, features)
     scale = SCALES[module, layer]
     return _jumprelu(decoder, l0 / WIDTH_16K, scale, f"gemma 2 {module} {layer} {l0}")
 
 
-def gemma_2_decoder(
-    module: str, layer: int, features: int = WIDTH_16K, base: np.ndarray | None = None
-) -> np.ndarray:
+def gemma_2_decoder(module: str, layer: int, features: int) -> np.ndarray:
     """The decoder rows at one site, some of them shared with a neighbour.
 
     Every even feature of R_1 has the direction of a feature of R_0, and of A_1 (in z) that of one
     of A_0: `gemma_2_partners`. The odd ones of R_0 and R_1 have directions of M_0 and M_1:
     feature i of M_l has that of feature `gemma_2_order("mlp", features)[i]` of R_l, if it is odd.
     """
-    base = unit_rows("gemma 2", features, D_GEMMA_2) if base is None else base
     if module == "mlp":
         order = gemma_2_order("mlp", features)
-        rows = gemma_2_decoder("res", layer, features, base)[order]
+        rows = gemma_2_decoder("res", layer, features)[order]
         rows[order % 2 == 0] *= _signs("mlp", rows.shape[1])
         return rows
+    base = unit_rows("gemma 2", features, D_GEMMA_2)
     rows = base if module == "res" else _unit(base[:, :Z_GEMMA_2])
     if layer:
         rows = rows[gemma_2_order(module, features)]
@@ -243,63 +206,42 @@ def gemma_2_partners(module: str, features: int) -> np.ndarray:
     return np.where(np.arange(features) % 2 == 0, order, -1)
 
 
-def write_llama_scope(
-    root: Path,
-    *,
-    seed: int = 0,
-    layers: Sequence[int] = (0, 1),
-    modules: Sequence[str] = MODULES,
-    expansion: int = 8,
-    weights: Plant | None = None,
-) -> Written:
+def write_llama_scope(root: Path) -> Written:
     """`meta-llama/Llama-3.1-8B` with two layers of width 64, and Llama Scope's SAEs.
 
     What a file says of the average norm at its site is chosen so that the factor that sae-lens's
     own table has for the id, of the true files, is right, and the model's activations have about
     these norms.
-
-    Args:
-        root: The hub's root.
-        seed: Of the model's weights.
-        layers: Layers whose SAEs are written, of 0 and 1.
-        modules: Their modules.
-        expansion: Features for each of the 64 coordinates.
-        weights: From module and layer to the tensors of the file; by default `llama_scope_arrays`.
     """
-    write_llama(root, seed)
+    write_llama(root)
     paths: dict[str, dict[str, str]] = {}
-    for module in modules:
-        release = f"llama_scope_lx{_letter(module)}_8x"
-        paths[release] = sae_paths(release, [f"l{layer}{_letter(module)}_8x" for layer in layers])
-        for layer, path in zip(layers, paths[release].values(), strict=True):
-            arrays = (weights or _llama_plant(expansion))(module, layer)
+    for module in MODULES:
+        release = f"llama_scope_lx{module[0]}_8x"
+        paths[release] = sae_paths(release, [f"l{layer}{module[0]}_8x" for layer in range(LAYERS)])
+        for layer, path in enumerate(paths[release].values()):
+            arrays = llama_scope_arrays(module, layer, 8 * D_MODEL)
             folder = root / "models" / path
-            config = llama_hyperparams(module, layer, len(arrays["encoder.bias"]))
-            _write_json(folder / "hyperparams.json", config)
+            _write_json(folder / "hyperparams.json", llama_hyperparams(module, layer, 8 * D_MODEL))
             write_tensors(folder / "checkpoints" / "final.safetensors", arrays, "bfloat16")
-    return Written(root, LLAMA, paths)
+    return Written(root, paths)
 
 
-def write_llama(root: Path, seed: int = 0) -> str:
+def write_llama(root: Path) -> None:
     """The model alone, in bfloat16."""
     folder = root / "models" / LLAMA
     config = {
         "architectures": ["LlamaForCausalLM"],
         "attention_bias": False,
-        "attention_dropout": 0.0,
         "bos_token_id": BYTE_TOKENS - 2,
         "eos_token_id": BYTE_TOKENS - 1,
         "hidden_act": "silu",
         "hidden_size": D_MODEL,
-        "initializer_range": 0.02,
         "intermediate_size": 128,
         "max_position_embeddings": 131072,
-        "mlp_bias": False,
         "model_type": "llama",
         "num_attention_heads": 4,
         "num_hidden_layers": LAYERS,
         "num_key_value_heads": 2,
-        "pretraining_tp": 1,
         "rms_norm_eps": 1e-05,
         "rope_scaling": {
             "factor": 8.0,
@@ -311,23 +253,20 @@ def write_llama(root: Path, seed: int = 0) -> str:
         "rope_theta": 500000.0,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "transformers_version": "4.43.0.dev0",
-        "use_cache": True,
         "vocab_size": BYTE_VOCABULARY,
     }
     _write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", llama_weights(seed), "bfloat16")
+    write_tensors(folder / "model.safetensors", llama_weights(), "bfloat16")
     special = ["<|begin_of_text|>", "<|end_of_text|>"]
     write_byte_tokenizer(folder, special, "PreTrainedTokenizerFast", puts_bos=True)
-    return LLAMA
 
 
-def llama_weights(seed: int) -> Arrays:
+def llama_weights() -> Arrays:
     """The model's tensors, by their names in the file.
 
     What attention and the MLP write has about the norms that the SAEs' files state.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     half = D_MODEL // 2  # keys and values: 2 of 4 heads
     tensors = {"model.embed_tokens.weight": _normal(rng, (BYTE_VOCABULARY, D_MODEL), 0.0073)}
     for layer in range(LAYERS):
@@ -376,25 +315,18 @@ def llama_hyperparams(module: str, layer: int, features: int) -> dict[str, Any]:
         "hook_point_out": hook,
         "d_model": D_MODEL,
         "d_sae": features,
-        "expansion_factor": features // D_MODEL,
         "use_decoder_bias": True,
-        "use_glu_encoder": False,
         "apply_decoder_bias_to_pre_encoder": False,
         "act_fn": "jumprelu",
         "jump_relu_threshold": NormalDist(0, spread).inv_cdf(1 - LLAMA_L0 / 512),
         "norm_activation": "dataset-wise",
         "dataset_average_activation_norm": {"in": average, "out": average},
-        "decoder_exactly_fixed_norm": False,
-        "sparsity_include_decoder_norm": True,
-        "init_encoder_with_decoder_transpose": True,
-        "init_decoder_norm": 0.5,
-        "top_k": 50,
     }
 
 
 def average_norm(module: str, layer: int) -> float:
     """The norm at a site by which the factor of sae-lens's table comes out at width 64."""
-    release, sae_id = f"llama_scope_lx{_letter(module)}_8x", f"l{layer}{_letter(module)}_8x"
+    release, sae_id = f"llama_scope_lx{module[0]}_8x", f"l{layer}{module[0]}_8x"
     entry = next(lens_sae for lens_sae in sae_table()[release]["saes"] if lens_sae["id"] == sae_id)
     return D_MODEL**0.5 / entry["norm_scaling_factor"]
 
@@ -415,54 +347,31 @@ def llama_scope_codes(arrays: Arrays, hyperparams: dict[str, Any], x: np.ndarray
     return np.where(pre > hyperparams["jump_relu_threshold"], pre, 0)
 
 
-def write_gpt2(
-    root: Path,
-    *,
-    seed: int = 0,
-    layers: Sequence[int] = (0, 1),
-    modules: Sequence[str] = MODULES,
-    features: int = 256,
-    k: int = 8,
-    weights: Plant | None = None,
-) -> Written:
-    """`openai-community/gpt2` with two layers of width 64, and OpenAI's v5 SAEs.
-
-    Args:
-        root: The hub's root.
-        seed: Of the model's weights.
-        layers: Layers whose SAEs are written, of 0 and 1.
-        modules: Their modules.
-        features: Width of the SAEs.
-        k: Features active at a token.
-        weights: From module and layer to the tensors of the file; by default `gpt2_arrays`.
-    """
-    write_gpt2_model(root, seed)
+def write_gpt2(root: Path) -> Written:
+    """`openai-community/gpt2` with two layers of width 64, and OpenAI's v5 SAEs of 256 features."""
+    write_gpt2_model(root)
     paths: dict[str, dict[str, str]] = {}
-    for module in modules:
+    for module in MODULES:
         release = f"gpt2-small-{GPT2_KINDS[module]}-v5-32k"
-        hooks = [HOOKS[module].format(layer=layer) for layer in layers]
+        hooks = [HOOKS[module].format(layer=layer) for layer in range(LAYERS)]
         paths[release] = sae_paths(release, hooks)
-        for layer, (hook, path) in zip(layers, paths[release].items(), strict=True):
-            arrays = weights(module, layer) if weights else gpt2_arrays(module, layer, features)
-            folder, width = root / "models" / path, len(arrays["b_enc"])
-            _write_json(folder / "cfg.json", _gpt2_config(hook, layer, width, k))
-            write_tensors(folder / "sae_weights.safetensors", arrays)
-            sparsity = {"sparsity": np.full(width, -2, np.float32)}
+        for layer, (hook, path) in enumerate(paths[release].items()):
+            folder = root / "models" / path
+            _write_json(folder / "cfg.json", sae_lens_config(hook, 256, **GPT2_CONFIG))
+            write_tensors(folder / "sae_weights.safetensors", gpt2_arrays(module, layer, 256))
+            sparsity = {"sparsity": np.full(256, -2, np.float32)}
             write_tensors(folder / "sparsity.safetensors", sparsity)
-    return Written(root, GPT2, paths)
+    return Written(root, paths)
 
 
-def write_gpt2_model(root: Path, seed: int = 0) -> str:
+def write_gpt2_model(root: Path) -> None:
     """The model alone."""
     folder = root / "models" / GPT2
     config = {
         "activation_function": "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
-        "attn_pdrop": 0.1,
         "bos_token_id": BYTE_TOKENS - 1,
-        "embd_pdrop": 0.1,
         "eos_token_id": BYTE_TOKENS - 1,
-        "initializer_range": 0.02,
         "layer_norm_epsilon": 1e-05,
         "model_type": "gpt2",
         "n_ctx": 128,
@@ -470,24 +379,16 @@ def write_gpt2_model(root: Path, seed: int = 0) -> str:
         "n_head": 4,
         "n_layer": LAYERS,
         "n_positions": 128,
-        "resid_pdrop": 0.1,
-        "summary_activation": None,
-        "summary_first_dropout": 0.1,
-        "summary_proj_to_labels": True,
-        "summary_type": "cls_index",
-        "summary_use_proj": True,
-        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
         "vocab_size": BYTE_VOCABULARY,
     }
     _write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", gpt2_weights(seed))
+    write_tensors(folder / "model.safetensors", gpt2_weights())
     write_byte_tokenizer(folder, ["<|endoftext|>"], "GPT2Tokenizer")
-    return GPT2
 
 
-def gpt2_weights(seed: int) -> Arrays:
+def gpt2_weights() -> Arrays:
     """The model's tensors, by their names in the file: linear maps stand as `[in, out]`."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def norm(name: str) -> Arrays:
         gain, bias = _normal(rng, (2, D_MODEL), 0.1)
@@ -525,80 +426,58 @@ def gpt2_arrays(module: str, layer: int, features: int) -> Arrays:
     }
 
 
-def write_gemma_scope_2(
-    root: Path,
-    *,
-    size: str = "270m",
-    seed: int = 0,
-    layers: Sequence[int] = (0, 1),
-    modules: Sequence[str] = MODULES,
-    kinds: Sequence[str] = ("big", "small"),
-    features: int = 256,
-    weights: Plant | None = None,
-) -> Written:
-    """A Gemma 3 with two layers of width 64, and Gemma Scope 2's SAEs.
+def write_gemma_scope_2(root: Path, size: str = "270m") -> Written:
+    """A Gemma 3 with two layers of width 64, and Gemma Scope 2's SAEs of 256 features.
 
     The width of z is 128. The loader of sae-lens reads the width from the file, so that files of
     16k may be small.
 
     Args:
         root: The hub's root.
-        size: `270m`, `1b`, or `4b`, which is multimodal.
-        seed: Of the model's weights.
-        layers: Layers whose SAEs are written, of 0 and 1.
-        modules: Their modules; an SAE of `att` reads z.
-        kinds: By how many features are active.
-        features: Width of the SAEs.
-        weights: From module and layer to the tensors of the file; by default `gemma_3_arrays`.
+        size: `270m`, or `4b`, which is multimodal.
     """
-    multimodal = size == "4b"
-    model = write_gemma_3_multimodal(root, seed) if multimodal else write_gemma_3(root, size, seed)
+    write_gemma_3_multimodal(root) if size == "4b" else write_gemma_3(root)
     paths: dict[str, dict[str, str]] = {}
-    for module in modules:
+    for module in MODULES:
         release = f"gemma-scope-2-{size}-pt-{module}-all"
-        ids = [f"layer_{layer}_width_16k_l0_{kind}" for layer in layers for kind in kinds]
-        paths[release] = sae_paths(release, ids)
-        for sae_id, path in paths[release].items():
-            layer, kind = int(sae_id.split("_")[1]), sae_id.split("_")[-1]
-            arrays = (weights or _gemma_3_plant(kind, features))(module, layer)
+        paths[release] = sae_paths(
+            release, [f"layer_{layer}_width_16k_l0_big" for layer in range(LAYERS)]
+        )
+        for layer, path in enumerate(paths[release].values()):
+            arrays = gemma_3_arrays(module, layer, 256)
             config = {
                 "hf_hook_point_in": GEMMA_3_HOOKS[module].format(layer=layer),
                 "hf_hook_point_out": GEMMA_3_HOOKS[module].format(layer=layer),
-                "width": len(arrays["threshold"]),
+                "width": 256,
                 "model_name": f"gemma-v3-{size}-pt",
                 "architecture": "jump_relu",
-                "l0": {"big": 60, "small": 10}[kind],
+                "l0": 60,
                 "affine_connection": False,
                 "type": "sae",
             }
             _write_json(root / "models" / path / "config.json", config)
             write_tensors(root / "models" / path / "params.safetensors", arrays)
-    return Written(root, model, paths)
+    return Written(root, paths)
 
 
-def write_gemma_3(root: Path, size: str = "270m", seed: int = 0) -> str:
-    """`google/gemma-3-270m` or `google/gemma-3-1b-pt` alone, in bfloat16."""
-    name = GEMMA_3 if size == "270m" else f"google/gemma-3-{size}-pt"
-    folder = root / "models" / name
-    pattern = "_sliding_window_pattern" if size == "270m" else "sliding_window_pattern"
+def write_gemma_3(root: Path) -> None:
+    """`google/gemma-3-270m` alone, in bfloat16."""
+    folder = root / "models" / GEMMA_3
     config = _gemma_3_text_config() | {
         "architectures": ["Gemma3ForCausalLM"],
         "bos_token_id": 2,
         "eos_token_id": 1,
         "pad_token_id": 0,
-        pattern: 6,
+        "_sliding_window_pattern": 6,
         "torch_dtype": "bfloat16",
-        "transformers_version": "4.55.0.dev0" if size == "270m" else "4.50.0.dev0",
+        "layer_types": ["sliding_attention"] * LAYERS,
     }
-    if size == "270m":
-        config |= {"layer_types": ["sliding_attention"] * LAYERS}
     _write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", gemma_weights(config, seed), "bfloat16")
+    write_tensors(folder / "model.safetensors", gemma_weights(config), "bfloat16")
     write_gemma_tokenizer(folder)
-    return name
 
 
-def write_gemma_3_multimodal(root: Path, seed: int = 0) -> str:
+def write_gemma_3_multimodal(root: Path) -> str:
     """`google/gemma-3-4b-pt` alone: a language model below a vision tower, in two files."""
     folder = root / "models" / GEMMA_3_MULTIMODAL
     text = _gemma_3_text_config() | {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
@@ -618,34 +497,25 @@ def write_gemma_3_multimodal(root: Path, seed: int = 0) -> str:
         "eoi_token_index": GEMMA_TOKENS + 1,
         "eos_token_id": 1,
         "image_token_index": GEMMA_TOKENS + 2,
-        "initializer_range": 0.02,
         "mm_tokens_per_image": 4,
         "model_type": "gemma3",
         "text_config": text,
         "torch_dtype": "bfloat16",
-        "transformers_version": "4.50.0.dev0",
         "vision_config": vision,
     }
     _write_json(folder / "config.json", config)
-    language = gemma_weights(text, seed, prefix="language_model.model.")
-    tensors = language | _vision_weights(vision, seed)
-    write_shards(folder, [tensors.keys() - language, language], tensors, "bfloat16")
+    language = gemma_weights(text, prefix="language_model.model.")
+    tensors = language | _vision_weights(vision)
+    write_shards(folder, [tensors.keys() - language, language], tensors)
     images = {
-        "do_convert_rgb": None,
         "do_normalize": True,
-        "do_pan_and_scan": None,
         "do_rescale": True,
         "do_resize": True,
         "image_mean": [0.5, 0.5, 0.5],
         "image_processor_type": "Gemma3ImageProcessor",
         "image_seq_length": 4,
         "image_std": [0.5, 0.5, 0.5],
-        "pan_and_scan_max_num_crops": None,
-        "pan_and_scan_min_crop_size": None,
-        "pan_and_scan_min_ratio_to_activate": None,
         "processor_class": "Gemma3Processor",
-        "resample": 2,
-        "rescale_factor": 0.00392156862745098,
         "size": {"height": 56, "width": 56},
     }
     _write_json(folder / "preprocessor_config.json", images)
@@ -655,21 +525,20 @@ def write_gemma_3_multimodal(root: Path, seed: int = 0) -> str:
     return GEMMA_3_MULTIMODAL
 
 
-def gemma_3_arrays(module: str, layer: int, kind: str, features: int) -> Arrays:
-    """The tensors of one `params.safetensors`: a 16th (big) or 64th (small) is active."""
+def gemma_3_arrays(module: str, layer: int, features: int) -> Arrays:
+    """The tensors of one `params.safetensors`: a 16th of the features is active."""
     name = f"gemma 3 {module} {layer}"
     rows = unit_rows(name, features, 2 * D_MODEL if module == "att" else D_MODEL)
-    share = {"big": 1 / 16, "small": 1 / 64}[kind]
-    arrays = _jumprelu(rows, share, SCALES[module, layer], f"{name} {kind}")
+    arrays = _jumprelu(rows, 1 / 16, SCALES[module, layer], f"{name} big")
     return {name.replace("W_", "w_"): array for name, array in arrays.items()}
 
 
-def gemma_weights(config: dict[str, Any], seed: int, prefix: str = "model.") -> Arrays:
+def gemma_weights(config: dict[str, Any], prefix: str = "model.") -> Arrays:
     """The tensors of a Gemma 2 or 3 by their names in the file; norms hold the gain less 1.
 
     The stream begins with coordinates of size 1, and each layer adds two vectors of such ones.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     d, hidden, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     heads, kv = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
 
@@ -746,17 +615,14 @@ def read_tensors(path: Path) -> Arrays:
     return {name: tensor.float().numpy() for name, tensor in load_file(path).items()}
 
 
-def write_shards(
-    folder: Path, shards: Sequence[Iterable[str]], tensors: Arrays, dtype: str
-) -> None:
+def write_shards(folder: Path, shards: Sequence[Iterable[str]], tensors: Arrays) -> None:
     """A model in several files, with the index that says which tensor is in which."""
     places: dict[str, str] = {}
     for i, names in enumerate(shards, start=1):
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         places |= dict.fromkeys(names, file)
-        write_tensors(folder / file, {name: tensors[name] for name in names}, dtype)
-    size = sum(tensor.size for tensor in tensors.values()) * (2 if dtype == "bfloat16" else 4)
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+        write_tensors(folder / file, {name: tensors[name] for name in names}, "bfloat16")
+    index = {"metadata": {}, "weight_map": dict(sorted(places.items()))}
     _write_json(folder / "model.safetensors.index.json", index)
 
 
@@ -862,13 +728,11 @@ def write_gemma_tokenizer(folder: Path, *, images: bool = False) -> None:
 def _gemma_3_text_config() -> dict[str, Any]:
     return {
         "attention_bias": False,
-        "attention_dropout": 0.0,
         "attn_logit_softcapping": None,
         "final_logit_softcapping": None,
         "head_dim": 32,
         "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": D_MODEL,
-        "initializer_range": 0.02,
         "intermediate_size": 128,
         "max_position_embeddings": 32768,
         "model_type": "gemma3_text",
@@ -881,13 +745,12 @@ def _gemma_3_text_config() -> dict[str, Any]:
         "rope_scaling": None,
         "rope_theta": 1000000.0,
         "sliding_window": 512,
-        "use_cache": True,
         "vocab_size": GEMMA_VOCABULARY,
     }
 
 
-def _vision_weights(config: dict[str, Any], seed: int) -> Arrays:
-    rng = np.random.default_rng(seed + 1)
+def _vision_weights(config: dict[str, Any]) -> Arrays:
+    rng = np.random.default_rng(1)
     d, hidden, patch = config["hidden_size"], config["intermediate_size"], config["patch_size"]
     top, layer = "vision_tower.vision_model", "vision_tower.vision_model.encoder.layers.0"
     shapes = {
@@ -909,36 +772,25 @@ def _vision_weights(config: dict[str, Any], seed: int) -> Arrays:
     return {name: _normal(rng, shape, 0.1) for name, shape in shapes.items()}
 
 
-def _gpt2_config(hook: str, layer: int, features: int, k: int) -> dict[str, Any]:
+def sae_lens_config(hook: str, d_sae: int, **more: Any) -> dict[str, Any]:
+    """The `cfg.json` of an SAE of sae-lens's own format, as older versions wrote it."""
     return {
         "architecture": "standard",
         "d_in": D_MODEL,
-        "d_sae": features,
+        "d_sae": d_sae,
         "dtype": "torch.float32",
         "device": "cuda",
-        "model_name": "gpt2-small",
         "hook_name": hook,
-        "hook_layer": layer,
+        "hook_layer": int(hook.split(".")[1]),
         "hook_head_index": None,
-        "activation_fn_str": "topk",
-        "activation_fn_kwargs": {"k": k},
         "apply_b_dec_to_input": True,
         "finetuning_scaling_factor": False,
         "sae_lens_training_version": None,
         "prepend_bos": False,
-        "dataset_path": "Skylion007/openwebtext",
         "dataset_trust_remote_code": True,
-        "context_size": 64,
-        "normalize_activations": "layer_norm",
+        "context_size": 128,
+        **more,
     }
-
-
-def _llama_plant(expansion: int) -> Plant:
-    return lambda module, layer: llama_scope_arrays(module, layer, expansion * D_MODEL)
-
-
-def _gemma_3_plant(kind: str, features: int) -> Plant:
-    return lambda module, layer: gemma_3_arrays(module, layer, kind, features)
 
 
 def _jumprelu(decoder: np.ndarray, share: float, scale: float, name: str) -> Arrays:
@@ -976,10 +828,6 @@ def _generator(name: str) -> np.random.Generator:
 
 def _normal(rng: np.random.Generator, shape: tuple[int, ...], size: float) -> np.ndarray:
     return rng.standard_normal(shape, np.float32) * np.float32(size)
-
-
-def _letter(module: str) -> str:
-    return module[0]
 
 
 def _write_npz(path: Path, arrays: Arrays) -> None:

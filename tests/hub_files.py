@@ -5,14 +5,11 @@ sizes and the content are not. Nothing heavy is imported before it is needed.
 """
 
 import json
-from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import yaml
+from hub_families import sae_lens_config, sae_table, write_byte_tokenizer
 
 if TYPE_CHECKING:
     import pytest
@@ -160,7 +157,7 @@ def write_datasets(root: Path, texts: int = 24) -> dict[str, list[str]]:
     return planted
 
 
-def write_pythia(root: Path, seed: int = 0) -> str:
+def write_pythia(root: Path) -> str:
     """`EleutherAI/pythia-70m-deduped` with a width of 64 and random weights in float16.
 
     Returns:
@@ -176,9 +173,7 @@ def write_pythia(root: Path, seed: int = 0) -> str:
         "eos_token_id": 0,
         "hidden_act": "gelu",
         "hidden_size": D_MODEL,
-        "initializer_range": 0.02,
         "intermediate_size": 4 * D_MODEL,
-        "layer_norm_eps": 1e-05,
         "max_position_embeddings": 2048,
         "model_type": "gpt_neox",
         "num_attention_heads": 4,
@@ -187,20 +182,18 @@ def write_pythia(root: Path, seed: int = 0) -> str:
         "rotary_pct": 0.25,
         "tie_word_embeddings": False,
         "torch_dtype": "float16",
-        "transformers_version": "4.29.2",
-        "use_cache": True,
         "use_parallel_residual": True,
         "vocab_size": VOCABULARY,
     }
     _write(folder / "config.json", json.dumps(config, indent=2))
-    save_file(pythia_weights(seed), folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder)
+    save_file(pythia_weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    write_byte_tokenizer(folder, ["<|endoftext|>"], "GPTNeoXTokenizer")
     return PYTHIA
 
 
-def pythia_weights(seed: int) -> dict[str, np.ndarray]:
+def pythia_weights() -> dict[str, np.ndarray]:
     """The tensors of the model by the names that its file on the hub gives them."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
         return rng.normal(0, 0.05, shape).astype(np.float16)
@@ -223,35 +216,6 @@ def pythia_weights(seed: int) -> dict[str, np.ndarray]:
     return weights | {"embed_out.weight": normal(VOCABULARY, D_MODEL)}
 
 
-def _write_tokenizer(folder: Path) -> None:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers.trainers import BpeTrainer
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-    trainer = BpeTrainer(
-        vocab_size=VOCABULARY - 64,  # as in the real model, which has more rows than tokens
-        special_tokens=["<|endoftext|>", "<|padding|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    text = "The cat sat on the mat and the dog sat by the door. There the two of them were warm."
-    tokenizer.train_from_iterator([text], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    end = "<|endoftext|>"
-    special = {"bos_token": end, "eos_token": end, "unk_token": end}
-    _write(folder / "special_tokens_map.json", json.dumps(special))
-    config = special | {
-        "add_prefix_space": False,
-        "name_or_path": "EleutherAI/gpt-neox-20b",
-        "tokenizer_class": "GPTNeoXTokenizer",
-    }
-    _write(folder / "tokenizer_config.json", json.dumps(config))
-
-
 def shrink(patch: "pytest.MonkeyPatch", suite: str, **sizes: int) -> None:
     """Make a registered suite as small as the files of it that lie on the loopback hub.
 
@@ -267,40 +231,18 @@ def shrink(patch: "pytest.MonkeyPatch", suite: str, **sizes: int) -> None:
     patch.setitem(registry.registered(), suite, registry._row(suite, row, None))
 
 
-def write_saes(
-    root: Path, weights: Callable[[str, str], dict[str, np.ndarray]] | None = None
-) -> dict[str, dict[str, str]]:
-    """Every SAE of the three pythia releases of sae-lens, with 96 features.
-
-    Args:
-        root: The hub's root.
-        weights: From the release and the id to W_enc, b_enc, W_dec and b_dec, to plant directions;
-            random ones if None, the same in every call.
-
-    Returns:
-        The path on the hub, `<repository>/<folder>`, of each id of each release.
-    """
-    written: dict[str, dict[str, str]] = {}
+def write_saes(root: Path) -> None:
+    """Every SAE of the three pythia releases of sae-lens, with 96 features."""
     for release, entry in sae_releases().items():
-        written[release] = {}
         for lens_sae in entry["saes"]:
-            path = f"{entry['repo_id']}/{lens_sae['path']}"
-            arrays = (weights or random_sae)(release, lens_sae["id"])
-            write_sae(root / "models" / path, lens_sae["id"], arrays)
-            written[release][lens_sae["id"]] = path
-    return written
+            arrays = random_sae(release, lens_sae["id"])
+            folder = root / "models" / entry["repo_id"] / lens_sae["path"]
+            write_sae(folder, lens_sae["id"], arrays)
 
 
-@cache
 def sae_releases() -> dict[str, dict[str, Any]]:
-    """The three releases as sae-lens's own table has them, read without importing sae-lens."""
-    spec = find_spec("sae_lens")
-    if spec is None or spec.origin is None:
-        raise ModuleNotFoundError("sae-lens is not installed")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    with Path(spec.origin).with_name("pretrained_saes.yaml").open(encoding="utf-8") as table:
-        entries = yaml.load(table, Loader=loader)
-    return {release: entries[release] for release in RELEASES}
+    """The three releases as sae-lens's own table has them."""
+    return {release: sae_table()[release] for release in RELEASES}
 
 
 def random_sae(release: str, sae_id: str) -> dict[str, np.ndarray]:
@@ -321,28 +263,16 @@ def write_sae(folder: Path, hook: str, arrays: dict[str, np.ndarray]) -> None:
     """One SAE as the releases have it: cfg.json, sae_weights and sparsity."""
     from safetensors.numpy import save_file
 
-    d_sae, d_in = arrays["W_dec"].shape
-    config = {
-        "architecture": "standard",
-        "d_in": d_in,
-        "d_sae": d_sae,
-        "dtype": "torch.float32",
-        "device": "cuda",
-        "model_name": "pythia-70m-deduped",
-        "hook_name": hook,
-        "hook_layer": int(hook.split(".")[1]),
-        "hook_head_index": None,
-        "activation_fn_str": "relu",
-        "activation_fn_kwargs": {},
-        "apply_b_dec_to_input": True,
-        "finetuning_scaling_factor": False,
-        "sae_lens_training_version": None,
-        "prepend_bos": False,
-        "dataset_path": "EleutherAI/the_pile_deduplicated",
-        "dataset_trust_remote_code": True,
-        "context_size": 128,
-        "normalize_activations": "none",
-    }
+    d_sae = len(arrays["W_dec"])
+    config = sae_lens_config(
+        hook,
+        d_sae,
+        model_name="pythia-70m-deduped",
+        activation_fn_str="relu",
+        activation_fn_kwargs={},
+        dataset_path="EleutherAI/the_pile_deduplicated",
+        normalize_activations="none",
+    )
     _write(folder / "cfg.json", json.dumps(config))
     save_file(arrays, folder / "sae_weights.safetensors")
     save_file({"sparsity": np.full(d_sae, -2, np.float32)}, folder / "sparsity.safetensors")

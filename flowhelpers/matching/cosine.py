@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.suites.saes import unit_rows
 
 MEMORY = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
 GROUP = 64  # columns of which the highest is taken first: far quicker than sorting out all

@@ -17,6 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from flowhelpers.core.cache import cached_table
+from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.features import MODULES, Site, predecessor_sites, suggestion
 from flowhelpers.core.machine import check_device
 from flowhelpers.core.progress_bar import progress
@@ -30,7 +31,6 @@ from flowhelpers.matching.matchers import (
     random_of_top_k,
 )
 from flowhelpers.matching.null import NULL_DRAWS, NULL_QUANTILE, Null, cached_null
-from flowhelpers.suites.saes import unit_rows
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -25,12 +25,13 @@ import torch
 from clock import memory
 from torch import Tensor
 
+from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.features import MODULES, Site, predecessor_sites
 from flowhelpers.matching.cosine import quick_dtype, top_k_cosine
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.registry import SuiteRow
-from flowhelpers.suites.saes import SAE, unit_rows
+from flowhelpers.suites.saes import SAE
 
 MIB = 2**20
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowhelpers.core.directions import unit_rows
 from flowhelpers.matching import cosine
 from flowhelpers.matching.cosine import TopK, quick_dtype, top_k_cosine
-from flowhelpers.suites.saes import unit_rows
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], autouse=True)

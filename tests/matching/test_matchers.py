@@ -12,13 +12,14 @@ from scipy.stats import beta
 from torch import Tensor
 
 from flowhelpers.activations.sparse import collect
+from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.features import Site
 from flowhelpers.matching import matchers
 from flowhelpers.matching.matchers import by_pearson, by_permutation, pearson_candidates
 from flowhelpers.matching.null import null_cosines
 from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.saes import SAE, make_sae, unit_rows
+from flowhelpers.suites.saes import SAE, make_sae
 
 FIRST, SECOND = Site(0, "res"), Site(1, "res")
 D = toys.D_MODEL

@@ -24,21 +24,11 @@ from hub_files import PYTHIA, pythia_weights, random_sae, sae_releases, shrink
 from transformers import Gemma3ForCausalLM
 
 from flowhelpers.core.features import FeatureId, Site
-from flowhelpers.groups.occurrences import find_occurrences
-from flowhelpers.groups.significance import mann_whitney_tests
 from flowhelpers.labels.describe import top_logit_tokens
-from flowhelpers.matching.scores import feature_scores
 from flowhelpers.matching.table import match_table
-from flowhelpers.suites.load import (
-    KEPT,
-    OnDemand,
-    Suite,
-    decoders_memory,
-    load_suite,
-    memory_needed,
-)
+from flowhelpers.suites.load import KEPT, OnDemand, Suite, load_suite, memory_needed
 from flowhelpers.suites.model import final_norm, tokenize
-from flowhelpers.suites.registry import find_suite, read_suite_folder, registered
+from flowhelpers.suites.registry import find_suite
 
 NAME = "pythia-70m-deduped"
 
@@ -50,34 +40,23 @@ def tiny_pythia(pythia: str, monkeypatch: pytest.MonkeyPatch) -> str:
     return pythia
 
 
-def test_a_folder_is_loaded_with_what_was_planted(planted: Suite, planted_folder: Path):
+def test_a_folder_is_loaded_with_what_was_planted(
+    planted: Suite, planted_folder: Path, plain_toy: Gemma3ForCausalLM
+):
     assert planted.name == planted_folder.name
     assert planted.row.about == "planted"
     assert planted.row.is_local
-    assert planted.layers == toys.LAYERS
     directions = toys.planted_directions()
     assert list(planted.saes) == sorted(directions)
+    numbers = sum(p.numel() for p in plain_toy.parameters())
     for site, rows in directions.items():
         sae = planted.sae(site)
         assert torch.allclose(sae.directions, rows, atol=1e-6)
         norms = [(0.5, 1.0, 2.0)[i % 3] for i in range(len(rows))]
         assert sae.norms.tolist() == pytest.approx(norms)
         assert sae.source == str(planted_folder / f"{site.layer}-{site.module}")
-
-
-def test_a_folder_goes_the_whole_way_from_matches_to_groups(planted: Suite):
-    from flowhelpers.activations.sparse import collect
-
-    table = feature_scores(match_table(planted, k=2))
-    for layer in (1, 2):
-        part = table[table["layer"] == layer]
-        assert part["source_res"].tolist() == toys.RES_FROM[layer]
-    activations = collect(planted, toys.TEXTS)
-    found = find_occurrences(match_table(planted, k=2), activations)
-    active = sum(activations.by_site[Site(layer, "res")].nnz for layer in (1, 2))
-    assert len(found.table) == active
-    assert found.table["group"].nunique() > 3
-    assert len(mann_whitney_tests(found)) > 0
+        numbers += sum(p.numel() for p in sae.lens_sae.parameters())
+    assert planted.row.parameters == numbers  # counted from the files
 
 
 def test_features_of_a_suite_are_checked(planted: Suite):
@@ -110,17 +89,6 @@ def test_a_pattern_stands_for_every_layer(toy_folder: Path, planted_folder: Path
     assert len(find_suite(tmp_path).saes) == 6
 
 
-def test_parameters_are_counted_from_the_files(planted: Suite, plain_toy: Gemma3ForCausalLM):
-    weights = sum(p.numel() for p in plain_toy.parameters())
-    lens_saes = sum(
-        sum(p.numel() for p in sae.lens_sae.parameters()) for sae in planted.saes.values()
-    )
-    assert planted.row.parameters == weights + lens_saes
-    decoders = lens_saes // 2 * 4  # as they are stored, beside the weights
-    assert memory_needed(planted.row) == 4 * (weights + lens_saes) + decoders
-    assert memory_needed(planted.row, "bfloat16") == 2 * (weights + lens_saes) + decoders
-
-
 def write(folder: Path, row: object) -> None:
     text = row if isinstance(row, str) else yaml.safe_dump(row)
     (folder / "suite.yaml").write_text(text, encoding="utf-8")
@@ -131,29 +99,17 @@ def write(folder: Path, row: object) -> None:
     [
         ("a: [", r"suite\.yaml is not YAML: "),
         ("- model", "holds no mapping: expected the keys model and saes"),
-        ("", "holds no mapping"),
-        ({"model": None}, r"suite .* \(.*suite\.yaml\): 1 validation error .*\nmodel"),
-        ({"saes": None}, "\nsaes\n  Field required"),
+        ({"model": None}, r"suite .* \(.*suite\.yaml\): .*\nmodel\n  Field required"),
         ({"sae": {}}, "unknown key 'sae'; did you mean 'saes'"),
-        ({"saes": {}}, "\nsaes\n .*at least 1"),
-        ({"saes": ["0-res"]}, "\nsaes\n .*valid dictionary"),
-        ({"saes": {"resid": "0-res"}}, "'resid' is not a site"),
+        ({"saes": {}}, r"\nsaes\n  Dictionary should have at least 1 item"),
+        ({"saes": {"resid": "0-res"}}, r"suite\.yaml\): 'resid' is not a site"),
         ({"saes": {"0/rse": "0-res"}}, "unknown module 'rse' in '0/rse'; did you mean 're"),
         ({"saes": {"0/res": {"release": "x"}}}, "or has the keys release and id: got"),
-        ({"saes": {"0/res": 7}}, "or has the keys release and id: got 7"),
-        ({"saes": {7: "0-res"}}, "'7' is not a site"),
-        ({"layers": "many"}, "\nlayers\n .*valid integer"),
-        ({"layers": True}, "\nlayers\n .*valid integer"),
-        ({"d_model": -2}, "\nd_model\n .*greater than 0"),
-        ({"name": ["x"]}, "\nname\n .*valid string"),
-        ({"variants": {"a": 3}}, "\nvariants.a\n .*valid dictionary"),
-        (
-            {"stored": {"model": "float8"}},
-            "\nstored.model\n .*'float32', 'float16'",
-        ),
-        ({"neuronpedia": {"rez": "a/b"}}, r"suite\.yaml\): 'rez' is not a site"),
-        ({"parameters": "big"}, "\nparameters\n .*valid integer"),
-        ({"model": 3}, "\nmodel\n .*valid string"),
+        ({"layers": True}, r"\nlayers\n  Input should be a valid integer"),
+        ({"d_model": -2}, r"\nd_model\n  Input should be greater than 0"),
+        ({"stored": {"model": "float8"}}, r"stored.model\n  Input should be 'float32', 'float16'"),
+        ({"neuronpedia": {"res": "a"}}, "0/res on Neuronpedia: 'a' is not model/source"),
+        ({"model": "modle", "saes": {"res": "x"}}, "no folder modle says how many layers"),
     ],
 )
 def test_a_broken_suite_file_says_what_is_wrong(
@@ -167,29 +123,33 @@ def test_a_broken_suite_file_says_what_is_wrong(
         load_suite(tmp_path)
 
 
-def test_what_a_suite_names_has_to_be_there(planted_folder: Path, toy_folder: Path, tmp_path: Path):
-    source = f"{planted_folder}/0-res"
-    write(tmp_path, {"model": str(toy_folder), "saes": {"3/res": source}})
-    with pytest.raises(ValueError, match="names an SAE at 3/res: its model has layers 0 to 2"):
+def test_the_key_of_earlier_versions_is_read(planted_folder: Path, tmp_path: Path):
+    sources = {"0/res": str(planted_folder / "0-res")}
+    write(tmp_path, {"model": str(planted_folder / "model"), "dictionaries": sources})
+    assert find_suite(tmp_path).saes == {Site(0, "res"): sources["0/res"]}
+
+
+@pytest.mark.parametrize(
+    ("saes", "error", "message"),
+    [
+        ({"3/res": "0-res"}, ValueError, "names an SAE at 3/res: its model has layers 0 to 2"),
+        ({"1/res": "0-res"}, ValueError, r"trained at blocks\.0\.hook_resid_post: expected"),
+        ({"0/res": "none"}, FileNotFoundError, r"no cfg\.json in .*none"),
+        ({"res": "{level}-res"}, FileNotFoundError, r"no cfg\.json in .*\{level\}-res"),
+    ],
+)
+def test_what_a_suite_names_has_to_be_there(
+    planted_folder: Path,
+    toy_folder: Path,
+    tmp_path: Path,
+    saes: dict[str, str],
+    error: type[Exception],
+    message: str,
+):
+    sources = {key: f"{planted_folder}/{source}" for key, source in saes.items()}
+    write(tmp_path, {"model": str(toy_folder), "saes": sources})
+    with pytest.raises(error, match=message):
         load_suite(tmp_path)
-    write(tmp_path, {"model": str(toy_folder), "saes": {"1/res": source}})
-    with pytest.raises(ValueError, match=r"was trained at blocks\.0\.hook_resid_post: expected"):
-        load_suite(tmp_path)
-    write(tmp_path, {"model": str(toy_folder), "saes": {"0/res": "none"}})
-    with pytest.raises(FileNotFoundError, match=r"no cfg\.json in .*none"):
-        load_suite(tmp_path)
-    write(tmp_path, {"model": str(toy_folder), "saes": {"res": "{level}-res"}})
-    with pytest.raises(FileNotFoundError, match=r"no cfg\.json in .*\{level\}-res"):
-        load_suite(tmp_path)
-    write(tmp_path, {"model": "modle", "saes": {"res": source}})
-    with pytest.raises(ValueError, match=r"no folder modle says how many layers .* key 'lay"):
-        load_suite(tmp_path)
-    (tmp_path / "empty").mkdir()
-    write(tmp_path, {"model": "empty", "saes": {"res": source}})
-    with pytest.raises(FileNotFoundError, match=r"no config\.json in .*empty: expected a Hugging"):
-        load_suite(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no suite\.yaml in "):
-        read_suite_folder(tmp_path / "empty")
 
 
 def said_to_be_of(folder: Path, to: Path, **about: Any) -> str:
@@ -278,16 +238,15 @@ def test_truncated_files_of_a_suite_are_named(
     for name in ("cfg.json", "sae_weights.safetensors"):
         (lens_sae / name).write_bytes((planted_folder / "0-res" / name).read_bytes()[:300])
     write(tmp_path, {"model": str(toy_folder), "saes": {"0/res": "0-res"}})
-    with pytest.raises(ValueError, match=r"0-res.*(cannot be read|truncated)"):
+    with pytest.raises(ValueError, match=r"0-res.sae_weights\.safetensors is truncated or corrupt"):
         load_suite(tmp_path)
 
 
-@pytest.mark.parametrize("device", ["cudaa", "cuda:97", "nowhere"])
-def test_a_device_that_is_not_there_is_named(planted_folder: Path, device: str):
-    with pytest.raises(
-        ValueError, match=rf"torch finds no device '{device}' on this machine.*valid: cpu"
-    ):
-        load_suite(planted_folder, device)
+def test_a_device_or_type_that_is_not_there_is_named(planted_folder: Path):
+    with pytest.raises(ValueError, match=r"no device 'cudaa' on this machine.*valid: cpu"):
+        load_suite(planted_folder, "cudaa")
+    with pytest.raises(ValueError, match="unknown dtype 'float61'; did you mean 'float16'"):
+        load_suite(planted_folder, dtype="float61")
 
 
 def test_a_site_without_a_sae_names_the_nearest(planted: Suite):
@@ -297,32 +256,12 @@ def test_a_site_without_a_sae_names_the_nearest(planted: Suite):
         suite.feature("1/att/0")
 
 
-def test_an_unknown_suite_names_the_nearest(tmp_path: Path):
-    with pytest.raises(ValueError, match=f"'pythia-70m'; did you mean '{NAME}'.*; a folder needs"):
-        load_suite("pythia-70m")
-    with pytest.raises(ValueError, match=r"unknown suite .*\(valid: flowlet, .*a suite\.yaml"):
-        load_suite(tmp_path)
-    with pytest.raises(ValueError, match="unknown dtype 'float61'; did you mean 'float16'"):
-        load_suite(NAME, dtype="float61")
-
-
 def test_a_suite_that_does_not_fit_is_refused_before_anything_is_fetched(
     hub_here: Hub, monkeypatch: pytest.MonkeyPatch
 ):
-    row = registered()[NAME]
-    whole, least = (memory_needed(row, kept=kept) / 2**30 for kept in (None, KEPT))
-    assert whole == pytest.approx(3.64, abs=0.01)
-    model = 70_426_624 * 4 / 2**30  # and 4 of 18 SAEs
-    assert least == pytest.approx(model + (whole - model) * 4 / 18)
-    assert decoders_memory(row) == pytest.approx(6 * 32_768 * 512 * 4, rel=0.01)
-    free = SimpleNamespace(available=2**28)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**28))
     with pytest.raises(MemoryError, match=rf"in suite {NAME} needs 0\.4 GiB on cpu, and 0\.2 GiB"):
         load_suite(NAME)
-    half = dataclasses.replace(row, stored={"saes": "bfloat16"})
-    assert decoders_memory(half) == decoders_memory(row) // 2
-    unknown = dataclasses.replace(row, model_parameters=None)
-    assert memory_needed(unknown, kept=KEPT) == memory_needed(unknown)
     assert hub_here.requests == []
 
 
@@ -386,12 +325,13 @@ def test_a_suite_by_name_is_fetched_as_far_as_it_is_needed_and_once(
         for site, sae in suite.saes.items():
             assert torch.equal(again.sae(site).directions, sae.directions)
             assert torch.equal(again.sae(site).lens_sae.W_enc, sae.lens_sae.W_enc)
-        assert hub_here.requests == []
+        assert hub_here.fetched() == []  # sae-lens asks whether its files have changed
+    assert hub_here.requests == []
 
 
 def _check_pythia(suite: Suite) -> None:
     """Weights, directions, encoder and tokens are what lies on the hub."""
-    planted = pythia_weights(seed=0)
+    planted = pythia_weights()
     embed = planted["gpt_neox.embed_in.weight"].astype(np.float32)
     assert np.array_equal(suite.model.bridge.W_E, embed)
     assert suite.layers == 6
@@ -431,28 +371,18 @@ def test_no_network_and_nothing_cached_says_what_is_missing(
 ):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="local cache"):
-        load_suite(NAME)
-    assert hub_here.requests == []
+    message = "local cache|offline|disk"
+    suite = load_suite(NAME)
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        for ask in (lambda: suite.model, lambda: suite.sae("3/res")):
+            with pytest.raises(OSError, match=message):
+                ask()
     with Hub(tmp_path) as gone:
         gone.use_in_process(tmp_path / "gone", monkeypatch)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the libraries try again and again
-    with pytest.raises(OSError, match="local cache"):
+    with pytest.raises(OSError, match=message):
         load_suite(NAME)
-
-
-def test_a_cached_sae_without_its_model_says_so_too(
-    hub_here: Hub, tiny_pythia: str, monkeypatch: pytest.MonkeyPatch
-):
-    from huggingface_hub import constants
-
-    suite = load_suite(NAME)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"offline|disk"):
-        suite.model  # noqa: B018
-    with pytest.raises(OSError, match=r"local cache|disk"):
-        suite.sae("3/res")
 
 
 def test_ones_own_saes_on_a_model_of_the_hub(
@@ -481,7 +411,7 @@ def test_a_local_model_with_saes_of_the_hub_needs_the_network(
         load_suite(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match=r"local cache|disk"):
+    with pytest.raises(OSError, match="local cache"):
         load_suite(tmp_path)
 
 
@@ -492,13 +422,10 @@ def test_importing_is_quick_and_brings_no_torch():
         "print(time.perf_counter() - start); flowhelpers.suites.registry.registered()\n"
         "print({'torch', 'transformers', 'sae_lens', 'pandas'} & set(sys.modules))"
     )
-    runs = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        for _ in range(2)
-    ]
-    seconds, loaded = zip(*(run.stdout.split(maxsplit=1) for run in runs), strict=True)
-    assert [text.strip() for text in loaded] == ["set()"] * 2
-    assert min(map(float, seconds)) < 1
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, loaded = run.stdout.split(maxsplit=1)
+    assert loaded.strip() == "set()"
+    assert float(seconds) < 2
 
 
 def test_flowlet_loads_in_seconds():
