@@ -17,7 +17,7 @@ from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
 from flowhelpers.groups.intervals import share_intervals
 from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, group_shares, modules_of
 from flowhelpers.groups.significance import activity_auc
-from flowhelpers.matching.scores import CLASSES, classify, feature_scores
+from flowhelpers.matching.scores import CLASSES, best_matches, classify, feature_scores
 from flowhelpers.suites.registry import SuiteRow, find_suite, registered
 
 if TYPE_CHECKING:
@@ -187,8 +187,7 @@ def suite_summary(row: SuiteRow, table: "pd.DataFrame", d_model: int) -> dict[st
     scores = feature_scores(table)
     scores = scores[scores["s_res"].notna()]
     whole = _score_columns(scores.assign(layer=0)).iloc[0]
-    best = table[table["rank"] == 1].astype({"module": str})
-    back, on = (best[best["direction"] == side] for side in ("backward", "forward"))
+    back, on = best_matches(table), best_matches(table, "forward").astype({"module": str})
     widths = {(layer, "res"): part["feature"].nunique() for layer, part in back.groupby("layer")}
     widths |= on.groupby(["source_layer", "module"])["source"].nunique().to_dict()
     layers = row.layers or 1 + int(table["layer"].max())

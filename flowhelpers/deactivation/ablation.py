@@ -15,6 +15,7 @@ from flowhelpers.core.features import MODULES, Site, predecessor_site
 from flowhelpers.deactivation.targets import active_predecessors, groups_of
 from flowhelpers.groups.occurrences import GROUPS, modules_of
 from flowhelpers.interventions.batched import PREDECESSOR_OFFSETS, TARGET_OFFSET, Outcome, intervene
+from flowhelpers.matching.scores import best_matches
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,7 +188,7 @@ def downstream_effects(
     """
     import pandas as pd
 
-    best = matches.query("direction == 'forward' and rank == 1 and module == 'res'")
+    best = best_matches(matches, "forward", "res")
     upward = {at: part.set_index("source")["feature"] for at, part in best.groupby("source_layer")}
     about = ["layer", "text", "dataset"]
     cases = cases.reset_index(drop=True)

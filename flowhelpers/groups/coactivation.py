@@ -11,6 +11,7 @@ import numpy as np
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.matching.matchers import LEAST_ACTIVE
+from flowhelpers.matching.scores import best_matches
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +34,7 @@ def coactivation_of_matches(
     """
     import pandas as pd
 
-    best = matches[(matches["direction"] == "backward") & (matches["rank"] == 1)]
+    best = best_matches(matches)
     best = best[best["source"] >= 0]
     columns = ["feature", "source_layer", "source", "score", "cosine", "null"]
     parts = []

@@ -141,7 +141,7 @@ def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
     if path.suffix == ".csv":
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     elif path.suffix == ".jsonl":
-        table = pd.read_json(path, lines=True, dtype=False)  # type: ignore[arg-type]
+        table = pd.read_json(path, lines=True, dtype=False)
     else:
         raise ValueError(f"{path}: expected a file of labels, .csv or .jsonl")
     if not {"feature", "label"} <= {*table}:

@@ -54,7 +54,7 @@ def top_k_cosine(
         target: Directions to be matched, one a row, in any floating type.
         source: Directions to choose from, one a row. Either may lie elsewhere than on `device`: it
             is brought there block by block.
-        k: TopK kept for each target.
+        k: Sources kept for each target.
         memory: Bytes to use beside input and answer; 512 MiB on a CPU and 2 GiB on a GPU unless
             given. A block of one target and 64 sources is the least.
         device: Where to compute; where `target` lies unless given.

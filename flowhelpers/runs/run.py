@@ -147,12 +147,12 @@ def start_run(
         ValueError: If a run is taken up again with other settings than it was started with.
         OSError: If no folder can be made.
     """
-    parameters = _parameters(namespace)
+    parameters, settled = _parameters(namespace), settled_choices()
     asked = parameters.get("device")
     config = {
         "notebook": notebook,
         "parameters": parameters,
-        "choices": {str(number): settled_choices()[number] for number in choices},
+        "choices": {str(number): settled[number] for number in choices},
         "suite": parameters.get("suite", parameters.get("suites")),
         "device": (asked if asked != "auto" else None) or _device(),
         "seed": parameters.get("seed"),

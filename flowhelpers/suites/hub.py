@@ -158,6 +158,8 @@ def _fetch_ranges(model: str, file: str, names: list[str], revision: str | None)
                 first, last = header[name]["data_offsets"]
                 remote.seek(8 + length + first)
                 parts.append(remote.read(last - first))
+                if len(parts[-1]) != last - first:  # what is kept has to be whole
+                    raise ConnectionError(f"{model}/{file}: tensor {name} was cut short")
                 kept[name] = header[name] | {"data_offsets": [end, end + last - first]}
                 end += last - first
     head = json.dumps(kept).encode()

@@ -262,7 +262,7 @@ def _load_sae(
         load = partial(load_folder, Path(source), device, dtype)
     else:
         files = release_files(source["release"], source["id"])
-        load = partial(load_release, source["release"], source["id"], device, dtype)
+        load = partial(load_release, files, source["release"], source["id"], device, dtype)
     if files is None:  # a format that sae-lens alone reads
         lens_sae = load()
         reads_z = str(lens_sae.cfg.metadata.hook_name).endswith("hook_z")

@@ -3,7 +3,6 @@
 Every suite is a row of `data/suites.yaml`, or the `suite.yaml` of a folder.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, PositiveInt, ValidationError
 
 from flowhelpers.core.features import MODULES, Site, parse_site, suggestion
-from flowhelpers.core.files import DATA
+from flowhelpers.core.files import DATA, read_json
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features
@@ -116,18 +115,23 @@ def find_suite(name: str | Path) -> SuiteRow:
 
 def _chosen(name: str, asked: Iterable[str]) -> SuiteRow:
     raw, row = _table()[name], registered()[name]
-    variant, l0, modules = None, None, None
+    chosen: dict[str, Any] = {}
     for choice in asked:
-        match = L0.fullmatch(choice)
-        if choice in row.variants and variant is None:
-            variant = choice
-        elif match and l0 is None:
-            l0 = int(match[1])
-        elif set(choice.split("+")) <= set(MODULES) and modules is None:
-            modules = choice.split("+")
+        if choice in row.variants:
+            kind, value = "variant", choice
+        elif match := L0.fullmatch(choice):
+            kind, value = "l0", int(match[1])
+        elif set(choice.split("+")) <= set(MODULES):
+            kind, value = "modules", choice.split("+")
         else:
             there = [*row.variants, *(["l0=70"] if "by_l0" in raw else []), "res+mlp"]
             raise ValueError(f"suite {name} has no variant {choice!r}{suggestion(choice, there)}")
+        if kind in chosen:
+            raise ValueError(
+                f"suite {name}: {choice!r} is the second of its kind that is asked for"
+            )
+        chosen[kind] = value
+    variant, l0, modules = (chosen.get(kind) for kind in ("variant", "l0", "modules"))
     if l0 is not None and "by_l0" not in raw:
         raise ValueError(f"suite {name} has no choice of SAEs by their mean L0")
     if "folder" not in raw:
@@ -233,7 +237,9 @@ def _row(
     local = folder / row["model"] if folder else None
     is_here = local is not None and local.exists()
     model = str(local if is_here else row["model"])
-    config = _config(Path(model)) if is_here else {}
+    if is_here and not (Path(model) / "config.json").is_file():
+        raise FileNotFoundError(f"no config.json in {model}: expected a Hugging Face model folder")
+    config = read_json(Path(model) / "config.json") if is_here else {}
     layers = row.get("layers") or config.get("num_hidden_layers", 0)
     saes: dict[Site, Source] = {}
     neuronpedia: dict[Site, str] = {}
@@ -304,13 +310,6 @@ def _called(source: Any, site: Site, where: str) -> str:
     if name.count("/") != 1:
         raise ValueError(f"{where}: {site} on Neuronpedia: {source!r} is not model/source")
     return name
-
-
-def _config(model: Path) -> dict[str, Any]:
-    path = model / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"no config.json in {model}: expected a Hugging Face model folder")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _filled(source: Any, layer: int, folder: Path | None, where: str = "") -> Source:

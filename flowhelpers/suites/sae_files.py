@@ -121,16 +121,14 @@ def load_folder(folder: Path, device: str, dtype: str) -> Any:
         raise unreadable(folder, error) from error
 
 
-def load_release(release: str, sae_id: str, device: str, dtype: str) -> Any:
-    """The whole of an SAE of a release, by sae-lens, from the hub or its cache."""
+def load_release(files: SaeFiles | None, release: str, sae_id: str, device: str, dtype: str) -> Any:
+    """The whole of an SAE of a release, by sae-lens; its `files`, if known, have been fetched."""
     from sae_lens import SAE
 
-    listed = listed_release(release, sae_id)
-    files = release_files(release, sae_id)
     if files is None:
         return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
     # Of Gemma Scope 2 sae-lens's own way asks the hub for the shapes each time.
-    is_gemma_3 = listed.conversion_func == "gemma_3"
+    is_gemma_3 = listed_release(release, sae_id).conversion_func == "gemma_3"
     converter = partial(_gemma_scope_2_parts, files) if is_gemma_3 else None
     try:
         with cached_only():

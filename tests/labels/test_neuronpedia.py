@@ -58,7 +58,7 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Neuronpe
     """In Neuronpedia's place, with labels of features 0, 2, 4 … in two files for each SAE."""
     certificates = cache(lambda **_: create_default_context())
     monkeypatch.setattr("httpx2._transports.default.create_ssl_context", certificates)
-    monkeypatch.setattr(neuronpedia._ask.retry, "wait", wait_none())  # type: ignore[attr-defined]
+    monkeypatch.setattr(neuronpedia._ask.retry, "wait", wait_none())
     monkeypatch.setenv("FLOWHELPERS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.delenv("NEURONPEDIA_API_KEY", raising=False)

@@ -84,14 +84,15 @@ def test_of_a_model_s_files_only_the_tensors_are_fetched(
         read_tensors(OWNER, ["large"])
 
 
+@pytest.mark.parametrize(("part", "name", "keep"), [(1, NAMES[1], 8), (0, "large", 1000)])
 def test_bytes_that_were_cut_short_are_not_kept(
-    hub_here: Hub, sharded: dict[str, torch.Tensor], tmp_path: Path
+    part: int, name: str, keep: int, hub_here: Hub, sharded: dict[str, torch.Tensor]
 ):
-    hub_here.truncate(f"/{OWNER}/resolve/main/{PARTS[1]}", keep=8, declared=True, times=None)
+    hub_here.truncate(f"/{OWNER}/resolve/main/{PARTS[part]}", keep, declared=True, times=None)
     with pytest.raises((OSError, ValueError)):
-        read_tensors(OWNER, NAMES)
+        read_tensors(OWNER, [name])
     hub_here.reset()
-    assert torch.equal(read_tensors(OWNER, NAMES)[NAMES[1]], sharded[NAMES[1]])
+    assert torch.equal(read_tensors(OWNER, [name])[name], sharded[name])
 
 
 def test_files_that_are_on_this_machine_are_read_where_they_are(
