@@ -42,9 +42,10 @@ def code_cells(path: Path) -> list[Any]:
 
 
 def named(path: Path, kind: str) -> set[str]:
-    """The tables or figures that a notebook names."""
+    """The tables or figures that a notebook names, those that its own `show…` writes included."""
     source = "\n".join(cell.source for cell in code_cells(path))
-    return set(re.findall(rf'run\.{kind}\(\s*"([^"]+)"', source))
+    calls = rf"run\.{kind}" if kind == "table" else r"(?:run\.figure|\bshow\w*)"
+    return set(re.findall(rf'{calls}\(\s*"([^"]+)"', source))
 
 
 # What every notebook is to be like.
