@@ -19,6 +19,10 @@ RUN_NOTES = """examples:
   flowhelpers run --preset quick --out /tmp/r   the quick settings
   flowhelpers run --resume                      take up what was stopped last
 """
+SUITES_NOTES = """
+`flowhelpers suites NAME` says what one needs. A variant is asked for as in gemma-2-2b@65k; of
+Gemma 2, SAEs by their mean L0 as in gemma-2-2b@l0=70; of any suite, some modules alone as in
+flowlet@res+mlp. Where att reads z, W_O brings it into the stream."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -74,28 +78,20 @@ def suites(arguments: argparse.Namespace) -> int:
     if not arguments.suite:
         for row in registered().values():
             where = "no network needed" if row.is_local else "from the hub, then cached"
-            print(f"{row.name:<22}{row.about}")
-            print(f"{'':<22}{len(row.saes)} SAEs; {where}")
+            print(f"{row.name:<22}{row.about}\n{'':<22}{len(row.saes)} SAEs; {where}")
             if len(row.variants) > 1:
                 print(f"{'':<22}variants: {', '.join(row.variants)}")
-            if row.d_att:
-                print(f"{'':<22}no att at d_model: it reads z, and W_O brings it into the stream")
-        print("\n`flowhelpers suites NAME` says what one needs. A variant is asked for as in")
-        print("gemma-2-2b@65k; of Gemma 2, SAEs by their mean L0 as in gemma-2-2b@l0=70; of")
-        print("any suite, some modules alone as in flowlet@res+mlp")
+        print(SUITES_NOTES)
         return 0
     row = find_suite(arguments.suite)
     check_sources(row)
-    print(row.name, row.about, sep="\n", end="\n\n")
     features = f" of {row.features:,} features" if row.features else ""
-    print(f"model {row.model}; {len(row.saes)} SAEs{features}")
+    print(f"{row.name}\n{row.about}\n\nmodel {row.model}; {len(row.saes)} SAEs{features}")
     if row.parameters:
         matching, whole = decoders_memory(row) / 2**30, memory_needed(row) / 2**30
         print(f"in float32 it takes {whole:.1f} GiB of memory as a whole, {matching:.1f} to match")
-    print()
     for note in row.notes:
         print(textwrap.fill(f"- {note}", 90, subsequent_indent="  "))
-    print()
     for site, source in sorted(row.saes.items()):
         named = source if isinstance(source, str) else f"{source['release']}/{source['id']}"
         print(f"  {site!s:<10}{named}", row.neuronpedia.get(site, ""), sep="  ")

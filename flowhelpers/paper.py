@@ -83,11 +83,8 @@ FIGURE_14 = {
 def compare_table_1(rates: "pd.DataFrame") -> "pd.DataFrame":
     """The paper's Table 1 beside ours, whatever the suite: it is of Gemma 2 2B.
 
-    Args:
-        rates: As `deactivation.success_rates` gives by `method`.
-
-    Returns:
-        The same with `paper_change` and `paper_success`, methods in the paper's order.
+    `rates` are what `deactivation.success_rates` gives by `method`; they are put in the paper's
+    order, with `paper_change` and `paper_success`.
     """
     theirs = rates["method"].map(TABLE_1)
     found = rates.assign(paper_change=theirs.str[0], paper_success=theirs.str[1])
@@ -97,20 +94,12 @@ def compare_table_1(rates: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def compare_figure_13(transition: "pd.DataFrame") -> "pd.DataFrame":
-    """The paper's Figure 13 beside ours.
-
-    Args:
-        transition: As `groups.transition_intervals` gives, of gemma-2-2b.
-
-    Returns:
-        `first`, `second`, `paper`, `ours`, `difference`.
-    """
+    """The paper's Figure 13 beside what `groups.transition_intervals` gives of gemma-2-2b."""
     import pandas as pd
 
     theirs = pd.DataFrame(FIGURE_13, index=GROUPS, columns=GROUPS).stack().rename("paper")
-    ours = transition.set_index(["first", "second"])["share"].rename("ours")
-    table = pd.concat([theirs, ours], axis=1).rename_axis(["first", "second"]).reset_index()
-    return table.assign(difference=table["ours"] - table["paper"])
+    keys = ["first", "second"]
+    return _beside(theirs.rename_axis(keys).reset_index(), transition, keys)
 
 
 def figure_14() -> "pd.DataFrame":
@@ -126,42 +115,33 @@ def figure_14() -> "pd.DataFrame":
 
 
 def compare_figure_14(pairs: "pd.DataFrame") -> "pd.DataFrame":
-    """The paper's Figure 14 beside ours; its text names 67, 72 and 100 % of one pair.
+    """The paper's Figure 14 beside what `groups.pair_shares` gives of gemma-2-2b.
 
-    Args:
-        pairs: As `groups.pair_shares` gives, of gemma-2-2b.
-
-    Returns:
-        `score`, `first`, `second`, `paper`, `ours`, `tests`, `difference`.
+    The paper's text names 67, 72 and 100 % of one pair.
     """
-    ours = pairs.rename(columns={"share": "ours"})[["score", "first", "second", "ours", "tests"]]
-    table = figure_14().merge(ours, how="left", on=["score", "first", "second"])
-    return table.assign(difference=table["ours"] - table["paper"])
+    return _beside(figure_14(), pairs, ["score", "first", "second"], "tests")
 
 
 def compare_figure_4(classes: "pd.DataFrame") -> "pd.DataFrame":
-    """The paper's Figure 4, which is the means of its Figure 14, beside ours.
+    """The paper's Figure 4, the means of its Figure 14, beside what `groups.class_shares` gives."""
+    theirs = figure_14().rename(columns={"paper": "significant"}).assign(p=0, effect=0)
+    theirs = class_shares(theirs).drop(columns="tests").rename(columns={"share": "paper"})
+    return _beside(theirs, classes, ["module", "pair", "score"])
 
-    Args:
-        classes: As `groups.class_shares` gives, of gemma-2-2b.
 
-    Returns:
-        `module`, `pair`, `score`, `paper`, `ours`, `difference`.
-    """
-    theirs = class_shares(
-        figure_14().rename(columns={"paper": "significant"}).assign(p=0, effect=0)
-    )
-    table = theirs.drop(columns="tests").rename(columns={"share": "paper"})
-    ours = classes.rename(columns={"share": "ours"})[["module", "pair", "score", "ours"]]
-    table = table.merge(ours, how="left", on=["module", "pair", "score"])
+def _beside(
+    paper: "pd.DataFrame", ours: "pd.DataFrame", keys: list[str], *more: str
+) -> "pd.DataFrame":
+    """Shares of the paper with ours of the same keys, their `difference`, and `more` columns."""
+    ours = ours.rename(columns={"share": "ours"})[[*keys, "ours", *more]]
+    table = paper.merge(ours, how="left", on=keys)
     return table.assign(difference=table["ours"] - table["paper"])
 
 
 def compare_table_5(graph: FlowGraph) -> "pd.DataFrame":
     """The paper's Table 5 beside our graph of the same feature, node by node.
 
-    Args:
-        graph: The flow of 24/res/14548 in gemma-2-2b by cosine, with `t_mlp=0.25` and no `t_res`.
+    The graph is of 24/res/14548 in gemma-2-2b by cosine, with `t_mlp=0.25` and no `t_res`.
 
     Returns:
         One row a layer and module: `paper` and `ours` (feature, or missing), `same`, and where the
@@ -186,23 +166,15 @@ def compare_table_5(graph: FlowGraph) -> "pd.DataFrame":
     nodes = graph.nodes[graph.nodes["module"] != "att"]
     ours = nodes.set_index(["layer", "module"])["index"].to_dict()
     edges = graph.edges.set_index(["source", "target"])["cosine"]
-    scores = {source: (target, score) for (source, target), score in TABLE_5_SCORES.items()}
+    scores = {str(source): (target, score) for (source, target), score in TABLE_5_SCORES.items()}
     rows = []
     for layer, module in sorted(theirs | ours, key=lambda place: (place[0], place[1] == "mlp")):
         indices = theirs.get((layer, module)), ours.get((layer, module))
-        paper, mine = (None if i is None else FeatureId(layer, module, int(i)) for i in indices)
-        target, paper_score = scores.get(paper, (None, None)) if paper else (None, None)
-        our_score = edges.get((str(paper), str(target))) if target else None
-        rows.append(
-            {
-                "layer": layer,
-                "module": module,
-                "paper": str(paper) if paper else None,
-                "ours": str(mine) if mine else None,
-                "same": paper == mine,
-                "paper_score": paper_score,
-                "our_score": our_score,
-            }
-        )
-    table = pd.DataFrame(rows).astype({"paper_score": float, "our_score": float})
+        paper, mine = (None if i is None else f"{layer}/{module}/{i}" for i in indices)
+        target, paper_score = scores.get(str(paper), (None, None))
+        our_score = edges.get((paper, str(target)))
+        rows.append((layer, module, paper, mine, paper == mine, paper_score, our_score))
+    columns = ["layer", "module", "paper", "ours", "same", "paper_score", "our_score"]
+    table = pd.DataFrame(rows, columns=columns)
+    table = table.astype({"paper_score": float, "our_score": float})
     return table.assign(difference=table["our_score"] - table["paper_score"])

@@ -34,10 +34,9 @@ def cached_table(
     folder: Path | None = None,
     version: int = 1,
 ) -> "pd.DataFrame":
-    """A table from disk, or computed and put there.
+    """A table from disk, or computed and put there, whole or not at all.
 
-    A file appears whole or not at all, so that processes may share the folder. One that cannot be
-    read, was made for another key or is of another version is made again, with a warning.
+    A file that cannot be read is made again, with a warning.
 
     Args:
         kind: The folder's name within the cache.
@@ -49,33 +48,20 @@ def cached_table(
     Raises:
         OSError: If the folder cannot be written to, before anything is computed.
     """
-    import pandas as pd
     import pyarrow.parquet as parquet
     from pyarrow import ArrowException, Table
 
-    text = json.dumps(key, sort_keys=True, ensure_ascii=False)
-    digest = hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-    mark = f"{digest} version {version}"
-    path = Path(folder or cache_folder()) / kind / f"{digest}.parquet"
+    name = f"{key_of({'key': key, 'version': version})}.parquet"
+    path = Path(folder or cache_folder()) / kind / name
     if path.exists():
         try:
-            found = parquet.read_table(path, page_checksum_verification=True)
-            made = (found.schema.metadata or {}).get(b"flowhelpers", b"").decode(errors="replace")
-            if made == mark:
-                return found.to_pandas()
-            problem = f"{path} is made again: it was made for something else"
-            if made.startswith(digest):  # one word for all such files
-                problem = f"{kind} on disk are made again: they are of"
-                problem += f"{made.removeprefix(digest)}, this is version {version}"
+            return parquet.read_table(path, page_checksum_verification=True).to_pandas()
         except (ArrowException, OSError) as error:
-            problem = f"{path} is made again: {str(error).partition(chr(10))[0]}"
-        warnings.warn(problem, stacklevel=2)
+            warnings.warn(f"{path} is made again: {error}", stacklevel=2)
     writable_folder(path.parent)
-    table = compute()
-    arrow = Table.from_pandas(pd.DataFrame(table), preserve_index=False)
-    arrow = arrow.replace_schema_metadata((arrow.schema.metadata or {}) | {"flowhelpers": mark})
-    write_whole(path, lambda file: parquet.write_table(arrow, file, write_page_checksum=True))
-    return arrow.to_pandas()
+    table = Table.from_pandas(compute(), preserve_index=False)
+    write_whole(path, lambda file: parquet.write_table(table, file, write_page_checksum=True))
+    return table.to_pandas()
 
 
 PATIENCE = 60.0  # seconds to wait while another process writes
@@ -117,10 +103,7 @@ class DiskCache:
         except sqlite3.OperationalError as error:
             raise OSError(f"cannot use the answers kept in {self.path}: {error}") from error
         except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"{self.path} is no store of answers: {error}."
-                " Give another path, or move the file away"
-            ) from error
+            raise ValueError(f"{self.path} is no store of answers: {error}") from error
 
 
 def key_of(value: Mapping[str, Any]) -> str:

@@ -10,11 +10,7 @@ MODULES = ("res", "mlp", "att")
 
 @dataclass(frozen=True, order=True)
 class Site:
-    """A place in the model where an SAE reads.
-
-    `layer` is from 0; `module` is `res` (the layer's output), `mlp` or `att` (what that part adds
-    to the residual stream).
-    """
+    """Where an SAE reads: `res` is a layer's output, `mlp` and `att` what these parts add to it."""
 
     layer: int
     module: str
@@ -42,26 +38,24 @@ class FeatureId:
 
 def parse_site(text: str) -> Site:
     """Read a site such as `12/res`; an unknown module is an error that names the nearest."""
-    match = re.fullmatch(r"\s*(\d+)\s*/\s*([A-Za-z_]+)\s*", text)
-    if not match:
-        raise ValueError(f"{text!r} is not a site: expected layer/module, such as 12/res")
-    return Site(int(match[1]), _module(match[2], text))
+    layer, module = _parts(text, "site", "layer/module, such as 12/res", r"(\d+)/([A-Za-z_]+)")
+    return Site(int(layer), module)
 
 
 def parse_feature(text: str) -> FeatureId:
     """Read a feature such as `12/res/4230`; errors as of `parse_site`."""
-    match = re.fullmatch(r"\s*(\d+)\s*/\s*([A-Za-z_]+)\s*/\s*(\d+)\s*", text)
+    form = "layer/module/index, such as 12/res/4230"
+    layer, module, index = _parts(text, "feature", form, r"(\d+)/([A-Za-z_]+)/(\d+)")
+    return FeatureId(int(layer), module, int(index))
+
+
+def _parts(text: str, what: str, form: str, pattern: str) -> tuple[str, ...]:
+    match = re.fullmatch(pattern, re.sub(r"\s*(/|^|$)\s*", r"\1", text))
     if not match:
-        raise ValueError(
-            f"{text!r} is not a feature: expected layer/module/index, such as 12/res/4230"
-        )
-    return FeatureId(int(match[1]), _module(match[2], text), int(match[3]))
-
-
-def _module(name: str, text: str) -> str:
-    if name not in MODULES:
-        raise ValueError(f"unknown module {name!r} in {text!r}{suggestion(name, MODULES)}")
-    return name
+        raise ValueError(f"{text!r} is not a {what}: expected {form}")
+    if match[2] not in MODULES:
+        raise ValueError(f"unknown module {match[2]!r} in {text!r}{suggestion(match[2], MODULES)}")
+    return match.groups()
 
 
 def suggestion(given: str, valid: Iterable[str]) -> str:
@@ -89,7 +83,5 @@ def predecessor_site(layer: int, module: str) -> Site:
     if module not in MODULES:
         raise ValueError(f"unknown module {module!r}{suggestion(module, MODULES)}")
     if module == "res" and layer == 0:
-        raise ValueError(
-            "a feature of layer 0 has no predecessor in the stream: expected mlp or att"
-        )
+        raise ValueError("layer 0 has no predecessor in the stream: expected mlp or att")
     return Site(layer - (module == "res"), module)

@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
 
-# The packages whose requirements have to hold; the last two are loaded by transformers where they
-# are installed, and work with one torch alone.
+# Whose requirements have to hold. transformers loads the last two where they are installed, each of
+# which works with one torch alone.
 ASKING = ("flowhelpers", "torchvision", "torchaudio")
 
 
@@ -18,14 +18,21 @@ def untried() -> tuple[str, ...]:
     """What is installed in another version than it was tried in, a sentence for each."""
     found = []
     for asking in ASKING:
-        for each in _requirements(asking):
-            installed = _installed(each.name)
-            if installed and installed not in each.specifier:
-                tried = ",".join(sorted(map(str, each.specifier), reverse=True))
-                found.append(
-                    f"{each.name} {installed} is installed; {asking} was tried with {tried}"
-                )
+        with suppress(PackageNotFoundError):
+            found += filter(None, (_untried(asking, line) for line in requires(asking) or ()))
     return tuple(found)
+
+
+def _untried(asking: str, line: str) -> str | None:
+    asked = Requirement(line)
+    if asked.marker and not asked.marker.evaluate({"extra": ""}):
+        return None
+    with suppress(PackageNotFoundError):
+        installed = version(asked.name)
+        if installed not in asked.specifier:
+            tried = ",".join(sorted(map(str, asked.specifier), reverse=True))
+            return f"{asked.name} {installed} is installed; {asking} was tried with {tried}"
+    return None
 
 
 @cache
@@ -49,19 +56,3 @@ def naming_untried() -> Iterator[None]:
         if not untried():
             raise
         raise ValueError(f"{'; '.join(untried())}. Then: {error}") from error
-
-
-def _requirements(package: str) -> list[Requirement]:
-    """What a package asks for here, without its extras; nothing of one that is not installed."""
-    try:
-        found = [Requirement(line) for line in requires(package) or ()]
-    except PackageNotFoundError:
-        return []
-    return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
