@@ -32,7 +32,7 @@ TEMPLATE = go.layout.Template(
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         "hoverlabel": {"bgcolor": "white", "align": "left", "font": {"color": INK}},
         "xaxis": AXIS,
-        "yaxis": AXIS | {"gridcolor": "#E6E6E6", "showgrid": True},
+        "yaxis": AXIS | {"gridcolor": "#E6E6E6", "showgrid": True, "automargin": True},
     }
 )
 
