@@ -12,20 +12,12 @@ import pytest
 import torch
 import toys
 
+from flowhelpers import steering
 from flowhelpers.core.features import FeatureId, Site, parse_feature
 from flowhelpers.flow.graph import flow_graph
 from flowhelpers.interventions.generation import generate
 from flowhelpers.matching.table import match_table
-from flowhelpers.steering.plans import (
-    Plan,
-    Step,
-    load_plan,
-    make_plan,
-    plan_edits,
-    save_plan,
-    schedule,
-    steering_vectors,
-)
+from flowhelpers.steering.plans import Plan, Step, make_plan, plan_edits, steering_vectors
 from flowhelpers.steering.sweeps import steer
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Edit, Model, run_model
@@ -71,9 +63,9 @@ def theta(suite: Suite, name: str) -> float:
 def test_schedules_are_those_of_the_paper(
     strategy: str, options: dict[str, Any], expected: dict[int, float]
 ):
-    found = schedule(8.0, [2, 3, 5, 7, 9], strategy, **options)
+    found = steering.schedule(8.0, [2, 3, 5, 7, 9], strategy, **options)
     assert {layer: found[layer] for layer in expected} == pytest.approx(expected)
-    assert schedule(8.0, [4], "linear") == {4: 8.0}
+    assert steering.schedule(8.0, [4], "linear") == {4: 8.0}
 
 
 @pytest.mark.parametrize("unit", ["theta", "unit"])
@@ -162,11 +154,11 @@ BY_HAND = {"suite": "a", "kind": "rescale", "unit": "activation", "steps": [STEP
 
 def test_a_plan_survives_saving_and_loading(world: SimpleNamespace, tmp_path: Path):
     plan = make_plan(world.suite, FEATURES, 3.3, strategy="exponential", about="Größe: a test")
-    save_plan(plan, tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json") == plan
+    steering.save_plan(plan, tmp_path / "plan.json")
+    assert steering.load_plan(tmp_path / "plan.json") == plan
     (tmp_path / "plan.json").write_text(json.dumps(BY_HAND), encoding="utf-8")
     expected = Plan("a", "rescale", "activation", (Step("1/res/2", -2, 1),))
-    assert load_plan(tmp_path / "plan.json") == expected
+    assert steering.load_plan(tmp_path / "plan.json") == expected
 
 
 @pytest.mark.parametrize(
@@ -186,7 +178,7 @@ def test_a_plan_survives_saving_and_loading(world: SimpleNamespace, tmp_path: Pa
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, changed: dict, message: str):
     (tmp_path / "plan.json").write_text(json.dumps(BY_HAND | changed), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        load_plan(tmp_path / "plan.json")
+        steering.load_plan(tmp_path / "plan.json")
 
 
 def test_a_plan_serves_any_code_and_leaves_nothing_behind(world: SimpleNamespace):
@@ -234,8 +226,6 @@ def test_what_a_plan_adds_is_known_by_site(world: SimpleNamespace, planted: Suit
     assert torch.allclose(push[Site(1, "z")], row(at_z, "1/att/4"))
     with pytest.raises(ValueError, match="a plan of kind 'rescale': what it adds depends on"):
         steering_vectors(suite, make_plan(suite, ["1/res/3"], 0.0, "rescale"))
-    with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
-        steering_vectors(planted, make_plan(suite, ["1/res/3"], 1.0))
 
 
 def test_a_plan_that_breaks_the_model_is_named(planted: Suite):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,23 +11,13 @@ import pandas as pd
 import pytest
 import toys
 
+from flowhelpers import steering
 from flowhelpers.core.features import Site
 from flowhelpers.flow.graph import flow_graph, keep_nodes
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering import sweeps
 from flowhelpers.steering.controls import side_effects
 from flowhelpers.steering.plans import Plan, Step, make_plan, steering_vectors
-from flowhelpers.steering.scores import (
-    beside_unsteered,
-    best_cells,
-    cell_means,
-    paired_differences,
-    score_texts,
-    select_cells,
-    selection_bias,
-    verdicts,
-    with_costs,
-)
 from flowhelpers.steering.sweeps import SweepCell, graph_cells, steer, sweep
 from flowhelpers.suites.load import Suite
 
@@ -103,35 +94,6 @@ def test_cells_with_equal_plans_share_their_texts(
     assert texts_of(table, 0) != texts_of(table, 5)
 
 
-def test_a_sweep_that_was_stopped_goes_on(
-    planted: Suite, cells: list[SweepCell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    cache, made, stop_at = tmp_path / "new" / "texts.sqlite", [], 2
-
-    def stopping(suite: Suite, plans: Any, *args: Any, **given: Any) -> pd.DataFrame:
-        if len(made) >= stop_at:
-            raise KeyboardInterrupt
-        made.append(len(plans))
-        return steer(suite, plans, *args, **given)
-
-    expected = sweep(planted, cells, PROMPT, range(3), **BRIEF)
-    monkeypatch.setattr(sweeps, "steer", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        sweep(planted, cells, PROMPT, range(3), cache, batch_size=6, **BRIEF)
-    assert made == [2, 2]
-    stop_at = 9
-    table = sweep(planted, cells, PROMPT, range(3), cache, batch_size=6, **BRIEF)
-    assert made == [2, 2, 1, 2]  # what is there is not made again
-    assert table.equals(expected)
-    assert sweep(planted, cells, PROMPT, range(3), cache, **BRIEF).equals(expected)
-    assert made == [2, 2, 1, 2]
-    # Of other cells only those that are new.
-    more = [SweepCell("war", "single", single(planted, 3.0), 1, 3.0), *cells[::-1]]
-    table = sweep(planted, more, PROMPT, range(3), cache, **BRIEF)
-    assert made == [2, 2, 1, 2, 1]
-    assert texts_of(table, 1) == texts_of(expected, len(cells) - 1)
-
-
 def test_what_texts_depend_on_makes_them_anew(
     planted: Suite, calls: list[list[str]], tmp_path: Path
 ):
@@ -139,16 +101,14 @@ def test_what_texts_depend_on_makes_them_anew(
     plan = single(planted, 9.0)
     push = steering_vectors(planted, plan)
 
-    def made(given: dict[str, Any] | None = None, **changed: Any) -> int:
-        """How many plans had to be written, with these cells or settings."""
+    def made(
+        plan: Any = plan, suite: Suite = planted, prompt: str = PROMPT, samples: Any = (0, 1),
+        **given: Any,
+    ) -> int:  # fmt: skip
+        """How many plans had to be written, with this cell or these settings."""
         calls.clear()
-        asked = {"plan": plan, "prompt": PROMPT, "samples": [0, 1], "seed": 0, "suite": planted}
-        asked |= changed
-        cell = SweepCell("space", "single", asked["plan"], 1, 9.0)
-        sweep(
-            asked["suite"], [cell], asked["prompt"], asked["samples"], cache, asked["seed"],
-            **BRIEF | (given or {}),
-        )  # fmt: skip
+        cell = SweepCell("space", "single", plan, 1, 9.0)
+        sweep(suite, [cell], prompt, samples, cache, **BRIEF | given)
         return sum(map(len, calls))
 
     step = plan.steps[0]
@@ -174,11 +134,11 @@ def test_what_texts_depend_on_makes_them_anew(
         {"samples": [0, 1, 2]},
         {"samples": [1, 0]},
         {"seed": 1},
-        {"given": {"max_new_tokens": 6}},
-        {"given": {"temperature": 1.0}},
-        {"given": {"top_p": 0.5}},
-        {"given": {"phases": ["prompt"]}},
-        {"given": {"skip_bos": True}},
+        {"max_new_tokens": 6},
+        {"temperature": 1.0},
+        {"top_p": 0.5},
+        {"phases": ["prompt"]},
+        {"skip_bos": True},
         {"suite": replace(planted, saes={**planted.saes, **others})},
         {"suite": other_model},
     ]
@@ -188,23 +148,27 @@ def test_what_texts_depend_on_makes_them_anew(
     for change in ({}, *changes):
         assert made(**change) == 0, change
     # The SAE of a layer that is not steered is nothing to it; nor is what a plan is called.
-    elsewhere = replace(sae, site=Site(2, "res"), loader=other_rows)
-    suite = replace(planted, saes={**planted.saes, Site(2, "res"): elsewhere})
-    assert made(suite=suite) == 0
+    elsewhere = {Site(2, "res"): replace(sae, site=Site(2, "res"), loader=other_rows)}
+    assert made(suite=replace(planted, saes={**planted.saes, **elsewhere})) == 0
     assert made(plan=replace(plan, about="in other words")) == 0
 
 
-def test_a_cell_that_breaks_the_model_is_named_and_what_was_before_is_kept(
+def test_what_breaks_the_model_is_named_and_a_sweep_goes_on_from_where_it_stopped(
     planted: Suite, cells: list[SweepCell], calls: list[list[str]], tmp_path: Path
 ):
     far = SweepCell("sea", "constant", toys.plans_that_break(planted)["far"], 1, 3e38)
-    cache = tmp_path / "texts.sqlite"
-    words = r"plan 'sea: constant, layer 1, strength 3e\+38 "
-    with pytest.raises(FloatingPointError, match=words):
-        sweep(planted, [*cells[:3], far, cells[3]], PROMPT, [0, 1], cache, batch_size=2, **BRIEF)
+    given: dict[str, Any] = {"cache": tmp_path / "new" / "texts.sqlite", "batch_size": 2} | BRIEF
+    expected = sweep(planted, cells, PROMPT, [0, 1], **BRIEF)
+    with pytest.raises(FloatingPointError, match=r"'sea: constant, layer 1, strength 3e\+38 "):
+        sweep(planted, [*cells[:3], far, *cells[3:]], PROMPT, [0, 1], **given)
     calls.clear()
-    sweep(planted, cells[:4], PROMPT, [0, 1], cache, batch_size=2, **BRIEF)
-    assert [batch[0][:22] for batch in calls] == ["sea: rescale, layer 2,"]
+    assert sweep(planted, cells, PROMPT, [0, 1], **given).equals(expected)
+    assert [len(batch) for batch in calls] == [1] * 4  # what is there is not made again
+    calls.clear()
+    more = [SweepCell("war", "single", single(planted, 3.0), 1, 3.0), *cells[::-1]]
+    table = sweep(planted, more, PROMPT, [0, 1], **given)
+    assert len(calls) == 1
+    assert texts_of(table, 1) == texts_of(expected, len(cells) - 1)
 
 
 def test_a_sweep_of_what_is_not_there_is_refused(planted: Suite, cells: list[SweepCell]):
@@ -247,7 +211,7 @@ def test_scores_stand_beside_their_texts():
     sea = Planted({"a": (0.5, 0.8), "c": (1.0, None), "d": (0.0, 1.0)})
     war = Planted({"a": (0.25, 0.4), "b": (None, 0.5)})
     before = texts.copy()
-    table = score_texts(texts, {"sea": sea, "war": war, "space": Planted({})})
+    table = steering.score_texts(texts, {"sea": sea, "war": war, "space": Planted({})})
     assert texts.equals(before)
     assert sea.asked == [["a", "c", "d"]]  # each text once
     assert war.asked == [["b", "a"]]
@@ -260,7 +224,7 @@ def test_scores_stand_beside_their_texts():
     }
     for column, values in expected.items():
         assert table[column].to_numpy() == pytest.approx(values, nan_ok=True)
-    less = score_texts(texts, {"sea": sea, "war": war}, suppress=True)
+    less = steering.score_texts(texts, {"sea": sea, "war": war}, suppress=True)
     assert less["score"].to_numpy() == pytest.approx([0.4, none, none, 0.3, 0.4, 1.0], nan_ok=True)
     assert less[["behavioral", "coherence"]].equals(table[["behavioral", "coherence"]])
 
@@ -269,18 +233,15 @@ def test_a_judge_that_cannot_be_trusted_is_refused():
     texts = written([(0, "sea", 0, "a"), (0, "sea", 1, "b"), (1, "war", 0, "b")])
     fine = Planted({"a": (0.0, 1.0), "b": (1.0, 0.0)})
 
-    class Short(Planted):
-        def judge(self, texts: Sequence[str]) -> pd.DataFrame:
-            return super().judge(texts)[:-1]
-
     with pytest.raises(ValueError, match="no judge for war: expected one for each theme"):
-        score_texts(texts, {"sea": fine})
+        steering.score_texts(texts, {"sea": fine})
+    short: Any = SimpleNamespace(judge=lambda texts: fine.judge(texts)[:-1])
     with pytest.raises(ValueError, match="the judge of 'sea' gave 1 rows for 2 texts, 0 scores"):
-        score_texts(texts, {"sea": Short(fine.scores), "war": fine})
+        steering.score_texts(texts, {"sea": short, "war": fine})
     for scores in ((1.1, 0.5), (0.5, -0.1), (None, 5.0)):
         bad = Planted({**fine.scores, "b": scores})
         with pytest.raises(ValueError, match="'war' gave 1 rows for 1 texts, 1 scores outside 0 t"):
-            score_texts(texts, {"sea": fine, "war": bad})
+            steering.score_texts(texts, {"sea": fine, "war": bad})
 
 
 def scored(
@@ -309,7 +270,7 @@ SCORES = scored(
 
 
 def test_products_are_taken_before_the_mean():
-    means = cell_means(SCORES)
+    means = steering.cell_means(SCORES)
     keys = list(means.columns[:5])
     pd.testing.assert_frame_equal(means[keys], SCORES[keys][::4].reset_index(drop=True))
     assert means["n"].tolist() == [4, 2, 4, 0]
@@ -329,9 +290,10 @@ def test_products_are_taken_before_the_mean():
         assert low[~known].isna().all()
     assert means["score_low"][0] == means["score_high"][0] == 0
     assert means["score_low"][2] < 0.5 < 0.7 < means["score_high"][2]
-    shuffled = cell_means(SCORES.sample(frac=1, random_state=3))
+    shuffled = steering.cell_means(SCORES.sample(frac=1, random_state=3))
     pd.testing.assert_frame_equal(shuffled.sort_values("cell", ignore_index=True), means)
-    by_theme = cell_means(SCORES, ["strategy", "layer", "strength"])  # the unsteered are one group
+    # Without the theme the unsteered are one group.
+    by_theme = steering.cell_means(SCORES, ["strategy", "layer", "strength"])
     assert by_theme["n"].tolist() == [8, 2]
     assert by_theme["score"].to_numpy() == pytest.approx([2.5 / 8, 0.375])
 
@@ -341,7 +303,7 @@ def test_costs_are_those_of_each_cell_and_another_prompt_has_none(
 ):
     texts = ["The cat sat on the mat.", "Rain fell on the sea."]
     means = pd.DataFrame({"cell": [6, 3, 0, 1]})
-    found = with_costs(means, planted, cells, texts)
+    found = steering.with_costs(means, planted, cells, texts)
     alone = side_effects(planted, {"a": cells[3].plan, "b": cells[1].plan}, texts)
     assert found[["norm", "kl"]].iloc[0].isna().all()  # prompting
     assert np.allclose(found[["norm", "kl"]].iloc[[1, 3]], alone[["norm", "kl"]], atol=1e-5)
@@ -356,19 +318,19 @@ def test_intervals_are_drawn_by_samples_and_by_the_seed():
     less = [(b / 2, 1.0) for b, _ in values]
     table = scored({("a", "x", 1, 1): values, ("a", "y", 1, 1): less}, first=100)
     table = pd.concat([table[:40], table[40:][::-1]], ignore_index=True)
-    means = cell_means(table)
+    means = steering.cell_means(table)
     whole, halved = means[["score", "score_low", "score_high"]].to_numpy()
     # Drawn together: what halves the scores halves the interval, to the last digit.
     assert halved == pytest.approx(whole / 2, rel=1e-9)
-    assert means.equals(cell_means(table))
-    other = cell_means(table, seed=1)
+    assert means.equals(steering.cell_means(table))
+    other = steering.cell_means(table, seed=1)
     assert other["score"].equals(means["score"])
     assert (other["score_low"] != means["score_low"]).all()
     # About the mean and two of its standard errors.
     error = np.std([b for b, _ in values]) / 40**0.5
     assert means["score_high"][0] - means["score"][0] == pytest.approx(1.96 * error, rel=0.3)
     assert means["score"][0] - means["score_low"][0] == pytest.approx(1.96 * error, rel=0.3)
-    one = cell_means(table[table["sample"] == 120])
+    one = steering.cell_means(table[table["sample"] == 120])
     assert one["score"].tolist() == [values[20][0], values[20][0] / 2]
     assert one[["score_low", "score_high"]].isna().all(axis=None)
 
@@ -385,7 +347,7 @@ def test_differences_are_taken_sample_by_sample():
             ("war", "single", 3, 4): [(2 * b, 1) for b in war],
         }
     )
-    found = paired_differences(table.sample(frac=1, random_state=1), "unsteered")
+    found = steering.paired_differences(table.sample(frac=1, random_state=1), "unsteered")
     found = found.sort_values(["theme", "strength"], ignore_index=True)
     assert found["theme"].tolist() == ["sea", "war", "war"]
     assert found["strength"].tolist() == [2, 2, 4]
@@ -395,14 +357,10 @@ def test_differences_are_taken_sample_by_sample():
         assert found[column][:2].tolist() == pytest.approx([0.25, -0.125])
     assert found["difference"][2] == pytest.approx(war[5:].mean())
     assert found["difference_low"][2] < war[5:].mean() - 0.02
-    by_theme = paired_differences(table, "unsteered", by=["theme"])
+    by_theme = steering.paired_differences(table, "unsteered", by=["theme"])
     assert by_theme["n"].tolist() == [20, 50]
-    # Against the mean of both themes where the theme is not what they have in common.
-    both = paired_differences(table, "unsteered", on=[], by=["theme"]).set_index("theme")
-    base = np.where(np.arange(30) < 5, sea, (sea + war) / 2)
-    assert both.loc["sea", "difference"] == pytest.approx((sea + 0.25 - base)[:20].mean())
     with pytest.raises(ValueError, match="no cell of the strategy 'none': there are unsteered, s"):
-        paired_differences(table, "none")
+        steering.paired_differences(table, "none")
 
 
 def test_a_steered_text_stands_beside_the_unsteered_one_of_its_sample():
@@ -417,13 +375,13 @@ def test_a_steered_text_stands_beside_the_unsteered_one_of_its_sample():
     ]
     table = pd.DataFrame(rows, columns=["theme", "strategy", "sample", "text"])
     table = table.assign(score=np.arange(7) / 10)
-    found = beside_unsteered(table.iloc[[4, 1]], table, "the best")
+    found = steering.beside_unsteered(table.iloc[[4, 1]], table, "the best")
     assert found["steered"].tolist() == ["loud 7", "wet 7"]
     assert found["unsteered"].tolist() == ["plain war 7", ""]
     assert found["score"].tolist() == [0.4, 0.1]
     assert set(found["kind"]) == {"the best"}
     with pytest.raises(ValueError, match="the worst: there is no unsteered text of the same theme"):
-        beside_unsteered(table.iloc[[4, 6]], table, "the worst")
+        steering.beside_unsteered(table.iloc[[4, 6]], table, "the worst")
 
 
 def test_the_best_cell_is_the_first_of_the_highest():
@@ -436,14 +394,13 @@ def test_the_best_cell_is_the_first_of_the_highest():
             "score": [0.2, NONE, 0.4, 0.6, 0.4, 0.1, 0.0, NONE],
         }
     )
-    assert best_cells(means, ["theme", "strategy"])["cell"].tolist() == [3, 2, 6]
-    assert best_cells(means, ["theme"])["cell"].tolist() == [3, 2]
+    assert steering.best_cells(means, ["theme", "strategy"])["cell"].tolist() == [3, 2, 6]
     # A layer that is missing is a group of its own.
-    assert best_cells(means, ["layer"])["cell"].tolist() == [2, 3, 5]
-    best = best_cells(means, ["theme"])
+    assert steering.best_cells(means, ["layer"])["cell"].tolist() == [2, 3, 5]
+    best = steering.best_cells(means, ["theme"])
     assert best.equals(means.loc[[3, 2]])
     cells = [SweepCell(f"theme {number}") for number in range(8)]
-    assert select_cells(cells, best) == [cells[3], cells[2]]
+    assert steering.select_cells(cells, best) == [cells[3], cells[2]]
 
 
 def test_the_cells_of_a_graph_are_where_it_has_features(planted: Suite):
@@ -470,7 +427,8 @@ def test_the_cells_of_a_graph_are_where_it_has_features(planted: Suite):
 def test_what_chosen_cells_lose_is_luck_beyond_what_unsteered_text_loses():
     rows = [("unsteered", 0.5, 0.4), ("single", 0.9, 0.6), ("linear", 0.8, 0.7), ("other", 1, 0)]
     table = pd.DataFrame(rows, columns=["strategy", "chosen_on", "score"])
-    assert selection_bias(table, ["single", "linear", "absent"]) == pytest.approx(0.2 - 0.1)
+    bias = steering.selection_bias(table, ["single", "linear", "absent"])
+    assert bias == pytest.approx(0.2 - 0.1)
 
 
 def test_a_verdict_needs_the_whole_interval():
@@ -481,6 +439,6 @@ def test_a_verdict_needs_the_whole_interval():
         columns=["theme", "strategy", "score", "score_low", "score_high"],
     )
     rivals = ["unsteered", "prompting", "random"]
-    (row,) = verdicts(means, [SweepCell("sea", "single")], rivals).to_dict("records")
+    (row,) = steering.verdicts(means, [SweepCell("sea", "single")], rivals).to_dict("records")
     assert [row[rival] for rival in rivals] == ["above", "below", "no difference"]
     assert (row["strategy"], row["score"]) == ("single", 0.5)
