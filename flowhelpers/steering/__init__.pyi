@@ -2,8 +2,6 @@ from .controls import (
     difference_of_means as difference_of_means,
     equal_norm_cells as equal_norm_cells,
     random_cells as random_cells,
-    random_feature_control as random_feature_control,
-    scale_plan as scale_plan,
     side_effects as side_effects,
     total_norm as total_norm,
 )
