@@ -1,7 +1,7 @@
 from .controls import (
     difference_of_means as difference_of_means,
-    random_feature_control as random_feature_control,
-    scale_plan as scale_plan,
+    equal_norm_cells as equal_norm_cells,
+    random_cells as random_cells,
     side_effects as side_effects,
     total_norm as total_norm,
 )
@@ -11,7 +11,6 @@ from .plans import (
     STRATEGIES as STRATEGIES,
     load_plan as load_plan,
     make_plan as make_plan,
-    plan_or_none as plan_or_none,
     save_plan as save_plan,
     schedule as schedule,
 )
@@ -36,19 +35,14 @@ from .scores import (
     verdicts as verdicts,
     with_costs as with_costs,
 )
-from .steered_texts import steer as steer
 from .sweeps import (
     SweepCell as SweepCell,
-    equal_norm_cells as equal_norm_cells,
     graph_cells as graph_cells,
-    random_cells as random_cells,
-    strategy_cells as strategy_cells,
+    steer as steer,
     sweep as sweep,
-    vector_cells as vector_cells,
 )
 from .text_table import marked_generations as marked_generations
 from .themes import (
-    clearest_themes as clearest_themes,
     judge_of as judge_of,
     theme_features as theme_features,
     theme_of as theme_of,

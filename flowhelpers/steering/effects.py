@@ -1,8 +1,4 @@
-"""Features by their effect on the next token, measured by one pass with each turned up.
-
-A label says where a feature is active, which says little about what steering by it does (Arad et
-al. 2025, Wang et al. 2026).
-"""
+"""Features by what turning them up does to the next token, of which a label says little."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -40,53 +36,39 @@ def output_scores(
 
     Returns:
         One row a feature: `feature`, `output_score` (0 to 1), `confidence_change` (nats), `token`
-        (the most likely of the `TOP`); missing where no feature of the site is active in the
-        prompt.
-
-    Raises:
-        ValueError: If there is no feature, one does not exist, or the prompt is empty.
+        (the most likely of the `TOP`); missing where nothing at the site is active in the prompt.
     """
     import pandas as pd
 
     by_site: dict[Site, list[int]] = {}
     for feature in (unique := list(dict.fromkeys(map(suite.feature, features)))):
         by_site.setdefault(feature.site, []).append(feature.index)
-    if not unique:
-        raise ValueError("no feature given: expected one or more, such as 12/res/4230")
-    model = suite.model
     preflight_once(suite, by_site)
-    ids = prompt_ids(model, prompt, 1)
+    model, ids = suite.model, prompt_ids(suite.model, prompt, 1)
     clean, stream = run_model(model, ids, [suite.sae(site).input_site for site in by_site])
     assert clean is not None
     confidence = clean[0, -1].float().log_softmax(-1).max()
     _, prefix = cache_prompt(model, ids[:, :-1])
-    batches = [
-        (site, indices[start : start + batch_size])
-        for site, indices in by_site.items()
-        for start in range(0, len(indices), batch_size)
-    ]
     rows = []
-    for site, indices in progress(batches, "effects"):
+    for site, indices in progress(by_site.items(), "effects"):
         sae = suite.sae(site)
         size = FACTOR * sae.encode(stream[sae.input_site][0, 1:]).max()
         if not size > 0:
-            rows += [(f"{site}/{index}", None, None, "") for index in indices]
             continue
-        chosen = torch.tensor(indices, device=ids.device)
-        step = size * sae.decoder_rows(chosen).float()
-        edit = add_per_row(sae.input_site, torch.arange(len(indices)), step)
-        last = ids[:, -1:].expand(len(indices), -1)
-        steered, _ = run_model(model, last, edits=[edit], prefix=prefix)
-        assert steered is not None
-        logs = steered[:, -1].float().log_softmax(-1)
-        written = logit_lens(suite, site, chosen).topk(TOP).indices
-        best, place = logs.gather(1, written).max(1)
-        rank = (logs > best[:, None]).sum(1) / logs.shape[1]
-        scores = (1 - rank) * best.exp()
-        changes = confidence - logs.max(1).values
-        tokens = model.tokenizer.batch_decode(written.gather(1, place[:, None]))
-        names = [f"{site}/{index}" for index in indices]
-        rows += zip(names, scores.tolist(), changes.tolist(), tokens, strict=True)
+        for chosen in torch.tensor(indices, device=ids.device).split(batch_size):
+            step = size * sae.decoder_rows(chosen).float()
+            edit = add_per_row(sae.input_site, torch.arange(len(chosen)), step)
+            last = ids[:, -1:].expand(len(chosen), -1)
+            steered, _ = run_model(model, last, edits=[edit], prefix=prefix)
+            assert steered is not None
+            logs = steered[:, -1].float().log_softmax(-1)
+            written = logit_lens(suite, site, chosen).topk(TOP).indices
+            best, place = logs.gather(1, written).max(1)
+            scores = (1 - (logs > best[:, None]).sum(1) / logs.shape[1]) * best.exp()
+            changes = confidence - logs.max(1).values
+            tokens = model.tokenizer.batch_decode(written.gather(1, place[:, None]))
+            names = [f"{site}/{index}" for index in chosen.tolist()]
+            rows += zip(names, scores.tolist(), changes.tolist(), tokens, strict=True)
     columns = ["feature", "output_score", "confidence_change", "token"]
-    table = pd.DataFrame(rows, columns=columns).set_index("feature").loc[map(str, unique)]
-    return table.astype({name: float for name in columns[1:3]}).reset_index()
+    table = pd.DataFrame(rows, columns=columns).set_index("feature").reindex(map(str, unique))
+    return table.astype(dict.fromkeys(columns[1:3], float)).fillna({"token": ""}).reset_index()

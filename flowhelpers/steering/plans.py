@@ -1,22 +1,23 @@
-"""Steering by features over many layers: plans, schedules, and their texts (paper 3.5, B)."""
+"""Steering by features over many layers: plans, their schedules and their edits (paper 3.5, B)."""
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flowhelpers.activations.preflight import preflight_once
 from flowhelpers.core.features import FeatureId, Site, parse_feature, suggestion
 from flowhelpers.core.files import write_text
 from flowhelpers.flow.graph import FlowGraph
-from flowhelpers.interventions.edits import rescale
+from flowhelpers.interventions.edits import add_per_row, rescale_per_row
 from flowhelpers.suites.model import Edit, editing
 
 if TYPE_CHECKING:
@@ -24,16 +25,8 @@ if TYPE_CHECKING:
 
     from flowhelpers.suites.load import Suite
 
-KINDS = ("rescale", "add")
 STRATEGIES = ("single", "constant", "exponential", "linear")
-UNITS = ("theta", "max", "unit")
-ORIGINS = ("absolute", "span")
-ALPHA, END_STRENGTH = -0.05, 1.0  # the paper's alpha and s*
 SteeringVectors = Mapping[Site, Tensor]  # what is added to the stream, by hook point
-
-
-class NoFeatureError(ValueError):
-    """There is no feature to steer at a layer."""
 
 
 def check_choice(name: str, value: str, valid: Iterable[str]) -> None:
@@ -42,90 +35,61 @@ def check_choice(name: str, value: str, valid: Iterable[str]) -> None:
         raise ValueError(f"unknown {name} {value!r}{suggestion(value, valid)}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Step:
-    """One feature of a plan.
+    """One feature of a plan: its name, r to rescale or s to add, and what one unit of s is."""
 
-    Attributes:
-        feature: Its name.
-        strength: r to rescale, s to add.
-        scale: One unit of s, as a multiple of the feature's decoder row; 1 to rescale.
-    """
-
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
     feature: str
     strength: FiniteFloat
-    scale: FiniteFloat = 1.0
+    scale: FiniteFloat  # a multiple of the feature's decoder row; 1 to rescale
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class Plan:
-    """Which features are steered, and how much.
+    """Which features of a suite are steered, and how much.
 
-    Attributes:
-        suite: Its name.
-        kind: `rescale`, h + (r - 1) · a · v with a read live (CHOICES 21), or `add`, h + s · v.
-        unit: The unit of s (CHOICES 19): `theta`, the feature's own threshold; `max`, its own max
-            activation; `unit`, a vector of norm 1. `activation` for a plan that rescales.
-        steps: One for each feature.
-        about: A description.
+    To `rescale` is h + (r - 1) · a · v with a read live (CHOICES 21), to `add` h + s · v. The unit
+    of s is a feature's own threshold (`theta`) or a vector of norm 1 (`unit`; CHOICES 19).
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
     suite: str
-    kind: str
-    unit: str
+    kind: Literal["rescale", "add"]
+    unit: Literal["theta", "unit", "activation"]  # activation to rescale
     steps: Annotated[tuple[Step, ...], Field(min_length=1)]
     about: str = ""
 
     def table(self) -> "pd.DataFrame":
-        """One row a feature: `feature`, `layer`, `module`, `index`, `strength`, `scale`."""
+        """One row a feature: `feature`, `strength`, `scale`, `layer`, `module`, `index`."""
         import pandas as pd
 
-        features = [parse_feature(step.feature) for step in self.steps]
-        table = pd.DataFrame([asdict(step) for step in self.steps])
-        for place, name in enumerate(("layer", "module", "index"), start=1):
-            table.insert(place, name, [getattr(feature, name) for feature in features])
-        return table
+        return pd.DataFrame([asdict(s) | asdict(parse_feature(s.feature)) for s in self.steps])
 
     @contextmanager
     def on(self, suite: "Suite") -> Iterator[None]:
         """Steers every pass of the suite's model inside the block, in any code."""
-        with editing(suite.model, plan_edits(suite, self)):
+        with editing(suite.model, plan_edits(suite, [self])):
             yield
 
 
 def schedule(
     strength: float,
     layers: Sequence[int],
-    span: tuple[int, int],
     strategy: str = "constant",
-    alpha: float = ALPHA,
-    end_strength: float = END_STRENGTH,
-    origin: str = "absolute",
+    alpha: float = -0.05,
+    end_strength: float = 1.0,
+    from_start: bool = False,
 ) -> dict[int, float]:
-    """The strength at each layer (paper B.2).
+    """The strength at each layer of a graph, whichever are steered (paper B.2).
 
-    Args:
-        strength: s.
-        layers: The layers that are steered.
-        span: First and last layer of the graph, whichever layers are steered.
-        strategy: `constant` and `single` give s; `exponential` s · exp(α l); `linear` goes from s
-            at the span's start to s* at its end, and is s where these are one layer (CHOICES 18).
-        alpha: α.
-        end_strength: s*.
-        origin: l is a layer's number (`absolute`), or counts from the `span`'s start (CHOICES 17).
-
-    Raises:
-        ValueError: If the strategy or origin is unknown or a number is not finite.
+    `constant` and `single` give s; `exponential` s · exp(α l), with l the layer's number, or
+    counted from the first layer (CHOICES 17); `linear` goes from s at the first to s* at the last,
+    and is s where these are one (CHOICES 18). α and s* are the paper's. An unknown strategy is a
+    ValueError.
     """
     check_choice("strategy", strategy, STRATEGIES)
-    check_choice("origin", origin, ORIGINS)
-    if not all(map(math.isfinite, (strength, alpha, end_strength))):
-        raise ValueError(f"{strength=}, {alpha=}, {end_strength=}: expected finite numbers")
-    start, end = span
+    start, end = min(layers), max(layers)
     if strategy == "exponential":
-        first = start if origin == "span" else 0
+        first = start if from_start else 0
         return {layer: strength * math.exp(alpha * (layer - first)) for layer in layers}
     if strategy == "linear" and end > start:
         slope = (end_strength - strength) / (end - start)
@@ -137,39 +101,32 @@ def make_plan(
     suite: "Suite",
     features: FlowGraph | Sequence[FeatureId | str],
     strength: float,
-    kind: str = "add",
+    kind: Literal["rescale", "add"] = "add",
     strategy: str = "constant",
     layer: int | None = None,
     *,
-    unit: str = "theta",
-    max_activation: Mapping[str, float] | None = None,
-    alpha: float = ALPHA,
-    end_strength: float = END_STRENGTH,
-    origin: str = "absolute",
+    unit: Literal["theta", "unit"] = "theta",
     about: str = "",
+    **of_schedule: Any,
 ) -> Plan:
     """A plan from the nodes of a flow graph, or from a list of features.
 
     `single` steers the features of one layer, the other strategies those of all layers from the
-    first to that one (paper B.1, B.2).
+    first to that one (paper B.1, B.2); without a `layer` it is the last of the features.
 
     Args:
         suite: Where the features are.
         features: A flow graph, all of whose nodes are steered, or features.
         strength: s, or r for `rescale`, which is the same at all layers.
-        kind: `rescale` or `add`.
-        strategy: One of `STRATEGIES`; as `alpha`, `end_strength` and `origin` in `schedule`.
-        layer: The layer, or the last one; the last of the features unless given.
-        unit: The unit of s, as in `Plan`.
-        max_activation: For `unit="max"`: the max activation of each feature.
-        alpha: α.
-        end_strength: s*.
-        origin: Where layers are counted from.
+        kind: As `unit`, in `Plan`.
+        strategy: One of `STRATEGIES`.
+        layer: The layer, or the last one.
+        unit: The unit of s.
         about: A description.
+        of_schedule: `alpha`, `end_strength` and `from_start` of `schedule`.
 
     Raises:
-        NoFeatureError: If there is no feature at the layer.
-        ValueError: If there is no feature at all, or one or the graph is not of the suite.
+        ValueError: If there is no feature at the layer, or one or the graph is not of the suite.
 
     Example:
         >>> from flowhelpers import load_suite, make_plan
@@ -177,109 +134,93 @@ def make_plan(
         >>> plan.table()[["feature", "strength"]].values.tolist()
         [['3/res/10', 4.0], ['5/res/7', 1.0]]
     """
-    check_choice("kind", kind, KINDS)
-    check_choice("unit", unit, UNITS)
-    if kind == "rescale" and strategy not in ("single", "constant"):
-        raise ValueError(f"strategy={strategy!r}: r is the same at all layers, single or constant")
-    if isinstance(features, FlowGraph):
-        _check_suite(features.suite, suite, "a flow graph")
-        names = features.nodes["feature"].tolist()
-    else:
-        names = list(features)
-    found = list(dict.fromkeys(suite.feature(name) for name in names))
-    if not found:
-        raise ValueError("no feature to steer: expected a graph or features, such as 12/res/4230")
-    span = min(f.layer for f in found), max(f.layer for f in found)
-    last = span[1] if layer is None else layer
-    steered = [f for f in found if (f.layer == last if strategy == "single" else f.layer <= last)]
-    if not steered:
-        layers = sorted({f.layer for f in found})
-        raise NoFeatureError(f"no feature to steer at layer {last}: there are some at {layers}")
-    at = schedule(strength, [f.layer for f in steered], span, strategy, alpha, end_strength, origin)
     is_add = kind == "add"
-    steps = tuple(
-        Step(str(f), float(at[f.layer]), _scale(suite, f, unit, max_activation) if is_add else 1.0)
-        for f in steered
-    )
-    return Plan(suite.name, kind, unit if is_add else "activation", steps, about)
+    if not is_add and strategy not in ("single", "constant"):
+        raise ValueError(f"strategy={strategy!r}: r is the same at all layers, single or constant")
+    if isinstance(features, FlowGraph) and features.suite != suite.name:
+        raise ValueError(f"a flow graph of suite {features.suite}: expected {suite.name}")
+    names = features.nodes["feature"].tolist() if isinstance(features, FlowGraph) else features
+    unique = list(dict.fromkeys(map(suite.feature, names)))
+    layers = sorted({feature.layer for feature in unique})
+    last = max(layers, default=0) if layer is None else layer
+    steered = [f for f in unique if (f.layer == last if strategy == "single" else f.layer <= last)]
+    if not steered:
+        raise ValueError(f"no feature to steer at layer {last}: there are some at {layers}")
+    at = schedule(strength, layers, strategy, **of_schedule)
+    scales = [_scale(suite, feature, unit) if is_add else 1.0 for feature in steered]
+    steps = (Step(str(f), float(at[f.layer]), x) for f, x in zip(steered, scales, strict=True))
+    return Plan(suite.name, kind, unit if is_add else "activation", tuple(steps), about)
 
 
-def plan_or_none(suite: "Suite", *args: Any, **settings: Any) -> Plan | None:
-    """`make_plan`, or None where there is no feature at the layer, as in the cells of a grid."""
-    try:
-        return make_plan(suite, *args, **settings)
-    except NoFeatureError:
-        return None
-
-
-def _scale(
-    suite: "Suite", feature: FeatureId, unit: str, max_activation: Mapping[str, float] | None
-) -> float:
+def _scale(suite: "Suite", feature: FeatureId, unit: str) -> float:
+    """One unit of s, as a multiple of the feature's decoder row."""
     sae = suite.sae(feature.site)
     if unit == "unit":
-        value = 1 / float(sae.decoder_rows(torch.tensor([feature.index])).float().norm())
-    elif unit == "max":
-        value = float((max_activation or {}).get(str(feature), math.nan))
-    elif sae.thresholds is None:
-        raise ValueError(f"the SAE for {feature.site} has no thresholds: use unit='max' or 'unit'")
-    else:
-        value = float(sae.thresholds[feature.index])
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"the unit ({unit}) of {feature} is {value}: expected a number above zero")
-    return value
+        return 1 / float(sae.decoder_rows(torch.tensor([feature.index])).float().norm())
+    if sae.thresholds is None:
+        raise ValueError(f"the SAE for {feature.site} has no thresholds: use unit='unit'")
+    if not (theta := float(sae.thresholds[feature.index])) > 0:
+        raise ValueError(f"the threshold of {feature} is {theta}: expected a number above zero")
+    return theta
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:
-    """Writes a plan as YAML."""
-    import yaml
-
-    values = asdict(plan) | {"steps": [asdict(step) for step in plan.steps]}
-    write_text(Path(path), yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    """Writes a plan as JSON."""
+    write_text(Path(path), TypeAdapter(Plan).dump_json(plan, indent=1).decode())
 
 
 def load_plan(path: str | Path) -> Plan:
     """Reads what `save_plan` wrote, or a file by hand in the same form; else a ValueError."""
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        plan = TypeAdapter(Plan).validate_json(json.dumps(values, default=str), strict=True)
-        check_choice("kind", plan.kind, KINDS)
-        check_choice("unit", plan.unit, UNITS if plan.kind == "add" else ("activation",))
-        for step, given in zip(plan.steps, values["steps"], strict=True):
-            parse_feature(step.feature)
-            if plan.kind == "add" and "scale" not in given:
-                raise ValueError(f"{step.feature} has no scale: what is one unit of s?")
-    except (yaml.YAMLError, ValidationError, ValueError) as error:
-        raise ValueError(f"{path} is no plan: {error}") from error
-    return plan
+    return TypeAdapter(Plan).validate_json(Path(path).read_bytes())
 
 
-def _check_suite(of: str, suite: "Suite", what: str) -> None:
-    if of != suite.name:
-        raise ValueError(f"{what} of suite {of}: expected one of {suite.name}")
+def plan_edits(suite: "Suite", plans: Sequence[Plan | SteeringVectors | None]) -> list[Edit]:
+    """Plans as edits of a batch, an equal share of whose rows each has, at every token."""
+    adds: dict[Site, list[tuple[int, Tensor]]] = {}
+    factors: dict[Site, list[tuple[int, int, float]]] = {}
+    for number, plan in enumerate(plans):
+        if isinstance(plan, Plan) and plan.kind == "rescale":
+            for site, steps in _steps_by_site(suite, plan).items():
+                rescaled = [(number, feature.index, step.strength) for feature, step in steps]
+                factors.setdefault(site, []).extend(rescaled)
+            continue
+        vectors = steering_vectors(suite, plan) if isinstance(plan, Plan) else plan or {}
+        for site, vector in vectors.items():
+            adds.setdefault(site, []).append((number, vector))
+    edits = []
+    for site, added in adds.items():
+        numbers, vectors = zip(*added, strict=True)
+        edits.append(_for_rows(add_per_row, site, site, len(plans), numbers, torch.stack(vectors)))
+    for site, rescaled in factors.items():
+        sae = suite.sae(site)
+        numbers, *values = zip(*rescaled, strict=True)
+        values = [torch.tensor(value, device=sae.norms.device) for value in values]
+        edits.append(_for_rows(rescale_per_row, sae, sae.input_site, len(plans), numbers, *values))
+    return edits
 
 
-def plan_edits(suite: "Suite", plan: Plan) -> list[Edit]:
-    """A plan as edits that act on every row and token; one edit for each site."""
-    if plan.kind == "add":
-        return [_add_everywhere(*at) for at in steering_vectors(suite, plan).items()]
-    return [
-        rescale(suite.sae(site), [f for f, _ in steps], [step.strength for _, step in steps])
-        for site, steps in steps_by_site(suite, plan).items()
-    ]
+def _for_rows(
+    make_edit: Callable[..., Edit], at: Any, site: Site, n_plans: int, numbers: Sequence[int],
+    *values: Tensor,
+) -> Edit:  # fmt: skip
+    """An edit by row, each of whose values holds for all rows of the plan with its number."""
+
+    @cache
+    def of_batch(n_rows: int) -> Edit:
+        n = n_rows // n_plans
+        rows = torch.tensor(numbers)[:, None] * n + torch.arange(n)
+        rows = rows.flatten().to(values[0].device)
+        return make_edit(at, rows, *(value.repeat_interleave(n, dim=0) for value in values))
+
+    return Edit(site, lambda activations: of_batch(len(activations)).change(activations))
 
 
 def steering_vectors(suite: "Suite", plan: Plan) -> SteeringVectors:
-    """What a plan of kind `add` adds to the stream, by hook point.
-
-    Raises:
-        ValueError: If the plan is of another suite, or rescales.
-    """
+    """What a plan of kind `add` adds to the stream, by hook point; another is a ValueError."""
     if plan.kind != "add":
         raise ValueError(f"a plan of kind {plan.kind!r}: what it adds depends on the stream")
     vectors = {}
-    for site, steps in steps_by_site(suite, plan).items():
+    for site, steps in _steps_by_site(suite, plan).items():
         sae = suite.sae(site)
         indices = torch.tensor([feature.index for feature, _ in steps], device=sae.norms.device)
         rows = sae.decoder_rows(indices).float()
@@ -288,17 +229,13 @@ def steering_vectors(suite: "Suite", plan: Plan) -> SteeringVectors:
     return vectors
 
 
-def steps_by_site(suite: "Suite", plan: Plan) -> "dict[Site, list[tuple[FeatureId, Step]]]":
+def _steps_by_site(suite: "Suite", plan: Plan) -> dict[Site, list[tuple[FeatureId, Step]]]:
     """The features of a plan, and their steps, by site; runs the suite's preflight once."""
-    _check_suite(plan.suite, suite, "a plan")
+    if plan.suite != suite.name:
+        raise ValueError(f"a plan of suite {plan.suite}: expected one of {suite.name}")
     by_site: dict[Site, list[tuple[FeatureId, Step]]] = {}
     for step in plan.steps:
         feature = suite.feature(step.feature)
         by_site.setdefault(feature.site, []).append((feature, step))
     preflight_once(suite, by_site)
     return by_site
-
-
-def _add_everywhere(site: Site, vector: Tensor) -> Edit:
-    # Not `edits.add`: strengths of several features may cancel to nothing, which is no error here.
-    return Edit(site, lambda activations: activations + vector.to(activations))

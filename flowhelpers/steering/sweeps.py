@@ -1,35 +1,26 @@
-"""Sweeps: the cells of an experiment, and their texts.
+"""Steered texts: of some plans, or of the cells of an experiment (paper 3.5, B.1, B.2).
 
 A cell is one way to steer for one theme: a strategy, a layer, a strength. The best of many cells
 looks better than it is: choose it on some samples and report it on others (CHOICES 39).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from flowhelpers.core.cache import DiskCache, key_of
-from flowhelpers.core.features import Site
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.flow.graph import FlowGraph
-from flowhelpers.steering.controls import (
-    random_feature_control,
-    scale_plan,
-    side_effects,
-    total_norm,
-)
-from flowhelpers.steering.plans import Plan, SteeringVectors, make_plan, plan_or_none
-from flowhelpers.steering.steered_texts import steer
+from flowhelpers.interventions import generation
+from flowhelpers.steering.plans import Plan, SteeringVectors, make_plan, plan_edits
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from flowhelpers.activations.sparse import FeatureActivations
     from flowhelpers.suites.load import Suite
 
 UNSTEERED = "unsteered"
@@ -48,6 +39,80 @@ class SweepCell:
     prompt: str | None = None  # if not that of the other cells
 
 
+def steer(
+    suite: "Suite",
+    plans: Mapping[str, Plan | SteeringVectors | None],
+    prompt: str,
+    samples: int | Sequence[int] = 32,
+    max_new_tokens: int = 36,
+    temperature: float = 1.27,
+    top_p: float = 0.7,
+    seed: int = 0,
+    phases: Collection[str] = generation.PHASES,
+    skip_bos: bool = False,
+    batch_size: int = 256,
+    show_progress: bool = True,
+) -> "pd.DataFrame":
+    """Texts of several plans, or vectors to be added, many samples of each in one batch.
+
+    Sample i has the same random stream under every plan, so that steered and unsteered text (a plan
+    that is None) can be laid side by side. What else is in the batch makes no difference. The
+    prompt is taken literally (CHOICES 24), temperature and top-p are the paper's.
+
+    Args:
+        suite: Of the plans.
+        plans: By name.
+        prompt: What the texts go on from.
+        samples: Texts of each plan, or the numbers of the samples that are wanted.
+        max_new_tokens: Of each text.
+        temperature: Of the sampling.
+        top_p: The mass of the nucleus.
+        seed: Decides the texts.
+        phases: Where plans act: `prompt`, `generation` or both (CHOICES 20).
+        skip_bos: Whether the first token is left as it is.
+        batch_size: The most rows of a batch.
+        show_progress: Whether a progress bar is shown.
+
+    Returns:
+        One row a text: `plan`, `sample`, `text` (without the prompt).
+
+    Raises:
+        FloatingPointError: If the logits that a plan makes are infinite or NaN; it names the plan.
+
+    Example:
+        >>> from flowhelpers import load_suite, make_plan, steer
+        >>> suite = load_suite("flowlet")
+        >>> plans = {"unsteered": None, "steered": make_plan(suite, ["4/res/3"], 8.0)}
+        >>> table = steer(suite, plans, "I think", samples=2, max_new_tokens=4)
+        >>> table[["plan", "sample"]].values.tolist()
+        [['unsteered', 0], ['unsteered', 1], ['steered', 0], ['steered', 1]]
+    """
+    import pandas as pd
+
+    numbers = list(range(samples)) if isinstance(samples, int) else list(samples)
+    if not plans or not numbers:
+        raise ValueError(f"{len(plans)} plans and samples={samples}: expected 1 or more of each")
+    ids = generation.prompt_ids(suite.model, prompt, max_new_tokens)
+    seeds = [generation.sample_seed(seed, number) for number in numbers]
+    names, texts = list(plans), []
+    plans_per_batch = max(1, batch_size // len(numbers))
+    for start in range(0, len(names), plans_per_batch):
+        batch = names[start : start + plans_per_batch]
+        edits = plan_edits(suite, [plans[name] for name in batch])
+        try:
+            tokens = generation.sample_tokens(
+                suite.model, ids.expand(len(numbers) * len(batch), -1), seeds * len(batch),
+                max_new_tokens, temperature, top_p, edits, phases, skip_bos,
+                show_progress=show_progress,
+            )  # fmt: skip
+        except generation.NotFiniteError as error:
+            name = batch[error.rows[0] // len(numbers)]
+            raise FloatingPointError(f"plan {name!r}: {error}") from error
+        texts += generation.continuations(suite.model, tokens[:, ids.shape[1] :])
+    plan_of_row = np.repeat(names, len(numbers))
+    return pd.DataFrame({"plan": plan_of_row, "sample": numbers * len(names), "text": texts})
+
+
 def sweep(
     suite: "Suite",
     cells: Sequence[SweepCell],
@@ -58,161 +123,66 @@ def sweep(
     batch_size: int = 512,
     **settings: Any,
 ) -> "pd.DataFrame":
-    """The texts of every cell. Sample i has the same random stream in all of them.
+    """The texts of every cell, one row a text, as `steer` writes them with the same `settings`.
 
-    Args:
-        suite: Of the plans.
-        cells: The cells; texts that several have in common are written once.
-        prompt: What texts go on from.
-        samples: The numbers of the samples.
-        cache: A file that keeps texts as they come, so that a sweep that was stopped goes on.
-        seed: Decides the texts.
-        batch_size: The most rows of a batch.
-        settings: As of `steer`: `max_new_tokens`, `temperature`, `top_p`, `phases`, `skip_bos`.
-
-    Returns:
-        One row a text: `cell` (its place in `cells`), `theme`, `strategy`, `layer`, `strength`,
-        `sample`, `text`.
-
-    Raises:
-        ValueError: If there is no cell or sample, or a prompt or plan does not fit the suite.
-        FloatingPointError: As `steer`; it names the cell.
+    Texts that several cells have in common are written once, and kept in the file `cache` as they
+    come, so that a sweep that was stopped goes on. `cell` is the place in `cells`.
     """
     import pandas as pd
 
     numbers = [int(number) for number in samples]
-    if not cells or not numbers:
-        raise ValueError(f"{len(cells)} cells, {len(numbers)} samples: expected 1 or more of each")
     common = {"model": suite.model.fingerprint, "samples": numbers, "seed": seed} | settings
-    if "phases" in settings:
-        common["phases"] = sorted(settings["phases"])
     keys = [key_of(common | _plan_key(suite, cell, cell.prompt or prompt)) for cell in cells]
     texts = DiskCache(cache).get(set(keys)) if cache else {}
     missing: dict[str, dict[str, SweepCell]] = {}
     for key, cell in zip(keys, cells, strict=True):
         if key not in texts:
             missing.setdefault(cell.prompt or prompt, {})[key] = cell
-    cells_per_batch = max(1, batch_size // len(numbers))
-    batches = [
-        (start, list(new)[i : i + cells_per_batch])
-        for start, new in missing.items()
-        for i in range(0, len(new), cells_per_batch)
-    ]
-    for start, batch in progress(batches, "sweep"):
-        plans = {_name(missing[start][key], key): missing[start][key].plan for key in batch}
-        written = steer(
-            suite, plans, start, numbers, seed=seed, batch_size=batch_size, show_progress=False,
-            **settings,
-        )  # fmt: skip
-        rows = written["text"].to_numpy().reshape(len(batch), -1).tolist()
-        new = dict(zip(batch, rows, strict=True))
-        if cache:
-            DiskCache(cache).put(new)
-        texts |= new
+    cells_per_batch = max(1, batch_size // max(1, len(numbers)))
+    for start, new in missing.items():
+        for at in progress(range(0, len(new), cells_per_batch), "sweep"):
+            batch = dict(islice(new.items(), at, at + cells_per_batch))
+            plans = {
+                f"{c.theme}: {c.strategy}, layer {c.layer}, strength {c.strength} [{key}]": c.plan
+                for key, c in batch.items()
+            }
+            written = steer(
+                suite, plans, start, numbers, seed=seed, batch_size=batch_size,
+                show_progress=False, **settings,
+            )  # fmt: skip
+            rows = written["text"].to_numpy().reshape(len(batch), -1).tolist()
+            of_batch = dict(zip(batch, rows, strict=True))
+            if cache:
+                DiskCache(cache).put(of_batch)
+            texts |= of_batch
     rows = [(i, *(getattr(cell, name) for name in CELL)) for i, cell in enumerate(cells)]
     table = pd.DataFrame(rows, columns=["cell", *CELL]).astype({"layer": float, "strength": float})
     table = table.assign(sample=[numbers] * len(cells), text=[texts[key] for key in keys])
     return table.explode(["sample", "text"], ignore_index=True).astype({"sample": int})
 
 
-def _name(cell: SweepCell, key: str) -> str:
-    at = "" if cell.layer is None else f" at layer {cell.layer}"
-    s = "" if cell.strength is None else f" of strength {cell.strength:g}"
-    return f"{cell.theme}: {cell.strategy}{at}{s} [{key[:6]}]"
-
-
 def _plan_key(suite: "Suite", cell: SweepCell, prompt: str) -> dict[str, Any]:
     """All that a cell's texts depend on, but for what all cells have in common."""
-    if cell.plan is None:
-        return {"prompt": prompt}
     if not isinstance(cell.plan, Plan):
-        vectors = {str(at): vector.double().tolist() for at, vector in cell.plan.items()}
+        vectors = {str(at): vector.tolist() for at, vector in (cell.plan or {}).items()}
         return {"prompt": prompt, "push": vectors}
-    plan = asdict(cell.plan)
     sites = {suite.feature(step.feature).site for step in cell.plan.steps}
     prints = {str(site): suite.sae(site).fingerprint for site in sites}
-    return {"prompt": prompt, "saes": prints} | {k: v for k, v in plan.items() if k != "about"}
-
-
-def strategy_cells(
-    theme: str,
-    strategies: Iterable[str],
-    layers: Iterable[int],
-    strengths: Iterable[float],
-    plan_of: Callable[[str, int, float], Plan | SteeringVectors | None],
-) -> list[SweepCell]:
-    """The cells of every strategy, layer and strength (s or r) for which `plan_of` gives a plan."""
-    return [
-        SweepCell(theme, strategy, plan, layer, float(strength))
-        for strategy, layer, strength in product(strategies, layers, strengths)
-        if (plan := plan_of(strategy, layer, strength))
-    ]
+    return {"prompt": prompt, "saes": prints} | asdict(replace(cell.plan, about=""))
 
 
 def graph_cells(
-    suite: "Suite",
-    theme: str,
-    graph: FlowGraph,
-    strategies: Iterable[str],
-    strengths: Iterable[float],
-    layers: Sequence[int] | None = None,
-) -> list[SweepCell]:
-    """Cells that add a graph's features up to `layers`, or three of its layers after the first."""
-    of_graph = sorted(graph.nodes["layer"].unique())
-    places = np.linspace(0, len(of_graph) - 1, 4).round().astype(int)[1:]
-    ends = layers or sorted({int(of_graph[place]) for place in places})
-    if not set(ends) & set(of_graph):
-        raise ValueError(f"layers={layers}: the graph of {theme} has features at {of_graph}")
-
-    def plan_of(strategy: str, layer: int, strength: float) -> Plan | None:
-        return plan_or_none(suite, graph, strength, strategy=strategy, layer=layer)
-
-    return strategy_cells(theme, strategies, ends, strengths, plan_of)
-
-
-def vector_cells(
-    suite: "Suite", theme: str, site: Site, vector: Tensor, feature: str, strengths: Iterable[float]
-) -> list[SweepCell]:
-    """A vector as steering vector, with the norms of a feature at the strengths."""
-    cells = []
-    for s in strengths:
-        norm = total_norm(suite, make_plan(suite, [feature], s))
-        vectors = {site: vector * norm / vector.norm()}
-        cells.append(SweepCell(theme, "difference of means", vectors, site.layer, float(s)))
-    return cells
-
-
-def random_cells(
-    suite: "Suite", cell: SweepCell, activations: "FeatureActivations", seeds: Iterable[int],
-    texts: Sequence[str] = (),
+    suite: "Suite", theme: str, graph: FlowGraph, strategy: str, strengths: Iterable[float],
+    layers: Iterable[int], name: str | None = None, **settings: Any,
 ) -> list[SweepCell]:  # fmt: skip
-    """A cell for each seed, with random features in place of a cell's own (CHOICES 37).
+    """Cells that steer a graph's features up to each layer, where there are some, at each strength.
 
-    With texts each comes a second time, scaled to the norm of the cell's own plan on these.
+    `name` is the strategy's in tables, if another; `settings` are those of `make_plan`.
     """
-    assert isinstance(cell.plan, Plan)
+    of_graph = sorted(graph.nodes["layer"].unique())
+    ends = [x for x in layers if (x in of_graph if strategy == "single" else x >= of_graph[0])]
     cells = []
-    for seed in seeds:
-        twin = random_feature_control(suite, cell.plan, activations, seed)
-        cells.append(replace(cell, strategy="random features", plan=twin))
-        if texts:
-            own, other = side_effects(suite, {"own": cell.plan, "twin": twin}, texts)["norm"]
-            if other > 0:
-                scaled = scale_plan(twin, float(own / other))
-                cells.append(replace(cell, strategy="random, same norm", plan=scaled))
+    for layer, s in product(ends, strengths):
+        plan = make_plan(suite, graph, s, strategy=strategy, layer=layer, **settings)
+        cells.append(SweepCell(theme, name or strategy, plan, layer, float(s)))
     return cells
-
-
-def equal_norm_cells(suite: "Suite", cells: Sequence[SweepCell], measure: str) -> list[SweepCell]:
-    """Cells scaled to the total norm Σ‖Δh‖ of the cell of their theme with the strategy `measure`.
-
-    At the same s, a plan of many layers changes more. Cells without a plan are left out.
-    """
-    budget = {c.theme: total_norm(suite, c.plan) for c in cells if c.plan and c.strategy == measure}
-    equal = []
-    for cell in cells:
-        if cell.plan is not None and cell.theme in budget:
-            factor = budget[cell.theme] / total_norm(suite, cell.plan)
-            plan, s = scale_plan(cell.plan, factor), (cell.strength or 0) * factor
-            equal.append(replace(cell, plan=plan, strength=s))
-    return equal

@@ -16,7 +16,7 @@ from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import Site
 from flowhelpers.steering.effects import output_scores
 from flowhelpers.steering.plans import make_plan
-from flowhelpers.steering.steered_texts import steer
+from flowhelpers.steering.sweeps import steer
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import HOOKS, logits_of, tokenize
 from flowhelpers.suites.saes import SAE

@@ -28,7 +28,7 @@ from flowhelpers.flow.graph import flow_graph
 from flowhelpers.interventions.generation import prompt_ids
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import Plan, make_plan
-from flowhelpers.steering.steered_texts import steer
+from flowhelpers.steering.sweeps import steer
 from flowhelpers.suites.load import Suite, load_suite
 
 BAR = 8

@@ -112,7 +112,7 @@ def test_the_readmes_example_of_python_runs_as_it_stands(tmp_path: Path) -> None
     assert "4/res/73" in said.stdout
     assert "telescope" in said.stdout.partition("activation")[2]
     assert said.stdout.count("unsteered") == said.stdout.count(" steered") == 3
-    assert (tmp_path / "plan.yaml").read_text("utf-8").startswith("suite: flowlet")
+    assert '"suite": "flowlet"' in (tmp_path / "plan.json").read_text("utf-8")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)

@@ -1,5 +1,6 @@
 """Plans do what their formulas say, on a model whose stream is known; texts keep their seeds."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,26 +12,16 @@ import pytest
 import torch
 import toys
 
+from flowhelpers import steering
 from flowhelpers.core.features import FeatureId, Site, parse_feature
 from flowhelpers.flow.graph import flow_graph
 from flowhelpers.interventions.generation import generate
 from flowhelpers.matching.table import match_table
-from flowhelpers.steering.plans import (
-    Plan,
-    Step,
-    load_plan,
-    make_plan,
-    plan_edits,
-    plan_or_none,
-    save_plan,
-    schedule,
-    steering_vectors,
-)
-from flowhelpers.steering.steered_texts import row_edits, steer
+from flowhelpers.steering.plans import Plan, Step, make_plan, plan_edits, steering_vectors
+from flowhelpers.steering.sweeps import steer
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Edit, Model, run_model
 
-ADDS = "suite: a\nkind: add\nunit: theta\nsteps: "
 FEATURES = ["0/res/2", "1/mlp/1", "1/res/3", "1/res/0", "2/res/1"]
 PROMPT = "The cat sat"
 
@@ -60,10 +51,9 @@ def theta(suite: Suite, name: str) -> float:
     [
         ("constant", {}, {3: 8, 5: 8, 7: 8}),
         ("single", {}, {3: 8, 5: 8, 7: 8}),
-        # 8 · exp(-0.05 · 3), · 5, · 7, worked out by hand
+        # 8 · exp(-0.05 · 3), · 5, · 7, worked out by hand; then counted from layer 2
         ("exponential", {}, {3: 6.885663811400462, 5: 6.230406264571239, 7: 5.637504718973491}),
-        # from the span's start at layer 2
-        ("exponential", {"origin": "span"}, {3: 7.6098353960, 5: 6.8856638114, 7: 6.2304062646}),
+        ("exponential", {"from_start": True}, {3: 7.6098353960, 5: 6.8856638114, 7: 6.2304062646}),
         ("exponential", {"alpha": -0.25}, {3: 3.7789324219, 5: 2.2920383749, 7: 1.3901915476}),
         # from (2, 8) to (9, 1): one less at each layer
         ("linear", {}, {3: 7, 5: 5, 7: 3}),
@@ -73,27 +63,19 @@ def theta(suite: Suite, name: str) -> float:
 def test_schedules_are_those_of_the_paper(
     strategy: str, options: dict[str, Any], expected: dict[int, float]
 ):
-    found = schedule(8.0, [3, 5, 7], (2, 9), strategy, **options)
-    assert found == pytest.approx(expected)
+    found = steering.schedule(8.0, [2, 3, 5, 7, 9], strategy, **options)
+    assert {layer: found[layer] for layer in expected} == pytest.approx(expected)
+    assert steering.schedule(8.0, [4], "linear") == {4: 8.0}
 
 
-def test_a_schedule_of_one_layer_or_of_nonsense():
-    assert schedule(8.0, [4], (4, 4), "linear") == {4: 8.0}
-    with pytest.raises(ValueError, match="unknown strategy 'expnential'; did you mean 'expon"):
-        schedule(8.0, [4], (4, 4), "expnential")
-
-
-@pytest.mark.parametrize("unit", ["theta", "max", "unit"])
-def test_what_is_added_is_the_formula_at_every_site_and_token(world: SimpleNamespace, unit: str):
+@pytest.mark.parametrize("unit", ["theta", "unit"])
+def test_what_is_added_is_the_formula_at_every_site_and_token(world: SimpleNamespace, unit: Any):
     suite = world.suite
-    maxima = {name: 1.0 + i for i, name in enumerate(FEATURES)}
-    plan = make_plan(
-        suite, FEATURES, 3.0, strategy="exponential", unit=unit, max_activation=maxima, alpha=-0.5
-    )
-    clean, steered = streams(world), streams(world, *plan_edits(suite, plan))
+    plan = make_plan(suite, FEATURES, 3.0, strategy="exponential", unit=unit, alpha=-0.5)
+    clean, steered = streams(world), streams(world, *plan_edits(suite, [plan]))
     added = {}
     for name in FEATURES:
-        scale = {"theta": theta(suite, name), "max": maxima[name], "unit": 0.5}[unit]
+        scale = {"theta": theta(suite, name), "unit": 0.5}[unit]
         added[name] = 3 * math.exp(-0.5 * int(name[0])) * scale * row(suite, name)
     # The stream keeps what was added below; this model's layers answer nothing.
     expected = {Site(0, "res"): added["0/res/2"], Site(1, "mlp"): added["1/mlp/1"]}
@@ -107,29 +89,22 @@ def test_what_is_added_is_the_formula_at_every_site_and_token(world: SimpleNames
 def test_rescaling_reads_each_feature_live_after_the_layers_below(world: SimpleNamespace):
     suite = world.suite
     plan = make_plan(suite, ["0/res/2", "1/res/3"], -2.0, "rescale")
-    clean, steered = streams(world), streams(world, *plan_edits(suite, plan))
+    clean, steered = streams(world), streams(world, *plan_edits(suite, [plan]))
     a = suite.sae("0/res").encode(clean[Site(0, "res")])[..., 2:3]
     below = clean[Site(0, "res")] - 3 * a * row(suite, "0/res/2")
     assert torch.allclose(steered[Site(0, "res")], below, atol=1e-6)
     assert (a > 0).any()
-    # Both lie along the same coordinate: what is left of it below is 1 - 3 < 0, and so off above.
+    # Trap 15: both lie along one coordinate; what is left below is 1 - 3 < 0, and so off above.
     moved = steered[Site(1, "res")] - clean[Site(1, "res")]
     assert torch.allclose(moved, -3 * a * row(suite, "0/res/2"), atol=1e-6)
-    alone = streams(world, *plan_edits(suite, make_plan(suite, ["1/res/3"], -2.0, "rescale")))
-    codes = suite.sae("1/res").encode(clean[Site(1, "res")])[..., 3:4]
-    moved = alone[Site(1, "res")] - clean[Site(1, "res")]
-    assert torch.allclose(moved, -3 * codes * row(suite, "1/res/3"), atol=1e-6)
-
-
-def test_features_of_one_site_are_rescaled_together_each_by_its_own_factor(world: SimpleNamespace):
-    suite = world.suite
-    plan = Plan(suite.name, "rescale", "activation", (Step("1/res/3", 0.0), Step("1/res/5", 2.0)))
-    clean, steered = streams(world), streams(world, *plan_edits(suite, plan))
+    both = Plan(
+        suite.name, "rescale", "activation", (Step("1/res/3", -2.0, 1.0), Step("1/res/5", 2.0, 1.0))
+    )
+    together = streams(world, *plan_edits(suite, [both]))
     codes = suite.sae("1/res").encode(clean[Site(1, "res")])
-    step = -codes[..., 3:4] * row(suite, "1/res/3") + codes[..., 5:6] * row(suite, "1/res/5")
-    moved = steered[Site(1, "res")] - clean[Site(1, "res")]
+    step = -3 * codes[..., 3:4] * row(suite, "1/res/3") + codes[..., 5:6] * row(suite, "1/res/5")
+    moved = together[Site(1, "res")] - clean[Site(1, "res")]
     assert torch.allclose(moved, step, atol=1e-6)
-    assert len(plan_edits(suite, plan)) == 1
 
 
 def test_plans_of_a_batch_are_each_what_they_are_alone(world: SimpleNamespace):
@@ -142,10 +117,9 @@ def test_plans_of_a_batch_are_each_what_they_are_alone(world: SimpleNamespace):
     ]
     ids = world.tokens.ids[:1].expand(8, -1)
     sites = [Site(0, "res"), Site(1, "res"), Site(2, "res")]
-    _, together = run_model(suite.model, ids, sites, row_edits(suite, plans, 2))
+    _, together = run_model(suite.model, ids, sites, plan_edits(suite, plans))
     for number, plan in enumerate(plans):
-        edits = plan_edits(suite, plan) if plan else []
-        _, alone = run_model(suite.model, ids[:1], sites, edits)
+        _, alone = run_model(suite.model, ids[:1], sites, plan_edits(suite, [plan]))
         for site in sites:
             mine = together[site][2 * number : 2 * number + 2]
             assert torch.allclose(mine, alone[site].expand_as(mine), atol=1e-6)
@@ -165,65 +139,46 @@ def test_strategies_choose_the_layers(world: SimpleNamespace):
     assert [step.strength for step in plan.steps] == [3, 2, 2, 2]
 
 
-def test_a_layer_without_features_may_have_no_plan(world: SimpleNamespace):
-    suite = world.suite
-    plan = plan_or_none(suite, FEATURES, 2.0, strategy="single", layer=1)
-    assert plan == make_plan(suite, FEATURES, 2.0, strategy="single", layer=1)
-    assert plan_or_none(suite, ["0/res/2"], 2.0, "add", "single", 1) is None
-    assert plan_or_none(suite, ["1/res/3"], 2.0, layer=0) is None
-    for wrong in ({"features": []}, {"features": FEATURES, "kind": "ad"}):
-        with pytest.raises(ValueError, match=r"no feature to steer: exp|unknown kind 'ad'"):
-            plan_or_none(suite, strength=2.0, **wrong)
-
-
 def test_a_plan_of_a_graph_steers_its_nodes(planted: Suite):
     graph = flow_graph(planted, "1/res/3", match_table(planted, k=2))
     plan = make_plan(planted, graph, 2.0)
     assert {step.feature for step in plan.steps} == set(graph.nodes["feature"])
-    table = plan.table()
-    assert list(table.columns) == ["feature", "layer", "module", "index", "strength", "scale"]
-    assert len(table) == len(graph.nodes)
-    with pytest.raises(ValueError, match="a flow graph of suite other: expected one of"):
+    assert plan.table()["layer"].tolist() == graph.nodes["layer"].tolist()
+    with pytest.raises(ValueError, match="a flow graph of suite other: expected"):
         make_plan(planted, replace(graph, suite="other"), 2.0)
+
+
+STEP = {"feature": "1/res/2", "strength": -2, "scale": 1}
+BY_HAND = {"suite": "a", "kind": "rescale", "unit": "activation", "steps": [STEP]}
 
 
 def test_a_plan_survives_saving_and_loading(world: SimpleNamespace, tmp_path: Path):
     plan = make_plan(world.suite, FEATURES, 3.3, strategy="exponential", about="Größe: a test")
-    save_plan(plan, tmp_path / "plan.yaml")
-    assert load_plan(tmp_path / "plan.yaml") == plan
-    text = (tmp_path / "plan.yaml").read_text("utf-8")
-    assert "feature: 1/mlp/1" in text
-    assert "Größe" in text
-    text = "suite: a\nkind: rescale\nunit: activation\nsteps: [{feature: 1/res/2, strength: -2}]"
-    (tmp_path / "plan.yaml").write_text(text, encoding="utf-8")  # by hand
-    expected = Plan("a", "rescale", "activation", (Step("1/res/2", -2),))
-    assert load_plan(tmp_path / "plan.yaml") == expected
+    steering.save_plan(plan, tmp_path / "plan.json")
+    assert steering.load_plan(tmp_path / "plan.json") == plan
+    (tmp_path / "plan.json").write_text(json.dumps(BY_HAND), encoding="utf-8")
+    expected = Plan("a", "rescale", "activation", (Step("1/res/2", -2, 1),))
+    assert steering.load_plan(tmp_path / "plan.json") == expected
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("changed", "message"),
     [
-        ("[1, 2]", "is no plan"),
-        ("suite: [", "is no plan"),
-        ("\xff", "is no plan"),
-        ("suite: a\nkind: add\nunit: theta\nsteps: []", "is no plan"),
-        ("suite: a\nkind: ad\nunit: theta\nsteps: [{feature: 1/res/2, strength: 1}]", "'ad'; did"),
-        (ADDS + "[{feature: 1/res, strength: 1, scale: 1}]", "1/res"),
-        (ADDS + "[{feature: 73, strength: 1, scale: 1}]", "73"),
-        (ADDS + "[{feature: 1/res/2, strength: .nan, scale: 1}]", "finite"),
-        (ADDS + "[{feature: 1/res/2, strength: true, scale: 1}]", "valid number"),
-        (ADDS + "[{feature: 1/res/2, strength: 1}]", "1/res/2 has no scale: what is one unit"),
-        (ADDS + "[{feature: 1/res/2, s: 1}]", "is no plan"),
-        (ADDS.replace("theta", "thet") + "[{feature: 1/res/2, strength: 1}]", "'thet'; did you"),
-        (ADDS.replace("suite: a", "suite: 5") + "[{feature: 1/res/2, strength: 1}]", "suite"),
-        (ADDS.replace("add", "rescale") + "[{feature: 1/res/2, strength: 1}]", "'theta'"),
-        (ADDS.replace("unit: theta\n", "") + "[{feature: 1/res/2, strength: 1}]", "is no plan"),
+        ({"steps": []}, "steps"),
+        ({"kind": "ad"}, "kind"),
+        ({"unit": "thet"}, "unit"),
+        ({"suite": 5}, "suite"),
+        ({"more": 1}, "more"),
+        ({"steps": [STEP | {"feature": 73}]}, "feature"),
+        ({"steps": [STEP | {"strength": math.nan}]}, "finite"),
+        ({"steps": [STEP | {"strength": True}]}, "valid number"),
+        ({"steps": [{"feature": "1/res/2", "strength": 1}]}, "scale"),  # what is one unit of s?
     ],
 )
-def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, text: str, message: str):
-    (tmp_path / "plan.yaml").write_text(text, encoding="latin-1")
+def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, changed: dict, message: str):
+    (tmp_path / "plan.json").write_text(json.dumps(BY_HAND | changed), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        load_plan(tmp_path / "plan.yaml")
+        steering.load_plan(tmp_path / "plan.json")
 
 
 def test_a_plan_serves_any_code_and_leaves_nothing_behind(world: SimpleNamespace):
@@ -241,14 +196,15 @@ def test_steered_and_unsteered_share_their_seeds(planted: Suite):
     push = make_plan(planted, [FeatureId(1, "res", 3)], 50.0, unit="unit")
     nothing = make_plan(planted, [FeatureId(1, "res", 3)], 0.0, unit="unit")
     same = make_plan(planted, [FeatureId(1, "res", 3)], 1.0, "rescale")
-    plans = {"plain": None, "nothing": nothing, "pushed": push, "r = 1": same}
+    vectors = steering_vectors(planted, push)
+    plans = {"plain": None, "nothing": nothing, "pushed": push, "r = 1": same, "vectors": vectors}
     table = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=3)
     texts = {name: part["text"].tolist() for name, part in table.groupby("plan", sort=False)}
     assert list(texts) == list(plans)
-    assert table["sample"].tolist() == [0, 1, 2, 3] * 4
+    assert table["sample"].tolist() == [0, 1, 2, 3] * 5
     expected = generate(planted.model, PROMPT, 8, samples=4, temperature=1.27, top_p=0.7, seed=3)
     assert texts["plain"] == texts["nothing"] == texts["r = 1"] == expected
-    assert texts["pushed"] != expected
+    assert texts["vectors"] == texts["pushed"] != expected
     alone = steer(planted, {"pushed": push}, PROMPT, samples=2, max_new_tokens=8, seed=3)
     assert alone["text"].tolist() == texts["pushed"][:2]
     apart = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=3, batch_size=5)
@@ -257,7 +213,7 @@ def test_steered_and_unsteered_share_their_seeds(planted: Suite):
 
 def test_what_a_plan_adds_is_known_by_site(world: SimpleNamespace, planted: Suite, toy: Model):
     suite = world.suite
-    steps = (Step("0/res/2", 3.0), Step("1/res/3", 2.0, 0.5), Step("1/res/5", -1.0, 4.0))
+    steps = (Step("0/res/2", 3.0, 1.0), Step("1/res/3", 2.0, 0.5), Step("1/res/5", -1.0, 4.0))
     push = steering_vectors(suite, Plan(suite.name, "add", "theta", steps))
     assert set(push) == {Site(0, "res"), Site(1, "res")}
     assert torch.allclose(push[Site(0, "res")], 3 * row(suite, "0/res/2"))
@@ -270,68 +226,41 @@ def test_what_a_plan_adds_is_known_by_site(world: SimpleNamespace, planted: Suit
     assert torch.allclose(push[Site(1, "z")], row(at_z, "1/att/4"))
     with pytest.raises(ValueError, match="a plan of kind 'rescale': what it adds depends on"):
         steering_vectors(suite, make_plan(suite, ["1/res/3"], 0.0, "rescale"))
-    with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
-        steering_vectors(planted, make_plan(suite, ["1/res/3"], 1.0))
-
-
-def test_vectors_steer_as_the_plan_that_adds_them(planted: Suite):
-    plan = make_plan(planted, ["0/res/2", "1/res/3", "1/mlp/1"], 9.0, unit="unit")
-    push = steering_vectors(planted, plan)
-    scale = make_plan(planted, ["1/res/3"], -9.0, "rescale")
-    plans = {"plan": plan, "none": None, "scale": scale, "push": push}
-    table = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=1)
-    texts = {name: part["text"].tolist() for name, part in table.groupby("plan", sort=False)}
-    assert list(texts) == list(plans)
-    assert texts["push"] == texts["plan"]
-    assert len({tuple(some) for some in texts.values()}) == 3
-
-
-@pytest.mark.parametrize("kind", ["add", "rescale", "vectors"])
-def test_what_is_not_finite_is_refused_before_it_is_tried(planted: Suite, kind: str):
-    steps = (Step("1/res/3", 1.0), Step("2/res/1", math.nan))
-    bad: Any = Plan(planted.name, "add" if kind == "vectors" else kind, "unit", steps)
-    if kind == "vectors":
-        bad = steering_vectors(planted, bad)
-    with pytest.raises(ValueError, match="finite"):
-        steer(planted, {"none": None, "bad": bad}, PROMPT, 2, max_new_tokens=3)
 
 
 def test_a_plan_that_breaks_the_model_is_named(planted: Suite):
-    plans = toys.plans_that_break(planted)
+    plans: dict[str, Any] = dict(toys.plans_that_break(planted))
     with pytest.raises(FloatingPointError, match="plan 'far': logits are no longer finite"):
+        steer(planted, plans, PROMPT, samples=2, max_new_tokens=3)
+    plans["far"] = {Site(1, "res"): torch.full((toys.D_MODEL,), math.nan)}
+    with pytest.raises(ValueError, match="what row 2 of the batch is to have added"):
         steer(planted, plans, PROMPT, samples=2, max_new_tokens=3)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"features": []}, "no feature to steer: expected a graph or features"),
+        ({"features": []}, r"no feature to steer at layer 0: there are some at \[\]"),
         ({"features": ["1/res/99"]}, "no feature 1/res/99 in adder"),
-        (
-            {"features": FEATURES, "layer": 7, "strategy": "single"},
-            r"layer 7: there are some at \[0",
-        ),
-        ({"features": FEATURES, "kind": "ad"}, "unknown kind 'ad'; did you mean 'add'"),
-        ({"features": FEATURES, "unit": "thet"}, "unknown unit 'thet'; did you mean 'theta'"),
-        ({"features": FEATURES, "unit": "max"}, r"the unit \(max\) of 0/res/2 is nan"),
-        ({"features": FEATURES, "strength": math.inf}, "strength=inf"),
-        ({"features": FEATURES, "kind": "rescale", "strategy": "linear"}, "r is the same at all"),
+        ({"layer": 7, "strategy": "single"}, r"at layer 7: there are some at \[0, 1, 2\]"),
+        ({"strength": math.inf}, "finite"),
+        ({"strategy": "expnential"}, "unknown strategy 'expnential'; did you mean 'exponential'"),
+        ({"kind": "rescale", "strategy": "linear"}, "r is the same at all"),
     ],
 )
 def test_plans_that_make_no_sense_are_refused(
     world: SimpleNamespace, given: dict[str, Any], message: str
 ):
-    settings: dict[str, Any] = {"strength": 1.0} | given
+    settings: dict[str, Any] = {"features": FEATURES, "strength": 1.0} | given
     with pytest.raises(ValueError, match=message):
         make_plan(world.suite, **settings)
 
 
 def test_a_plan_of_another_suite_is_refused(world: SimpleNamespace, planted: Suite):
     plan = make_plan(world.suite, ["1/res/3"], 1.0)
-    with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
-        plan_edits(planted, plan)
-    with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
-        steer(planted, {"one": plan}, PROMPT, samples=1)
+    for kind in ("add", "rescale"):
+        with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
+            steer(planted, {"one": replace(plan, kind=kind)}, PROMPT, samples=1)
     for plans, samples in (({}, 3), ({"none": None}, [])):
         with pytest.raises(ValueError, match=r"plans and samples=.*: expected 1 or more of"):
             steer(planted, plans, PROMPT, samples=samples)

@@ -2,43 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import toys
 
+from flowhelpers import steering
 from flowhelpers.core.features import Site
-from flowhelpers.flow.graph import flow_graph
+from flowhelpers.flow.graph import flow_graph, keep_nodes
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering import sweeps
-from flowhelpers.steering.controls import side_effects, total_norm
+from flowhelpers.steering.controls import side_effects
 from flowhelpers.steering.plans import Plan, Step, make_plan, steering_vectors
-from flowhelpers.steering.scores import (
-    beside_unsteered,
-    best_cells,
-    cell_means,
-    paired_differences,
-    score_texts,
-    select_cells,
-    selection_bias,
-    verdicts,
-    with_costs,
-)
-from flowhelpers.steering.steered_texts import steer
-from flowhelpers.steering.sweeps import (
-    SweepCell,
-    equal_norm_cells,
-    graph_cells,
-    random_cells,
-    strategy_cells,
-    sweep,
-    vector_cells,
-)
+from flowhelpers.steering.sweeps import SweepCell, graph_cells, steer, sweep
 from flowhelpers.suites.load import Suite
 
 PROMPT, OTHER = "The cat sat", "Rain fell"
@@ -46,7 +26,7 @@ BRIEF: dict[str, Any] = {"max_new_tokens": 5}
 COLUMNS = ["cell", "theme", "strategy", "layer", "strength", "sample", "text"]
 
 
-def single(suite: Suite, strength: float, feature: str = "1/res/3", kind: str = "add") -> Plan:
+def single(suite: Suite, strength: float, feature: str = "1/res/3", kind: Any = "add") -> Plan:
     return make_plan(suite, [feature], strength, kind, unit="unit")
 
 
@@ -87,9 +67,9 @@ def test_a_sample_of_a_cell_is_what_steering_alone_gives(planted: Suite, cells: 
     assert list(table.columns) == COLUMNS
     assert table["cell"].tolist() == [i for i in range(len(cells)) for _ in numbers]
     assert table["sample"].tolist() == numbers * len(cells)
-    rows = [(c.theme, c.strategy, c.layer, c.strength) for c in cells for _ in numbers]
+    rows = [(c.theme, c.strategy, c.layer, c.strength) for c in cells]
     expected = pd.DataFrame(rows, columns=COLUMNS[1:5]).astype({"layer": float, "strength": float})
-    pd.testing.assert_frame_equal(table[COLUMNS[1:5]], expected)
+    assert table[COLUMNS[1:5]][::3].reset_index(drop=True).equals(expected)
     seen = set()
     for number, cell in enumerate(cells):
         start, given = cell.prompt or PROMPT, {"seed": 2, "temperature": 0.9} | BRIEF
@@ -104,49 +84,14 @@ def test_a_sample_of_a_cell_is_what_steering_alone_gives(planted: Suite, cells: 
 def test_cells_with_equal_plans_share_their_texts(
     planted: Suite, cells: list[SweepCell], calls: list[list[str]]
 ):
-    same = single(planted, 9.0)
-    twice = [
-        cells[1],
-        SweepCell("sea", "constant", replace(same, about="in other words"), 1, 9.0),
-        SweepCell("space"),
-        SweepCell("sea"),
-        SweepCell("sea", prompt=PROMPT),
-        SweepCell("sea", "single", single(planted, 9.5), 1, 9.5),
-    ]
+    same = replace(single(planted, 9.0), about="in other words")
+    twice = [cells[1], SweepCell("sea", "constant", same, 1, 9.0), cells[0], SweepCell("sea")]
+    twice += [SweepCell("sea", prompt=PROMPT), SweepCell("sea", "x", single(planted, 9.5), 1, 9.5)]
     table = sweep(planted, twice, PROMPT, range(3), **BRIEF)
     assert [len(plans) for plans in calls] == [3]
     assert texts_of(table, 0) == texts_of(table, 1)
     assert texts_of(table, 2) == texts_of(table, 3) == texts_of(table, 4)
     assert texts_of(table, 0) != texts_of(table, 5)
-
-
-def test_a_sweep_that_was_stopped_goes_on(
-    planted: Suite, cells: list[SweepCell], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    cache, made, stop_at = tmp_path / "new" / "texts.sqlite", [], 2
-
-    def stopping(suite: Suite, plans: Any, *args: Any, **given: Any) -> pd.DataFrame:
-        if len(made) >= stop_at:
-            raise KeyboardInterrupt
-        made.append(len(plans))
-        return steer(suite, plans, *args, **given)
-
-    expected = sweep(planted, cells, PROMPT, range(3), **BRIEF)
-    monkeypatch.setattr(sweeps, "steer", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        sweep(planted, cells, PROMPT, range(3), cache, batch_size=6, **BRIEF)
-    assert made == [2, 2]
-    stop_at = 9
-    table = sweep(planted, cells, PROMPT, range(3), cache, batch_size=6, **BRIEF)
-    assert made == [2, 2, 1, 2]  # what is there is not made again
-    assert table.equals(expected)
-    assert sweep(planted, cells, PROMPT, range(3), cache, **BRIEF).equals(expected)
-    assert made == [2, 2, 1, 2]
-    # Of other cells only those that are new, whatever else is asked for and in which order.
-    more = [SweepCell("war", "single", single(planted, 3.0), 1, 3.0), *cells[::-1]]
-    table = sweep(planted, more, PROMPT, range(3), cache, **BRIEF)
-    assert made == [2, 2, 1, 2, 1]
-    assert texts_of(table, 1) == texts_of(expected, len(cells) - 1)
 
 
 def test_what_texts_depend_on_makes_them_anew(
@@ -156,16 +101,14 @@ def test_what_texts_depend_on_makes_them_anew(
     plan = single(planted, 9.0)
     push = steering_vectors(planted, plan)
 
-    def made(given: dict[str, Any] | None = None, **changed: Any) -> int:
-        """How many plans had to be written, with these cells or settings."""
+    def made(
+        plan: Any = plan, suite: Suite = planted, prompt: str = PROMPT, samples: Any = (0, 1),
+        **given: Any,
+    ) -> int:  # fmt: skip
+        """How many plans had to be written, with this cell or these settings."""
         calls.clear()
-        asked = {"plan": plan, "prompt": PROMPT, "samples": [0, 1], "seed": 0, "suite": planted}
-        asked |= changed
-        cell = SweepCell("space", "single", asked["plan"], 1, 9.0)
-        sweep(
-            asked["suite"], [cell], asked["prompt"], asked["samples"], cache, asked["seed"],
-            **BRIEF | (given or {}),
-        )  # fmt: skip
+        cell = SweepCell("space", "single", plan, 1, 9.0)
+        sweep(suite, [cell], prompt, samples, cache, **BRIEF | given)
         return sum(map(len, calls))
 
     step = plan.steps[0]
@@ -180,7 +123,7 @@ def test_what_texts_depend_on_makes_them_anew(
         {"plan": replace(plan, steps=(replace(step, strength=9.5),))},
         {"plan": replace(plan, steps=(replace(step, scale=2 * step.scale),))},
         {"plan": replace(plan, steps=(replace(step, feature="1/res/4"),))},
-        {"plan": replace(plan, steps=(step, Step("2/res/1", 1.0)))},
+        {"plan": replace(plan, steps=(step, Step("2/res/1", 1.0, 1.0)))},
         {"plan": replace(plan, kind="rescale")},
         {"plan": None},
         {"plan": push},
@@ -191,11 +134,11 @@ def test_what_texts_depend_on_makes_them_anew(
         {"samples": [0, 1, 2]},
         {"samples": [1, 0]},
         {"seed": 1},
-        {"given": {"max_new_tokens": 6}},
-        {"given": {"temperature": 1.0}},
-        {"given": {"top_p": 0.5}},
-        {"given": {"phases": {"prompt"}}},
-        {"given": {"skip_bos": True}},
+        {"max_new_tokens": 6},
+        {"temperature": 1.0},
+        {"top_p": 0.5},
+        {"phases": ["prompt"]},
+        {"skip_bos": True},
         {"suite": replace(planted, saes={**planted.saes, **others})},
         {"suite": other_model},
     ]
@@ -205,40 +148,40 @@ def test_what_texts_depend_on_makes_them_anew(
     for change in ({}, *changes):
         assert made(**change) == 0, change
     # The SAE of a layer that is not steered is nothing to it; nor is what a plan is called.
-    elsewhere = replace(sae, site=Site(2, "res"), loader=other_rows)
-    suite = replace(planted, saes={**planted.saes, Site(2, "res"): elsewhere})
-    assert made(suite=suite) == 0
+    elsewhere = {Site(2, "res"): replace(sae, site=Site(2, "res"), loader=other_rows)}
+    assert made(suite=replace(planted, saes={**planted.saes, **elsewhere})) == 0
     assert made(plan=replace(plan, about="in other words")) == 0
 
 
-def test_a_strength_that_breaks_the_model_is_named_and_what_was_before_is_kept(
+def test_what_breaks_the_model_is_named_and_a_sweep_goes_on_from_where_it_stopped(
     planted: Suite, cells: list[SweepCell], calls: list[list[str]], tmp_path: Path
 ):
-    # Two features along the same coordinate, whose sum is more than a float32 can hold.
-    plan = toys.plans_that_break(planted)["far"]
-    far = SweepCell("sea", "constant", plan, 1, 3e38)
-    cache = tmp_path / "texts.sqlite"
-    words = r"plan 'sea: constant at layer 1 of strength 3e\+38 "
-    with pytest.raises(FloatingPointError, match=words):
-        sweep(planted, [*cells[:3], far, cells[3]], PROMPT, [0, 1], cache, batch_size=2, **BRIEF)
+    far = SweepCell("sea", "constant", toys.plans_that_break(planted)["far"], 1, 3e38)
+    given: dict[str, Any] = {"cache": tmp_path / "new" / "texts.sqlite", "batch_size": 2} | BRIEF
+    expected = sweep(planted, cells, PROMPT, [0, 1], **BRIEF)
+    with pytest.raises(FloatingPointError, match=r"'sea: constant, layer 1, strength 3e\+38 "):
+        sweep(planted, [*cells[:3], far, *cells[3:]], PROMPT, [0, 1], **given)
     calls.clear()
-    sweep(planted, cells[:4], PROMPT, [0, 1], cache, batch_size=2, **BRIEF)
-    assert [batch[0][:30] for batch in calls] == ["sea: rescale at layer 2 of str"]
+    assert sweep(planted, cells, PROMPT, [0, 1], **given).equals(expected)
+    assert [len(batch) for batch in calls] == [1] * 4  # what is there is not made again
+    calls.clear()
+    more = [SweepCell("war", "single", single(planted, 3.0), 1, 3.0), *cells[::-1]]
+    table = sweep(planted, more, PROMPT, [0, 1], **given)
+    assert len(calls) == 1
+    assert texts_of(table, 1) == texts_of(expected, len(cells) - 1)
 
 
-def test_a_sweep_over_nothing_is_refused(planted: Suite, cells: list[SweepCell]):
-    with pytest.raises(ValueError, match="0 cells, 2 samples: expected 1 or more of each"):
-        sweep(planted, [], PROMPT, range(2))
-    with pytest.raises(ValueError, match="7 cells, 0 samples: expected 1 or more of each"):
-        sweep(planted, cells, PROMPT, [])
-    with pytest.raises(ValueError, match="the prompt is empty"):
-        sweep(planted, cells, "", range(2))
-    strange = SweepCell("space", "single", replace(single(planted, 1.0), suite="other"))
-    with pytest.raises(ValueError, match="a plan of suite other: expected one of"):
-        sweep(planted, [strange], PROMPT, range(2))
-    absent = Plan("a", "add", "unit", (Step("1/res/99", 1.0),))
-    with pytest.raises(ValueError, match="no feature 1/res/99"):
-        sweep(planted, [SweepCell("a", plan=absent)], "a", [0])
+def test_a_sweep_of_what_is_not_there_is_refused(planted: Suite, cells: list[SweepCell]):
+    absent = Plan(planted.name, "add", "unit", (Step("1/res/99", 1.0, 1.0),))
+    strange = replace(single(planted, 1.0), suite="other")
+    for plan, prompt, samples, words in (
+        (None, PROMPT, [], "1 plans and samples="),
+        (None, "", [0], "the prompt is empty"),
+        (strange, PROMPT, [0], "a plan of suite other: expected one of"),
+        (absent, PROMPT, [0], "no feature 1/res/99"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            sweep(planted, [SweepCell("space", plan=plan)], prompt, samples)
 
 
 @dataclass
@@ -268,7 +211,7 @@ def test_scores_stand_beside_their_texts():
     sea = Planted({"a": (0.5, 0.8), "c": (1.0, None), "d": (0.0, 1.0)})
     war = Planted({"a": (0.25, 0.4), "b": (None, 0.5)})
     before = texts.copy()
-    table = score_texts(texts, {"sea": sea, "war": war, "space": Planted({})})
+    table = steering.score_texts(texts, {"sea": sea, "war": war, "space": Planted({})})
     assert texts.equals(before)
     assert sea.asked == [["a", "c", "d"]]  # each text once
     assert war.asked == [["b", "a"]]
@@ -281,7 +224,7 @@ def test_scores_stand_beside_their_texts():
     }
     for column, values in expected.items():
         assert table[column].to_numpy() == pytest.approx(values, nan_ok=True)
-    less = score_texts(texts, {"sea": sea, "war": war}, suppress=True)
+    less = steering.score_texts(texts, {"sea": sea, "war": war}, suppress=True)
     assert less["score"].to_numpy() == pytest.approx([0.4, none, none, 0.3, 0.4, 1.0], nan_ok=True)
     assert less[["behavioral", "coherence"]].equals(table[["behavioral", "coherence"]])
 
@@ -290,18 +233,15 @@ def test_a_judge_that_cannot_be_trusted_is_refused():
     texts = written([(0, "sea", 0, "a"), (0, "sea", 1, "b"), (1, "war", 0, "b")])
     fine = Planted({"a": (0.0, 1.0), "b": (1.0, 0.0)})
 
-    class Short(Planted):
-        def judge(self, texts: Sequence[str]) -> pd.DataFrame:
-            return super().judge(texts)[:-1]
-
     with pytest.raises(ValueError, match="no judge for war: expected one for each theme"):
-        score_texts(texts, {"sea": fine})
+        steering.score_texts(texts, {"sea": fine})
+    short: Any = SimpleNamespace(judge=lambda texts: fine.judge(texts)[:-1])
     with pytest.raises(ValueError, match="the judge of 'sea' gave 1 rows for 2 texts, 0 scores"):
-        score_texts(texts, {"sea": Short(fine.scores), "war": fine})
+        steering.score_texts(texts, {"sea": short, "war": fine})
     for scores in ((1.1, 0.5), (0.5, -0.1), (None, 5.0)):
         bad = Planted({**fine.scores, "b": scores})
         with pytest.raises(ValueError, match="'war' gave 1 rows for 1 texts, 1 scores outside 0 t"):
-            score_texts(texts, {"sea": fine, "war": bad})
+            steering.score_texts(texts, {"sea": fine, "war": bad})
 
 
 def scored(
@@ -330,7 +270,7 @@ SCORES = scored(
 
 
 def test_products_are_taken_before_the_mean():
-    means = cell_means(SCORES)
+    means = steering.cell_means(SCORES)
     keys = list(means.columns[:5])
     pd.testing.assert_frame_equal(means[keys], SCORES[keys][::4].reset_index(drop=True))
     assert means["n"].tolist() == [4, 2, 4, 0]
@@ -350,6 +290,12 @@ def test_products_are_taken_before_the_mean():
         assert low[~known].isna().all()
     assert means["score_low"][0] == means["score_high"][0] == 0
     assert means["score_low"][2] < 0.5 < 0.7 < means["score_high"][2]
+    shuffled = steering.cell_means(SCORES.sample(frac=1, random_state=3))
+    pd.testing.assert_frame_equal(shuffled.sort_values("cell", ignore_index=True), means)
+    # Without the theme the unsteered are one group.
+    by_theme = steering.cell_means(SCORES, ["strategy", "layer", "strength"])
+    assert by_theme["n"].tolist() == [8, 2]
+    assert by_theme["score"].to_numpy() == pytest.approx([2.5 / 8, 0.375])
 
 
 def test_costs_are_those_of_each_cell_and_another_prompt_has_none(
@@ -357,25 +303,12 @@ def test_costs_are_those_of_each_cell_and_another_prompt_has_none(
 ):
     texts = ["The cat sat on the mat.", "Rain fell on the sea."]
     means = pd.DataFrame({"cell": [6, 3, 0, 1]})
-    found = with_costs(means, planted, cells, texts)
+    found = steering.with_costs(means, planted, cells, texts)
     alone = side_effects(planted, {"a": cells[3].plan, "b": cells[1].plan}, texts)
     assert found[["norm", "kl"]].iloc[0].isna().all()  # prompting
     assert np.allclose(found[["norm", "kl"]].iloc[[1, 3]], alone[["norm", "kl"]], atol=1e-5)
     assert found["norm"][2] == 0
     assert found["norm"][3] == pytest.approx(9)
-
-
-def test_rows_in_any_order_give_the_same_means():
-    shuffled = SCORES.sample(frac=1, random_state=3)
-    means = cell_means(shuffled).sort_values("cell", ignore_index=True)
-    pd.testing.assert_frame_equal(means, cell_means(SCORES))
-
-
-def test_the_unsteered_of_a_theme_are_one_group():
-    by_theme = cell_means(SCORES, ["strategy", "layer", "strength"])
-    assert by_theme["n"].tolist() == [8, 2]
-    assert by_theme["missing"].tolist() == [0, 6]
-    assert by_theme["score"].to_numpy() == pytest.approx([2.5 / 8, 0.375])
 
 
 def test_intervals_are_drawn_by_samples_and_by_the_seed():
@@ -385,19 +318,19 @@ def test_intervals_are_drawn_by_samples_and_by_the_seed():
     less = [(b / 2, 1.0) for b, _ in values]
     table = scored({("a", "x", 1, 1): values, ("a", "y", 1, 1): less}, first=100)
     table = pd.concat([table[:40], table[40:][::-1]], ignore_index=True)
-    means = cell_means(table)
+    means = steering.cell_means(table)
     whole, halved = means[["score", "score_low", "score_high"]].to_numpy()
     # Drawn together: what halves the scores halves the interval, to the last digit.
     assert halved == pytest.approx(whole / 2, rel=1e-9)
-    assert means.equals(cell_means(table))
-    other = cell_means(table, seed=1)
+    assert means.equals(steering.cell_means(table))
+    other = steering.cell_means(table, seed=1)
     assert other["score"].equals(means["score"])
     assert (other["score_low"] != means["score_low"]).all()
     # About the mean and two of its standard errors.
     error = np.std([b for b, _ in values]) / 40**0.5
     assert means["score_high"][0] - means["score"][0] == pytest.approx(1.96 * error, rel=0.3)
     assert means["score"][0] - means["score_low"][0] == pytest.approx(1.96 * error, rel=0.3)
-    one = cell_means(table[table["sample"] == 120])
+    one = steering.cell_means(table[table["sample"] == 120])
     assert one["score"].tolist() == [values[20][0], values[20][0] / 2]
     assert one[["score_low", "score_high"]].isna().all(axis=None)
 
@@ -414,7 +347,7 @@ def test_differences_are_taken_sample_by_sample():
             ("war", "single", 3, 4): [(2 * b, 1) for b in war],
         }
     )
-    found = paired_differences(table.sample(frac=1, random_state=1), "unsteered")
+    found = steering.paired_differences(table.sample(frac=1, random_state=1), "unsteered")
     found = found.sort_values(["theme", "strength"], ignore_index=True)
     assert found["theme"].tolist() == ["sea", "war", "war"]
     assert found["strength"].tolist() == [2, 2, 4]
@@ -424,14 +357,10 @@ def test_differences_are_taken_sample_by_sample():
         assert found[column][:2].tolist() == pytest.approx([0.25, -0.125])
     assert found["difference"][2] == pytest.approx(war[5:].mean())
     assert found["difference_low"][2] < war[5:].mean() - 0.02
-    by_theme = paired_differences(table, "unsteered", by=["theme"])
+    by_theme = steering.paired_differences(table, "unsteered", by=["theme"])
     assert by_theme["n"].tolist() == [20, 50]
-    # Against the mean of both themes where the theme is not what they have in common.
-    both = paired_differences(table, "unsteered", on=[], by=["theme"]).set_index("theme")
-    base = np.where(np.arange(30) < 5, sea, (sea + war) / 2)
-    assert both.loc["sea", "difference"] == pytest.approx((sea + 0.25 - base)[:20].mean())
     with pytest.raises(ValueError, match="no cell of the strategy 'none': there are unsteered, s"):
-        paired_differences(table, "none")
+        steering.paired_differences(table, "none")
 
 
 def test_a_steered_text_stands_beside_the_unsteered_one_of_its_sample():
@@ -446,13 +375,13 @@ def test_a_steered_text_stands_beside_the_unsteered_one_of_its_sample():
     ]
     table = pd.DataFrame(rows, columns=["theme", "strategy", "sample", "text"])
     table = table.assign(score=np.arange(7) / 10)
-    found = beside_unsteered(table.iloc[[4, 1]], table, "the best")
+    found = steering.beside_unsteered(table.iloc[[4, 1]], table, "the best")
     assert found["steered"].tolist() == ["loud 7", "wet 7"]
     assert found["unsteered"].tolist() == ["plain war 7", ""]
     assert found["score"].tolist() == [0.4, 0.1]
     assert set(found["kind"]) == {"the best"}
     with pytest.raises(ValueError, match="the worst: there is no unsteered text of the same theme"):
-        beside_unsteered(table.iloc[[4, 6]], table, "the worst")
+        steering.beside_unsteered(table.iloc[[4, 6]], table, "the worst")
 
 
 def test_the_best_cell_is_the_first_of_the_highest():
@@ -465,93 +394,41 @@ def test_the_best_cell_is_the_first_of_the_highest():
             "score": [0.2, NONE, 0.4, 0.6, 0.4, 0.1, 0.0, NONE],
         }
     )
-    assert best_cells(means, ["theme", "strategy"])["cell"].tolist() == [3, 2, 6]
-    assert best_cells(means, ["theme"])["cell"].tolist() == [3, 2]
+    assert steering.best_cells(means, ["theme", "strategy"])["cell"].tolist() == [3, 2, 6]
     # A layer that is missing is a group of its own.
-    assert best_cells(means, ["layer"])["cell"].tolist() == [2, 3, 5]
-    best = best_cells(means, ["theme"])
+    assert steering.best_cells(means, ["layer"])["cell"].tolist() == [2, 3, 5]
+    best = steering.best_cells(means, ["theme"])
     assert best.equals(means.loc[[3, 2]])
     cells = [SweepCell(f"theme {number}") for number in range(8)]
-    assert select_cells(cells, best) == [cells[3], cells[2]]
+    assert steering.select_cells(cells, best) == [cells[3], cells[2]]
 
 
-def test_strategies_layers_and_strengths_make_cells(planted: Suite):
-    asked = []
-
-    def plan_of(strategy: str, layer: int, strength: float) -> Plan | None:
-        asked.append((strategy, layer, strength))
-        return None if layer == 2 else single(planted, strength, f"{layer}/res/3")
-
-    cells = strategy_cells("sea", iter(["x", "y"]), iter([0, 2, 1]), iter([1, 2.5]), plan_of)
-    assert len(asked) == 12
-    places = [(c.theme, c.strategy, c.layer, c.strength) for c in cells]
-    assert places == [("sea", *cell) for cell in product("xy", (0, 1), (1.0, 2.5))]
-    for cell in cells:
-        assert isinstance(cell.plan, Plan)
-        assert cell.plan.steps[0].feature == f"{cell.layer}/res/3"
-        assert cell.plan.steps[0].strength == cell.strength
-    push = {Site(0, "res"): torch.ones(toys.D_MODEL)}
-    found = strategy_cells("sea", ["difference"], [0], [1.0], lambda *_: push)
-    assert [cell.plan for cell in found] == [push]
-
-
-def test_the_cells_of_a_graph_end_at_three_of_its_layers_or_where_asked(planted: Suite):
+def test_the_cells_of_a_graph_are_where_it_has_features(planted: Suite):
     graph = flow_graph(planted, "1/res/3", match_table(planted, k=2))
     assert sorted(graph.nodes["layer"].unique()) == [0, 1, 2]
-    cells = graph_cells(planted, "sea", graph, ["single", "linear"], [2.0])
-    expected = [make_plan(planted, graph, 2.0, "add", way, at) for way, at in product(
-        ("single", "linear"), (1, 2))]  # fmt: skip
-    assert [cell.plan for cell in cells] == expected
-    assert {c.layer for c in graph_cells(planted, "sea", graph, ["single"], [1], [0])} == {0}
-    with pytest.raises(ValueError, match=r"layers=\[7\]: the graph of sea has features at"):
-        graph_cells(planted, "sea", graph, ["single"], [1], [7])
-
-
-def test_a_vector_has_the_norms_of_the_feature(planted: Suite):
-    site, vector = Site(2, "res"), torch.arange(toys.D_MODEL).float()
-    cells = vector_cells(planted, "sea", site, vector, "1/res/3", [2, 4])
-    for cell, s in zip(cells, (2.0, 4.0), strict=True):
-        assert (cell.strategy, cell.layer, cell.strength) == ("difference of means", 2, s)
-        assert isinstance(cell.plan, dict)
-        norm = total_norm(planted, make_plan(planted, ["1/res/3"], s))
-        assert float(cell.plan[site].norm()) == pytest.approx(norm)
-        assert torch.cosine_similarity(cell.plan[site], vector, dim=0) > 0.999
-
-
-def test_at_equal_norm_a_plan_of_many_layers_changes_as_much_as_one_of_one(planted: Suite):
-    # Trap 20: at the same s a plan of many layers adds more.
-    one = SweepCell("sea", "single", single(planted, 4.0), 1, 4.0)
-    names = ["0/res/2", "1/res/3", "2/res/1"]
-    many = SweepCell("sea", "constant", make_plan(planted, names, 4.0, unit="unit"), 2, 4.0)
-    other = SweepCell("war", "constant", many.plan, 2, 4.0)  # without a single of its theme
-    cells = equal_norm_cells(planted, [SweepCell("sea"), many, one, other], "single")
-    assert [cell.strategy for cell in cells] == ["constant", "single"]
-    norms = [total_norm(planted, cell.plan or {}) for cell in (many, *cells)]
-    assert norms == pytest.approx([12, 4, 4])
-    assert [cell.strength for cell in cells] == pytest.approx([4 / 3, 4])
-
-
-def test_random_features_stand_in_and_are_scaled_to_the_same_change(planted: Suite):
-    codes = np.random.default_rng(0).random((40, toys.RES)).tolist()
-    read = toys.planted_activations({Site(1, "res"): codes})
-    texts = ["The cat sat on the mat.", "Rain fell on the sea."]
-    cell = SweepCell("sea", "single", single(planted, -4.0, kind="rescale"), 1, -4.0)
-    cells = random_cells(planted, cell, read, range(8), texts)
-    assert {c.strategy for c in cells} == {"random features", "random, same norm"}
-    plans = {str(number): c.plan for number, c in enumerate([cell, *cells])}
-    norms = side_effects(planted, plans, texts)["norm"]
-    for norm, twin in zip(norms[1:], cells, strict=True):
-        assert (twin.theme, twin.layer, twin.strength) == ("sea", 1, -4.0)
-        assert isinstance(twin.plan, Plan)
-        assert twin.plan.steps[0].feature != "1/res/3"
-        if twin.strategy == "random, same norm":
-            assert norm == pytest.approx(norms[0], rel=1e-3)
+    # Nodes go with their edges, and seeds stay.
+    assert keep_nodes(graph, []).nodes["feature"].tolist() == ["1/res/3"]
+    all_edges = graph.edges[["source", "target"]]
+    graph = keep_nodes(graph, graph.nodes["feature"][graph.nodes["layer"] > 0])
+    below = all_edges.apply(lambda end: end.str.startswith("0/")).any(axis=1)
+    assert 0 < below.sum() < len(below)
+    assert graph.edges[["source", "target"]].equals(all_edges[~below].reset_index(drop=True))
+    given: dict[str, Any] = {"kind": "rescale"}
+    for strategy, layers in (("single", [1, 2]), ("constant", [2, 1, 7])):
+        cells = graph_cells(planted, "sea", graph, strategy, [2, 0.5], [*layers, 0], "x", **given)
+        assert [(c.theme, c.strategy) for c in cells] == [("sea", "x")] * 2 * len(layers)
+        places = [(layer, s) for layer in layers for s in (2.0, 0.5)]
+        assert [(c.layer, c.strength) for c in cells] == places
+        plans = [make_plan(planted, graph, s, "rescale", strategy, layer) for layer, s in places]
+        assert [cell.plan for cell in cells] == plans
+    assert graph_cells(planted, "sea", graph, "single", [2], [0, 7]) == []
 
 
 def test_what_chosen_cells_lose_is_luck_beyond_what_unsteered_text_loses():
     rows = [("unsteered", 0.5, 0.4), ("single", 0.9, 0.6), ("linear", 0.8, 0.7), ("other", 1, 0)]
     table = pd.DataFrame(rows, columns=["strategy", "chosen_on", "score"])
-    assert selection_bias(table, ["single", "linear", "absent"]) == pytest.approx(0.2 - 0.1)
+    bias = steering.selection_bias(table, ["single", "linear", "absent"])
+    assert bias == pytest.approx(0.2 - 0.1)
 
 
 def test_a_verdict_needs_the_whole_interval():
@@ -562,6 +439,6 @@ def test_a_verdict_needs_the_whole_interval():
         columns=["theme", "strategy", "score", "score_low", "score_high"],
     )
     rivals = ["unsteered", "prompting", "random"]
-    (row,) = verdicts(means, [SweepCell("sea", "single")], rivals).to_dict("records")
+    (row,) = steering.verdicts(means, [SweepCell("sea", "single")], rivals).to_dict("records")
     assert [row[rival] for rival in rivals] == ["above", "below", "no difference"]
     assert (row["strategy"], row["score"]) == ("single", 0.5)

@@ -1,6 +1,7 @@
 """Generations stand beside each other as they are: escaped, the theme's words marked."""
 
 import re
+from html import unescape
 
 import pandas as pd
 import pytest
@@ -8,9 +9,9 @@ import pytest
 from flowhelpers.steering.text_table import marked_generations
 
 ROW = {
-    "kind": "best cell", "theme": "Gods & myths", "strategy": "single", "layer": 5.0,
-    "strength": -4.0, "sample": 3, "unsteered": "A plain text.", "steered": "The gods spoke.",
-    "behavioral": 0.5, "coherence": 0.756, "score": float("nan"),
+    "cell": 3, "kind": "best cell", "theme": "Gods & myths", "strategy": "single", "layer": 5.0,
+    "strength": -4.0, "sample": 3, "behavioral": 0.5, "coherence": 0.756, "score": float("nan"),
+    "text": "The gods spoke.", "unsteered": "A plain text.", "steered": "The gods spoke.",
 }  # fmt: skip
 
 
@@ -24,23 +25,21 @@ def cells(html: str) -> list[str]:
 
 
 def test_a_pair_is_a_row_with_its_cell_and_scores():
-    first, unsteered, steered, *second = cells(page({}, {"layer": None, "steered": "a\n b"}))
-    for words in ("best cell", "Gods &amp; myths", "layer: 5", "sample: 3", "coherence: 0.76"):
-        assert words in first
-    assert unsteered == "A plain text."
-    assert steered == "The <mark>gods</mark> spoke."
-    assert "layer" not in second[0]
-    assert second[2] == "a\n b"
+    kind, theme, _, layer, *_, coherence, score, unsteered, steered = cells(page({}))
+    assert (kind, theme, layer) == ("best cell", "Gods &amp; myths", "5.00")
+    assert (coherence, score) == ("0.76", "")
+    assert (unsteered, steered) == ("A plain text.", "The <mark>gods</mark> spoke.")
+    assert cells(page({"steered": "a\n b"}))[-1] == "a\n b"
     assert "white-space: pre-wrap" in page({})
 
 
 @pytest.mark.parametrize("column", ["unsteered", "steered", "kind", "theme", "strategy", "sample"])
 def test_nothing_of_a_text_becomes_html(column: str):
-    html = page({column: "<script>alert(\"1\")</script> & <b>bold</b> &lt; 'x' </td>"}, words=())
-    assert "<script" not in html
-    assert "<b>bold" not in html
-    assert len(cells(html)) == 3
-    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; &lt;b&gt;" in html
+    text = "<script>alert(\"1\")</script> & <b>bold</b> &lt; 'x' </td>"
+    shown = cells(page({column: text}, words=()))
+    assert len(shown) == 11
+    assert not any("<" in cell for cell in shown)
+    assert text in map(unescape, shown)
 
 
 def test_marks_are_on_words_of_the_theme_alone():

@@ -56,7 +56,7 @@ from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.matching import null
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import make_plan
-from flowhelpers.steering.steered_texts import steer
+from flowhelpers.steering.sweeps import steer
 from flowhelpers.suites.attention import attention_output, stored_attention_output
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import run_model, tokenize
