@@ -20,16 +20,13 @@ from flowhelpers.flow.files import load_graph, save_graph, to_attribution_graph
 from flowhelpers.flow.graph import (
     FlowGraph,
     ancestors,
-    chains,
     descendants,
     flow_graph,
     labelled,
-    lifespan,
-    merged,
     path,
+    turns,
 )
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
-from flowhelpers.flow.reading import in_words, turns
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 
@@ -103,24 +100,17 @@ def test_the_planted_chain_is_found_from_each_of_its_nodes(
 
 
 def test_scores_nulls_and_classes_are_those_of_the_table(suite: Suite, table: pd.DataFrame):
-    thresholds = {(1, "res"): 0.5, (2, "res"): 0.9}
-    thresholds |= dict.fromkeys([(1, "mlp"), (1, "att"), (2, "mlp")], 0.7)
-    graph = flow_graph(suite, nodes_of(2)[1], table, thresholds=thresholds)
+    chain = flow_graph(suite, nodes_of(2)[1], table.assign(null=np.float32(0.7))).chain
+    assert chain["class"].tolist()[1:] == ["translated", "processed"]
+    graph = flow_graph(suite, nodes_of(2)[1], table)
     chain = graph.chain
-    assert chain["class"].tolist()[1:] == ["translated", "newborn"]
-    assert chain["high_mlp"].tolist()[1:] == [0.7, 0.7]
     backward = table[table["direction"] == "backward"]
     nulls = backward.groupby(["layer", "module"], observed=True)["null"].first()
     for module in ("res", "mlp", "att"):
-        assert chain[f"null_{module}"].tolist()[1:] == [nulls[layer, module] for layer in (1, 2)]
+        for kind in ("null", "high"):
+            assert chain[f"{kind}_{module}"].tolist()[1:] == [nulls[at, module] for at in (1, 2)]
     others = graph.nodes[graph.nodes["module"] != "res"]
     assert others[["class", "s_res", "high_mlp", "from_res"]].isna().all(axis=None)
-
-
-def test_one_way_only_is_one_way_only(suite: Suite, table: pd.DataFrame):
-    nodes = nodes_of(5)
-    assert flow_graph(suite, nodes[1], table, forward=False).chain["feature"].tolist() == nodes[:2]
-    assert flow_graph(suite, nodes[1], table, backward=False).chain["feature"].tolist() == nodes[1:]
 
 
 def test_forward_goes_to_the_best_of_the_next_layer_whosever_match_that_is():
@@ -166,7 +156,8 @@ def test_a_cut_leaves_the_run_of_layers_around_the_seed():
         assert (graph.edges["cosine"] >= 0.5).all()
         whole = built(chain, seed, layers=7)
         assert whole.chain["layer"].tolist() == list(range(7))
-        assert lifespan(whole, seed, 0.5) == (span[0], span[-1])
+        spans = feature_lifespans(match_table(bare(chain, 7), k=1), 0.5).set_index("layer")
+        assert spans.loc[int(seed[0]), ["first", "last"]].tolist() == [span[0], span[-1]]
     assert built(chain, "3/res/0", layers=7, t_res=0.6).chain["layer"].tolist() == [2, 3, 4]
 
 
@@ -204,27 +195,17 @@ def test_a_module_seed_leads_to_the_residual_features_it_matches(suite: Suite, t
     assert graph.chain["feature"].tolist() == nodes
     assert graph.nodes.set_index("feature").loc["1/mlp/2", "is_seed"]
     assert not graph.chain["is_seed"].any()
-    assert chains(graph) == {"1/mlp/2": nodes}
 
 
-def test_a_merged_graph_is_the_graph_of_all_seeds(suite: Suite, table: pd.DataFrame):
+def test_the_graph_of_several_seeds_is_all_their_graphs_together(suite: Suite, table: pd.DataFrame):
     seeds = [nodes_of(2)[1], "1/att/3", nodes_of(13)[0], nodes_of(2)[2]]
     whole = flow_graph(suite, seeds, table)
     assert whole.seeds == tuple(seeds)
     assert whole.nodes["is_seed"].sum() == 4
+    apart = [flow_graph(suite, seed, table) for seed in seeds]
+    assert {*whole.nodes["feature"]} == {name for one in apart for name in one.nodes["feature"]}
     third = nodes_of(8 + 3)
     assert sorted(whole.chain["feature"]) == sorted([*nodes_of(2), *nodes_of(13), *third])
-    lines = {seeds[0]: nodes_of(2), seeds[1]: third, seeds[2]: nodes_of(13), seeds[3]: []}
-    assert chains(whole) == lines
-    together = merged([flow_graph(suite, seed, table) for seed in seeds])
-    assert together.seeds == whole.seeds
-    pd.testing.assert_frame_equal(together.nodes, whole.nodes, check_dtype=False)
-    pd.testing.assert_frame_equal(together.edges, whole.edges, check_dtype=False)
-    low = flow_graph(suite, seeds[0], table, thresholds={(1, "res"): 0.5})
-    assert low.choices["high"] == {"1/res": 0.5}
-    for graphs in ([], [low, flow_graph(suite, seeds[1], table)]):
-        with pytest.raises(ValueError, match="expected one suite and one set of choices"):
-            merged(graphs)
 
 
 def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
@@ -234,9 +215,8 @@ def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
     small = bare(directions | {"2/res": between[None]})
     table, seeds = match_table(small, k=1), ["0/res/0", "2/res/0"]
     together = flow_graph(small, seeds, table)
-    apart = merged([flow_graph(small, seed, table) for seed in seeds])
-    pd.testing.assert_frame_equal(together.nodes, apart.nodes, check_dtype=False)
-    pd.testing.assert_frame_equal(together.edges, apart.edges, check_dtype=False)
+    apart = [flow_graph(small, seed, table).network.edges for seed in seeds]
+    assert {*together.network.edges} == {*apart[0], *apart[1]}
     assert ("0/res/0", "1/res/0") in together.network.edges
 
 
@@ -268,16 +248,9 @@ def test_of_two_ways_the_one_of_higher_cosines_is_taken():
 
 def test_a_turn_is_where_a_module_lies_nearer_than_the_stream(suite: Suite, table: pd.DataFrame):
     nodes = nodes_of(13)  # s(A) is 1, 0.6 and 0.96 beside s(R) of 0.8
-    low = {(layer, module): 0.5 for layer in range(3) for module in ("res", "mlp", "att")}
-    found = turns(flow_graph(suite, nodes[0], table, thresholds=low))
-    assert found[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
-    high = low | {(2, "att"): 0.97}
-    assert turns(flow_graph(suite, nodes[0], table, thresholds=high)).empty
-    said = in_words(flow_graph(suite, nodes[0], table, thresholds=low))
-    assert said == (
-        "2 of 2 steps of the chain are above chance; after layer 0: 2 processed;"
-        f" a module lies nearer than the stream at {nodes[2]} (att)"
-    )
+    low = flow_graph(suite, nodes[0], table.assign(null=np.float32(0.5)))
+    assert turns(low)[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
+    assert turns(replace(low, nodes=low.nodes.assign(high_att=0.97))).empty
 
 
 def test_labels_are_laid_over_the_nodes(suite: Suite, table: pd.DataFrame):
@@ -341,7 +314,6 @@ def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame
         ("1/res/1", {"t_res": 1.5}, "threshold 1.5 for t_res: expected a cosine, from -1 to 1"),
         ("1/res/1", {"t_att": float("nan")}, "threshold nan for t_att"),
         ("1/res/1", {"top_n": 0}, "top_n=0: expected 1 to 3"),
-        ("1/res/1", {"thresholds": {(9, "res"): 0.5}}, r"a threshold for \(9, 'res'\): expected"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -394,11 +366,9 @@ def test_lifespans_of_planted_chains_come_out_exactly():
         assert found.loc[(layer, 3), ["first", "last", "layers"]].tolist() == [0, 7, 8]
         graph = flow_graph(suite, f"{layer}/res/3", table)
         assert graph.chain["feature"].tolist() == [f"{at}/res/3" for at in range(8)]
-        assert lifespan(graph, f"{layer}/res/3", 0.5) == (0, 7)
         # A decoy goes back to the chain's feature, as that lies nearer than the decoy before it.
-        decoy = flow_graph(suite, f"{layer}/res/2", table, forward=False)
-        before = [f"{at}/res/3" for at in range(layer)]
-        assert decoy.chain["feature"].tolist() == [*before, f"{layer}/res/2"]
+        decoy = flow_graph(suite, f"{layer}/res/2", table).chain["feature"].tolist()
+        assert decoy[: layer + 1] == [*(f"{at}/res/3" for at in range(layer)), f"{layer}/res/2"]
     for layer in range(2, 6):
         assert found.loc[(layer, 4), ["first", "last"]].tolist() == [2, 5]
     strict = feature_lifespans(table, 0.95)
@@ -453,13 +423,14 @@ def test_of_exact_copies_the_lowest_index_is_the_predecessor():
 def test_a_birth_is_by_the_module_whose_score_is_high():
     suite = busy_chain()
     table = match_table(suite, k=1)
-    graph = flow_graph(suite, "6/res/2", table, thresholds=HIGH)
+    limits = pd.Series(HIGH)[pd.MultiIndex.from_frame(table[["layer", "module"]].astype(object))]
+    table = table.assign(null=limits.to_numpy())
+    graph = flow_graph(suite, "6/res/2", table)
     born = graph.chain.set_index("feature").loc["4/res/2"]
     assert born["class"] == "newborn"
     assert born["s_mlp"] > born["s_att"]
     assert turns(graph)[["feature", "turned_by"]].values.tolist() == [["4/res/2", "att"]]
-    limits = pd.Series(HIGH)[pd.MultiIndex.from_frame(table[["layer", "module"]].astype(object))]
-    by_layer = flow_by_layer(table.assign(null=limits.to_numpy())).set_index("layer")
+    by_layer = flow_by_layer(table).set_index("layer")
     assert by_layer["born_att"].tolist() == pytest.approx([0, 0, 0, 0, 1 / 3, 0, 0, 0])
     assert by_layer["born_mlp"].tolist() == [0] * 8
     assert by_layer["processed"].tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 2 / 3, 0])
