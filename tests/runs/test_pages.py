@@ -57,14 +57,8 @@ def test_links_to_files_are_plain_text(tmp_path: Path) -> None:
 
 
 def test_results_are_rounded_and_laid_out(tmp_path: Path) -> None:
-    results = {
-        "share_above_chance": {"res": 0.9486607142857143, "mlp": 0.36811123},
-        "count": 1234,
-        "feature": "4/res/<17>",
-        "found": ["res", 0.50001],
-        "nothing": None,
-        "nested": {"the_first": {"W_O": 2.5}},
-    }
+    results = {"nested": {"share": {"res": 0.9486607142857143}}, "count": 1234}
+    results |= {"feature": "4/res/<17>", "found": ["res", 0.50001], "nothing": None}
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(results))
@@ -72,15 +66,8 @@ def test_results_are_rounded_and_laid_out(tmp_path: Path) -> None:
     index_page(tmp_path / "index.html", "planted", [entry | {"folder": "run", "error": None}])
     page = (tmp_path / "index.html").read_text("utf-8")
     rows = dict(re.findall(r"<tr><th>([^<]*)</th><td>([^<]*)</td></tr>", page))
-    assert rows == {
-        "share_above_chance.res": "0.9487",
-        "share_above_chance.mlp": "0.3681",
-        "count": "1234",
-        "feature": "4/res/&lt;17&gt;",
-        "found": "[&#39;res&#39;, 0.50001]",
-        "nothing": "None",
-        "nested.the_first.W_O": "2.5",
-    }
+    shown = {"nested.share.res": "0.9487", "count": "1234", "feature": "4/res/&lt;17&gt;"}
+    assert rows == shown | {"found": "[&#39;res&#39;, 0.50001]", "nothing": "None"}
     assert "0:01:15" in page
 
 

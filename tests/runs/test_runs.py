@@ -86,9 +86,7 @@ def test_finished_table_is_kept_when_taken_up_again_and_only_then(folder: Path) 
     first = start_run("n", {"k": 1})
     assert first.table("t", compute)["call"].item() == 1
     assert first.table("t", compute)["call"].item() == 2  # the cell was changed and run again
-    again = start_run("n", {"k": 1})
-    assert again.table("t", compute)["call"].item() == 2
-    assert len(calls) == 2
+    assert start_run("n", {"k": 1}).table("t", compute)["call"].item() == len(calls) == 2
     assert len(json.loads((folder / "config.json").read_text())["started"]) == 2
 
 
@@ -128,14 +126,6 @@ def test_figures_share_one_script_and_fetch_nothing(folder: Path) -> None:
     assert json.loads((folder / "figures/one.json").read_text())["data"][0]["name"] == "planted one"
 
 
-def test_results_are_merged(folder: Path) -> None:
-    run = start_run("n", {})
-    run.results({"a": 1, "b": 2})
-    merged = {"a": 1, "b": 0.5, "c": [1, 2]}
-    assert run.results({"b": np.float32(0.5), "c": np.array([1, 2])}) == merged
-    assert json.loads((folder / "results.json").read_text()) == merged
-
-
 @pytest.mark.parametrize("name", ["12/res/4230", "../out", "", ".hidden"])
 def test_names_that_are_no_file_names_are_refused(folder: Path, name: str) -> None:
     with pytest.raises(ValueError, match="cannot name a file"):
@@ -159,28 +149,28 @@ def test_progress_yields_all_and_is_silent_when_quick(capsys: pytest.CaptureFixt
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("allow_stdin", [True, False])
+@pytest.mark.parametrize(
+    ("shell", "is_live"),
+    [
+        (SimpleNamespace(get_parent=lambda: {"content": {"allow_stdin": True}}), True),
+        (SimpleNamespace(get_parent=lambda: {"content": {"allow_stdin": False}}), False),
+        (SimpleNamespace(), False),  # a terminal
+        (None, False),
+    ],
+)
 def test_live_is_where_a_person_could_answer(
-    monkeypatch: pytest.MonkeyPatch, allow_stdin: bool
+    monkeypatch: pytest.MonkeyPatch, shell: object, is_live: bool
 ) -> None:
-    shell = SimpleNamespace(get_parent=lambda: {"content": {"allow_stdin": allow_stdin}})
     monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
-    assert live() is allow_stdin
+    assert live() is is_live
     bar = type(progress([], "planted"))
-    assert bar.__module__ == ("tqdm.notebook" if allow_stdin else "tqdm.std")
+    assert bar.__module__ == ("tqdm.notebook" if is_live else "tqdm.std")
 
 
-@pytest.mark.parametrize("shell", [None, SimpleNamespace()])
-def test_no_shell_and_a_terminal_are_not_live(
-    monkeypatch: pytest.MonkeyPatch, shell: object
-) -> None:
-    monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
-    assert live() is False
-
-
-def test_what_is_not_finite_is_null_in_results(tmp_path: Path):
+def test_results_are_merged_and_what_is_not_finite_is_null(tmp_path: Path):
+    runs.Run(tmp_path).results({"a": 1, "before": np.float32(0.5)})
     values = {"a": math.nan, "b": [1.0, -math.inf, {"c": np.array([2.0, math.nan])}], "d": "NaN"}
     found = runs.Run(tmp_path).results(values)
-    assert found == {"a": None, "b": [1.0, None, {"c": [2.0, None]}], "d": "NaN"}
+    assert found == {"before": 0.5, "a": None, "b": [1.0, None, {"c": [2.0, None]}], "d": "NaN"}
     text = (tmp_path / "results.json").read_text("utf-8")
     assert json.loads(text, parse_constant=pytest.fail) == found
