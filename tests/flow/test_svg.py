@@ -1,10 +1,8 @@
 """The still picture of a flow graph is the interactive one: planted graphs in, SVG out."""
 
 from dataclasses import replace
-from pathlib import Path
 from xml.etree import ElementTree
 
-import plotly.graph_objects as go
 import pytest
 import toys
 
@@ -13,7 +11,6 @@ from flowhelpers.flow.graph import FlowGraph, flow_graph
 from flowhelpers.flow.layout import flow_layout
 from flowhelpers.flow.svg import flow_svg
 from flowhelpers.matching.table import match_table
-from flowhelpers.runs.run import start_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 LABEL = "a < b & $x^2$ 中 \x00"
@@ -64,12 +61,3 @@ def test_text_is_text_and_the_same_graph_gives_the_same_bytes(
     assert {"The flow through 1/res/5, 2/res/3", "suite <toy> & $5$", "processed"} <= texts
     assert {"a < b & $x^2$ 中 �", "attention", "stream", "MLP"} <= texts
     assert flow_svg(graph, "toy") == flow_svg(graph, "toy")
-
-
-def test_a_run_keeps_it_beside_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLOWHELPERS_RUN_DIR", str(tmp_path))
-    run = start_run("n", {})
-    run.figure("with", go.Figure(), "<svg>ß</svg>")
-    run.figure("without", go.Figure())
-    assert (tmp_path / "figures/with.svg").read_text("utf-8") == "<svg>ß</svg>"
-    assert [file.name for file in tmp_path.glob("figures/*.svg")] == ["with.svg"]

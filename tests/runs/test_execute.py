@@ -18,7 +18,6 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from flowhelpers.__main__ import main
 from flowhelpers.runs.execute import Manifest, resume, run_notebooks
 from flowhelpers.runs.parameters import NOTEBOOKS, plan
-from flowhelpers.runs.run import RUN_DIR
 
 COMMAND = [sys.executable, "-m", "flowhelpers", "run"]
 GOOD = [
@@ -198,17 +197,17 @@ def test_stopped_by_any_signal_then_taken_up_again(notebooks: Path, tmp_path: Pa
         kernel = int(pid.read_text().removesuffix("."))
         wait_for(lambda kernel=kernel: not psutil.pid_exists(kernel), 10)
         path = next(out.glob("*.json"))
-        manifest = Manifest.model_validate_json(path.read_bytes())
-        folders.append(manifest.jobs[0].folder)
+        (job,) = Manifest.model_validate_json(path.read_bytes()).jobs
+        folders.append(job.folder)
         if stop != signal.SIGKILL:
             assert running.returncode == 130
-            assert manifest.jobs[0].status == "stopped"
+            assert job.status == "stopped"
             assert f"flowhelpers run --resume {path}" in said
     (notebooks / "go").touch()
     assert main(["run", "--out", str(out), "--resume"]) == 0
-    manifest = Manifest.model_validate_json(path.read_bytes())
-    assert [job.status for job in manifest.jobs] == ["finished"]
-    assert {*folders, manifest.jobs[0].folder} == {folders[0]}
+    (job,) = Manifest.model_validate_json(path.read_bytes()).jobs
+    assert job.status == "finished"
+    assert {*folders, job.folder} == {folders[0]}
     assert (notebooks / "computed").read_text() == "once "
     assert main(["run", "--out", str(out), "--resume"]) == 2  # for nothing is left to do
 
@@ -220,7 +219,6 @@ def test_stopped_by_any_signal_then_taken_up_again(notebooks: Path, tmp_path: Pa
         (["-p", "kk=1"], "unknown parameter 'kk'; did you mean 'k'"),
         (["-p", "k=one"], "parameter 'k' is int, not 'one'; for example k=1"),
         (["-p", "k"], "-p takes name=value, not 'k'"),
-        (["-p", "sentence=x"], "unknown parameter 'sentence' (valid: k)"),
         (["--preset", "quick"], "unknown preset 'quick'"),
         (["--preset", "paper", "01"], "01_slow.ipynb has no preset 'paper'"),
         (["none/01_slow.ipynb"], "unknown notebook 'none/01_slow.ipynb'"),
@@ -276,8 +274,8 @@ def test_other_files_do_not_keep_a_run_from_being_taken_up(
     write_notebook(notebooks / "02_bad.ipynb", BAD)
     out = tmp_path / "out"
     assert main(["run", "--out", str(out)]) == 1
-    for stray, content in (("99999999.json", "{}"), ("zz.json", "not JSON"), ("00.json", "[]")):
-        (out / stray).write_text(content)
+    (out / "99999999.json").write_text("{}")
+    (out / "zz.json").write_text("not JSON")
     write_notebook(notebooks / "02_bad.ipynb", LAST)
     assert main(["run", "--out", str(out), "--resume"]) == 0
     assert not list(out.glob(".*"))
@@ -286,33 +284,25 @@ def test_other_files_do_not_keep_a_run_from_being_taken_up(
     assert "zz.json is not the manifest of a run" in capsys.readouterr().err
 
 
-def test_folder_that_cannot_be_written_is_an_error(
+def test_folder_that_cannot_be_made_is_an_error(
     notebooks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "file").write_text("in the way")
-    assert main(["run", "--out", str(tmp_path / "file/runs")]) == 2
+    assert main(["run", "--out", str(notebooks / "01_slow.ipynb/runs")]) == 2
     assert "flowhelpers: cannot make the folder" in capsys.readouterr().err
-    assert main(["run", "--out", str(tmp_path / "file")]) == 2
-    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_runs_of_the_same_second_are_apart(
     notebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (notebooks / "go").touch()
     made: list[str] = []
 
     def pretend(notebook: Path, output: Path, given: dict, **options: object) -> None:
-        folder = Path(os.environ[RUN_DIR])
-        made.append(folder.name)
-        if len(made) == 1:  # a second execution starts while the first is running
-            run_notebooks(plan(), tmp_path / "out")
-            os.environ[RUN_DIR] = str(folder)
+        made.append(output.parent.name)
         write_notebook(output, ["k: int = 1"])
 
     monkeypatch.setattr("flowhelpers.runs.execute.papermill.execute_notebook", pretend)
     monkeypatch.setattr("flowhelpers.runs.execute.folder_name", lambda *_: "same")
-    assert run_notebooks(plan(), tmp_path / "out") == 0
+    assert [run_notebooks(plan(), tmp_path / "out") for _ in range(2)] == [0, 0]
     assert made == ["same", "same-2"]
     assert len([*(tmp_path / "out").glob("*.json")]) == 2
 
