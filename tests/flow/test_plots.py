@@ -38,37 +38,32 @@ LABELS = pd.DataFrame(
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("matches")
-
-
-@pytest.fixture(scope="module")
-def chain(cache: Path) -> FlowGraph:
+def chain() -> FlowGraph:
     """0/res/2 → 1/res/5 → 2/res/14 at 0.8, with MLP predecessors at 1, 0.6 and 0.96."""
     suite = toys.bare_suite()
-    return labelled(flow_graph(suite, "1/res/5", match_table(suite, k=3, cache=cache)), LABELS)
+    return labelled(flow_graph(suite, "1/res/5", match_table(suite, k=3)), LABELS)
 
 
 @pytest.fixture(scope="module")
-def web(cache: Path) -> FlowGraph:
+def web() -> FlowGraph:
     """Two seeds and three matches of each node, most of them no better than chance."""
     generator = torch.Generator().manual_seed(0)
     planted = toys.planted_directions()
     noise = {site: torch.randn(rows.shape, generator=generator) for site, rows in planted.items()}
     suite = toys.bare_suite({site: normalize(planted[site] + 0.1 * noise[site]) for site in noise})
-    table = match_table(suite, k=3, cache=cache)
+    table = match_table(suite, k=3)
     return flow_graph(suite, ["1/res/5", "2/res/3"], table, top_n=3)
 
 
 @pytest.fixture(scope="module")
-def deep(cache: Path) -> FlowGraph:
+def deep() -> FlowGraph:
     """32 layers, as wide as they come: indices of six digits."""
     generator = torch.Generator().manual_seed(0)
     sites = [Site(layer, module) for layer in range(32) for module in ("res", "mlp")]
     noise = {site: torch.randn(3, 8, generator=generator) for site in sites}
     directions = {site: normalize(torch.eye(8)[:3] + 0.2 * noise[site]) for site in sites}
     suite = toys.bare_suite(directions, layers=32)
-    graph = flow_graph(suite, "9/res/1", match_table(suite, k=1, cache=cache))
+    graph = flow_graph(suite, "9/res/1", match_table(suite, k=1))
     return replace(graph, nodes=graph.nodes.assign(index=graph.nodes["index"] + 131_000))
 
 
@@ -147,25 +142,21 @@ def test_flow_picture_colours_nodes_by_a_value_and_leaves_others_empty(chain: Fl
 
 def test_flow_picture_joins_every_edge_once_and_dots_what_is_chance(web: FlowGraph) -> None:
     table = web.edges.set_index(["source", "target"])
-    drawn = {(source, target): line for source, target, line in edges(flow_picture(web, "toy"))}
+    figure = flow_picture(web, "toy")
+    drawn = {(source, target): line for source, target, line in edges(figure)}
     assert sorted(drawn) == sorted(table.index)
     above = table["score"] > table["null"]
     assert {*above} == {True, False}
+    scale = flow_layout(web).nodes["size"].min() / 14
     for (source, target), line in drawn.items():
-        module = source.split("/")[1]
-        expected = ("solid", COLOURS[module]) if above[source, target] else ("dot", GREY)
+        expected = ("dot", GREY)
+        if above[source, target]:
+            expected = ("solid", COLOURS[source.split("/")[1]])
         assert (line.dash, line.color) == expected
         cosine = table.loc[(source, target), "cosine"]
-        scale = flow_layout(web).nodes["size"].min() / 14
         assert line.width == pytest.approx((0.5 + 8 * max(cosine, 0)) * scale)
-
-
-def test_flow_picture_bears_an_arrow_on_forward_edges_and_only_there(web: FlowGraph) -> None:
-    names = web.edges["source"] + " → " + web.edges["target"]
-    drawn = marks(flow_picture(web, "toy"))
-    seen = {hover.split("<br>")[0] for hover, opacity in drawn if opacity}
-    assert seen == {*names[web.edges["direction"] == "forward"]}
-    assert {hover.split("<br>")[0] for hover, _ in drawn} == {*names}
+    arrows = {tuple(hover.split("<br>")[0].split(" → ")): seen for hover, seen in marks(figure)}
+    assert arrows == (table["direction"] == "forward").to_dict()
 
 
 @pytest.mark.parametrize("name", ["chain", "web", "deep"])
@@ -202,9 +193,9 @@ def test_flow_picture_keeps_layers_and_lanes(name: str, request: pytest.FixtureR
     assert figure.layout.yaxis.ticktext == ("attention", "stream", "MLP")
 
 
-def test_parallel_chains_do_not_cross(cache: Path) -> None:
+def test_parallel_chains_do_not_cross() -> None:
     suite = toys.bare_suite()
-    graph = flow_graph(suite, ["1/res/5", "1/res/9"], match_table(suite, k=3, cache=cache))
+    graph = flow_graph(suite, ["1/res/5", "1/res/9"], match_table(suite, k=3))
     height = nodes(flow_picture(graph, "toy")).set_index("feature")["y"]
     upper, lower = (
         [height[f"{layer}/res/{order.index(c)}"] for layer, order in toys.COORDINATE.items()]
@@ -216,14 +207,11 @@ def test_parallel_chains_do_not_cross(cache: Path) -> None:
 def test_flow_picture_rings_seeds_and_colours_classes(web: FlowGraph) -> None:
     known = web.nodes.set_index("feature")
     drawn = nodes(flow_picture(web, "toy")).set_index("feature")
-    seeds = drawn.index.isin(["1/res/5", "2/res/3"])
-    assert drawn["size"][seeds].min() > drawn["size"][~seeds].max()
-    assert {*drawn["ring"][seeds]} == {INK}
-    assert {*drawn["ring"][~seeds]} == {"white"}
-    for feature, colour in drawn["colour"].items():
-        row = known.loc[str(feature)]
-        palette = CLASS_COLOURS if row["module"] == "res" else COLOURS
-        assert colour == palette[row["class"] if row["module"] == "res" else row["module"]]
+    is_seed = known["is_seed"].reindex(drawn.index)
+    assert drawn.loc[is_seed, "size"].min() > drawn.loc[~is_seed, "size"].max()
+    assert (drawn["ring"] == is_seed.map({True: INK, False: "white"})).all()
+    kind = known["class"].fillna(known["module"]).reindex(drawn.index)
+    assert (drawn["colour"] == kind.map(CLASS_COLOURS | COLOURS)).all()
 
 
 def test_hovers_hold_what_the_tables_do(chain: FlowGraph) -> None:
@@ -297,13 +285,13 @@ def test_before_after_has_a_bar_for_each_row() -> None:
 
 
 @pytest.fixture(scope="module")
-def linked(cache: Path) -> FlowGraph:
+def linked() -> FlowGraph:
     """A graph of a suite whose stream and MLP, but not its attention, are on Neuronpedia."""
     bare = toys.bare_suite()
     names = {at: f"toy-model/{at.layer}-{at.module}" for at in bare.saes if at.module != "att"}
     suite = replace(bare, row=replace(bare.row, neuronpedia=names))
     of_attention = f"2/res/{toys.COORDINATE[2].index(13)}"
-    return flow_graph(suite, ["1/res/5", of_attention], match_table(suite, k=1, cache=cache))
+    return flow_graph(suite, ["1/res/5", of_attention], match_table(suite, k=1))
 
 
 def test_every_node_has_its_page_in_the_graph_and_in_its_file(
