@@ -370,58 +370,28 @@ def test_lifespans_of_planted_chains_come_out_exactly():
     assert found[["layer", "first", "last"]].values.tolist() == [[0, 0, 2], [1, 0, 2], [2, 0, 2]]
 
 
-def busy_chain() -> Suite:
-    """Eight layers with a chain and its exact copy; layer 6 processes it, and one is born at 4.
-
-    Features 0 and 1 are the same direction everywhere. At layer 6 the MLP writes it as well.
-    Feature 2 is written by attention at layer 4, where the MLP writes it too, but not enough.
-    """
-    axes = torch.eye(64)
-    directions: dict[Site, Tensor] = {}
-    first, second = axes[0], axes[20]
-    for layer in range(8):
-        rows, mlp, att = [first] * 2, [axes[30 + layer]], [axes[40 + layer]]
-        if layer >= 4:
-            rows.append(second)
-        if layer == 4:
-            att.append(0.6 * second + 0.8 * axes[61])
-            mlp.append(0.65 * second + (1 - 0.65**2) ** 0.5 * axes[62])
-        if layer == 6:
-            mlp.append(0.7 * first + 0.51**0.5 * axes[63])
-        for module, directions_there in (("res", rows), ("mlp", mlp), ("att", att)):
-            directions[Site(layer, module)] = torch.stack(directions_there)
-        first = 0.9 * first + 0.19**0.5 * axes[layer + 1]
-        second = 0.8 * second + 0.6 * axes[21 + layer]
-    return toys.bare_suite(directions, layers=8)
-
-
-HIGH = {(layer, name): 0.5 for layer in range(8) for name in ("res", "mlp", "att")}
-HIGH |= {(4, "mlp"): 0.7}  # where attention, though less near, is the one that is high
-
-
 def test_of_exact_copies_the_lowest_index_is_the_predecessor():
-    suite = busy_chain()
-    graph = flow_graph(suite, "7/res/1", match_table(suite, k=1))
-    assert graph.chain["feature"].tolist() == [*(f"{at}/res/0" for at in range(7)), "7/res/1"]
-    assert graph.edges.query("module == 'res'")["margin"].tolist() == pytest.approx([0] * 7)
-    forward = flow_graph(suite, "0/res/1", match_table(suite, k=1))
-    assert forward.chain["feature"].tolist() == ["0/res/1", *(f"{at}/res/0" for at in range(1, 8))]
+    copies = {"0/res": AXES[[0, 0]], "1/res": AXES[[0, 0]]}
+    graph = built(copies, "1/res/1", 2)
+    assert graph.chain["feature"].tolist() == ["0/res/0", "1/res/1"]
+    assert graph.edges["margin"].tolist() == [0]
+    assert built(copies, "0/res/1", 2).chain["feature"].tolist() == ["0/res/1", "1/res/0"]
 
 
 def test_a_birth_is_by_the_module_whose_score_is_high():
-    suite = busy_chain()
+    by_mlp = [0.65 * AXES[4] + (1 - 0.65**2) ** 0.5 * AXES[8], 0.8 * AXES[0] + 0.6 * AXES[9]]
+    directions = {"0/res": AXES[:2], "1/res": AXES[[4, 0, 5]], "1/mlp": torch.stack(by_mlp)}
+    suite = bare(directions | {"1/att": (0.6 * AXES[4] + 0.8 * AXES[10])[None]}, 2)
     table = match_table(suite, k=1)
-    limits = pd.Series(HIGH)[pd.MultiIndex.from_frame(table[["layer", "module"]].astype(object))]
-    table = table.assign(null=limits.to_numpy())
-    graph = flow_graph(suite, "6/res/2", table)
-    born = graph.chain.set_index("feature").loc["4/res/2"]
+    table["null"] = np.where(table["module"] == "mlp", np.float32(0.7), np.float32(0.5))
+    graph = flow_graph(suite, "1/res/0", table)
+    (born,) = graph.chain.to_dict("records")
     assert born["class"] == "newborn"
-    assert born["s_mlp"] > born["s_att"]
-    assert turns(graph)[["feature", "turned_by"]].values.tolist() == [["4/res/2", "att"]]
-    by_layer = flow_by_layer(table).set_index("layer")
-    assert by_layer["born_att"].tolist() == pytest.approx([0, 0, 0, 0, 1 / 3, 0, 0, 0])
-    assert by_layer["born_mlp"].tolist() == [0] * 8
-    assert by_layer["processed"].tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 2 / 3, 0])
+    assert born["s_mlp"] > born["s_att"]  # attention, though less near, is the one that is high
+    assert turns(graph)[["feature", "turned_by"]].values.tolist() == [["1/res/0", "att"]]
+    shares = flow_by_layer(table).set_index("layer").loc[1]
+    columns = ["born_att", "born_mlp", "processed", "unexplained"]
+    assert shares[columns].tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
 
 
 def test_layers_that_the_table_lacks_or_nothing_leads_on_from(suite: Suite):

@@ -176,9 +176,8 @@ def test_flow_picture_draws_every_node_once_and_none_touches_another(
     assert drawn["y"].between(0, height).all()
 
 
-@pytest.mark.parametrize("name", ["web", "deep"])
-def test_flow_picture_keeps_layers_and_lanes(name: str, request: pytest.FixtureRequest) -> None:
-    figure = flow_picture(request.getfixturevalue(name), "toy")
+def test_flow_picture_keeps_layers_and_lanes(web: FlowGraph) -> None:
+    figure = flow_picture(web, "toy")
     drawn, axis = nodes(figure), figure.layout.xaxis
     parts = drawn["feature"].str.split("/", expand=True)
     at, module = parts[0].astype(int), parts[1]
@@ -188,8 +187,8 @@ def test_flow_picture_keeps_layers_and_lanes(name: str, request: pytest.FixtureR
     assert np.allclose(ahead[module == "res"], 0)
     assert np.allclose(ahead[module != "res"], 0.4 * (layers[1] - layers[0]))
     lanes = drawn["y"].groupby(module).agg(["min", "max"])
-    order = [lane for lane in ("att", "res", "mlp") if lane in lanes.index]
-    assert all(lanes.loc[a, "max"] + 1 < lanes.loc[b, "min"] for a, b in pairwise(order))
+    for upper, lower in pairwise(["att", "res", "mlp"]):
+        assert lanes.loc[upper, "max"] + 1 < lanes.loc[lower, "min"]
     assert figure.layout.yaxis.ticktext == ("attention", "stream", "MLP")
 
 

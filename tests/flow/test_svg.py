@@ -17,10 +17,10 @@ LABEL = "a < b & $x^2$ 中 \x00"
 
 
 @pytest.fixture(scope="module")
-def graph(tmp_path_factory: pytest.TempPathFactory) -> FlowGraph:
+def graph() -> FlowGraph:
     """Two chains; one edge is made no better than chance, one label is made hard to write."""
     suite = toys.bare_suite()
-    table = match_table(suite, k=1, cache=tmp_path_factory.mktemp("matches"))
+    table = match_table(suite, k=1)
     found = flow_graph(suite, ["1/res/5", "2/res/3"], table)
     weak = found.edges["null"].mask(found.edges["source"] == "1/mlp/2", 0.61)
     labels = found.nodes["label"].mask(found.nodes["feature"] == "1/res/5", LABEL)
