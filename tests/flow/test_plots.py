@@ -100,11 +100,6 @@ def marks(figure: go.Figure) -> list[tuple[str, float]]:
     return list(zip(trace.hovertext, trace.marker.opacity, strict=True))
 
 
-def hover_of(graph: FlowGraph, feature: str) -> list[str]:
-    drawn = nodes(flow_picture(graph, "toy")).set_index("feature")
-    return str(drawn.loc[feature, "hover"]).split("<br>")
-
-
 def test_schematic_draws_an_edge_for_each_match_and_its_class(chain: FlowGraph) -> None:
     figure = schematic(replace(chain, nodes=chain.nodes.assign(null_mlp=0.7)), "1/res/5", "k < 5")
     drawn = {shape.name: shape for shape in figure.layout.shapes}
@@ -215,15 +210,17 @@ def test_flow_picture_rings_seeds_and_colours_classes(web: FlowGraph) -> None:
 
 def test_hovers_hold_what_the_tables_do(chain: FlowGraph) -> None:
     row = chain.nodes.set_index("feature").loc["1/res/5"]
-    assert hover_of(chain, "1/res/5") == [
+    figure = flow_picture(chain, "toy")
+    hovers = nodes(figure).set_index("feature")["hover"]
+    assert hovers["1/res/5"].split("<br>") == [
         *("1/res/5", "is_seed: True", "label: writes &lt;b&gt;, sea", "active at storm"),
         *("label_from: mine.csv", "class: processed", "from_res: 0/res/2", "s_res: 0.800"),
         *(f"high_res: {row['high_res']:.3f}", "from_mlp: 1/mlp/2", "s_mlp: 0.600"),
         *(f"high_mlp: {row['high_mlp']:.3f}", "s_att: 0.000", f"high_att: {row['high_att']:.3f}"),
     ]
-    assert hover_of(chain, "2/mlp/2") == ["2/mlp/2"]
+    assert hovers["2/mlp/2"] == "2/mlp/2"
     edge = chain.edges.iloc[-1]
-    (hover,) = (text for text, seen in marks(flow_picture(chain, "toy")) if seen)
+    (hover,) = (text for text, seen in marks(figure) if seen)
     assert hover.split("<br>") == [
         *("1/res/5 → 2/res/14", "score: 0.800", "cosine: 0.800", f"null: {edge['null']:.3f}"),
         *("null_quantile: 1.000", "rank: 1", "direction: forward", "mutual: True"),
@@ -256,9 +253,8 @@ def test_a_graph_too_high_for_captions_has_none(chain: FlowGraph) -> None:
 
 
 def test_births_and_deaths_has_a_line_for_each_and_ends_deaths_before_the_last_layer() -> None:
-    table = pd.DataFrame(
-        {"layer": [0, 1], "born_mlp": [0.1, 0.2], "born_att": [0, 0.3], "dies": [0.4, np.nan]}
-    )
+    table = pd.DataFrame({"layer": [0, 1], "born_mlp": [0.1, 0.2], "born_att": [0, 0.3]})
+    table["dies"] = [0.4, np.nan]
     mlp, att, dies = births_and_deaths(table, "toy").data
     assert (list(mlp.y), list(att.y), dies.y[0]) == ([0.1, 0.2], [0, 0.3], 0.4)
     assert np.isnan(dies.y[1])

@@ -36,9 +36,8 @@ def test_import_loads_nothing_heavy() -> None:
 
 def test_config_says_what_was_asked(folder: Path) -> None:
     asked = {"suite": "flowlet", "layers": [1, 2], "seed": 7, "share": np.float64(0.5)}
-    run = start_run("01_matching", asked, [27])
+    assert start_run("01_matching", asked, [27]).folder == folder
     config = json.loads((folder / "config.json").read_text())
-    assert run.folder == folder
     assert config["parameters"] == asked
     assert list(config["choices"]) == ["27"]
     assert config["choices"]["27"].startswith("classes A–D: a predecessor score is high where")
@@ -97,8 +96,6 @@ def test_other_settings_are_refused_by_name(folder: Path) -> None:
     start_run("n", {"k": 3, "suite": "flowlet"})
     with pytest.raises(ValueError, match=r"k was 3 and is now 4$"):
         start_run("n", {"k": 4, "suite": "flowlet"})
-    with pytest.raises(ValueError, match="suite was 'flowlet' and is now 'gemma-2-2b'"):
-        start_run("n", {"k": 3, "suite": "gemma-2-2b"})
     assert json.loads((folder / "config.json").read_text())["parameters"]["k"] == 3
 
 
@@ -112,8 +109,7 @@ def test_figures_share_one_script_and_fetch_nothing(folder: Path) -> None:
     assert names == ["one.html", "one.json", "plotly.min.js", "two.html", "two.json", "two.svg"]
     assert (folder / "figures/two.svg").read_text("utf-8") == "<svg>ß</svg>"
     page = (folder / "figures/two.html").read_text()
-    assert "planted two" in page
-    assert 'src="plotly.min.js"' in page
+    assert page.count("planted two") == page.count('src="plotly.min.js"') == 1
     assert "http" not in page.replace("http://www.w3.org", "").split("Plotly.newPlot")[0]
     assert json.loads((folder / "figures/one.json").read_text())["data"][0]["name"] == "planted one"
 
@@ -136,11 +132,6 @@ def test_failed_writing_leaves_the_old_file(tmp_path: Path) -> None:
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
 
 
-def test_progress_yields_all_and_is_silent_when_quick(capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(progress(range(5), "planted")) == [0, 1, 2, 3, 4]
-    assert capsys.readouterr() == ("", "")
-
-
 @pytest.mark.parametrize(
     ("shell", "is_live"),
     [
@@ -155,8 +146,9 @@ def test_live_is_where_a_person_could_answer(
 ) -> None:
     monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
     assert live() is is_live
-    bar = type(progress([], "planted"))
-    assert bar.__module__ == ("tqdm.notebook" if is_live else "tqdm.std")
+    bar = progress(range(3), "planted")
+    assert type(bar).__module__ == ("tqdm.notebook" if is_live else "tqdm.std")
+    assert is_live or list(bar) == [0, 1, 2]
 
 
 def test_results_are_merged_and_what_is_not_finite_is_null(tmp_path: Path):
