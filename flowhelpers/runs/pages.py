@@ -30,7 +30,7 @@ INDEX = """<!doctype html>
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
 body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1.25rem; overflow-wrap: anywhere }
 section { border: 1px solid #888; border-radius: .6rem; padding: 1rem 1.25rem; margin: 1.25rem 0 }
-th, td { text-align: left; vertical-align: top }
+th, td { text-align: left; vertical-align: top } th { white-space: nowrap; font-weight: normal }
 .finished { color: #15803d } .failed { color: #b91c1c } .stopped { color: #b45309 }
 </style></head><body>
 <h1>Run {{ name }}</h1>
