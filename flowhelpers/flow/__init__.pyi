@@ -6,14 +6,13 @@ from .files import (
 from .graph import (
     FlowGraph as FlowGraph,
     ancestors as ancestors,
-    chains as chains,
     descendants as descendants,
     flow_graph as flow_graph,
     keep_nodes as keep_nodes,
     labelled as labelled,
-    lifespan as lifespan,
-    merged as merged,
+    layer_by_layer as layer_by_layer,
     path as path,
+    turns as turns,
 )
 from .lifespans import (
     feature_lifespans as feature_lifespans,
@@ -27,11 +26,4 @@ from .plots import (
     lifespan_map as lifespan_map,
     schematic as schematic,
 )
-from .reading import (
-    in_words as in_words,
-    layer_by_layer as layer_by_layer,
-    turns as turns,
-)
-from .svg import (
-    flow_svg as flow_svg,
-)
+from .svg import flow_svg as flow_svg

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowhelpers.core.features import MODULES
+import networkx
+
 from flowhelpers.core.files import read_json, write_json
-from flowhelpers.flow.graph import EDGE_COLUMNS, LANES, NODE_TYPES, FlowGraph, chains
+from flowhelpers.flow.graph import EDGE_COLUMNS, LANES, NODE_TYPES, FlowGraph
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -16,9 +17,9 @@ FORMAT = "flowhelpers flow graph, version 2"
 
 def save_graph(graph: FlowGraph, path: Path) -> None:
     """Write a graph as a JSON file, whole or not at all."""
-    record = {"format": FORMAT, "suite": graph.suite, "seeds": list(graph.seeds)}
-    record |= {"choices": dict(graph.choices)}
-    write_json(path, record | {"nodes": _records(graph.nodes), "edges": _records(graph.edges)})
+    record = {"format": FORMAT, "suite": graph.suite, "seeds": graph.seeds}
+    record |= {"choices": graph.choices, "nodes": _records(graph.nodes)}
+    write_json(path, record | {"edges": _records(graph.edges)})
 
 
 def load_graph(path: Path) -> FlowGraph:
@@ -29,8 +30,6 @@ def load_graph(path: Path) -> FlowGraph:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} holds no flow graph: expected the format {FORMAT!r}")
     nodes = pd.DataFrame(record["nodes"]).astype(NODE_TYPES)
-    sources = [f"from_{module}" for module in MODULES]
-    nodes[sources] = nodes[sources].where(nodes[sources].notna(), None)
     nodes["link"] = nodes["link"].where(nodes["link"].str.match("https?://"), "")  # is clicked on
     edges = pd.DataFrame(record["edges"], columns=EDGE_COLUMNS).astype({"margin": float})
     return FlowGraph(record["suite"], tuple(record["seeds"]), record["choices"], nodes, edges)
@@ -40,8 +39,8 @@ def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) 
     """The graph in the JSON of circuit-tracer and of Neuronpedia's graph viewer.
 
     A flow has no tokens. In their place stand the three modules, so that the viewer draws a lane
-    for each. Every residual chain is a supernode, named by its seed; labels are `clerp`; a link's
-    weight is the match's score. The `slug` names it in an address; `model` is Neuronpedia's name.
+    for each. Residual features that are joined are a supernode, named by their seeds; labels are
+    `clerp`; a link's weight is the match's score. `model` is Neuronpedia's name.
     """
     if not re.fullmatch(r"[A-Za-z0-9-]+", slug):
         raise ValueError(f"slug {slug!r}: expected letters, digits and hyphens")
@@ -55,11 +54,16 @@ def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) 
         nodes.append(node | {"clerp": row["label"].replace("\n", "; ") or row["feature"]})
     links = graph.edges[["source", "target", "score"]].rename(columns={"score": "weight"})
     links = links.replace({"source": ids, "target": ids}).to_dict("records")
-    supernodes = [[seed, *map(ids.get, chain)] for seed, chain in chains(graph).items()]
+    stream = graph.chain["feature"]
+    supernodes = []
+    for joined in networkx.weakly_connected_components(graph.network.subgraph(stream)):
+        chain = [name for name in stream if name in joined]
+        seeds = ", ".join(name for name in chain if name in graph.seeds)
+        supernodes.append([seeds or chain[0], *map(ids.get, chain)])
     metadata = {"slug": slug, "scan": model or graph.suite, "schema_version": 1}
-    metadata |= {"prompt": f"feature flow of {', '.join(graph.seeds)}"}
-    metadata |= {"prompt_tokens": list(LANES), "transcoder_list": []}
-    view = {"pinnedIds": list(ids.values()), "supernodes": supernodes, "linkType": "both"}
+    metadata |= {"prompt": f"feature flow of {', '.join(graph.seeds)}", "transcoder_list": []}
+    metadata["prompt_tokens"] = list(LANES)
+    view = {"pinnedIds": [*ids.values()], "supernodes": supernodes, "linkType": "both"}
     view |= {"clickedId": "", "sg_pos": ""}
     return {"metadata": metadata, "qParams": view, "nodes": nodes, "links": links}
 
@@ -69,10 +73,7 @@ def _records(frame: "pd.DataFrame") -> list[dict[str, Any]]:
 
 
 def _number(layer: int, module: str, index: int) -> int:
-    """The viewers' number of a feature, from which they tell layer and index (Cantor's pairing).
-
-    At MLP and attention the layer is one that no model has: the viewer would otherwise show the
-    residual feature of the same layer and index.
-    """
+    """The viewers' number of a feature, from which they tell layer and index (Cantor's pairing)."""
+    # at MLP and attention a layer that no model has: else the viewer shows the residual feature
     layer += {"res": 0, "mlp": 1000, "att": 2000}[module]
     return (layer + index) * (layer + index + 1) // 2 + index

@@ -1,18 +1,18 @@
 """Flow graphs: chains of matches through the layers, with the predecessors in MLP and attention."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+import networkx
+
 from flowhelpers.core.features import MODULES, FeatureId, parse_feature, suggestion
 from flowhelpers.labels.neuronpedia import feature_page
-from flowhelpers.matching.scores import check_threshold, classify, feature_scores
+from flowhelpers.matching.scores import check_threshold, classify, dominant_module, feature_scores
 
 if TYPE_CHECKING:
-    import networkx
     import pandas as pd
 
     from flowhelpers.suites.load import Suite
@@ -35,17 +35,12 @@ class FlowGraph:
     """Features and the matches that join them.
 
     Attributes:
-        suite: The suite's name.
-        seeds: The features that it was built from.
-        choices: What it was built with.
-        nodes: One row a feature: `feature`, `layer`, `module`, `index`, `is_seed`, `label`,
-            `label_from`, `link` (its page on Neuronpedia, empty if it has none); for residual
-            features `class`, and for each of `res`, `mlp`, `att` the best predecessor `from_res`,
-            its score `s_res`, the null's quantile `null_res` and the threshold `high_res` that the
+        nodes: One row a feature; `link` is its page on Neuronpedia, or empty. Residual features
+            have a `class`, and for each of `res`, `mlp`, `att` the best predecessor `from_res`, its
+            score `s_res`, the null's quantile `null_res` and the threshold `high_res` that the
             class goes by. What does not exist is missing.
-        edges: One row a match, from `source` to `target`: `module` (of the source), `direction`
-            (which side chose it), `rank`, `score` (what the method ranks by), `cosine`, `margin`,
-            `mutual`, `null`, `null_quantile`.
+        edges: One row a match: `module` of the source, `direction` (which side chose it), `score`
+            (what the method ranks by), and the columns of the match table.
     """
 
     suite: str
@@ -62,8 +57,6 @@ class FlowGraph:
     @cached_property
     def network(self) -> "networkx.DiGraph":
         """The graph for networkx, its columns as attributes of nodes and edges."""
-        import networkx
-
         network = networkx.DiGraph(suite=self.suite, seeds=self.seeds, **self.choices)
         network.add_nodes_from((node["feature"], node) for node in self.nodes.to_dict("records"))
         edges = self.edges.to_dict("records")
@@ -80,9 +73,6 @@ def flow_graph(
     t_mlp: float | None = None,
     t_att: float | None = None,
     top_n: int = 1,
-    backward: bool = True,
-    forward: bool = True,
-    thresholds: Mapping[tuple[int, str], float] | None = None,
 ) -> FlowGraph:
     """The flow through one or several features (paper 3.4, B.2; CHOICES 25 and 26).
 
@@ -90,15 +80,12 @@ def flow_graph(
     next layer whose score with the node is highest. Every residual node has its MLP and attention
     predecessors, which are not followed further. A seed at an MLP or attention leads to the
     residual features that it matches best, whose flow this is. Flows of several seeds share nodes.
-
-    Neither the suite's model nor an encoder is loaded. The paper's B.2 has `t_res=0.5` and
-    `t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
+    The paper's B.2 has `t_res=0.5` and `t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
 
     Args:
         t_res: Ends the chain where a step's score is below it; not at all unless given.
         t_mlp: Leaves out MLP predecessors of a lower score, as `t_att` those in attention.
         top_n: Follows so many matches of each node instead of the best.
-        thresholds: What the classes go by, as in `matching.classify`.
 
     Example:
         >>> from flowhelpers import flow, flow_graph, load_suite, match_table
@@ -135,26 +122,26 @@ def flow_graph(
         rows = rows[(rows["layer"] == seed.layer) & (rows["source"] == seed.index)]
         starts |= {FeatureId(seed.layer, "res", index) for index in rows["feature"]}
         from_seeds.append(rows)
-    directions = ["backward"] * backward + ["forward"] * forward
-    walks = [_walk(matches, starts, direction) for direction in directions]
-    nodes = starts.union(*(reached for reached, _ in walks))
+    before, steps_back = _walk(matches, starts, "backward")
+    after, steps_on = _walk(matches, starts, "forward")
+    nodes = before | after
     places = [(node.layer, node.index) for node in nodes]
     modules = matches[(matches["direction"] == "backward") & (matches["module"] != "res")]
     modules = modules.merge(pd.DataFrame(places, columns=["layer", "feature"], dtype=int))
-    edges = pd.concat([*(rows for _, rows in walks), modules, *from_seeds])
+    edges = pd.concat([steps_back, steps_on, modules, *from_seeds])
     columns = [edges[name].astype(str) for name in ("source_layer", "module", "source")]
     edges["source"] = columns[0] + "/" + columns[1] + "/" + columns[2]
     edges["target"] = edges["layer"].astype(str) + "/res/" + edges["feature"].astype(str)
     edges = edges.drop_duplicates(["source", "target"])  # what both sides chose is backward
+    order = ["layer", "feature", "module", "rank", "source"]
+    edges = edges.astype({"module": str}).sort_values(order)
     edges = pd.DataFrame(edges[EDGE_COLUMNS].to_dict("records"), columns=EDGE_COLUMNS)
     nodes |= {*named, *map(parse_feature, edges["source"])}
-    choices: dict[str, Any] = {f"t_{module}": limit for module, limit in limits.items()}
-    choices |= {"method": str(table["method"].iloc[0]), "top_n": top_n}
-    high = {f"{layer}/{module}": at for (layer, module), at in (thresholds or {}).items()}
-    choices |= {"backward": backward, "forward": forward, "high": high or "above the null"}
-    classes = classify(feature_scores(table), thresholds)
-    node_table = _node_table(suite, sorted(nodes, key=_place), named, classes)
-    return FlowGraph(suite.name, tuple(map(str, named)), choices, node_table, _sorted_edges(edges))
+    choices: dict[str, Any] = {"t_res": t_res, "t_mlp": t_mlp, "t_att": t_att, "top_n": top_n}
+    choices["method"] = str(table["method"].iloc[0])
+    in_order = sorted(nodes, key=lambda node: (node.layer, LANES.index(node.module), node.index))
+    node_table = _node_table(suite, in_order, named, classify(feature_scores(table)))
+    return FlowGraph(suite.name, tuple(map(str, named)), choices, node_table, edges)
 
 
 def _walk(
@@ -189,40 +176,8 @@ def _node_table(
     for module in MODULES:
         sources = table.get(f"source_{module}", pd.Series(-1, table.index))
         ends = zip(table["layer"] - (module == "res"), sources, strict=True)
-        names = [f"{layer}/{module}/{int(i)}" if i >= 0 else None for layer, i in ends]
-        table[f"from_{module}"] = pd.Series(names, dtype=object)
+        table[f"from_{module}"] = [f"{at}/{module}/{i:.0f}" if i >= 0 else None for at, i in ends]
     return table.reindex(columns=NODE_COLUMNS).astype(NODE_TYPES)
-
-
-def _place(node: FeatureId) -> tuple[int, int, int]:
-    return node.layer, LANES.index(node.module), node.index
-
-
-def _places(names: "pd.Series") -> "pd.Series":
-    return names.map(lambda name: _place(parse_feature(name)))
-
-
-def _sorted_edges(edges: "pd.DataFrame") -> "pd.DataFrame":
-    order = edges.assign(place=_places(edges["target"]))
-    order = order.sort_values(["place", "module", "rank", "source"], ignore_index=True)
-    return order.drop(columns="place")
-
-
-def merged(graphs: Sequence[FlowGraph]) -> FlowGraph:
-    """Several graphs of one suite as one, the graph that `flow_graph` builds of all their seeds."""
-    import pandas as pd
-
-    kinds = {(graph.suite, json.dumps(dict(graph.choices), sort_keys=True)) for graph in graphs}
-    if len(kinds) != 1:
-        given = ", ".join(f"{suite} {choices}" for suite, choices in sorted(kinds)) or "none"
-        raise ValueError(f"graphs of {given}: expected one suite and one set of choices")
-    seeds = tuple(dict.fromkeys(seed for graph in graphs for seed in graph.seeds))
-    nodes = pd.concat([graph.nodes for graph in graphs]).drop_duplicates("feature")
-    nodes = nodes.sort_values("feature", key=_places, ignore_index=True)
-    nodes["is_seed"] = nodes["feature"].isin(seeds)
-    edges = pd.concat([graph.edges for graph in graphs]).sort_values("direction", kind="stable")
-    edges = edges.drop_duplicates(["source", "target"])  # what both sides chose is backward
-    return replace(graphs[0], seeds=seeds, nodes=nodes, edges=_sorted_edges(edges))
 
 
 def labelled(graph: FlowGraph, labels: "pd.DataFrame") -> FlowGraph:
@@ -244,22 +199,18 @@ def keep_nodes(graph: FlowGraph, features: Iterable[str]) -> FlowGraph:
 
 def ancestors(graph: FlowGraph, feature: FeatureId | str) -> list[str]:
     """The features of the graph that lead to one, by layer."""
-    import networkx
-
-    return _in_order(graph, networkx.ancestors(graph.network, _node(graph, feature)))
+    above = networkx.ancestors(graph.network, _node(graph, feature))
+    return [name for name in graph.network if name in above]
 
 
 def descendants(graph: FlowGraph, feature: FeatureId | str) -> list[str]:
     """The features of the graph that one leads to, by layer."""
-    import networkx
-
-    return _in_order(graph, networkx.descendants(graph.network, _node(graph, feature)))
+    below = networkx.descendants(graph.network, _node(graph, feature))
+    return [name for name in graph.network if name in below]
 
 
 def path(graph: FlowGraph, first: FeatureId | str, last: FeatureId | str) -> "pd.DataFrame":
     """The edges from one feature to a later one, in order; the sum of (1 - score) is least."""
-    import networkx
-
     ends = _node(graph, first), _node(graph, last)
     try:
         nodes = networkx.shortest_path(graph.network, *ends, lambda a, b, edge: 1 - edge["score"])
@@ -268,47 +219,36 @@ def path(graph: FlowGraph, first: FeatureId | str, last: FeatureId | str) -> "pd
     return graph.edges.set_index(["source", "target"]).loc[[*pairwise(nodes)]].reset_index()
 
 
-def lifespan(
-    graph: FlowGraph, feature: FeatureId | str, t_res: float | None = None
-) -> tuple[int, int]:
-    """The first and the last layer of the run around a residual feature (CHOICES 26).
+def layer_by_layer(graph: FlowGraph) -> "pd.DataFrame":
+    """The chain of a graph as the paper's appendix E reads it, one row a residual node.
 
-    The run ends where no residual edge of the graph goes on whose score is at least `t_res`, or
-    above the null's quantile if `t_res` is not given.
+    `step` is the score of the step into it, `high above` the thresholds that its class goes by, for
+    stream / MLP / attention, and `adds` the modules' matches that are high, with their labels.
     """
-    import networkx
-
-    node = _node(graph, feature)
-    check_threshold(0.0 if t_res is None else t_res, "t_res")
-    if parse_feature(node).module != "res":
-        raise ValueError(f"{node} is not residual: a lifespan is that of a residual feature")
-
-    edges = graph.edges[graph.edges["module"] == "res"]
-    high = edges["score"] > edges["null"] if t_res is None else edges["score"] >= t_res
-    network = graph.network.edge_subgraph(edges.loc[high, ["source", "target"]].itertuples(False))
-    near = {node}
-    if node in network:
-        near |= networkx.ancestors(network, node) | networkx.descendants(network, node)
-    layers = [graph.network.nodes[name]["layer"] for name in near]
-    return min(layers), max(layers)
+    chain, labels = graph.chain, graph.nodes.set_index("feature")["label"].str.replace("\n", "; ")
+    steps = graph.edges[graph.edges["module"] == "res"].groupby("target")["score"].max()
+    story = chain[["feature", *(f"s_{module}" for module in MODULES), "class"]]
+    story.insert(1, "label", chain["feature"].map(labels))
+    story.insert(2, "step", chain["feature"].map(steps).astype(float))
+    limits = chain[[f"high_{module}" for module in MODULES]].map("{:.3f}".format)
+    story["high above"] = limits.replace("nan", "–").agg(" / ".join, axis=1)
+    adds = []
+    for node in chain.to_dict("records"):
+        high = [node[f"from_{m}"] for m in MODULES[1:] if node[f"s_{m}"] > node[f"high_{m}"]]
+        adds.append(" | ".join(f"{source}: {labels[source]}" for source in high))
+    return story.assign(adds=adds)
 
 
-def chains(graph: FlowGraph) -> dict[str, list[str]]:
-    """For each seed its chain: the residual features that lead to it or that it leads to.
+def turns(graph: FlowGraph) -> "pd.DataFrame":
+    """The residual nodes where the meaning turns: a module lies nearer than the stream before.
 
-    What several chains share is listed with the first.
+    These have an s(M) or s(A) that is high and above s(R) (paper 3.3, class C and those of class B
+    that lean on the module, `turned_by`). Layer 0, which has no s(R), is left out.
     """
-    import networkx
-
-    residual = graph.network.subgraph(graph.chain["feature"])
-    found, taken = {}, set()
-    for seed in graph.seeds:
-        line = {seed} if seed in residual else {*graph.network.successors(seed)}
-        for start in [*line]:
-            line |= networkx.ancestors(residual, start) | networkx.descendants(residual, start)
-        found[seed] = _in_order(graph, line - taken)
-        taken |= line
-    return found
+    chain = graph.chain
+    chain["turned_by"] = dominant_module(chain)
+    near = chain["s_mlp"].where(chain["turned_by"] == "mlp", chain["s_att"])
+    return chain[chain["turned_by"].notna() & (near > chain["s_res"])]
 
 
 def _node(graph: FlowGraph, feature: FeatureId | str) -> str:
@@ -316,7 +256,3 @@ def _node(graph: FlowGraph, feature: FeatureId | str) -> str:
     if name not in graph.network:
         raise ValueError(f"{name} is not in this graph{suggestion(name, graph.nodes['feature'])}")
     return name
-
-
-def _in_order(graph: FlowGraph, features: set[str]) -> list[str]:
-    return [name for name in graph.network if name in features]

@@ -29,7 +29,7 @@ def feature_lifespans(
 
     Returns:
         One row a feature: `layer`, `feature`, `first` and `last` layer of its run, and `layers`,
-        their number. A run ends where the table does: of some layers it holds no more than these.
+        their number. A run ends where the table does.
     """
     import pandas as pd
 
@@ -54,13 +54,12 @@ def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
     """What becomes of features from layer to layer, over the whole model.
 
     Returns:
-        One row a layer that the match table has: `features`; the share of each class of the paper's
-        3.3; `born_mlp` and `born_att`, the share that is newborn by that module
-        (`dominant_module`); `dies`, the share without a match on that is higher than chance
-        (missing where the table has no next layer); `mutual`, the share with a best match back
-        that is mutual; `sources`, how many features of the layer before are anybody's best match,
-        as a share of those that choose a match on; and `largest_funnel`, how many features share
-        one.
+        One row a layer: `features`; the share of each class of the paper's 3.3; `born_mlp` and
+        `born_att`, the share that is newborn by that module; `dies`, the share without a match on
+        that is higher than chance (missing where the table has no next layer); `mutual`, the share
+        whose best match back is mutual; `sources`, how many features of the layer before are
+        anybody's best match, as a share of those that choose a match on; and `largest_funnel`, how
+        many features share one.
     """
     import pandas as pd
 
@@ -85,11 +84,9 @@ def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def funnels(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The residual features that are best matches back, by how many features name them.
+    """The residual features that are best matches back, by how many `features` name them.
 
-    Returns:
-        `source_layer`, `source`, `features` (their number), `score` (their mean) and `above`, how
-        many of them match it above chance; the largest first.
+    `score` is the mean over these, and `above` how many of them match it above chance.
     """
     best = _best(table, "backward")
     sources = best.assign(high=best["score"] > best["null"]).groupby(["source_layer", "source"])

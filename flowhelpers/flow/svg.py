@@ -1,95 +1,67 @@
 """A flow graph as SVG: drawn without a browser, and the same bytes for the same graph."""
 
-import html
-import io
 import re
-import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from flowhelpers.core.figures import CLASS_COLOURS, GREY, INK, MARGIN, NAMES
+from flowhelpers.core.figures import CLASS_COLOURS, NAMES
 from flowhelpers.flow.layout import flow_layout
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
     from flowhelpers.flow.graph import FlowGraph
-    from flowhelpers.flow.layout import Layout
 
-SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "flowhelpers"}
-HALO = "text {paint-order: stroke; stroke: white; stroke-width: 2px}"
-OPPOSITE = {"top": "bottom", "bottom": "top", "left": "right", "right": "left", "center": "center"}
-TOWARDS = {"top": 1, "bottom": -1, "left": -1, "right": 1, "center": 0}
+TEMPLATE = """\
+<svg xmlns="http://www.w3.org/2000/svg" fill="#222222" font-family="sans-serif"
+  width="{{ picture.width + 95 }}" height="{{ picture.height + 140 }}">
+<rect width="100%" height="100%" fill="white"/>
+<text x="10" y="30" font-size="17">{{ picture.title }}</text>
+<text x="10" y="50" font-size="12" fill="#8C8C8C">{{ subtitle }}</text>
+<g font-size="12" text-anchor="middle">
+{%- for kind, colour in kinds.items() %}
+<circle cx="{{ 90 + 110 * loop.index0 }}" cy="71" r="5" fill="{{ colour }}"/>
+<text x="{{ 145 + 110 * loop.index0 }}" y="75">{{ kind }}</text>
+{%- endfor %}
+</g>
+<g transform="translate(75 90)" font-size="{{ picture.font }}" text-anchor="middle"
+  stroke-width="2" paint-order="stroke">
+{%- for module, y in picture.lanes.items() %}
+<text x="-40" y="{{ y }}" font-size="12">{{ names[module] }}</text>
+{%- endfor %}
+<text x="-40" y="{{ picture.height + 15 }}" font-size="12">layer</text>
+{%- for layer, x in picture.layers.items() %}
+<text x="{{ x }}" y="{{ picture.height + 15 }}" font-size="12">{{ layer }}</text>
+{%- endfor %}
+{%- for edge in picture.edges.to_dict("records") %}
+<line id="{{ edge.source }}-{{ edge.target }}" stroke="{{ edge.colour }}"
+  x1="{{ edge.x0 }}" y1="{{ edge.y0 }}" x2="{{ edge.x1 }}" y2="{{ edge.y1 }}"
+  stroke-width="{{ edge.width }}"{% if edge.dash == "dot" %} stroke-dasharray="2 4"{% endif %}>
+<title>{{ edge.hover }}</title></line>
+{%- if edge.direction == "forward" %}
+<path d="M{{ edge.x - 4 }} {{ edge.y - 4 }}v8l8-4z" fill="white" stroke="#222222"/>
+{%- endif %}
+{%- endfor %}
+{%- for node in picture.nodes.to_dict("records") %}
+<a id="{{ node.feature }}"{% if node.link %} href="{{ node.link }}" target="_blank"{% endif %}>
+<circle cx="{{ node.x }}" cy="{{ node.y }}" r="{{ node.size / 2 }}" fill="{{ node.colour }}"
+  stroke="{{ node.ring }}"><title>{{ node.hover }}</title></circle></a>
+{%- set lines = node.caption.split("\\n") %}
+{%- set first = 8 - 12 * lines | length - node.size if node.module == "att" else 12 %}
+{%- for line in lines %}
+<text x="{{ node.x }}" y="{{ node.y + node.size / 2 + first + loop.index0 * 12 }}" stroke="white">
+{{- line }}</text>
+{%- endfor %}
+{%- endfor %}
+</g>
+</svg>
+"""
 
 
 def flow_svg(graph: "FlowGraph", subtitle: str) -> str:
     """The picture of `flow_picture` as SVG: hovers are titles, and nodes lead to their pages."""
-    from matplotlib import style
-    from matplotlib.figure import Figure
+    from jinja2 import Template
 
-    layout = flow_layout(graph)
-    left, right, top, bottom = (MARGIN[side] for side in "lrtb")
-    width, height = layout.width + left + right, layout.height + top + bottom
-    with style.context(["default", SETTINGS]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts draw the text
-        figure = Figure(figsize=(width / 72, height / 72))
-        box = left / width, bottom / height, layout.width / width, layout.height / height
-        axes = figure.add_axes(box)
-        _draw(axes, layout)
-        _legend(axes, layout)
-        for text, y, size, colour in ((layout.title, 30, 17, INK), (subtitle, 50, 12, GREY)):
-            place = {"x": 0.01, "y": 1 - y / height, "fontsize": size, "color": colour}
-            figure.text(s=_printable(text), parse_math=False, **place)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    records = [*layout.nodes.to_dict("records"), *layout.edges.to_dict("records")]
-    titles = {_name(record): html.escape(_printable(record["hover"])) for record in records}
-    return re.sub(
-        r'<g id="([a-z\d/-]+)">',
-        lambda group: f"{group[0]}<title>{titles[group[1]]}</title>",
-        buffer.getvalue().replace("</style>", HALO + "</style>", 1),
-    )
-
-
-def _draw(axes: "Axes", layout: "Layout") -> None:
-    arrow = 0.6 * layout.nodes["size"].min()
-    for edge in layout.edges.sort_values("above", kind="stable").to_dict("records"):
-        ends = [edge["x0"], edge["x1"]], [edge["y0"], edge["y1"]]
-        line = {"color": edge["colour"], "ls": "-" if edge["above"] else ":", "lw": edge["width"]}
-        axes.plot(*ends, **line, solid_capstyle="butt", gid=_name(edge), zorder=1)
-        if edge["direction"] == "forward":
-            axes.plot(edge["x"], edge["y"], ">", ms=arrow, mfc="white", mec=INK, zorder=2)
-    for node in layout.nodes.to_dict("records"):
-        place, ring = (node["x"], node["y"]), INK if node["is_seed"] else "white"
-        fill = {"mfc": node["colour"], "mec": ring, "mew": node["ring"], "ms": node["size"]}
-        axes.plot(*place, "o", gid=_name(node), url=node["link"] or None, zorder=3, **fill)
-        vertical, horizontal = node["caption_at"].split()
-        away = node["size"] / 2 + 2
-        offset = away * TOWARDS[horizontal], away * TOWARDS[vertical]
-        look = {"ha": OPPOSITE[horizontal], "va": OPPOSITE[vertical], "fontsize": layout.font}
-        look |= {"textcoords": "offset points", "parse_math": False, "zorder": 4}
-        axes.annotate(_printable(node["caption"]), place, offset, **look)
-    axes.set(xlim=layout.across, ylim=layout.up, xlabel="layer")
-    axes.set_xticks(sorted(layout.nodes["layer"].unique()))
-    axes.set_yticks([*layout.lanes.values()], [NAMES[module] for module in layout.lanes])
-    axes.spines[:].set_visible(False)
-
-
-def _legend(axes: "Axes", layout: "Layout") -> None:
-    for kind, colour in CLASS_COLOURS.items():
-        if kind in set(layout.nodes["kind"]):
-            axes.plot([], [], "o", color=colour, label=kind)
-    if "forward" in set(layout.edges["direction"]):
-        axes.plot([], [], ">", mfc="white", mec=INK, label="chosen by the earlier feature")
-    axes.plot([], [], color=INK, lw=3, label="above chance")
-    axes.plot([], [], color=GREY, lw=3, ls=":", label="not above")
-    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=9, frameon=False)
-
-
-def _name(record: dict[str, Any]) -> str:
-    """A node's feature, or the two that an edge joins."""
-    return record.get("feature") or f"{record['source']}-{record['target']}"
-
-
-def _printable(text: str) -> str:
-    """The text without what XML cannot hold."""
-    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+    picture = flow_layout(graph)
+    shown = {*picture.nodes["kind"]}
+    kinds = {kind: colour for kind, colour in CLASS_COLOURS.items() if kind in shown}
+    template = Template(TEMPLATE, autoescape=True, trim_blocks=True)
+    svg = template.render(picture=picture, subtitle=subtitle, kinds=kinds, names=NAMES)
+    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "\N{REPLACEMENT CHARACTER}", svg)

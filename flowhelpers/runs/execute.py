@@ -1,9 +1,9 @@
 """Notebooks executed one by one, each in its run's folder, and taken up again when stopped.
 
 An execution has a manifest, `<out>/<time>.json`, written before the first notebook starts and after
-each change, and beside it a page, `<out>/<time>.html`, that leads to everything made. A notebook
-that fails does not keep the others from running. What was stopped is taken up from the manifest:
-finished notebooks are left alone, the others run again in the folders they had.
+each change, and beside it a page, `<out>/<time>.html`, that leads to everything made. What was
+stopped is taken up from the manifest: finished notebooks are left alone, the others run again in
+the folders they had.
 """
 
 import logging
@@ -13,8 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
-from itertools import count
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,63 +24,47 @@ from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
 from papermill.exceptions import PapermillExecutionError, strip_color
 from papermill.iorw import LocalHandler, papermill_io
+from pydantic import BaseModel, ValidationError
 
-from flowhelpers.core.files import new_folder, read_json, writable_folder, write_json, write_text
-from flowhelpers.runs.pages import duration, index_page, link_pages, notebook_page
+from flowhelpers.core.files import new_folder, writable_folder, write_text
+from flowhelpers.runs.pages import duration, index_page, notebook_page
 from flowhelpers.runs.run import RUN_DIR, folder_name
 
 STOPPED = 130  # the exit status of a program that Ctrl-C stopped
 TRACEBACK_LINES = 15
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(BaseModel):
     """One notebook of an execution, and how it fared."""
 
-    notebook: str
-    parameters: dict[str, Any] = field(default_factory=dict)
+    notebook: Path
+    parameters: dict[str, Any]
     status: str = "waiting"  # then running, and finished, failed or stopped
     folder: str | None = None  # the name of its run's folder, once it has one
     seconds: float | None = None
     error: str | None = None
 
-    @property
-    def name(self) -> str:
-        """The notebook's name."""
-        return Path(self.notebook).stem
 
+class Manifest(BaseModel):
+    """An execution of notebooks: what was asked for, and how far it has come."""
 
-@dataclass(frozen=True)
-class Manifest:
-    """An execution of notebooks: what was asked for, where, and how far it has come."""
-
-    path: Path
     started: str
-    working_folder: str
+    working_folder: Path
     name: str | None
-    jobs: tuple[Job, ...]
+    jobs: list[Job]
 
     @property
     def unfinished(self) -> bool:
         """Whether any notebook is yet to finish; a failed one may, once its cause is mended."""
         return any(job.status != "finished" for job in self.jobs)
 
-    def update(self, index: int, **changes: Any) -> "Manifest":
-        """The manifest with one job changed, saved."""
-        job = replace(self.jobs[index], **changes)
-        changed = replace(self, jobs=(*self.jobs[:index], job, *self.jobs[index + 1 :]))
-        changed.save()
-        return changed
-
-    def save(self) -> None:
+    def save(self, path: Path) -> None:
         """Writes the manifest and its page."""
-        content = asdict(self)
-        del content["path"]
-        write_json(self.path, content)
+        write_text(path, self.model_dump_json(indent=2))
         finished = sum(job.status == "finished" for job in self.jobs)
         summary = f"{finished} of {len(self.jobs)} notebooks finished · started {self.started}"
-        entries = [asdict(job) | {"name": job.name} for job in self.jobs]
-        index_page(self.path.with_suffix(".html"), summary, entries)
+        entries = [job.model_dump() | {"name": job.notebook.stem} for job in self.jobs]
+        index_page(path.with_suffix(".html"), summary, entries)
 
 
 def run_notebooks(
@@ -93,115 +76,84 @@ def run_notebooks(
 ) -> int:
     """Executes notebooks, as `plan` gives them, each in a folder of its own below `out`.
 
-    Args:
-        planned: The notebooks and the parameters to override in each.
-        out: Where the folders, the manifest and the index page go.
-        name: A word to tell this run's folders from others.
-        timeout: Seconds that a cell may take; no end unless given.
+    One that fails does not keep the others from running. `name` tells this run's folders from
+    others; a cell may take `timeout` seconds, without end unless given.
 
     Returns:
         The exit status: 0, 1 if a notebook failed, 130 if stopped.
     """
-    jobs = tuple(Job(str(notebook), values) for notebook, values in planned.items())
-    with _new_manifest(writable_folder(out)) as path:
-        started = time.strftime("%Y-%m-%d %H:%M:%S")
-        manifest = Manifest(path, started, str(Path.cwd()), name, jobs)
-        manifest.save()
-        return _execute(manifest, timeout)
+    jobs = [Job(notebook=notebook, parameters=given) for notebook, given in planned.items()]
+    now = datetime.now()
+    manifest = Manifest(started=str(now)[:19], working_folder=Path.cwd(), name=name, jobs=jobs)
+    path = writable_folder(out) / f"{now:%Y%m%d-%H%M%S-%f}.json"
+    with _lock(path):
+        return _execute(manifest, path, timeout)
 
 
 def resume(out: Path, path: Path | None = None, *, timeout: int | None = None) -> int:
     """Takes an execution up again: that of a manifest, or the latest unfinished one in `out`.
 
-    Returns:
-        The exit status, as of `run_notebooks`.
-
-    Raises:
-        FileNotFoundError: If there is none to take up.
+    Returns the exit status, as `run_notebooks` does; a FileNotFoundError if none is to take up.
     """
-    latest = sorted(out.glob("*.json"), key=lambda file: file.stem, reverse=True)
-    for candidate in [path.resolve()] if path else latest:
-        with _lock(candidate) as free:
+    for candidate in [path] if path else sorted(out.glob("*.json"), reverse=True):
+        with suppress(Timeout), _lock(candidate):
             try:
-                manifest = load_manifest(candidate.resolve()) if free else None
-            except ValueError:
+                manifest = Manifest.model_validate_json(candidate.read_bytes())
+            except ValidationError as error:
                 if path:
-                    raise
+                    raise ValueError(f"{path} is not the manifest of a run") from error
                 continue  # another file that happens to lie there
-            if manifest and manifest.unfinished:
-                return _execute(manifest, timeout)
+            if manifest.unfinished:
+                return _execute(manifest, candidate.resolve(), timeout)
     raise FileNotFoundError(f"{path or out}: nothing to take up, all is finished or still running")
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Reads a manifest.
-
-    Raises:
-        ValueError: If the file is not a manifest.
-    """
-    try:
-        content = read_json(path)
-        jobs = tuple(Job(**job) for job in content.pop("jobs"))
-        return Manifest(path=path, jobs=jobs, **content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not the manifest of a run") from error
-
-
-def _execute(manifest: Manifest, timeout: int | None) -> int:
-    out, total = manifest.path.parent, len(manifest.jobs)
+def _execute(manifest: Manifest, path: Path, timeout: int | None) -> int:
+    out, total = path.parent, len(manifest.jobs)
     papermill_io.register(str(out), _WholeFiles())
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it cannot read all of our types
     # A process started in the background inherits that Ctrl-C is ignored: here it stops the run.
     stops = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(stop, signal.default_int_handler) for stop in stops]
     try:
-        for index, job in enumerate(manifest.jobs):
+        for number, job in enumerate(manifest.jobs, 1):
             if job.status == "finished":
                 continue
-            name = job.folder or new_folder(out, folder_name(job.name, manifest.name)).name
-            manifest = manifest.update(index, status="running", folder=name, error=None)
-            _say(f"[{index + 1}/{total}] {job.name}: {out / name}")
-            began = time.monotonic()
+            stem, began = job.notebook.stem, time.monotonic()
+            job.folder = job.folder or new_folder(out, folder_name(stem, manifest.name)).name
+            job.status, job.error = "running", None
+            manifest.save(path)
+            _say(f"[{number}/{total}] {stem}: {out / job.folder}")
             try:
-                error = _execute_one(job, out / name, manifest.working_folder, timeout)
+                job.error = _execute_one(job, out, manifest.working_folder, timeout)
+                job.status = "failed" if job.error else "finished"
             except KeyboardInterrupt:
-                manifest.update(index, status="stopped", seconds=time.monotonic() - began)
-                _say(f"stopped; to take it up again: flowhelpers run --resume {manifest.path}")
+                job.status = "stopped"
+                _say(f"stopped; to take it up again: flowhelpers run --resume {path}")
                 return STOPPED
-            status, seconds = "failed" if error else "finished", time.monotonic() - began
-            manifest = manifest.update(index, status=status, seconds=seconds, error=error)
-            reason = ": " + error.splitlines()[0] if error else ""
-            _say(f"[{index + 1}/{total}] {status} after {duration(seconds)}{reason}")
+            finally:
+                job.seconds = time.monotonic() - began
+                manifest.save(path)
+            reason = ": " + job.error.splitlines()[0] if job.error else ""
+            _say(f"[{number}/{total}] {job.status} after {duration(job.seconds)}{reason}")
     finally:
         for stop, handler in zip(stops, before, strict=True):
             signal.signal(stop, handler)
-        pages = {
-            job.name: out / job.folder / "notebook.html" for job in manifest.jobs if job.folder
-        }
-        link_pages({name: page for name, page in pages.items() if page.is_file()})
-    _say(f"index: {manifest.path.with_suffix('.html')}")
+    _say(f"index: {path.with_suffix('.html')}")
     return 1 if manifest.unfinished else 0
 
 
-def _execute_one(job: Job, folder: Path, working_folder: str, timeout: int | None) -> str | None:
+def _execute_one(job: Job, out: Path, working_folder: Path, timeout: int | None) -> str | None:
     """Executes a notebook and writes its page; returns what went wrong, if anything did."""
-    notebook, errors = folder / "notebook.ipynb", []
-    bar: Any = {"desc": job.name, "leave": False}
+    folder, errors = out / str(job.folder), []
     os.environ[RUN_DIR] = str(folder)
+    progress = {"desc": job.notebook.stem, "leave": False}
+    options: Any = {"kernel_name": "python3", "language": "python", "start_timeout": 180}
+    options |= {"kernel_manager_class": _ThisPython, "progress_bar": progress}
+    options |= {"execution_timeout": timeout, "coalesce_streams": True, "cwd": working_folder}
+    notebook = folder / "notebook.ipynb"
     try:
-        papermill.execute_notebook(
-            job.notebook,
-            str(notebook),
-            parameters=job.parameters,
-            kernel_name="python3",
-            kernel_manager_class=_ThisPython,
-            language="python",
-            progress_bar=bar,
-            cwd=working_folder,
-            start_timeout=180,
-            execution_timeout=timeout,
-            coalesce_streams=True,
-        )
+        papermill.execute_notebook(job.notebook, notebook, job.parameters, **options)
     except PapermillExecutionError as error:
         lines = strip_color("\n".join(error.traceback)).splitlines()[-TRACEBACK_LINES:]
         errors += [f"{error.ename}: {error.evalue}", *lines]
@@ -233,33 +185,15 @@ class _WholeFiles(LocalHandler):
 
 
 @contextmanager
-def _new_manifest(out: Path) -> Iterator[Path]:
-    """The path of a manifest that is nobody else's, held until the execution ends."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for number in count(1):
-        path = out / f"{stamp}{f'-{number}' if number > 1 else ''}.json"
-        with _lock(path) as free:
-            if free and not path.exists():
-                yield path
-                return
-
-
-@contextmanager
-def _lock(manifest: Path) -> Iterator[bool]:
-    """Holds a manifest against other processes; False if one of them has it."""
+def _lock(manifest: Path) -> Iterator[None]:
+    """Holds a manifest against other processes; a Timeout if one of them has it."""
     file = manifest.with_name(f".{manifest.stem}.lock")
-    lock = FileLock(file)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        with suppress(OSError):  # where an open file cannot be removed, it stays
-            file.unlink()
-        lock.release()
+    with FileLock(file, timeout=0):
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # where an open file cannot be removed, it stays
+                file.unlink()
 
 
 def _say(line: str) -> None:

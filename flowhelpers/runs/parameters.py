@@ -7,7 +7,8 @@ line. Values are held against these types by pydantic, strictly, before anything
 import ast
 import os
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,7 @@ class Parameter:
     help: str
 
     def check(self, value: Any) -> Any:
-        """The value, if it is of the type; an int will do for a float.
-
-        Raises:
-            ValueError: If it is not.
-        """
+        """The value, if it is of the type, else a ValueError; an int will do for a float."""
         from pydantic import TypeAdapter, ValidationError
 
         try:
@@ -48,26 +45,16 @@ class Parameter:
             ) from error
 
     def parse(self, text: str) -> Any:
-        """The value that a text of the command line stands for; a list may be `a,b`.
-
-        Raises:
-            ValueError: If it stands for none of the type.
-        """
+        """The value that a text of the command line stands for; a list may be `a,b`."""
         items = text.strip().removeprefix("[").removesuffix("]").split(",")
         for value in (_literal(text), [_literal(item.strip()) for item in items], text):
-            try:
+            with suppress(ValueError):
                 return self.check(value)
-            except ValueError:
-                continue
         return self.check(text)
 
 
 def inspect(notebook: Path) -> dict[str, Parameter]:
-    """The parameters of a notebook by name; none if it has no cell tagged `parameters`.
-
-    Raises:
-        ValueError: If the cell holds anything but literals with types that a parameter can have.
-    """
+    """The parameters of a notebook by name; none if it has no cell tagged `parameters`."""
     import nbformat
 
     try:
@@ -84,38 +71,26 @@ def inspect(notebook: Path) -> dict[str, Parameter]:
 
 
 def notebooks_folder() -> Path:
-    """The folder of the notebooks: FLOWHELPERS_NOTEBOOKS, the package's own, or the checkout's.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    named = os.environ.get(NOTEBOOKS)
-    places = [Path(named)] if named else [DATA / "notebooks", DATA.parents[1] / "notebooks"]
-    for place in places:
-        if place.is_dir():
-            return place.resolve()
-    raise FileNotFoundError(f"no folder of notebooks at {places[-1]}")
+    """The folder of the notebooks: FLOWHELPERS_NOTEBOOKS, the package's own, or the checkout's."""
+    own = DATA / "notebooks"
+    default = own if own.is_dir() else DATA.parents[1] / "notebooks"
+    folder = Path(os.environ.get(NOTEBOOKS) or default)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of notebooks at {folder}")
+    return folder.resolve()
 
 
 def find_notebooks(names: Sequence[str] = ()) -> list[Path]:
-    """The notebooks of these names, numbers (`01`) or paths; the whole folder if none is given.
-
-    Raises:
-        ValueError: If there is none of that name; it names the nearest.
-    """
-    paths = [Path(name) for name in names if name.endswith(".ipynb") and Path(name).is_file()]
-    if paths and len(paths) == len(names):
-        return [path.resolve() for path in paths]
+    """The notebooks of these names, numbers (`01`) or paths; the whole folder if none is given."""
     ours = {path.stem: path for path in sorted(notebooks_folder().glob("*.ipynb"))}
     notebooks = []
     for name in names or ours:
-        stem = name.removesuffix(".ipynb")
-        named = [path for other, path in ours.items() if other == stem]
-        numbered = [path for other, path in ours.items() if other.startswith(f"{name}_")]
-        if Path(name) in paths:
-            notebooks.append(Path(name).resolve())
-        elif len(named or numbered) == 1:
-            notebooks += named or numbered
+        path, stem = Path(name), name.removesuffix(".ipynb")
+        named = [own for key, own in ours.items() if key == stem or key.startswith(f"{name}_")]
+        if path.suffix == ".ipynb" and path.is_file():
+            notebooks.append(path.resolve())
+        elif len(named) == 1:
+            notebooks += named
         else:
             raise ValueError(f"unknown notebook {name!r}{suggestion(stem, ours)}")
     return notebooks
@@ -131,35 +106,32 @@ def plan(
         given: Parameters as texts; each goes to every notebook that has it.
         preset: A preset of `presets.yaml` in the notebooks' folder, which `given` overrides. Where
             all notebooks are run, those without it run as they stand.
-
-    Raises:
-        ValueError: For an unknown notebook, preset or parameter, a value of the wrong type, or a
-            preset that a notebook of `names` does not have.
     """
     declared = {notebook: inspect(notebook) for notebook in find_notebooks(names)}
-    known = sorted({name for parameters in declared.values() for name in parameters})
     given = given or {}
-    for name in given:
-        if name not in known:
-            raise ValueError(f"unknown parameter {name!r}{suggestion(name, known)}")
+    _check_names(given, {name for parameters in declared.values() for name in parameters})
     presets = _preset(preset) if preset else {}
     planned = {}
     for notebook, parameters in declared.items():
         stem = notebook.stem
         if preset and names and stem not in presets:
             raise ValueError(f"{notebook.name} has no preset {preset!r}: give parameters by -p")
-        values = {}
+        settings = presets.get(stem, {})
         try:
-            for name, value in presets.get(stem, {}).items():
-                if name not in parameters:
-                    raise ValueError(f"unknown parameter {name!r}{suggestion(name, parameters)}")
-                values[name] = parameters[name].check(value)
+            _check_names(settings, parameters)
+            values = {name: parameters[name].check(value) for name, value in settings.items()}
         except ValueError as error:
             raise ValueError(f"preset {preset} of {stem}: {error}") from error
         for name in given.keys() & parameters.keys():
             values[name] = parameters[name].parse(given[name])
         planned[notebook] = values
     return planned
+
+
+def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
+    for name in given:
+        if name not in known:
+            raise ValueError(f"unknown parameter {name!r}{suggestion(name, sorted(known))}")
 
 
 def _preset(preset: str) -> dict[str, dict[str, Any]]:
@@ -175,16 +147,13 @@ def _preset(preset: str) -> dict[str, dict[str, Any]]:
 
 
 def _parameter(line: ast.stmt, source: str) -> Parameter:
-    match line:
-        case ast.AnnAssign(target=ast.Name(id=name), annotation=annotation, value=ast.expr()):
-            text = ast.unparse(annotation)
-        case _:
-            raise ValueError(f"line {line.lineno} is not `name: type = value`")
-    assert line.value is not None
+    if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value):
+        raise ValueError(f"line {line.lineno} is not `name: type = value`")
+    text = ast.unparse(line.annotation)
     kind = eval(text, {"__builtins__": {}}, TYPES)
     last = source.splitlines()[(line.end_lineno or line.lineno) - 1].encode()
     words = last[line.end_col_offset or 0 :].decode().strip().lstrip("# ")
-    parameter = Parameter(name, text, kind, ast.literal_eval(line.value), words)
+    parameter = Parameter(line.target.id, text, kind, ast.literal_eval(line.value), words)
     parameter.check(parameter.default)
     return parameter
 

@@ -19,12 +19,12 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from flowhelpers.core.files import (
     DATA,
@@ -40,44 +40,25 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-T = TypeVar("T")
-
 RUN_DIR = "FLOWHELPERS_RUN_DIR"  # set by `flowhelpers run`: the folder of the run in progress
 RUNS = "FLOWHELPERS_RUNS"  # where other runs make their folders; `runs` unless set
 PACKAGES = [
-    "flowhelpers",
-    "torch",
-    "transformers",
-    "sae-lens",
-    "transformer-lens",
-    "plotly",
-    "pandas",
+    *("flowhelpers", "torch", "transformers", "sae-lens", "transformer-lens", "plotly", "pandas")
 ]
-DECISIVE = ("notebook", "parameters", "choices")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One execution of a notebook.
-
-    Attributes:
-        folder: Where its files are.
-        kept: The tables that were finished before the run was taken up again.
-    """
+    """One execution of a notebook; `kept` are the tables that were finished before."""
 
     folder: Path
     kept: frozenset[str] = frozenset()
 
     def table(self, name: str, compute: pd.DataFrame | Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """Writes a table as `tables/<name>.parquet` and `.csv`.
+        """Writes a table as `tables/<name>.parquet` and `.csv`; returns it as read back.
 
-        Args:
-            name: The file name, without its ending.
-            compute: The table, or a function that computes it, which is not called if the table
-                was finished before this run was taken up again.
-
-        Returns:
-            The table as read back from its file, so that a first and a resumed run see the same.
+        A function that computes it is not called if the table was finished before this run was
+        taken up again.
         """
         import pandas as pd
 
@@ -92,9 +73,8 @@ class Run:
     def figure(self, name: str, figure: Figure, svg: str | None = None) -> Figure:
         """Writes a plotly figure as `figures/<name>.html` and `.json`, and returns it for display.
 
-        The page needs no network: plotly.js lies beside it, once for all figures of the run. Its
-        camera button saves the figure as SVG; `svg`, as `flow.flow_svg` draws one without a
-        browser, is written as `<name>.svg`.
+        The page needs no network: plotly.js lies beside it, once for all figures of the run. `svg`,
+        as `flow.flow_svg` draws one without a browser, is written as `<name>.svg`.
         """
         from plotly.offline import get_plotlyjs
 
@@ -102,9 +82,8 @@ class Run:
         script = path.with_name("plotly.min.js")
         if not script.exists():
             write_text(script, get_plotlyjs())
-        button = {"toImageButtonOptions": {"format": "svg", "filename": name}}
         write_text(path.with_suffix(".json"), str(figure.to_json()))
-        write_text(path, figure.to_html(config=button, include_plotlyjs="directory"))
+        write_text(path, figure.to_html(include_plotlyjs="directory"))
         if svg is not None:
             write_text(path.with_suffix(".svg"), svg)
         return figure
@@ -134,18 +113,14 @@ def start_run(
     """Starts a run and writes its `config.json`: parameters, choices, versions, device, seed.
 
     Under `flowhelpers run` the folder is the one it made; elsewhere a new one, below `runs/` or
-    what the environment variable FLOWHELPERS_RUNS names.
+    what the environment variable FLOWHELPERS_RUNS names. To take a run up again with other settings
+    than it was started with is a ValueError.
 
     Args:
-        notebook: The notebook's name.
         namespace: `globals()`, of which what earlier cells gave with a type is recorded, such as
             `seed: int = 0`; outside a notebook the parameters themselves.
         choices: Rows of CHOICES.md that bear on the notebook's numbers.
         name: A word to tell this run's folder from others.
-
-    Raises:
-        ValueError: If a run is taken up again with other settings than it was started with.
-        OSError: If no folder can be made.
     """
     parameters, settled = _parameters(namespace), settled_choices()
     asked = parameters.get("device")
@@ -162,15 +137,16 @@ def start_run(
     }
     config = json.loads(to_json(config))
     given = os.environ.get(RUN_DIR)
-    if "IPython" in sys.modules and not given:
-        _store_figures_as_html()
     root = Path(os.environ.get(RUNS, "runs"))
     folder = Path(given) if given else new_folder(root, folder_name(notebook, name))
     path = folder / "config.json"
     if path.exists():
         before = read_json(path)
-        if differences := list(_differences(before, config)):
-            raise ValueError(f"{folder} was started with other settings: " + "; ".join(differences))
+        old, new = _settings(before), _settings(config)
+        changed = [name for name in old | new if old.get(name) != new.get(name)]
+        said = "; ".join(f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in changed)
+        if changed:
+            raise ValueError(f"{folder} was started with other settings: {said}")
         config["started"] = before["started"] + config["started"]
         for unfinished in folder.rglob(".*.partial"):
             unfinished.unlink()
@@ -194,18 +170,13 @@ def folder_name(notebook: str, name: str | None = None) -> str:
 def check(answer: float | str | None, truth: float | str, tolerance: float = 0.01) -> str:
     """Says whether the answer to an exercise is right, without giving the right one away.
 
-    Args:
-        answer: The reader's answer; None until there is one.
-        truth: The right one; a word is compared without regard to case.
-        tolerance: How far a number may be off.
+    Words are compared without regard to case; a number may be off by `tolerance`.
     """
     if answer is None:
         return "no answer yet: put yours in place of None and run the cell again"
-    if isinstance(truth, str):
-        right = isinstance(answer, str) and answer.strip().lower() == truth.lower()
+    if isinstance(truth, str) or isinstance(answer, str):
+        right = str(answer).strip().lower() == str(truth).lower()
         return "right" if right else f"{answer!r} is not it: try again"
-    if isinstance(answer, str):
-        return f"{answer!r} is a word: a number is wanted"
     if abs(answer - truth) <= tolerance:
         return "right"
     return f"{answer:g} is too {'high' if answer > truth else 'low'}: try again"
@@ -234,17 +205,6 @@ def _parameters(namespace: Mapping[str, Any]) -> dict[str, Any]:
     return {name.id: namespace[name.id] for name in names if isinstance(name, ast.Name)}
 
 
-def _store_figures_as_html() -> None:
-    """Has figures stored as HTML too where plotly would store only what JupyterLab can draw.
-
-    Otherwise they are lost on export. The pages of `flowhelpers run` draw them by other means.
-    """
-    import plotly.io
-
-    if plotly.io.renderers.default == "plotly_mimetype":
-        plotly.io.renderers.default = "plotly_mimetype+notebook"
-
-
 def _versions() -> dict[str, str]:
     versions = {package: metadata.version(package) for package in PACKAGES}
     return {"python": platform.python_version()} | versions
@@ -252,16 +212,8 @@ def _versions() -> dict[str, str]:
 
 def _device() -> str | None:
     torch = sys.modules.get("torch")
-    if torch is None:
-        return None
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return torch and (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    for key in DECISIVE:
-        old, new = before[key], now[key]
-        if isinstance(old, dict):
-            names = [name for name in old | new if old.get(name) != new.get(name)]
-            yield from (f"{n} was {old.get(n)!r} and is now {new.get(n)!r}" for n in names)
-        elif old != new:
-            yield f"{key} was {old!r} and is now {new!r}"
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    return {"notebook": config["notebook"]} | config["parameters"] | config["choices"]

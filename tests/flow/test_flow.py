@@ -14,32 +14,22 @@ import torch
 import toys
 from torch import Tensor
 
-from flowhelpers.core.cache import CACHE
 from flowhelpers.core.features import Site, parse_feature
 from flowhelpers.flow.files import load_graph, save_graph, to_attribution_graph
 from flowhelpers.flow.graph import (
     FlowGraph,
     ancestors,
-    chains,
     descendants,
     flow_graph,
     labelled,
-    lifespan,
-    merged,
     path,
+    turns,
 )
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
-from flowhelpers.flow.reading import in_words, turns
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 
 AXES = torch.eye(12)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tables are kept in a folder of the test's own."""
-    monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -103,24 +93,17 @@ def test_the_planted_chain_is_found_from_each_of_its_nodes(
 
 
 def test_scores_nulls_and_classes_are_those_of_the_table(suite: Suite, table: pd.DataFrame):
-    thresholds = {(1, "res"): 0.5, (2, "res"): 0.9}
-    thresholds |= dict.fromkeys([(1, "mlp"), (1, "att"), (2, "mlp")], 0.7)
-    graph = flow_graph(suite, nodes_of(2)[1], table, thresholds=thresholds)
+    chain = flow_graph(suite, nodes_of(2)[1], table.assign(null=np.float32(0.7))).chain
+    assert chain["class"].tolist()[1:] == ["translated", "processed"]
+    graph = flow_graph(suite, nodes_of(2)[1], table)
     chain = graph.chain
-    assert chain["class"].tolist()[1:] == ["translated", "newborn"]
-    assert chain["high_mlp"].tolist()[1:] == [0.7, 0.7]
     backward = table[table["direction"] == "backward"]
     nulls = backward.groupby(["layer", "module"], observed=True)["null"].first()
     for module in ("res", "mlp", "att"):
-        assert chain[f"null_{module}"].tolist()[1:] == [nulls[layer, module] for layer in (1, 2)]
+        for kind in ("null", "high"):
+            assert chain[f"{kind}_{module}"].tolist()[1:] == [nulls[at, module] for at in (1, 2)]
     others = graph.nodes[graph.nodes["module"] != "res"]
     assert others[["class", "s_res", "high_mlp", "from_res"]].isna().all(axis=None)
-
-
-def test_one_way_only_is_one_way_only(suite: Suite, table: pd.DataFrame):
-    nodes = nodes_of(5)
-    assert flow_graph(suite, nodes[1], table, forward=False).chain["feature"].tolist() == nodes[:2]
-    assert flow_graph(suite, nodes[1], table, backward=False).chain["feature"].tolist() == nodes[1:]
 
 
 def test_forward_goes_to_the_best_of_the_next_layer_whosever_match_that_is():
@@ -166,7 +149,8 @@ def test_a_cut_leaves_the_run_of_layers_around_the_seed():
         assert (graph.edges["cosine"] >= 0.5).all()
         whole = built(chain, seed, layers=7)
         assert whole.chain["layer"].tolist() == list(range(7))
-        assert lifespan(whole, seed, 0.5) == (span[0], span[-1])
+        spans = feature_lifespans(match_table(bare(chain, 7), k=1), 0.5).set_index("layer")
+        assert spans.loc[int(seed[0]), ["first", "last"]].tolist() == [span[0], span[-1]]
     assert built(chain, "3/res/0", layers=7, t_res=0.6).chain["layer"].tolist() == [2, 3, 4]
 
 
@@ -194,8 +178,6 @@ def test_top_n_follows_so_many_of_each():
     assert graph.chain["feature"].tolist() == ["0/res/0", "0/res/1", "1/res/0"]
     assert graph.edges["rank"].tolist() == [1, 2]
     assert graph.edges["cosine"].tolist() == pytest.approx([0.8, 0.6])
-    with pytest.raises(ValueError, match="top_n=3: expected 1 to 2, the table's ranks"):
-        flow_graph(small, "1/res/0", match_table(small, k=2), top_n=3)
 
 
 def test_a_module_seed_leads_to_the_residual_features_it_matches(suite: Suite, table: pd.DataFrame):
@@ -204,27 +186,15 @@ def test_a_module_seed_leads_to_the_residual_features_it_matches(suite: Suite, t
     assert graph.chain["feature"].tolist() == nodes
     assert graph.nodes.set_index("feature").loc["1/mlp/2", "is_seed"]
     assert not graph.chain["is_seed"].any()
-    assert chains(graph) == {"1/mlp/2": nodes}
 
 
-def test_a_merged_graph_is_the_graph_of_all_seeds(suite: Suite, table: pd.DataFrame):
+def test_the_graph_of_several_seeds_is_all_their_graphs_together(suite: Suite, table: pd.DataFrame):
     seeds = [nodes_of(2)[1], "1/att/3", nodes_of(13)[0], nodes_of(2)[2]]
     whole = flow_graph(suite, seeds, table)
-    assert whole.seeds == tuple(seeds)
-    assert whole.nodes["is_seed"].sum() == 4
-    third = nodes_of(8 + 3)
-    assert sorted(whole.chain["feature"]) == sorted([*nodes_of(2), *nodes_of(13), *third])
-    lines = {seeds[0]: nodes_of(2), seeds[1]: third, seeds[2]: nodes_of(13), seeds[3]: []}
-    assert chains(whole) == lines
-    together = merged([flow_graph(suite, seed, table) for seed in seeds])
-    assert together.seeds == whole.seeds
-    pd.testing.assert_frame_equal(together.nodes, whole.nodes, check_dtype=False)
-    pd.testing.assert_frame_equal(together.edges, whole.edges, check_dtype=False)
-    low = flow_graph(suite, seeds[0], table, thresholds={(1, "res"): 0.5})
-    assert low.choices["high"] == {"1/res": 0.5}
-    for graphs in ([], [low, flow_graph(suite, seeds[1], table)]):
-        with pytest.raises(ValueError, match="expected one suite and one set of choices"):
-            merged(graphs)
+    assert {*whole.nodes.loc[whole.nodes["is_seed"], "feature"]} == {*whole.seeds} == {*seeds}
+    apart = [flow_graph(suite, seed, table) for seed in seeds]
+    assert {*whole.nodes["feature"]} == {name for one in apart for name in one.nodes["feature"]}
+    assert {*whole.chain["feature"]} == {*nodes_of(2), *nodes_of(13), *nodes_of(8 + 3)}
 
 
 def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
@@ -234,9 +204,8 @@ def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
     small = bare(directions | {"2/res": between[None]})
     table, seeds = match_table(small, k=1), ["0/res/0", "2/res/0"]
     together = flow_graph(small, seeds, table)
-    apart = merged([flow_graph(small, seed, table) for seed in seeds])
-    pd.testing.assert_frame_equal(together.nodes, apart.nodes, check_dtype=False)
-    pd.testing.assert_frame_equal(together.edges, apart.edges, check_dtype=False)
+    apart = [flow_graph(small, seed, table).network.edges for seed in seeds]
+    assert {*together.network.edges} == {*apart[0], *apart[1]}
     assert ("0/res/0", "1/res/0") in together.network.edges
 
 
@@ -249,7 +218,6 @@ def test_ancestors_descendants_and_paths_are_those_of_the_chain(suite: Suite, ta
     assert way["source"].tolist() == ["0/mlp/2", *nodes[:2]]
     assert way["target"].tolist() == nodes
     assert way["cosine"].tolist() == pytest.approx([1, 0.8, 0.8])
-    assert graph.network.edges[nodes[0], nodes[1]]["cosine"] == pytest.approx(0.8)
     assert graph.network.nodes[nodes[1]]["is_seed"]
     with pytest.raises(ValueError, match=f"no path leads from {nodes[2]} to {nodes[0]}"):
         path(graph, nodes[2], nodes[0])
@@ -268,16 +236,9 @@ def test_of_two_ways_the_one_of_higher_cosines_is_taken():
 
 def test_a_turn_is_where_a_module_lies_nearer_than_the_stream(suite: Suite, table: pd.DataFrame):
     nodes = nodes_of(13)  # s(A) is 1, 0.6 and 0.96 beside s(R) of 0.8
-    low = {(layer, module): 0.5 for layer in range(3) for module in ("res", "mlp", "att")}
-    found = turns(flow_graph(suite, nodes[0], table, thresholds=low))
-    assert found[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
-    high = low | {(2, "att"): 0.97}
-    assert turns(flow_graph(suite, nodes[0], table, thresholds=high)).empty
-    said = in_words(flow_graph(suite, nodes[0], table, thresholds=low))
-    assert said == (
-        "2 of 2 steps of the chain are above chance; after layer 0: 2 processed;"
-        f" a module lies nearer than the stream at {nodes[2]} (att)"
-    )
+    low = flow_graph(suite, nodes[0], table.assign(null=np.float32(0.5)))
+    assert turns(low)[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
+    assert turns(replace(low, nodes=low.nodes.assign(high_att=0.97))).empty
 
 
 def test_labels_are_laid_over_the_nodes(suite: Suite, table: pd.DataFrame):
@@ -295,14 +256,12 @@ def test_a_graph_is_the_same_after_saving(suite: Suite, table: pd.DataFrame, tmp
     assert (again.suite, again.seeds, again.choices) == (graph.suite, graph.seeds, graph.choices)
     pd.testing.assert_frame_equal(again.nodes, graph.nodes, check_dtype=False)
     pd.testing.assert_frame_equal(again.edges, graph.edges, check_dtype=False)
-    pd.testing.assert_frame_equal(turns(again), turns(graph), check_dtype=False)
 
 
 def test_a_file_that_is_no_graph_is_refused(tmp_path: Path):
-    for content, message in (("{", "is not JSON"), ('{"format": "x"}', "holds no flow graph")):
-        (tmp_path / "graph.json").write_text(content)
-        with pytest.raises(ValueError, match=message):
-            load_graph(tmp_path / "graph.json")
+    (tmp_path / "graph.json").write_text('{"format": "x"}')
+    with pytest.raises(ValueError, match="holds no flow graph"):
+        load_graph(tmp_path / "graph.json")
 
 
 def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame):
@@ -310,7 +269,6 @@ def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame
     labels = pd.DataFrame({"feature": nodes, "label": "a\nb", "label_from": "x"})
     graph = labelled(flow_graph(suite, [nodes[1], nodes_of(9)[1]], table), labels)
     found = json.loads(json.dumps(to_attribution_graph(graph, "a-flow", "gemma-2-2b")))
-    assert set(found) == {"metadata", "qParams", "nodes", "links"}
     assert (found["metadata"]["slug"], found["metadata"]["scan"]) == ("a-flow", "gemma-2-2b")
     ids = {node["node_id"]: node for node in found["nodes"]}
     assert len(ids) == len(graph.nodes)
@@ -326,11 +284,11 @@ def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame
     assert len({node["feature"] for node in found["nodes"]}) == len(found["nodes"])
     with pytest.raises(ValueError, match="expected letters, digits and hyphens"):
         to_attribution_graph(graph, "a/b")
-    seed = parse_feature(nodes[1])
-    assert ids[f"1_{seed.index}_1"]["clerp"] == "a; b"
+    chain = [f"{node[0]}_{parse_feature(node).index}_1" for node in nodes]
+    assert ids[chain[1]]["clerp"] == "a; b"
     supernodes = {name: members for name, *members in found["qParams"]["supernodes"]}
     assert set(supernodes) == set(graph.seeds)
-    assert supernodes[nodes[1]] == [f"{n[0]}_{parse_feature(n).index}_1" for n in nodes]
+    assert supernodes[nodes[1]] == chain
 
 
 @pytest.mark.parametrize(
@@ -341,7 +299,6 @@ def test_the_export_is_what_graph_viewers_read(suite: Suite, table: pd.DataFrame
         ("1/res/1", {"t_res": 1.5}, "threshold 1.5 for t_res: expected a cosine, from -1 to 1"),
         ("1/res/1", {"t_att": float("nan")}, "threshold nan for t_att"),
         ("1/res/1", {"top_n": 0}, "top_n=0: expected 1 to 3"),
-        ("1/res/1", {"thresholds": {(9, "res"): 0.5}}, r"a threshold for \(9, 'res'\): expected"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -354,9 +311,6 @@ def test_what_makes_no_sense_is_refused(
         flow_graph(other, seeds, table)
     with pytest.raises(ValueError, match="the match table has nothing at layer 2, of 2/res/1"):
         flow_graph(suite, "2/res/1", table[table["layer"] == 0])
-
-
-# The whole model.
 
 
 def long_chain() -> Suite:
@@ -394,11 +348,9 @@ def test_lifespans_of_planted_chains_come_out_exactly():
         assert found.loc[(layer, 3), ["first", "last", "layers"]].tolist() == [0, 7, 8]
         graph = flow_graph(suite, f"{layer}/res/3", table)
         assert graph.chain["feature"].tolist() == [f"{at}/res/3" for at in range(8)]
-        assert lifespan(graph, f"{layer}/res/3", 0.5) == (0, 7)
         # A decoy goes back to the chain's feature, as that lies nearer than the decoy before it.
-        decoy = flow_graph(suite, f"{layer}/res/2", table, forward=False)
-        before = [f"{at}/res/3" for at in range(layer)]
-        assert decoy.chain["feature"].tolist() == [*before, f"{layer}/res/2"]
+        decoy = flow_graph(suite, f"{layer}/res/2", table).chain["feature"].tolist()
+        assert decoy[: layer + 1] == [*(f"{at}/res/3" for at in range(layer)), f"{layer}/res/2"]
     for layer in range(2, 6):
         assert found.loc[(layer, 4), ["first", "last"]].tolist() == [2, 5]
     strict = feature_lifespans(table, 0.95)
@@ -412,57 +364,28 @@ def test_lifespans_of_planted_chains_come_out_exactly():
     assert found[["layer", "first", "last"]].values.tolist() == [[0, 0, 2], [1, 0, 2], [2, 0, 2]]
 
 
-def busy_chain() -> Suite:
-    """Eight layers with a chain and its exact copy; layer 6 processes it, and one is born at 4.
-
-    Features 0 and 1 are the same direction everywhere. At layer 6 the MLP writes it as well.
-    Feature 2 is written by attention at layer 4, where the MLP writes it too, but not enough.
-    """
-    axes = torch.eye(64)
-    directions: dict[Site, Tensor] = {}
-    first, second = axes[0], axes[20]
-    for layer in range(8):
-        rows, mlp, att = [first] * 2, [axes[30 + layer]], [axes[40 + layer]]
-        if layer >= 4:
-            rows.append(second)
-        if layer == 4:
-            att.append(0.6 * second + 0.8 * axes[61])
-            mlp.append(0.65 * second + (1 - 0.65**2) ** 0.5 * axes[62])
-        if layer == 6:
-            mlp.append(0.7 * first + 0.51**0.5 * axes[63])
-        for module, directions_there in (("res", rows), ("mlp", mlp), ("att", att)):
-            directions[Site(layer, module)] = torch.stack(directions_there)
-        first = 0.9 * first + 0.19**0.5 * axes[layer + 1]
-        second = 0.8 * second + 0.6 * axes[21 + layer]
-    return toys.bare_suite(directions, layers=8)
-
-
-HIGH = {(layer, name): 0.5 for layer in range(8) for name in ("res", "mlp", "att")}
-HIGH |= {(4, "mlp"): 0.7}  # where attention, though less near, is the one that is high
-
-
 def test_of_exact_copies_the_lowest_index_is_the_predecessor():
-    suite = busy_chain()
-    graph = flow_graph(suite, "7/res/1", match_table(suite, k=1))
-    assert graph.chain["feature"].tolist() == [*(f"{at}/res/0" for at in range(7)), "7/res/1"]
-    assert graph.edges.query("module == 'res'")["margin"].tolist() == pytest.approx([0] * 7)
-    forward = flow_graph(suite, "0/res/1", match_table(suite, k=1))
-    assert forward.chain["feature"].tolist() == ["0/res/1", *(f"{at}/res/0" for at in range(1, 8))]
+    copies = {"0/res": AXES[[0, 0]], "1/res": AXES[[0, 0]]}
+    graph = built(copies, "1/res/1", 2)
+    assert graph.chain["feature"].tolist() == ["0/res/0", "1/res/1"]
+    assert graph.edges["margin"].tolist() == [0]
+    assert built(copies, "0/res/1", 2).chain["feature"].tolist() == ["0/res/1", "1/res/0"]
 
 
 def test_a_birth_is_by_the_module_whose_score_is_high():
-    suite = busy_chain()
+    by_mlp = [0.65 * AXES[4] + (1 - 0.65**2) ** 0.5 * AXES[8], 0.8 * AXES[0] + 0.6 * AXES[9]]
+    directions = {"0/res": AXES[:2], "1/res": AXES[[4, 0, 5]], "1/mlp": torch.stack(by_mlp)}
+    suite = bare(directions | {"1/att": (0.6 * AXES[4] + 0.8 * AXES[10])[None]}, 2)
     table = match_table(suite, k=1)
-    graph = flow_graph(suite, "6/res/2", table, thresholds=HIGH)
-    born = graph.chain.set_index("feature").loc["4/res/2"]
+    table["null"] = np.where(table["module"] == "mlp", np.float32(0.7), np.float32(0.5))
+    graph = flow_graph(suite, "1/res/0", table)
+    (born,) = graph.chain.to_dict("records")
     assert born["class"] == "newborn"
-    assert born["s_mlp"] > born["s_att"]
-    assert turns(graph)[["feature", "turned_by"]].values.tolist() == [["4/res/2", "att"]]
-    limits = pd.Series(HIGH)[pd.MultiIndex.from_frame(table[["layer", "module"]].astype(object))]
-    by_layer = flow_by_layer(table.assign(null=limits.to_numpy())).set_index("layer")
-    assert by_layer["born_att"].tolist() == pytest.approx([0, 0, 0, 0, 1 / 3, 0, 0, 0])
-    assert by_layer["born_mlp"].tolist() == [0] * 8
-    assert by_layer["processed"].tolist() == pytest.approx([0, 0, 0, 0, 0, 0, 2 / 3, 0])
+    assert born["s_mlp"] > born["s_att"]  # attention, though less near, is the one that is high
+    assert turns(graph)[["feature", "turned_by"]].values.tolist() == [["1/res/0", "att"]]
+    shares = flow_by_layer(table).set_index("layer").loc[1]
+    columns = ["born_att", "born_mlp", "processed", "unexplained"]
+    assert shares[columns].tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
 
 
 def test_layers_that_the_table_lacks_or_nothing_leads_on_from(suite: Suite):

@@ -15,11 +15,9 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from flowhelpers import __version__
 from flowhelpers.__main__ import main
-from flowhelpers.runs.execute import load_manifest, resume, run_notebooks
+from flowhelpers.runs.execute import Manifest, resume, run_notebooks
 from flowhelpers.runs.parameters import NOTEBOOKS, plan
-from flowhelpers.runs.run import RUN_DIR
 
 COMMAND = [sys.executable, "-m", "flowhelpers", "run"]
 GOOD = [
@@ -119,6 +117,7 @@ def test_others_run_when_one_fails(executed: Execution) -> None:
     assert last.cells[-1].outputs[0].text == "4.0\n"
     assert "[2/3] failed after" in executed.said
     assert "RuntimeError: planted <failure> 2.0" in executed.said
+    assert "planted &lt;failure&gt; 2.0" in (executed.folder(1) / "notebook.html").read_text()
 
 
 def test_run_folder_holds_what_the_notebook_made(executed: Execution) -> None:
@@ -132,8 +131,9 @@ def test_run_folder_holds_what_the_notebook_made(executed: Execution) -> None:
     assert results == expected
     config = json.loads((folder / "config.json").read_text())
     assert config["parameters"] == {"new": 4, "words": ["x", "y"], "device": None}
-    left = [file.name for file in executed.out.rglob("*.partial")]
-    assert left == []
+    hidden = [path.name for path in executed.out.rglob(".*")]
+    empty = [path for path in executed.out.rglob("*") if path.is_dir() and not any(path.iterdir())]
+    assert hidden + empty == []
 
 
 def test_page_needs_no_network_and_has_the_figure(executed: Execution) -> None:
@@ -142,26 +142,17 @@ def test_page_needs_no_network_and_has_the_figure(executed: Execution) -> None:
     page = (executed.folder(0) / "notebook.html").read_text()
     assert page.count(get_plotlyjs()) == 1
     page = page.replace(get_plotlyjs(), "")
-    assert not re.search(r"<(script|link|iframe)[^>]*(src|href)=", page)
-    assert "import(" not in page
-    assert "cdn" not in page
-    assert page.count('class="plotly-graph-div"') == 1
-    assert '"name":"planted trace"' in page
+    assert not re.search(r"<(script|link|iframe)[^>]*(src|href)=|import\(|cdn|widget-view", page)
+    assert page.count('class="plotly-graph-div"') == page.count('"name":"planted trace"') == 1
     assert page.count("<math") == 2
     assert "<mfrac>" in page
-    assert "widget-view" not in page
-
-
-def test_failed_notebook_has_its_page_too(executed: Execution) -> None:
-    assert "planted &lt;failure&gt; 2.0" in (executed.folder(1) / "notebook.html").read_text()
 
 
 def test_index_leads_to_everything(executed: Execution) -> None:
     page = next(executed.out.glob("*.html")).read_text()
     links = re.findall(r'href="([^"]*)"', page)
     good = executed.folder(0).name
-    made = ["notebook.html", "notebook.ipynb", "config.json"]
-    made += ["figures/curve.html", "tables/squares.csv"]
+    made = ["notebook.html", "notebook.ipynb", "figures/curve.html", "tables/squares.csv"]
     assert [link for link in links if link.startswith(good)] == [f"{good}/{name}" for name in made]
     assert [link for link in links if not (executed.out / link).is_file()] == []
     assert "RuntimeError: planted &lt;failure&gt; 2.0" in page
@@ -169,19 +160,6 @@ def test_index_leads_to_everything(executed: Execution) -> None:
     assert re.findall(r'class="status (\w+)"', page) == ["finished", "failed", "finished"]
     assert "2 of 3 notebooks finished" in page
     assert "http" not in page
-
-
-def test_pages_lead_to_one_another(executed: Execution) -> None:
-    page = (executed.folder(0) / "notebook.html").read_text()
-    links = re.findall(r'<a data-to[^>]* href="([^"]*)">', page)
-    assert links == [f"../{executed.folder(2).name}/notebook.html"]
-    assert (executed.folder(0) / links[0]).is_file()
-
-
-def test_nothing_is_left_but_what_was_made(executed: Execution) -> None:
-    hidden = [path.name for path in executed.out.rglob(".*")]
-    empty = [path for path in executed.out.rglob("*") if path.is_dir() and not any(path.iterdir())]
-    assert hidden + empty == []
 
 
 @pytest.fixture
@@ -193,9 +171,9 @@ def notebooks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool]) -> None:
     """Waits until the condition holds; an AssertionError if it does not in time."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 90
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
@@ -217,18 +195,19 @@ def test_stopped_by_any_signal_then_taken_up_again(notebooks: Path, tmp_path: Pa
         running.send_signal(stop)
         said = running.communicate(timeout=60)[1]
         kernel = int(pid.read_text().removesuffix("."))
-        wait_for(lambda kernel=kernel: not psutil.pid_exists(kernel), 10)
-        manifest = load_manifest(next(out.glob("*.json")))
-        folders.append(manifest.jobs[0].folder)
+        wait_for(lambda kernel=kernel: not psutil.pid_exists(kernel))
+        path = next(out.glob("*.json"))
+        (job,) = Manifest.model_validate_json(path.read_bytes()).jobs
+        folders.append(job.folder)
         if stop != signal.SIGKILL:
             assert running.returncode == 130
-            assert manifest.jobs[0].status == "stopped"
-            assert f"flowhelpers run --resume {manifest.path}" in said
+            assert job.status == "stopped"
+            assert f"flowhelpers run --resume {path}" in said
     (notebooks / "go").touch()
     assert main(["run", "--out", str(out), "--resume"]) == 0
-    manifest = load_manifest(next(out.glob("*.json")))
-    assert [job.status for job in manifest.jobs] == ["finished"]
-    assert {*folders, manifest.jobs[0].folder} == {folders[0]}
+    (job,) = Manifest.model_validate_json(path.read_bytes()).jobs
+    assert job.status == "finished"
+    assert {*folders, job.folder} == {folders[0]}
     assert (notebooks / "computed").read_text() == "once "
     assert main(["run", "--out", str(out), "--resume"]) == 2  # for nothing is left to do
 
@@ -238,11 +217,8 @@ def test_stopped_by_any_signal_then_taken_up_again(notebooks: Path, tmp_path: Pa
     [
         (["01_slwo"], "unknown notebook '01_slwo'; did you mean '01_slow'"),
         (["-p", "kk=1"], "unknown parameter 'kk'; did you mean 'k'"),
-        (["-p", "k=one"], "parameter 'k' is int, not 'one'; for example k=1"),
         (["-p", "k"], "-p takes name=value, not 'k'"),
-        (["-p", "sentence=x"], "unknown parameter 'sentence' (valid: k)"),
         (["--preset", "quick"], "unknown preset 'quick'"),
-        (["--preset", "paper", "01"], "01_slow.ipynb has no preset 'paper'"),
         (["none/01_slow.ipynb"], "unknown notebook 'none/01_slow.ipynb'"),
         (["broken.ipynb"], "broken.ipynb is not a notebook"),
         (["--resume"], "nothing to take up"),
@@ -260,7 +236,6 @@ def test_errors_are_a_line_and_write_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("broken.ipynb").write_text("{")
-    (notebooks / "presets.yaml").write_text("02_other:\n  paper: {k: 2}\n")
     out = tmp_path / "out"
     assert main(["run", "--out", str(out), *arguments]) == 2
     said = capsys.readouterr().err
@@ -273,27 +248,16 @@ def test_errors_are_a_line_and_write_nothing(
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
-        raise KeyError("a bug")
-
-    monkeypatch.setattr("flowhelpers.training.card.stored_bars", fail)
+    monkeypatch.setattr("flowhelpers.training.card.stored_bars", {}.__getitem__)
     with pytest.raises(KeyError):
         main(["card"])
 
 
-@pytest.mark.parametrize("seconds", ["-5", "0", "1.5", "soon"])
+@pytest.mark.parametrize("seconds", ["0", "1.5"])
 def test_a_timeout_is_of_some_seconds(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(SystemExit):
         main(["run", f"--timeout={seconds}"])
-    assert stopped.value.code == 2
     assert f"a whole number of seconds from 1, got '{seconds}'" in capsys.readouterr().err
-
-
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main(["--version"])
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out == f"flowhelpers {__version__}\n"
 
 
 def test_other_files_do_not_keep_a_run_from_being_taken_up(
@@ -303,8 +267,8 @@ def test_other_files_do_not_keep_a_run_from_being_taken_up(
     write_notebook(notebooks / "02_bad.ipynb", BAD)
     out = tmp_path / "out"
     assert main(["run", "--out", str(out)]) == 1
-    for stray, content in (("99999999.json", "{}"), ("zz.json", "not JSON"), ("00.json", "[]")):
-        (out / stray).write_text(content)
+    (out / "99999999.json").write_text("{}")
+    (out / "zz.json").write_text("not JSON")
     write_notebook(notebooks / "02_bad.ipynb", LAST)
     assert main(["run", "--out", str(out), "--resume"]) == 0
     assert not list(out.glob(".*"))
@@ -313,36 +277,27 @@ def test_other_files_do_not_keep_a_run_from_being_taken_up(
     assert "zz.json is not the manifest of a run" in capsys.readouterr().err
 
 
-def test_folder_that_cannot_be_written_is_an_error(
+def test_folder_that_cannot_be_made_is_an_error(
     notebooks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "file").write_text("in the way")
-    assert main(["run", "--out", str(tmp_path / "file/runs")]) == 2
+    assert main(["run", "--out", str(notebooks / "01_slow.ipynb/runs")]) == 2
     assert "flowhelpers: cannot make the folder" in capsys.readouterr().err
-    assert main(["run", "--out", str(tmp_path / "file")]) == 2
-    assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_runs_of_the_same_second_are_apart(
     notebooks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (notebooks / "go").touch()
     made: list[str] = []
 
-    def pretend(notebook: str, output: str, **options: object) -> None:
-        folder = Path(os.environ[RUN_DIR])
-        made.append(folder.name)
-        if len(made) == 1:  # a second execution starts while the first is running
-            run_notebooks(plan(), tmp_path / "out")
-            os.environ[RUN_DIR] = str(folder)
-        write_notebook(Path(output), ["k: int = 1"])
+    def pretend(notebook: Path, output: Path, given: dict, **options: object) -> None:
+        made.append(output.parent.name)
+        write_notebook(output, ["k: int = 1"])
 
     monkeypatch.setattr("flowhelpers.runs.execute.papermill.execute_notebook", pretend)
-    monkeypatch.setattr("flowhelpers.runs.execute.time.strftime", lambda _: "20261121-221500")
-    assert run_notebooks(plan(), tmp_path / "out") == 0
-    assert made == ["20261121-221500-01_slow", "20261121-221500-01_slow-2"]
-    names = sorted(file.name for file in (tmp_path / "out").glob("*.json"))
-    assert names == ["20261121-221500-2.json", "20261121-221500.json"]
+    monkeypatch.setattr("flowhelpers.runs.execute.folder_name", lambda *_: "same")
+    assert [run_notebooks(plan(), tmp_path / "out") for _ in range(2)] == [0, 0]
+    assert made == ["same", "same-2"]
+    assert len([*(tmp_path / "out").glob("*.json")]) == 2
 
 
 def test_lab_opens_on_the_notebooks(notebooks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,11 +32,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     monkeypatch.setenv(NOTEBOOKS, str(folder))
 
     def write(name: str, cell: str = CELL) -> Path:
-        cells = [
-            new_code_cell("before = 1"),
-            new_code_cell(cell, metadata={"tags": ["parameters"]}),
-            new_code_cell("after = 2"),
-        ]
+        cells = [new_code_cell("x = 1"), new_code_cell(cell, metadata={"tags": ["parameters"]})]
         path = folder / f"{name}.ipynb"
         nbformat.write(new_notebook(cells=cells), path)
         return path
@@ -46,25 +42,15 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 def test_inspect_reads_names_types_defaults_and_help(write: Write) -> None:
     found = inspect(write("n"))
-    assert [(each.name, each.type, each.default) for each in found.values()] == [
-        ("suite", "str", "flowlet"),
-        ("k", "int", 5),
-        ("share", "float", 0.5),
-        ("layers", "list[int]", [1, 2]),
-        ("texts", "list[str]", ["a, b", "c"]),
-        ("device", "str | None", None),
-        ("deep", "bool", False),
-        ("mode", "Literal['add', 'set']", "add"),
-        ("limit", "int | float | None", 3),
-        ("some", "list[int] | None", None),
+    names = ["suite", "k", "share", "layers", "texts", "device", "deep", "mode", "limit", "some"]
+    assert [*found] == names
+    assert [found[name].type for name in ("layers", "device", "mode", "limit")] == [
+        *("list[int]", "str | None", "Literal['add', 'set']", "int | float | None")
     ]
-    helps = {name: each.help for name, each in found.items() if each.help}
-    assert helps == {
-        "suite": 'which suite: é, # and "quotes" do not confuse',
-        "share": "of the features",
-        "layers": "which layers",
-        "device": "found out if None",
-    }
+    defaults = ["flowlet", 5, 0.5, [1, 2], ["a, b", "c"], None, False, "add", 3, None]
+    assert [each.default for each in found.values()] == defaults
+    helps = ['which suite: é, # and "quotes" do not confuse', "", "of the features", "which layers"]
+    assert [each.help for each in found.values()][:4] == helps
 
 
 @pytest.mark.parametrize(
@@ -80,26 +66,17 @@ def test_inspect_refuses_what_cannot_be_a_parameter(write: Write, cell: str) -> 
     [
         ("k", "7", 7),
         ("share", "1", 1.0),
-        ("share", "1e-3", 0.001),
         ("suite", "12", "12"),
         ("suite", "None", "None"),
         ("layers", "2,4", [2, 4]),
-        ("layers", "[2, 4]", [2, 4]),
-        ("layers", "3", [3]),
-        ("layers", "[]", []),
         ("texts", "[a, b]", ["a", "b"]),
         ("texts", '["Hello, world", "x"]', ["Hello, world", "x"]),
         ("suite", '"quoted"', '"quoted"'),
-        ("suite", "1,2", "1,2"),
         ("some", "2, 4", [2, 4]),
-        ("some", "none", None),
         ("device", "None", None),
-        ("device", "cuda:1", "cuda:1"),
         ("deep", "true", True),
-        ("deep", "False", False),
         ("mode", "set", "set"),
         ("limit", "2.5", 2.5),
-        ("limit", "2", 2),
         ("limit", "none", None),
     ],
 )
@@ -113,12 +90,9 @@ def test_texts_become_values_of_the_type(write: Write, name: str, text: str, val
     ("name", "text", "message"),
     [
         ("k", "2.5", "parameter 'k' is int, not '2.5'; for example k=5"),
-        ("k", "True", "'k' is int"),
         ("layers", "1,x", r"'layers' is list\[int\], not '1,x'; for example layers=\[1, 2\]"),
-        ("layers", "[1.5]", "'layers' is list"),
         ("deep", "1", "'deep' is bool"),
         ("mode", "ad", r"'mode' is Literal\['add', 'set'\], not 'ad'"),
-        ("limit", "many", r"'limit' is int \| float \| None"),
     ],
 )
 def test_wrong_types_are_refused_with_an_example(
@@ -133,22 +107,12 @@ def test_parameters_go_to_every_notebook_that_has_them(write: Write) -> None:
     assert plan(given={"k": "3", "seed": "4"}) == {one: {"k": 3, "seed": 4}, two: {"k": 3.0}}
 
 
-def test_unknown_parameter_names_the_nearest(write: Write) -> None:
-    write("01_one", "layers: list[int] = [1]\nseed: int = 0")
-    with pytest.raises(ValueError, match="unknown parameter 'laeyrs'; did you mean 'layers'"):
-        plan(given={"laeyrs": "2"})
-    with pytest.raises(ValueError, match=r"unknown parameter 'xyz' \(valid: layers, seed\)$"):
-        plan(given={"xyz": "2"})
-
-
 def test_notebooks_are_found_by_name_number_and_path(write: Write, tmp_path: Path) -> None:
     one, two = write("01_matching"), write("02_groups")
     mine = tmp_path / "mine.ipynb"
     mine.write_bytes(one.read_bytes())
     assert find_notebooks() == [one, two]
     assert find_notebooks(["02", "01_matching.ipynb", str(mine)]) == [two, one, mine]
-    with pytest.raises(ValueError, match="unknown notebook '01_mathcing'; did you mean '01_match"):
-        find_notebooks(["01_mathcing"])
 
 
 def test_presets_lie_below_what_is_given(write: Write) -> None:
