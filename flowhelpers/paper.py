@@ -154,7 +154,6 @@ def compare_table_5(graph: FlowGraph) -> "pd.DataFrame":
     import pandas as pd
 
     expected = {"method": "cosine", "top_n": 1, "t_res": None, "t_mlp": TABLE_5_T_MLP}
-    expected |= {"backward": True, "forward": True}
     given = {name: graph.choices.get(name) for name in expected}
     if (graph.suite, graph.seeds, given) != (TABLE_5_SUITE, (str(TABLE_5_SEED),), expected):
         raise ValueError(
