@@ -19,6 +19,7 @@ from flowhelpers.core.features import Site, suggestion
 from flowhelpers.core.machine import fitting_threads
 
 HOOKS = {
+    "pre": "blocks.{layer}.hook_resid_pre",
     "res": "blocks.{layer}.hook_resid_post",
     "mlp": "blocks.{layer}.hook_mlp_out",
     "att": "blocks.{layer}.hook_attn_out",
@@ -31,7 +32,7 @@ Activations = Float[Tensor, "batch position d_model"]
 
 @dataclass(frozen=True)
 class Edit:
-    """A change to the activations at one site, from what is there to what is to be."""
+    """A change of the activations at one site."""
 
     site: Site
     change: Callable[[Activations], Activations]
@@ -48,20 +49,14 @@ class PromptCache:
         return self.layers[0][0].shape[2]
 
     def first(self, tokens: int) -> "PromptCache":
-        """The same of fewer tokens.
-
-        Raises:
-            ValueError: If there are not so many.
-        """
+        """The same of fewer tokens."""
         if not 0 < tokens <= len(self):
-            raise ValueError(
-                f"{tokens} tokens of a prefix of {len(self)}: expected 1 or more of it"
-            )
+            raise ValueError(f"{tokens} tokens of a prefix of {len(self)}")
         cut = ((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
         return PromptCache(tuple(cut))
 
     def cache(self, batch: int, layers: int | None = None) -> Any:
-        """It as the cache of transformers, in which every row of a batch has the same prefix."""
+        """The cache of transformers in which every row of a batch has this prefix."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -74,10 +69,7 @@ class PromptCache:
 
 @dataclass(frozen=True)
 class Model:
-    """A language model behind named sites.
-
-    `bridge` is TransformerLens's view of the Hugging Face model: use the functions of this module.
-    """
+    """A language model behind named sites, of which `bridge` is TransformerLens's view."""
 
     name: str
     bridge: Any
@@ -114,18 +106,14 @@ class Model:
 
     def sites(self) -> list[Site]:
         """Every site, in the order in which the stream passes them."""
-        return [
-            Site(layer, module) for layer in range(self.layers) for module in ("att", "mlp", "res")
-        ]
+        return [Site(i, module) for i in range(self.layers) for module in ("att", "mlp", "res")]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch of texts as tokens, `<bos>` first, padded on the right.
+    """A batch of texts as token ids, `<bos>` first, padded on the right.
 
-    Attributes:
-        ids: Token ids.
-        is_text: True at tokens of the text; False at BOS, padding and other special tokens.
+    `is_text` is True at tokens of the text, False at BOS, padding and other special tokens.
     """
 
     ids: Int[Tensor, "batch position"]
@@ -133,11 +121,7 @@ class Tokens:
 
 
 def hook_name(model: Model, site: Site) -> str:
-    """The name of the hook at a site.
-
-    Raises:
-        ValueError: If the model has no such layer or module.
-    """
+    """The name of the hook at a site; a ValueError if the model has no such layer or module."""
     if site.module not in HOOKS:
         raise ValueError(f"unknown module {site.module!r}{suggestion(site.module, HOOKS)}")
     if not 0 <= site.layer < model.layers:
@@ -148,13 +132,8 @@ def hook_name(model: Model, site: Site) -> str:
 def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = None) -> Tokens:
     """Texts to token ids with exactly one BOS in front, padded on the right.
 
-    Args:
-        model: The model whose tokenizer is used.
-        texts: One text or several; one that begins with BOS gets no second.
-        max_tokens: Cut each text to so many tokens, BOS included.
-
-    Raises:
-        ValueError: If there is no text at all, or none would be left of it.
+    A text that begins with BOS gets no second; EOS serves where there is no BOS. Each is cut to
+    `max_tokens`, BOS included. No text at all is a ValueError, as is none left of it.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
@@ -162,9 +141,7 @@ def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = 
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: expected 1 or more, BOS included")
     tokenizer = model.tokenizer
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        bos = tokenizer.eos_token_id
+    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     rows = [[bos, *row[row[:1] == [bos] :]][:max_tokens] for row in rows]
     length = max(map(len, rows))
@@ -192,18 +169,13 @@ def run_model(
     stop_after: int | None = None,
     prefix: PromptCache | None = None,
 ) -> tuple[Float[Tensor, "batch position vocabulary"] | None, dict[Site, Activations]]:
-    """One forward pass: edits applied, sites read (after their edits).
+    """One forward pass: edits applied in order, sites read after their edits.
 
-    Args:
-        model: The model; its own state is the same before and after.
-        ids: Token ids.
-        read: Sites whose activations are returned.
-        edits: Changes to the stream, in order where they share a site.
-        stop_after: Stop once this layer is done; the logits are None then.
-        prefix: The tokens before `ids`, the same for every row; positions are counted after them.
+    It ends once the layer `stop_after` is done, without logits. `prefix` are the tokens before
+    `ids`, the same for every row; positions are counted after them.
 
     Raises:
-        ValueError: If a site does not exist.
+        ValueError: If a site does not exist, or lies after the layer where the pass stops.
         RuntimeError: If an edit or a reading was never reached.
     """
     kept: dict[Site, Activations] = {}
@@ -215,17 +187,14 @@ def run_model(
 
         return Edit(site, change)
 
-    readings = [keep(site) for site in read]
+    changes = [*edits, *(keep(site) for site in read)]
+    layers = None
     if stop_after is not None:
-        late = [e.site for e in (*edits, *readings) if e.site.layer > stop_after]
-        if late:
+        layers = stop_after + 1
+        if late := [edit.site for edit in changes if edit.site.layer > stop_after]:
             raise ValueError(f"{late[0]} lies after layer {stop_after}, where the pass stops")
-    changes = [*edits, *readings]
-    if stop_after is not None:
         changes.append(Edit(Site(stop_after, "res"), _stop))
-    cache = None
-    if prefix is not None:
-        cache = prefix.cache(len(ids), None if stop_after is None else stop_after + 1)
+    cache = None if prefix is None else prefix.cache(len(ids), layers)
     logits = None
     with editing(model, changes), suppress(_Stopped):
         logits = forward(model, ids, cache)
@@ -244,10 +213,7 @@ def _stop(activations: Activations) -> Activations:
 def cache_prompt(
     model: Model, ids: Int[Tensor, "1 position"]
 ) -> tuple[Float[Tensor, "1 position vocabulary"], PromptCache]:
-    """One pass over a text: its logits, and what later passes need so as to go on after it.
-
-    Passes that differ from a token on share all that comes before it.
-    """
+    """One pass over a text: its logits, and what later passes need so as to go on after it."""
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()
@@ -260,8 +226,7 @@ def forward(
 ) -> Float[Tensor, "batch position vocabulary"]:
     """The logits of one pass, which goes on after the keys and values of a cache and extends it.
 
-    Raises:
-        ValueError: If the model left the cache as it was.
+    A model that left the cache as it was is a ValueError.
     """
     given: dict[str, Any] = {}
     expected = ids.shape[1]
@@ -272,9 +237,9 @@ def forward(
     with fitting_threads(ids.numel(), model.d_model):
         logits = model.bridge(ids, return_type="logits", **given)
     if cache is not None and cache.get_seq_length() != expected:
+        held = cache.get_seq_length()
         raise ValueError(
-            f"{model.name}: after a pass its cache holds {cache.get_seq_length()} tokens:"
-            f" expected {expected}"
+            f"{model.name}: after a pass its cache holds {held} tokens, not {expected}"
         )
     return logits
 
@@ -312,11 +277,8 @@ def final_norm(
 def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
     """Apply edits to every pass inside the block; afterwards the model is as it was.
 
-    Yields:
-        How often each edit has been reached so far, by its place in `edits`.
-
-    Raises:
-        RuntimeError: At the end of the block, if an edit was never reached.
+    Yields how often each edit has been reached so far, by its place in `edits`. One that was never
+    reached is a RuntimeError at the end of the block.
     """
     reached = dict.fromkeys(range(len(edits)), 0)
 

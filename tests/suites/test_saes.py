@@ -99,7 +99,9 @@ def test_unusable_rows_are_named_counted_and_match_nothing():
     decoder[1] = 0
     decoder[3, 4] = torch.nan
     decoder[4, 0] = torch.inf
-    with pytest.warns(UserWarning, match=r"3 of 6 decoder rows for 1/res .*: \[1, 3, 4\]$"):
+    with pytest.warns(
+        UserWarning, match=r"3 of 6 decoder rows of the SAE for 1/res .*: \[1, 3, 4\]$"
+    ):
         sae = sae_of(decoder, encoder=torch.eye(D, 6))
     rebuilt = sae.decode(sae.encode(torch.ones(1, D)))
     assert rebuilt[0, :7].tolist() == [1, 0, 1, 0, 0, 1, 0]
