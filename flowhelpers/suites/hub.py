@@ -29,11 +29,7 @@ def cached(repository: str, file: str, revision: str | None = None) -> Path | No
 
 
 def fetch(repository: str, file: str, revision: str | None = None) -> Path:
-    """A file of the hub, from the cache if it is there, and else fetched.
-
-    Raises:
-        OSError: huggingface_hub's, such as GatedRepoError or LocalEntryNotFoundError.
-    """
+    """A file of the hub, from the cache if it is there, and else fetched."""
     from huggingface_hub import hf_hub_download
 
     path = cached(repository, file, revision)
@@ -73,12 +69,10 @@ def model_folder(model: str, revision: str | None = None) -> str:
 
 
 def _is_complete(model: str, revision: str | None) -> bool:
-    small = all(cached(model, file, revision) for file in ("config.json", "tokenizer_config.json"))
-    if not small or cached(model, SINGLE, revision):
-        return small
     index = cached(model, INDEX, revision)
-    files = set(read_json(index)["weight_map"].values()) if index else set()
-    return bool(files) and all(cached(model, file, revision) for file in files)
+    weights = set(read_json(index)["weight_map"].values()) if index else {SINGLE}
+    files = {"config.json", "tokenizer_config.json", *weights}
+    return all(cached(model, file, revision) for file in files)
 
 
 @contextmanager

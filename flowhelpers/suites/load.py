@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowhelpers.core.features import FeatureId, Site, parse_feature, parse_site, suggestion
-from flowhelpers.core.files import read_json
 from flowhelpers.core.machine import check_device, check_memory, free_memory
 from flowhelpers.core.versions import warn_of_untried
-from flowhelpers.suites.hub import fetch
 from flowhelpers.suites.registry import BYTES, SuiteRow, find_suite, listed_release
 
 if TYPE_CHECKING:
@@ -54,13 +52,8 @@ class OnDemand(Mapping[Site, "SAE"]):
 class Suite:
     """A model and its SAEs.
 
-    Attributes:
-        row: What it was loaded from.
-        source: The language model, or what loads it when it is asked for.
-        saes: The SAE at each site, read when it is asked for.
-        device: Where SAEs and model are.
-        dtype: Type of the weights of model and encoders; decoders keep their stored type.
-        checked_sites: The sites that had their preflight.
+    `source` is the model or what loads it; `dtype` that of the weights of model and encoders,
+    while decoders keep their stored type; `checked_sites` are those that had their preflight.
     """
 
     row: SuiteRow
@@ -96,11 +89,7 @@ class Suite:
         return self.row.d_model or self.model.d_model
 
     def feature(self, text: str | FeatureId) -> FeatureId:
-        """A feature of this suite, from its written form.
-
-        Raises:
-            ValueError: If there is no such layer, module or index; the message says what there is.
-        """
+        """A feature of this suite, from its written form; a ValueError says what there is."""
         feature = parse_feature(text) if isinstance(text, str) else text
         width = self.sae(feature.site).width
         if not 0 <= feature.index < width:
@@ -125,8 +114,9 @@ class Suite:
 def memory_needed(row: SuiteRow, dtype: str = "float32", kept: int | None = None) -> int:
     """Bytes of the model, and of so many SAEs (all by default) with decoders as they are stored."""
     in_saes = (row.parameters - (row.model_parameters or 0)) / len(row.saes)
-    all_of_them = kept is None or row.model_parameters is None
-    count = len(row.saes) if all_of_them else min(kept, len(row.saes))
+    count = len(row.saes)
+    if kept is not None and row.model_parameters is not None:
+        count = min(kept, count)
     each = BYTES[dtype] + BYTES[row.stored.get("saes", "float32")] / 2
     return int((row.model_parameters or 0) * BYTES[dtype] + count * in_saes * each)
 
@@ -199,16 +189,10 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
     from flowhelpers.suites.bridge import load_model
 
     if check:
-        held = torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
-        needed = max(memory_needed(row, dtype, KEPT) - held, 0)  # decoders may be there already
+        needed = memory_needed(row, dtype, KEPT)
         check_memory(needed, f"the model of suite {row.name}", device, dtype)
     model = load_model(row.model, device, getattr(torch, dtype), row.revision)
     _check_layers(row, model.layers)
-    if row.d_model not in (None, model.d_model):
-        raise ValueError(
-            f"the model {row.model} of suite {row.name} has width {model.d_model}:"
-            f" expected {row.d_model}"
-        )
     return model
 
 
@@ -224,25 +208,17 @@ def _load_sae(
     row: SuiteRow, load_model: "Callable[[], Model]", device: str, dtype: str, site: Site
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
-    from flowhelpers.suites.sae_files import folder_files, load_folder, load_release, release_files
-    from flowhelpers.suites.saes import make_sae, read_sae
+    from flowhelpers.suites.sae_files import find_files, load_whole
+    from flowhelpers.suites.saes import read_sae
 
     def output() -> "AttentionOutput":
         stored = stored_attention_output(row.model, site.layer, row.revision)
         return stored or attention_output(load_model(), site.layer)
 
     source = row.saes[site]
-    d_model = row.d_model or _stored_width(row) or load_model().d_model
-    if isinstance(source, str):
-        files = folder_files(Path(source))
-        load = partial(load_folder, Path(source), device, dtype)
-    else:
-        files = release_files(source["release"], source["id"])
-        load = partial(load_release, files, source["release"], source["id"], device, dtype)
-    if files is None:  # a format that sae-lens alone reads
-        lens_sae = load()
-        reads_z = str(lens_sae.cfg.metadata.hook_name).endswith("hook_z")
-        return make_sae(site, lens_sae, d_model, str(source), output() if reads_z else None)
+    d_model = row.d_model or load_model().d_model
+    files = find_files(source)
+    load = partial(load_whole, source, files, device, dtype)
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
     if files.revision is not None and at_issue and files.revision != row.revision:
         raise ValueError(
@@ -252,20 +228,10 @@ def _load_sae(
     return read_sae(site, files, load, d_model, device, dtype, output)
 
 
-def _stored_width(row: SuiteRow) -> int | None:
-    """The width of a model of the hub, from its configuration alone."""
-    if Path(row.model).is_dir():
-        return None
-    config = read_json(fetch(row.model, "config.json", row.revision))
-    config = {**config, **config.get("text_config", {})}
-    return config.get("hidden_size") or config.get("n_embd")
-
-
 def check_sources(row: SuiteRow) -> None:
-    """The SAEs of a suite are of one model, as far as they say, and that is the suite's.
+    """The SAEs of a suite are of one model, as far as they say: a ValueError names two of them.
 
-    Two of different models are a ValueError; a warning if they were trained on another model than
-    the suite's, such as the base of an instruction-tuned one.
+    Warns if that is not the suite's, but such as the base of an instruction-tuned one.
     """
     from flowhelpers.suites.sae_files import sae_config
 

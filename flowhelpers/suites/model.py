@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from flowhelpers.core.features import Site, suggestion
 from flowhelpers.core.machine import fitting_threads
@@ -144,15 +146,12 @@ def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = 
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     rows = [[bos, *row[row[:1] == [bos] :]][:max_tokens] for row in rows]
-    length = max(map(len, rows))
     pad = bos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = torch.full((len(rows), length), pad)
-    is_text = torch.zeros((len(rows), length), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        is_text[i, 1 : len(row)] = True
-    special = torch.tensor(sorted(tokenizer.all_special_ids))
-    return Tokens(ids.to(model.device), (is_text & ~torch.isin(ids, special)).to(model.device))
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    place, lengths = torch.arange(ids.shape[1]), torch.tensor([len(row) for row in rows])
+    is_special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    is_text = (place > 0) & (place < lengths[:, None]) & ~is_special
+    return Tokens(ids.to(model.device), is_text.to(model.device))
 
 
 def token_strings(model: Model, ids: Iterable[int]) -> list[str]:
@@ -224,10 +223,7 @@ def cache_prompt(
 def forward(
     model: Model, ids: Int[Tensor, "batch position"], cache: Any = None
 ) -> Float[Tensor, "batch position vocabulary"]:
-    """The logits of one pass, which goes on after the keys and values of a cache and extends it.
-
-    A model that left the cache as it was is a ValueError.
-    """
+    """The logits of one pass, which goes on after the keys and values of a cache and extends it."""
     given: dict[str, Any] = {}
     expected = ids.shape[1]
     if cache is not None:
@@ -236,11 +232,9 @@ def forward(
         expected += cache.get_seq_length()
     with fitting_threads(ids.numel(), model.d_model):
         logits = model.bridge(ids, return_type="logits", **given)
-    if cache is not None and cache.get_seq_length() != expected:
-        held = cache.get_seq_length()
-        raise ValueError(
-            f"{model.name}: after a pass its cache holds {held} tokens, not {expected}"
-        )
+    if cache is not None and (held := cache.get_seq_length()) != expected:
+        what = f"{model.name}: after a pass its cache holds {held} tokens"
+        raise ValueError(f"{what}: expected {expected}")
     return logits
 
 
@@ -256,13 +250,8 @@ def logits_of(
 def token_losses(
     logits: Float[Tensor, "batch position vocabulary"], ids: Int[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position"]:
-    """The cross-entropy of tokens in nats, each under the logits of its own place.
-
-    Logits foretell the next token: those of a text go with `ids` shifted by one.
-    """
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), ids.flatten(), reduction="none"
-    ).view(ids.shape)
+    """Cross-entropy in nats, each token under the logits of its own place: shift `ids` by one."""
+    return cross_entropy(logits.mT.float(), ids, reduction="none")
 
 
 @torch.no_grad()
@@ -289,10 +278,8 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
             flat = activations.flatten(2)
             changed = edit.change(flat)
             if changed.shape != flat.shape:
-                raise ValueError(
-                    f"the edit at {edit.site} gave shape {tuple(changed.shape)}:"
-                    f" expected {tuple(flat.shape)}"
-                )
+                shapes = f"{tuple(changed.shape)}: expected {tuple(flat.shape)}"
+                raise ValueError(f"the edit at {edit.site} gave shape {shapes}")
             return changed.view_as(activations)
 
         return hook
@@ -307,6 +294,5 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
 
 def is_edited(model: Model) -> bool:
     """Whether hooks act on the model's passes now, of `editing` or of TransformerLens."""
-    return any(
-        point.has_hooks(including_permanent=False) for point in model.bridge.hook_dict.values()
-    )
+    points = model.bridge.hook_dict.values()
+    return any(point.has_hooks(including_permanent=False) for point in points)

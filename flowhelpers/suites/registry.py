@@ -23,25 +23,18 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features
 L0 = re.compile(r"l0=(\d+)")
 
-Source = str | Mapping[str, str]
+# A sae-lens folder, or an SAE of sae-lens's list.
+Release = Annotated[Mapping[Literal["release", "id"], str], Field(min_length=2)]
+Source = str | Release
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True))
 class SuiteRow:
     """What has to be known to load a suite.
 
-    In a file `saes` and `neuronpedia` have a pattern for every layer of a module, or one a site.
-
-    Attributes:
-        saes: For each site a sae-lens folder, or `{release, id}` of a release of sae-lens.
-        parameters: Of model and SAEs together; `model_parameters` of the model alone.
-        d_att: Width at which attention SAEs read, where that is not the stream's.
-        features: Number of features of each SAE, if the same for all.
-        neuronpedia: What Neuronpedia calls the SAE of a site, `model/source`.
-        stored: The types in which the `model` and the `saes` lie on the hub.
-        variants: The kinds of SAEs; the first is taken unless one is asked for.
-        by_l0: Patterns of SAEs of other mean L0, for each module.
-        notes: What to know of it, and what it cannot do.
+    `saes` are sae-lens folders, or `{release, id}` of sae-lens's list. In a file they and
+    `neuronpedia` may be one pattern for every layer of a module. `parameters` counts model and SAEs
+    together; `data/suites.yaml` says what the other keys are.
     """
 
     name: str
@@ -56,11 +49,13 @@ class SuiteRow:
     d_model: PositiveInt | None = None
     d_att: PositiveInt | None = None
     features: int | None = None
-    neuronpedia: Mapping[Site, Annotated[str, Field(pattern="^[^/]+/[^/]+$")]] = Field({})
-    stored: Mapping[Literal["model", "saes"], Literal["float32", "float16", "bfloat16"]] = Field({})
-    variants: Mapping[str, Mapping[str, Any]] = Field({})
-    by_l0: Mapping[str, Mapping[str, str]] = Field({})
-    notes: list[str] = Field([])
+    neuronpedia: Mapping[Site, Annotated[str, Field(pattern="^[^/]+/[^/]+$")]] = Field(default={})
+    stored: Mapping[Literal["model", "saes"], Literal["float32", "float16", "bfloat16"]] = Field(
+        default={}
+    )
+    variants: Mapping[str, Mapping[str, Any]] = Field(default={})
+    by_l0: Mapping[str, Mapping[str, str]] = Field(default={})
+    notes: list[str] = Field(default=[])
 
     @property
     def is_local(self) -> bool:
@@ -194,8 +189,6 @@ def read_suite_folder(folder: Path) -> SuiteRow:
         row = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    if isinstance(row, dict) and "dictionaries" in row:  # the name in folders of earlier versions
-        row["saes"] = row.pop("dictionaries")
     return _row(folder.name, row, folder)
 
 
@@ -223,6 +216,8 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
     words = {"variant": variant, **variants[variant]} if variant else {}
     layers = row.get("layers") or config.get("num_hidden_layers")
     saes = _by_site(row["saes"], words, layers)
+    if folder:
+        saes = {at: str(folder / it) if isinstance(it, str) else it for at, it in saes.items()}
     found = SuiteRow(
         **{
             "name": name,
@@ -233,7 +228,7 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
             "model": model,
             "folder": folder,
             "layers": config.get("num_hidden_layers") or layers,
-            "saes": {site: _source(source, folder) for site, source in saes.items()},
+            "saes": saes,
             "neuronpedia": _by_site(row.get("neuronpedia", {}), words, layers),
             "by_l0": _filled(row.get("by_l0", {}), words),
         }
@@ -261,14 +256,6 @@ def _by_site(patterns: Mapping[str, Any], words: Mapping[str, Any], layers: Any)
     return found
 
 
-def _source(source: Any, folder: Path | None) -> Source:
-    if isinstance(source, str):
-        return str(folder / source) if folder else source
-    if set(source) != {"release", "id"}:
-        raise ValueError(f"an SAE is a folder or has the keys release and id: got {source}")
-    return source
-
-
 def _parameters(row: SuiteRow) -> int:
     if not (row.features and row.d_model and row.model_parameters):
         return _count_parameters([row.model, *(s for s in row.saes.values() if isinstance(s, str))])
@@ -279,6 +266,10 @@ def _parameters(row: SuiteRow) -> int:
 def _count_parameters(folders: Iterable[str]) -> int:
     # From the files' headers; what lies on a hub counts for nothing unless the row declares it.
     from huggingface_hub import parse_local_safetensors_file_metadata as header
+    from huggingface_hub.errors import SafetensorsParsingError
 
-    paths = [path for folder in folders for path in sorted(Path(folder).glob("*.safetensors"))]
-    return sum(sum(header(path).parameter_count.values()) for path in paths)
+    paths = [path for folder in folders for path in Path(folder).glob("*.safetensors")]
+    try:
+        return sum(sum(header(path).parameter_count.values()) for path in paths)
+    except SafetensorsParsingError as error:
+        raise ValueError(error) from error

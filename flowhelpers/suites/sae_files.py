@@ -14,9 +14,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from flowhelpers.core.features import suggestion
 from flowhelpers.core.files import fingerprint, read_json
 from flowhelpers.suites.hub import fetch, fetch_if_there, naming, replaced
-from flowhelpers.suites.registry import listed_release
+from flowhelpers.suites.registry import Source, listed_release
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
@@ -33,12 +34,9 @@ class SaeFiles:
     """What has to be known to read an SAE's decoder by itself.
 
     Attributes:
-        source: `release/id`, or a folder.
-        weights: The file with the weights.
         hook: TransformerLens's name of the hook point where the SAE was trained.
         content: A digest of the files.
         revision: Of the model it was trained on, if that is said.
-        decoder: The decoder's name in the file.
         by_column: Whether each feature is a column of the decoder, and not a row.
         scale: How much larger activations are, as sae-lens gives them, than those that go with the
             file's numbers: decoder rows are smaller by that factor.
@@ -59,9 +57,6 @@ def read_decoder(files: SaeFiles) -> Tensor:
 
     Of a safetensors file in the hub's cache it is memory-mapped: what is not used is not read. A
     file of a folder may be written anew, which a mapping would not survive: that is copied.
-
-    Raises:
-        ValueError: If the file is truncated or corrupt, or has no decoder.
     """
     import numpy as np
 
@@ -76,52 +71,37 @@ def read_decoder(files: SaeFiles) -> Tensor:
     return decoder.T if files.by_column else decoder
 
 
-def load_folder(folder: Path, device: str, dtype: str) -> Any:
-    """The whole of an SAE in a folder, by sae-lens."""
-    from sae_lens import SAE
+def find_files(source: Source) -> SaeFiles:
+    """The files of an SAE, fetched; a format without a reader here is a ValueError."""
+    if isinstance(source, str):
+        folder = Path(source)
+        return _of_sae_lens(source, folder / "cfg.json", folder / "sae_weights.safetensors")
+    listed = listed_release(source["release"], source["id"])
+    name, kind = f"{source['release']}/{source['id']}", listed.conversion_func or "sae_lens"
+    if kind not in FORMATS:
+        raise ValueError(f"{name} is of an unknown format, {kind!r}{suggestion(kind, FORMATS)}")
+    return FORMATS[kind](name, listed, source["id"])
 
-    with naming(f"the SAE in {folder}"):
-        return SAE.load_from_disk(folder, device=device, dtype=dtype)
 
-
-def load_release(files: SaeFiles | None, release: str, sae_id: str, device: str, dtype: str) -> Any:
-    """The whole of an SAE of a release, by sae-lens; its `files`, if known, have been fetched."""
+def load_whole(source: Source, files: SaeFiles, device: str, dtype: str) -> Any:
+    """sae-lens's SAE, of which the files have been fetched."""
     from huggingface_hub import constants, parse_local_safetensors_file_metadata
     from sae_lens import SAE
     from sae_lens.loading import pretrained_sae_loaders
-
-    if files is None:
-        return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
 
     def shapes(*_: Any) -> dict[str, Any]:
         tensors = parse_local_safetensors_file_metadata(files.weights).tensors
         return {name: tensor.shape for name, tensor in tensors.items()}
 
     with (
-        naming(f"the SAE in {files.source}"),
-        replaced(constants, "HF_HUB_OFFLINE", True),  # sae-lens asks whether files have changed
-        replaced(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes),  # of the hub
+        naming(f"the SAE in {source}"),
+        # sae-lens asks the hub whether files have changed, and for the shapes in them.
+        replaced(constants, "HF_HUB_OFFLINE", True),
+        replaced(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes),
     ):
-        return SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
-
-
-def folder_files(folder: Path) -> SaeFiles:
-    """The files of an SAE that sae-lens saved in a folder.
-
-    Raises:
-        FileNotFoundError: If the folder is no sae-lens folder.
-    """
-    for name in ("cfg.json", "sae_weights.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {folder}: expected a folder saved by sae-lens")
-    return _of_sae_lens(str(folder), folder / "cfg.json", folder / "sae_weights.safetensors")
-
-
-def release_files(release: str, sae_id: str) -> SaeFiles | None:
-    """The files of an SAE of a release, fetched; None for formats that sae-lens alone reads."""
-    listed = listed_release(release, sae_id)
-    read = FORMATS.get(listed.conversion_func)
-    return read and read(f"{release}/{sae_id}", listed, sae_id)
+        if isinstance(source, str):
+            return SAE.load_from_disk(source, device=device, dtype=dtype)
+        return SAE.from_pretrained(source["release"], source["id"], device=device, dtype=dtype)
 
 
 def sae_config(path: Path) -> dict[str, Any]:
@@ -183,8 +163,7 @@ def _llama_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> Sae
 
 
 # By sae-lens's name of the function that reads a format.
-FORMATS: Mapping[str | None, Callable[..., SaeFiles]] = {
-    None: _sae_lens,
+FORMATS: Mapping[str, Callable[..., SaeFiles]] = {
     "sae_lens": _sae_lens,
     "gemma_2": _gemma_scope,
     "gemma_3": _gemma_scope,

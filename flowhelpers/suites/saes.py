@@ -25,11 +25,7 @@ SMALLEST_THRESHOLD = 1e-6
 
 @dataclass(frozen=True)
 class Weights:
-    """A JumpReLU SAE's weights, one row a feature: active where pre > threshold.
-
-    `bias` is the encoder's, with that of a bias subtracted from the input; thresholds are 1 once
-    folded.
-    """
+    """Weights, one row a feature; `bias` is the encoder's, that of the input's bias included."""
 
     encoder: Float[Tensor, "features d_in"]
     bias: Float[Tensor, "features"]
@@ -47,10 +43,8 @@ class SAE:
             memory-mapped where the file allows it; zero for `excluded` rows, which match nothing.
         norms: Norms of the decoder rows, in the scale of the activations.
         excluded: Indices of the rows that hold NaN or infinity or are all zero.
-        source: Where it was loaded from.
         loader: sae-lens's SAE, which encodes, or what loads it; None where there is no encoder.
         input_site: Where it reads: its site, or the attention heads' outputs z before W_O, `12/z`.
-        files: The files that it is read from.
         dtype: Type of the weights that are still to be loaded.
     """
 
@@ -79,15 +73,14 @@ class SAE:
     def fingerprint(self) -> str:
         """A digest of directions and weights, the key of tables that are made from them."""
         digest = hashlib.blake2b(digest_size=16)
-        # Another SAE may have been put in the place of the files.
-        files = None if isinstance(self.loader, torch.nn.Module) else self.files
-        if files:
-            digest.update(f"{files.content} {self.dtype}".encode())
-        elif self.lens_sae is not None:
-            for tensor in self.lens_sae.state_dict().values():
-                digest.update(_bytes(tensor))
-        if not files or self.input_site != self.site:  # the model's W_O decides too
-            digest.update(_bytes(self.decoder))
+        tensors = [self.decoder]
+        if isinstance(self.loader, torch.nn.Module):  # it may have been put in the files' place
+            tensors += self.lens_sae.state_dict().values()
+        elif self.files:
+            digest.update(f"{self.files.content} {self.dtype}".encode())
+            tensors = tensors if self.input_site != self.site else []  # the model's W_O decides too
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @property
@@ -140,8 +133,7 @@ class SAE:
     ) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction from feature activations, as `encode` gives them.
 
-        Raises:
-            ValueError: If the SAE normalises each token and `at`, what it read, is not given.
+        `at` is what was read; an SAE that normalises each token needs it.
         """
         if not self.normalises_tokens:
             return self.lens_sae.decode(features)
@@ -152,11 +144,7 @@ class SAE:
         return features @ self.lens_sae.W_dec + self.lens_sae.b_dec * scale + shift
 
     def decoder_rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
-        """What features write for each unit of activation, at the input site, z included.
-
-        Raises:
-            ValueError: If there are no weights, or a row was excluded.
-        """
+        """What features write for each unit of activation, at the input site, z included."""
         if self.lens_sae is None:
             raise ValueError(f"the SAE for {self.site} has no weights: it cannot write")
         if (bad := features[torch.isin(features, self.excluded.to(features.device))]).numel():
@@ -166,11 +154,7 @@ class SAE:
     def contribution(
         self, feature: FeatureId, activation: Float[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch d_model"]:
-        """What one feature writes at these activations: `a · v`, in the scale of the stream.
-
-        Raises:
-            ValueError: If the SAE reads z: what it writes passes a norm on its way.
-        """
+        """What one feature writes at these activations: `a · v`, in the scale of the stream."""
         if self.input_site != self.site:
             raise ValueError(f"{feature} reads {self.input_site}: only its direction is known")
         size = activation[..., None].to(self.norms) * self.norms[feature.index]
@@ -180,8 +164,7 @@ class SAE:
         """Its weights in float32.
 
         Folded thresholds (SAE Match, eq. 4; CHOICES 16) give W_enc/θ, b_enc/θ and W_dec·θ, with θ
-        clamped away from 0: the output stays the same, and activations are in units of θ. A
-        ValueError if there are none to fold.
+        clamped away from 0: the output stays the same, and activations are in units of θ.
         """
         lens_sae, threshold = self.lens_sae, self.thresholds
         if threshold is None and folded:
@@ -222,11 +205,8 @@ def read_sae(
     """The SAE of files: its decoder alone, in the type it is stored in, and what loads the rest.
 
     `load` gives sae-lens's SAE in `dtype`; `output` says how the model brings z into the stream,
-    and is asked only if the SAE reads z.
-
-    Raises:
-        ValueError: If the file is corrupt, the width is another, the hook point is not the site's,
-            or no row is usable.
+    and is asked only if the SAE reads z. A file that is corrupt, of another width or hook point, or
+    without a usable row is a ValueError.
     """
     decoder = read_decoder(files).to(device)
     sae = _in_residual_basis(site, decoder, files.hook, d_model, files.source, output)
@@ -255,14 +235,11 @@ def _in_residual_basis(
         input_site = Site(site.layer, "z")
         if (to_stream := output()) is None:
             raise ValueError(
-                f"{what} reads z, before W_O: it cannot be compared with the stream unless its"
-                " model says how z gets there"
+                f"{what} reads z, before W_O: its model has to bring z into the stream"
             )
         decoder = to_stream.to_residual(decoder)
     if decoder.shape[1] != d_model:
-        raise ValueError(
-            f"{what} has width {decoder.shape[1]}: expected {d_model}, the width of its model"
-        )
+        raise ValueError(f"{what} has width {decoder.shape[1]}: expected {d_model}, as its model")
     norms = torch.linalg.vector_norm(decoder, dim=1, dtype=torch.float32)
     bad = torch.nonzero(~torch.isfinite(norms) | (norms == 0)).flatten()
     if len(bad) == len(norms):
@@ -296,7 +273,3 @@ def _silence_unusable(lens_sae: Any, excluded: Tensor, what: str) -> None:
         rows[deaf] = 0
         rows[excluded] = 0
     lens_sae.W_dec[excluded] = 0
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
@@ -17,7 +18,7 @@ VARIANTS = [f"{name}@{variant}" for name in HUB for variant in registered()[name
 WORDS = {"res": {"res", "lxr", "resid"}, "mlp": {"mlp", "lxm"}, "att": {"att", "lxa", "attn"}}
 
 
-def releases(name: str) -> list[tuple[Site, dict[str, str]]]:
+def releases(name: str) -> list[tuple[Site, Any]]:
     sources = find_suite(name).saes.items()
     return [(site, dict(source)) for site, source in sources if not isinstance(source, str)]
 
