@@ -129,10 +129,7 @@ def decoders_memory(row: SuiteRow) -> int:
 
 
 def _device_and_dtype(row: SuiteRow, device: str, dtype: str) -> tuple[str, str]:
-    """`auto` is a GPU for a large model, and bfloat16 for one that is very large there.
-
-    A very large one is in bfloat16 too where float32 does not fit.
-    """
+    """`auto`: a GPU for a large model; bfloat16 for a very large one there, or to make it fit."""
     import torch
 
     size = row.model_parameters or 0

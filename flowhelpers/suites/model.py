@@ -171,11 +171,8 @@ def run_model(
     """One forward pass: edits applied in order, sites read after their edits.
 
     It ends once the layer `stop_after` is done, without logits. `prefix` are the tokens before
-    `ids`, the same for every row; positions are counted after them.
-
-    Raises:
-        ValueError: If a site does not exist, or lies after the layer where the pass stops.
-        RuntimeError: If an edit or a reading was never reached.
+    `ids`, the same for every row; positions are counted after them. An edit or a reading that was
+    never reached is a RuntimeError.
     """
     kept: dict[Site, Activations] = {}
 

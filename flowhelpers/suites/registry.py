@@ -145,11 +145,7 @@ def _of_mean_l0(row: SuiteRow, l0: int) -> SuiteRow:
 
 
 def listed_release(release: str, sae_id: str) -> "PretrainedSAELookup":
-    """What sae-lens's list says of a release.
-
-    Raises:
-        ValueError: If there is no such release, or no such SAE in it.
-    """
+    """What sae-lens's list says of a release; a ValueError names the nearest."""
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
     known = get_pretrained_saes_directory()
