@@ -228,7 +228,7 @@ def shrink(patch: "pytest.MonkeyPatch", suite: str, **sizes: int) -> None:
 
     row = {**registry._table()[suite], **sizes}
     patch.setitem(registry._table(), suite, row)
-    patch.setitem(registry.registered(), suite, registry._row(suite, row, None))
+    patch.setitem(registry.registered(), suite, registry._row(suite, row))
 
 
 def write_saes(root: Path) -> None:

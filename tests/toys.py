@@ -185,8 +185,9 @@ def write_lens_sae(
 
 def load_folder(folder: Path, site: Site, d_model: int = D_MODEL) -> SAE:
     """The SAE of a folder that sae-lens saved."""
-    load = partial(sae_files.load_folder, folder, "cpu", "float32")
-    return read_sae(site, sae_files.folder_files(folder), load, d_model, "cpu", "float32")
+    files = sae_files.find_files(str(folder))
+    load = partial(sae_files.load_whole, str(folder), files, "cpu", "float32")
+    return read_sae(site, files, load, d_model, "cpu", "float32")
 
 
 def sae_at_z(model: Model, layer: int = 1) -> SAE:

@@ -22,24 +22,19 @@ PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 class AttentionOutput:
     """How one layer brings z, the outputs of its attention heads, into the residual stream.
 
-    Attributes:
-        weights: W_O, the heads' rows one below the other.
-        gain: Of the norm after attention; None where the model has none.
+    `weights` is W_O, the heads' rows one below the other; `gain` that of the norm after attention,
+    None where the model has none.
     """
 
     weights: Float[Tensor, "z d_model"]
     gain: Float[Tensor, "d_model"] | None
 
     def to_residual(self, rows: Float[Tensor, "rows z"]) -> Float[Tensor, "rows d_model"]:
-        """Directions at z as directions of the stream; their norms are not kept.
-
-        Raises:
-            ValueError: If the rows are of another width than z.
-        """
+        """Directions at z as directions of the stream; their norms are not kept."""
         if rows.shape[1] != len(self.weights):
             raise ValueError(f"rows of width {rows.shape[1]}: expected {len(self.weights)}, as z")
-        found = rows.float() @ self.weights.float().to(rows.device)
-        return found if self.gain is None else found * self.gain.float().to(rows.device)
+        in_stream = rows.float() @ self.weights.float().to(rows.device)
+        return in_stream if self.gain is None else in_stream * self.gain.float().to(rows.device)
 
 
 @torch.no_grad()
@@ -50,12 +45,9 @@ def attention_output(model: "Model", layer: int) -> AttentionOutput:
     hold the gain, of others the gain less 1.
     """
     block = model.bridge.blocks[layer]
-    norm = getattr(block, "ln1_post", None)
-    weights = block.attn.W_O
-    if norm is None:
-        return AttentionOutput(weights.flatten(0, 1), None)
+    norm, weights = getattr(block, "ln1_post", None), block.attn.W_O
     ones = torch.ones(1, 1, model.d_model, dtype=weights.dtype, device=weights.device)
-    return AttentionOutput(weights.flatten(0, 1), norm(ones)[0, 0])
+    return AttentionOutput(weights.flatten(0, 1), None if norm is None else norm(ones)[0, 0])
 
 
 def stored_attention_output(
@@ -63,19 +55,17 @@ def stored_attention_output(
 ) -> AttentionOutput | None:
     """The same from a model's files, of which only those two tensors are read or fetched.
 
-    None for models other than Gemma 2 and 3.
-
-    Raises:
-        ValueError: If the files lack the tensors.
+    None for models other than Gemma 2 and 3; a ValueError if the files lack the tensors.
     """
     folder = Path(name)
     path = folder / "config.json" if folder.is_dir() else fetch(name, "config.json", revision)
     if read_json(path).get("model_type") not in GEMMAS:
         return None
     ends = ("self_attn.o_proj.weight", "post_attention_layernorm.weight")
-    names = [[f"{prefix}layers.{layer}.{end}" for end in ends] for prefix in PREFIXES]
-    found = read_tensors(name, [each for pair in names for each in pair], revision)
-    for weights, gain in names:
-        if weights in found and gain in found:
-            return AttentionOutput(found[weights].float().T, 1 + found[gain].float())
-    raise ValueError(f"{name} has no tensor {names[0][0]} or no {names[0][1]}")
+    names = [f"{prefix}layers.{layer}.{end}" for end in ends for prefix in PREFIXES]
+    tensors = list(read_tensors(name, names, revision).items())
+    found = {end: tensor for end in ends for key, tensor in tensors if key.endswith(end)}
+    if len(found) < 2:
+        raise ValueError(f"{name} has no tensor {names[0]} or no {names[3]}")
+    weights, gain = (found[end].float() for end in ends)
+    return AttentionOutput(weights.T, 1 + gain)

@@ -4,9 +4,8 @@ A model that passed `load_model` has been checked: at every layer what attention
 makes up the step of the residual stream, and an edit at every site reaches the logits.
 """
 
+import subprocess
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from flowhelpers.core.features import Site
 from flowhelpers.core.versions import naming_untried
-from flowhelpers.suites.hub import model_on_disk
+from flowhelpers.suites.hub import model_folder, replaced
 from flowhelpers.suites.model import (
     CACHE,
     Activations,
@@ -27,8 +26,6 @@ from flowhelpers.suites.model import (
     run_model,
 )
 
-RESID_PRE = "blocks.{layer}.hook_resid_pre"
-
 
 @naming_untried()
 def load_model(
@@ -37,40 +34,24 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> Model:
-    """Load a Hugging Face model, by folder or by name, and check its hook points.
-
-    Raises:
-        ValueError: If the model's sites do not add up or an edit does not reach the logits.
-        OSError: transformers' or huggingface_hub's.
-    """
+    """Load a Hugging Face model, by folder or by name, and check its hook points."""
     from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with model_on_disk(name, revision):
-            weights: Any = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, revision=revision, attn_implementation="eager"
-            )
-            tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    return wrap_model(weights.to(device), tokenizer, name, TransformerBridge)
-
-
-def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None) -> Model:
-    """Put a loaded Hugging Face model behind the door, and check it."""
-    if bridge_class is None:
-        from transformer_lens.model_bridge import TransformerBridge as bridge_class
-    from transformer_lens.model_bridge.generalized_components import AttentionBridge
-
-    with warnings.catch_warnings(), _installing_nothing():
+    logging.disable_progress_bar()  # it would stand in every notebook
+    folder = model_folder(name, revision)
+    weights: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, revision=revision, attn_implementation="eager"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+    weights = weights.to(device).eval()
+    # For multimodal models TransformerLens would pip install torchvision, and another torch.
+    with warnings.catch_warnings(), replaced(subprocess, "check_call", _install_nothing):
         warnings.simplefilter("ignore")
-        bridge = bridge_class.boot_transformers(
-            name, hf_model=weights.eval(), tokenizer=tokenizer, device=weights.device
+        bridge = TransformerBridge.boot_transformers(
+            folder, hf_model=weights, tokenizer=tokenizer, device=weights.device
         )
         # Until compatibility mode is on, a hook on an alias such as hook_resid_post never fires.
         bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
@@ -85,85 +66,45 @@ def wrap_model(weights: Any, tokenizer: Any, name: str, bridge_class: Any = None
     return model
 
 
-@contextmanager
-def _installing_nothing() -> Iterator[None]:
-    """For multimodal models TransformerLens would pip install torchvision, and another torch."""
-    import subprocess
-
-    def refuse(command: Any, *_: Any, **__: Any) -> None:
-        raise PermissionError(f"nothing is installed while a model loads: {command}")
-
-    before = subprocess.check_call
-    subprocess.check_call = refuse
-    try:
-        yield
-    finally:
-        subprocess.check_call = before
+def _install_nothing(command: Any, *_: Any, **__: Any) -> None:
+    raise PermissionError(f"nothing is installed while a model loads: {command}")
 
 
 def _hand_on_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """A hook before an attention of TransformerLens, which knows the cache by its first name."""
-    if "cache" in kwargs:
-        kwargs = kwargs | {CACHE: kwargs["cache"]}
-    return args, kwargs
+    return args, kwargs | ({CACHE: kwargs["cache"]} if "cache" in kwargs else {})
 
 
-def check_sites(model: Model, tolerance: float | None = None) -> None:
+def check_sites(model: Model) -> None:
     """Check on a few tokens that the sites are what they are called.
 
     R_{L-1} + A_L + M_L = R_L at every layer, a vector added at any site changes the logits, a zero
-    vector does not, and a pass that goes on after a prefix gives what a whole one does.
-
-    Args:
-        model: The model.
-        tolerance: Largest residue allowed, as a share of the largest activation; by default 1e-4
-            in float32 and 3e-2 in half precision.
-
-    Raises:
-        ValueError: Naming the layer that failed, and by how much.
+    vector does not, and a pass that goes on after a prefix gives what a whole one does; all up to
+    1e-4 of the largest activation in float32, 3e-2 in half precision. A ValueError names the layer
+    or site that fails.
     """
-    half = model.bridge.W_E.dtype != torch.float32
-    tolerance = tolerance or (3e-2 if half else 1e-4)
+    tolerance = 3e-2 if model.bridge.W_E.dtype != torch.float32 else 1e-4
     vocabulary = model.bridge.cfg.d_vocab
     ids = torch.arange(1, 9, device=model.device)[None] * (vocabulary // 10)
     sites = model.sites()
-    before: dict[int, Tensor] = {}
-
-    def keep_before(layer: int) -> Callable[..., None]:
-        def hook(activations: Tensor, hook: Any = None) -> None:
-            before[layer] = activations.detach().clone()
-
-        return hook
-
-    pre = [(RESID_PRE.format(layer=i), keep_before(i)) for i in range(model.layers)]
-    with torch.no_grad(), model.bridge.hooks(fwd_hooks=pre):
-        clean, read = run_model(model, ids, read=sites)
+    clean, read = run_model(model, ids, read=[Site(0, "pre"), *sites])
     assert clean is not None
+    before = read[Site(0, "pre")]
     for layer in range(model.layers):
         after = read[Site(layer, "res")].float()
-        parts = before[layer] + read[Site(layer, "att")] + read[Site(layer, "mlp")]
+        parts = before + read[Site(layer, "att")] + read[Site(layer, "mlp")]
         residue = (after - parts.float()).abs().max() / after.abs().max()
         if not residue <= tolerance:
             raise ValueError(
                 f"{model.name}: at layer {layer} the stream before plus attention plus MLP differs"
-                f" from the stream after by {residue:.2%} of its size (allowed {tolerance:.2%}):"
-                " the sites of this architecture are not what they are called"
+                f" from the stream after by {residue:.2%} of its size (allowed {tolerance:.2%})"
             )
+        before = read[Site(layer, "res")]
     _check_edits(model, ids, sites, clean, read)
-    _check_prefix(model, ids, clean, tolerance)
-
-
-@torch.no_grad()
-def _check_prefix(
-    model: Model,
-    ids: Int[Tensor, "1 position"],
-    clean: Float[Tensor, "1 position vocabulary"],
-    tolerance: float,
-) -> None:
     _, prefix = cache_prompt(model, ids)
-    after, _ = run_model(model, ids[:, 4:].expand(2, -1), prefix=prefix.first(4))
-    assert after is not None
-    off = (after - clean[:, 4:]).abs().max() / clean.abs().max()
+    rest, _ = run_model(model, ids[:, 4:].expand(2, -1), prefix=prefix.first(4))
+    assert rest is not None
+    off = (rest - clean[:, 4:]).abs().max() / clean.abs().max()
     if not off <= tolerance:
         raise ValueError(
             f"{model.name}: a pass that goes on after a prefix gives other logits than a whole one,"
@@ -178,19 +119,18 @@ def _check_edits(
     clean: Float[Tensor, "1 position vocabulary"],
     read: dict[Site, Activations],
 ) -> None:
-    def push(row: int, size: float) -> Callable[[Activations], Activations]:
+    def push(row: int, site: Site) -> Edit:
         def change(activations: Activations) -> Activations:
             changed = activations.clone()
-            changed[row, :, 0] += size
+            changed[row, :, 0] += read[site].float().norm(dim=-1).mean()
             return changed
 
-        return change
+        return Edit(site, change)
 
-    zero = logits_of(model, ids, [Edit(site, push(0, 0.0)) for site in sites])
+    zero = logits_of(model, ids, [Edit(site, lambda stream: stream + 0.0) for site in sites])
     # One row of the batch for each site, so that one pass tells for all of them.
-    sizes = [float(read[site].float().norm(dim=-1).mean()) for site in sites]
-    edits = [Edit(site, push(row, sizes[row])) for row, site in enumerate(sites)]
-    pushed = logits_of(model, ids.expand(len(sites), -1), edits)
+    pushes = [push(row, site) for row, site in enumerate(sites)]
+    pushed = logits_of(model, ids.expand(len(sites), -1), pushes)
     # A row of a larger batch may differ from the same row alone by rounding, as may any two passes
     # on a GPU.
     rounding = (1e-2 if clean.dtype != torch.float32 else 1e-5) * clean.abs().max()

@@ -5,6 +5,8 @@ Fetching, resuming, patience and errors are huggingface_hub's.
 
 import hashlib
 import json
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,30 +17,27 @@ from flowhelpers.core.files import read_json, writable_folder, write_whole
 
 SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError, TypeError)
 
 
 def cached(repository: str, file: str, revision: str | None = None) -> Path | None:
     """Where a file of the hub lies on this machine; None if it does not."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(repository, file, revision=revision)
-    return Path(found) if isinstance(found, str) else None
+    path = try_to_load_from_cache(repository, file, revision=revision)
+    return Path(path) if isinstance(path, str) else None
 
 
 def fetch(repository: str, file: str, revision: str | None = None) -> Path:
-    """A file of the hub, from the cache if it is there, and else fetched.
-
-    Raises:
-        OSError: huggingface_hub's, such as GatedRepoError or LocalEntryNotFoundError.
-    """
+    """A file of the hub, from the cache if it is there, and else fetched."""
     from huggingface_hub import hf_hub_download
 
-    here = cached(repository, file, revision)
-    return here or Path(hf_hub_download(repository, file, revision=revision))
+    path = cached(repository, file, revision)
+    return path or Path(hf_hub_download(repository, file, revision=revision))
 
 
 def fetch_if_there(repository: str, file: str, revision: str | None = None) -> Path | None:
-    """A file of the hub that not every repository has; None if this one does not.
+    """A file that not every repository has; None if this one does not.
 
     With the network off a file that is not cached is taken for one that is not there.
     """
@@ -53,60 +52,58 @@ def fetch_if_there(repository: str, file: str, revision: str | None = None) -> P
         return None
 
 
-@contextmanager
-def cached_only() -> Iterator[None]:
-    """Libraries that ask the hub find what is cached inside the block, and ask nobody."""
-    from huggingface_hub import constants
+def model_folder(model: str, revision: str | None = None) -> str:
+    """The folder of a model, fetched if it is not complete.
 
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-@contextmanager
-def model_on_disk(model: str, revision: str | None = None) -> Iterator[None]:
-    """A model's configuration, tokenizer and weights are on this machine inside the block.
-
-    Libraries that load it there ask the hub for nothing more, unless its weights are of another
-    kind than safetensors.
+    A model whose weights are not safetensors is handed on by its name: they are the library's.
     """
     from huggingface_hub import snapshot_download
 
-    if not Path(model).is_dir() and not _is_complete(model, revision):
+    if Path(model).is_dir():
+        return model
+    if not _is_complete(model, revision):
         patterns = [*SMALL, "model*.safetensors"]
         snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
-    if Path(model).is_dir() or _is_complete(model, revision):
-        with cached_only():
-            yield
-    else:
-        yield
+    config = cached(model, "config.json", revision)
+    return str(config.parent) if config and _is_complete(model, revision) else model
 
 
 def _is_complete(model: str, revision: str | None) -> bool:
-    small = all(cached(model, file, revision) for file in ("config.json", "tokenizer_config.json"))
-    if not small or cached(model, SINGLE, revision):
-        return small
     index = cached(model, INDEX, revision)
-    files = set(read_json(index)["weight_map"].values()) if index else set()
-    return bool(files) and all(cached(model, file, revision) for file in files)
+    weights = set(read_json(index)["weight_map"].values()) if index else {SINGLE}
+    files = {"config.json", "tokenizer_config.json", *weights}
+    return all(cached(model, file, revision) for file in files)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside the block another library's `name` is `value`, where it leaves no other choice."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def naming(what: str | Path) -> Iterator[None]:
+    """Libraries' errors for files that are not what they should be, as a ValueError with a name."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, *BROKEN) as error:
+        raise ValueError(f"{what} cannot be read, it may be truncated: {error}") from error
 
 
 def read_tensors(model: str, names: Iterable[str], revision: str | None = None) -> dict[str, Any]:
-    """Some tensors of a model's safetensors files, without the rest.
+    """Torch tensors of a model's safetensors files by name, those that there are.
 
     Of a file that is not on this machine only the bytes of those tensors are fetched.
-
-    Args:
-        model: A folder, or a name on the hub.
-        names: The tensors' names as in the files.
-        revision: Of the hub.
-
-    Returns:
-        Torch tensors by name, those that there are.
     """
+    from safetensors import safe_open
+
     names = list(names)
     folder = Path(model) if Path(model).is_dir() else None
     if folder:
@@ -119,48 +116,37 @@ def read_tensors(model: str, names: Iterable[str], revision: str | None = None) 
     for file in sorted({places[name] for name in names if name in places}):
         wanted = [name for name in names if places.get(name) == file]
         path = folder / file if folder else cached(model, file, revision)
-        tensors |= _some_of(path or _fetched_part(model, file, wanted, revision), wanted)
+        path = path or _fetched_part(model, file, wanted, revision)
+        with naming(path), safe_open(path, "pt") as stored:
+            there = set(stored.keys())
+            tensors |= {name: stored.get_tensor(name) for name in wanted if name in there}
     return tensors
-
-
-def _some_of(path: Path, names: list[str]) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as tensors:
-            there = set(tensors.keys())
-            return {name: tensors.get_tensor(name) for name in names if name in there}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt: {error}") from error
 
 
 def _fetched_part(model: str, file: str, names: list[str], revision: str | None) -> Path:
     """A safetensors file of some tensors alone, kept in the cache of tables."""
+    from huggingface_hub import HfFileSystem
+
     digest = hashlib.blake2b(" ".join(names).encode(), digest_size=8).hexdigest()
     folder = cache_folder() / "tensors" / model.replace("/", "--") / (revision or "main")
     path = folder / f"{Path(file).stem}-{digest}.safetensors"
-    if not path.is_file():
-        content = _fetch_ranges(model, file, names, revision)
-        writable_folder(folder)
-        write_whole(path, lambda partial: partial.write_bytes(content))
-    return path
-
-
-def _fetch_ranges(model: str, file: str, names: list[str], revision: str | None) -> bytes:
-    from huggingface_hub import HfFileSystem
-
+    if path.is_file():
+        return path
     with HfFileSystem().open(f"{model}/{file}", revision=revision, cache_type="none") as remote:
         length = int.from_bytes(remote.read(8), "little")
         header = json.loads(remote.read(length))
-        parts, kept, end = [], {}, 0
+        content, kept = b"", {}
         for name in names:
             if name in header:
                 first, last = header[name]["data_offsets"]
                 remote.seek(8 + length + first)
-                parts.append(remote.read(last - first))
-                if len(parts[-1]) != last - first:  # what is kept has to be whole
+                end = len(content) + last - first
+                kept[name] = header[name] | {"data_offsets": [len(content), end]}
+                content += remote.read(last - first)
+                if len(content) != end:  # what is kept has to be whole
                     raise ConnectionError(f"{model}/{file}: tensor {name} was cut short")
-                kept[name] = header[name] | {"data_offsets": [end, end + last - first]}
-                end += last - first
     head = json.dumps(kept).encode()
-    return b"".join([len(head).to_bytes(8, "little"), head, *parts])
+    writable_folder(folder)
+    whole = len(head).to_bytes(8, "little") + head + content
+    write_whole(path, lambda partial: partial.write_bytes(whole))
+    return path

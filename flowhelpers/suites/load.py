@@ -1,9 +1,10 @@
 """Suites: one language model and the SAEs trained on it, loaded as far as is asked for.
 
 Decoders come first: matching, flow graphs and labels need nothing else. The model and the encoders
-of a suite of the hub are fetched and read once an experiment asks for them.
+are fetched and read once an experiment asks for them.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
@@ -11,11 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from flowhelpers.core.features import FeatureId, Site, parse_feature, parse_site, suggestion
-from flowhelpers.core.files import read_json
 from flowhelpers.core.machine import check_device, check_memory, free_memory
 from flowhelpers.core.versions import warn_of_untried
-from flowhelpers.suites.hub import fetch
-from flowhelpers.suites.registry import BYTES, SuiteRow, find_suite
+from flowhelpers.suites.registry import BYTES, SuiteRow, find_suite, listed_release
 
 if TYPE_CHECKING:
     from flowhelpers.suites.attention import AttentionOutput
@@ -31,7 +30,7 @@ class OnDemand(Mapping[Site, "SAE"]):
     """SAEs that are read when they are asked for, the last few kept: all need not fit in memory."""
 
     def __init__(self, sites: Iterable[Site], load: "Callable[[Site], SAE]", kept: int):
-        self._sites = tuple(sites)
+        self._sites = dict.fromkeys(sites)
         self._load = lru_cache(maxsize=kept)(load)
 
     def __getitem__(self, site: Site) -> "SAE":
@@ -53,13 +52,8 @@ class OnDemand(Mapping[Site, "SAE"]):
 class Suite:
     """A model and its SAEs.
 
-    Attributes:
-        row: What it was loaded from.
-        source: The language model, or what loads it when it is asked for.
-        saes: The SAE at each site, in a large suite read when it is asked for.
-        device: Where SAEs and model are.
-        dtype: Type of the weights of model and encoders; decoders keep their stored type.
-        checked_sites: The sites that had their preflight.
+    `source` is the model or what loads it; `dtype` that of the weights of model and encoders,
+    while decoders keep their stored type; `checked_sites` are those that had their preflight.
     """
 
     row: SuiteRow
@@ -95,11 +89,7 @@ class Suite:
         return self.row.d_model or self.model.d_model
 
     def feature(self, text: str | FeatureId) -> FeatureId:
-        """A feature of this suite, from its written form.
-
-        Raises:
-            ValueError: If there is no such layer, module or index; the message says what there is.
-        """
+        """A feature of this suite, from its written form; a ValueError says what there is."""
         feature = parse_feature(text) if isinstance(text, str) else text
         width = self.sae(feature.site).width
         if not 0 <= feature.index < width:
@@ -109,11 +99,7 @@ class Suite:
         return feature
 
     def sae(self, site: Site | str) -> "SAE":
-        """The SAE at a site.
-
-        Raises:
-            ValueError: If the suite has none there; the message names the nearest.
-        """
+        """The SAE at a site; a ValueError names the nearest if there is none."""
         site = parse_site(site) if isinstance(site, str) else site
         if site in self.saes:
             return self.saes[site]
@@ -127,55 +113,39 @@ class Suite:
 
 def memory_needed(row: SuiteRow, dtype: str = "float32", kept: int | None = None) -> int:
     """Bytes of the model, and of so many SAEs (all by default) with decoders as they are stored."""
-    in_saes = (row.parameters - (row.model_parameters or 0)) / max(len(row.saes), 1)
-    all_of_them = row.model_parameters is None
-    count = len(row.saes) if kept is None or all_of_them else min(kept, len(row.saes))
+    in_saes = (row.parameters - (row.model_parameters or 0)) / len(row.saes)
+    count = len(row.saes)
+    if kept is not None and row.model_parameters is not None:
+        count = min(kept, count)
     each = BYTES[dtype] + BYTES[row.stored.get("saes", "float32")] / 2
     return int((row.model_parameters or 0) * BYTES[dtype] + count * in_saes * each)
 
 
 def decoders_memory(row: SuiteRow) -> int:
     """Bytes that matching takes: the decoders of a few SAEs, and one being read."""
-    count = max(len(row.saes), 1)
-    numbers = (row.parameters - (row.model_parameters or 0)) // (2 * count)
-    return (min(KEPT, count) + 2) * numbers * BYTES[row.stored.get("saes", "float32")]
+    numbers = (row.parameters - (row.model_parameters or 0)) // (2 * len(row.saes))
+    kept = min(KEPT, len(row.saes)) + 2
+    return kept * numbers * BYTES[row.stored.get("saes", "float32")]
 
 
-def chosen_device(row: SuiteRow, device: str = "auto") -> str:
-    """A GPU for a large model if there is one, unless a device is named.
-
-    Raises:
-        ValueError: If torch does not find the device that is named.
-    """
+def _device_and_dtype(row: SuiteRow, device: str, dtype: str) -> tuple[str, str]:
+    """`auto`: a GPU for a large model; bfloat16 for a very large one there, or to make it fit."""
     import torch
 
-    if device != "auto":
-        check_device(device)
-        return device
-    is_large = (row.model_parameters or 0) >= LARGE
-    return "cuda" if is_large and torch.cuda.is_available() else "cpu"
-
-
-def chosen_dtype(row: SuiteRow, device: str, dtype: str = "auto") -> str:
-    """bfloat16 for a very large model on a GPU, or where float32 does not fit; float32 else.
-
-    Raises:
-        ValueError: If the type that is named is unknown.
-    """
-    if dtype != "auto":
-        if dtype not in BYTES:
-            raise ValueError(f"unknown dtype {dtype!r}{suggestion(dtype, ['auto', *BYTES])}")
-        return dtype
-    is_large = (row.model_parameters or 0) >= VERY_LARGE
-    fits = memory_needed(row, kept=KEPT) <= free_memory(device)
-    return "bfloat16" if is_large and (device != "cpu" or not fits) else "float32"
+    size = row.model_parameters or 0
+    if device == "auto":
+        device = "cuda" if size >= LARGE and torch.cuda.is_available() else "cpu"
+    check_device(device)
+    if dtype == "auto":
+        fits = memory_needed(row, kept=KEPT) <= free_memory(device)
+        dtype = "bfloat16" if size >= VERY_LARGE and (device != "cpu" or not fits) else "float32"
+    if dtype not in BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}{suggestion(dtype, ['auto', *BYTES])}")
+    return device, dtype
 
 
 def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> Suite:
-    """Load a language model and its SAEs.
-
-    A suite in a folder that fits into memory is loaded at once. Of others the first decoder is
-    loaded, and the rest when it is asked for.
+    """Load a language model and its SAEs: the first decoder now, the rest when it is asked for.
 
     Args:
         name: A registered suite, as `find_suite` takes it, or a folder with a `suite.yaml`.
@@ -195,26 +165,19 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
     """
     warn_of_untried()
     row = find_suite(name)
-    device = chosen_device(row, device)
-    dtype = chosen_dtype(row, device, dtype)
+    device, dtype = _device_and_dtype(row, device, dtype)
     size_is_known = row.is_local or row.parameters > 0
     all_fit = size_is_known and memory_needed(row, dtype) <= free_memory(device)
     if not all_fit:
         check_memory(decoders_memory(row), f"matching in suite {row.name}", device)
-    if row.layers:
-        _check_layers(row, row.layers)
+    _check_layers(row, row.layers)
     check_sources(row)
     load_model = cache(partial(_load_model, row, device, dtype, not all_fit))
     sites = sorted(row.saes)
     load = partial(_load_sae, row, load_model, device, dtype)
-    saes: Mapping[Site, SAE] = OnDemand(sites, load, len(sites) if all_fit else KEPT)
-    if not (row.is_local and all_fit):
-        saes[sites[0]]
-        return Suite(row, load_model, saes, device, dtype)
-    model = load_model()
-    for sae in saes.values():
-        _ = sae.lens_sae  # a broken encoder is an error at once
-    return Suite(row, model, dict(saes), device, dtype)
+    saes = OnDemand(sites, load, len(sites) if all_fit else KEPT)
+    saes[sites[0]]
+    return Suite(row, load_model, saes, device, dtype)
 
 
 def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
@@ -223,22 +186,16 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
     from flowhelpers.suites.bridge import load_model
 
     if check:
-        held = torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
-        needed = max(memory_needed(row, dtype, KEPT) - held, 0)  # decoders may be there already
+        needed = memory_needed(row, dtype, KEPT)
         check_memory(needed, f"the model of suite {row.name}", device, dtype)
     model = load_model(row.model, device, getattr(torch, dtype), row.revision)
     _check_layers(row, model.layers)
-    if row.d_model not in (None, model.d_model):
-        raise ValueError(
-            f"the model {row.model} of suite {row.name} has width {model.d_model}:"
-            f" expected {row.d_model}"
-        )
     return model
 
 
-def _check_layers(row: SuiteRow, layers: int) -> None:
+def _check_layers(row: SuiteRow, layers: int | None) -> None:
     for site in row.saes:
-        if not 0 <= site.layer < layers:
+        if layers and not site.layer < layers:
             raise ValueError(
                 f"suite {row.name} names an SAE at {site}: its model has layers 0 to {layers - 1}"
             )
@@ -248,25 +205,17 @@ def _load_sae(
     row: SuiteRow, load_model: "Callable[[], Model]", device: str, dtype: str, site: Site
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
-    from flowhelpers.suites.sae_files import folder_files, load_folder, load_release, release_files
-    from flowhelpers.suites.saes import make_sae, read_sae
+    from flowhelpers.suites.sae_files import find_files, load_whole
+    from flowhelpers.suites.saes import read_sae
 
     def output() -> "AttentionOutput":
         stored = stored_attention_output(row.model, site.layer, row.revision)
         return stored or attention_output(load_model(), site.layer)
 
     source = row.saes[site]
-    d_model = row.d_model or _stored_width(row) or load_model().d_model
-    if isinstance(source, str):
-        files = folder_files(Path(source))
-        load = partial(load_folder, Path(source), device, dtype)
-    else:
-        files = release_files(source["release"], source["id"])
-        load = partial(load_release, files, source["release"], source["id"], device, dtype)
-    if files is None:  # a format that sae-lens alone reads
-        lens_sae = load()
-        reads_z = str(lens_sae.cfg.metadata.hook_name).endswith("hook_z")
-        return make_sae(site, lens_sae, d_model, str(source), output() if reads_z else None)
+    d_model = row.d_model or load_model().d_model
+    files = find_files(source)
+    load = partial(load_whole, source, files, device, dtype)
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
     if files.revision is not None and at_issue and files.revision != row.revision:
         raise ValueError(
@@ -276,55 +225,36 @@ def _load_sae(
     return read_sae(site, files, load, d_model, device, dtype, output)
 
 
-def _stored_width(row: SuiteRow) -> int | None:
-    """The width of a model of the hub, from its configuration alone."""
-    if Path(row.model).is_dir():
-        return None
-    config = read_json(fetch(row.model, "config.json", row.revision))
-    config = {**config, **config.get("text_config", {})}
-    return config.get("hidden_size") or config.get("n_embd")
-
-
 def check_sources(row: SuiteRow) -> None:
-    """The SAEs of a suite are of one model, as far as they say, and that is the suite's.
+    """The SAEs of a suite are of one model, as far as they say: a ValueError names two of them.
 
-    Raises:
-        ValueError: If two of them are of different models, naming both.
-
-    Warns:
-        UserWarning: If they were trained on another model than the suite's, such as the base of an
-            instruction-tuned one.
+    Warns if that is not the suite's, but such as the base of an instruction-tuned one.
     """
-    import warnings
+    from flowhelpers.suites.sae_files import sae_config
 
     trained_on: dict[str, Site] = {}
     for site, source in sorted(row.saes.items()):
-        if name := _model_of(source):
-            trained_on.setdefault(name, site)
+        if not isinstance(source, str):
+            model = listed_release(source["release"], source["id"]).model
+        elif (path := Path(source) / "cfg.json").is_file():
+            model = sae_config(path).get("model_name")
+        else:
+            model = None
+        if model:
+            trained_on.setdefault(_short_name(model), site)
     if len(trained_on) > 1:
         (one, at), (other, there), *_ = trained_on.items()
         raise ValueError(
             f"suite {row.name}: its SAEs are of different models: {at} of {one}, {there} of {other}"
         )
     for name in trained_on:
-        if not Path(row.model).exists() and _plain(row.model) != name:
+        if not Path(row.model).exists() and _short_name(row.model) != name:
             warnings.warn(
                 f"suite {row.name} has the model {row.model}, and its SAEs were trained on {name}",
                 stacklevel=3,
             )
 
 
-def _model_of(source: "str | Mapping[str, str]") -> str | None:
-    from flowhelpers.suites.sae_files import listed_release, trained_on
-
-    if isinstance(source, str):
-        name = trained_on(Path(source))
-    else:
-        name = listed_release(source["release"], source["id"]).model
-    return _plain(name) if name else None
-
-
-def _plain(model: str) -> str:
-    # As libraries call it: TransformerLens has other names for some.
+def _short_name(model: str) -> str:
     name = model.rsplit("/", 1)[-1].lower()
-    return {"gpt2": "gpt2-small"}.get(name, name)
+    return {"gpt2": "gpt2-small"}.get(name, name)  # as TransformerLens calls it

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from flowhelpers.core.features import Site, suggestion
 from flowhelpers.core.machine import fitting_threads
 
 HOOKS = {
+    "pre": "blocks.{layer}.hook_resid_pre",
     "res": "blocks.{layer}.hook_resid_post",
     "mlp": "blocks.{layer}.hook_mlp_out",
     "att": "blocks.{layer}.hook_attn_out",
@@ -31,7 +34,7 @@ Activations = Float[Tensor, "batch position d_model"]
 
 @dataclass(frozen=True)
 class Edit:
-    """A change to the activations at one site, from what is there to what is to be."""
+    """A change of the activations at one site."""
 
     site: Site
     change: Callable[[Activations], Activations]
@@ -48,20 +51,14 @@ class PromptCache:
         return self.layers[0][0].shape[2]
 
     def first(self, tokens: int) -> "PromptCache":
-        """The same of fewer tokens.
-
-        Raises:
-            ValueError: If there are not so many.
-        """
+        """The same of fewer tokens."""
         if not 0 < tokens <= len(self):
-            raise ValueError(
-                f"{tokens} tokens of a prefix of {len(self)}: expected 1 or more of it"
-            )
+            raise ValueError(f"{tokens} tokens of a prefix of {len(self)}")
         cut = ((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
         return PromptCache(tuple(cut))
 
     def cache(self, batch: int, layers: int | None = None) -> Any:
-        """It as the cache of transformers, in which every row of a batch has the same prefix."""
+        """The cache of transformers in which every row of a batch has this prefix."""
         from transformers import DynamicCache
 
         cache = DynamicCache()
@@ -74,10 +71,7 @@ class PromptCache:
 
 @dataclass(frozen=True)
 class Model:
-    """A language model behind named sites.
-
-    `bridge` is TransformerLens's view of the Hugging Face model: use the functions of this module.
-    """
+    """A language model behind named sites, of which `bridge` is TransformerLens's view."""
 
     name: str
     bridge: Any
@@ -114,18 +108,14 @@ class Model:
 
     def sites(self) -> list[Site]:
         """Every site, in the order in which the stream passes them."""
-        return [
-            Site(layer, module) for layer in range(self.layers) for module in ("att", "mlp", "res")
-        ]
+        return [Site(i, module) for i in range(self.layers) for module in ("att", "mlp", "res")]
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """A batch of texts as tokens, `<bos>` first, padded on the right.
+    """A batch of texts as token ids, `<bos>` first, padded on the right.
 
-    Attributes:
-        ids: Token ids.
-        is_text: True at tokens of the text; False at BOS, padding and other special tokens.
+    `is_text` is True at tokens of the text, False at BOS, padding and other special tokens.
     """
 
     ids: Int[Tensor, "batch position"]
@@ -133,11 +123,7 @@ class Tokens:
 
 
 def hook_name(model: Model, site: Site) -> str:
-    """The name of the hook at a site.
-
-    Raises:
-        ValueError: If the model has no such layer or module.
-    """
+    """The name of the hook at a site; a ValueError if the model has no such layer or module."""
     if site.module not in HOOKS:
         raise ValueError(f"unknown module {site.module!r}{suggestion(site.module, HOOKS)}")
     if not 0 <= site.layer < model.layers:
@@ -148,13 +134,8 @@ def hook_name(model: Model, site: Site) -> str:
 def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = None) -> Tokens:
     """Texts to token ids with exactly one BOS in front, padded on the right.
 
-    Args:
-        model: The model whose tokenizer is used.
-        texts: One text or several; one that begins with BOS gets no second.
-        max_tokens: Cut each text to so many tokens, BOS included.
-
-    Raises:
-        ValueError: If there is no text at all, or none would be left of it.
+    A text that begins with BOS gets no second; EOS serves where there is no BOS. Each is cut to
+    `max_tokens`, BOS included. No text at all is a ValueError, as is none left of it.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
@@ -162,20 +143,15 @@ def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = 
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: expected 1 or more, BOS included")
     tokenizer = model.tokenizer
-    bos = tokenizer.bos_token_id
-    if bos is None:
-        bos = tokenizer.eos_token_id
+    bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
     rows = [[bos, *row[row[:1] == [bos] :]][:max_tokens] for row in rows]
-    length = max(map(len, rows))
     pad = bos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    ids = torch.full((len(rows), length), pad)
-    is_text = torch.zeros((len(rows), length), dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        is_text[i, 1 : len(row)] = True
-    special = torch.tensor(sorted(tokenizer.all_special_ids))
-    return Tokens(ids.to(model.device), (is_text & ~torch.isin(ids, special)).to(model.device))
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    place, lengths = torch.arange(ids.shape[1]), torch.tensor([len(row) for row in rows])
+    is_special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    is_text = (place > 0) & (place < lengths[:, None]) & ~is_special
+    return Tokens(ids.to(model.device), is_text.to(model.device))
 
 
 def token_strings(model: Model, ids: Iterable[int]) -> list[str]:
@@ -192,19 +168,11 @@ def run_model(
     stop_after: int | None = None,
     prefix: PromptCache | None = None,
 ) -> tuple[Float[Tensor, "batch position vocabulary"] | None, dict[Site, Activations]]:
-    """One forward pass: edits applied, sites read (after their edits).
+    """One forward pass: edits applied in order, sites read after their edits.
 
-    Args:
-        model: The model; its own state is the same before and after.
-        ids: Token ids.
-        read: Sites whose activations are returned.
-        edits: Changes to the stream, in order where they share a site.
-        stop_after: Stop once this layer is done; the logits are None then.
-        prefix: The tokens before `ids`, the same for every row; positions are counted after them.
-
-    Raises:
-        ValueError: If a site does not exist.
-        RuntimeError: If an edit or a reading was never reached.
+    It ends once the layer `stop_after` is done, without logits. `prefix` are the tokens before
+    `ids`, the same for every row; positions are counted after them. An edit or a reading that was
+    never reached is a RuntimeError.
     """
     kept: dict[Site, Activations] = {}
 
@@ -215,17 +183,14 @@ def run_model(
 
         return Edit(site, change)
 
-    readings = [keep(site) for site in read]
+    changes = [*edits, *(keep(site) for site in read)]
+    layers = None
     if stop_after is not None:
-        late = [e.site for e in (*edits, *readings) if e.site.layer > stop_after]
-        if late:
+        layers = stop_after + 1
+        if late := [edit.site for edit in changes if edit.site.layer > stop_after]:
             raise ValueError(f"{late[0]} lies after layer {stop_after}, where the pass stops")
-    changes = [*edits, *readings]
-    if stop_after is not None:
         changes.append(Edit(Site(stop_after, "res"), _stop))
-    cache = None
-    if prefix is not None:
-        cache = prefix.cache(len(ids), None if stop_after is None else stop_after + 1)
+    cache = None if prefix is None else prefix.cache(len(ids), layers)
     logits = None
     with editing(model, changes), suppress(_Stopped):
         logits = forward(model, ids, cache)
@@ -244,10 +209,7 @@ def _stop(activations: Activations) -> Activations:
 def cache_prompt(
     model: Model, ids: Int[Tensor, "1 position"]
 ) -> tuple[Float[Tensor, "1 position vocabulary"], PromptCache]:
-    """One pass over a text: its logits, and what later passes need so as to go on after it.
-
-    Passes that differ from a token on share all that comes before it.
-    """
+    """One pass over a text: its logits, and what later passes need so as to go on after it."""
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()
@@ -258,11 +220,7 @@ def cache_prompt(
 def forward(
     model: Model, ids: Int[Tensor, "batch position"], cache: Any = None
 ) -> Float[Tensor, "batch position vocabulary"]:
-    """The logits of one pass, which goes on after the keys and values of a cache and extends it.
-
-    Raises:
-        ValueError: If the model left the cache as it was.
-    """
+    """The logits of one pass, which goes on after the keys and values of a cache and extends it."""
     given: dict[str, Any] = {}
     expected = ids.shape[1]
     if cache is not None:
@@ -271,11 +229,9 @@ def forward(
         expected += cache.get_seq_length()
     with fitting_threads(ids.numel(), model.d_model):
         logits = model.bridge(ids, return_type="logits", **given)
-    if cache is not None and cache.get_seq_length() != expected:
-        raise ValueError(
-            f"{model.name}: after a pass its cache holds {cache.get_seq_length()} tokens:"
-            f" expected {expected}"
-        )
+    if cache is not None and (held := cache.get_seq_length()) != expected:
+        what = f"{model.name}: after a pass its cache holds {held} tokens"
+        raise ValueError(f"{what}: expected {expected}")
     return logits
 
 
@@ -291,13 +247,8 @@ def logits_of(
 def token_losses(
     logits: Float[Tensor, "batch position vocabulary"], ids: Int[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position"]:
-    """The cross-entropy of tokens in nats, each under the logits of its own place.
-
-    Logits foretell the next token: those of a text go with `ids` shifted by one.
-    """
-    return torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), ids.flatten(), reduction="none"
-    ).view(ids.shape)
+    """Cross-entropy in nats, each token under the logits of its own place: shift `ids` by one."""
+    return cross_entropy(logits.mT.float(), ids, reduction="none")
 
 
 @torch.no_grad()
@@ -312,11 +263,8 @@ def final_norm(
 def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
     """Apply edits to every pass inside the block; afterwards the model is as it was.
 
-    Yields:
-        How often each edit has been reached so far, by its place in `edits`.
-
-    Raises:
-        RuntimeError: At the end of the block, if an edit was never reached.
+    Yields how often each edit has been reached so far, by its place in `edits`. One that was never
+    reached is a RuntimeError at the end of the block.
     """
     reached = dict.fromkeys(range(len(edits)), 0)
 
@@ -327,10 +275,8 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
             flat = activations.flatten(2)
             changed = edit.change(flat)
             if changed.shape != flat.shape:
-                raise ValueError(
-                    f"the edit at {edit.site} gave shape {tuple(changed.shape)}:"
-                    f" expected {tuple(flat.shape)}"
-                )
+                shapes = f"{tuple(changed.shape)}: expected {tuple(flat.shape)}"
+                raise ValueError(f"the edit at {edit.site} gave shape {shapes}")
             return changed.view_as(activations)
 
         return hook
@@ -345,6 +291,5 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
 
 def is_edited(model: Model) -> bool:
     """Whether hooks act on the model's passes now, of `editing` or of TransformerLens."""
-    return any(
-        point.has_hooks(including_permanent=False) for point in model.bridge.hook_dict.values()
-    )
+    points = model.bridge.hook_dict.values()
+    return any(point.has_hooks(including_permanent=False) for point in points)

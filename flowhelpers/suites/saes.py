@@ -18,21 +18,14 @@ from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.model import HOOKS
-from flowhelpers.suites.sae_files import SaeFiles, read_decoder, read_thresholds
+from flowhelpers.suites.sae_files import SaeFiles, read_decoder
 
 SMALLEST_THRESHOLD = 1e-6
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A JumpReLU SAE's weights, one row a feature: active where pre > threshold.
-
-    Attributes:
-        encoder: Encoder rows.
-        bias: Encoder biases, with that of a bias subtracted from the input.
-        decoder: Decoder rows.
-        threshold: Thresholds; 1 once folded.
-    """
+    """Weights, one row a feature; `bias` is the encoder's, that of the input's bias included."""
 
     encoder: Float[Tensor, "features d_in"]
     bias: Float[Tensor, "features"]
@@ -50,10 +43,8 @@ class SAE:
             memory-mapped where the file allows it; zero for `excluded` rows, which match nothing.
         norms: Norms of the decoder rows, in the scale of the activations.
         excluded: Indices of the rows that hold NaN or infinity or are all zero.
-        source: Where it was loaded from.
         loader: sae-lens's SAE, which encodes, or what loads it; None where there is no encoder.
         input_site: Where it reads: its site, or the attention heads' outputs z before W_O, `12/z`.
-        files: The files that it is read from.
         dtype: Type of the weights that are still to be loaded.
     """
 
@@ -82,27 +73,21 @@ class SAE:
     def fingerprint(self) -> str:
         """A digest of directions and weights, the key of tables that are made from them."""
         digest = hashlib.blake2b(digest_size=16)
-        if self._stored:
-            digest.update(f"{self._stored.content} {self.dtype}".encode())
-        elif self.lens_sae is not None:
-            for tensor in self.lens_sae.state_dict().values():
-                digest.update(_bytes(tensor))
-        if not self._stored or self.input_site != self.site:  # the model's W_O decides too
-            digest.update(_bytes(self.decoder))
+        tensors = [self.decoder]
+        if isinstance(self.loader, torch.nn.Module):  # it may have been put in the files' place
+            tensors += self.lens_sae.state_dict().values()
+        elif self.files:
+            digest.update(f"{self.files.content} {self.dtype}".encode())
+            tensors = tensors if self.input_site != self.site else []  # the model's W_O decides too
+        for tensor in tensors:
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    @cached_property
+    @property
     def thresholds(self) -> Float[Tensor, "features"] | None:
         """Each feature's threshold, in units of its activation; None if it has none."""
-        if self._stored:
-            return read_thresholds(self._stored, self.width)
         threshold = getattr(self.lens_sae, "threshold", None)
         return None if threshold is None else threshold.detach().float()
-
-    @property
-    def _stored(self) -> SaeFiles | None:
-        """Its files, unless another SAE was put in their place."""
-        return None if isinstance(self.loader, torch.nn.Module) else self.files
 
     @property
     def normalises_tokens(self) -> bool:
@@ -120,11 +105,7 @@ class SAE:
         return unit_rows(self.decoder)
 
     def direction(self, feature: FeatureId) -> Float[Tensor, "d_model"]:
-        """The decoder direction of one feature, of unit norm.
-
-        Raises:
-            ValueError: If the row was excluded.
-        """
+        """The decoder direction of one feature, of unit norm; a ValueError if it was excluded."""
         if feature.index in self.excluded:
             raise ValueError(f"{feature} has no direction: its decoder row is zero or not finite")
         return unit_rows(self.decoder[feature.index][None])[0]
@@ -137,9 +118,6 @@ class SAE:
 
         A feature adds its activation times its decoder row, at every token: activations of an SAE
         that brings each token to variance 1 first are scaled back (CHOICES 43).
-
-        Raises:
-            ValueError: If there is no encoder.
         """
         if self.lens_sae is None:
             raise ValueError(f"the SAE for {self.site} has no encoder: it has no activations")
@@ -155,8 +133,7 @@ class SAE:
     ) -> Float[Tensor, "*batch d_model"]:
         """The reconstruction from feature activations, as `encode` gives them.
 
-        Raises:
-            ValueError: If the SAE normalises each token and `at`, what it read, is not given.
+        `at` is what was read; an SAE that normalises each token needs it.
         """
         if not self.normalises_tokens:
             return self.lens_sae.decode(features)
@@ -167,11 +144,7 @@ class SAE:
         return features @ self.lens_sae.W_dec + self.lens_sae.b_dec * scale + shift
 
     def decoder_rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
-        """What features write for each unit of activation, at the input site, z included.
-
-        Raises:
-            ValueError: If there are no weights, or a row was excluded.
-        """
+        """What features write for each unit of activation, at the input site, z included."""
         if self.lens_sae is None:
             raise ValueError(f"the SAE for {self.site} has no weights: it cannot write")
         if (bad := features[torch.isin(features, self.excluded.to(features.device))]).numel():
@@ -181,26 +154,17 @@ class SAE:
     def contribution(
         self, feature: FeatureId, activation: Float[Tensor, "*batch"]
     ) -> Float[Tensor, "*batch d_model"]:
-        """What one feature writes at these activations: `a · v`, in the scale of the stream.
-
-        Raises:
-            ValueError: If the SAE reads z: what it writes passes a norm on its way.
-        """
+        """What one feature writes at these activations: `a · v`, in the scale of the stream."""
         if self.input_site != self.site:
             raise ValueError(f"{feature} reads {self.input_site}: only its direction is known")
         size = activation[..., None].to(self.norms) * self.norms[feature.index]
         return size * self.direction(feature)
 
     def weights(self, folded: bool = False) -> Weights:
-        """Its weights, one row a feature, in float32.
+        """Its weights in float32.
 
-        Args:
-            folded: Whether thresholds are folded in (SAE Match, eq. 4; CHOICES 16): W_enc/θ,
-                b_enc/θ, W_dec·θ, with θ clamped away from 0. The output stays the same, and
-                activations are in units of θ.
-
-        Raises:
-            ValueError: If there is no threshold to fold in.
+        Folded thresholds (SAE Match, eq. 4; CHOICES 16) give W_enc/θ, b_enc/θ and W_dec·θ, with θ
+        clamped away from 0: the output stays the same, and activations are in units of θ.
         """
         lens_sae, threshold = self.lens_sae, self.thresholds
         if threshold is None and folded:
@@ -210,8 +174,7 @@ class SAE:
         )
         if lens_sae.cfg.apply_b_dec_to_input:
             bias = bias - lens_sae.b_dec.detach().float() @ encoder
-        at = torch.zeros_like(bias) if threshold is None else threshold.to(bias)
-        at = at.nan_to_num(0.0, 0.0, 0.0)  # of encoders that are not finite
+        at = torch.zeros_like(bias) if threshold is None else threshold
         if not folded:
             return Weights(encoder.T, bias, decoder, at)
         at = at.clamp(min=SMALLEST_THRESHOLD)
@@ -241,23 +204,13 @@ def read_sae(
 ) -> SAE:
     """The SAE of files: its decoder alone, in the type it is stored in, and what loads the rest.
 
-    Args:
-        site: The site.
-        files: The SAE's files.
-        load: Loads sae-lens's SAE, in `dtype`.
-        d_model: Width of the residual stream.
-        device: Torch device of the decoder.
-        dtype: Type of the weights that `load` gives.
-        output: Says how the model brings z into the stream; asked only if the SAE reads z.
-
-    Raises:
-        ValueError: If the file is corrupt, the width is another, the hook point is not the site's,
-            or no row is usable.
+    `load` gives sae-lens's SAE in `dtype`; `output` says how the model brings z into the stream,
+    and is asked only if the SAE reads z. A file that is corrupt, of another width or hook point, or
+    without a usable row is a ValueError.
     """
     decoder = read_decoder(files).to(device)
     sae = _in_residual_basis(site, decoder, files.hook, d_model, files.source, output)
-    norms = sae.norms / files.scale
-    return replace(sae, norms=norms, loader=load, files=files, dtype=dtype)
+    return replace(sae, norms=sae.norms / files.scale, loader=load, files=files, dtype=dtype)
 
 
 def _in_residual_basis(
@@ -274,33 +227,27 @@ def _in_residual_basis(
     (CHOICES 30; this project's extension). What the norm divides by differs by token but is a
     positive number: the direction is exact.
     """
-    expected = HOOKS[site.module].format(layer=site.layer)
-    input_site = site
+    what = f"the SAE for {site} ({source})"
+    expected, input_site = HOOKS[site.module].format(layer=site.layer), site
     if hook not in (None, "", expected):
         if site.module != "att" or hook != HOOKS["z"].format(layer=site.layer):
-            raise ValueError(
-                f"the SAE for {site} ({source}) was trained at {hook}: expected {expected}"
-            )
+            raise ValueError(f"{what} was trained at {hook}: expected {expected}")
         input_site = Site(site.layer, "z")
         if (to_stream := output()) is None:
             raise ValueError(
-                f"the SAE for {site} ({source}) reads z, before W_O: it cannot be compared"
-                " with the stream unless its model says how z gets there"
+                f"{what} reads z, before W_O: its model has to bring z into the stream"
             )
         decoder = to_stream.to_residual(decoder)
     if decoder.shape[1] != d_model:
-        raise ValueError(
-            f"the SAE for {site} ({source}) has width {decoder.shape[1]}:"
-            f" expected {d_model}, the width of its model"
-        )
+        raise ValueError(f"{what} has width {decoder.shape[1]}: expected {d_model}, as its model")
     norms = torch.linalg.vector_norm(decoder, dim=1, dtype=torch.float32)
     bad = torch.nonzero(~torch.isfinite(norms) | (norms == 0)).flatten()
     if len(bad) == len(norms):
-        raise ValueError(f"the SAE for {site} ({source}) has no decoder row that is usable")
+        raise ValueError(f"{what} has no decoder row that is usable")
     if len(bad):
         warnings.warn(
-            f"{len(bad)} of {len(norms)} decoder rows for {site} ({source}) are zero or not"
-            f" finite; they are left out of matching: {bad[:10].tolist()}",
+            f"{len(bad)} of {len(norms)} decoder rows of {what} are zero or not finite; they are"
+            f" left out of matching: {bad[:10].tolist()}",
             stacklevel=4,
         )
     decoder = decoder.contiguous()
@@ -326,7 +273,3 @@ def _silence_unusable(lens_sae: Any, excluded: Tensor, what: str) -> None:
         rows[deaf] = 0
         rows[excluded] = 0
     lens_sae.W_dec[excluded] = 0
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data

@@ -61,7 +61,7 @@ from flowhelpers.suites.attention import attention_output, stored_attention_outp
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import run_model, tokenize
 from flowhelpers.suites.registry import find_suite
-from flowhelpers.suites.sae_files import read_decoder, release_files
+from flowhelpers.suites.sae_files import find_files, read_decoder
 from flowhelpers.suites.saes import SAE
 from flowhelpers.training.measures import measure_saes
 
@@ -292,7 +292,7 @@ def test_a_scale_that_sae_lens_does_not_share_is_refused(small: Hub, written: di
         with pytest.raises(
             ValueError, match=r"sae-lens scales its activations by .* are not known"
         ):
-            release_files(source["release"], source["id"])
+            find_files(source)
     finally:
         path.write_text(before)
 
@@ -477,7 +477,7 @@ def test_a_hub_file_that_is_cut_short_in_the_cache_is_named(gemma_suite: Suite, 
     assert files is not None
     short = tmp_path / "params.npz"
     short.write_bytes(files.weights.read_bytes()[:1_000_000])
-    with pytest.raises(ValueError, match="cannot be read, a file may be truncated"):
+    with pytest.raises(ValueError, match="cannot be read, it may be truncated"):
         read_decoder(replace(files, weights=short))
 
 

@@ -10,7 +10,7 @@ from hub import Hub, Process
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from flowhelpers.suites.hub import cached, fetch, model_on_disk, read_tensors
+from flowhelpers.suites.hub import cached, fetch, model_folder, read_tensors
 
 OWNER = "planted/sharded"
 NAMES = ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.norm.weight"]
@@ -106,22 +106,18 @@ def test_files_that_are_on_this_machine_are_read_where_they_are(
     folder = hub_here.root / "models" / OWNER
     assert torch.equal(read_tensors(str(folder), [NAMES[1]])[NAMES[1]], sharded[NAMES[1]])
     (folder / PARTS[1]).write_bytes(b"short")
-    with pytest.raises(ValueError, match=rf"{PARTS[1]} is truncated or corrupt"):
+    with pytest.raises(ValueError, match=rf"{PARTS[1]} cannot be read, it may be truncated"):
         read_tensors(str(folder), [NAMES[1]])
 
 
 def test_a_model_is_fetched_whole_once(hub_here: Hub, pythia: str, offline: pytest.MonkeyPatch):
     fetch(pythia, "config.json")  # which alone makes no whole model
-    with model_on_disk(pythia):
-        assert constants.HF_HUB_OFFLINE
-    assert not constants.HF_HUB_OFFLINE
-    assert cached(pythia, "model.safetensors")
-    assert cached(pythia, "tokenizer.json")
+    folder = Path(model_folder(pythia))
+    assert {"model.safetensors", "tokenizer.json"} < {path.name for path in folder.iterdir()}
     hub_here.reset()
-    for _ in range(2):
-        with model_on_disk(pythia):
-            pass
-        offline.setattr(*OFF)
+    assert model_folder(pythia) == str(folder)
+    offline.setattr(*OFF)
+    assert model_folder(pythia) == model_folder(str(folder)) == str(folder)
     assert hub_here.requests == []
 
 
