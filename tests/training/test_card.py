@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -119,20 +120,12 @@ def test_flow_against_chance_is_counted_by_hand():
             "null_att": 0.5,
         }
     )
-    occurrences = pd.DataFrame(  # feature 3 is dead
-        {
-            "feature": [0, 1, 2, 2],
-            "res": [True, True, True, False],
-            "rate_res": [0.1, 0.2, 0.3, 0.4],
-        }
-    )
-    (row,) = measure_flow(scores, occurrences.assign(layer=1)).to_dict("records")
-    assert row["layer"] == 1
-    assert row["s_res_above_null"] == pytest.approx(2 / 3)
-    assert row["module_above_null"] == pytest.approx(2 / 3)
-    assert row["predecessor_active"] == 0.75
-    assert row["by_chance"] == pytest.approx(0.25)
-    assert row["ratio"] == pytest.approx(3)
+    # Feature 3 is dead.
+    active = pd.DataFrame({"feature": [0, 1, 2, 2], "res": [True, True, True, False]})
+    (row,) = measure_flow(scores, active.assign(layer=1, rate_res=[0.1, 0.2, 0.3, 0.4])).to_numpy()
+    layer, of_res, of_module, predecessor, chance, ratio = row
+    assert (layer, predecessor) == (1, 0.75)
+    assert [of_res, of_module, chance, ratio] == pytest.approx([2 / 3, 2 / 3, 0.25, 3])
 
 
 def test_what_is_asked_of_a_suite_lies_in_its_folder(tmp_path: Path):
@@ -150,9 +143,7 @@ def test_what_is_asked_of_a_suite_lies_in_its_folder(tmp_path: Path):
         assert bars(figures, folder)["met"].all()
 
 
-@pytest.mark.parametrize(
-    "content", ["a: [", "- a", "a: 3", "a: {}", "a: {above: 1}", "a: {at_least: much}", "5"]
-)
+@pytest.mark.parametrize("content", ["a: [", "- a", "a: 3", "a: {}", "a: {above: 1}", "5", ""])
 def test_a_broken_file_of_bars_is_named(tmp_path: Path, content: str):
     (tmp_path / "bars.yaml").write_text(content)
     with pytest.raises(ValueError, match=r"cannot use .*bars\.yaml: "):
@@ -205,10 +196,7 @@ def own_suite(folder: Path, planted: Suite, **more: object) -> Path:
 
 
 def test_a_card_is_measured_on_held_out_rows_written_and_given_back(
-    planted: Suite,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    planted: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
     folder = own_suite(tmp_path / "suite", planted)
     (folder / "bars.yaml").write_text("bits per byte: {at_most: 1}\n")

@@ -111,10 +111,6 @@ def test_a_new_model_is_seeded_and_its_post_norms_are_turned_down():
     assert torch.allclose(layer.input_layernorm(x), unit, atol=1e-4)
 
 
-class Killed(Exception):
-    """Stands for a kill."""
-
-
 def test_a_killed_training_ends_as_one_that_was_not(
     rows: np.ndarray, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -125,7 +121,7 @@ def test_a_killed_training_ends_as_one_that_was_not(
         rates = [group["lr"] for group in trainer.optimizer.param_groups]
         steps.append((rates, inputs["input_ids"].numpy()))
         if len(steps) == 10:  # the fourth step of the second training, after a checkpoint
-            raise Killed
+            raise InterruptedError
         return true_step(trainer, model, inputs, *more)
 
     monkeypatch.setattr(Trainer, "training_step", step)
@@ -137,7 +133,7 @@ def test_a_killed_training_ends_as_one_that_was_not(
     for (rates, ids), scale, expected in zip(steps, scales, rows.reshape(-1, 4, 16), strict=False):
         assert rates == pytest.approx([0.02 * scale, 0.003 * scale])
         assert np.array_equal(ids, expected)
-    with pytest.raises(Killed):
+    with pytest.raises(InterruptedError):
         train_model(RECIPE, tokenizer, rows, killed, save_steps=3)
     assert not killed.exists()
     (killed.parent / "model.checkpoints" / "checkpoint-4").mkdir()  # one that was cut off

@@ -125,10 +125,6 @@ def test_a_saved_sae_reads_raw_activations_as_it_was_trained_on_scaled_ones(
     assert torch.allclose(cosines, torch.ones(24), atol=1e-5)
 
 
-class Killed(Exception):
-    """Stands for a kill."""
-
-
 def test_a_killed_training_ends_as_one_that_was_not(
     toy: Model, rows: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -140,13 +136,13 @@ def test_a_killed_training_ends_as_one_that_was_not(
     def step(trainer: Any, batch: Any) -> Any:
         steps.append(trainer.n_training_steps)
         if len(steps) == 12 * 3 + 8 * 3:  # within the eighth step of the second training
-            raise Killed
+            raise InterruptedError
         return true_step(trainer, batch)
 
     monkeypatch.setattr(SAETrainer, "step", step)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     train_saes(RECIPE, toy, rows, whole, SITES, "toy", 3)
-    with pytest.raises(Killed):
+    with pytest.raises(InterruptedError):
         train_saes(RECIPE, toy, rows, killed, SITES, "toy", 3)
     (last,) = (killed / "0-att.checkpoints").iterdir()
     assert last.name == "6"
