@@ -121,10 +121,9 @@ def card(arguments: argparse.Namespace) -> int:
     else:
         figures = stored_bars(arguments.suite)
     for name, bars in figures.items():
-        missed = sum(not bar.met for bar in bars)
-        asked = sum(bar.asked is not None for bar in bars)
-        print(f"measured on {name}: {asked} bars were set, {missed} missed")
-        print(*bars, sep="\n")
+        asked = bars[["at_least", "at_most"]].notna().any(axis=1).sum()
+        print(f"measured on {name}: {asked} bars were set, {(~bars['met']).sum()} missed")
+        print(bars.to_string(na_rep="", float_format="{:.3f}".format))
     return 0
 
 
@@ -177,7 +176,7 @@ def parser() -> argparse.ArgumentParser:
         "card",
         help="the figures of a suite: print, or measure afresh",
         epilog="Beside each figure stands what the suite's bars.yaml asks for, if it has one. A bar"
-        " that is MISSED is a fact about the suite and no error: the exit status is 0.",
+        " that is not met is a fact about the suite and no error: the exit status is 0.",
     )
     one.set_defaults(function=card)
     one.add_argument("suite", nargs="?", default="flowlet")
@@ -185,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
                      help="measure on the package's passages and held-out Python")  # fmt: skip
     one.add_argument("--rows", type=Path, metavar="FOLDER",
                      help="measure on held-out rows of this training folder as well")  # fmt: skip
-    one.add_argument("--write", action="store_true", help="write card.md and card.json")
+    one.add_argument("--write", action="store_true", help="write card.json")
     return top
 
 

@@ -1,28 +1,27 @@
 """Train an SAE for every site of a model, all sites in one pass over the text.
 
-BatchTopK SAEs of sae-lens, saved as the JumpReLU SAEs that `sae_lens.SAE.load_from_disk` reads.
 Every site starts from random weights of its own: a likeness between layers is then the model's
 doing and not the recipe's.
 """
 
-import math
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Integer
-from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowhelpers.core.features import Site
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import Model, hook_name, run_model
+from flowhelpers.training.language_model import write_folder
 
 SPARE = 0.94  # share of a chunk's tokens that is used: the rest makes up for special tokens
 
@@ -30,19 +29,17 @@ SPARE = 0.94  # share of a chunk's tokens that is used: the rest makes up for sp
 class SAERecipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Every number that decides how the SAEs of a model are trained."""
 
+    sites: list[str] = []  # of an exception, those that it is for
     features: PositiveInt = 1024
     k: PositiveInt = 14  # features active per token, on average over a batch
     tokens: PositiveInt = 3_000_000
     batch: PositiveInt = 640  # tokens in one step: many small steps settle decoders faster
     rows: PositiveInt = 32  # of text in one forward pass, whose tokens are then shuffled
     lr: PositiveFloat = 3e-3  # of Adam, at its peak
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.99, ge=0, lt=1)
-    warmup: int = Field(default=100, ge=0)
+    warmup: NonNegativeInt = 100
     decay: float = Field(default=0.3, ge=0, le=1)  # share of the steps, at the end
     dead_after: PositiveInt = 100_000  # silent tokens, after which comes the auxiliary loss
-    decoder_norm: PositiveFloat = 1.0  # of the decoder rows before training
-    seed: int = Field(default=0, ge=0)
+    seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _k_fits(self) -> "SAERecipe":
@@ -56,14 +53,8 @@ class SAERecipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         return max(1, self.tokens // self.batch)
 
     def steps_per_chunk(self, context: int) -> int:
-        """Steps that one forward pass of the model feeds; an error if not a single one."""
-        usable = int(SPARE * self.rows * (context - 1))
-        if usable < self.batch:
-            raise ValueError(
-                f"{self.rows} rows of {context} tokens do not fill one batch of {self.batch}"
-                f" tokens, but at most {usable}"
-            )
-        return usable // self.batch
+        """Steps that one forward pass of the model feeds."""
+        return max(1, int(SPARE * self.rows * (context - 1)) // self.batch)
 
 
 def train_saes(
@@ -73,34 +64,21 @@ def train_saes(
     folder: Path,
     sites: Sequence[Site],
     model_name: str,
-    n_checkpoints: int = 20,
-) -> Path:
-    """Train an SAE at every site and save each as a sae-lens folder.
+    checkpoint_every: int = 200,
+) -> None:
+    """Train an SAE at every site and save each as a sae-lens folder: `folder/0-res` and so on.
 
     A second call goes on from the last checkpoint in `folder`. `rows` are read in their order.
-
-    Returns:
-        The folder `folder/saes` with one sae-lens folder for each site, `0-res` and so on.
-
-    Raises:
-        FloatingPointError: If a loss is not finite.
+    Raises a FloatingPointError if a loss is not finite.
     """
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.multi_sae_trainer import MultiSAETrainer
 
-    final, part, checkpoints = (folder / name for name in ("saes", "saes.part", "checkpoints"))
-    if final.exists():
-        return final
-
-    def keep_this_alone(checkpoint_path: Path | None) -> None:  # called when it is whole
-        assert checkpoint_path is not None
-        (checkpoint_path / "whole").touch()
-        for path in checkpoints.iterdir():
-            if path != checkpoint_path:
-                shutil.rmtree(path)
-
+    names = [f"{site.layer}-{site.module}" for site in sites]
+    if all((folder / name).exists() for name in names):
+        return
+    checkpoints = folder / f"{names[0]}.checkpoints"
     config = SAETrainerConfig(
-        n_checkpoints=0,
         checkpoint_path=str(checkpoints),
         total_training_samples=recipe.steps * recipe.batch,
         device=str(model.device),
@@ -108,30 +86,25 @@ def train_saes(
         lr=recipe.lr,
         lr_end=0.0,
         lr_warm_up_steps=recipe.warmup,
-        adam_beta1=recipe.beta1,
-        adam_beta2=recipe.beta2,
+        adam_beta2=0.99,
         lr_decay_steps=int(recipe.decay * recipe.steps),
         train_batch_size_samples=recipe.batch,
         dead_feature_window=recipe.dead_after // recipe.batch,
-        feature_sampling_window=1000,
         n_batches_for_norm_estimate=1,
     )
-    saes = {f"{s.layer}-{s.module}": new_sae(recipe, model, s, model_name) for s in sites}
+    saes = {n: new_sae(recipe, model, s, model_name) for n, s in zip(names, sites, strict=True)}
     hooks = {name: sae.cfg.metadata.hook_name for name, sae in saes.items()}
-    trainer = MultiSAETrainer(config, saes, hooks, iter(()), save_checkpoint_fn=keep_this_alone)
-    for whole in checkpoints.glob("*/whole"):
-        trainer.load_checkpoint(whole.parent)
+    trainer = MultiSAETrainer(config, saes, hooks, iter(()))
+    if whole := sorted(checkpoints.glob("*[0-9]"), key=lambda path: int(path.name)):
+        trainer.load_checkpoint(whole[-1])
     done = trainer.n_training_steps
     # The first batch gives the norms alone.
     trainer.data_provider = batches(recipe, model, rows, sites, done and done + 1)
-    step_together(trainer, range(done, recipe.steps), math.ceil(recipe.steps / (n_checkpoints + 1)))
+    step_together(trainer, range(done, recipe.steps), checkpoint_every)
     trainer.fit()  # no step is left: it folds the norms into the weights
-    shutil.rmtree(part, ignore_errors=True)
     for name, sae in saes.items():
-        save_half(sae, part / name)
-    os.replace(part, final)
+        write_folder(folder / name, partial(save_half, sae))
     shutil.rmtree(checkpoints, ignore_errors=True)
-    return final
 
 
 def step_together(trainer: Any, steps: range, checkpoint_every: int) -> None:
@@ -140,12 +113,11 @@ def step_together(trainer: Any, steps: range, checkpoint_every: int) -> None:
     On a CPU a thread for each SAE is several times faster than many threads for each product.
     """
     threads = torch.get_num_threads() if trainer.cfg.device == "cpu" else 1
+    checkpoints = Path(trainer.cfg.checkpoint_path)
 
     def step(name: str, x: Tensor) -> Tensor:
-        one = trainer.trainers[name]
-        one.maybe_reset_sparsity()
-        loss = one.step(x).loss.detach()
-        one.n_training_steps += 1
+        loss = trainer.trainers[name].step(x).loss.detach()
+        trainer.trainers[name].n_training_steps += 1
         return loss
 
     trainer._estimate_scaling_factors()
@@ -154,12 +126,15 @@ def step_together(trainer: Any, steps: range, checkpoint_every: int) -> None:
             batch = next(trainer.data_provider)
             inputs = [batch[hook] for hook in trainer.hook_names.values()]
             losses = torch.stack(list(pool.map(step, trainer.hook_names, inputs)))
-            for name, loss in zip(trainer.hook_names, losses.tolist(), strict=True):
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"the loss of {name} became {loss} at step {number}")
+            if not losses.isfinite().all():
+                named = dict(zip(trainer.hook_names, losses.tolist(), strict=True))
+                raise FloatingPointError(f"a loss is not finite at step {number}: {named}")
             trainer.n_training_samples += len(inputs[0])
             if (number + 1) % checkpoint_every == 0:
-                trainer.save_checkpoint(str(trainer.n_training_samples))
+                target = checkpoints / str(number + 1)
+                write_folder(target, lambda part: trainer.save_checkpoint(part.name))
+                for path in set(checkpoints.iterdir()) - {target}:
+                    shutil.rmtree(path)
 
 
 def use_one_thread() -> None:
@@ -180,18 +155,16 @@ def batches(
     BOS and other special tokens are left out. The text is read again from its start when it ends.
     """
     special = torch.tensor(sorted(model.tokenizer.all_special_ids))
-    last = max(site.layer for site in sites)
     per_chunk = recipe.steps_per_chunk(rows.shape[1])
     chunk, skipped = divmod(start, per_chunk)
     while True:
         picked = np.arange(chunk * recipe.rows, (chunk + 1) * recipe.rows) % len(rows)
         ids = torch.from_numpy(rows[picked].astype(np.int64))
-        _, read = run_model(model, ids.to(model.device), read=sites, stop_after=last)
+        _, read = run_model(model, ids.to(model.device), sites, stop_after=max(sites).layer)
         usable = torch.nonzero(~torch.isin(ids.flatten(), special)).flatten()
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + chunk)
         order = usable[torch.randperm(len(usable), generator=generator)]
-        needed = per_chunk * recipe.batch
-        order = order.repeat(math.ceil(needed / len(order)))[:needed].to(model.device)
+        order = torch.from_numpy(np.resize(order, per_chunk * recipe.batch)).to(model.device)
         flat = {hook_name(model, site): x.flatten(0, 1).float() for site, x in read.items()}
         for places in order.split(recipe.batch)[skipped:]:
             yield {hook: x[places] for hook, x in flat.items()}
@@ -210,9 +183,8 @@ def new_sae(recipe: SAERecipe, model: Model, site: Site, model_name: str) -> Any
         d_sae=recipe.features,
         k=recipe.k,
         device=str(model.device),
-        dtype="float32",
         normalize_activations="expected_average_only_in",  # norms differ tenfold between sites
-        decoder_init_norm=recipe.decoder_norm,
+        decoder_init_norm=1.0,
         metadata=SAEMetadata(model_name=model_name, hook_name=hook, prepend_bos=True),
     )
     return BatchTopKTrainingSAE(config)

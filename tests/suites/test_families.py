@@ -340,7 +340,7 @@ def test_gemma_scope_2_s_attention_comes_into_the_stream(
 
 def test_what_a_sae_at_z_is_worth_is_measured_at_z(small: Hub):
     suite = load_suite("gemma-3-270m-pt")
-    table = measure_saes(suite, tokenize(suite.model, TEXTS), loss_rows=2)
+    table = measure_saes(suite, tokenize(suite.model, TEXTS))
     looked = run_preflight(suite, TEXTS, suite.saes)
     both = table.set_index("site").join(looked.set_index("site"), rsuffix="_looked")
     assert both["l0"].tolist() == pytest.approx(both["l0_looked"].tolist())
