@@ -5,7 +5,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -56,19 +55,58 @@ class _RequestError(Exception):
     """Status and problem. It holds no error of the client, whose request has the key."""
 
 
-@dataclass(frozen=True)
 class EndpointJudge:
-    """A language model as judge; `endpoint_judge` makes it. Only its `client` holds the key."""
+    """A language model as judge. Only its `client` holds the key.
 
-    theme: str
-    task: str
-    model: str
-    address: str
-    cache: DiskCache
-    subject: str | None
-    concurrency: int
-    temperature: float | None
-    client: Any = field(repr=False, compare=False)
+    Args:
+        theme: What it looks for; to suppress, a name only, as the prompt has its own subjects.
+        task: `promote` (paper B.2) or `suppress` (B.1).
+        model: The model's name at the endpoint.
+        base_url: The endpoint's address; that in OPENAI_BASE_URL, or OpenAI's, unless given.
+        api_key: The key; that in OPENAI_API_KEY unless given. It is written nowhere.
+        subject: To suppress, the letter of the subject whose score counts: a, b or c.
+        cache: The file that keeps replies; `judge.sqlite` in `cache_folder()` unless given.
+        concurrency: Requests at a time.
+        temperature: Of the first attempt; later ones have 1. None sends none.
+    """
+
+    def __init__(
+        self,
+        theme: str,
+        task: str = "promote",
+        model: str = "gpt-4o-mini",
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        subject: str | None = None,
+        cache: Path | None = None,
+        concurrency: int = 8,
+        temperature: float | None = 0.0,
+    ) -> None:
+        """Asks about one small text, to see that it answers.
+
+        A key that the server refuses is a PermissionError, a server that fails a ConnectionError,
+        an unknown model or another wrong argument a ValueError.
+        """
+        import openai
+
+        check_choice("task", task, REPLIES)
+        if subject not in ([*SUBJECTS] if task == "suppress" else [None]):
+            raise ValueError(f"subject {subject!r}: expected a, b or c to suppress, none to promote")
+        self.theme, self.task, self.model, self.subject = theme, task, model, subject
+        self.concurrency, self.temperature = concurrency, temperature
+        self.cache = DiskCache(Path(cache or cache_folder() / "judge.sqlite"))
+        url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+        self.address = urlsplit(url).netloc.rpartition("@")[2]  # without a password
+        key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
+        if key and not re.fullmatch(KEY, key):
+            raise ValueError("the key has a space, a quote or another character that no key has")
+        key = key or (None if self.address.endswith("openai.com") else NO_KEY)
+        client = openai.OpenAI(api_key=key, base_url=url, timeout=TIMEOUT, max_retries=RETRIES)
+        self.client = client.with_options(max_retries=PROBE_RETRIES)
+        if problem := self._ask_all([PROBE]).get(PROBE):
+            warnings.warn(f"{self.about}: {problem}", stacklevel=2)
+        self.client = client
 
     @property
     def about(self) -> str:
@@ -80,7 +118,7 @@ class EndpointJudge:
 
         A text without a readable reply has no scores (NaN, CHOICES 23), and `problem` says why. An
         empty text has 0 in both, unasked. No text is asked about again whose reply is kept: the
-        same call goes on where one was stopped. Errors are those of `endpoint_judge`; it is a
+        same call goes on where one was stopped. Errors are those of the first request; it is a
         ConnectionError if `STOP_AFTER` requests in a row failed, or all.
         """
         import pandas as pd
@@ -101,7 +139,7 @@ class EndpointJudge:
         return table.astype({"behavioral": float, "coherence": float, "problem": object})
 
     def _ask_all(self, texts: Sequence[str]) -> dict[str, str]:
-        """Asks about each text; returns what is wrong with those that got no readable reply."""
+        """What is wrong with the texts that got no readable reply."""
         problems, failures = {}, 0
         pool = ThreadPoolExecutor(self.concurrency)
         futures = {pool.submit(self._ask, text): text for text in texts}
@@ -151,8 +189,6 @@ class EndpointJudge:
         except openai.APIConnectionError as error:
             said = self._quote(str(error.__cause__ or error))
             status, problem = 0, f"the connection failed: {said}"
-        except UnicodeError:
-            return ""  # a text that cannot be sent has no reply
         except (openai.OpenAIError, ValueError, AttributeError, LookupError, TypeError):
             status, problem = 200, "the reply is no chat completion"
         raise _RequestError(status, problem)
@@ -180,52 +216,3 @@ class EndpointJudge:
         before, after = template.split("{text}")  # whatever braces are in the text stay
         user = before.replace("{theme}", self.theme) + text + after
         return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-
-
-def endpoint_judge(
-    theme: str,
-    task: str = "promote",
-    model: str = "gpt-4o-mini",
-    base_url: str | None = None,
-    api_key: str | None = None,
-    *,
-    subject: str | None = None,
-    cache: Path | None = None,
-    concurrency: int = 8,
-    temperature: float | None = 0.0,
-) -> EndpointJudge:
-    """Makes a judge, and asks it about one small text to see that it answers.
-
-    Args:
-        theme: What it looks for; to suppress, a name only, as the prompt has its own subjects.
-        task: `promote` (paper B.2) or `suppress` (B.1).
-        model: The model's name at the endpoint.
-        base_url: The endpoint's address; that in OPENAI_BASE_URL, or OpenAI's, unless given.
-        api_key: The key; that in OPENAI_API_KEY unless given. It is written nowhere.
-        subject: To suppress, the letter of the subject whose score counts: a, b or c.
-        cache: The file that keeps replies; `judge.sqlite` in `cache_folder()` unless given.
-        concurrency: Requests at a time.
-        temperature: Of the first attempt; later ones have 1. None sends none.
-
-    A key that the server refuses is a PermissionError, a server that fails a ConnectionError, an
-    unknown model or another wrong argument a ValueError.
-    """
-    import openai
-
-    check_choice("task", task, REPLIES)
-    if subject not in ([*SUBJECTS] if task == "suppress" else [None]):
-        raise ValueError(f"subject {subject!r}: expected a, b or c to suppress, none to promote")
-    url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
-    address = urlsplit(url).netloc.rpartition("@")[2]  # without a password
-    key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
-    if key and not re.fullmatch(KEY, key):
-        raise ValueError("the key has a space, a quote or another character that no key has")
-    key = key or (None if address.endswith("openai.com") else NO_KEY)
-    client = openai.OpenAI(api_key=key, base_url=url, timeout=TIMEOUT, max_retries=RETRIES)
-    store = DiskCache(Path(cache or cache_folder() / "judge.sqlite"))
-    settings = store, subject, concurrency, temperature, client
-    judge = EndpointJudge(theme, task, model, address, *settings)
-    probing = replace(judge, client=client.with_options(max_retries=PROBE_RETRIES))
-    if problem := probing._ask_all([PROBE]).get(PROBE):
-        warnings.warn(f"{judge.about}: {problem}", stacklevel=2)
-    return judge

@@ -9,7 +9,7 @@ from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.labels.describe import subject_scores
 from flowhelpers.steering.judge_embedded import EmbeddedJudge, embedded_judge
-from flowhelpers.steering.judge_endpoint import EndpointJudge, endpoint_judge
+from flowhelpers.steering.judge_endpoint import EndpointJudge
 from flowhelpers.steering.plans import check_choice
 from flowhelpers.suites.model import Model
 
@@ -58,11 +58,11 @@ def judge_of(
     """The judge of a theme: `embedded`, or `endpoint` for a language model behind an endpoint.
 
     The embedded judge needs the unsteered model and a seed. The endpoint judge needs the task, and
-    takes `model`, `base_url` and so on as `endpoint_judge`.
+    takes `model`, `base_url` and so on as `EndpointJudge`.
 
     Raises:
         ValueError: If the kind is unknown, or the paper's prompt for suppression does not ask for
-            the theme; others as `endpoint_judge`.
+            the theme; others as `EndpointJudge`.
     """
     check_choice("judge", kind, ("embedded", "endpoint"))
     if kind == "embedded":
@@ -71,7 +71,7 @@ def judge_of(
         asked = ", ".join(known.name for known in _THEMES if known.letter)
         raise ValueError(f"the paper's prompt to suppress does not ask for {theme.name}: {asked}")
     subject = theme.letter if task == "suppress" else None
-    return endpoint_judge(theme.name, task, subject=subject, **endpoint)
+    return EndpointJudge(theme.name, task, subject=subject, **endpoint)
 
 
 def theme_features(

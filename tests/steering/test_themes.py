@@ -161,7 +161,7 @@ def test_the_judge_of_a_theme_is_told_what_it_needs(monkeypatch: pytest.MonkeyPa
 
         return made
 
-    monkeypatch.setattr(themes, "endpoint_judge", stand_in(EndpointJudge))
+    monkeypatch.setattr(themes, "EndpointJudge", stand_in(EndpointJudge))
     monkeypatch.setattr(themes, "embedded_judge", stand_in(EmbeddedJudge))
     model = object.__new__(Model)
     physics, wedding = theme_of("Scientific concepts and entities"), theme_of("Wedding")
