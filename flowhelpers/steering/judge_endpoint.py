@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
@@ -92,7 +92,9 @@ class EndpointJudge:
 
         check_choice("task", task, REPLIES)
         if subject not in ([*SUBJECTS] if task == "suppress" else [None]):
-            raise ValueError(f"subject {subject!r}: expected a, b or c to suppress, none to promote")
+            raise ValueError(
+                f"subject {subject!r}: expected a, b or c to suppress, none to promote"
+            )
         self.theme, self.task, self.model, self.subject = theme, task, model, subject
         self.concurrency, self.temperature = concurrency, temperature
         self.cache = DiskCache(Path(cache or cache_folder() / "judge.sqlite"))

@@ -1,7 +1,7 @@
 """Scores of texts: means over samples, differences, and the cells that do best."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -18,10 +18,13 @@ SCORES = ("behavioral", "coherence", "score")
 TIMES = 1000  # resamples of intervals
 
 
+@runtime_checkable
 class Judge(Protocol):
-    """Gives texts `behavioral` and `coherence` from 0 to 1, one row a text; NaN where none."""
+    """What gives texts their scores: the embedded judge, an endpoint, or your own."""
 
-    def judge(self, texts: Sequence[str]) -> "pd.DataFrame": ...
+    def judge(self, texts: Sequence[str]) -> "pd.DataFrame":
+        """`behavioral` and `coherence` from 0 to 1, one row a text; missing where there is none."""
+        ...
 
 
 def score_texts(

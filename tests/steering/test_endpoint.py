@@ -325,8 +325,8 @@ def test_the_key_and_the_address_may_come_from_the_environment(
     ("given", "message"),
     [
         ({"task": "supress"}, "unknown task 'supress'; did you mean 'suppress'"),
-        ({"task": "suppress"}, "subject None: expected a, b or c"),
-        ({"task": "suppress", "subject": "d"}, "subject 'd': expected a, b or c"),
+        ({"task": "suppress"}, "subject None: expected a, b, c"),
+        ({"task": "suppress", "subject": "d"}, "subject 'd': expected a, b, c"),
         ({"subject": "a"}, "subject 'a': .*none to promote"),
         *(({"api_key": k}, "the key has a space") for k in ("sk-two words", "sk-ü", "a\nb", "a'")),
     ],
