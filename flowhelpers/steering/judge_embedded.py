@@ -91,9 +91,9 @@ def _marks(model: Model, seed: int) -> tuple[float, float, float, float]:
     mixed = [" ".join(rng.permutation(text.split())) for text in human]
     loops = [" ".join((text.split()[:LOOP] * WINDOW)[:WINDOW]) for text in human]
     everything = [window for text in passages()["text"] for window in windows(text)[:1]]
-    losses = (float(mean_losses(model, texts).mean()) for texts in (human, mixed))
+    likely, unlikely = (float(mean_losses(model, texts).mean()) for texts in (human, mixed))
     various = float(np.quantile(distinct_tokens(model, everything), 0.05))
-    return *losses, various, float(distinct_tokens(model, loops).mean())
+    return likely, unlikely, various, float(distinct_tokens(model, loops).mean())
 
 
 @torch.no_grad()

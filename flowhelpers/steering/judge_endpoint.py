@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
@@ -92,9 +92,7 @@ class EndpointJudge:
 
         check_choice("task", task, REPLIES)
         if subject not in ([*SUBJECTS] if task == "suppress" else [None]):
-            raise ValueError(
-                f"subject {subject!r}: expected a, b or c to suppress, none to promote"
-            )
+            raise ValueError(f"subject {subject!r}: expected a, b, c to suppress, none to promote")
         self.theme, self.task, self.model, self.subject = theme, task, model, subject
         self.concurrency, self.temperature = concurrency, temperature
         self.cache = DiskCache(Path(cache or cache_folder() / "judge.sqlite"))
@@ -105,7 +103,7 @@ class EndpointJudge:
             raise ValueError("the key has a space, a quote or another character that no key has")
         key = key or (None if self.address.endswith("openai.com") else NO_KEY)
         client = openai.OpenAI(api_key=key, base_url=url, timeout=TIMEOUT, max_retries=RETRIES)
-        self.client = client.with_options(max_retries=PROBE_RETRIES)
+        self.client: Any = client.with_options(max_retries=PROBE_RETRIES)
         if problem := self._ask_all([PROBE]).get(PROBE):
             warnings.warn(f"{self.about}: {problem}", stacklevel=2)
         self.client = client
@@ -132,7 +130,7 @@ class EndpointJudge:
         rows = []
         for text in texts:
             behavioral = coherence = 0.0 if text not in keys else float("nan")
-            if answer := answers.get(keys.get(text)):
+            if answer := answers.get(keys.get(text, "")):
                 behavioral, coherence = answer["behavioral"], answer["coherence"]
                 if self.subject:
                     behavioral = behavioral[SUBJECTS.index(self.subject)]
