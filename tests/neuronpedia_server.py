@@ -1,7 +1,7 @@
 """Neuronpedia and its public export on the loopback interface, in their true forms, misbehaving.
 
 The export is gzip files of JSON lines below `/v1`; a file that is not there is 403, as S3 answers.
-The site is `/api/feature` and `/api/cossim`. Faults are given for paths that end in a word, one a
+The site is `/api/cossim`. Faults are given for paths that end in a word, one a
 request.
 """
 
@@ -52,7 +52,6 @@ class NeuronpediaServer(LoopbackServer):
 
     def __init__(self) -> None:
         self.batches: dict[str, list[bytes]] = {}  # files of the export, by source
-        self.features: dict[str, Any] = {}  # by path below /api/feature
         self.cosines: Any = None  # the neighbours, a function of what was asked
         self.requests: list[Asked] = []
         self.faults: dict[str, list[Fault]] = {}  # one a request, by the end of a path
@@ -64,11 +63,7 @@ class NeuronpediaServer(LoopbackServer):
             batches = self.batches.get(start.removeprefix(f"/v1/{MODEL}/"), [])
             there = dict(enumerate(batches)).get(int(end.removesuffix(".jsonl.gz")))
             return (200, there) if there is not None else (403, b"<Error>AccessDenied</Error>")
-        if asked.path == "/api/cossim":
-            return 200, json.dumps(self.cosines(asked.body)).encode()
-        name = asked.path.removeprefix("/api/feature/")
-        there = self.features.get(name)
-        return (200, json.dumps(there).encode()) if there is not None else (404, b"{}")
+        return 200, json.dumps(self.cosines(asked.body)).encode()
 
 
 class _Handler(QuietHandler):

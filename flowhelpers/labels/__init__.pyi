@@ -1,5 +1,4 @@
 from .describe import (
-    auc as auc,
     describe_features as describe_features,
     logit_lens as logit_lens,
     read_labels as read_labels,
@@ -12,6 +11,5 @@ from .neuronpedia import (
     cosine_check as cosine_check,
     feature_page as feature_page,
     neuronpedia_labels as neuronpedia_labels,
-    single_labels as single_labels,
 )
 from .plots import token_text as token_text

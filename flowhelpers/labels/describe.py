@@ -37,9 +37,8 @@ def logit_lens(
 def top_logit_tokens(suite: "Suite", feature: FeatureId | str, k: int = 10) -> "pd.DataFrame":
     """The tokens that a feature's direction makes most likely, by the logit lens.
 
-    Returns:
-        `token` and `logit` of the k highest, best first; logits relative to their mean over the
-        vocabulary, for a direction of the norm that the final norm expects.
+    Columns `token` and `logit`, best first; logits relative to their mean over the vocabulary, for
+    a direction of the norm that the final norm expects.
     """
     import pandas as pd
 
@@ -55,8 +54,7 @@ def top_tokens(
 ) -> "pd.DataFrame":
     """The tokens of a corpus at which a feature is most active, each token once.
 
-    Returns:
-        `token`, `activation` (the highest at that token), `count` (how often it is active there).
+    Columns `token`, `activation` (the highest there), `count` (how often it is active there).
     """
     import pandas as pd
 
@@ -73,9 +71,8 @@ def top_contexts(
 ) -> "pd.DataFrame":
     """The places of a corpus where a feature is most active, at most one for each text.
 
-    Returns:
-        `text` (its number), `activation`, and `before`, `token`, `after`: the token and up to
-        `width` tokens on each side.
+    Columns `text` (its number), `activation`, and `before`, `token`, `after`: the token and up to
+    `width` tokens on each side.
     """
     import pandas as pd
 
@@ -101,11 +98,8 @@ def describe_features(
 ) -> "pd.DataFrame":
     """Labels: your own where you have them, else what features write and where they are active.
 
-    Args:
-        activations: Activations on a corpus; without them only what features write is known.
-        k: How many tokens of each kind.
-        user_labels: As `read_labels` and `neuronpedia_labels` give; of several for a feature the
-            last.
+    `user_labels` are as `read_labels` and `neuronpedia_labels` give; of several for a feature the
+    last counts. Without activations only what features write is known, in `k` tokens.
 
     Returns:
         `feature`, `writes`, `active_at` (empty if unknown), `label`, which holds both, one a line,
@@ -130,11 +124,7 @@ def describe_features(
 
 
 def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
-    """Your own labels: a CSV or JSONL file with the columns `feature` and `label`.
-
-    Returns:
-        `feature`, `label` and `label_from`, the file's name.
-    """
+    """Your own labels from a CSV or JSONL file with the columns `feature` and `label`."""
     import pandas as pd
 
     path = Path(path)
@@ -159,10 +149,7 @@ def subject_scores(
 ) -> "pd.DataFrame":
     """How well each feature tells the texts on one subject from others, by its mean activation.
 
-    Args:
-        activations: On texts of several subjects.
-        on_subject: For each text, whether it is on the subject.
-        counted: For each text, whether it counts; the others can serve as a test.
+    `on_subject` says of each text whether it is on the subject, `counted` whether it counts.
 
     Returns:
         One row a feature: `auc`, the chance that a text on the subject has more of it than another

@@ -1,8 +1,8 @@
 """A suite on Neuronpedia: pages of its features, their labels, and a check on our matches.
 
-The suite's row names its SAEs there. The network is used by `neuronpedia_labels`, `single_labels`
-and `cosine_check` only. A key is not needed; one in NEURONPEDIA_API_KEY is sent to Neuronpedia's
-API, and appears in no error, log or file.
+The suite's row names its SAEs there. The network is used by `neuronpedia_labels` and `cosine_check`
+only. A key is not needed; one in NEURONPEDIA_API_KEY is sent to Neuronpedia's API, and appears in
+no error, log or file.
 """
 
 import gzip
@@ -12,12 +12,12 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import date
 from functools import partial
 from itertools import count
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_exponential
 
@@ -54,17 +54,17 @@ def neuronpedia_labels(suite: "Suite", sites: Iterable[Site | str] | None = None
 
     Of several explanations of a feature it is the last by the explainer who has most of this SAE.
     What was fetched is kept for each SAE, with its date, in the folder `neuronpedia` of
-    `core.cache_folder()`; remove that to fetch anew.
+    `core.cache_folder()`. An SAE that the export lacks has no labels, with a warning.
 
     Returns:
         `feature`, `label` and `label_from` (explainer and date), as `describe_features` takes them.
-        An SAE that the export lacks has none, with a warning.
     """
     import pandas as pd
 
     if sites is None:
-        sites = sorted(site for site in _names(suite) if site in suite.saes)
-    sources = {site: _source(suite, site) for site in map(parse_site, map(str, sites))}
+        sites = sorted(site for site in suite.row.neuronpedia if site in suite.saes)
+    if not (sources := {site: _source(suite, site) for site in map(parse_site, map(str, sites))}):
+        warnings.warn(f"no SAE of suite {suite.name} is on Neuronpedia", stacklevel=2)
     tables = [pd.DataFrame(columns=COLUMNS)]
     for site, source in progress(list(sources.items()), f"labels of {suite.name}"):
         try:
@@ -83,24 +83,6 @@ def neuronpedia_labels(suite: "Suite", sites: Iterable[Site | str] | None = None
     return pd.concat(tables, ignore_index=True)
 
 
-def single_labels(suite: "Suite", features: Iterable[FeatureId | str]) -> "pd.DataFrame":
-    """Neuronpedia's labels of a few features, asked for one by one and not kept.
-
-    Features without a page or an explanation are left out.
-    """
-    import pandas as pd
-
-    _names(suite)
-    tables = [pd.DataFrame(columns=COLUMNS)]
-    for name in progress(list(map(str, features)), "labels of Neuronpedia"):
-        page = feature_page(suite, name)
-        reply = _api("/api/feature" + page.removeprefix(API)) if page else None
-        if reply and reply.get("explanations"):
-            rows = pd.DataFrame(reply["explanations"]).assign(index=0)
-            tables.append(_one_explanation(rows).assign(feature=name).drop(columns="index"))
-    return pd.concat(tables, ignore_index=True)
-
-
 def cosine_check(
     suite: "Suite", table: "pd.DataFrame", features: Iterable[FeatureId | str], module: str = "res"
 ) -> "pd.DataFrame":
@@ -109,9 +91,8 @@ def cosine_check(
     It compares decoder rows, so the SAEs at these sites have to decode to the stream (not to z).
 
     Returns:
-        One row a feature: `feature`, `ours` (our best match back at the module) and its `cosine`,
-        `theirs` and `their_cosine`, and whether they are the `same`. What does not exist is
-        missing.
+        `feature`, `ours` (our best match back at the module) and its `cosine`, `theirs` and
+        `their_cosine`, and whether they are the `same`. What does not exist is missing.
     """
     import pandas as pd
 
@@ -137,17 +118,11 @@ def cosine_check(
     return pd.DataFrame(rows, columns=columns).astype({"their_cosine": float, "same": bool})
 
 
-def _names(suite: "Suite") -> Mapping[Site, str]:
-    """What Neuronpedia calls the suite's SAEs: `model/source`."""
-    if not suite.row.neuronpedia:
-        raise ValueError(f"suite {suite.name} is not on Neuronpedia: no SAE of it has a name there")
-    return suite.row.neuronpedia
-
-
 def _source(suite: "Suite", site: Site) -> str:
-    names = _names(suite)
+    """What Neuronpedia calls the SAE of a site: `model/source`."""
+    names = suite.row.neuronpedia
     if site not in names:
-        there = ", ".join(map(str, sorted(names)))
+        there = ", ".join(map(str, sorted(names))) or "none"
         raise ValueError(f"{site} of {suite.name} is not on Neuronpedia; SAEs there: {there}")
     return names[site]
 
@@ -193,10 +168,14 @@ def _nearest(source: str, index: int, target: str) -> tuple[int | None, float | 
     (model, name), (target_model, target_name) = source.split("/", 1), target.split("/", 1)
     question = {"modelId": model, "source": name, "index": index}
     question |= {"targetModelId": target_model, "targetSourceId": target_name}
-    reply = _api("/api/cossim", question)
-    if reply is None:
+    key = os.environ.get(KEY, "").strip()
+    if not re.fullmatch("[!-~]*", key):  # the client would quote such a key in its error
+        raise ValueError(f"the key in {KEY} has a space or another character that no key has")
+    content = _ask(f"{API}/api/cossim", question, key)
+    if content is None:
         raise ValueError(f"Neuronpedia has no feature {source}/{index}")
     try:
+        reply = json.loads(content)
         many = next(name for name in COSINES if name in reply)
         found = [(item["feature"], float(item[COSINES[many]])) for item in reply[many]]
         of = {(f.get("model", target_model), f.get("source", target_name)) for f, _ in found}
@@ -206,15 +185,6 @@ def _nearest(source: str, index: int, target: str) -> tuple[int | None, float | 
     if of - {(target_model, target_name)}:
         raise ValueError(f"the neighbours of {source}/{index} are not of {target}")
     return max(cosines.items(), key=itemgetter(1), default=(None, None))
-
-
-def _api(path: str, question: object = None) -> Any:
-    """The reply of Neuronpedia's API; None where it has nothing of that name."""
-    key = os.environ.get(KEY, "").strip()
-    if not re.fullmatch("[!-~]*", key):  # the client would quote such a key in its error
-        raise ValueError(f"the key in {KEY} has a space or another character that no key has")
-    content = _ask(API + path, question, key)
-    return None if content is None else json.loads(content)
 
 
 @retry(

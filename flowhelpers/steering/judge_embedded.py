@@ -1,8 +1,6 @@
-"""Judges of texts: how much of a theme there is in them, and how well they read (paper 5.3, B).
+"""The judge that works offline: how much of a theme a text has, how well it reads (paper 5.3, B).
 
-The embedded judge works offline and gives the same every time. It knows a theme from the passages
-that this package brings, and takes for coherent what the unsteered model finds likely. It reads no
-meaning: a text of the theme's words in grammatical order is all it asks for.
+It reads no meaning: a text of the theme's words in grammatical order is all it asks for.
 """
 
 import re
@@ -31,29 +29,17 @@ LOOP = 4  # words that a text without coherence goes on repeating
 
 @dataclass(frozen=True)
 class EmbeddedJudge:
-    """A judge that needs no network.
-
-    Attributes:
-        theme: The subject of the package's passages that it looks for.
-        model: The unsteered model, whose likelihood of a text is taken for coherence.
-        classifier: Tells the subjects of the passages apart; scikit-learn's.
-        accuracy: Share of held-out pieces of passages whose subject it names.
-        auc: How often it finds more of the theme in a held-out piece of it than in another.
-        human: Mean loss of human text in nats a token, coherence 1.
-        shuffled: That of the same in shuffled words, coherence 0.
-        various: Share of different tokens that 95 % of human texts exceed.
-        looped: Mean share in human text that goes on repeating its first words.
-    """
+    """Looks for a theme of the package's passages; coherent is what `model`, unsteered, expects."""
 
     theme: str
     model: Model
-    classifier: Any
-    accuracy: float
-    auc: float
-    human: float
-    shuffled: float
-    various: float
-    looped: float
+    classifier: Any  # tells the subjects of the passages apart; scikit-learn's
+    accuracy: float  # share of held-out pieces of passages whose subject it names
+    auc: float  # how often it finds more of the theme in a held-out piece of it than in another
+    human: float  # mean loss of human text in nats a token, coherence 1
+    shuffled: float  # that of the same in shuffled words, coherence 0
+    various: float  # share of different tokens that 95 % of human texts exceed
+    looped: float  # mean share in human text that goes on repeating its first words
 
     @property
     def about(self) -> str:
@@ -86,35 +72,28 @@ class EmbeddedJudge:
 
 
 def embedded_judge(model: Model, theme: str, seed: int = 0) -> EmbeddedJudge:
-    """Trains the embedded judge for one theme.
+    """Trains the embedded judge for a subject of the passages.
 
     The classifier is naive Bayes over word stems, calibrated on passages that it was not trained
     on; what it is worth is measured on passages left out once more. The seed decides the folds and
     the shuffled words.
-
-    Raises:
-        ValueError: If the passages have no such subject.
     """
     check_choice("theme", theme, subjects())
     classifier, accuracy, aucs = _classifier(seed)
-    calibration = _calibration(model, seed)
-    return EmbeddedJudge(theme, model, classifier, accuracy, aucs[theme], **calibration)
+    return EmbeddedJudge(theme, model, classifier, accuracy, aucs[theme], *_marks(model, seed))
 
 
 @lru_cache(maxsize=2)
-def _calibration(model: Model, seed: int) -> dict[str, float]:
-    """What human text and its distortions measure, by this model."""
+def _marks(model: Model, seed: int) -> tuple[float, float, float, float]:
+    """`human`, `shuffled`, `various` and `looped` of a judge, by this model."""
     rng = np.random.default_rng(seed)
     human = [w for name in HUMAN for text in load_texts(name, 40, seed) for w in windows(text)[:2]]
     mixed = [" ".join(rng.permutation(text.split())) for text in human]
     loops = [" ".join((text.split()[:LOOP] * WINDOW)[:WINDOW]) for text in human]
     everything = [window for text in passages()["text"] for window in windows(text)[:1]]
-    return {
-        "human": float(mean_losses(model, human).mean()),
-        "shuffled": float(mean_losses(model, mixed).mean()),
-        "various": float(np.quantile(distinct_tokens(model, everything), 0.05)),
-        "looped": float(distinct_tokens(model, loops).mean()),
-    }
+    likely, unlikely = (float(mean_losses(model, texts).mean()) for texts in (human, mixed))
+    various = float(np.quantile(distinct_tokens(model, everything), 0.05))
+    return likely, unlikely, various, float(distinct_tokens(model, loops).mean())
 
 
 @torch.no_grad()
@@ -169,10 +148,8 @@ def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
 
     def fitted(of: np.ndarray) -> Any:
         vectors = TfidfVectorizer(tokenizer=stems, token_pattern=None, sublinear_tf=True)
-        classifier = make_pipeline(vectors, ComplementNB())
-        calibrated = CalibratedClassifierCV(
-            classifier, method="temperature", cv=folds(of), ensemble=False
-        )
+        bayes, options = make_pipeline(vectors, ComplementNB()), {"method": "temperature"}
+        calibrated = CalibratedClassifierCV(bayes, cv=folds(of), ensemble=False, **options)
         return calibrated.fit(pieces[of], subject[of])
 
     everything = np.arange(len(pieces))
@@ -191,9 +168,6 @@ def theme_stems(theme: str, n: int = 100) -> list[str]:
 
     They are ranked by the z-score of their log odds, with the counts of all subjects as the prior
     (Monroe et al. 2008). Words that any text has, such as "the", are left out.
-
-    Raises:
-        ValueError: If there is no such subject.
     """
     import pandas as pd
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS

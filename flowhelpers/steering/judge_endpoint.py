@@ -5,7 +5,6 @@ import re
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
@@ -45,53 +44,82 @@ class _Suppression(BaseModel, extra="forbid"):
 
 REPLIES = {"promote": _Promotion, "suppress": _Suppression}  # what the prompts ask for
 SUBJECTS = "abc"
+PARTS = ("system", "input")
 PROMPTS = {
-    task: [
-        (DATA / "judge" / f"{task}-{part}.txt").read_text("utf-8") for part in ("system", "input")
-    ]
+    task: [(DATA / "judge" / f"{task}-{part}.txt").read_text("utf-8") for part in PARTS]
     for task in REPLIES
 }
 
 
 class _RequestError(Exception):
-    """A request that failed. It holds no error of the client, whose request has the key."""
-
-    def __init__(self, status: int, problem: str) -> None:
-        super().__init__(problem)
-        self.status = status
+    """Status and problem. It holds no error of the client, whose request has the key."""
 
 
-@dataclass(frozen=True)
 class EndpointJudge:
-    """A language model as judge; `endpoint_judge` makes it. Only its `client` holds the key."""
+    """A language model as judge. Only its `client` holds the key.
 
-    theme: str
-    task: str
-    model: str
-    address: str
-    cache: DiskCache
-    subject: str | None
-    concurrency: int
-    temperature: float | None
-    client: Any = field(repr=False, compare=False)
+    Args:
+        theme: What it looks for; to suppress, a name only, as the prompt has its own subjects.
+        task: `promote` (paper B.2) or `suppress` (B.1).
+        model: The model's name at the endpoint.
+        base_url: The endpoint's address; that in OPENAI_BASE_URL, or OpenAI's, unless given.
+        api_key: The key; that in OPENAI_API_KEY unless given. It is written nowhere.
+        subject: To suppress, the letter of the subject whose score counts: a, b or c.
+        cache: The file that keeps replies; `judge.sqlite` in `cache_folder()` unless given.
+        concurrency: Requests at a time.
+        temperature: Of the first attempt; later ones have 1. None sends none.
+    """
+
+    def __init__(
+        self,
+        theme: str,
+        task: str = "promote",
+        model: str = "gpt-4o-mini",
+        base_url: str | None = None,
+        api_key: str | None = None,
+        *,
+        subject: str | None = None,
+        cache: Path | None = None,
+        concurrency: int = 8,
+        temperature: float | None = 0.0,
+    ) -> None:
+        """Asks about one small text, to see that it answers.
+
+        A key that the server refuses is a PermissionError, a server that fails a ConnectionError,
+        an unknown model or another wrong argument a ValueError.
+        """
+        import openai
+
+        check_choice("task", task, REPLIES)
+        if subject not in ([*SUBJECTS] if task == "suppress" else [None]):
+            raise ValueError(f"subject {subject!r}: expected a, b, c to suppress, none to promote")
+        self.theme, self.task, self.model, self.subject = theme, task, model, subject
+        self.concurrency, self.temperature = concurrency, temperature
+        self.cache = DiskCache(Path(cache or cache_folder() / "judge.sqlite"))
+        url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+        self.address = urlsplit(url).netloc.rpartition("@")[2]  # without a password
+        key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
+        if key and not re.fullmatch(KEY, key):
+            raise ValueError("the key has a space, a quote or another character that no key has")
+        key = key or (None if self.address.endswith("openai.com") else NO_KEY)
+        client = openai.OpenAI(api_key=key, base_url=url, timeout=TIMEOUT, max_retries=RETRIES)
+        self.client: Any = client.with_options(max_retries=PROBE_RETRIES)
+        if problem := self._ask_all([PROBE]).get(PROBE):
+            warnings.warn(f"{self.about}: {problem}", stacklevel=2)
+        self.client = client
 
     @property
     def about(self) -> str:
         """Which judge this is, in a line."""
-        subject = f", subject {self.subject}" if self.subject else ""
-        return f"{self.model} at {self.address}, task {self.task}, theme {self.theme!r}{subject}"
+        return f"{self.model} at {self.address}, task {self.task}, theme {self.theme!r}"
 
     def judge(self, texts: Sequence[str]) -> "pd.DataFrame":
         """Scores from 0 to 1, one row a text: `behavioral`, `coherence`; and `problem`.
 
         A text without a readable reply has no scores (NaN, CHOICES 23), and `problem` says why. An
-        empty text has 0 in both, unasked. Equal texts are asked about once, and no text again whose
-        reply is kept: the same call goes on where one was stopped.
-
-        Raises:
-            PermissionError: If the server refuses the key.
-            ValueError: If it does not know the model.
-            ConnectionError: If `STOP_AFTER` requests in a row failed, or all.
+        empty text has 0 in both, unasked. No text is asked about again whose reply is kept: the
+        same call goes on where one was stopped. Errors are those of the first request; it is a
+        ConnectionError if `STOP_AFTER` requests in a row failed, or all.
         """
         import pandas as pd
 
@@ -99,22 +127,19 @@ class EndpointJudge:
         known = self.cache.get(keys.values())
         problems = self._ask_all([text for text, key in keys.items() if key not in known])
         answers = self.cache.get(keys.values())
-        scores = {text: self._scores(answers.get(key)) for text, key in keys.items()}
-        rows = [(*scores.get(text, (0.0, 0.0)), problems.get(text, "")) for text in texts]
+        rows = []
+        for text in texts:
+            behavioral = coherence = 0.0 if text not in keys else float("nan")
+            if answer := answers.get(keys.get(text, "")):
+                behavioral, coherence = answer["behavioral"], answer["coherence"]
+                if self.subject:
+                    behavioral = behavioral[SUBJECTS.index(self.subject)]
+            rows.append((behavioral / BEST, coherence / BEST, problems.get(text, "")))
         table = pd.DataFrame(rows, columns=["behavioral", "coherence", "problem"])
         return table.astype({"behavioral": float, "coherence": float, "problem": object})
 
-    def _scores(self, answer: dict[str, Any] | None) -> tuple[float, float]:
-        """Behavioral and coherence from 0 to 1 (CHOICES 22)."""
-        if answer is None:
-            return float("nan"), float("nan")
-        behavioral = answer["behavioral"]
-        if self.subject:
-            behavioral = behavioral[SUBJECTS.index(self.subject)]
-        return behavioral / BEST, answer["coherence"] / BEST
-
     def _ask_all(self, texts: Sequence[str]) -> dict[str, str]:
-        """Asks about each text; returns what is wrong with those that got no readable reply."""
+        """What is wrong with the texts that got no readable reply."""
         problems, failures = {}, 0
         pool = ThreadPoolExecutor(self.concurrency)
         futures = {pool.submit(self._ask, text): text for text in texts}
@@ -123,10 +148,10 @@ class EndpointJudge:
                 try:
                     problem, failures = future.result(), 0
                 except _RequestError as error:
-                    problem, failures = str(error), failures + 1
-                    is_hopeless = error.status in (401, 403, 404)  # whatever the text
+                    (status, problem), failures = error.args, failures + 1
+                    is_hopeless = status in (401, 403, 404)  # whatever the text
                     if is_hopeless or failures == min(STOP_AFTER, len(texts)):
-                        raise self._error(error) from None
+                        raise self._error(status, problem) from None
                 if problem:
                     problems[futures[future]] = problem
         finally:
@@ -164,18 +189,16 @@ class EndpointJudge:
         except openai.APIConnectionError as error:
             said = self._quote(str(error.__cause__ or error))
             status, problem = 0, f"the connection failed: {said}"
-        except UnicodeError:
-            return ""  # a text that cannot be sent has no reply
         except (openai.OpenAIError, ValueError, AttributeError, LookupError, TypeError):
             status, problem = 200, "the reply is no chat completion"
         raise _RequestError(status, problem)
 
-    def _error(self, error: _RequestError) -> Exception:
-        said = f"{self.address}: {error}"
-        if error.status in (401, 403):
+    def _error(self, status: int, problem: str) -> Exception:
+        said = f"{self.address}: {problem}"
+        if status in (401, 403):
             hint = "It refuses the key: give another, as api_key or in OPENAI_API_KEY"
             return PermissionError(f"{said}. {hint}")
-        if error.status in (200, 400, 404, 422):
+        if status in (200, 400, 404, 422):
             hint = f"Has it a model {self.model!r}? Does base_url end as it should, as in /v1?"
             return ValueError(f"{said}. {hint}")
         return ConnectionError(f"{said}. Replies so far are kept in {self.cache.path}")
@@ -193,55 +216,3 @@ class EndpointJudge:
         before, after = template.split("{text}")  # whatever braces are in the text stay
         user = before.replace("{theme}", self.theme) + text + after
         return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-
-
-def endpoint_judge(
-    theme: str,
-    task: str = "promote",
-    model: str = "gpt-4o-mini",
-    base_url: str | None = None,
-    api_key: str | None = None,
-    *,
-    subject: str | None = None,
-    cache: Path | None = None,
-    concurrency: int = 8,
-    temperature: float | None = 0.0,
-) -> EndpointJudge:
-    """Makes a judge, and asks it about one small text to see that it answers.
-
-    Args:
-        theme: What it looks for; to suppress, a name only, as the prompt has its own subjects.
-        task: `promote` (paper B.2) or `suppress` (B.1).
-        model: The model's name at the endpoint.
-        base_url: The endpoint's address; that in OPENAI_BASE_URL, or OpenAI's, unless given.
-        api_key: The key; that in OPENAI_API_KEY unless given. It is written nowhere.
-        subject: To suppress, the letter of the subject whose score counts: a, b or c.
-        cache: The file that keeps replies; `judge.sqlite` in `cache_folder()` unless given.
-        concurrency: Requests at a time.
-        temperature: Of the first attempt; later ones have 1. None sends none.
-
-    Raises:
-        ValueError: If there is no such task, subject or model, or the address is no endpoint's.
-        openai.OpenAIError: If there is no key for OpenAI.
-        PermissionError: If the server refuses the key.
-        ConnectionError: If the server cannot be reached, or fails.
-    """
-    import openai
-
-    check_choice("task", task, REPLIES)
-    if subject not in ([*SUBJECTS] if task == "suppress" else [None]):
-        raise ValueError(f"subject {subject!r}: expected a, b or c to suppress, none to promote")
-    url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
-    address = urlsplit(url).netloc.rpartition("@")[2]
-    key = (api_key or os.environ.get("OPENAI_API_KEY") or "").strip()
-    if key and not re.fullmatch(KEY, key):
-        raise ValueError("the key has a space, a quote or another character that no key has")
-    key = key or (None if address.endswith("openai.com") else NO_KEY)
-    client = openai.OpenAI(api_key=key, base_url=url, timeout=TIMEOUT, max_retries=RETRIES)
-    store = DiskCache(Path(cache or cache_folder() / "judge.sqlite"))
-    settings = (subject, concurrency, temperature, client)
-    judge = EndpointJudge(theme, task, model, address, store, *settings)
-    probing = replace(judge, client=client.with_options(max_retries=PROBE_RETRIES))
-    if problem := probing._ask_all([PROBE]).get(PROBE):
-        warnings.warn(f"{judge.about}: {problem}", stacklevel=2)
-    return judge

@@ -34,9 +34,6 @@ def score_texts(
 
     The score of a text is B · C, or (1 - B) · C where the theme is to be suppressed (paper 5.3, B;
     CHOICES 22); missing where the judge gave none (CHOICES 23).
-
-    Raises:
-        ValueError: If a theme has no judge, or a judge gives scores outside 0 to 1.
     """
     import pandas as pd
 
@@ -64,11 +61,8 @@ def cell_means(
     """The mean scores of each cell, with 95 % intervals from samples drawn anew.
 
     The product is taken text by text, before the mean (CHOICES 22). The same samples are drawn for
-    all cells, as they share their random streams.
-
-    Returns:
-        `by`, `n` (texts with scores), `missing` (texts without), and `behavioral`, `coherence` and
-        `score`, each with `_low` and `_high`.
+    all cells. Columns: `by`, `n` (texts with scores), `missing` (texts without), and `behavioral`,
+    `coherence` and `score`, each with `_low` and `_high`.
     """
     import pandas as pd
 
@@ -92,20 +86,11 @@ def paired_differences(
 ) -> "pd.DataFrame":
     """By how much each cell scores above a baseline, sample by sample.
 
-    Both share the random stream of the sample: the intervals are narrower than those of two means.
-
-    Args:
-        scores: As `score_texts` gives.
-        baseline: A strategy.
-        on: What a text and its baseline have in common, beside the sample.
-        by: Columns that tell cells apart.
-        seed: Of the resamples.
+    A text and its baseline, a strategy, have `on` and the sample in common, hence the random stream
+    too: the intervals are narrower than those of two means.
 
     Returns:
         `by`, `n`, `difference`, `difference_low`, `difference_high`, without the baseline's cells.
-
-    Raises:
-        ValueError: If there is no baseline.
     """
     is_base = scores["strategy"] == baseline
     if not is_base.any():
@@ -133,7 +118,7 @@ def with_costs(
 def beside_unsteered(steered: "pd.DataFrame", scores: "pd.DataFrame", kind: str) -> "pd.DataFrame":
     """Rows of `scores` as `steered`, with the `unsteered` text of their theme and sample.
 
-    The column `kind` says what the rows are. A row without an unsteered text is a ValueError.
+    The column `kind` says what the rows are.
     """
     plain = scores[scores["strategy"] == UNSTEERED].drop_duplicates(["theme", "sample"])
     plain = plain.set_index(["theme", "sample"])["text"].rename("unsteered")
@@ -170,17 +155,11 @@ def verdicts(
 
     `means` has one row a `theme` and `strategy`; each rival, a strategy, becomes a column.
     """
-    import pandas as pd
-
     ends = means.set_index(["theme", "strategy"])[["score", "score_low", "score_high"]]
-    rows = []
-    for cell in best:
-        own = ends.loc[(cell.theme, cell.strategy)]
-        row = {"theme": cell.theme, "strategy": cell.strategy, **own}
-        for rival in rivals:
-            other = ends.loc[(cell.theme, rival)]
-            is_above = own["score_low"] > other["score_high"]
-            is_below = own["score_high"] < other["score_low"]
-            row[rival] = "above" if is_above else "below" if is_below else "no difference"
-        rows.append(row)
-    return pd.DataFrame(rows)
+    own = ends.loc[[(cell.theme, cell.strategy) for cell in best]].reset_index()
+    for rival in rivals:
+        other = ends.xs(rival, level="strategy").loc[own["theme"]].reset_index()
+        is_above = own["score_low"] > other["score_high"]
+        is_below = own["score_high"] < other["score_low"]
+        own[rival] = np.select([is_above, is_below], ["above", "below"], "no difference")
+    return own

@@ -8,7 +8,7 @@ from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import Site
 from flowhelpers.labels.describe import subject_scores
 from flowhelpers.steering.judge_embedded import EmbeddedJudge, embedded_judge
-from flowhelpers.steering.judge_endpoint import EndpointJudge, endpoint_judge
+from flowhelpers.steering.judge_endpoint import EndpointJudge
 from flowhelpers.steering.plans import check_choice
 from flowhelpers.suites.model import Model
 
@@ -48,14 +48,14 @@ def judge_of(
     """The judge of a theme: `embedded`, or `endpoint` for a language model behind an endpoint.
 
     The embedded judge needs the unsteered model and a seed. The endpoint judge needs the task, and
-    takes `model`, `base_url` and so on as `endpoint_judge`; to suppress, the theme has to be one of
+    takes `model`, `base_url` and so on as `EndpointJudge`; to suppress, the theme has to be one of
     which the paper's prompt asks.
     """
     check_choice("judge", kind, ("embedded", "endpoint"))
     if kind == "embedded":
         return embedded_judge(model, theme.subject, seed)
     subject = LETTERS.get(theme.subject) if task == "suppress" else None
-    return endpoint_judge(theme.name, task, subject=subject, **endpoint)
+    return EndpointJudge(theme.name, task, subject=subject, **endpoint)
 
 
 def theme_features(

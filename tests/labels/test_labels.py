@@ -175,26 +175,14 @@ def test_a_subject_needs_texts_on_it_and_others(on_subject: bool, message: str):
         subject_scores(seen, SITE, np.full(2, on_subject), np.full(2, True))
 
 
-def test_token_text_colours_the_characters_of_each_token():
-    tokens = pd.DataFrame({"token": ["ab", " <c", "\n", "d"], "activation": [0.0, 2.5, 1.0, 0.5]})
-    (grid,) = token_text(tokens, "title", "toy", columns=4).data
-    assert [list(row) for row in grid.text] == [
-        ["a", "b", "", ""],
-        [" ", "&lt;", "c", "⏎"],
-        ["d", "", "", ""],
-    ]
-    assert [list(row) for row in grid.z] == [
-        [0, 0, None, None],
-        [2.5, 2.5, 2.5, 1],
-        [0.5, None, None, None],
-    ]
-    assert grid.hovertext[1][0] == "' &lt;c': 2.5"
-    assert (grid.zmin, grid.zmax, grid.texttemplate) == (0, 2.5, "%{text}")
-
-
-def test_token_text_breaks_a_token_that_is_longer_than_a_line():
-    tokens = pd.DataFrame({"token": ["x", "abcdefg"], "activation": [1.0, 0.0]})
-    (grid,) = token_text(tokens, "title", "toy", columns=3).data
-    assert ["".join(row) for row in grid.text] == ["x", "abc", "def", "g"]
-    (white,) = token_text(tokens.assign(activation=0.0), "title", "toy").data
-    assert white.zmin < white.zmax
+def test_token_text_colours_each_token_by_its_activation():
+    tokens = pd.DataFrame({"token": ["ab", " <c", "\n"], "activation": [0.0, 2.5, 1.0]})
+    figure = token_text(tokens, "title", "toy", columns=2)
+    (grid,) = figure.data
+    assert [list(row) for row in grid.text] == [["ab", " &lt;c"], ["⏎", ""]]
+    assert grid.z[0].tolist() == [0, 2.5]
+    assert grid.z[1, 0] == 1
+    assert np.isnan(grid.z[1, 1])
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (0, 2.5)
+    white = token_text(tokens.assign(activation=0.0), "title", "toy").layout.coloraxis
+    assert white.cmin < white.cmax

@@ -29,7 +29,6 @@ from flowhelpers.labels.neuronpedia import (
     cosine_check,
     feature_page,
     neuronpedia_labels,
-    single_labels,
 )
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
@@ -147,9 +146,8 @@ def test_an_sae_that_the_export_lacks_is_left_out_with_a_warning(
     assert len(neuronpedia_labels(suite)) == 3 * (8 + 4)
     with pytest.raises(ValueError, match="1/att of bare is not on Neuronpedia"):
         neuronpedia_labels(suite, ["1/att"])
-    for ask in (neuronpedia_labels, lambda bare: single_labels(bare, ["1/res/2"])):
-        with pytest.raises(ValueError, match="suite bare is not on Neuronpedia"):
-            ask(toys.bare_suite())
+    with pytest.warns(UserWarning, match="no SAE of suite bare is on Neuronpedia"):
+        assert neuronpedia_labels(toys.bare_suite()).empty
 
 
 FAULTS = {
@@ -180,34 +178,16 @@ def test_what_passes_is_tried_again_and_patience_ends(
     assert len(server.requests) == 5 + 4 * 3 + 1 + TRIES + 3  # what was whole by then was kept
 
 
-def test_single_features_are_asked_for_one_by_one_with_a_key_or_without(
-    suite: Suite, server: NeuronpediaServer, monkeypatch: pytest.MonkeyPatch
-):
-    told = [("", OPUS), ("first", MINI), (" last\n", MINI), ("other", OPUS)]
-    made = [{"description": text, "explanationModelName": who} for text, who in told]
-    server.features = {
-        f"{MODEL}/1-res/2": {"explanations": made},
-        f"{MODEL}/1-res/3": {"explanations": [{"description": "x"}]},
-        f"{MODEL}/1-res/4": {"explanations": []},
-        f"{MODEL}/1-res/5": {"index": "5"},
-    }
-    names = ["1/res/2", FeatureId(1, "res", 3), "1/res/4", "1/res/5", "1/res/6", "1/att/0"]
-    found = single_labels(suite, names)
-    assert found.to_dict("list") == {
-        "feature": ["1/res/2", "1/res/3"],
-        "label": ["last", "x"],
-        "label_from": [from_(MINI), from_("unknown")],
-    }
-    assert [request.key for request in server.requests] == [None] * 5  # it has no 1/att
-    monkeypatch.setenv("NEURONPEDIA_API_KEY", f" {KEY}\n")
-    single_labels(suite, ["1/res/2"])
-    assert server.requests[-1].key == KEY
+@pytest.fixture
+def table(suite: Suite, tmp_path: Path) -> pd.DataFrame:
+    return match_table(suite, k=2, cache=tmp_path / "matches")
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 429, 500, 302, 200])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 429, 500, 302, 200])
 def test_the_key_is_in_no_message_no_log_and_no_file(
     suite: Suite,
     server: NeuronpediaServer,
+    table: pd.DataFrame,
     status: int,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -215,34 +195,34 @@ def test_the_key_is_in_no_message_no_log_and_no_file(
     tmp_path: Path,
 ):
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv("NEURONPEDIA_API_KEY", KEY)
+    monkeypatch.setenv("NEURONPEDIA_API_KEY", f" {KEY}\n")
     fault = Fault(status, body=b"<Bad key {key}>", keep=None if status != 500 else -1)
-    server.faults["/4"] = [fault] * 10
-    server.features[f"{MODEL}/1-res/4"] = {}
+    server.faults["/cossim"] = [fault] * 10
+    server.cosines = lambda asked: {}
     with pytest.raises((ValueError, PermissionError, ConnectionError)) as error:
-        single_labels(suite, ["1/res/4"])
+        cosine_check(suite, table, ["1/res/4"])
     assert isinstance(error.value, PermissionError) == (status in (401, 403))
     assert server.requests[0].key == KEY
     shown = str(error.value) + repr(error.value) + "".join(traceback.format_exception(error.value))
     assert caplog.records
     assert KEY.lower() not in (shown + caplog.text + "".join(capfd.readouterr())).lower()
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert KEY.encode() not in files
 
 
 @pytest.mark.parametrize("wrong", ["two words", "Schlüssel", "line\nbreak"])
 def test_what_can_be_no_key_is_not_quoted(
-    suite: Suite, server: NeuronpediaServer, wrong: str, monkeypatch: pytest.MonkeyPatch
+    suite: Suite,
+    server: NeuronpediaServer,
+    table: pd.DataFrame,
+    wrong: str,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setenv("NEURONPEDIA_API_KEY", wrong)
     with pytest.raises(ValueError, match="that no key has") as error:
-        single_labels(suite, ["1/res/4"])
+        cosine_check(suite, table, ["1/res/4"])
     assert wrong not in str(error.value)
     assert not server.requests
-
-
-@pytest.fixture
-def table(suite: Suite, tmp_path: Path) -> pd.DataFrame:
-    return match_table(suite, k=2, cache=tmp_path / "matches")
 
 
 def neighbours(spelling: int, asked: dict[str, Any], *shifts: int) -> dict[str, Any]:

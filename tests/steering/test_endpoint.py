@@ -19,7 +19,6 @@ from flowhelpers.steering.judge_endpoint import (
     PROMPTS,
     STOP_AFTER,
     EndpointJudge,
-    endpoint_judge,
 )
 
 KEY = "sk-Secret-0123456789-abcdefXYZ"
@@ -70,7 +69,7 @@ def make(server: JudgeServer, tmp_path: Path) -> Callable[..., EndpointJudge]:
     def make(theme: str = "space", task: str = "promote", **options: Any) -> EndpointJudge:
         given: dict[str, Any] = {"base_url": server.url, "api_key": KEY}
         given |= {"cache": tmp_path / "judge.sqlite"} | options
-        judge = endpoint_judge(theme, task, **given)
+        judge = EndpointJudge(theme, task, **given)
         server.requests.clear()
         return judge
 
@@ -310,24 +309,24 @@ def test_the_key_and_the_address_may_come_from_the_environment(
     monkeypatch.setenv("OPENAI_API_KEY", f" {KEY}\n")
     monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     monkeypatch.setenv("FLOWHELPERS_CACHE", str(tmp_path))
-    judge = endpoint_judge("space")
+    judge = EndpointJudge("space")
     assert server.requests[0].key == KEY
     assert judge.cache.path == tmp_path / "judge.sqlite"
     monkeypatch.delenv("OPENAI_API_KEY")
     server.key = None
-    endpoint_judge("space")  # a server that needs none
+    EndpointJudge("space")  # a server that needs none
     with pytest.raises(openai.OpenAIError, match="OPENAI_API_KEY"):
-        endpoint_judge("space", base_url="https://api.openai.com/v1")
+        EndpointJudge("space", base_url="https://api.openai.com/v1")
     with_password = server.url.replace("//", "//secret:secret@")
-    assert "secret" not in endpoint_judge("space", base_url=with_password).about
+    assert "secret" not in EndpointJudge("space", base_url=with_password).about
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"task": "supress"}, "unknown task 'supress'; did you mean 'suppress'"),
-        ({"task": "suppress"}, "subject None: expected a, b or c"),
-        ({"task": "suppress", "subject": "d"}, "subject 'd': expected a, b or c"),
+        ({"task": "suppress"}, "subject None: expected a, b, c"),
+        ({"task": "suppress", "subject": "d"}, "subject 'd': expected a, b, c"),
         ({"subject": "a"}, "subject 'a': .*none to promote"),
         *(({"api_key": k}, "the key has a space") for k in ("sk-two words", "sk-ü", "a\nb", "a'")),
     ],

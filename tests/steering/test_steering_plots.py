@@ -66,11 +66,9 @@ def check_bars(trace: go.Scatter | go.Bar) -> None:
     assert list(trace.error_y.arrayminus) == pytest.approx([0.01] * len(trace.x))
 
 
-def test_suppression_has_a_line_for_each_r_and_rings_at_the_best_layers():
+def test_suppression_has_a_line_for_each_r():
     figure = suppression_by_layer(of_theme(), CAPTION)
-    assert {trace.name for trace in figure.data} == {
-        *("2", "16", "unsteered", "best layer of each r, by score")
-    }
+    assert {trace.name for trace in figure.data} == {"2", "16", "unsteered"}
     lines = series(figure, "16")
     assert len(lines) == 6  # two strategies, three measures
     assert all(list(line.x) == [4, 12] for line in lines)
@@ -79,17 +77,16 @@ def test_suppression_has_a_line_for_each_r_and_rings_at_the_best_layers():
     for line in series(figure, "unsteered"):
         assert len(set(line.y)) == 1
         assert line.line.color == "#222222"
-    rings = series(figure, "best layer of each r, by score")
-    assert {x for ring in rings for x in ring.x} == {12}
     assert [note.text for note in figure.layout.annotations].count("score") == 1
 
 
 def test_strengths_are_even_from_the_largest_down_and_others_lines_across():
     figure = best_by_strength(best("theme", "strategy", "strength").query("theme == 'Gods'"), "c")
     (single,), (plain,) = series(figure, "single"), series(figure, "unsteered")
-    assert list(figure.layout.xaxis.categoryarray) == ["16", "2"]
-    assert dict(zip(single.x, single.y, strict=True)) == pytest.approx({"16": 0.14, "2": 0.07})
-    assert dict(zip(plain.x, plain.y, strict=True)) == pytest.approx({"16": 0.4, "2": 0.4})
+    assert list(figure.layout.xaxis.categoryarray) == [2, 16]
+    assert figure.layout.xaxis.autorange == "reversed"
+    assert dict(zip(single.x, single.y, strict=True)) == pytest.approx({16: 0.14, 2: 0.07})
+    assert dict(zip(plain.x, plain.y, strict=True)) == pytest.approx({16: 0.4, 2: 0.4})
     check_bars(single)
     assert plain.line.dash == "dash"
 
@@ -108,17 +105,15 @@ def test_strategies_stand_side_by_side_at_each_theme():
 
 def test_the_best_at_each_layer_with_the_seed_of_each_theme():
     figure = best_by_layer(best("theme", "strategy", "layer"), CAPTION, {"Gods": 12, "Sea": 4})
-    bars = series(figure, "single")
-    assert len(bars) == 2
-    for bar in bars:
-        assert dict(zip(bar.x, bar.y, strict=True)) == pytest.approx({"4": 0.1, "12": 0.14})
-        check_bars(bar)
-    by_axis = {line.xaxis: set(line.x) for line in series(figure, "layer of the seed features")}
-    titles = {note.text: note for note in figure.layout.annotations}
-    assert set(titles) == {"Gods", "Sea"}
-    assert sorted(by_axis.values(), key=str) == [{"12"}, {"4"}]
+    lines = series(figure, "single")
+    assert len(lines) == 2
+    for line in lines:
+        assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({4: 0.1, 12: 0.14})
+        check_bars(line)
+    seeds = [set(line.x) for line in series(figure, "layer of the seed features")]
+    assert sorted(seeds, key=str) == [{12}, {4}]
+    assert {note.text for note in figure.layout.annotations} == {"Gods", "Sea"}
     assert {tuple(line.y) for line in series(figure, "unsteered")} == {(0.4, 0.4)}
-    assert list(figure.layout.xaxis.categoryarray) == ["4", "12"]
 
 
 def test_features_are_counted_by_layer_and_module():
@@ -143,7 +138,7 @@ def test_more_strength_brings_what_the_table_says():
     figure = dose_response(best("theme", "strategy", "strength"), CAPTION)
     lines = series(figure, "linear")
     assert len(lines) == 6  # two themes, three measures
-    assert list(figure.layout.xaxis.categoryarray) == ["2", "16"]
+    assert list(figure.layout.xaxis.categoryarray) == [2, 16]
     scores = [line for line in lines if "measure=score" in line.hovertemplate]
     assert [list(line.y) for line in scores] == [pytest.approx([0.12, 0.19])] * 2
     titles = {note.text for note in figure.layout.annotations}

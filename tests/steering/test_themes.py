@@ -99,10 +99,9 @@ def test_the_judge_of_a_theme_is_told_what_it_needs(monkeypatch: pytest.MonkeyPa
     asked: list[Any] = []
     model = object.__new__(Model)
     wedding, physics = theme_of("Wedding"), theme_of("particle_physics")
-    with pytest.raises(ValueError, match="subject None: expected a, b or c to suppress"):
+    with pytest.raises(ValueError, match="subject None: expected a, b, c"):
         judge_of(wedding, model, "endpoint", "suppress")
-    for kind in (EndpointJudge, EmbeddedJudge):
-        maker = f"{kind.__name__.removesuffix('Judge').lower()}_judge"
+    for maker, kind in (("EndpointJudge", EndpointJudge), ("embedded_judge", EmbeddedJudge)):
 
         def made(*given: Any, kind: type = kind, **named: Any) -> Any:
             asked.append((kind, given, named))
