@@ -87,10 +87,7 @@ def top_k_cosine(
 
 @cache
 def quick_dtype(device_type: str) -> torch.dtype:
-    """The type in which products are quickest here: on a GPU bfloat16, if it has units for that.
-
-    On a CPU a trial decides, of some milliseconds: whether it has them depends on its make.
-    """
+    """The type in which products are quickest here: on a CPU a trial of some milliseconds tells."""
     if device_type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float32
     if device_type == "cuda" or torch.get_float32_matmul_precision() != "highest":

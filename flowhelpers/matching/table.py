@@ -83,9 +83,8 @@ def match_table(
         below).
 
     Raises:
-        ValueError: If no residual SAE has one that precedes it (at the layers asked for),
-            the method is unknown, lacks its texts or is given what it has no use for, there is no
-            such device, or k is larger than an SAE.
+        ValueError: If no residual SAE has one that precedes it, the method lacks its texts or is
+            given what it has no use for, there is no such device, or k is larger than an SAE.
 
     Example:
         >>> from flowhelpers import load_suite, match_table, matching
