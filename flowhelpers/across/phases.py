@@ -1,8 +1,7 @@
 """Phases: the parts into which a model's layers fall, each as even within itself as can be.
 
-The paper divides the layers of two models into three parts by eye (Figures 5 and 19). Here the
-division is computed (CHOICES 46), and held against the same layers in another order: of few layers,
-three parts describe anything well.
+The paper divides the layers of two models by eye (Figures 5 and 19). Here the division is computed
+(CHOICES 46) and held against other orders of the layers: few layers fit any three parts well.
 """
 
 from collections.abc import Sequence
@@ -25,8 +24,6 @@ PHASES = {GEMMA: ((0, 5), (6, 15), (16, 25)), "llama-3.1-8b": ((0, 8), (9, 16), 
 def segments(values: np.ndarray, parts: int = 3) -> tuple[list[int], float]:
     """The division of rows into so many runs that has the least sum of squared errors.
 
-    The error of a row is its distance to the mean of its run.
-
     Returns:
         The first row of each run, and the share of the variance that the division explains.
     """
@@ -44,10 +41,7 @@ def segments(values: np.ndarray, parts: int = 3) -> tuple[list[int], float]:
 
 
 def explained(values: np.ndarray, starts: Sequence[int]) -> float:
-    """The share of the rows' variance that the means of the runs account for, from 0 to 1.
-
-    Rows that are all alike have none to account for: then it is missing.
-    """
+    """The share of the rows' variance that the runs' means explain; missing if there is none."""
     errors = _errors(values)
     left = errors[starts, [*starts[1:], len(values)]].sum()
     return float(1 - left / errors[0, -1]) if errors[0, -1] > 1e-12 else np.nan
@@ -55,14 +49,14 @@ def explained(values: np.ndarray, starts: Sequence[int]) -> float:
 
 def _errors(values: np.ndarray) -> np.ndarray:
     """Sum of squared errors of rows a to b − 1 at [a, b]; infinite where there is none."""
-    rows = len(values)
     centred = values - values.mean(axis=0)
     sums = np.vstack([np.zeros(values.shape[1]), centred.cumsum(axis=0)])
     squares = np.concatenate([[0.0], (centred**2).sum(axis=1).cumsum()])
-    a, b = np.arange(rows + 1)[:, None], np.arange(rows + 1)[None, :]
-    count = np.where(b > a, b - a, 1)
-    between = ((sums[None, :] - sums[:, None]) ** 2).sum(axis=2) / count
-    return np.where(b > a, np.maximum(squares[b] - squares[a] - between, 0), np.inf)
+    place = np.arange(len(values) + 1)
+    count = place[None, :] - place[:, None]
+    between = ((sums[None, :] - sums[:, None]) ** 2).sum(axis=2) / np.where(count > 0, count, 1)
+    within = np.maximum(squares[None, :] - squares[:, None] - between, 0)
+    return np.where(count > 0, within, np.inf)
 
 
 def fit_phases(
@@ -77,14 +71,14 @@ def fit_phases(
     """The phases of one model's layers, by the shape of some columns, beside chance.
 
     `profile` has one row for each of the model's `count` layers; those that lack a column are left
-    out, as layer 0, and so are columns that are missing everywhere. Chance is that of `shuffles`
-    other orders. Phases that are `named` by their first and last layers are measured without it.
+    out, as layer 0, and so are columns that are missing everywhere. Phases that are `named` by
+    their first and last layers are measured without chance.
 
     Returns:
         One row a phase: `phase` (from 1), `first` and `last` layer, `begins` and `ends` (relative
         depth, half a layer beyond), and of the whole division `layers` (how many there are to
-        divide), `explained` (the share of the variance), `by_chance` (its mean with the layers in
-        other orders) and `as_good` (the share of other orders that is explained as well). No row
+        divide), `explained` (the share of the variance), `by_chance` (its mean over `shuffles`
+        other orders) and `as_good` (the share of these that explain as much). No row
         where there are no more layers than parts, or a named phase has none.
     """
     import pandas as pd
@@ -92,15 +86,13 @@ def fit_phases(
     shape = profile.sort_values("layer").set_index("layer")[list(columns)].astype(float)
     shape = shape.dropna(axis=1, how="all").dropna(axis=0, how="any")
     layers, values = shape.index.to_numpy(), shape.to_numpy()
+    inside = [layers[(layers >= a) & (layers <= b)] for a, b in named]
+    if not shape.size or not all(map(len, inside)) or not (named or len(layers) > parts):
+        return pd.DataFrame()
     if named:
-        inside = [layers[(layers >= a) & (layers <= b)] for a, b in named]
-        if not all(map(len, inside)) or not shape.size:
-            return pd.DataFrame()
         starts = np.searchsorted(layers, [some[0] for some in inside]).tolist()
         measured = {"explained": explained(values, starts)}
     else:
-        if len(layers) <= parts or not shape.size:
-            return pd.DataFrame()
         starts, share = segments(values, parts)
         rng = np.random.default_rng(seed)
         orders = [values[rng.permutation(len(values))] for _ in range(shuffles)]

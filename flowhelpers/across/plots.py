@@ -1,7 +1,7 @@
 """The figures of several suites side by side: tables in, plotly figures out.
 
-Depth is relative, from the first layer (0) to the last (1). A suite has one colour and one mark in
-all figures; what would be by chance is dotted. What a suite lacks is left out.
+Depth is relative, from the first layer (0) to the last (1). A suite has one colour in all figures;
+what would be by chance is dotted. What a suite lacks is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 SUITE_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK]
-SUITE_MARKS = ["circle", "diamond", "square", "x", "star", "triangle-up", "pentagon", "hexagon"]
+VALUES = ["share", "low", "high"]
 DEPTH = {"range": [-0.04, 1.04], "tickformat": ".2~f"}
 
 
@@ -45,27 +45,23 @@ def by_depth(
 
     parts = []
     for column, panel in panels.items():
-        low, high = (bands or {}).get(column, (column, column))
-        values = {"share": table[column], "low": table[low], "high": table[high]}
-        part = table[["suite", "layer", "depth"]].assign(panel=panel, line="measured", **values)
-        parts.append(part)
+        ends = (bands or {}).get(column, (column, column))
+        lines = {"measured": [column, *ends]}
         if by_chance := (chance or {}).get(column):
-            values = dict.fromkeys(values, table[by_chance].where(table[column].notna()))
-            parts.append(part.assign(line="by chance", **values))
+            lines["by chance"] = [by_chance] * 3
+        for line, names in lines.items():
+            values = table[names].where(table[column].notna()).set_axis(VALUES, axis=1)
+            part = pd.concat([table[["suite", "layer", "depth"]], values], axis=1)
+            parts.append(part.assign(panel=panel, line=line))
     figure = px.line(
-        with_errors(pd.concat(parts)), x="depth", y="share", color="suite", symbol="suite",
-        line_dash="line", line_dash_map={"measured": "solid", "by chance": "dot"},
+        with_errors(pd.concat(parts)), x="depth", y="share", color="suite",
+        line_dash="line", line_dash_map={"measured": "solid", "by chance": "dot"}, markers=True,
         facet_col="panel", facet_col_wrap=columns, hover_data=["layer"],
-        color_discrete_sequence=SUITE_COLOURS, symbol_sequence=SUITE_MARKS,
-        labels={"share": unit, "depth": "relative depth"},
+        color_discrete_sequence=SUITE_COLOURS, labels={"share": unit, "depth": "relative depth"},
         category_orders={"suite": table["suite"].unique(), "panel": [*panels.values()]}, **ERRORS,
     )  # fmt: skip
-    for trace in figure.data:
-        suite, _, line = trace.name.rpartition(", ")
-        trace.name = suite if line == "measured" else trace.name
-        trace.mode = "lines" if line == "by chance" else "lines+markers"
-    figure.update_traces(error_y={"thickness": 1, "width": 0})
-    figure.update_xaxes(**DEPTH)
+    figure.for_each_trace(lambda line: line.update(name=line.name.removesuffix(", measured")))
+    figure.update_traces(error_y={"thickness": 1, "width": 0}).update_xaxes(**DEPTH)
     figure.update_yaxes(tickformat=".0%" if shares else None, rangemode="tozero")
     return finish(figure, title, subtitle, 190 + 250 * -(-len(panels) // columns))
 
@@ -78,10 +74,9 @@ def groups_by_depth(
     phases: pd.DataFrame | None = None,
     title: str = "Where active features come from, by depth",
 ) -> go.Figure:
-    """The share of each group over relative depth, in panels (Figures 5, 18 and 19 b).
+    """The share of each group over relative depth (Figures 5, 18 and 19 b).
 
-    `groups` as `group_profile` gives it, of one suite or several; the values of the columns `rows`
-    and `columns` have panels of their own. With `columns="suite"` the ends of `phases` are drawn.
+    `rows` and `columns` have panels; of `columns="suite"` the ends of `phases` are drawn.
     """
     figure = group_lines(groups, "depth", rows, columns, title, subtitle)
     if phases is not None:
@@ -110,7 +105,6 @@ def phases_by_depth(phases: pd.DataFrame, subtitle: str) -> go.Figure:
         color_discrete_sequence=["#56B4E9", "#E69F00", "#CC79A7", "#009E73"],
         labels={"width": "relative depth", "division": ""},
     )  # fmt: skip
-    figure.update_traces(insidetextanchor="middle", textangle=0, marker_line_width=0.5)
-    figure.update_layout(barmode="overlay", bargap=0.35)
+    figure.update_traces(insidetextanchor="middle").update_layout(barmode="overlay", bargap=0.35)
     figure.update_yaxes(automargin=True, showgrid=False)
     return finish(figure, "Phases of the layers", subtitle, 200 + 45 * len(order))

@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 POOLED = "all texts"  # beside the datasets
-QUARTILES = (("low", 0.25), ("median", 0.5), ("high", 0.75))
-BY_MODULE = ("processed", "newborn")  # classes that cannot be seen without a module
+BY_MODULE = ("processed", "newborn", "born_mlp", "born_att")  # not to be seen without a module
 
 
 @dataclass(frozen=True)
@@ -37,24 +36,19 @@ class Profile:
     """What stays of one suite, or of several; what cannot be said of a suite or layer is missing.
 
     Attributes:
-        across: One row a suite, over all features that have a stream before them: `suite`,
-            `layers`, `d_model`, `saes` and `features` (of those that were matched), `parameters`
-            (in all), `model_parameters`; for each module the `mean_res`, `median_res`, `null_res`
-            and `above_res` (the share above the null) of scores; `places` where predecessors were
-            looked for, such as `res+mlp`; the share of each class; `mean_life` in layers,
-            `mutual_life` if every step has to be mutual, and `through`, the share of features that
-            live from the first layer to the last. With texts `occurrences`, the share of each group
-            under its name and, after `chance`, by chance.
-        by_layer: One row a suite and layer: `suite`, `layer`, relative `depth`, `features`,
-            `places`; for each module the quartiles `low_res`, `median_res` and `high_res` of the
-            scores, their mean `s_res`, `null_res`, `above_res`; `translated` … `unexplained`,
-            `born_mlp`, `born_att`, `dies` and `mutual` as in `flow_by_layer`; `lives`, the mean
-            number of layers that features of this layer live, and `life`, the same as a share of
-            the model's. With texts, for each module `active_res`, the share of occurrences with an
-            active predecessor there, `chance_res`, the same by chance, and `tells_res`, the AUC of
-            the score for it (0.5: it tells nothing); and the share of each group.
+        across: One row a suite, over all features that have a stream before them: its size, mean,
+            median, null and share above it of each score, `places` of predecessors (`res+mlp`),
+            classes, `mean_life` in layers, `mutual_life` by mutual steps alone, `through`, the
+            share of features that live from the first layer to the last; with texts, each group
+            and, after `chance`, the same by chance.
+        by_layer: One row a suite and layer: relative `depth`; of each score the quartiles
+            `low_res`, `median_res`, `high_res`, mean `s_res`, `null_res` and `above_res`; what
+            `flow_by_layer` has; `lives`, how many layers its features live, `life` as a share of
+            all. With texts `active_res`, how often a predecessor is active there, `chance_res`, by
+            chance, `tells_res`, the AUC of the score for it, and each group.
         groups: As `group_profile` gives it; empty where no text was read.
-        totals: The same over all complete layers, with their `places` (Figure 19 a).
+        totals: The same over all complete layers, with their `places` (Figure 19 a): those that
+            have most of the places that a feature may come from.
     """
 
     across: "pd.DataFrame"
@@ -99,28 +93,30 @@ def suite_profile(
     """All that is compared of one suite, from its match table and its occurrences.
 
     `found` has `incomplete` layers too, and is None if the suite read no text; `base` is the same
-    with predecessors at other tokens (`shuffled_tokens`). Intervals are of `times` resamples.
-
-    Raises:
-        ValueError: If the occurrences are of another suite.
+    with predecessors at other tokens (`shuffled_tokens`). Intervals are of `times` resamples. A
+    ValueError if the occurrences are of another suite.
     """
     import pandas as pd
 
     if found is not None and found.suite != suite.name:
         raise ValueError(f"occurrences of {found.suite}: expected those of {suite.name}")
-    width = suite.sae(next(iter(suite.saes))).decoder.shape[1]
-    record, by_layer = suite_summary(suite.row, table, width), flow_profile(table, suite.layers)
+    scores, spans = feature_scores(table), feature_lifespans(table)
+    d_model = suite.sae(next(iter(suite.saes))).decoder.shape[1]
+    record: dict[str, Any] = {"suite": suite.name, "layers": suite.layers, "d_model": d_model}
+    sizes = {name: getattr(suite.row, name) for name in ("parameters", "model_parameters")}
+    record |= sizes | _summary(table, scores, spans)
+    by_layer = _flow_profile(table, scores, spans, suite.layers)
     groups = totals = pd.DataFrame()
     if found is not None and base is not None:
-        by_layer = by_layer.merge(activity_profile(found, base), "left", on="layer")
         groups = group_profile(found, base, suite.layers, times, seed)
         pooled = groups[groups["dataset"] == POOLED].astype({"group": str})
         wide = pooled.pivot(index="layer", columns="group", values="share")
-        by_layer = by_layer.merge(wide[list(GROUPS)].reset_index(), "left", on="layer")
-        totals = group_totals(found, base, times, seed)
+        by_layer = by_layer.join(_activity(found, base)).join(wide[list(GROUPS)])
+        totals = _group_totals(found, base, times, seed)
         shares = totals.astype({"group": str}).set_index("group")
         record["occurrences"] = int(totals["n"].sum())
         record |= shares["share"].to_dict() | shares["by_chance"].add_prefix("chance ").to_dict()
+    by_layer = by_layer.reset_index()
     by_layer.insert(0, "suite", suite.name)
     return Profile(pd.DataFrame([record]), by_layer, groups, totals)
 
@@ -141,29 +137,25 @@ def depth(layers: Any, count: int) -> Any:
     return layers / max(count - 1, 1)
 
 
-def flow_profile(table: "pd.DataFrame", count: int) -> "pd.DataFrame":
-    """How features of a match table are matched and what becomes of them, layer by layer.
+def _flow_profile(
+    table: "pd.DataFrame", scores: "pd.DataFrame", spans: "pd.DataFrame", count: int
+) -> "pd.DataFrame":
+    """How features are matched and what becomes of them, by layer.
 
-    Classes are missing where there is no stream before, as at layer 0 (CHOICES 5); births and
-    `processed` where there is no module, for then neither can be seen.
+    Classes are missing where there is no stream before, as at layer 0 (CHOICES 5).
     """
-    import pandas as pd
-
     flow = flow_by_layer(table).set_index("layer")
-    scores = _score_columns(feature_scores(table)).reindex(flow.index)
-    known = {module: scores[f"median_{module}"].notna() for module in MODULES}
-    profile = flow[["features"]].copy()
+    matched = _score_columns(scores).reindex(flow.index)
+    known = matched[[f"median_{module}" for module in MODULES]].notna().set_axis([*MODULES], axis=1)
+    profile = flow[["features", *CLASSES, *BY_MODULE[2:], "dies", "mutual"]].copy()
     profile.insert(0, "depth", depth(flow.index.to_series(), count))
-    profile["places"] = ["+".join(m for m in MODULES if known[m][layer]) for layer in flow.index]
-    profile = profile.join(scores)
-    possible = dict.fromkeys(CLASSES, known["res"])
-    possible |= dict.fromkeys(BY_MODULE, known["res"] & (known["mlp"] | known["att"]))
-    possible |= {f"born_{module}": known["res"] & known[module] for module in ("mlp", "att")}
-    possible |= {"dies": known["res"] | True, "mutual": known["res"]}
-    for name, is_possible in possible.items():
-        profile[name] = flow.get(name, pd.Series(np.nan, flow.index)).where(is_possible)
-    profile["lives"] = feature_lifespans(table).groupby("layer")["layers"].mean()
-    return profile.assign(life=profile["lives"] / count).reset_index()
+    places = ["+".join(known.columns[row]) for row in known.to_numpy()]
+    by_module = {name: known[["mlp", "att"]].any(axis=1) for name in BY_MODULE[:2]}
+    by_module |= {f"born_{module}": known[module] for module in ("mlp", "att")}
+    for name in (*CLASSES, *BY_MODULE[2:], "mutual"):
+        profile[name] = profile[name].where(known["res"] & by_module.get(name, True))
+    lives = spans.groupby("layer")["layers"].mean()
+    return profile.assign(places=places, lives=lives, life=lives / count).join(matched)
 
 
 def _score_columns(scores: "pd.DataFrame") -> "pd.DataFrame":
@@ -174,7 +166,7 @@ def _score_columns(scores: "pd.DataFrame") -> "pd.DataFrame":
     columns = {}
     for module in MODULES:
         score, null = (scores.get(f"{name}_{module}", layer * np.nan) for name in ("s", "null"))
-        for name, q in QUARTILES:
+        for name, q in (("low", 0.25), ("median", 0.5), ("high", 0.75)):
             columns[f"{name}_{module}"] = score.groupby(layer).quantile(q)
         above = (score > null).where(score.notna()).astype(float)
         for name, values in (("s", score), ("null", null), ("above", above)):
@@ -182,28 +174,25 @@ def _score_columns(scores: "pd.DataFrame") -> "pd.DataFrame":
     return pd.DataFrame(columns)
 
 
-def suite_summary(row: SuiteRow, table: "pd.DataFrame", d_model: int) -> dict[str, Any]:
-    """One suite in numbers, from its match table and the width of its stream."""
-    scores = feature_scores(table)
+def _summary(
+    table: "pd.DataFrame", scores: "pd.DataFrame", spans: "pd.DataFrame"
+) -> dict[str, Any]:
+    """One suite in numbers, from its match table."""
     scores = scores[scores["s_res"].notna()]
     whole = _score_columns(scores.assign(layer=0)).iloc[0]
     back, on = best_matches(table), best_matches(table, "forward").astype({"module": str})
     widths = {(layer, "res"): part["feature"].nunique() for layer, part in back.groupby("layer")}
     widths |= on.groupby(["source_layer", "module"])["source"].nunique().to_dict()
-    layers = row.layers or 1 + int(table["layer"].max())
-    record: dict[str, Any] = {"suite": row.name, "layers": layers, "d_model": d_model}
-    record |= {"saes": len(widths), "features": int(sum(widths.values()))}
-    record |= {"parameters": row.parameters, "model_parameters": row.model_parameters}
-    names = {"mean": "s", "median": "median", "null": "null", "above": "above"}
+    record: dict[str, Any] = {"saes": len(widths), "features": int(sum(widths.values()))}
     for module in MODULES:
-        record |= {f"{name}_{module}": whole[f"{c}_{module}"] for name, c in names.items()}
+        record[f"mean_{module}"] = whole[f"s_{module}"]
+        record |= whole[[f"{name}_{module}" for name in ("median", "null", "above")]].to_dict()
     known = [module for module in MODULES if whole.notna()[f"median_{module}"]]
     record["places"] = "+".join(known)
     shares = classify(scores)["class"].value_counts(normalize=True)
     for name in CLASSES:
         possible = name not in BY_MODULE or known != ["res"]
         record[name] = float(shares.get(name, 0.0)) if possible else np.nan
-    spans = feature_lifespans(table)
     record["mean_life"] = spans["layers"].mean()
     record["mutual_life"] = feature_lifespans(table, mutual=True)["layers"].mean()
     through = (spans["first"] == spans["layer"].min()) & (spans["last"] == spans["layer"].max())
@@ -215,43 +204,28 @@ def group_profile(
 ) -> "pd.DataFrame":
     """The share of every group by layer, beside that by chance (Figures 5, 18 and 19 b).
 
-    Returns:
-        `suite`, `method`, `dataset` (`all texts` for all together), `layer`, `depth`, `group`, `n`,
-        `share`, `low`, `high` and `by_chance`; a group that a layer's SAEs do not allow is
-        missing, one that is only empty has the share 0.
+    A group that a layer's SAEs do not allow is missing, one that is only empty has the share 0;
+    the dataset `all texts` is all together.
     """
     import pandas as pd
 
     single = _with_chance(found, base, ["dataset", "layer"], times, seed)
     pooled = _with_chance(found, base, ["layer"], times, seed).assign(dataset=POOLED)
     table = pd.concat([single.astype({"dataset": str}), pooled], ignore_index=True)
-    table.insert(0, "suite", found.suite)
-    table.insert(1, "method", found.method)
-    table.insert(4, "depth", depth(table["layer"], count))
-    return table
+    return table.assign(depth=depth(table["layer"], count))
 
 
-def group_totals(
-    found: Occurrences, base: Occurrences, times: int = 200, seed: int = 0
-) -> "pd.DataFrame":
-    """The share of every group over all complete layers, beside that by chance (Figure 19 a).
-
-    Complete are the layers that have most of the places that a feature may come from: of a suite
-    that has SAEs at all three sites those after the first; of one without attention, those with a
-    stream before and an MLP.
-    """
+def _group_totals(found: Occurrences, base: Occurrences, times: int, seed: int) -> "pd.DataFrame":
+    """The share of every group over all complete layers, beside that by chance."""
 
     def whole(some: Occurrences) -> Occurrences:
         places = some.table[[*SCORES]].notna().sum(axis=1)
         return replace(some, table=some.table[places == places.max()].assign(layer=0))
 
     ours = whole(found)
-    table = _with_chance(ours, whole(base), ["layer"], times, seed).drop(columns="layer")
-    table.insert(0, "suite", found.suite)
-    table.insert(1, "method", found.method)
     known = [m for m in MODULES if ours.table[f"s_{m}"].notna().any()]
-    table.insert(2, "places", "+".join(known))
-    return table
+    table = _with_chance(ours, whole(base), ["layer"], times, seed).drop(columns="layer")
+    return table.assign(places="+".join(known))
 
 
 def _with_chance(
@@ -261,44 +235,33 @@ def _with_chance(
     chance = group_shares(base, by)[[*by, "group", "share"]].rename(columns={"share": "by_chance"})
     table = shares.merge(chance, "left", on=[*by, "group"])
     # A group that there may be and is not has the share 0; one that cannot be has none.
-    counts = table.groupby(by, observed=True)["n"].transform("sum")
-    known = found.table[[*SCORES]].notna().groupby(found.table["layer"]).any()
-    possible = [
-        all(known.at[layer, f"s_{module}"] for module in modules_of(group))
-        for layer, group in zip(table["layer"], table["group"], strict=True)
-    ]
-    empty = (counts > 0) & np.array(possible)
+    known = found.table.groupby("layer")[[*SCORES]].count() > 0
+    places = zip(table["layer"], table["group"], strict=True)
+    possible = [all(known.at[at, f"s_{m}"] for m in modules_of(group)) for at, group in places]
+    empty = (table.groupby(by, observed=True)["n"].transform("sum") > 0) & np.array(possible)
     for column in ("share", "by_chance"):
         table[column] = table[column].where(table[column].notna() | ~empty, 0.0)
-    return table
+    return table.assign(suite=found.suite, method=found.method)
 
 
-def activity_profile(found: Occurrences, base: Occurrences) -> "pd.DataFrame":
+def _activity(found: Occurrences, base: Occurrences) -> "pd.DataFrame":
     """How often predecessors are active, by layer, and whether scores tell which."""
     import pandas as pd
 
-    chances = base.table.groupby("layer")[[*MODULES]].mean()
-    records = []
-    for layer, part in found.table.groupby("layer"):
-        record: dict[str, Any] = {"layer": int(layer)}
-        for module in MODULES:
-            known = part[f"s_{module}"].notna().any()
-            record[f"active_{module}"] = part[module].mean() if known else np.nan
-            record[f"chance_{module}"] = chances.at[layer, module] if known else np.nan
-            record[f"tells_{module}"] = activity_auc(part, module)
-        records.append(record)
-    return pd.DataFrame(records)
+    layers = found.table.groupby("layer")
+    known = layers[[*SCORES]].count().set_axis([*MODULES], axis=1) > 0
+    active = layers[[*MODULES]].mean().where(known).add_prefix("active_")
+    chance = base.table.groupby("layer")[[*MODULES]].mean().where(known).add_prefix("chance_")
+    tells = {f"tells_{m}": layers[[m, f"s_{m}"]].apply(activity_auc, m) for m in MODULES}
+    return active.join(chance).join(pd.DataFrame(tells))
 
 
 def alike(by_layer: "pd.DataFrame", columns: Sequence[str], points: int = 41) -> "pd.DataFrame":
     """How far the profiles of any two suites lie apart, and whether they go the same way.
 
-    Profiles are interpolated at evenly spread relative depths that both reach.
-
-    Returns:
-        One row a pair of suites and column: `first`, `second`, `column`, `apart` (the mean absolute
-        difference) and `correlation` over the depths, missing where one of them does not change.
-        No row where one of the suites lacks the column at all but one of its layers.
+    Profiles are interpolated at evenly spread relative depths that both reach: `apart` is the mean
+    absolute difference, `correlation` is missing where one of them does not change. No row where
+    one of the suites lacks the column at all but one of its layers.
     """
     import pandas as pd
 

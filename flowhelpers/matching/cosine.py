@@ -16,7 +16,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowhelpers.core.directions import unit_rows
-from flowhelpers.core.progress_bar import progress
 
 MEMORY = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
 GROUP = 64  # columns of which the highest is taken first: far quicker than sorting out all
@@ -27,12 +26,7 @@ BFLOAT16_UNIT = 2.0**-8
 
 @dataclass(frozen=True)
 class TopK:
-    """The best sources of every target.
-
-    Attributes:
-        indices: Sources, best first; -1 where there is none.
-        scores: Their scores, for `top_k_cosine` the signed cosines; 0 where the index is -1.
-    """
+    """The best sources of every target, best first; where there is none, index -1 and score 0."""
 
     indices: Int[Tensor, "targets k"]
     scores: Float[Tensor, "targets k"]
@@ -51,16 +45,15 @@ def top_k_cosine(
     is no match. Rows of zeros match nothing. Ties go to the lowest index (CHOICES 3).
 
     Args:
-        target: Directions to be matched, one a row, in any floating type.
-        source: Directions to choose from, one a row. Either may lie elsewhere than on `device`: it
-            is brought there block by block.
-        k: Sources kept for each target.
+        target: Directions to be matched, one a row, in any floating type. Either side may lie
+            elsewhere than on `device`: it is brought there block by block.
+        source: Directions to choose from, one a row.
         memory: Bytes to use beside input and answer; 512 MiB on a CPU and 2 GiB on a GPU unless
             given. A block of one target and 64 sources is the least.
         device: Where to compute; where `target` lies unless given.
 
     Raises:
-        ValueError: If the widths differ, k or memory is out of range, or a value is not finite.
+        ValueError: If the widths differ, k is out of range, or a value is not finite.
     """
     if target.ndim != 2 or source.ndim != 2 or target.shape[1] != source.shape[1]:
         raise ValueError(
@@ -70,43 +63,31 @@ def top_k_cosine(
     if not 1 <= k <= len(source):
         raise ValueError(f"k={k}: expected 1 to {len(source)}, the number of source features")
     device = torch.device(device) if device else target.device
-    if memory is None:
-        memory = MEMORY.get(device.type, MEMORY["cpu"])
-    if memory < 1:
-        raise ValueError(f"memory={memory}: expected a number of bytes")
+    memory = memory or MEMORY.get(device.type, MEMORY["cpu"])
     quick = quick_dtype(device.type)
     rows_at_once, columns_at_once = _block_sizes(memory, target.shape[1], len(source), k)
     indices = torch.full((len(target), k), -1, device=device)
     scores = torch.zeros(len(target), k, device=device)
-    blocks = [
-        (row, column)
-        for column in range(0, len(source), columns_at_once)
-        for row in range(0, len(target), rows_at_once)
-    ]
-    block, begins_at = None, -1
-    for row, column in progress(blocks, "cosines"):
+    for column in range(0, len(source), columns_at_once):
         columns = source[column : column + columns_at_once]
-        if block is None or begins_at != column:
-            block = None  # before the next is made, so that there is never room for two
-            block, begins_at = _prepare(columns, column, quick, device), column
-        rows = slice(row, row + rows_at_once)
-        units = unit_rows(target[rows].to(device), row)
-        best = _best_of_block(units, block, min(k, len(columns)))
-        # Earlier blocks stand first, and the sort is stable: of a tie the lowest index stays.
-        both = torch.cat([scores[rows], best.scores], dim=1)
-        which = torch.cat([indices[rows], best.indices + column], dim=1)
-        both, order = both.sort(dim=1, descending=True, stable=True)
-        scores[rows] = both[:, :k]
-        indices[rows] = which.gather(1, order)[:, :k].where(both[:, :k] > 0, -1)
+        block = None  # before the next is made, so that there is never room for two
+        block = _prepare(columns, column, quick, device)
+        for row in range(0, len(target), rows_at_once):
+            rows = slice(row, row + rows_at_once)
+            units = unit_rows(target[rows].to(device), row)
+            best = _best_of_block(units, block, min(k, len(columns)))
+            # Earlier blocks stand first, and the sort is stable: of a tie the lowest index stays.
+            both = torch.cat([scores[rows], best.scores], dim=1)
+            which = torch.cat([indices[rows], best.indices + column], dim=1)
+            both, order = both.sort(dim=1, descending=True, stable=True)
+            scores[rows] = both[:, :k]
+            indices[rows] = which.gather(1, order)[:, :k].where(both[:, :k] > 0, -1)
     return TopK(indices, scores.clamp_(0, 1))
 
 
 @cache
 def quick_dtype(device_type: str) -> torch.dtype:
-    """The type in which products are quickest here: on a GPU bfloat16, if it has units for that.
-
-    On a CPU a trial decides, of some milliseconds: whether it has them depends on its make.
-    """
+    """The type in which products are quickest here: on a CPU a trial of some milliseconds tells."""
     if device_type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float32
     if device_type == "cuda" or torch.get_float32_matmul_precision() != "highest":
@@ -139,13 +120,10 @@ def _prepare(source: Tensor, first: int, quick: torch.dtype, device: torch.devic
 
 
 def _rounded(units: Tensor, quick: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows in the quick type, and the norm of what rounding took from each."""
     rough = units.to(quick)
-    if quick is units.dtype:
-        return rough, units.new_zeros(len(units))
-    errors = [
-        (a - b).norm(dim=1) for a, b in zip(units.split(1024), rough.split(1024), strict=True)
-    ]
-    return rough, torch.cat(errors)
+    parts = zip(units.split(1024), rough.split(1024), strict=True)
+    return rough, torch.cat([(a - b).norm(dim=1) for a, b in parts])
 
 
 def _block_sizes(memory: int, d: int, sources: int, k: int) -> tuple[int, int]:
@@ -162,17 +140,13 @@ def _best_of_block(target: Tensor, block: _Block, k: int) -> TopK:
     # With t', s' the rounded rows, |t·s - t'·s'| <= |t - t'| |s| + |t'| |s - s'|, where |s| = 1 and
     # |t'| <= 1 + |t - t'|. To it comes what sums in float32 lose: two products and one norm.
     rough, error = _rounded(target, block.rough.dtype)
-    product = _product(rough, block.rough)
+    if rough.is_cuda and rough.dtype is torch.bfloat16:  # no rounding on the way
+        product = torch.mm(rough, block.rough.T, out_dtype=torch.float32)
+    else:
+        product = rough @ block.rough.T
     slack = 3 * target.shape[1] * FLOAT32_UNIT + 1e-7
-    return _certified(
-        target, block, product, error + (1 + error) * block.error + slack, k, k + LISTED
-    )
-
-
-def _product(target: Tensor, source: Tensor) -> Tensor:
-    if target.dtype is torch.bfloat16 and target.is_cuda:
-        return torch.mm(target, source.T, out_dtype=torch.float32)  # no rounding on the way
-    return target @ source.T
+    error += (1 + error) * block.error + slack
+    return _certified(target, block, product, error, k, k + LISTED)
 
 
 def _certified(
@@ -180,14 +154,9 @@ def _certified(
 ) -> TopK:
     """The k best of a block, proven to be those of the exact cosines.
 
-    Args:
-        target: Unit rows t in float32, `[targets, d_model]`.
-        block: Unit rows s in float32, and how far rounding moved them.
-        product: The rough cosines p(t, s), `[targets, sources of the block]`.
-        error: For each target, a bound on |p(t, s) - t·s| over all s of the block, but for the
-            rounding of the product itself.
-        k: Sources to return.
-        listed: Sources to rescore for each target.
+    Of unit rows t of `target` and s of `block` in float32, `product` has the rough cosines p(t, s),
+    `[targets, sources of the block]`, and `error` for each target a bound on |p(t, s) - t·s| but
+    for the rounding of the product itself. `listed` sources are rescored for each target.
     """
     # 1. A list that would hold much of the block saves nothing: all cosines, in float64.
     columns = len(block.units)

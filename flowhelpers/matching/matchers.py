@@ -1,9 +1,6 @@
-"""The ways to match two SAEs: by cosine, at random, by permutation, by correlation.
+"""The ways to match two SAEs: by cosine, at random, by permutation, by correlation."""
 
-Each gives the best sources of every target, and the best targets of every source.
-"""
-
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -14,15 +11,18 @@ from torch import Tensor
 from flowhelpers.core.features import Site
 from flowhelpers.core.machine import check_memory
 from flowhelpers.matching.cosine import TopK, top_k_cosine
-from flowhelpers.matching.null import Null
 from flowhelpers.suites.saes import SMALLEST_THRESHOLD
 
 if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
+
     from flowhelpers.suites.load import Suite
     from flowhelpers.suites.saes import SAE
 
 MAX_TOKENS = 128  # of a text, BOS included
 LEAST_ACTIVE = 10  # tokens, for a correlation to say anything
+ROWS = 1024  # of correlations with all sources, at a time
+Null = tuple[Tensor, Tensor]  # best scores by chance, sorted: of targets, and of sources
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,9 @@ def by_permutation(
 ) -> PairMatch:
     """One to one, so that the sum of products is highest (SAE Match; paper 3.1).
 
-    The predecessor of target j is the source i that the permutation sends there: P[i, j] = 1
-    (CHOICES 15). The assignment is exact. Of SAEs of unlike width, the larger keeps
-    features without a match. Scores are cosines of directions, whatever weights were matched.
-
-    Args:
-        weights: `decoder` compares directions; `all` the decoder, the encoder and its bias, in one
-            row of weights for each feature.
-        folded: Whether thresholds are folded into the weights first (CHOICES 16); decoder rows
-            then count with their threshold as their norm.
+    The predecessor of target j is the source i with P[i, j] = 1; the assignment is exact (CHOICES
+    15). Of SAEs of unlike width, the larger keeps features without a match. `weights` and `folded`
+    are those of `match_table`; scores are cosines of directions whatever was matched.
 
     Raises:
         ValueError: If the weights of the two cannot be compared, or there is nothing to fold.
@@ -80,8 +74,8 @@ def by_permutation(
     """
     from scipy.optimize import linear_sum_assignment
 
-    needed = 3 * 8 * target.width * source.width
-    check_memory(needed, f"the permutation of {target.site} and {source.site}")
+    what = f"the permutation of {target.site} and {source.site}"
+    check_memory(3 * 8 * target.width * source.width, what)
     later, earlier = (_rows(side, weights, folded) for side in (target, source))
     products = (later.to(device) @ earlier.to(device).T).cpu().numpy()
     ends, starts = (torch.from_numpy(side) for side in linear_sum_assignment(products, True))
@@ -102,6 +96,7 @@ def _one_to_one(chooser: Tensor, chosen: Tensor, cosines: Tensor, width: int) ->
 
 
 def _rows(sae: "SAE", weights: str, folded: bool) -> Tensor:
+    """What a permutation compares: a row of weights for each feature."""
     if weights not in ("decoder", "all"):
         raise ValueError(f"weights={weights!r}: expected 'decoder' or 'all'")
     if weights == "decoder" and not folded:
@@ -118,148 +113,77 @@ def _rows(sae: "SAE", weights: str, folded: bool) -> Tensor:
     return torch.cat([found.decoder, found.encoder, found.bias[:, None]], dim=1)
 
 
-def by_pearson(
-    suite: "Suite",
-    texts: Sequence[str],
-    pairs: Sequence[tuple[Site, Site]],
-    k: int,
-    seed: int = 0,
-    candidates: int | None = None,
-    least_active: int = LEAST_ACTIVE,
-) -> dict[tuple[Site, Site], tuple[PairMatch, Null]]:
-    """Top-k by correlation of activations (paper C.4), in one pass of the model over the texts.
+def read_codes(
+    suite: "Suite", texts: Sequence[str], sites: Collection[Site], seed: int = 0
+) -> "tuple[dict[Site, csr_matrix], np.ndarray]":
+    """Activations over texts for `by_pearson`, and for each token another one, by chance.
 
-    Raw activations with their zeros; BOS and other special tokens are left out; a correlation that
-    is not defined is 0, and one that is not above 0 is no match. So is that of a feature active on
-    too few tokens: two features that are active once, on the same token, correlate perfectly
-    (CHOICES 14). By chance: the correlations with a source whose tokens are shifted.
-
-    Args:
-        suite: The suite.
-        texts: The text sample.
-        pairs: Target and source sites.
-        k: TopK kept, and one more for the margin.
-        seed: Seed of the shifts.
-        max_tokens: Each text is cut to so many tokens, BOS included.
-        candidates: Looks only at so many sources of highest cosine for each target, and so many
-            targets for each source, instead of at all (`pearson_candidates`).
-        least_active: Tokens on which a feature has to be active.
+    Activations are `[tokens, features]`, without BOS and other special tokens. The other token is
+    one of the same batch, so many tokens on.
     """
+    from scipy.sparse import vstack
+
     from flowhelpers.activations.sparse import read_batches
     from flowhelpers.suites.model import tokenize
 
-    looked_at = {
-        (target, source): _candidates(suite.sae(target), suite.sae(source), candidates)
-        if candidates
-        else None
-        for target, source in pairs
-    }
-    widths = {site: suite.sae(site).width for pair in pairs for site in pair}
-    products = {
-        (target, source): np.zeros(
-            (2, widths[target] * widths[source] if ends is None else ends.shape[1])
-        )
-        for (target, source), ends in looked_at.items()
-    }
-    sums = {site: np.zeros((3, width)) for site, width in widths.items()}
-    count = 0
     rng = np.random.default_rng(seed)
-    for batch in read_batches(suite, tokenize(suite.model, texts, MAX_TOKENS), list(widths)):
+    batches, shifted, count = [], [], 0
+    for batch in read_batches(suite, tokenize(suite.model, texts, MAX_TOKENS), sites):
         tokens = next(iter(batch.values())).shape[0]
+        shifted.append(count + np.roll(np.arange(tokens), int(rng.integers(1, max(2, tokens)))))
+        batches.append(batch)
         count += tokens
-        shifted = np.roll(np.arange(tokens), int(rng.integers(1, max(2, tokens))))
-        for site, codes in batch.items():
-            sums[site] += [codes.sum(0).A1, codes.power(2).sum(0).A1, codes.getnnz(0)]
-        for (target, source), ends in looked_at.items():
-            for which, codes in enumerate((batch[source], batch[source][shifted])):
-                product = batch[target].T @ codes
-                picked = product.toarray().ravel() if ends is None else product[*ends].A1
-                products[target, source][which] += picked
-    return {
-        (target, source): _correlated(
-            products[target, source],
-            _all_pairs(widths[target], widths[source]) if ends is None else ends,
-            sums[target],
-            sums[source],
-            count,
-            k,
-            least_active,
-        )
-        for (target, source), ends in looked_at.items()
-    }
+    codes = {s: vstack([batch[s] for batch in batches], "csr", float) for s in sites}
+    return codes, np.concatenate(shifted)
 
 
-def pearson_candidates(
-    widths: Sequence[tuple[int, int]], memory: int = 2**30, few: int = 64
-) -> int | None:
-    """How many candidates `by_pearson` is to have: all (None), or `few` where those do not fit.
-
-    The sums of all pairs, of so many targets and sources, may take `memory` bytes.
-    """
-    whole = 16 * sum(target * source for target, source in widths)
-    return None if whole <= memory else few
-
-
-def _all_pairs(targets: int, sources: int) -> np.ndarray:
-    return np.indices((targets, sources), dtype=np.int32).reshape(2, -1)
-
-
-def _candidates(target: "SAE", source: "SAE", n: int) -> np.ndarray:
-    """Pairs of features that are near by cosine, seen from either side: `[2, pairs]`, sorted."""
-    sources = top_k_cosine(target.decoder, source.decoder, min(n, source.width)).indices
-    targets = top_k_cosine(source.decoder, target.decoder, min(n, target.width)).indices
-    back = np.stack([np.indices(sources.shape)[0], sources.cpu().numpy()]).reshape(2, -1)
-    on = np.stack([targets.cpu().numpy(), np.indices(targets.shape)[0]]).reshape(2, -1)
-    both = np.concatenate([back, on], axis=1)
-    return np.unique(both[:, (both >= 0).all(axis=0)], axis=1)
-
-
-def _correlated(
-    products: np.ndarray,
-    ends: np.ndarray,
-    target: np.ndarray,
-    source: np.ndarray,
-    count: int,
+def by_pearson(
+    target: "csr_matrix",
+    source: "csr_matrix",
+    shifted: np.ndarray,
     k: int,
-    least_active: int,
+    least_active: int = LEAST_ACTIVE,
 ) -> tuple[PairMatch, Null]:
-    rows, columns = ends
-    (mean_t, spread_t), (mean_s, spread_s) = (
-        (total / count, np.sqrt(np.maximum(square / count - (total / count) ** 2, 0)))
-        for total, square, _ in (target, source)
-    )
-    scale = spread_t[rows] * spread_s[columns]
-    defined = (target[2][rows] >= least_active) & (source[2][columns] >= least_active) & (scale > 0)
-    found, chance = (
-        np.where(
-            defined,
-            (part / count - mean_t[rows] * mean_s[columns]) / np.where(defined, scale, 1),
-            0,
-        ).clip(-1, 1)
-        for part in products
-    )
-    widths = len(mean_t), len(mean_s)
+    """Top-k by correlation of activations `[tokens, features]` (paper C.4), one more than k.
+
+    Raw activations with their zeros; a correlation that is not above 0 is no match, and so is that
+    of a feature active on fewer than `least_active` tokens: two features that are active once, on
+    the same token, correlate perfectly (CHOICES 14).
+    By chance: the best correlations with sources whose tokens are `shifted`.
+    """
+    elsewhere = source[shifted]
     match = PairMatch(
-        _best(rows, columns, found, widths[0], min(k + 1, widths[1])),
-        _best(columns, rows, found, widths[1], min(k + 1, widths[0])),
+        _most_correlated(target, source, k + 1, least_active),
+        _most_correlated(source, target, k + 1, least_active),
     )
-    by_chance = (
-        _best(rows, columns, chance, widths[0], 1).scores[target[2] >= least_active, 0],
-        _best(columns, rows, chance, widths[1], 1).scores[source[2] >= least_active, 0],
-    )
-    none = torch.zeros(1)
-    return match, Null(*(draws.sort().values if len(draws) else none for draws in by_chance))
+    nulls = []
+    for chooser, other in ((target, elsewhere), (elsewhere, target)):
+        best = _most_correlated(chooser, other, 1, least_active).scores[:, 0]
+        best = best[torch.from_numpy(chooser.getnnz(0) >= least_active)]
+        nulls.append(best.sort().values if len(best) else torch.zeros(1))
+    return match, (nulls[0], nulls[1])
 
 
-def _best(chooser: np.ndarray, chosen: np.ndarray, scores: np.ndarray, width: int, k: int) -> TopK:
-    """The k highest scores above 0 of each chooser; of a tie, the lowest index first."""
-    keep = scores > 0
-    chooser, chosen, scores = chooser[keep], chosen[keep], scores[keep]
-    order = np.lexsort((chosen, -scores, chooser))
-    chooser, chosen, scores = chooser[order], chosen[order], scores[order]
-    rank = np.arange(len(chooser)) - np.searchsorted(chooser, chooser)
-    top = rank < k
-    indices, values = np.full((width, k), -1), np.zeros((width, k), dtype=np.float32)
-    indices[chooser[top], rank[top]] = chosen[top]
-    values[chooser[top], rank[top]] = scores[top]
-    return TopK(torch.from_numpy(indices), torch.from_numpy(values))
+def _most_correlated(chooser: "csr_matrix", other: "csr_matrix", k: int, least: int) -> TopK:
+    """The k highest correlations above 0 of each chooser; of a tie, the lowest index first."""
+    mean, spread = _moments(chooser, least)
+    other_mean, other_spread = _moments(other, least)
+    features, tokens = chooser.T.tocsr(), chooser.shape[0]
+    scores, indices = [], []
+    for first in range(0, features.shape[0], ROWS):
+        rows = slice(first, first + ROWS)
+        covariance = (features[rows] @ other).toarray() / tokens
+        covariance -= np.outer(mean[rows], other_mean)
+        correlations = torch.from_numpy(covariance / np.outer(spread[rows], other_spread))
+        best = correlations.sort(dim=1, descending=True, stable=True)
+        scores.append(best.values[:, :k].clamp(max=1).float())
+        indices.append(best.indices[:, :k])
+    values, places = torch.cat(scores), torch.cat(indices)
+    return TopK(places.where(values > 0, -1), values.where(values > 0, 0.0))
+
+
+def _moments(codes: "csr_matrix", least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each feature; infinite where a correlation says nothing."""
+    mean = codes.mean(0).A1
+    spread = np.sqrt(np.maximum(codes.power(2).mean(0).A1 - mean**2, 0))
+    return mean, np.where((codes.getnnz(0) >= least) & (spread > 0), spread, np.inf)

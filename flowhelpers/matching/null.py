@@ -4,7 +4,6 @@ One of the two is turned by a random rotation, all its directions alike, so that
 angles among themselves (CHOICES 27).
 """
 
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,14 +23,6 @@ if TYPE_CHECKING:
 NULL_DRAWS, NULL_ROTATIONS = 8192, 16
 NULL_QUANTILE = 0.999
 NULL_VERSION = 2  # of what is kept on disk: raise it when that changes
-
-
-@dataclass(frozen=True)
-class Null:
-    """Best scores by chance, sorted: of targets that look for a source, and of sources."""
-
-    backward: Float[Tensor, "draws"]
-    forward: Float[Tensor, "draws2"]
 
 
 def null_cosines(
@@ -74,29 +65,16 @@ def _rotation(d: int, seed: int) -> Tensor:
 
 
 def cached_null(
-    target: "SAE", source: "SAE", seed: int, device: str | None, cache: Path | None
-) -> Null:
-    """The null of the best cosine in both directions, kept on disk: methods share it."""
+    chooser: "SAE", other: "SAE", seed: int, device: str | None, cache: Path | None
+) -> Float[Tensor, "draws"]:
+    """Best cosines of one side by chance, sorted; kept on disk, as methods share them."""
     import pandas as pd
 
-    later, earlier = target.decoder, source.decoder
-
     def compute() -> "pd.DataFrame":
-        draws = {
-            "backward": null_cosines(later, earlier, seed, device=device),
-            "forward": null_cosines(earlier, later, seed, device=device),
-        }
-        tables = [
-            pd.DataFrame({"side": side, "cosine": cosines.cpu().sort().values.numpy()})
-            for side, cosines in draws.items()
-        ]
-        return pd.concat(tables, ignore_index=True)
+        cosines = null_cosines(chooser.decoder, other.decoder, seed, device=device)
+        return pd.DataFrame({"cosine": cosines.cpu().sort().values.numpy()})
 
     key = {"seed": seed, "draws": NULL_DRAWS}
-    key |= {"target": target.fingerprint, "source": source.fingerprint}
-    sides = cached_table("nulls", key, compute, cache, NULL_VERSION).groupby("side")["cosine"]
-    backward, forward = (
-        torch.from_numpy(sides.get_group(side).to_numpy(copy=True))
-        for side in ("backward", "forward")
-    )
-    return Null(backward, forward)
+    key |= {"chooser": chooser.fingerprint, "other": other.fingerprint}
+    table = cached_table("nulls", key, compute, cache, NULL_VERSION)
+    return torch.from_numpy(table["cosine"].to_numpy(copy=True))

@@ -26,18 +26,15 @@ def scores_by_layer(scores: pd.DataFrame, subtitle: str) -> go.Figure:
     nulls.columns = [SCORES[module] for module in modules]
     points = nulls.reset_index().melt("layer", var_name="score", value_name="cosine").dropna()
     figure = px.scatter(points, x="layer", y="cosine", facet_col="score", facet_col_spacing=0.03)
-    figure.update_traces(
-        name="99.9 % of chance lies below",
-        marker={"symbol": "line-ew", "size": 18, "line": {"width": 3, "color": INK}},
-    )
+    mark = {"symbol": "line-ew", "size": 18, "line": {"width": 3, "color": INK}}
+    figure.update_traces(name="99.9 % of chance lies below", marker=mark)
     figure.data[0].showlegend = True
     for column, module in enumerate(modules, 1):  # from quantiles: no feature of a large suite
         quantiles = scores.dropna(subset=[f"s_{module}"]).groupby("layer")[f"s_{module}"]
         table = quantiles.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).unstack()
-        parts = zip(("lowerfence", "q1", "median", "q3", "upperfence"), table, strict=True)
-        box = {part: table[quantile] for part, quantile in parts}
-        box |= {"name": SCORES[module], "marker_color": COLOURS[module], "showlegend": False}
-        figure.add_box(x=table.index, **box, row=1, col=column)
+        table.columns = ["lowerfence", "q1", "median", "q3", "upperfence"]
+        look = {"name": SCORES[module], "marker_color": COLOURS[module], "showlegend": False}
+        figure.add_box(x=table.index, **table, **look, row=1, col=column)
     figure.for_each_annotation(lambda title: title.update(text=title.text.split("=")[-1]))
     dress(figure, "Best cosine of every residual feature, by layer", subtitle, 420)
     figure.update_layout(margin_t=125, legend_y=1.1)
@@ -46,30 +43,30 @@ def scores_by_layer(scores: pd.DataFrame, subtitle: str) -> go.Figure:
 
 def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
     """Shares by layer (`layer`, `above_res`, `above_mlp`, `above_att`) of scores above chance."""
-    names = {f"above_{module}": name for module, name in SCORES.items()}
-    table = summary.rename(columns=names)
-    shares = table.melt("layer", [name for name in SCORE_COLOURS if name in table], "score")
+    table = summary.rename(columns={f"above_{module}": name for module, name in SCORES.items()})
     figure = px.line(
-        shares, x="layer", y="value", color="score", symbol="score", markers=True,
+        table, x="layer", y=[name for name in SCORE_COLOURS if name in table], markers=True,
         color_discrete_map=SCORE_COLOURS,
-        symbol_map=dict(zip(SCORE_COLOURS, ("circle", "diamond", "square"), strict=True)),
     )  # fmt: skip
-    dress(figure, "Share of features matched better than 99.9 % of chance", subtitle, 380)
-    line = {"line": {"dash": "dot", "color": INK}, "annotation_text": "by chance 0.1 %"}
-    figure.add_hline(y=0.001, annotation_position="top right", **line)
-    figure.update_traces(marker_size=9).update_layout(legend_title=None)
-    figure.update_xaxes(title="layer", dtick=step(summary))
-    return figure.update_yaxes(title="share of features", tickformat=".0%", range=[-0.03, 1.03])
+    figure.add_hline(0.001, line={"dash": "dot", "color": INK}, annotation_text="by chance 0.1 %")
+    figure.update_traces(marker_size=9)
+    title = "Share of features matched better than 99.9 % of chance"
+    return _shares(figure, summary, title, subtitle, [-0.03, 1.03])
 
 
 def classes_by_layer(table: pd.DataFrame, subtitle: str) -> go.Figure:
     """The shares of the four classes by layer (a column each, beside `layer`), as bars."""
     figure = px.bar(table, x="layer", y=[*CLASS_COLOURS], color_discrete_map=CLASS_COLOURS)
-    dress(figure, "What features are, by layer", subtitle, 380)
-    figure.update_traces(hovertemplate="layer %{x}: %{y:.1%}<extra>%{fullData.name}</extra>")
-    figure.update_layout(bargap=0.15, legend_traceorder="normal", legend_title=None)
+    figure.update_layout(bargap=0.15, legend_traceorder="normal")
+    return _shares(figure, table, "What features are, by layer", subtitle, [0, 1])
+
+
+def _shares(
+    figure: go.Figure, table: pd.DataFrame, title: str, subtitle: str, ends: list[float]
+) -> go.Figure:
+    dress(figure, title, subtitle, 380).update_layout(legend_title=None)
     figure.update_xaxes(title="layer", dtick=step(table))
-    return figure.update_yaxes(title="share of features", tickformat=".0%", range=[0, 1])
+    return figure.update_yaxes(title="share of features", tickformat=".0%", range=ends)
 
 
 def agreement_map(table: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -85,15 +82,13 @@ def agreement_map(table: pd.DataFrame, subtitle: str) -> go.Figure:
         squares[f"from {SYMBOLS[module]} ({NAMES[module]})"] = same.to_numpy(float)
     figure = px.imshow(
         np.stack([*squares.values()]), x=names, y=names, facet_col=0, zmin=0, zmax=1,
-        text_auto=".0%", color_continuous_scale=["white", COLOURS["res"]],  # pyright: ignore[reportArgumentType]
+        text_auto=".0%", labels={"color": "the same"},
+        color_continuous_scale=["white", COLOURS["res"]],  # pyright: ignore[reportArgumentType]
     )  # fmt: skip
     for annotation, title in zip(figure.layout.annotations, squares, strict=True):
         annotation.text = title
     dress(figure, "How often two methods choose the same source", subtitle, 170 + 60 * len(names))
-    hover = "%{y} and %{x}: %{z:.1%} the same<extra></extra>"
-    figure.update_traces(hovertemplate=hover, hoverongaps=False)
-    bar = {"title": "the same", "tickformat": ".0%"}
-    figure.update_layout(margin_t=125, coloraxis_colorbar=bar)
+    figure.update_layout(margin_t=125, coloraxis_colorbar_tickformat=".0%")
     figure.update_xaxes(tickangle=-40, automargin=True)
     return figure.update_yaxes(showgrid=False, automargin=True)
 
@@ -104,9 +99,8 @@ def against_chance(cosines: pd.DataFrame, null: float, title: str, subtitle: str
     figure = px.histogram(
         cosines.round(4), x=[*columns], color_discrete_map=columns, opacity=0.7, barmode="overlay"
     )
-    dress(figure, title, subtitle, 360)
     line = {"line": {"dash": "dot", "color": INK}, "annotation_text": "99.9 % of chance below"}
-    figure.add_vline(x=null, annotation_position="top right", **line)
+    figure.add_vline(null, **line)
     figure.update_traces(xbins={"start": 0, "end": 1, "size": 0.02})
-    figure.update_layout(legend_title=None, yaxis_title="features")
+    dress(figure, title, subtitle, 360).update_layout(legend_title=None, yaxis_title="features")
     return figure.update_xaxes(title="best cosine", range=[0, 1])

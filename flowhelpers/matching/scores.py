@@ -1,6 +1,7 @@
 """What a match table says: best matches, scores, classes and the transition matrix."""
 
 from collections.abc import Mapping
+from itertools import combinations
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,11 +21,7 @@ def best_matches(
     direction: Literal["backward", "forward"] = "backward",
     module: str | None = None,
 ) -> "pd.DataFrame":
-    """The match of rank 1 of every feature that chose.
-
-    `backward`, the best source of each residual feature, at each module or one of them; `forward`,
-    the best residual feature of each source.
-    """
+    """The matches of rank 1, at each module or one of them, of the side that chose."""
     best = table[(table["rank"] == 1) & (table["direction"] == direction)]
     return best if module is None else best[best["module"] == module]
 
@@ -51,14 +48,9 @@ def classify(
     """Which of the four readings of the paper's 3.3 fits each feature.
 
     A: `translated`, s(R) alone is high; B: `processed`, s(R) and s(M) or s(A) are; C: `newborn`,
-    s(M) or s(A) alone; D: `unexplained`, none. What is high differs by layer and site: what
-    exceeds the null's 99.9 % quantile, unless thresholds are given (CHOICES 27). A score that
-    does not exist, such as s(R) at layer 0, is not high.
-
-    Args:
-        scores: One row a feature, as `scores` gives.
-        thresholds: For (layer, module) the score above which a feature's is high, such as
-            `youden_thresholds` gives; the null's quantile where there is none.
+    s(M) or s(A) alone; D: `unexplained`, none. High is what exceeds the null's 99.9 % quantile, or
+    the threshold given for its (layer, module), such as `youden_thresholds` gives (CHOICES 27). A
+    score that does not exist, such as s(R) at layer 0, is not high.
 
     Returns:
         `scores` with `high_res`, `high_mlp`, `high_att` (the thresholds that applied) and `class`.
@@ -70,18 +62,17 @@ def classify(
 
     found = scores.copy()
     layers = sorted(scores["layer"].unique().tolist())
-    for place in thresholds or {}:
-        if place not in {(layer, module) for layer in layers for module in MODULES}:
+    for (layer, module), threshold in (thresholds or {}).items():
+        if layer not in layers or module not in MODULES:
             raise ValueError(
-                f"a threshold for {place!r}: expected (layer, module), a layer of"
+                f"a threshold for {(layer, module)!r}: expected (layer, module), a layer of"
                 f" {', '.join(map(str, layers))} and a module of {', '.join(MODULES)}"
             )
+        check_threshold(threshold, f"{layer}/{module}")
     high = {}
     for module in MODULES:
         limits = scores.get(f"null_{module}", scores["layer"] * np.nan)
         given = {layer: at for (layer, name), at in (thresholds or {}).items() if name == module}
-        for layer, at in given.items():
-            check_threshold(at, f"{layer}/{module}")
         found[f"high_{module}"] = scores["layer"].map(given).fillna(limits).astype(float)
         high[module] = scores.get(f"s_{module}", limits) > found[f"high_{module}"]
     module = high["mlp"] | high["att"]
@@ -92,25 +83,15 @@ def classify(
 
 
 def dominant_module(classes: "pd.DataFrame") -> "pd.Series":
-    """Which module a feature leans on: of `mlp` and `att`, the nearer one whose score is high.
-
-    Args:
-        classes: One row a feature, with its scores and thresholds as `classify` gives them.
-
-    Returns:
-        `mlp`, `att`, or missing where neither score is high.
-    """
+    """Of `mlp` and `att` the nearer one whose score is high, by `classify`; missing if none is."""
     import pandas as pd
 
     missing = pd.Series(float("nan"), classes.index)
-    scores = pd.DataFrame(
-        {
-            name: (score := classes.get(f"s_{name}", missing).astype(float)).where(
-                score > classes.get(f"high_{name}", missing).astype(float), -float("inf")
-            )
-            for name in ("mlp", "att")
-        }
-    )
+    high = {}
+    for module in MODULES[1:]:
+        score, limit = (classes.get(f"{name}_{module}", missing) for name in ("s", "high"))
+        high[module] = score.where(score > limit, -float("inf"))
+    scores = pd.DataFrame(high, dtype=float)
     return scores.idxmax(axis=1).where(scores.max(axis=1) > -float("inf"), None)
 
 
@@ -121,18 +102,11 @@ def check_threshold(value: float, name: str) -> None:
 
 
 def transition(matches: TopK, width: int) -> Tensor:
-    """The transition matrix T of the paper's 3.2: a one for each match.
+    """The transition matrix T of the paper's 3.2, sparse `[rows, width]`: a one for each match.
 
-    Top-k is taken for each row, and a cosine that is not above zero is no match. Rows are features
-    of the side that chose: of the target for `backward` matches, as in the paper's 3.2, and of the
-    source for `forward` ones, as in its appendix F, where ẑ = z·T (CHOICES 29).
-
-    Args:
-        matches: The matches, `[rows, k]`.
-        width: Number of features of the other side.
-
-    Returns:
-        A sparse matrix, `[rows, width]`.
+    Rows are features of the side that chose, columns the `width` features of the other: targets
+    choose in `backward` matches, as in the paper's 3.2, sources in `forward` ones, as in its
+    appendix F, where ẑ = z·T. Top-k is by row (CHOICES 29).
     """
     rows, ranks = torch.nonzero(matches.indices >= 0, as_tuple=True)
     places = torch.stack([rows, matches.indices[rows, ranks]])
@@ -144,25 +118,19 @@ def transition(matches: TopK, width: int) -> Tensor:
 def agreement(tables: "Mapping[str, pd.DataFrame]") -> "pd.DataFrame":
     """How often two match tables choose the same best source, for each pair and module.
 
-    Args:
-        tables: Match tables of one suite, by name.
-
     Returns:
         `first`, `second`, `module`, `features` (that both match) and `same`, their share.
     """
     import pandas as pd
 
-    index = ["layer", "module", "feature"]
     best = {}
     for name, table in tables.items():
-        rows = best_matches(table)
-        rows = rows[rows["source"] >= 0].assign(module=rows["module"].astype(str))
-        best[name] = rows.set_index(index)["source"]
-    records = []
-    names = list(best)
-    for number, first in enumerate(names):
-        for second in names[number + 1 :]:
-            both = pd.concat({"a": best[first], "b": best[second]}, axis=1, join="inner")
-            for module, part in (both["a"] == both["b"]).groupby("module"):
-                records.append((first, second, module, len(part), part.mean()))
-    return pd.DataFrame(records, columns=["first", "second", "module", "features", "same"])
+        rows = best_matches(table).astype({"module": str})
+        best[name] = rows[rows["source"] >= 0].set_index(["layer", "module", "feature"])["source"]
+    parts = []
+    for first, second in combinations(best, 2):
+        both = pd.concat([best[first], best[second]], axis=1, join="inner", keys=["a", "b"])
+        same = (both["a"] == both["b"]).groupby("module").agg(features="size", same="mean")
+        parts.append(same.reset_index().assign(first=first, second=second))
+    columns = ["first", "second", "module", "features", "same"]
+    return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)

@@ -6,31 +6,30 @@ where the source chose its best targets (paper 3.2 and 3.3).
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cache as once
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
 
 from flowhelpers.core.cache import cached_table
 from flowhelpers.core.directions import unit_rows
-from flowhelpers.core.features import MODULES, Site, predecessor_sites, suggestion
+from flowhelpers.core.features import Site, predecessor_sites, suggestion
 from flowhelpers.core.machine import check_device
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.matching.matchers import (
     LEAST_ACTIVE,
+    Null,
     PairMatch,
     by_cosine,
     by_pearson,
     by_permutation,
-    pearson_candidates,
     random_of_top_k,
+    read_codes,
 )
-from flowhelpers.matching.null import NULL_DRAWS, NULL_QUANTILE, Null, cached_null
+from flowhelpers.matching.null import NULL_DRAWS, NULL_QUANTILE, cached_null
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -41,7 +40,6 @@ if TYPE_CHECKING:
 Method = Literal["cosine", "random", "permutation", "pearson"]
 METHODS: tuple[Method, ...] = ("cosine", "random", "permutation", "pearson")
 TABLE_VERSION = 2  # of what a table on disk holds: raise it when that changes
-Pairs = dict[str, tuple[Site, Site]]  # by module, the target's site and the source's
 
 
 def match_table(
@@ -85,9 +83,8 @@ def match_table(
         below).
 
     Raises:
-        ValueError: If no residual SAE has one that precedes it (at the layers asked for),
-            the method is unknown, lacks its texts or is given what it has no use for, there is no
-            such device, or k is larger than an SAE.
+        ValueError: If no residual SAE has one that precedes it, the method lacks its texts or is
+            given what it has no use for, there is no such device, or k is larger than an SAE.
 
     Example:
         >>> from flowhelpers import load_suite, match_table, matching
@@ -106,32 +103,72 @@ def match_table(
         raise ValueError(f"method={method!r}: texts are for 'pearson', which needs them")
     if device is not None:
         check_device(device)
-    pairs = _pairs_by_layer(suite, layers)
-    job = _Job(suite, pairs, k, seed, method, weights, folded, tuple(texts or ()), device, cache)
-    words = {"method": METHODS, "direction": ("backward", "forward"), "module": MODULES}
-    # A few words over and over: as categories, all layers of a large suite fit into memory.
-    categories = {name: pd.CategoricalDtype(sorted(some)) for name, some in words.items()}
-    categories["suite"] = pd.CategoricalDtype([suite.name])
-    tables = []
-    for layer in progress(list(pairs), "matching"):
-        made = cached_table(
-            "matches", job.key(layer), lambda at=layer: job.table(at), cache, TABLE_VERSION
+    sites = _sites_by_layer(suite, layers)
+    choices: dict[str, Any] = {"method": method, "k": k, "seed": seed}
+    choices["null"] = (NULL_QUANTILE, NULL_DRAWS)
+    if method == "permutation":
+        choices |= {"weights": weights, "folded": folded}
+    if method == "pearson":
+        choices |= {"texts": list(texts or ()), "least_active": LEAST_ACTIVE}
+        choices |= {"model": suite.model.fingerprint}
+
+    @once  # one pass of the model, when the first layer is not on disk
+    def codes() -> Any:
+        return read_codes(
+            suite, texts or (), {site for some in sites.values() for site in some}, seed
         )
+
+    def match(target: "SAE", source: "SAE") -> tuple[PairMatch, Null]:
+        if method == "pearson":
+            by_site, shifted = codes()
+            return by_pearson(by_site[target.site], by_site[source.site], shifted, k)
+        options = seed, device, cache
+        null = cached_null(target, source, *options), cached_null(source, target, *options)
+        if method == "permutation":
+            return by_permutation(target, source, weights, folded, device), null
+        found = by_cosine(target, source, k, device)
+        if method == "random":
+            # A seed for each pair of sites: what is drawn at one says nothing of another.
+            text = f"{seed} {target.site} {source.site}".encode()
+            own = int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
+            found = random_of_top_k(found, k, own)
+        return found, null
+
+    def matches_at(layer: int) -> "pd.DataFrame":
+        tables = []
+        for site in sites[layer][1:]:
+            target, source = suite.sae(sites[layer][0]), suite.sae(site)
+            tables += _both_sides(*match(target, source), target, source, k)
+        return pd.concat(tables, ignore_index=True).assign(method=method)
+
+    # A few words over and over: as categories, all layers of a large suite fit into memory.
+    modules = sorted({site.module for some in sites.values() for site in some[1:]})
+    words = {"suite": [suite.name], "method": [method], "module": modules}
+    words["direction"] = ["backward", "forward"]
+    categories = {name: pd.CategoricalDtype(some) for name, some in words.items()}
+    tables = []
+    for layer in progress(list(sites), "matching"):
+        prints = {}
+        for site in sites[layer]:
+            sae = suite.sae(site)
+            if not 1 <= k <= sae.width:
+                raise ValueError(f"k={k}: expected 1 to {sae.width}, the features of {site}")
+            prints[str(site)] = sae.fingerprint
+        key = {"suite": suite.name, "layer": layer, "sites": prints} | choices
+        made = cached_table("matches", key, lambda at=layer: matches_at(at), cache, TABLE_VERSION)
         made.insert(0, "suite", suite.name)
         tables.append(made.astype(categories))
-    table = pd.concat(tables, ignore_index=True)
-    for column in words:
-        table[column] = table[column].cat.remove_unused_categories()
-    return table
+    return pd.concat(tables, ignore_index=True)
 
 
-def _pairs_by_layer(suite: "Suite", layers: Sequence[int] | None) -> dict[int, Pairs]:
-    by_layer: dict[int, Pairs] = {}
+def _sites_by_layer(suite: "Suite", layers: Sequence[int] | None) -> dict[int, list[Site]]:
+    """By layer the residual site and, after it, those of its predecessors that have an SAE."""
+    by_layer: dict[int, list[Site]] = {}
     for target in (Site(layer, "res") for layer in range(suite.layers)):
-        sources = predecessor_sites(target) if target in suite.saes else {}
-        pairs = {module: (target, site) for module, site in sources.items() if site in suite.saes}
-        if pairs:
-            by_layer[target.layer] = pairs
+        sites = [target, *predecessor_sites(target).values()]
+        there = [site for site in sites if site in suite.saes]
+        if target in there and len(there) > 1:
+            by_layer[target.layer] = there
     if not by_layer:
         raise ValueError(f"suite {suite.name} has no residual SAE with one that precedes it")
     if layers is None:
@@ -142,109 +179,27 @@ def _pairs_by_layer(suite: "Suite", layers: Sequence[int] | None) -> dict[int, P
     return {layer: by_layer[layer] for layer in sorted(set(layers))}
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What `match_table` was asked for."""
-
-    suite: "Suite"
-    pairs: dict[int, Pairs]
-    k: int
-    seed: int
-    method: Method
-    weights: Literal["decoder", "all"]
-    folded: bool
-    texts: tuple[str, ...]
-    device: str | None
-    cache: Path | None
-
-    @cached_property
-    def choices(self) -> dict[str, Any]:
-        """All that the tables of all layers depend on, beside the SAEs."""
-        choices: dict[str, Any] = {"method": self.method, "k": self.k, "seed": self.seed}
-        if self.method == "permutation":
-            choices |= {"weights": self.weights, "folded": self.folded}
-        if self.method == "pearson":
-            choices |= {"texts": list(self.texts), "model": self.suite.model.fingerprint}
-            choices |= {"candidates": self.candidates, "least_active": LEAST_ACTIVE}
-        return choices
-
-    @property
-    def all_pairs(self) -> list[tuple[Site, Site]]:
-        return [pair for pairs in self.pairs.values() for pair in pairs.values()]
-
-    @cached_property
-    def candidates(self) -> int | None:
-        width = {site: self.suite.sae(site).width for pair in self.all_pairs for site in pair}
-        return pearson_candidates([(width[t], width[s]) for t, s in self.all_pairs])
-
-    @cached_property
-    def correlated(self) -> dict[tuple[Site, Site], tuple[PairMatch, Null]]:
-        """Of `pearson`, all pairs: one pass of the model, when the first layer is not on disk."""
-        for layer in self.pairs:
-            self.check_k(layer)
-        pairs, candidates = self.all_pairs, self.candidates
-        return by_pearson(self.suite, self.texts, pairs, self.k, self.seed, candidates)
-
-    def check_k(self, layer: int) -> None:
-        sites = dict.fromkeys(site for pair in self.pairs[layer].values() for site in pair)
-        width, site = min((self.suite.sae(site).width, site) for site in sites)
-        if not isinstance(self.k, int) or not 1 <= self.k <= width:
-            raise ValueError(f"k={self.k}: expected 1 to {width}, the features of {site}")
-
-    def key(self, layer: int) -> dict[str, Any]:
-        """What the table of a layer is kept under."""
-        self.check_k(layer)
-        sites = dict.fromkeys(site for pair in self.pairs[layer].values() for site in pair)
-        prints = {str(site): self.suite.sae(site).fingerprint for site in sites}
-        key = {"suite": self.suite.name, "layer": layer, "sites": prints}
-        return key | {"null": (NULL_QUANTILE, NULL_DRAWS)} | self.choices
-
-    def table(self, layer: int) -> "pd.DataFrame":
-        """The matches of a layer."""
-        import pandas as pd
-
-        tables: list[pd.DataFrame] = []
-        for module, pair in self.pairs[layer].items():
-            target, source = (self.suite.sae(site) for site in pair)
-            match, null = self.match(target, source)
-            tables += _tables(match, null, target, source, module, self.k)
-        return pd.concat(tables, ignore_index=True).assign(method=self.method)
-
-    def match(self, target: "SAE", source: "SAE") -> tuple[PairMatch, Null]:
-        if self.method == "pearson":
-            return self.correlated[target.site, source.site]
-        null = cached_null(target, source, self.seed, self.device, self.cache)
-        if self.method == "permutation":
-            return by_permutation(target, source, self.weights, self.folded, self.device), null
-        match = by_cosine(target, source, self.k, self.device)
-        if self.method == "random":
-            # A seed for each pair of sites: what is drawn at one says nothing of another.
-            text = f"{self.seed} {target.site} {source.site}".encode()
-            seed = int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big")
-            match = random_of_top_k(match, self.k, seed)
-        return match, null
-
-
-def _tables(
-    match: PairMatch, null: Null, target: "SAE", source: "SAE", module: str, k: int
-) -> "Iterator[pd.DataFrame]":
+def _both_sides(
+    match: PairMatch, null: Null, target: "SAE", source: "SAE", k: int
+) -> "list[pd.DataFrame]":
+    """The rows of a pair of sites: what each target chose, and what each source chose."""
     import numpy as np
     import pandas as pd
 
-    sides = (
-        ("backward", match.backward, match.forward, null.backward),
-        ("forward", match.forward, match.backward, null.forward),
-    )
-    for direction, chosen, other, chance in sides:
+    frames = []
+    for direction, chosen, other, chance in (
+        ("backward", match.backward, match.forward, null[0]),
+        ("forward", match.forward, match.backward, null[1]),
+    ):
         choosing, width = chosen.indices.shape
         ranks = min(k, width)
         best, scores = chosen.indices[:, :ranks].cpu(), chosen.scores[:, :ranks].cpu()
-        margin = torch.full((choosing, ranks), torch.nan)
-        differences = (chosen.scores[:, :-1] - chosen.scores[:, 1:]).cpu()
-        margin[:, : differences.shape[1]] = differences[:, :ranks]
+        leads = (chosen.scores[:, :-1] - chosen.scores[:, 1:]).cpu()
+        margin = torch.nn.functional.pad(leads, (0, 1), value=torch.nan)[:, :ranks]
         chooser = torch.arange(choosing)[:, None].expand(-1, ranks)
+        mutual = (best >= 0) & (other.indices[:, 0].cpu()[best.clamp(min=0)] == chooser)
+        mutual[:, 1:] = False  # of lower rank is not the chooser's best
         ends = (chooser, best) if direction == "backward" else (best, chooser)
-        below = torch.searchsorted(chance, scores.contiguous())
         columns = {
             "feature": ends[0].int(),
             "source": ends[1].int(),
@@ -252,27 +207,24 @@ def _tables(
             "score": scores.float(),
             "cosine": _cosines(target, source, *ends),
             "margin": margin,
-            "mutual": _chosen_back(other.indices[:, 0].cpu(), best),
-            "null_quantile": below.float() / len(chance),
+            "mutual": mutual,
+            "null_quantile": torch.searchsorted(chance, scores.contiguous()).float() / len(chance),
         }
         frame = pd.DataFrame({name: column.flatten().numpy() for name, column in columns.items()})
-        yield frame.assign(
-            direction=direction,
-            layer=np.int16(target.site.layer),
-            module=module,
-            source_layer=np.int16(source.site.layer),
-            null=np.float32(torch.quantile(chance, NULL_QUANTILE)),
+        frames.append(
+            frame.assign(
+                direction=direction,
+                layer=np.int16(target.site.layer),
+                module=source.site.module,
+                source_layer=np.int16(source.site.layer),
+                null=np.float32(torch.quantile(chance, NULL_QUANTILE)),
+            )
         )
-
-
-def _chosen_back(other: Tensor, best: Tensor) -> Bool[Tensor, "choosing ranks"]:
-    chooser = torch.arange(len(best))[:, None]
-    mutual = (best >= 0) & (other[best.clamp(min=0)] == chooser)
-    mutual[:, 1:] = False  # of lower rank is not the chooser's best
-    return mutual
+    return frames
 
 
 def _cosines(target: "SAE", source: "SAE", ends: Tensor, starts: Tensor) -> Tensor:
+    """The cosine of each match, whatever chose it; 0 where there is none."""
     rows = zip(ends.flatten().split(2**14), starts.flatten().split(2**14), strict=True)
     parts = [
         (unit_rows(target.decoder[t.clamp(min=0)]) * unit_rows(source.decoder[s.clamp(min=0)]))

@@ -23,17 +23,13 @@ from flowhelpers.across.plots import (
 from flowhelpers.across.profile import (
     POOLED,
     Profile,
-    activity_profile,
     alike,
     chosen_suites,
     combined,
     depth,
-    flow_profile,
     group_profile,
-    group_totals,
     one_by_one,
     suite_profile,
-    suite_summary,
 )
 from flowhelpers.core.features import MODULES
 from flowhelpers.groups.occurrences import GROUPS, find_occurrences, modules_of
@@ -113,7 +109,8 @@ def test_a_profile_is_what_is_planted_each_pair_of_sites_against_its_own_null(
     table = tables["bare"].copy()
     for layer, module, null in ((2, "res", 0.85), (1, "mlp", 0.59), (1, "att", 0.61)):
         table.loc[(table["layer"] == layer) & (table["module"] == module), "null"] = null
-    profile = flow_profile(table, 3).set_index("layer")
+    whole = suite_profile(suite_of("bare"), table)
+    profile, whole = whole.by_layer.set_index("layer"), whole.across.iloc[0]
     assert profile["depth"].tolist() == [0, 0.5, 1]
     assert depth(np.array([0]), 1).tolist() == [0]
     assert profile["places"].tolist() == ["mlp+att", "res+mlp+att", "res+mlp+att"]
@@ -131,7 +128,6 @@ def test_a_profile_is_what_is_planted_each_pair_of_sites_against_its_own_null(
     assert profile.loc[2, ["translated", "processed"]].tolist() == [0, 0]
     assert profile.loc[0, ["s_res", "above_res", *CLASSES, "born_mlp", "mutual"]].isna().all()
     assert profile["life"].tolist() == pytest.approx((profile["lives"] / 3).tolist())
-    whole = suite_summary(suite_of("bare").row, table, toys.D_MODEL)
     assert (whole["layers"], whole["d_model"], whole["saes"]) == (3, 32, 9)
     assert (whole["features"], whole["places"]) == (3 * 16 + 6 * 8, "res+mlp+att")
     assert (whole["above_res"], whole["translated"]) == (0.5, 0.25)
@@ -141,7 +137,8 @@ def test_a_profile_is_what_is_planted_each_pair_of_sites_against_its_own_null(
 
 
 def test_what_a_suite_lacks_is_missing_and_the_rest_is_the_same(tables: dict[str, pd.DataFrame]):
-    whole, without, stream = (flow_profile(table, 3) for table in tables.values())
+    profiles = [suite_profile(suite_of(name), table) for name, table in tables.items()]
+    whole, without, stream = (profile.by_layer for profile in profiles)
     of_attention = [c for c in whole if c.endswith("_att")]
     assert len(of_attention) == 7
     assert without[of_attention].isna().all(axis=None)
@@ -154,10 +151,9 @@ def test_what_a_suite_lacks_is_missing_and_the_rest_is_the_same(tables: dict[str
     assert stream[["processed", "newborn", "born_mlp", "born_att"]].isna().all(axis=None)
     assert stream.loc[1:, ["translated", "unexplained"]].sum(axis=1).tolist() == [1, 1]
     assert stream.loc[0, ["translated", "unexplained"]].isna().all()
-    row = suite_of("bare").row
-    more, less = (suite_summary(row, tables[name], 32) for name in ("bare", "stream"))
+    more, _, less = (profile.across.iloc[0] for profile in profiles)
     assert (less["saes"], less["features"], less["places"]) == (3, 48, "res")
-    assert np.isnan([less["mean_mlp"], less["above_att"], less["processed"], less["newborn"]]).all()
+    assert less[["mean_mlp", "above_att", "processed", "newborn"]].isna().all()
     # Every step is of one to one: who lives at all lives through, or the null cuts every life.
     assert less["translated"] == more["above_res"] in (0, 1)
     lives = (1, 3, 3) if more["above_res"] else (0, 1, 1)
@@ -169,7 +165,7 @@ def test_what_a_suite_lacks_is_missing_and_the_rest_is_the_same(tables: dict[str
 FOUND, BASE = (planted_occurrences(tokens)[0] for tokens in (120, 80))  # BASE stands for chance
 
 
-def test_groups_are_counted_by_hand_beside_chance():
+def test_groups_are_counted_by_hand_beside_chance(tables: dict[str, pd.DataFrame]):
     table = group_profile(FOUND, BASE, 3, times=5)
     assert set(table["dataset"]) == {"one", "two", POOLED}
     assert not table.duplicated(["dataset", "layer", "group"]).any()
@@ -185,15 +181,17 @@ def test_groups_are_counted_by_hand_beside_chance():
     # In the planted suite nothing is from both modules: that it may be and is not, is a zero.
     both = table[(table["group"] == "From MLP & ATT") & (table["layer"] > 0)]
     assert both["share"].tolist() == [0.0] * len(both)
-    totals = group_totals(FOUND, BASE, times=5).set_index("group")
+    totals = suite_profile(suite_of("bare"), tables["bare"], FOUND, BASE, 5).totals
+    totals = totals.set_index("group")
     shares = FOUND.table.query("layer > 0")["group"].value_counts(normalize=True)
     assert totals["share"].to_dict() == pytest.approx(shares.to_dict())
     assert totals["by_chance"].sum() == pytest.approx(1)
     assert set(totals["places"]) == {"res+mlp+att"}
 
 
-def test_activity_and_what_scores_tell_are_those_of_each_layer():
-    table = activity_profile(FOUND, BASE).set_index("layer")
+def test_activity_and_what_scores_tell_are_those_of_each_layer(tables: dict[str, pd.DataFrame]):
+    profile = suite_profile(suite_of("bare"), tables["bare"], FOUND, BASE, 5)
+    table = profile.by_layer.set_index("layer")
     assert table.index.tolist() == [0, 1, 2]
     assert table.loc[0, ["active_res", "chance_res", "tells_res"]].isna().all()
     for layer in (1, 2):

@@ -4,20 +4,18 @@
 
 The loop is what a user of TransformerLens would write: one `run_with_hooks` over the text for each
 intervention, with a hook that edits and one that reads; a second loop cuts the text at the token
-and stops at the layer. The curve is over the rows of a pass, on as many different interventions at
-one token. Last comes an experiment of the size of the paper's: 13,125 features by five methods.
+and stops at the layer. Last comes an experiment of the size of the paper's: 13,125 features by five
+methods.
 
 On two cores of an AMD EPYC with `flowlet`, texts of up to 128 tokens: the loop makes 31 a second
 (48 cut and stopped); the batch 983 a second over an experiment of the paper's size, 32 (20) times
-as many, which takes 26 s for its 42,645 cases, 25,408 of them different. By rows in a pass: 19, 74,
-276, 1,012, 2,062 and 2,387 a second with 1, 4, 16, 64, 256 and 1,024. Slower machines change the
+as many, which takes 26 s for its 42,645 cases, 25,408 of them different. Slower machines change the
 times and little of the ratios.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +42,6 @@ from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import Tokens, hook_name
 
 PAPER_TARGETS = 13_125
-ROWS = (1, 4, 16, 64, 256, 1024)
 
 
 @torch.no_grad()
@@ -76,18 +73,6 @@ def by_hooks(
         ids = tokens.ids[text : text + 1, :end]
         suite.model.bridge.run_with_hooks(ids, return_type="logits", fwd_hooks=hooks, **stop)
     return found
-
-
-def random_edits(
-    suite: Suite, token: tuple[int, int], layer: int, n: int, seed: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """So many different interventions at one token."""
-    rng = np.random.default_rng(seed)
-    cases = pd.DataFrame([(*token, layer)] * n, columns=["text", "position", "layer"])
-    edits = pd.DataFrame({"case": range(n), "module": rng.choice(["res", "mlp", "att"], n)})
-    sites = [predecessor_site(layer, module) for module in edits["module"]]
-    edits["feature"] = rng.integers([suite.sae(site).width for site in sites])
-    return cases, edits.assign(amount=rng.normal(size=n) + 3)
 
 
 def main() -> None:
@@ -136,15 +121,6 @@ def main() -> None:
     after = outcome.after[0, "res"][outcome.row].toarray()
     off = max(float(np.abs(after[i] - one.cpu().numpy()).max()) for i, one in enumerate(each))
     print(f"the largest difference of an activation between loop and batch: {off:.1e}")
-
-    token = (int(where["text"][0]), int(where["position"][0]))
-    for rows in ROWS:
-        made = random_edits(suite, token, layers[1], rows)
-        once = partial(intervene, suite, sample.ids, *made, batch_size=rows)
-        took = min(seconds(once)[0] for _ in range(3))
-        print(
-            f"{rows:>5} rows in a pass: {rows / took:,.0f} a second, the text's own pass included"
-        )
 
     where = targets.loc[cases["target"], ["text", "position", "layer"]].reset_index(drop=True)
     took, outcome = seconds(lambda: intervene(suite, sample.ids, where, edits))

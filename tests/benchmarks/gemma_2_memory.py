@@ -15,7 +15,6 @@ in all; read from disk again, 62 s.
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -87,13 +86,6 @@ def _nothing() -> NoReturn:
     raise AssertionError("matching needs no model and no encoder")
 
 
-def watched(compute: Callable[[], object]) -> tuple[float, int]:
-    """Seconds that it takes, and the most memory of this process that is in use meanwhile."""
-    began = time.perf_counter()
-    _, most = memory(compute)
-    return time.perf_counter() - began, most
-
-
 def bare_products(layers: int) -> float:
     """Seconds of one product for each pair of sites, in the type that is quickest here."""
     rough = torch.ones(FEATURES, D_MODEL, dtype=quick_dtype("cpu"))
@@ -116,7 +108,9 @@ if __name__ == "__main__":
     bare = bare_products(options.layers)
     with tempfile.TemporaryDirectory() as cache:
         for what in ("made", "read from disk"):
-            took, most = watched(lambda: match_table(suite, options.k, cache=Path(cache)))
+            began = time.perf_counter()
+            most = memory(lambda: match_table(suite, options.k, cache=Path(cache)))[1]
+            took = time.perf_counter() - began
             print(
                 f"{options.layers} layers, {what}: {took:.0f} s, {took / bare:.2f} × the bare"
                 f" products ({bare:.0f} s); peak memory {most / GIB:.2f} GiB in all"

@@ -129,25 +129,27 @@ def test_half_precision_is_normalised_in_float32():
     assert torch.equal(matches.scores, expected.scores)
 
 
-@pytest.mark.parametrize("k", [0, -1, 6])
-def test_k_out_of_range_is_named(k: int):
-    with pytest.raises(ValueError, match=f"k={k}: expected 1 to 5, the number of source features"):
-        top_k_cosine(normal(4, 3), normal(5, 3), k)
-
-
-def test_widths_that_differ_are_named(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would speak first
-    with pytest.raises(ValueError, match=r"target \(4, 3\) with source \(5, 2\): expected two mat"):
-        top_k_cosine(normal(4, 3), normal(5, 2))
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_values_that_are_not_finite_are_named(bad: float):
+def with_bad_rows(bad: float) -> Tensor:
     broken = normal(6, 3)
     broken[4, 1] = broken[5, 0] = bad
-    for pair in ((broken, normal(4, 3)), (normal(4, 3), broken)):
-        with pytest.raises(ValueError, match="2 rows are not finite, the first is row 4"):
-            top_k_cosine(*pair)
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "k", "message"),
+    [
+        *[(normal(4, 3), normal(5, 3), k, f"k={k}: expected 1 to 5, the n") for k in (0, 6)],
+        (normal(4, 3), normal(5, 2), 1, r"target \(4, 3\) with source \(5, 2\): expected two mat"),
+        (with_bad_rows(torch.nan), normal(4, 3), 1, "2 rows are not finite, the first is row 4"),
+        (normal(4, 3), with_bad_rows(torch.inf), 1, "2 rows are not finite, the first is row 4"),
+    ],
+)
+def test_what_cannot_be_compared_is_named(
+    target: Tensor, source: Tensor, k: int, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would speak first
+    with pytest.raises(ValueError, match=message):
+        top_k_cosine(target, source, k)
 
 
 def test_no_targets_have_no_matches():

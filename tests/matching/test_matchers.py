@@ -1,6 +1,6 @@
 """The ways to match find what was planted, and their nulls are what theory gives."""
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from flowhelpers.activations.sparse import collect
 from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.features import Site
 from flowhelpers.matching import matchers
-from flowhelpers.matching.matchers import by_pearson, by_permutation, pearson_candidates
+from flowhelpers.matching.matchers import Null, PairMatch, by_pearson, by_permutation, read_codes
 from flowhelpers.matching.null import null_cosines
 from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.load import Suite
@@ -157,90 +157,60 @@ def test_folding_leaves_reconstructions_as_they_are():
 
 # Correlation.
 
+SITES = SECOND, FIRST, Site(1, "mlp")
+
+
+def correlated(
+    suite: Suite, source: Site = FIRST, texts: Sequence[str] = toys.TEXTS, **more: Any
+) -> tuple[PairMatch, Null]:
+    codes, shifted = read_codes(suite, texts, SITES)
+    return by_pearson(codes[SECOND], codes[source], shifted, 3, **more)
+
 
 @pytest.fixture(scope="module")
 def activations(planted: Suite) -> dict[Site, np.ndarray]:
     return {s: codes.toarray() for s, codes in collect(planted, toys.TEXTS).by_site.items()}
 
 
-@pytest.mark.parametrize("candidates", [None, 3])
+@pytest.mark.parametrize("rows", [5, 1024])
+@pytest.mark.parametrize("source", SITES[1:])
 def test_correlations_are_those_of_the_activations(
-    planted: Suite, activations: dict[Site, np.ndarray], candidates: int | None
+    planted: Suite,
+    activations: dict[Site, np.ndarray],
+    source: Site,
+    rows: int,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    pairs = [(SECOND, FIRST), (SECOND, Site(1, "mlp"))]
-    found = by_pearson(planted, toys.TEXTS, pairs, 3, candidates=candidates, least_active=1)
-    for target, source in pairs:
-        a, b = activations[target], activations[source]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            expected = np.nan_to_num(np.corrcoef(a.T, b.T)[: a.shape[1], a.shape[1] :])
-        match, _ = found[target, source]
-        for exact, side in ((expected, match.backward), (expected.T, match.forward)):
-            indices, scores = side.indices.numpy(), side.scores.numpy()
-            best = -np.sort(-exact, axis=1)[:, : scores.shape[1]]
-            if candidates is None:
-                assert scores == pytest.approx(best.clip(0), abs=1e-5)
-            rows, ranks = np.nonzero(indices >= 0)
-            assert len(rows) >= 5
-            assert scores[rows, ranks] == pytest.approx(exact[rows, indices[rows, ranks]], abs=1e-5)
-            assert (scores[indices < 0] == 0).all()
-            assert (scores[rows, ranks] > 0).all()
-
-
-def test_candidates_are_the_sources_of_highest_cosine(planted: Suite):
-    target, source = planted.sae(SECOND), planted.sae(FIRST)
-    few = by_pearson(planted, toys.TEXTS, [(SECOND, FIRST)], 1, candidates=3, least_active=1)[
-        SECOND, FIRST
-    ][0]
-    cosines = target.directions @ source.directions.T
-    near = torch.zeros_like(cosines, dtype=torch.bool)
-    near.scatter_(1, cosines.topk(3, dim=1).indices, True)
-    near.scatter_(0, cosines.topk(3, dim=0).indices, True)
-    for side, allowed in ((few.backward, near), (few.forward, near.T)):
-        rows, ranks = torch.nonzero(side.indices >= 0, as_tuple=True)
-        assert len(rows) >= 5
-        assert allowed[rows, side.indices[rows, ranks]].all()
-    # Not only the sources that are somebody's candidate: every source has candidates of its own.
-    everything = by_pearson(planted, toys.TEXTS, [(SECOND, FIRST)], 1, least_active=1)
-    same = everything[SECOND, FIRST][0].forward.indices[:, 0] == few.forward.indices[:, 0]
-    assert same.float().mean() > 0.5
+    monkeypatch.setattr(matchers, "ROWS", rows)
+    a, b = activations[SECOND], activations[source]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected = np.nan_to_num(np.corrcoef(a.T, b.T)[: a.shape[1], a.shape[1] :])
+    match, _ = correlated(planted, source, least_active=1)
+    for exact, side in ((expected, match.backward), (expected.T, match.forward)):
+        indices, scores = side.indices.numpy(), side.scores.numpy()
+        best = -np.sort(-exact, axis=1)[:, : scores.shape[1]]
+        assert scores == pytest.approx(best.clip(0), abs=1e-5)
+        rows_there, ranks = np.nonzero(indices >= 0)
+        assert len(rows_there) >= 5
+        chosen = exact[rows_there, indices[rows_there, ranks]]
+        assert scores[rows_there, ranks] == pytest.approx(chosen, abs=1e-5)
+        assert (scores[indices < 0] == 0).all()
+        assert (scores[rows_there, ranks] > 0).all()
 
 
 def test_a_correlation_of_few_tokens_is_none(planted: Suite, activations: dict[Site, np.ndarray]):
-    pair = (SECOND, FIRST)
-    times = (activations[SECOND] > 0).sum(axis=0)
-    assert (times == 11).all()
-    enough, _ = by_pearson(planted, toys.TEXTS, [pair], 1, least_active=11)[SECOND, FIRST]
+    assert ((activations[SECOND] > 0).sum(axis=0) == 11).all()
+    enough, _ = correlated(planted, least_active=11)
     assert (enough.backward.indices[:, 0] >= 0).all()
-    match, null = by_pearson(planted, toys.TEXTS, [pair], 1, least_active=12)[SECOND, FIRST]
-    assert (match.backward.indices == -1).all()
-    assert null.backward.tolist() == [0]
-
-
-def test_few_candidates_are_looked_at_where_all_do_not_fit():
-    widths = [(100, 200), (100, 50)]
-    needed = 16 * 100 * 250
-    assert pearson_candidates(widths, memory=needed) is None
-    assert pearson_candidates(widths, memory=needed - 1, few=7) == 7
-
-
-def test_a_feature_that_is_never_active_correlates_with_nothing(planted: Suite):
-    silent = toys.write_lens_sae(torch.eye(4, D), SECOND, threshold=1e9)
-    saes = {
-        FIRST: planted.sae(FIRST),
-        SECOND: make_sae(SECOND, silent, D, "planted"),
-    }
-    suite = dataclasses.replace(planted, saes=saes)
-    pair = (SECOND, FIRST)
-    match, null = by_pearson(suite, toys.TEXTS, [pair], 2)[SECOND, FIRST]
-    assert (match.backward.indices == -1).all()
-    assert (null.backward == 0).all()
+    for limit in (12, 10**6):  # the second as of a feature that is never active
+        match, null = correlated(planted, least_active=limit)
+        assert (match.backward.indices == -1).all()
+        assert null[0].tolist() == [0]
 
 
 def test_chance_correlations_are_lower_than_real_ones(planted: Suite):
-    pair = (SECOND, FIRST)
     texts = [f"{text} {again}" for text in toys.TEXTS for again in toys.TEXTS]
-    match, null = by_pearson(planted, texts, [pair], 1, least_active=1)[SECOND, FIRST]
-    assert null.backward.mean() < 0.7 * match.backward.scores[:, 0].mean()
-    assert len(null.backward) <= 16
-    _, again = by_pearson(planted, texts, [pair], 1, least_active=1)[SECOND, FIRST]
-    assert torch.equal(null.backward, again.backward)
+    match, null = correlated(planted, texts=texts, least_active=1)
+    assert null[0].mean() < 0.7 * match.backward.scores[:, 0].mean()
+    assert len(null[0]) <= 16
+    assert torch.equal(null[0], correlated(planted, texts=texts, least_active=1)[1][0])

@@ -178,9 +178,9 @@ def test_margin_is_the_lead_over_the_next_and_mutual_asks_both_sides():
     )
 
 
-@pytest.mark.parametrize("k", [0, -1, 9])
-def test_k_out_of_range_is_an_error_that_names_the_site(k: int):
-    with pytest.raises(ValueError, match=f"k={k}: expected 1 to 8, the features of 0/att"):
+@pytest.mark.parametrize(("k", "site"), [(0, "16, the features of 0/res"), (9, "8, .* of 0/mlp")])
+def test_k_out_of_range_is_an_error_that_names_the_site(k: int, site: str):
+    with pytest.raises(ValueError, match=f"k={k}: expected 1 to {site}"):
         match_table(toys.bare_suite(), k=k)
 
 
