@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from flowhelpers.core.bootstrap import TIMES, mean_intervals
-from flowhelpers.core.features import MODULES, Site, predecessor_site
-from flowhelpers.deactivation.targets import active_predecessors, groups_of
+from flowhelpers.core.features import Site, predecessor_site
+from flowhelpers.deactivation.targets import groups_of
 from flowhelpers.groups.occurrences import GROUPS, modules_of
-from flowhelpers.interventions.batched import PREDECESSOR_OFFSETS, TARGET_OFFSET, Outcome, intervene
+from flowhelpers.interventions.batched import intervene
 from flowhelpers.matching.scores import best_matches
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OFF = "Deactivated"
 ROWS_AT_ONCE = 16384
+READS = ["case", "layer", "module", "feature"]
 
 
 def ablation_cases(
@@ -106,66 +107,57 @@ def deactivate(
         - `loss_change` and `token_loss_change`, relative, of the text's mean loss and of the
           token's own (CHOICES 12), if `loss` is asked for.
     """
+    import pandas as pd
+
     cases = cases.reset_index(drop=True)
     chosen = targets.loc[cases["target"]].reset_index(drop=True)
-    read = [TARGET_OFFSET]
+    reads = chosen.assign(case=chosen.index, module="res")[READS]
     if sources is not None:
-        read += [PREDECESSOR_OFFSETS[m] for m in MODULES if m in {*sources["module"]}]
-    outcome = intervene(suite, tokens, chosen, edits, read, loss)
-    old, new = outcome.activations(chosen["feature"].to_numpy())
-    table = cases.join(chosen[["layer", "feature", "dataset", "text"]]).assign(**_changes(old, new))
-    table["linear"] = _written(suite, chosen, edits) / np.where(old > 0, old, np.nan)
+        sources = cases[["target"]].reset_index(names="case").merge(sources, on="target")
+        layer = chosen["layer"].to_numpy()[sources["case"]] - (sources["module"] == "res")
+        reads = pd.concat([reads, sources.assign(layer=layer)[READS]])
+    read, losses = intervene(suite, tokens, chosen, edits, reads, loss)
+    about = chosen[["layer", "feature", "dataset", "text"]]
+    table = _with_change(cases.join(about).join(read[["old", "new"]]))
+    table["linear"] = _written(suite, chosen, edits) / table["old"].where(table["old"] > 0)
     if sources is not None:
-        table["after"] = _groups_after(outcome, cases, sources)
-        table.loc[new <= 0, "after"] = OFF
-        table.loc[old <= 0, "after"] = None
-    if outcome.losses is not None:
+        active = sources.assign(target=sources["case"])[read["new"].to_numpy()[len(cases) :] > 0]
+        table["after"] = groups_of(cases, active).add_categories([OFF])
+        table.loc[table["new"] <= 0, "after"] = OFF
+        table.loc[table["old"] <= 0, "after"] = None
+    if losses is not None:
         for name in ("loss", "token_loss"):
-            before, after = (outcome.losses[f"{name}_{when}"] for when in ("before", "after"))
+            before, after = losses[f"{name}_before"], losses[f"{name}_after"]
             table[f"{name}_change"] = (after - before) / before
     return table
 
 
-def _changes(old: np.ndarray, new: np.ndarray) -> dict[str, np.ndarray]:
-    change = 1 - (new / np.where(old > 0, old, np.nan)).astype(float)
-    success = np.where(old > 0, new == 0, np.nan)
-    return {"old": old, "new": new, "change": change, "success": success}
+def _with_change(table: "pd.DataFrame") -> "pd.DataFrame":
+    known = table["old"].where(table["old"] > 0)
+    success = (table["new"] == 0).astype(float).where(known.notna())
+    return table.assign(change=1 - (table["new"] / known).astype(float), success=success)
 
 
 def _written(suite: "Suite", targets: "pd.DataFrame", edits: "pd.DataFrame") -> np.ndarray:
     """How much of each case's target its edits take away in a linear reading."""
     import torch
 
-    if "amount" not in edits:  # the amount is known only during the pass
-        return np.full(len(targets), np.nan)
     taken = np.zeros(len(targets))
+    if "amount" not in edits:  # the amount is known only during the pass
+        return taken * np.nan
     edits = edits.join(targets[["layer", "feature"]], on="case", rsuffix="_read")
-    for (layer, module), rows in edits.groupby(["layer", "module"]):
+    chunk = np.arange(len(edits)) // ROWS_AT_ONCE
+    for (layer, module, _), rows in edits.groupby(["layer", "module", chunk]):
         sae = suite.sae(predecessor_site(int(layer), str(module)))
         above = suite.sae(Site(int(layer), "res"))
         if sae.input_site != sae.site or above.normalises_tokens:
             taken[rows["case"]] = np.nan  # what is written passes a norm before it is read
             continue
-        encoder = above.weights().encoder
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            some = rows.iloc[start : start + ROWS_AT_ONCE]
-            written = sae.decoder_rows(torch.tensor(some["feature"].to_numpy())).float()
-            read = encoder[torch.tensor(some["feature_read"].to_numpy())]
-            shares = (written * read).sum(1).cpu().numpy()
-            np.subtract.at(taken, some["case"].to_numpy(), some["amount"].to_numpy() * shares)
+        written = sae.decoder_rows(torch.tensor(rows["feature"].to_numpy())).float()
+        read = above.weights().encoder[torch.tensor(rows["feature_read"].to_numpy())]
+        shares = (written * read).sum(1).cpu().numpy()
+        np.subtract.at(taken, rows["case"].to_numpy(), rows["amount"].to_numpy() * shares)
     return taken
-
-
-def _groups_after(
-    outcome: Outcome, cases: "pd.DataFrame", sources: "pd.DataFrame"
-) -> "pd.Categorical":
-    sources = cases[["target"]].reset_index(names="case").merge(sources, on="target")
-    for module, part in sources.groupby("module"):
-        features, case = part["feature"].to_numpy(), part["case"].to_numpy()
-        _, after = outcome.activations(features, PREDECESSOR_OFFSETS[str(module)], case)
-        sources.loc[part.index, "activation"] = after
-    groups = groups_of(cases, active_predecessors(sources.assign(target=sources["case"])))
-    return groups.add_categories([OFF])
 
 
 def downstream_effects(
@@ -189,31 +181,26 @@ def downstream_effects(
     import pandas as pd
 
     best = best_matches(matches, "forward", "res")
-    upward = {at: part.set_index("source")["feature"] for at, part in best.groupby("source_layer")}
+    best = best.set_index(["source_layer", "source"])["feature"]
     about = ["layer", "text", "dataset"]
-    cases = cases.reset_index(drop=True)
-    chosen = cases.join(targets[[*about, "position", "feature"]], on="target")
-    tables = []
-    for layer, own in chosen.groupby("layer"):
-        read = [TARGET_OFFSET]
-        while layer + len(read) - 1 in upward:
-            read.append((len(read), "res"))
-        own_edits = edits[edits["case"].isin(own.index)]
-        own_edits = own_edits.assign(case=own.index.get_indexer(own_edits["case"]))
-        own = own.reset_index(drop=True)
-        outcome = intervene(suite, tokens, own, own_edits, read)
-        descendants = own["feature"]
-        for offset in read:
-            if offset != TARGET_OFFSET:
-                best = upward[layer + offset[0] - 1]
-                descendants = descendants.map(best).fillna(-1).astype(int)
-            followed = np.flatnonzero(descendants >= 0)
-            features = descendants.to_numpy()[followed]
-            effects = _changes(*outcome.activations(features, offset, followed))
-            part = own.loc[followed, [*cases.columns, *about]]
-            part = part.assign(above=offset[0], descendant=features, **effects)
-            tables.append(part[part["old"] > 0])
-    return pd.concat(tables, ignore_index=True)
+    chosen = cases.reset_index(drop=True).join(
+        targets[[*about, "position", "feature"]], on="target"
+    )
+    reads = chosen.assign(case=chosen.index, module="res")[READS]
+    chain = []
+    while len(reads):
+        chain.append(reads)
+        above = reads.join(best.rename("above"), on=["layer", "feature"]).dropna(subset="above")
+        reads = above.assign(layer=above["layer"] + 1, feature=above["above"].astype(int))[READS]
+    reads = pd.concat(chain)
+    read, _ = intervene(suite, tokens, chosen, edits, reads)
+    table = read.rename(columns={"feature": "descendant"}).drop(columns="module")
+    of_cases = chosen[[*cases.columns, *about]]
+    table = table.rename(columns={"layer": "at"}).join(of_cases, on="case")
+    table = _with_change(table.assign(above=table["at"] - table["layer"]))
+    table = table[table["old"] > 0].sort_values(["layer", "above", "case"])
+    columns = [*of_cases, "above", "descendant", "old", "new", "change", "success"]
+    return table[columns].reset_index(drop=True)
 
 
 def success_rates(

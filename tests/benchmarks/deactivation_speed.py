@@ -38,7 +38,7 @@ from flowhelpers.deactivation import (
     middle_layers,
     sources_of,
 )
-from flowhelpers.interventions.batched import intervene
+from flowhelpers.interventions.batched import _distinct, intervene
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import Tokens, hook_name
@@ -132,23 +132,28 @@ def main() -> None:
         took, each = seconds(lambda cut=cut: by_hooks(suite, sample.ids, where, own, cut))
         rates[name] = given.loop / took
         print(f"loop of run_with_hooks, {name}: {rates[name]:.1f} interventions a second")
-    outcome = intervene(suite, sample.ids, where, own)
-    after = outcome.after[0, "res"][outcome.row].toarray()
-    off = max(float(np.abs(after[i] - one.cpu().numpy()).max()) for i, one in enumerate(each))
+    read = [
+        pd.DataFrame({"case": i, "layer": layer, "module": "res", "feature": np.arange(len(codes))})
+        for i, (layer, codes) in enumerate(zip(where["layer"], each, strict=True))
+    ]
+    after, _ = intervene(suite, sample.ids, where, own, pd.concat(read))
+    off = np.abs(after["new"].to_numpy() - torch.cat(each).cpu().numpy()).max()
     print(f"the largest difference of an activation between loop and batch: {off:.1e}")
 
     token = (int(where["text"][0]), int(where["position"][0]))
     for rows in ROWS:
         made = random_edits(suite, token, layers[1], rows)
-        once = partial(intervene, suite, sample.ids, *made, batch_size=rows)
+        reads = made[1].assign(layer=layers[1], module="res", feature=0)
+        once = partial(intervene, suite, sample.ids, *made, reads, batch_size=rows)
         took = min(seconds(once)[0] for _ in range(3))
         print(
             f"{rows:>5} rows in a pass: {rows / took:,.0f} a second, the text's own pass included"
         )
 
     where = targets.loc[cases["target"], ["text", "position", "layer"]].reset_index(drop=True)
-    took, outcome = seconds(lambda: intervene(suite, sample.ids, where, edits))
-    made = outcome.after[0, "res"].shape[0]
+    reads = where.assign(case=where.index, module="res", feature=0)
+    took, _ = seconds(lambda: intervene(suite, sample.ids, where, edits, reads))
+    made = len(_distinct(where, edits)[1])
     print(f"{len(targets):,} targets x {len(parts)} methods: {len(cases):,} cases in {took:.0f} s,")
     print(f"  {made:,} different interventions, {made / took:,.0f} a second:")
     for name, slow in rates.items():

@@ -125,20 +125,24 @@ def test_an_edit_lost_to_rounding_is_an_error(toy: Model, planted: Suite, ids: T
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda d: edits.rescale(d, [feature(3)], float("nan")), "r=nan: expected a finite"),
+        (
+            lambda d: edits.rescale(d, [feature(3)], float("nan")),
+            "1/res is given nan: expected finite",
+        ),
         (lambda d: edits.rescale(d, [feature(3)], 0.0, []), "at 1/res names no position"),
         (lambda d: edits.rescale(d, [feature(3)], [0.0, 1.0]), "2 factors for 1 features"),
         (lambda d: edits.rescale(d, [FeatureId(0, "res", 3)], 0.0), "0/res/3 is no feature of"),
-        (lambda d: edits.add(SITE, torch.ones(D), float("nan")), "strength=nan"),
-        (lambda d: edits.add(SITE, torch.full((D,), torch.nan), 1.0), "zero or not finite"),
+        (lambda d: edits.add(SITE, torch.ones(D), float("nan")), "is given nan"),
+        (lambda d: edits.add(SITE, torch.full((D,), torch.nan), 1.0), "is given nan"),
+        (lambda d: edits.add(SITE, torch.zeros(D), 1.0), "the vector to add at 1/res is zero"),
         (lambda d: edits.add(SITE, torch.ones(D), 1.0, []), "at 1/res names no position"),
         (
             lambda d: edits.add_per_row(SITE, torch.tensor([5]), torch.full((1, D), torch.nan), 0),
-            "what row 5 of the batch is to have added at 1/res is not finite",
+            "1/res is given nan",
         ),
         (
             lambda d: edits.rescale_per_row(d, ONE, ONE, torch.tensor([torch.inf])),
-            "r=inf: expected a finite number",
+            "1/res is given inf",
         ),
     ],
 )
