@@ -12,7 +12,6 @@ from .comparisons import (
     table_1 as table_1,
 )
 from .plots import (
-    group_shares_by_method as group_shares_by_method,
     groups_after as groups_after,
     rate_panels as rate_panels,
     written_against_change as written_against_change,

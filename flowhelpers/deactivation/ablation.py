@@ -221,9 +221,8 @@ def success_rates(
     """
     columns = [c for c in ("success", "change", "loss_change") if c in table]
     rates = mean_intervals(table, columns, by, tokens, times, seed)
-    off = table["change"].isna()
-    inactive = off.groupby([table[c] for c in by], observed=True).sum() if by else [off.sum()]
-    rates.insert(len(by) + 1, "inactive", np.asarray(inactive, dtype=int))
+    inactive = table["change"].isna().groupby([table[c] for c in by], observed=True).sum()
+    rates.insert(len(by) + 1, "inactive", inactive.to_numpy(dtype=int))
     return rates.assign(n=rates["n"] - rates["inactive"])
 
 

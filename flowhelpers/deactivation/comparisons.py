@@ -8,8 +8,7 @@ import numpy as np
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import MODULES, predecessor_site
 from flowhelpers.deactivation.ablation import concat_methods, deactivate
-from flowhelpers.deactivation.targets import active_predecessors, groups_of
-from flowhelpers.groups.occurrences import GROUPS
+from flowhelpers.deactivation.targets import active_predecessors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
     from flowhelpers.suites.model import Tokens
 
-SINGLE = GROUPS[1:4]
 CONTROL = "equal norm, random"
 
 
@@ -42,22 +40,19 @@ def equal_norm(
     predecessors = active_predecessors(sources)
     _check_single("the control", predecessors)
     rng = np.random.default_rng(seed)
+    keys = ["target", "module"]
     sites = predecessors.join(targets[["layer", "token_row"]], on="target")
     others = _every_active(sites, activations)
-    keys = ["target", "module"]
     others = others.merge(predecessors[[*keys, "feature"]], on=keys, suffixes=("", "_own"))
-    others = others[others["feature"] != others["feature_own"]]
-    by_site = others.groupby(keys, sort=False)["feature"]
-    drawn = {key: rng.choice(np.sort(features)) for key, features in by_site}
-    sites["other"] = sites.set_index(keys).index.map(drawn)
+    by_site = others[others["feature"] != others["feature_own"]].groupby(keys, sort=False)
+    drawn = by_site["feature"].agg(lambda features: rng.choice(np.sort(features)))
+    sites = sites.join(drawn.rename("other"), on=keys)
     alone = sites.loc[sites["other"].isna(), "target"]
     sites = sites[~sites["target"].isin(alone)].reset_index(drop=True).astype({"other": int})
     for (layer, module), part in sites.groupby(["layer", "module"]):
         sae = suite.sae(predecessor_site(int(layer), str(module)))
-        own, other = (
-            sae.decoder_rows(torch.tensor(part[c].to_numpy())).float().norm(dim=1).cpu().numpy()
-            for c in ("feature", "other")
-        )
+        features = torch.tensor(part[["feature", "other"]].to_numpy())
+        own, other = sae.decoder_rows(features).float().norm(dim=-1).cpu().numpy().T
         sites.loc[part.index, "activation"] = part["activation"] * own / other
     return sites.assign(feature=sites["other"])[[*predecessors.columns]]
 
@@ -84,27 +79,25 @@ def table_1(
     """
     import pandas as pd
 
-    single = {}  # the only module at which each method finds a predecessor, by target
+    predecessors, only_site = {}, {}
     for method, sources in by_method.items():
         _check_single(method, sources)
-        groups = pd.Series(groups_of(targets, active_predecessors(sources)), targets.index)
-        single[method] = groups.astype(str).map(dict(zip(SINGLE, MODULES, strict=True))).dropna()
-    named = pd.concat(single.values()).rename_axis("target").rename("module")
+        predecessors[method] = active = active_predecessors(sources)
+        alone = active[~active["target"].duplicated(keep=False)]
+        only_site[method] = alone.set_index("target")["module"]
+    named = pd.concat(only_site.values())
     if named.empty:
         raise ValueError("no target has a single source")
     first_named = named.groupby("target").first()
     chosen = targets.loc[first_named.index]
     cases = {}
-    for method, sources in by_method.items():
-        module = single[method].reindex(chosen.index).fillna(first_named)
-        predecessors = active_predecessors(sources)
-        at_site = predecessors["target"].map(module) == predecessors["module"]
-        cases[method] = _one_by_one(predecessors[at_site])
+    for method, active in predecessors.items():
+        module = only_site[method].reindex(chosen.index).fillna(first_named)
+        cases[method] = _one_by_one(active[active["target"].map(module) == active["module"]])
     searched = named.reset_index().drop_duplicates()
     if all_sites:
-        searched = pd.MultiIndex.from_product([chosen.index, MODULES], names=searched.columns)
-        searched = searched.to_frame(index=False)
-    searched = searched.join(chosen[["layer", "token_row"]], on="target")
+        searched = searched[["target"]].merge(pd.Series(MODULES, name="module"), how="cross")
+    searched = searched.drop_duplicates().join(chosen[["layer", "token_row"]], on="target")
     cases["exhaustive"] = _one_by_one(_every_active(searched, activations))
     table = deactivate(suite, tokens, targets, *concat_methods(cases))
     keys = ["method", "target"]

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def middle_layers(layers: int, n: int = 3) -> list[int]:
-    """`n` layers spread over the depth: 6, 12 and 18 of Gemma 2 2B's 26, as in the paper."""
-    step = max(layers // (n + 1), 1)
-    return [number * step for number in range(1, n + 1) if number * step < layers]
+def middle_layers(layers: int) -> list[int]:
+    """Three layers spread over the depth: 6, 12 and 18 of Gemma 2 2B's 26, as in the paper."""
+    step = max(layers // 4, 1)
+    return [layer for layer in (step, 2 * step, 3 * step) if layer < layers]
 
 
 def draw_targets(
@@ -36,11 +36,9 @@ def draw_targets(
 
     if per_token < 1:
         raise ValueError(f"per_token={per_token}: expected 1 or more")
-    if not len(layers) or len(set(layers)) < len(layers):
-        raise ValueError(f"layers={list(layers)}: expected one or more, each once")
     readable = sorted(site.layer for site in activations.by_site if site.module == "res")
-    if missing := sorted(set(layers) - set(readable)):
-        raise ValueError(f"no activations at {missing[0]}/res: expected a layer of {readable}")
+    if not layers or sorted({*layers} & {*readable}) != sorted(layers):
+        raise ValueError(f"layers={list(layers)}: expected some of {readable}, each once")
     rng = np.random.default_rng(seed)
     parts = []
     for layer in layers:
@@ -52,7 +50,7 @@ def draw_targets(
         parts.append(part.sort_values(["token_row", "feature"]))
     targets = pd.concat(parts, ignore_index=True)
     tokens = with_dataset(activations.tokens)[["dataset", "text", "position", "token"]]
-    return targets.join(tokens.iloc[targets["token_row"]].reset_index(drop=True))
+    return targets.join(tokens, on="token_row")
 
 
 def sources_of(
@@ -68,22 +66,20 @@ def sources_of(
         `activation`, 0 where it is not active.
     """
     backward = matches[matches["direction"] == "backward"]
-    ranks = int(backward["rank"].max())
-    if not 1 <= top_n <= ranks:
+    if not 1 <= top_n <= (ranks := int(backward["rank"].max())):
         raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
     if missing := sorted(set(targets["layer"]) - set(backward["layer"])):
         raise ValueError(f"no matches at layer {missing[0]}: its features have no predecessors")
     backward = backward[(backward["rank"] <= top_n) & (backward["source"] >= 0)]
+    backward = backward[["layer", "feature", "module", "source", "rank"]]
     sources = targets[["layer", "feature", "token_row"]].reset_index(names="target")
-    columns = ["layer", "feature", "module", "source", "rank"]
-    sources = sources.merge(backward[columns], on=["layer", "feature"]).assign(activation=0.0)
-    sources["module"] = sources["module"].astype(str)
+    sources = sources.merge(backward.astype({"module": str}), on=["layer", "feature"])
+    sources = sources.sort_values(["target", "module", "rank"], ignore_index=True)
+    sources = sources.assign(feature=sources["source"], activation=0.0)
     for (layer, module), part in sources.groupby(["layer", "module"]):
         codes = activations.by_site[predecessor_site(int(layer), str(module))]
-        values = codes[part["token_row"].to_numpy(), part["source"].to_numpy()]
+        values = codes[part["token_row"].to_numpy(), part["feature"].to_numpy()]
         sources.loc[part.index, "activation"] = np.asarray(values, dtype=float).ravel()
-    sources = sources.sort_values(["target", "module", "rank"], ignore_index=True)
-    sources = sources.assign(feature=sources["source"])
     return sources[["target", "module", "feature", "rank", "activation"]]
 
 
