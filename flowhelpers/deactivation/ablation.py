@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.bootstrap import TIMES, mean_intervals
-from flowhelpers.core.features import Site, predecessor_site
-from flowhelpers.deactivation.targets import groups_of
+from flowhelpers.core.features import MODULES, Site, predecessor_site
+from flowhelpers.deactivation.targets import (
+    active_predecessors,
+    check_single,
+    every_active,
+    groups_of,
+)
 from flowhelpers.groups.occurrences import GROUPS, modules_of
 from flowhelpers.interventions.batched import intervene
 from flowhelpers.matching.scores import best_matches
@@ -37,10 +43,9 @@ def ablation_cases(
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """Cases that rescale all of a target's predecessors, or those of every subset of their sites.
 
-    Targets without predecessors have no case. Several predecessors at one site go together. A
-    factor `r` of 0 removes. With `subsets` every non-empty subset of the sites is a case (Figures 8
-    and 15 b). The activation that is rescaled is that of the clean run, or the live one, after the
-    edits at earlier sites (CHOICES 9).
+    Several predecessors at one site go together; a factor `r` of 0 removes. With `subsets` every
+    non-empty subset of the sites is a case (Figures 8 and 15 b). The activation that is rescaled is
+    that of the clean run, or the live one, after the edits at earlier sites (CHOICES 9).
 
     Returns:
         Cases: `target`, `group`, `removed` (the group of the edited sites), `r`. Edits: `case`,
@@ -96,16 +101,14 @@ def deactivate(
     """What is left of each target after its case's edits, all in one forward pass (paper A.2).
 
     Returns:
-        The cases with `layer`, `feature`, `dataset` and `text` of their targets, and with
-
-        - `old` and `new` activation; `change`, 1 - new / old, negative where the feature grew;
-          `success`, 1 where it is off and else 0; missing for a target that is not active;
-        - `linear`, the share of the activation that the edits themselves write away,
-          a · v · w_enc / old, before the layer responds; missing for live activations, and where a
-          norm lies between (SAEs that read z, or that normalise their input);
-        - `after`, the group afterwards or "Deactivated", if `sources` are given;
-        - `loss_change` and `token_loss_change`, relative, of the text's mean loss and of the
-          token's own (CHOICES 12), if `loss` is asked for.
+        The cases with `layer`, `feature`, `dataset` and `text` of their targets; `old` and `new`
+        activation; `change`, 1 - new / old, negative where the feature grew; `success`, 1 where it
+        is off and else 0; both missing for a target that is not active. `linear` is the share of
+        the activation that the edits themselves write away, a · v · w_enc / old, before the layer
+        responds; missing for live activations, and where a norm lies between (SAEs that read z, or
+        that normalise their input). With `sources`, `after` is the group afterwards or
+        "Deactivated"; with `loss`, `loss_change` and `token_loss_change` are relative, of the
+        text's mean loss and of the token's own (CHOICES 12).
     """
     import pandas as pd
 
@@ -175,32 +178,27 @@ def downstream_effects(
 
     Returns:
         One row for each case and layer from the target's own on: the case's columns, `layer`,
-        `text`, `dataset`, `above` (layers above the target), `descendant`, `old`, `new`, `change`
-        and `success`.
+        `text` and `dataset` of the target, `above` (layers above it), `descendant`, `old`, `new`,
+        `change` and `success`.
     """
     import pandas as pd
 
     best = best_matches(matches, "forward", "res")
     best = best.set_index(["source_layer", "source"])["feature"]
-    about = ["layer", "text", "dataset"]
-    chosen = cases.reset_index(drop=True).join(
-        targets[[*about, "position", "feature"]], on="target"
-    )
+    about = targets[["layer", "text", "dataset", "position", "feature"]]
+    chosen = cases.reset_index(drop=True).join(about, on="target")
     reads = chosen.assign(case=chosen.index, module="res")[READS]
     chain = []
     while len(reads):
         chain.append(reads)
         above = reads.join(best.rename("above"), on=["layer", "feature"]).dropna(subset="above")
         reads = above.assign(layer=above["layer"] + 1, feature=above["above"].astype(int))[READS]
-    reads = pd.concat(chain)
-    read, _ = intervene(suite, tokens, chosen, edits, reads)
-    table = read.rename(columns={"feature": "descendant"}).drop(columns="module")
-    of_cases = chosen[[*cases.columns, *about]]
-    table = table.rename(columns={"layer": "at"}).join(of_cases, on="case")
+    read, _ = intervene(suite, tokens, chosen, edits, pd.concat(chain))
+    read = read.rename(columns={"layer": "at", "feature": "descendant"})
+    table = read.join(chosen.drop(columns=["position", "feature"]), on="case")
     table = _with_change(table.assign(above=table["at"] - table["layer"]))
-    table = table[table["old"] > 0].sort_values(["layer", "above", "case"])
-    columns = [*of_cases, "above", "descendant", "old", "new", "change", "success"]
-    return table[columns].reset_index(drop=True)
+    table = table[table["old"] > 0].sort_values(["layer", "above", "case"], ignore_index=True)
+    return table.drop(columns=["case", "module", "at"])
 
 
 def success_rates(
@@ -212,12 +210,10 @@ def success_rates(
 ) -> "pd.DataFrame":
     """Successful deactivations and activation change, with intervals (paper A.2; CHOICES 10, 11).
 
-    Rates of `deactivate`'s table within the columns `by`; the texts of the sample's `tokens` are
-    drawn anew `times` times.
-
     Returns:
-        One row a group: `by`, `n`, `inactive` (targets that were not active, not among the n),
-        `success`, `change` and, if the table has it, `loss_change`, with `_low` and `_high`.
+        One row for each value of the columns `by`: `n`, `inactive` (targets that were not active,
+        not among the n), `success`, `change` and, if the table has it, `loss_change`, with `_low`
+        and `_high` of `times` resamples of the texts of `tokens`.
     """
     columns = [c for c in ("success", "change", "loss_change") if c in table]
     rates = mean_intervals(table, columns, by, tokens, times, seed)
@@ -230,3 +226,61 @@ def common_targets(table: "pd.DataFrame") -> "pd.DataFrame":
     """The rows of targets for which every method has a case (CHOICES 10)."""
     methods = table.groupby("target")["method"].nunique()
     return table[table["target"].map(methods) == table["method"].nunique()]
+
+
+def table_1(
+    suite: "Suite",
+    tokens: "Tokens",
+    targets: "pd.DataFrame",
+    by_method: "Mapping[str, pd.DataFrame]",
+    activations: FeatureActivations,
+    all_sites: bool = False,
+) -> "pd.DataFrame":
+    """Single matches against the best of all active candidates (Table 1; CHOICES 13, 34).
+
+    A target's site is where a method finds its only predecessor; other targets are left out. A
+    method that finds predecessors at several sites, or none, is held to the site that another one
+    named. The search, "exhaustive", tries the features of the named sites, or of `all_sites`.
+
+    Returns:
+        One row for each method and target: `change`, `success`, `tried` (interventions), `layer`,
+        `feature`, `dataset`, `text`. A method without an active match at the site has tried 0 and
+        changed nothing; `change` and `success` are missing for a target that is not active.
+    """
+    import pandas as pd
+
+    predecessors, only_site = {}, {}
+    for method, sources in by_method.items():
+        check_single(method, sources)
+        predecessors[method] = active = active_predecessors(sources)
+        alone = active[~active["target"].duplicated(keep=False)]
+        only_site[method] = alone.set_index("target")["module"]
+    named = pd.concat(only_site.values())
+    if named.empty:
+        raise ValueError("no target has a single source")
+    first_named = named.groupby("target").first()
+    chosen = targets.loc[first_named.index]
+    cases = {}
+    for method, active in predecessors.items():
+        module = only_site[method].reindex(chosen.index).fillna(first_named)
+        cases[method] = _one_by_one(active[active["target"].map(module) == active["module"]])
+    searched = named.reset_index().drop_duplicates()
+    if all_sites:
+        searched = searched[["target"]].merge(pd.Series(MODULES, name="module"), how="cross")
+    searched = searched.drop_duplicates().join(chosen[["layer", "token_row"]], on="target")
+    cases["exhaustive"] = _one_by_one(every_active(searched, activations))
+    table = deactivate(suite, tokens, targets, *concat_methods(cases))
+    keys = ["method", "target"]
+    tried = table.groupby(keys).size().rename("tried")
+    best = table.sort_values("change", kind="stable").drop_duplicates(keys, keep="last")
+    best = best.set_index(keys)[["change", "success"]].join(tried)
+    best = best.reindex(pd.MultiIndex.from_product([cases, chosen.index], names=keys))
+    best.loc[best["tried"].isna()] = 0.0
+    about = chosen[["layer", "feature", "dataset", "text"]]
+    return best.reset_index().join(about, on="target").astype({"tried": int})
+
+
+def _one_by_one(predecessors: "pd.DataFrame") -> "tuple[pd.DataFrame, pd.DataFrame]":
+    predecessors = predecessors.reset_index(drop=True)
+    edits = predecessors.reset_index(names="case").assign(amount=-predecessors["activation"])
+    return predecessors[["target"]].assign(r=0.0), edits[["case", "module", "feature", "amount"]]

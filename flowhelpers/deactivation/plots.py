@@ -8,7 +8,7 @@ import plotly.express as px
 
 from flowhelpers.core.figures import GREY, INK
 from flowhelpers.deactivation.ablation import OFF
-from flowhelpers.deactivation.comparisons import CONTROL
+from flowhelpers.deactivation.targets import CONTROL
 from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS, finish
 
@@ -34,15 +34,9 @@ LABELS = {
     "share": "share of cases",
     "value": "",
 }
-METHODS = {
-    "random": GREY,
-    "permutation": "#56B4E9",
-    "top-1": "#0072B2",
-    "top-5": "#E69F00",
-    "pearson": "#CC79A7",
-    CONTROL: INK,
-}
-COLOUR_OF = GROUP_COLOURS | {OFF: "#882255"} | METHODS
+METHODS = ("random", "permutation", "top-1", "top-5", "pearson", CONTROL)
+METHOD_COLOURS = (GREY, "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", INK)
+COLOUR_OF = GROUP_COLOURS | {OFF: "#882255"} | dict(zip(METHODS, METHOD_COLOURS, strict=True))
 ORDER = [OFF, *GROUPS, *METHODS]  # of series
 LEAST, MOST = -0.55, 1.55  # of changes that are drawn case by case
 MOST_POINTS = 4000

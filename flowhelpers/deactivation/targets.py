@@ -16,6 +16,10 @@ from flowhelpers.groups.occurrences import group_names, with_dataset
 if TYPE_CHECKING:
     import pandas as pd
 
+    from flowhelpers.suites.load import Suite
+
+CONTROL = "equal norm, random"
+
 
 def middle_layers(layers: int) -> list[int]:
     """Three layers spread over the depth: 6, 12 and 18 of Gemma 2 2B's 26, as in the paper."""
@@ -94,3 +98,60 @@ def groups_of(targets: "pd.DataFrame", predecessors: "pd.DataFrame") -> "pd.Cate
 
     counts = pd.crosstab(predecessors["target"], predecessors["module"])
     return group_names(counts.reindex(index=targets.index, columns=list(MODULES), fill_value=0) > 0)
+
+
+def equal_norm(
+    suite: "Suite",
+    targets: "pd.DataFrame",
+    sources: "pd.DataFrame",
+    activations: FeatureActivations,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """The control that the paper lacks: other active features, same norm of change (CHOICES 33).
+
+    Each predecessor is replaced by another feature drawn from those active at the same site and
+    token, its activation scaled so that removing it changes what its SAE reads by the same norm,
+    even where that is more than the feature writes.
+
+    Returns:
+        As `active_predecessors`; targets that have no other feature active at a site are left out.
+    """
+    import torch
+
+    predecessors = active_predecessors(sources)
+    check_single("the control", predecessors)
+    rng = np.random.default_rng(seed)
+    keys = ["target", "module"]
+    sites = predecessors.join(targets[["layer", "token_row"]], on="target")
+    others = every_active(sites, activations)
+    others = others.merge(predecessors[[*keys, "feature"]], on=keys, suffixes=("", "_own"))
+    by_site = others[others["feature"] != others["feature_own"]].groupby(keys, sort=False)
+    drawn = by_site["feature"].agg(lambda features: rng.choice(np.sort(features)))
+    sites = sites.join(drawn.rename("other"), on=keys)
+    alone = sites.loc[sites["other"].isna(), "target"]
+    sites = sites[~sites["target"].isin(alone)].reset_index(drop=True).astype({"other": int})
+    for (layer, module), part in sites.groupby(["layer", "module"]):
+        sae = suite.sae(predecessor_site(int(layer), str(module)))
+        features = torch.tensor(part[["feature", "other"]].to_numpy().T)
+        own, other = (sae.decoder_rows(f).float().norm(dim=1).cpu().numpy() for f in features)
+        sites.loc[part.index, "activation"] = part["activation"] * own / other
+    return sites.assign(feature=sites["other"])[[*predecessors.columns]]
+
+
+def check_single(method: str, sources: "pd.DataFrame") -> None:
+    """An error if a target has several matches at a site."""
+    if sources.duplicated(["target", "module"]).any():
+        raise ValueError(f"{method} has several matches at a site: expected one (top-1)")
+
+
+def every_active(sites: "pd.DataFrame", activations: FeatureActivations) -> "pd.DataFrame":
+    """All features that are active at the `layer`, `module` and `token_row` of each `target`."""
+    import pandas as pd
+
+    parts = []
+    for (layer, module), part in sites.groupby(["layer", "module"]):
+        at_site = activations.by_site[predecessor_site(int(layer), str(module))]
+        codes = at_site[part["token_row"].to_numpy()].tocoo()
+        columns = {"feature": codes.col, "activation": codes.data}
+        parts.append(part[["target", "module"]].iloc[codes.row].assign(**columns))
+    return active_predecessors(pd.concat(parts))

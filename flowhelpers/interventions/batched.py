@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from flowhelpers.suites.saes import SAE
 
 LARGEST_BATCH = 1024  # rows; beyond these a pass only gets longer
-LOGIT_TENSORS = 4
-ENCODED_TENSORS = 4
 CPU_BUDGET = 2**30
 LOSSES = ["loss_before", "token_loss_before", "loss_after", "token_loss_after"]
 
@@ -116,15 +114,15 @@ def intervene(
 
 def _fitting_rows(suite: "Suite", length: int, loss: bool, reads: "pd.DataFrame") -> int:
     """How many rows fit in half of the free memory, on a CPU in a GiB at most."""
-    model = suite.model
+    model, device = suite.model, str(suite.model.device)
     element, own = model.unembedding.element_size(), length if loss else 1
     sites = reads[["layer", "module"]].drop_duplicates().itertuples(index=False)
-    of_row = 6 * model.layers * model.d_model * length * element  # keys and values, three times
-    of_row += own * model.d_model * PASS_TENSORS * element
-    of_row += max(suite.sae(Site(*site)).width for site in sites) * ENCODED_TENSORS * 4
-    of_row += loss * own * model.unembedding.shape[1] * LOGIT_TENSORS * 4
-    room = free_memory(device := str(model.device)) // 2
+    encoded = max(suite.sae(Site(*site)).width for site in sites)
+    logits = own * model.unembedding.shape[1] if loss else 0
+    stream = 6 * model.layers * length + own * PASS_TENSORS  # keys and values, three times
+    room = free_memory(device) // 2
     room = room if device.startswith("cuda") else min(room, CPU_BUDGET)
+    of_row = stream * model.d_model * element + 16 * (encoded + logits)  # four tensors of each
     return int(np.clip(room // of_row, 1, LARGEST_BATCH))
 
 
@@ -184,14 +182,13 @@ def _pass(
 
 def _edit(sae: "SAE", edits: "pd.DataFrame") -> Edit:
     device = sae.norms.device
-    rows, features = (
-        torch.tensor(edits[c].to_numpy(), device=device) for c in ("place", "feature")
-    )
+    rows, features = torch.tensor(edits[["place", "feature"]].to_numpy().T, device=device)
     live = "amount" not in edits
     size = torch.tensor(edits["r" if live else "amount"].to_numpy(np.float32), device=device)
     if live:
-        return rescale_per_row(sae, rows, features, size, 0)
-    return add_per_row(sae.input_site, rows, size[:, None] * sae.decoder_rows(features).float(), 0)
+        return rescale_per_row(sae, rows, features, size, [0])
+    vectors = size[:, None] * sae.decoder_rows(features).float()
+    return add_per_row(sae.input_site, rows, vectors, [0])
 
 
 def _order(site: Site) -> int:

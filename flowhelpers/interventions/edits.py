@@ -28,7 +28,7 @@ def add(
         ValueError: If the vector is zero or not finite, s is not finite, or no position is given;
             when it is applied, if the vector has another width than the stream.
     """
-    _check_finite(site, vector, torch.tensor(strength))
+    _check_finite(site, strength * vector)
     if not vector.any():
         raise ValueError(f"the vector to add at {site} is zero")
     return _edit(site, positions, lambda here: strength * vector.to(here))
@@ -63,16 +63,16 @@ def add_per_row(
     site: Site,
     rows: Int[Tensor, "n"],
     vectors: Float[Tensor, "n d_model"],
-    position: int | None = None,
+    positions: Sequence[int] | None = None,
 ) -> Edit:
-    """Each row of a batch its own edits: `h[row] + v`, at one position or all of them."""
+    """Each row of a batch its own edits: `h[row] + v`."""
     _check_finite(site, vectors)
 
     def step(here: Tensor) -> Tensor:
         steps = torch.zeros(len(here), vectors.shape[1], device=here.device)
         return steps.index_add(0, rows.to(here.device), vectors.to(steps))[:, None].to(here)
 
-    return _edit(site, None if position is None else [position], step, each_row=True)
+    return _edit(site, positions, step, each_row=True)
 
 
 def rescale_per_row(
@@ -80,9 +80,9 @@ def rescale_per_row(
     rows: Int[Tensor, "n"],
     features: Int[Tensor, "n"],
     r: Float[Tensor, "n"],
-    position: int | None = None,
+    positions: Sequence[int] | None = None,
 ) -> Edit:
-    """Each row of a batch its own `rescale` of features, live, at one position or all of them."""
+    """Each row of a batch its own `rescale` of features, live."""
     _check_finite(sae.site, r)
     chosen, column = features.unique(return_inverse=True)
 
@@ -91,8 +91,7 @@ def rescale_per_row(
         changes.index_put_((rows, column), r.to(codes) - 1, accumulate=True)
         return changes[:, None]
 
-    positions = None if position is None else [position]
-    return _rescaling(sae, chosen, change, positions, each_row=position is not None)
+    return _rescaling(sae, chosen, change, positions, each_row=positions is not None)
 
 
 def _rescaling(
@@ -155,8 +154,7 @@ def _edit(
     return Edit(site, change)
 
 
-def _check_finite(site: Site, *given: Tensor) -> None:
-    for values in given:
-        if not torch.isfinite(values).all():
-            value = float(values[~torch.isfinite(values)][0])
-            raise ValueError(f"the edit at {site} is given {value}: expected finite numbers")
+def _check_finite(site: Site, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        value = float(values[~torch.isfinite(values)][0])
+        raise ValueError(f"the edit at {site} is given {value}: expected finite numbers")

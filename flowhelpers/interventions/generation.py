@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowhelpers.core.features import suggestion
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import Activations, Edit, Model, editing, forward, tokenize
 
@@ -99,9 +98,8 @@ def sample_tokens(
             f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens},"
             f" {len(ids)} samples: expected 0 < top_p <= 1 and more than 0 of the others"
         )
-    for phase in phases:
-        if phase not in PHASES:
-            raise ValueError(f"unknown phase {phase!r}{suggestion(phase, PHASES)}")
+    if unknown := {*phases} - {*PHASES}:
+        raise ValueError(f"phases={unknown}: expected some of {PHASES}")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = np.stack([torch.rand(max_new_tokens, generator=g).numpy() for g in generators])
     ended = torch.zeros(len(ids), dtype=torch.bool)

@@ -257,9 +257,9 @@ def test_what_comes_before_an_edit_stays_as_it_was(flowlet: SimpleNamespace, mod
 def test_an_edit_that_reaches_an_earlier_site_is_an_error(
     world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
-    def misplaced(site: Site, rows: Tensor, vectors: Tensor, position: int) -> Edit:
+    def misplaced(site: Site, rows: Tensor, vectors: Tensor, positions: list[int]) -> Edit:
         earlier = Site(1, "att") if site.module == "mlp" else site
-        made = add_per_row(earlier, rows, vectors, position)
+        made = add_per_row(earlier, rows, vectors, positions)
         return Edit(earlier, made.change)
 
     monkeypatch.setattr(batched, "add_per_row", misplaced)
@@ -281,7 +281,7 @@ def test_the_size_of_a_batch_follows_memory(
         return batched._fitting_rows(suite, 14, loss, reads)
 
     assert (rows(2**20), rows(2**20, loss=True), rows(2**40)) == (1, 1, 1024)
-    codes = 4 * batched.ENCODED_TENSORS * suite.sae("4/res").width
+    codes = 16 * suite.sae("4/res").width
     assert 1 < rows(2**26) <= 2**25 // (suite.model.d_model * batched.PASS_TENSORS * 4 + codes)
     assert rows(2**26, loss=True) < rows(2**26)
 
