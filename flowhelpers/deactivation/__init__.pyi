@@ -5,21 +5,18 @@ from .ablation import (
     deactivate as deactivate,
     downstream_effects as downstream_effects,
     success_rates as success_rates,
-)
-from .comparisons import (
-    CONTROL as CONTROL,
-    equal_norm as equal_norm,
     table_1 as table_1,
 )
 from .plots import (
-    group_shares_by_method as group_shares_by_method,
     groups_after as groups_after,
     rate_panels as rate_panels,
     written_against_change as written_against_change,
 )
 from .targets import (
+    CONTROL as CONTROL,
     active_predecessors as active_predecessors,
     draw_targets as draw_targets,
+    equal_norm as equal_norm,
     groups_of as groups_of,
     middle_layers as middle_layers,
     sources_of as sources_of,

@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.bootstrap import TIMES, mean_intervals
 from flowhelpers.core.features import MODULES, Site, predecessor_site
-from flowhelpers.deactivation.targets import active_predecessors, groups_of
+from flowhelpers.deactivation.targets import (
+    active_predecessors,
+    check_single,
+    every_active,
+    groups_of,
+)
 from flowhelpers.groups.occurrences import GROUPS, modules_of
-from flowhelpers.interventions.batched import PREDECESSOR_OFFSETS, TARGET_OFFSET, Outcome, intervene
+from flowhelpers.interventions.batched import intervene
 from flowhelpers.matching.scores import best_matches
 
 if TYPE_CHECKING:
@@ -25,6 +31,7 @@ if TYPE_CHECKING:
 
 OFF = "Deactivated"
 ROWS_AT_ONCE = 16384
+READS = ["case", "layer", "module", "feature"]
 
 
 def ablation_cases(
@@ -36,10 +43,9 @@ def ablation_cases(
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """Cases that rescale all of a target's predecessors, or those of every subset of their sites.
 
-    Targets without predecessors have no case. Several predecessors at one site go together. A
-    factor `r` of 0 removes. With `subsets` every non-empty subset of the sites is a case (Figures 8
-    and 15 b). The activation that is rescaled is that of the clean run, or the live one, after the
-    edits at earlier sites (CHOICES 9).
+    Several predecessors at one site go together; a factor `r` of 0 removes. With `subsets` every
+    non-empty subset of the sites is a case (Figures 8 and 15 b). The activation that is rescaled is
+    that of the clean run, or the live one, after the edits at earlier sites (CHOICES 9).
 
     Returns:
         Cases: `target`, `group`, `removed` (the group of the edited sites), `r`. Edits: `case`,
@@ -95,77 +101,66 @@ def deactivate(
     """What is left of each target after its case's edits, all in one forward pass (paper A.2).
 
     Returns:
-        The cases with `layer`, `feature`, `dataset` and `text` of their targets, and with
-
-        - `old` and `new` activation; `change`, 1 - new / old, negative where the feature grew;
-          `success`, 1 where it is off and else 0; missing for a target that is not active;
-        - `linear`, the share of the activation that the edits themselves write away,
-          a · v · w_enc / old, before the layer responds; missing for live activations, and where a
-          norm lies between (SAEs that read z, or that normalise their input);
-        - `after`, the group afterwards or "Deactivated", if `sources` are given;
-        - `loss_change` and `token_loss_change`, relative, of the text's mean loss and of the
-          token's own (CHOICES 12), if `loss` is asked for.
+        The cases with `layer`, `feature`, `dataset` and `text` of their targets; `old` and `new`
+        activation; `change`, 1 - new / old, negative where the feature grew; `success`, 1 where it
+        is off and else 0; both missing for a target that is not active. `linear` is the share of
+        the activation that the edits themselves write away, a · v · w_enc / old, before the layer
+        responds; missing for live activations, and where a norm lies between (SAEs that read z, or
+        that normalise their input). With `sources`, `after` is the group afterwards or
+        "Deactivated"; with `loss`, `loss_change` and `token_loss_change` are relative, of the
+        text's mean loss and of the token's own (CHOICES 12).
     """
+    import pandas as pd
+
     cases = cases.reset_index(drop=True)
     chosen = targets.loc[cases["target"]].reset_index(drop=True)
-    read = [TARGET_OFFSET]
+    reads = chosen.assign(case=chosen.index, module="res")[READS]
     if sources is not None:
-        read += [PREDECESSOR_OFFSETS[m] for m in MODULES if m in {*sources["module"]}]
-    outcome = intervene(suite, tokens, chosen, edits, read, loss)
-    old, new = outcome.activations(chosen["feature"].to_numpy())
-    table = cases.join(chosen[["layer", "feature", "dataset", "text"]]).assign(**_changes(old, new))
-    table["linear"] = _written(suite, chosen, edits) / np.where(old > 0, old, np.nan)
+        sources = cases[["target"]].reset_index(names="case").merge(sources, on="target")
+        layer = chosen["layer"].to_numpy()[sources["case"]] - (sources["module"] == "res")
+        reads = pd.concat([reads, sources.assign(layer=layer)[READS]])
+    read, losses = intervene(suite, tokens, chosen, edits, reads, loss)
+    about = chosen[["layer", "feature", "dataset", "text"]]
+    table = _with_change(cases.join(about).join(read[["old", "new"]]))
+    table["linear"] = _written(suite, chosen, edits) / table["old"].where(table["old"] > 0)
     if sources is not None:
-        table["after"] = _groups_after(outcome, cases, sources)
-        table.loc[new <= 0, "after"] = OFF
-        table.loc[old <= 0, "after"] = None
-    if outcome.losses is not None:
+        active = sources.assign(target=sources["case"])[read["new"].to_numpy()[len(cases) :] > 0]
+        table["after"] = groups_of(cases, active).add_categories([OFF])
+        table.loc[table["new"] <= 0, "after"] = OFF
+        table.loc[table["old"] <= 0, "after"] = None
+    if losses is not None:
         for name in ("loss", "token_loss"):
-            before, after = (outcome.losses[f"{name}_{when}"] for when in ("before", "after"))
+            before, after = losses[f"{name}_before"], losses[f"{name}_after"]
             table[f"{name}_change"] = (after - before) / before
     return table
 
 
-def _changes(old: np.ndarray, new: np.ndarray) -> dict[str, np.ndarray]:
-    change = 1 - (new / np.where(old > 0, old, np.nan)).astype(float)
-    success = np.where(old > 0, new == 0, np.nan)
-    return {"old": old, "new": new, "change": change, "success": success}
+def _with_change(table: "pd.DataFrame") -> "pd.DataFrame":
+    known = table["old"].where(table["old"] > 0)
+    success = (table["new"] == 0).astype(float).where(known.notna())
+    return table.assign(change=1 - (table["new"] / known).astype(float), success=success)
 
 
 def _written(suite: "Suite", targets: "pd.DataFrame", edits: "pd.DataFrame") -> np.ndarray:
     """How much of each case's target its edits take away in a linear reading."""
     import torch
 
-    if "amount" not in edits:  # the amount is known only during the pass
-        return np.full(len(targets), np.nan)
     taken = np.zeros(len(targets))
+    if "amount" not in edits:  # the amount is known only during the pass
+        return taken * np.nan
     edits = edits.join(targets[["layer", "feature"]], on="case", rsuffix="_read")
-    for (layer, module), rows in edits.groupby(["layer", "module"]):
+    chunk = np.arange(len(edits)) // ROWS_AT_ONCE
+    for (layer, module, _), rows in edits.groupby(["layer", "module", chunk]):
         sae = suite.sae(predecessor_site(int(layer), str(module)))
         above = suite.sae(Site(int(layer), "res"))
         if sae.input_site != sae.site or above.normalises_tokens:
             taken[rows["case"]] = np.nan  # what is written passes a norm before it is read
             continue
-        encoder = above.weights().encoder
-        for start in range(0, len(rows), ROWS_AT_ONCE):
-            some = rows.iloc[start : start + ROWS_AT_ONCE]
-            written = sae.decoder_rows(torch.tensor(some["feature"].to_numpy())).float()
-            read = encoder[torch.tensor(some["feature_read"].to_numpy())]
-            shares = (written * read).sum(1).cpu().numpy()
-            np.subtract.at(taken, some["case"].to_numpy(), some["amount"].to_numpy() * shares)
+        written = sae.decoder_rows(torch.tensor(rows["feature"].to_numpy())).float()
+        read = above.weights().encoder[torch.tensor(rows["feature_read"].to_numpy())]
+        shares = (written * read).sum(1).cpu().numpy()
+        np.subtract.at(taken, rows["case"].to_numpy(), rows["amount"].to_numpy() * shares)
     return taken
-
-
-def _groups_after(
-    outcome: Outcome, cases: "pd.DataFrame", sources: "pd.DataFrame"
-) -> "pd.Categorical":
-    sources = cases[["target"]].reset_index(names="case").merge(sources, on="target")
-    for module, part in sources.groupby("module"):
-        features, case = part["feature"].to_numpy(), part["case"].to_numpy()
-        _, after = outcome.activations(features, PREDECESSOR_OFFSETS[str(module)], case)
-        sources.loc[part.index, "activation"] = after
-    groups = groups_of(cases, active_predecessors(sources.assign(target=sources["case"])))
-    return groups.add_categories([OFF])
 
 
 def downstream_effects(
@@ -183,37 +178,27 @@ def downstream_effects(
 
     Returns:
         One row for each case and layer from the target's own on: the case's columns, `layer`,
-        `text`, `dataset`, `above` (layers above the target), `descendant`, `old`, `new`, `change`
-        and `success`.
+        `text` and `dataset` of the target, `above` (layers above it), `descendant`, `old`, `new`,
+        `change` and `success`.
     """
     import pandas as pd
 
     best = best_matches(matches, "forward", "res")
-    upward = {at: part.set_index("source")["feature"] for at, part in best.groupby("source_layer")}
-    about = ["layer", "text", "dataset"]
-    cases = cases.reset_index(drop=True)
-    chosen = cases.join(targets[[*about, "position", "feature"]], on="target")
-    tables = []
-    for layer, own in chosen.groupby("layer"):
-        read = [TARGET_OFFSET]
-        while layer + len(read) - 1 in upward:
-            read.append((len(read), "res"))
-        own_edits = edits[edits["case"].isin(own.index)]
-        own_edits = own_edits.assign(case=own.index.get_indexer(own_edits["case"]))
-        own = own.reset_index(drop=True)
-        outcome = intervene(suite, tokens, own, own_edits, read)
-        descendants = own["feature"]
-        for offset in read:
-            if offset != TARGET_OFFSET:
-                best = upward[layer + offset[0] - 1]
-                descendants = descendants.map(best).fillna(-1).astype(int)
-            followed = np.flatnonzero(descendants >= 0)
-            features = descendants.to_numpy()[followed]
-            effects = _changes(*outcome.activations(features, offset, followed))
-            part = own.loc[followed, [*cases.columns, *about]]
-            part = part.assign(above=offset[0], descendant=features, **effects)
-            tables.append(part[part["old"] > 0])
-    return pd.concat(tables, ignore_index=True)
+    best = best.set_index(["source_layer", "source"])["feature"]
+    about = targets[["layer", "text", "dataset", "position", "feature"]]
+    chosen = cases.reset_index(drop=True).join(about, on="target")
+    reads = chosen.assign(case=chosen.index, module="res")[READS]
+    chain = []
+    while len(reads):
+        chain.append(reads)
+        above = reads.join(best.rename("above"), on=["layer", "feature"]).dropna(subset="above")
+        reads = above.assign(layer=above["layer"] + 1, feature=above["above"].astype(int))[READS]
+    read, _ = intervene(suite, tokens, chosen, edits, pd.concat(chain))
+    read = read.rename(columns={"layer": "at", "feature": "descendant"})
+    table = read.join(chosen.drop(columns=["position", "feature"]), on="case")
+    table = _with_change(table.assign(above=table["at"] - table["layer"]))
+    table = table[table["old"] > 0].sort_values(["layer", "above", "case"], ignore_index=True)
+    return table.drop(columns=["case", "module", "at"])
 
 
 def success_rates(
@@ -225,18 +210,15 @@ def success_rates(
 ) -> "pd.DataFrame":
     """Successful deactivations and activation change, with intervals (paper A.2; CHOICES 10, 11).
 
-    Rates of `deactivate`'s table within the columns `by`; the texts of the sample's `tokens` are
-    drawn anew `times` times.
-
     Returns:
-        One row a group: `by`, `n`, `inactive` (targets that were not active, not among the n),
-        `success`, `change` and, if the table has it, `loss_change`, with `_low` and `_high`.
+        One row for each value of the columns `by`: `n`, `inactive` (targets that were not active,
+        not among the n), `success`, `change` and, if the table has it, `loss_change`, with `_low`
+        and `_high` of `times` resamples of the texts of `tokens`.
     """
     columns = [c for c in ("success", "change", "loss_change") if c in table]
     rates = mean_intervals(table, columns, by, tokens, times, seed)
-    off = table["change"].isna()
-    inactive = off.groupby([table[c] for c in by], observed=True).sum() if by else [off.sum()]
-    rates.insert(len(by) + 1, "inactive", np.asarray(inactive, dtype=int))
+    inactive = table["change"].isna().groupby([table[c] for c in by], observed=True).sum()
+    rates.insert(len(by) + 1, "inactive", inactive.to_numpy(dtype=int))
     return rates.assign(n=rates["n"] - rates["inactive"])
 
 
@@ -244,3 +226,61 @@ def common_targets(table: "pd.DataFrame") -> "pd.DataFrame":
     """The rows of targets for which every method has a case (CHOICES 10)."""
     methods = table.groupby("target")["method"].nunique()
     return table[table["target"].map(methods) == table["method"].nunique()]
+
+
+def table_1(
+    suite: "Suite",
+    tokens: "Tokens",
+    targets: "pd.DataFrame",
+    by_method: "Mapping[str, pd.DataFrame]",
+    activations: FeatureActivations,
+    all_sites: bool = False,
+) -> "pd.DataFrame":
+    """Single matches against the best of all active candidates (Table 1; CHOICES 13, 34).
+
+    A target's site is where a method finds its only predecessor; other targets are left out. A
+    method that finds predecessors at several sites, or none, is held to the site that another one
+    named. The search, "exhaustive", tries the features of the named sites, or of `all_sites`.
+
+    Returns:
+        One row for each method and target: `change`, `success`, `tried` (interventions), `layer`,
+        `feature`, `dataset`, `text`. A method without an active match at the site has tried 0 and
+        changed nothing; `change` and `success` are missing for a target that is not active.
+    """
+    import pandas as pd
+
+    predecessors, only_site = {}, {}
+    for method, sources in by_method.items():
+        check_single(method, sources)
+        predecessors[method] = active = active_predecessors(sources)
+        alone = active[~active["target"].duplicated(keep=False)]
+        only_site[method] = alone.set_index("target")["module"]
+    named = pd.concat(only_site.values())
+    if named.empty:
+        raise ValueError("no target has a single source")
+    first_named = named.groupby("target").first()
+    chosen = targets.loc[first_named.index]
+    cases = {}
+    for method, active in predecessors.items():
+        module = only_site[method].reindex(chosen.index).fillna(first_named)
+        cases[method] = _one_by_one(active[active["target"].map(module) == active["module"]])
+    searched = named.reset_index().drop_duplicates()
+    if all_sites:
+        searched = searched[["target"]].merge(pd.Series(MODULES, name="module"), how="cross")
+    searched = searched.drop_duplicates().join(chosen[["layer", "token_row"]], on="target")
+    cases["exhaustive"] = _one_by_one(every_active(searched, activations))
+    table = deactivate(suite, tokens, targets, *concat_methods(cases))
+    keys = ["method", "target"]
+    tried = table.groupby(keys).size().rename("tried")
+    best = table.sort_values("change", kind="stable").drop_duplicates(keys, keep="last")
+    best = best.set_index(keys)[["change", "success"]].join(tried)
+    best = best.reindex(pd.MultiIndex.from_product([cases, chosen.index], names=keys))
+    best.loc[best["tried"].isna()] = 0.0
+    about = chosen[["layer", "feature", "dataset", "text"]]
+    return best.reset_index().join(about, on="target").astype({"tried": int})
+
+
+def _one_by_one(predecessors: "pd.DataFrame") -> "tuple[pd.DataFrame, pd.DataFrame]":
+    predecessors = predecessors.reset_index(drop=True)
+    edits = predecessors.reset_index(names="case").assign(amount=-predecessors["activation"])
+    return predecessors[["target"]].assign(r=0.0), edits[["case", "module", "feature", "amount"]]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
 import plotly.express as px
 
-from flowhelpers.core.figures import GREY, INK, dress, legend_below
+from flowhelpers.core.figures import GREY, INK
 from flowhelpers.deactivation.ablation import OFF
-from flowhelpers.deactivation.comparisons import CONTROL, SINGLE
+from flowhelpers.deactivation.targets import CONTROL
 from flowhelpers.groups.occurrences import GROUPS
-from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS
+from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS, finish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +22,7 @@ PANELS = {
     "success": "successful deactivations",
     "change": "activation change, mean of 1 − new / old",
     "loss_change": "relative change of the loss",
+    "share": "share of targets",
 }
 LABELS = {
     "group": "where the target has predecessors",
@@ -34,18 +34,11 @@ LABELS = {
     "share": "share of cases",
     "value": "",
 }
-METHOD_LOOKS = {
-    "random": (GREY, "x"),
-    "permutation": ("#56B4E9", "triangle-up"),
-    "top-1": ("#0072B2", "circle"),
-    "top-5": ("#E69F00", "diamond"),
-    "pearson": ("#CC79A7", "square"),
-    CONTROL: (INK, "star"),
-}
-METHODS = tuple(METHOD_LOOKS)
-COLOUR_OF = GROUP_COLOURS | {OFF: "#882255"} | {m: look[0] for m, look in METHOD_LOOKS.items()}
-SYMBOL_OF = GROUP_MARKS | {m: look[1] for m, look in METHOD_LOOKS.items()}
+METHODS = ("random", "permutation", "top-1", "top-5", "pearson", CONTROL)
+METHOD_COLOURS = (GREY, "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", INK)
+COLOUR_OF = GROUP_COLOURS | {OFF: "#882255"} | dict(zip(METHODS, METHOD_COLOURS, strict=True))
 ORDER = [OFF, *GROUPS, *METHODS]  # of series
+LEAST, MOST = -0.55, 1.55  # of changes that are drawn case by case
 MOST_POINTS = 4000
 
 
@@ -59,22 +52,22 @@ def rate_panels(
     facet: str | None = None,
     lines: bool = False,
 ) -> go.Figure:
-    """Rates of `success_rates`, intervals as error bars: Figures 6, 7 and 8, and the controls.
+    """Rates of `success_rates`, intervals as error bars: Figures 6, 7, 8 and 15 a, and the control.
 
-    A panel shows one of the columns (`success`, `change` or `loss_change`) for one value of the
-    column `facet`. `series` is the column told apart by colour and symbol, as marks or `lines`.
+    A panel shows one of the columns (`success`, `change`, `loss_change` or `share`) for one value
+    of the column `facet`. `series` is told apart by colour and symbol, as marks or `lines`.
     """
     import pandas as pd
 
+    ends = f"\n{facet}: " + rates[facet].astype(str) if facet else pd.Series("", rates.index)
     parts = []
-    for value, part in rates.groupby(facet, sort=False) if facet else [("", rates)]:
-        for column in columns:
-            panel = PANELS[column] + (f"<br>{facet}: {value}" if facet else "")
-            ends = {end: part[f"{column}_{end}"] for end in ("low", "high")}
-            parts.append(part.assign(panel=panel, value=part[column], **ends))
-    panels = [part["panel"].iloc[0] for part in parts]
+    for column in columns:
+        value = rates[column]
+        high, low = (rates.get(f"{column}_{end}", value) for end in ("high", "low"))
+        panel = PANELS[column] + ends
+        parts.append(rates.assign(panel=panel, value=value, up=high - value, down=value - low))
+    panels = [PANELS[column] + end for end in ends.unique() for column in columns]
     table = pd.concat(parts).dropna(subset="value").query("n > 0").sort_values(x, kind="stable")
-    table = table.assign(up=table["high"] - table["value"], down=table["value"] - table["low"])
     across = len(columns) if len(columns) > 1 else 3
     places = _groups_in(table[x]) or sorted({*table[x]})
     figure = px.line(
@@ -82,8 +75,8 @@ def rate_panels(
         error_y="up", error_y_minus="down", facet_col="panel", facet_col_wrap=across,
         facet_row_spacing=0.15, facet_col_spacing=0.07, labels=LABELS,
         category_orders={x: places, series: ORDER, "panel": panels},
-        color_discrete_map=COLOUR_OF, symbol_map=SYMBOL_OF,
-        hover_data={"panel": False, "n": ":,"} | dict.fromkeys(("value", "low", "high"), ":.2%"),
+        color_discrete_map=COLOUR_OF, symbol_map=GROUP_MARKS,
+        hover_data={"panel": False, "n": ":,", "value": ":.2%"},
     )  # fmt: skip
     if not lines:
         names = [str(p).removeprefix("From ").replace(" & ", " &<br>") for p in places]
@@ -94,18 +87,7 @@ def rate_panels(
         figure.update_yaxes(matches=None, showticklabels=True)
     figure.update_traces(marker_size=8, error_y={"thickness": 1, "width": 2})
     figure.update_yaxes(tickformat=".2~%", rangemode="tozero", zeroline=True, zerolinecolor=GREY)
-    return _finish(figure, title, subtitle, 225 + 335 * -(-len(panels) // across))
-
-
-def group_shares_by_method(shares: pd.DataFrame, subtitle: str) -> go.Figure:
-    """How targets are spread over the groups: `n` and `share` by `method` and `group` (15 a)."""
-    figure = px.bar(
-        shares, x="group", y="share", color="method", barmode="group", hover_data=["n"],
-        labels=LABELS | {"share": "share of targets"}, color_discrete_map=COLOUR_OF,
-        category_orders={"group": GROUPS, "method": METHODS},
-    )  # fmt: skip
-    figure.update_yaxes(tickformat=".0%")
-    return _finish(figure, "Where targets come from, by how matches are found", subtitle, 540)
+    return finish(figure, title, subtitle, 245 + 335 * -(-len(panels) // across))
 
 
 def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -125,44 +107,32 @@ def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
     figure.update_yaxes(title="", showgrid=False)
     figure.update_xaxes(tickformat=".0%", range=[0, 1])
     title = "What becomes of a feature whose predecessors are removed"
-    figure = _finish(figure, title, subtitle, 225 + 100 * (len(groups) + 1))
-    return figure.update_layout(margin_l=160)
+    return finish(figure, title, subtitle, 345 + 100 * len(groups)).update_layout(margin_l=160)
 
 
 def written_against_change(table: pd.DataFrame, subtitle: str) -> go.Figure:
     """What a removal itself writes away, against the activation change, case by case.
 
-    Cases of `deactivate` at a single site are drawn, at most 4,000. Axes go from the 1 % to the
-    99 % quantile, but hold 0 and 1 and stay within -1 and 2; the subtitle counts what lies outside.
+    Cases of `deactivate` at a single site are drawn, at most 4,000 of those within the axes.
     """
-    known = table[table["removed"].isin(SINGLE)].dropna(subset=["linear", "change", "success"])
-    low, high = np.quantile(known[["linear", "change"]], [0.01, 0.99]) if len(known) else (0, 1)
-    low, high = max(min(low, 0.0), -1.0) - 0.05, min(max(high, 1.0), 2.0) + 0.05
-    inside = known[known[["linear", "change"]].apply(lambda c: c.between(low, high)).all(axis=1)]
-    drawn = inside.sample(min(MOST_POINTS, len(inside)), random_state=0).sort_index()
+    known = table[table["removed"].isin(GROUPS[1:4])].dropna(subset=["linear", "change"])
+    inside = known["linear"].between(LEAST, MOST) & known["change"].between(LEAST, MOST)
+    drawn = known[inside].sample(min(MOST_POINTS, inside.sum()), random_state=0).sort_index()
     names = drawn["layer"].astype(str) + "/res/" + drawn["feature"].astype(str)
     ends = drawn["success"].map({0: "still active", 1: "deactivated"})
     figure = px.scatter(
         drawn.assign(feature=names, ends=ends), x="linear", y="change", color="removed",
         symbol="ends", facet_col="removed", hover_name="feature", opacity=0.6, labels=LABELS,
-        color_discrete_map=COLOUR_OF, category_orders={"removed": _groups_in(drawn["removed"])},
+        range_x=[LEAST, MOST], range_y=[LEAST, MOST], color_discrete_map=COLOUR_OF,
+        category_orders={"removed": _groups_in(drawn["removed"])},
         symbol_map={"still active": "circle-open", "deactivated": "circle"},
     )  # fmt: skip
-    figure.add_shape(
-        type="line", x0=low, y0=low, x1=high, y1=high, line={"dash": "dot", "width": 1},
-        row="all", col="all",  # pyright: ignore[reportArgumentType]
-    )  # fmt: skip
-    figure.update_xaxes(range=[low, high]).update_yaxes(range=[low, high])
-    subtitle += f" · {len(drawn):,} of {len(known):,} cases drawn, "
-    subtitle += f"{len(known) - len(inside):,} outside; dotted: as much as is written"
-    return _finish(figure, "What is written against what happens", subtitle, 600)
+    dotted = {"type": "line", "line": {"dash": "dot", "width": 1}, "row": "all", "col": "all"}
+    figure.add_shape(x0=LEAST, y0=LEAST, x1=MOST, y1=MOST, **dotted)
+    subtitle += f" · {len(drawn):,} of {len(known):,} cases drawn, {(~inside).sum():,} outside"
+    subtitle += "; dotted: as much as is written"
+    return finish(figure, "What is written against what happens", subtitle, 600)
 
 
 def _groups_in(values: pd.Series) -> list[str]:
     return [group for group in GROUPS if group in {*values}]
-
-
-def _finish(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
-    """The figure with the look that all have; facets bear their values alone."""
-    figure.for_each_annotation(lambda note: note.update(text=note.text.split("=", 1)[-1]))
-    return legend_below(dress(figure, title, subtitle, height).update_layout(legend_title=""), 20)

@@ -16,11 +16,15 @@ from flowhelpers.groups.occurrences import group_names, with_dataset
 if TYPE_CHECKING:
     import pandas as pd
 
+    from flowhelpers.suites.load import Suite
 
-def middle_layers(layers: int, n: int = 3) -> list[int]:
-    """`n` layers spread over the depth: 6, 12 and 18 of Gemma 2 2B's 26, as in the paper."""
-    step = max(layers // (n + 1), 1)
-    return [number * step for number in range(1, n + 1) if number * step < layers]
+CONTROL = "equal norm, random"
+
+
+def middle_layers(layers: int) -> list[int]:
+    """Three layers spread over the depth: 6, 12 and 18 of Gemma 2 2B's 26, as in the paper."""
+    step = max(layers // 4, 1)
+    return [layer for layer in (step, 2 * step, 3 * step) if layer < layers]
 
 
 def draw_targets(
@@ -36,11 +40,9 @@ def draw_targets(
 
     if per_token < 1:
         raise ValueError(f"per_token={per_token}: expected 1 or more")
-    if not len(layers) or len(set(layers)) < len(layers):
-        raise ValueError(f"layers={list(layers)}: expected one or more, each once")
     readable = sorted(site.layer for site in activations.by_site if site.module == "res")
-    if missing := sorted(set(layers) - set(readable)):
-        raise ValueError(f"no activations at {missing[0]}/res: expected a layer of {readable}")
+    if not layers or sorted({*layers} & {*readable}) != sorted(layers):
+        raise ValueError(f"layers={list(layers)}: expected some of {readable}, each once")
     rng = np.random.default_rng(seed)
     parts = []
     for layer in layers:
@@ -52,7 +54,7 @@ def draw_targets(
         parts.append(part.sort_values(["token_row", "feature"]))
     targets = pd.concat(parts, ignore_index=True)
     tokens = with_dataset(activations.tokens)[["dataset", "text", "position", "token"]]
-    return targets.join(tokens.iloc[targets["token_row"]].reset_index(drop=True))
+    return targets.join(tokens, on="token_row")
 
 
 def sources_of(
@@ -68,22 +70,20 @@ def sources_of(
         `activation`, 0 where it is not active.
     """
     backward = matches[matches["direction"] == "backward"]
-    ranks = int(backward["rank"].max())
-    if not 1 <= top_n <= ranks:
+    if not 1 <= top_n <= (ranks := int(backward["rank"].max())):
         raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
     if missing := sorted(set(targets["layer"]) - set(backward["layer"])):
         raise ValueError(f"no matches at layer {missing[0]}: its features have no predecessors")
     backward = backward[(backward["rank"] <= top_n) & (backward["source"] >= 0)]
+    backward = backward[["layer", "feature", "module", "source", "rank"]]
     sources = targets[["layer", "feature", "token_row"]].reset_index(names="target")
-    columns = ["layer", "feature", "module", "source", "rank"]
-    sources = sources.merge(backward[columns], on=["layer", "feature"]).assign(activation=0.0)
-    sources["module"] = sources["module"].astype(str)
+    sources = sources.merge(backward.astype({"module": str}), on=["layer", "feature"])
+    sources = sources.sort_values(["target", "module", "rank"], ignore_index=True)
+    sources = sources.assign(feature=sources["source"], activation=0.0)
     for (layer, module), part in sources.groupby(["layer", "module"]):
         codes = activations.by_site[predecessor_site(int(layer), str(module))]
-        values = codes[part["token_row"].to_numpy(), part["source"].to_numpy()]
+        values = codes[part["token_row"].to_numpy(), part["feature"].to_numpy()]
         sources.loc[part.index, "activation"] = np.asarray(values, dtype=float).ravel()
-    sources = sources.sort_values(["target", "module", "rank"], ignore_index=True)
-    sources = sources.assign(feature=sources["source"])
     return sources[["target", "module", "feature", "rank", "activation"]]
 
 
@@ -98,3 +98,60 @@ def groups_of(targets: "pd.DataFrame", predecessors: "pd.DataFrame") -> "pd.Cate
 
     counts = pd.crosstab(predecessors["target"], predecessors["module"])
     return group_names(counts.reindex(index=targets.index, columns=list(MODULES), fill_value=0) > 0)
+
+
+def equal_norm(
+    suite: "Suite",
+    targets: "pd.DataFrame",
+    sources: "pd.DataFrame",
+    activations: FeatureActivations,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """The control that the paper lacks: other active features, same norm of change (CHOICES 33).
+
+    Each predecessor is replaced by another feature drawn from those active at the same site and
+    token, its activation scaled so that removing it changes what its SAE reads by the same norm,
+    even where that is more than the feature writes.
+
+    Returns:
+        As `active_predecessors`; targets that have no other feature active at a site are left out.
+    """
+    import torch
+
+    predecessors = active_predecessors(sources)
+    check_single("the control", predecessors)
+    rng = np.random.default_rng(seed)
+    keys = ["target", "module"]
+    sites = predecessors.join(targets[["layer", "token_row"]], on="target")
+    others = every_active(sites, activations)
+    others = others.merge(predecessors[[*keys, "feature"]], on=keys, suffixes=("", "_own"))
+    by_site = others[others["feature"] != others["feature_own"]].groupby(keys, sort=False)
+    drawn = by_site["feature"].agg(lambda features: rng.choice(np.sort(features)))
+    sites = sites.join(drawn.rename("other"), on=keys)
+    alone = sites.loc[sites["other"].isna(), "target"]
+    sites = sites[~sites["target"].isin(alone)].reset_index(drop=True).astype({"other": int})
+    for (layer, module), part in sites.groupby(["layer", "module"]):
+        sae = suite.sae(predecessor_site(int(layer), str(module)))
+        features = torch.tensor(part[["feature", "other"]].to_numpy().T)
+        own, other = (sae.decoder_rows(f).float().norm(dim=1).cpu().numpy() for f in features)
+        sites.loc[part.index, "activation"] = part["activation"] * own / other
+    return sites.assign(feature=sites["other"])[[*predecessors.columns]]
+
+
+def check_single(method: str, sources: "pd.DataFrame") -> None:
+    """An error if a target has several matches at a site."""
+    if sources.duplicated(["target", "module"]).any():
+        raise ValueError(f"{method} has several matches at a site: expected one (top-1)")
+
+
+def every_active(sites: "pd.DataFrame", activations: FeatureActivations) -> "pd.DataFrame":
+    """All features that are active at the `layer`, `module` and `token_row` of each `target`."""
+    import pandas as pd
+
+    parts = []
+    for (layer, module), part in sites.groupby(["layer", "module"]):
+        at_site = activations.by_site[predecessor_site(int(layer), str(module))]
+        codes = at_site[part["token_row"].to_numpy()].tocoo()
+        columns = {"feature": codes.col, "activation": codes.data}
+        parts.append(part[["target", "module"]].iloc[codes.row].assign(**columns))
+    return active_predecessors(pd.concat(parts))

@@ -5,7 +5,6 @@ Every edit adds something to the stream, so that what an SAE does not explain st
 and a reading share a site, the reading sees what the edit made.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -29,9 +28,9 @@ def add(
         ValueError: If the vector is zero or not finite, s is not finite, or no position is given;
             when it is applied, if the vector has another width than the stream.
     """
-    if not torch.isfinite(vector).all() or not vector.any():
-        raise ValueError(f"the vector to add at {site} is zero or not finite")
-    _check_finite(strength, "strength")
+    _check_finite(site, strength * vector)
+    if not vector.any():
+        raise ValueError(f"the vector to add at {site} is zero")
     return _edit(site, positions, lambda here: strength * vector.to(here))
 
 
@@ -50,41 +49,30 @@ def rescale(
         ValueError: If a feature belongs to another site, none is given, or r is not finite.
     """
     factors = torch.tensor([r] * len(features) if isinstance(r, (int, float)) else r)
-    for factor in factors.tolist():
-        _check_finite(factor, "r")
+    _check_finite(sae.site, factors)
     if not len(factors) == len(features) > 0:
         raise ValueError(f"{len(factors)} factors for {len(features)} features")
     for feature in features:
         if feature.site != sae.site:
             raise ValueError(f"{feature} is no feature of {sae.site}")
     indices = torch.tensor([feature.index for feature in features], device=sae.norms.device)
-    decoder_rows = sae.decoder_rows(indices)
-
-    def step(here: Tensor) -> Tensor:
-        codes = sae.encode(here)[..., indices].float()  # a difference is lost in half precision
-        return ((factors.to(codes) * codes - codes) @ decoder_rows.to(codes)).to(here)
-
-    return _edit(sae.input_site, positions, step)
+    return _rescaling(sae, indices, lambda codes: factors.to(codes) - 1, positions)
 
 
 def add_per_row(
     site: Site,
     rows: Int[Tensor, "n"],
     vectors: Float[Tensor, "n d_model"],
-    position: int | None = None,
+    positions: Sequence[int] | None = None,
 ) -> Edit:
-    """Each row of a batch its own edits: `h[row] + v`, at one position or all of them."""
-    if not torch.isfinite(vectors).all():
-        bad = int(rows[(~torch.isfinite(vectors)).any(1).to(rows.device)][0])
-        raise ValueError(f"what row {bad} of the batch is to have added at {site} is not finite")
+    """Each row of a batch its own edits: `h[row] + v`."""
+    _check_finite(site, vectors)
 
-    def change(activations: Activations) -> Activations:
-        at = _columns(None if position is None else [position], activations, site)
-        step = torch.zeros(len(activations), vectors.shape[1], device=activations.device)
-        step = step.index_add(0, rows.to(step.device), vectors.to(step))
-        return _stepped(activations, at, step[:, None].to(activations), site, each=True)
+    def step(here: Tensor) -> Tensor:
+        steps = torch.zeros(len(here), vectors.shape[1], device=here.device)
+        return steps.index_add(0, rows.to(here.device), vectors.to(steps))[:, None].to(here)
 
-    return Edit(site, change)
+    return _edit(site, positions, step, each_row=True)
 
 
 def rescale_per_row(
@@ -92,76 +80,81 @@ def rescale_per_row(
     rows: Int[Tensor, "n"],
     features: Int[Tensor, "n"],
     r: Float[Tensor, "n"],
-    position: int | None = None,
+    positions: Sequence[int] | None = None,
 ) -> Edit:
-    """Each row of a batch its own `rescale` of features, live, at one position or all of them."""
-    if not torch.isfinite(r).all():
-        raise ValueError(f"r={float(r[~torch.isfinite(r)][0])}: expected a finite number")
+    """Each row of a batch its own `rescale` of features, live."""
+    _check_finite(sae.site, r)
     chosen, column = features.unique(return_inverse=True)
-    decoder_rows = sae.decoder_rows(chosen)
 
-    def change(activations: Activations) -> Activations:
-        at = _columns(None if position is None else [position], activations, sae.input_site)
-        here = activations[:, at]
-        codes = sae.encode(here)[..., chosen].float()  # r - 1 is lost in half precision
-        factors = torch.zeros(len(here), len(chosen), device=codes.device, dtype=codes.dtype)
-        factors.index_put_((rows, column), r.to(codes) - 1, accumulate=True)
-        step = (codes * factors[:, None]) @ decoder_rows.to(codes)
-        return _stepped(activations, at, step.to(here), sae.input_site, position is not None)
+    def change(codes: Tensor) -> Tensor:
+        changes = codes.new_zeros(len(codes), len(chosen))
+        changes.index_put_((rows, column), r.to(codes) - 1, accumulate=True)
+        return changes[:, None]
 
-    return Edit(sae.input_site, change)
+    return _rescaling(sae, chosen, change, positions, each_row=positions is not None)
 
 
-def _edit(site: Site, positions: Sequence[int] | None, step: Callable[[Tensor], Tensor]) -> Edit:
+def _rescaling(
+    sae: SAE,
+    features: Int[Tensor, "n"],
+    change: Callable[[Tensor], Tensor],
+    positions: Sequence[int] | None,
+    each_row: bool = False,
+) -> Edit:
+    """Adds the features' activations times `change` of them, r - 1."""
+    decoder_rows = sae.decoder_rows(features)
+
+    def step(here: Tensor) -> Tensor:
+        codes = sae.encode(here)[..., features].float()  # r - 1 is lost in half precision
+        return ((codes * change(codes)) @ decoder_rows.to(codes)).to(here)
+
+    return _edit(sae.input_site, positions, step, each_row)
+
+
+def _edit(
+    site: Site,
+    positions: Sequence[int] | None,
+    step: Callable[[Tensor], Tensor],
+    each_row: bool = False,
+) -> Edit:
+    """Adds a step at some positions, by default all; one that is lost to rounding is an error.
+
+    Where each row is an edit of its own, each has to change its row; else one token is enough.
+    """
     if positions is not None and not len(positions):
         raise ValueError(f"the edit at {site} names no position: it would reach no token")
 
     def change(activations: Activations) -> Activations:
-        at = _columns(positions, activations, site)
-        return _stepped(activations, at, step(activations[:, at]), site)
+        length = activations.shape[1]
+        for position in positions or ():
+            if not -length <= position < length:
+                raise ValueError(
+                    f"the edit at {site} names position {position}: the text has {length} tokens"
+                )
+        at = slice(None) if positions is None else list(positions)
+        here = activations[:, at]
+        added = step(here)
+        if added.shape[-1] != here.shape[-1]:  # a width of 1 would be spread over the whole stream
+            raise ValueError(
+                f"the edit at {site} has width {added.shape[-1]}: expected {here.shape[-1]}"
+            )
+        added = added.expand_as(here)
+        changed = activations.clone()
+        changed[:, at] = here + added
+        meant = added.any(-1)
+        lost = meant & (changed[:, at] == here).all(-1)
+        if lost.any() and (each_row or bool((lost == meant).all())):
+            size = float(added[lost].float().norm(dim=-1).max())
+            raise ValueError(
+                f"the edit at {site} leaves {int(lost.sum())} tokens as they were: its step of"
+                f" {size:.1g} is lost to rounding in {activations.dtype}"
+            )
+        return changed
 
     return Edit(site, change)
 
 
-def _stepped(
-    activations: Activations, at: slice | list[int], step: Tensor, site: Site, each: bool = False
-) -> Activations:
-    """The stream after a step at some positions; one that is lost to rounding is an error.
-
-    Where each row is an edit of its own, each has to change its row; else one token is enough.
-    """
-    here = activations[:, at]
-    if step.shape[-1] != here.shape[-1]:  # a width of 1 would be spread over the whole stream
-        raise ValueError(
-            f"the edit at {site} has width {step.shape[-1]}: expected {here.shape[-1]}"
-        )
-    step = step.expand_as(here)
-    changed = activations.clone()
-    changed[:, at] = here + step
-    meant = step.any(-1)
-    lost = meant & (changed[:, at] == here).all(-1)
-    if lost.any() and (each or bool((lost == meant).all())):
-        size = float(step[lost].float().norm(dim=-1).max())
-        raise ValueError(
-            f"the edit at {site} leaves {int(lost.sum())} tokens as they were: its step of"
-            f" {size:.1g} is lost to rounding in {activations.dtype}, in a stream of"
-            f" {float(here.float().norm(dim=-1).max()):.3g}"
-        )
-    return changed
-
-
-def _columns(
-    positions: Sequence[int] | None, activations: Activations, site: Site
-) -> slice | list[int]:
-    length = activations.shape[1]
-    for position in positions or ():
-        if not -length <= position < length:
-            raise ValueError(
-                f"the edit at {site} names position {position}: the text has {length} tokens"
-            )
-    return slice(None) if positions is None else list(positions)
-
-
-def _check_finite(value: float, name: str) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name}={value}: expected a finite number")
+def _check_finite(site: Site, values: Tensor) -> None:
+    if not torch.isfinite(values).all():
+        value = float(values[~torch.isfinite(values)][0])
+        raise ValueError(f"the edit at {site} is given {value}: expected finite numbers")

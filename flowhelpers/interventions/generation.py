@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowhelpers.core.features import suggestion
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import Activations, Edit, Model, editing, forward, tokenize
 
@@ -19,9 +18,8 @@ class NotFiniteError(FloatingPointError):
     """Logits are no longer finite in some `rows` of the batch."""
 
     def __init__(self, rows: Sequence[int], step: int) -> None:
-        names = ", ".join(map(str, rows))
-        super().__init__(f"logits are no longer finite at new token {step} in rows {names}")
-        self.rows = tuple(rows)
+        super().__init__(f"logits are no longer finite at new token {step} in rows {rows}")
+        self.rows = rows
 
 
 def generate(
@@ -35,11 +33,9 @@ def generate(
     edits: Sequence[Edit] = (),
 ) -> list[str]:
     """Sample continuations of a prompt; edits act on prompt and generated tokens alike."""
-    ids = prompt_ids(model, prompt, max_new_tokens)
+    ids = prompt_ids(model, prompt, max_new_tokens).expand(samples, -1)
     seeds = [sample_seed(seed, i) for i in range(samples)]
-    sampled = sample_tokens(
-        model, ids.expand(samples, -1), seeds, max_new_tokens, temperature, top_p, edits
-    )
+    sampled = sample_tokens(model, ids, seeds, max_new_tokens, temperature, top_p, edits)
     return continuations(model, sampled[:, ids.shape[1] :])
 
 
@@ -97,17 +93,14 @@ def sample_tokens(
     """
     from transformers import DynamicCache
 
-    if temperature <= 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+    if temperature <= 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or not len(ids):
         raise ValueError(
-            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens}:"
-            " expected temperature > 0, 0 < top_p <= 1 and max_new_tokens >= 1"
+            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens},"
+            f" {len(ids)} samples: expected 0 < top_p <= 1 and more than 0 of the others"
         )
-    if not len(seeds) == len(ids) > 0:
-        raise ValueError(f"{len(seeds)} seeds for {len(ids)} rows: expected one for each")
-    for phase in phases:
-        if phase not in PHASES:
-            raise ValueError(f"unknown phase {phase!r}{suggestion(phase, PHASES)}")
-    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    if unknown := {*phases} - {*PHASES}:
+        raise ValueError(f"phases={unknown}: expected some of {PHASES}")
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = np.stack([torch.rand(max_new_tokens, generator=g).numpy() for g in generators])
     ended = torch.zeros(len(ids), dtype=torch.bool)
     # The first pass reads the prompt, each later one a single new token.

@@ -4,18 +4,20 @@
 
 The loop is what a user of TransformerLens would write: one `run_with_hooks` over the text for each
 intervention, with a hook that edits and one that reads; a second loop cuts the text at the token
-and stops at the layer. Last comes an experiment of the size of the paper's: 13,125 features by five
-methods.
+and stops at the layer. The curve is over the rows of a pass, on as many different interventions at
+one token. Last comes an experiment of the size of the paper's: 13,125 features by five methods.
 
 On two cores of an AMD EPYC with `flowlet`, texts of up to 128 tokens: the loop makes 31 a second
 (48 cut and stopped); the batch 983 a second over an experiment of the paper's size, 32 (20) times
-as many, which takes 26 s for its 42,645 cases, 25,408 of them different. Slower machines change the
+as many, which takes 26 s for its 42,645 cases, 25,408 of them different. By rows in a pass: 19, 74,
+276, 1,012, 2,062 and 2,387 a second with 1, 4, 16, 64, 256 and 1,024. Slower machines change the
 times and little of the ratios.
 """
 
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,13 @@ from flowhelpers.deactivation import (
     middle_layers,
     sources_of,
 )
-from flowhelpers.interventions.batched import intervene
+from flowhelpers.interventions.batched import _distinct, intervene
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import Tokens, hook_name
 
 PAPER_TARGETS = 13_125
+ROWS = (1, 4, 16, 64, 256, 1024)
 
 
 @torch.no_grad()
@@ -73,6 +76,18 @@ def by_hooks(
         ids = tokens.ids[text : text + 1, :end]
         suite.model.bridge.run_with_hooks(ids, return_type="logits", fwd_hooks=hooks, **stop)
     return found
+
+
+def random_edits(
+    suite: Suite, token: tuple[int, int], layer: int, n: int, seed: int = 0
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """So many different interventions at one token."""
+    rng = np.random.default_rng(seed)
+    cases = pd.DataFrame([(*token, layer)] * n, columns=["text", "position", "layer"])
+    edits = pd.DataFrame({"case": range(n), "module": rng.choice(["res", "mlp", "att"], n)})
+    sites = [predecessor_site(layer, module) for module in edits["module"]]
+    edits["feature"] = rng.integers([suite.sae(site).width for site in sites])
+    return cases, edits.assign(amount=rng.normal(size=n) + 3)
 
 
 def main() -> None:
@@ -117,14 +132,28 @@ def main() -> None:
         took, each = seconds(lambda cut=cut: by_hooks(suite, sample.ids, where, own, cut))
         rates[name] = given.loop / took
         print(f"loop of run_with_hooks, {name}: {rates[name]:.1f} interventions a second")
-    outcome = intervene(suite, sample.ids, where, own)
-    after = outcome.after[0, "res"][outcome.row].toarray()
-    off = max(float(np.abs(after[i] - one.cpu().numpy()).max()) for i, one in enumerate(each))
+    read = [
+        pd.DataFrame({"case": i, "layer": layer, "module": "res", "feature": np.arange(len(codes))})
+        for i, (layer, codes) in enumerate(zip(where["layer"], each, strict=True))
+    ]
+    after, _ = intervene(suite, sample.ids, where, own, pd.concat(read))
+    off = np.abs(after["new"].to_numpy() - torch.cat(each).cpu().numpy()).max()
     print(f"the largest difference of an activation between loop and batch: {off:.1e}")
 
+    token = (int(where["text"][0]), int(where["position"][0]))
+    for rows in ROWS:
+        made = random_edits(suite, token, layers[1], rows)
+        reads = made[1].assign(layer=layers[1], module="res", feature=0)
+        once = partial(intervene, suite, sample.ids, *made, reads, batch_size=rows)
+        took = min(seconds(once)[0] for _ in range(3))
+        print(
+            f"{rows:>5} rows in a pass: {rows / took:,.0f} a second, the text's own pass included"
+        )
+
     where = targets.loc[cases["target"], ["text", "position", "layer"]].reset_index(drop=True)
-    took, outcome = seconds(lambda: intervene(suite, sample.ids, where, edits))
-    made = outcome.after[0, "res"].shape[0]
+    reads = where.assign(case=where.index, module="res", feature=0)
+    took, _ = seconds(lambda: intervene(suite, sample.ids, where, edits, reads))
+    made = len(_distinct(where, edits)[1])
     print(f"{len(targets):,} targets x {len(parts)} methods: {len(cases):,} cases in {took:.0f} s,")
     print(f"  {made:,} different interventions, {made / took:,.0f} a second:")
     for name, slow in rates.items():

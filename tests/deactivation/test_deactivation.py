@@ -120,10 +120,10 @@ def test_sources_are_the_matches_with_what_they_do_at_that_token(world: SimpleNa
 
 
 REFUSED = {
-    "layers=.*: expected one or more, each once": lambda w: draw_targets(w.activations, []),
+    r"layers=\[\]: expected some of": lambda w: draw_targets(w.activations, []),
     "layers=.1, 1.: expected": lambda w: draw_targets(w.activations, [1, 1]),
     "per_token=0: expected 1 or more": lambda w: draw_targets(w.activations, [1], 0),
-    "no activations at 5/res": lambda w: draw_targets(w.activations, [5]),
+    "layers=.5.: expected some of .0, 1, 2., each once": lambda w: draw_targets(w.activations, [5]),
     "top_n=2: expected 1 to 1": lambda w: sources_of(w.targets, w.matches, w.activations, 2),
     "no matches at layer 2": lambda w: sources_of(
         draw_targets(w.activations, [2]), w.matches, w.activations
@@ -240,8 +240,6 @@ def test_rates_are_means_over_active_targets_with_intervals_of_texts(world: Simp
     shares = drawn @ of_text["sum"].to_numpy() / (drawn @ of_text["count"].to_numpy())
     low, high = np.quantile(shares, [0.025, 0.975])
     assert rates.loc[RES, ["success_low", "success_high"]].tolist() == pytest.approx([low, high])
-    whole = success_rates(table, [], tokens, times=5)
-    assert (whole["n"][0], whole["inactive"][0]) == (len(table) - 1, 1)
 
 
 def test_a_target_that_is_off_has_no_change(world: SimpleNamespace):

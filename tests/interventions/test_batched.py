@@ -17,7 +17,7 @@ from torch import Tensor
 from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
 from flowhelpers.core.features import MODULES, FeatureId, Site, predecessor_site
 from flowhelpers.interventions import batched
-from flowhelpers.interventions.batched import Offset, Outcome, intervene
+from flowhelpers.interventions.batched import intervene
 from flowhelpers.interventions.edits import add, add_per_row, rescale
 from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.load import Suite, load_suite
@@ -82,9 +82,24 @@ def random_cases(
     return cases_of(*cases), edits_of(*edits)
 
 
+Place = tuple[int, str]  # layers above the target, and module
+HERE: list[Place] = [(0, "res"), (0, "mlp")]
+
+
+def every_feature(suite: Suite, cases: pd.DataFrame, places: list[Place]) -> pd.DataFrame:
+    """Reads of all features at places of all cases."""
+    parts = []
+    for case, layer in enumerate(cases["layer"]):
+        for up, module in places:
+            features = np.arange(suite.sae(Site(layer + up, module)).width)
+            part = {"case": case, "layer": layer + up, "module": module, "feature": features}
+            parts.append(pd.DataFrame(part))
+    return pd.concat(parts, ignore_index=True)
+
+
 def one_at_a_time(
-    suite: Suite, tokens: Tokens, case: Any, edits: pd.DataFrame, read: list[Offset]
-) -> tuple[dict[Offset, np.ndarray], Tensor]:
+    suite: Suite, tokens: Tokens, case: Any, edits: pd.DataFrame, places: list[Place]
+) -> tuple[np.ndarray, Tensor]:
     """Features at the edited token and the loss at every token, from a pass over the whole text."""
     ids = tokens.ids[case.text, : 1 + int(tokens.is_text[case.text].nonzero().max())][None]
     changes = []
@@ -96,99 +111,100 @@ def one_at_a_time(
         else:
             vector = sae.lens_sae.W_dec[edit.feature]
             changes.append(add(sae.input_site, vector, edit.amount, at))
-    saes = {offset: suite.sae(Site(case.layer + offset[0], offset[1])) for offset in read}
-    inputs = [sae.input_site for sae in saes.values()]
-    logits, stream = run_model(suite.model, ids, inputs, changes)
+    saes = [suite.sae(Site(case.layer + up, module)) for up, module in places]
+    logits, stream = run_model(suite.model, ids, [sae.input_site for sae in saes], changes)
     assert logits is not None
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="none")
-    at_token = {offset: stream[sae.input_site][0, case.position] for offset, sae in saes.items()}
-    return {offset: saes[offset].encode(x).numpy() for offset, x in at_token.items()}, loss
+    codes = [sae.encode(stream[sae.input_site][0, case.position]) for sae in saes]
+    return torch.cat(codes).numpy(), loss
 
 
 def checked(
-    suite: Suite, tokens: Tokens, cases: pd.DataFrame, edits: pd.DataFrame, read: list[Offset]
-) -> tuple[Outcome, dict[Offset, int]]:
-    """The outcome, equal to passes over whole texts, and in how many cases each site moved."""
-    outcome = intervene(suite, tokens, cases, edits, read, loss=True)
-    moved = dict.fromkeys(read, 0)
-    losses = outcome.losses
+    suite: Suite, tokens: Tokens, cases: pd.DataFrame, edits: pd.DataFrame, places: list[Place]
+) -> pd.DataFrame:
+    """What is read of all features, equal to passes over whole texts."""
+    read, losses = intervene(
+        suite, tokens, cases, edits, every_feature(suite, cases, places), loss=True
+    )
     assert losses is not None
     for i, case in enumerate(cases.itertuples()):
-        codes, loss = one_at_a_time(suite, tokens, case, edits[edits["case"] == i], read)
-        clean, clean_loss = one_at_a_time(suite, tokens, case, edits[:0], read)
-        for offset in read:
-            after = outcome.after[offset][outcome.row[i]].toarray()[0]
-            before = outcome.before[offset][outcome.token[i]].toarray()[0]
-            assert after == pytest.approx(codes[offset], abs=1e-5, rel=1e-5)
-            assert before == pytest.approx(clean[offset], abs=1e-5, rel=1e-5)
-            moved[offset] += int(np.abs(after - before).max() > 1e-3)
+        own = read[read["case"] == i]
+        codes, loss = one_at_a_time(suite, tokens, case, edits[edits["case"] == i], places)
+        clean, clean_loss = one_at_a_time(suite, tokens, case, edits[:0], places)
+        assert own["new"].to_numpy() == pytest.approx(codes, abs=1e-5, rel=1e-5)
+        assert own["old"].to_numpy() == pytest.approx(clean, abs=1e-5, rel=1e-5)
         assert losses["loss_after"][i] == pytest.approx(float(loss.mean()), abs=1e-5)
         assert losses["loss_before"][i] == pytest.approx(float(clean_loss.mean()), abs=1e-5)
-        own = float(loss[case.position]) if case.position < len(loss) else np.nan
-        assert losses["token_loss_after"][i] == pytest.approx(own, abs=1e-5, nan_ok=True)
-    return outcome, moved
+        token_loss = float(loss[case.position]) if case.position < len(loss) else np.nan
+        assert losses["token_loss_after"][i] == pytest.approx(token_loss, abs=1e-5, nan_ok=True)
+    return read
+
+
+def moved(read: pd.DataFrame) -> pd.Series:
+    """The largest change of each case at each site."""
+    keys = [read["case"], read["module"], read["layer"]]
+    return (read["new"] - read["old"]).abs().groupby(keys).max()
 
 
 def test_a_batch_gives_what_one_at_a_time_gives(flowlet: SimpleNamespace):
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 200)
     assert set(edits["module"]) == set(MODULES)
     assert edits["amount"].min() < 0 < edits["amount"].max()
-    read: list[Offset] = [(0, "res"), (0, "mlp")]
-    _, moved = checked(flowlet.suite, flowlet.tokens, cases, edits, read)
-    assert min(moved.values()) > 150
-
-
-def assert_same(one: Outcome, other: Outcome) -> None:
-    """Two outcomes give the same activations and losses to each case."""
-    for offset in one.after:
-        for name, rows in (("before", "token"), ("after", "row")):
-            first, second = (getattr(o, name)[offset][getattr(o, rows)] for o in (one, other))
-            assert np.abs((first - second).toarray()).max() < 1e-5
-    if one.losses is not None and other.losses is not None:
-        assert one.losses.to_numpy() == pytest.approx(other.losses.to_numpy(), abs=1e-5)
+    read = checked(flowlet.suite, flowlet.tokens, cases, edits, HERE)
+    assert (moved(read) > 1e-3).groupby("module").sum().min() > 150
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_how_many_go_at_once_changes_no_number(flowlet: SimpleNamespace, batch_size: int):
+    # Where SAEs are read on demand, a pass serves one layer; else all at the same token.
     cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=1)
     cases[["text", "position"]] = (1, 7)  # so that a batch is full
-    given = (flowlet.suite, flowlet.tokens, cases, edits)
-    known, other = (intervene(*given, loss=True, batch_size=size) for size in (None, batch_size))
-    assert known.losses is not None
-    assert_same(known, other)
-
-
-def test_layers_apart_and_together_give_the_same(
-    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-):
-    # Where SAEs are read on demand, a pass serves one layer; else all at the same token.
-    cases, edits = random_cases(flowlet.suite, flowlet.activations, 60, seed=4)
-    cases["position"] = 6
     apart = replace(flowlet.suite, saes=MappingProxyType(dict(flowlet.suite.saes)))
-    offsets, passes, outcomes = [(0, "res"), (-1, "res"), (0, "res")], [], []
+    reads = every_feature(flowlet.suite, cases, HERE)
+    known, *others = (
+        intervene(suite, flowlet.tokens, cases, edits, reads, True, size)
+        for suite, size in ((flowlet.suite, None), (flowlet.suite, batch_size), (apart, batch_size))
+    )
+    for tables in others:
+        for one, other in zip(known, tables, strict=True):
+            pd.testing.assert_frame_equal(one, other, atol=1e-5)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The shape of the batch, the layer to stop at and the prefix's length of every pass."""
+    made = []
 
     def watched(*given: Any) -> Any:
-        passes.append(len(outcomes))
+        made.append((given[1].shape, given[4], len(given[5])))
         return run_model(*given)
 
     monkeypatch.setattr(batched, "run_model", watched)
-    for suite in (flowlet.suite, apart):
-        outcomes.append(intervene(suite, flowlet.tokens, cases, edits, offsets, batch_size=9))
-    assert passes.count(0) < passes.count(1)
-    assert_same(*outcomes)
+    return made
 
 
-def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace):
+def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace, passes: list[tuple]):
     cases = cases_of((0, 3, 1), (0, 3, 1), (0, 3, 1), (0, 4, 1), (1, 3, 1))
     edits = edits_of(
         (0, "res", 1, -1.0), (0, "mlp", 1, -2.0), (1, "mlp", 1, -2.0), (1, "res", 1, -1.0),
         (2, "res", 1, -1.0), (3, "res", 1, -1.0), (4, "res", 1, -1.0),
     )  # fmt: skip
-    outcome = intervene(world.suite, world.tokens, cases, edits)
-    assert outcome.row.tolist() == [0, 0, 1, 2, 3]
-    assert outcome.token.tolist() == [0, 0, 0, 1, 2]
-    assert outcome.after[0, "res"].shape[0] == 4
-    assert outcome.before[0, "res"].shape[0] == 3
+    checked(world.suite, world.tokens, cases, edits, HERE)
+    edited = [shape[0] - 1 for shape, _, _ in passes]
+    assert edited == [2, 1, 1]
+
+
+def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, passes: list[tuple]):
+    cases = cases_of((0, 5, 2), (0, 5, 2), (0, 8, 6))
+    edits = edits_of((0, "res", 3, 1.0), (1, "mlp", 3, 1.0), (2, "att", 3, 1.0))
+    given = (flowlet.suite, flowlet.tokens, cases, edits)
+    reads = every_feature(flowlet.suite, cases, HERE)
+    intervene(*given, reads)
+    assert passes == [((3, 1), 2, 5), ((2, 1), 6, 8)]
+    passes.clear()
+    intervene(*given, reads, loss=True)
+    length = int(flowlet.tokens.is_text[0].sum()) + 1
+    assert passes == [((3, length - 5), None, 5), ((2, length - 8), None, 8)]
 
 
 def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace):
@@ -201,9 +217,8 @@ def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace)
     amounts = -3 * float(at_res.data.max()), -float(at_mlp.data.max())
     clean = edits_of((0, "res", first, amounts[0]), (0, "mlp", second, amounts[1]))
     given = (flowlet.suite, flowlet.tokens, cases_of((text, position, 4)))
-    offsets: list[Offset] = [(0, "res"), (0, "mlp")]
-    outcomes = [checked(*given, edits, offsets)[0].after[0, "mlp"] for edits in (live, clean)]
-    assert np.abs((outcomes[0] - outcomes[1]).toarray()).max() > 1e-3
+    by_live, by_clean = (checked(*given, edits, HERE)["new"] for edits in (live, clean))
+    assert (by_live - by_clean).abs().max() > 1e-3
 
 
 def test_saes_at_z_are_edited_and_read_there(toy: Model, planted: Suite):
@@ -213,11 +228,11 @@ def test_saes_at_z_are_edited_and_read_there(toy: Model, planted: Suite):
     codes = read.by_site[Site(1, "att")].tocoo()
     text, position = (int(read.tokens[c][codes.row[0]]) for c in ("text", "position"))
     edits = edits_of((0, "att", int(codes.col[0]), -float(codes.data[0])))
-    offsets: list[Offset] = [(-1, "res"), (0, "att"), (0, "mlp"), (0, "res")]
-    outcome, moved = checked(suite, tokens, cases_of((text, position, 1)), edits, offsets)
-    known = outcome.before[0, "att"][0, codes.col[0]]
-    assert known == pytest.approx(float(codes.data[0]), abs=1e-5)
-    assert (moved[-1, "res"], moved[0, "att"]) == (0, 1)
+    places: list[Place] = [(-1, "res"), (0, "att"), (0, "mlp"), (0, "res")]
+    found = checked(suite, tokens, cases_of((text, position, 1)), edits, places)
+    at_att = found[found["module"] == "att"].set_index("feature")["old"]
+    assert at_att[codes.col[0]] == pytest.approx(float(codes.data[0]), abs=1e-5)
+    assert moved(found)[0, "res", 0] == 0 < moved(found)[0, "att", 1]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -227,94 +242,48 @@ def test_what_comes_before_an_edit_stays_as_it_was(flowlet: SimpleNamespace, mod
     edits = edits[edits["module"] == module]
     cases = cases.iloc[edits["case"]].reset_index(drop=True)
     edits = edits.assign(case=range(len(edits)))
-    order = {"res": (-1, "res"), "att": (0, "att"), "mlp": (0, "mlp"), "target": (0, "res")}
-    outcome = intervene(flowlet.suite, flowlet.tokens, cases, edits, list(order.values()))
-    for name, offset in order.items():
-        before = outcome.before[offset][outcome.token].toarray()
-        after = outcome.after[offset][outcome.row].toarray()
-        moved = np.abs(before - after).max(axis=1) > 1e-4
-        if [*order].index(name) < [*order].index(module):
-            assert not moved.any()
+    places: list[Place] = [(-1, "res"), (0, "att"), (0, "mlp"), (0, "res")]
+    reads = every_feature(flowlet.suite, cases, places)
+    read, _ = intervene(flowlet.suite, flowlet.tokens, cases, edits, reads)
+    up = read["layer"] - read["case"].map(cases["layer"])
+    for number, place in enumerate(places):
+        has_moved = moved(read[(up == place[0]) & (read["module"] == place[1])]) > 1e-4
+        if number < ["res", "att", "mlp"].index(module):
+            assert not has_moved.any()
         else:
-            assert moved.mean() > 0.5
+            assert has_moved.mean() > 0.5
 
 
 def test_an_edit_that_reaches_an_earlier_site_is_an_error(
     world: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
-    def misplaced(site: Site, rows: Tensor, vectors: Tensor, position: int) -> Edit:
+    def misplaced(site: Site, rows: Tensor, vectors: Tensor, positions: list[int]) -> Edit:
         earlier = Site(1, "att") if site.module == "mlp" else site
-        made = add_per_row(earlier, rows, vectors, position)
+        made = add_per_row(earlier, rows, vectors, positions)
         return Edit(earlier, made.change)
 
     monkeypatch.setattr(batched, "add_per_row", misplaced)
     cases = cases_of((0, 3, 1), (0, 3, 1))
     edits = edits_of((0, "mlp", 1, -1.0), (1, "res", 1, -1.0))
-    for read in ([(0, "att"), (0, "res")], [(0, "res")]):  # whether it is asked for or not
+    for places in ([(0, "att"), (0, "res")], [(0, "res")]):  # whether it is asked for or not
+        reads = every_feature(world.suite, cases, places)
         with pytest.raises(RuntimeError, match="an edit changed 1/att, which lies before it, by"):
-            intervene(world.suite, world.tokens, cases, edits, read)
-
-
-def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
-    passes = []
-
-    def watched(*given: Any) -> Any:
-        passes.append((given[1].shape, given[4], len(given[5])))
-        return run_model(*given)
-
-    monkeypatch.setattr(batched, "run_model", watched)
-    cases = cases_of((0, 5, 2), (0, 5, 2), (0, 8, 6))
-    edits = edits_of((0, "res", 3, 1.0), (1, "mlp", 3, 1.0), (2, "att", 3, 1.0))
-    intervene(flowlet.suite, flowlet.tokens, cases, edits)
-    assert passes == [((3, 1), 2, 5), ((2, 1), 6, 8)]
-    passes.clear()
-    intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    length = int(flowlet.tokens.is_text[0].sum()) + 1
-    assert passes == [((3, length - 5), None, 5), ((2, length - 8), None, 8)]
-
-
-@pytest.mark.parametrize("where", ["run_model", "token_losses"])
-def test_memory_that_runs_out_halves_the_batch_and_goes_on(
-    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, where: str
-):
-    cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=3)
-    cases[["text", "position", "layer"]] = (1, 7, 4)
-    known = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    whole, sizes, room = getattr(batched, where), [], 12
-
-    def small(first: Any, ids: Tensor, *rest: Any) -> Any:
-        sizes.append(len(ids) - 1)
-        if len(ids) > room:
-            raise torch.OutOfMemoryError("no room")
-        return whole(first, ids, *rest)
-
-    monkeypatch.setattr(batched, where, small)
-    with pytest.warns(UserWarning, match="out of memory with 20 interventions .* with 10"):
-        found = intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
-    assert [size for size in sizes if size > 0][:4] == [40, 20, 10, 10]
-    assert_same(known, found)
-    room = 1
-    with (
-        pytest.warns(UserWarning, match="out of memory"),
-        pytest.raises(MemoryError, match="no room for one intervention"),
-    ):
-        intervene(flowlet.suite, flowlet.tokens, cases, edits, loss=True)
+            intervene(world.suite, world.tokens, cases, edits, reads)
 
 
 def test_the_size_of_a_batch_follows_memory(
     flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
-    model = flowlet.suite.model
-    _, prefix = cache_prompt(model, flowlet.tokens.ids[:1])
+    suite, reads = flowlet.suite, pd.DataFrame({"layer": [4], "module": "res"})
 
-    def rows(room: int, loss: bool = False, width: int = 0) -> int:
+    def rows(room: int, loss: bool = False) -> int:
         monkeypatch.setattr(batched, "free_memory", lambda device: room)
-        return batched._fitting_rows(model, prefix, 5, 9, loss, width)
+        return batched._fitting_rows(suite, 14, loss, reads)
 
     assert (rows(2**20), rows(2**20, loss=True), rows(2**40)) == (1, 1, 1024)
-    assert 1 < rows(2**24) <= 2**23 // (9 * model.d_model * batched.PASS_TENSORS * 4)
-    assert rows(2**24, loss=True) < rows(2**24)
-    assert rows(2**24, width=65536) == 2**23 // (2**23 // rows(2**24) + 65536 * 16)
+    codes = 16 * suite.sae("4/res").width
+    assert 1 < rows(2**26) <= 2**25 // (suite.model.d_model * batched.PASS_TENSORS * 4 + codes)
+    assert rows(2**26, loss=True) < rows(2**26)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +291,7 @@ def test_the_size_of_a_batch_follows_memory(
     [
         ([(0, 0, 1)], [(0, "res", 1, 1.0)], "a case is at BOS or a special token"),
         ([(0, 5, 1)], [(0, "res", 1, 1.0)], "a case is at BOS or a special token"),
-        ([(0, 2, 1)], [(0, "res", 1, float("nan"))], "row 1 of the batch .* is not finite"),
+        ([(0, 2, 1)], [(0, "res", 1, float("nan"))], "0/res is given nan: expected finite"),
         ([(0, 2, 1)], [(0, "res", -1, 1.0)], "an edit of feature -1"),
         ([(0, 2, 0)], [(0, "res", 1, 1.0)], "a feature of layer 0 has no predecessor"),
         ([(0, 2, 2)], [(0, "mlp", 1, 1.0)], "no SAE at 2/mlp in suite adder"),
@@ -338,8 +307,9 @@ def test_what_would_give_a_wrong_number_is_an_error(
 ):
     tokens = Tokens(world.tokens.ids, world.tokens.is_text.clone())
     tokens.is_text[0, 5] = False
+    reads = every_feature(world.suite, cases_of((0, 3, 1)), HERE)
     with pytest.raises(ValueError, match=message):
-        intervene(world.suite, tokens, cases_of(*cases), edits_of(*edits))
+        intervene(world.suite, tokens, cases_of(*cases), edits_of(*edits), reads)
 
 
 SMALL: dict[str, Any] = {

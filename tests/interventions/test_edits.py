@@ -78,7 +78,7 @@ def test_adding_moves_the_positions_that_are_named_by_s_times_the_vector(toy: Mo
 def test_each_row_of_a_batch_has_an_edit_of_its_own(toy: Model, ids: Tensor):
     batch = ids[:1].expand(4, -1)
     vectors = torch.randn(4, D, generator=torch.Generator().manual_seed(1))
-    edit = edits.add_per_row(SITE, torch.tensor([2, 0, 2, 3]), vectors, 4)
+    edit = edits.add_per_row(SITE, torch.tensor([2, 0, 2, 3]), vectors, [4])
     moved = after(toy, batch, edit) - before(toy, batch)
     expected = torch.zeros_like(moved)
     expected[0, 4], expected[3, 4] = vectors[1], vectors[3]
@@ -98,7 +98,7 @@ def test_rows_are_rescaled_as_each_would_be_alone(
     assert (codes[chosen] > 0).all()
     rows, factors = torch.tensor([0, 2, 2]), torch.tensor([-1.0, 0.5, 3.0])
     features = torch.stack([chosen[0], chosen[0], chosen[1]])
-    edit = edits.rescale_per_row(sae, rows, features, factors, position)
+    edit = edits.rescale_per_row(sae, rows, features, factors, [position])
     moved = after(planted.model, ids, edit, site) - before(planted.model, ids, site)
     for row in range(3):
         expected = torch.zeros_like(moved[0])
@@ -115,7 +115,7 @@ def test_an_edit_lost_to_rounding_is_an_error(toy: Model, planted: Suite, ids: T
     with pytest.raises(ValueError, match=r"at 1/res leaves \d+ tokens as they were: its step of"):
         logits_of(toy, ids, [faint])
     vectors = torch.stack([torch.ones(D), torch.full((D,), 1e-12)])
-    rows = edits.add_per_row(SITE, torch.tensor([0, 1]), vectors, 2)
+    rows = edits.add_per_row(SITE, torch.tensor([0, 1]), vectors, [2])
     with pytest.raises(ValueError, match="at 1/res leaves 1 tokens as they were"):
         logits_of(toy, ids[:2], [rows])
     nothing = edits.add(SITE, torch.ones(D), 0.0)
@@ -125,20 +125,26 @@ def test_an_edit_lost_to_rounding_is_an_error(toy: Model, planted: Suite, ids: T
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda d: edits.rescale(d, [feature(3)], float("nan")), "r=nan: expected a finite"),
+        (
+            lambda d: edits.rescale(d, [feature(3)], float("nan")),
+            "1/res is given nan: expected finite",
+        ),
         (lambda d: edits.rescale(d, [feature(3)], 0.0, []), "at 1/res names no position"),
         (lambda d: edits.rescale(d, [feature(3)], [0.0, 1.0]), "2 factors for 1 features"),
         (lambda d: edits.rescale(d, [FeatureId(0, "res", 3)], 0.0), "0/res/3 is no feature of"),
-        (lambda d: edits.add(SITE, torch.ones(D), float("nan")), "strength=nan"),
-        (lambda d: edits.add(SITE, torch.full((D,), torch.nan), 1.0), "zero or not finite"),
+        (lambda d: edits.add(SITE, torch.ones(D), float("nan")), "is given nan"),
+        (lambda d: edits.add(SITE, torch.full((D,), torch.nan), 1.0), "is given nan"),
+        (lambda d: edits.add(SITE, torch.zeros(D), 1.0), "the vector to add at 1/res is zero"),
         (lambda d: edits.add(SITE, torch.ones(D), 1.0, []), "at 1/res names no position"),
         (
-            lambda d: edits.add_per_row(SITE, torch.tensor([5]), torch.full((1, D), torch.nan), 0),
-            "what row 5 of the batch is to have added at 1/res is not finite",
+            lambda d: edits.add_per_row(
+                SITE, torch.tensor([5]), torch.full((1, D), torch.nan), [0]
+            ),
+            "1/res is given nan",
         ),
         (
             lambda d: edits.rescale_per_row(d, ONE, ONE, torch.tensor([torch.inf])),
-            "r=inf: expected a finite number",
+            "1/res is given inf",
         ),
     ],
 )
@@ -154,10 +160,10 @@ def test_edits_that_make_no_sense_are_refused(
     [
         (lambda d: edits.add(SITE, torch.ones(1), 1.0), f"1/res has width 1: expected {D}"),
         (lambda d: edits.add(SITE, torch.ones(D + 1), 1.0), f"has width {D + 1}: expected {D}"),
-        (lambda d: edits.add_per_row(SITE, ONE, torch.ones(1, 1), 0), "1/res has width 1"),
+        (lambda d: edits.add_per_row(SITE, ONE, torch.ones(1, 1), [0]), "1/res has width 1"),
         (lambda d: edits.add(SITE, torch.ones(D), 1.0, [99]), r"position 99: the text has \d+"),
-        (lambda d: edits.add_per_row(SITE, ONE, torch.ones(1, D), -99), "names position -99"),
-        (lambda d: edits.rescale_per_row(d, ONE, ONE, torch.ones(1), 99), "names position 99"),
+        (lambda d: edits.add_per_row(SITE, ONE, torch.ones(1, D), [-99]), "names position -99"),
+        (lambda d: edits.rescale_per_row(d, ONE, ONE, torch.ones(1), [99]), "names position 99"),
     ],
 )
 def test_an_edit_that_misses_the_stream_is_an_error(

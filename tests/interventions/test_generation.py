@@ -155,9 +155,9 @@ def test_logits_that_are_not_finite_stop_it_by_row(toy: Model):
             changed[1] = torch.inf
         return changed
 
-    with pytest.raises(NotFiniteError, match="at new token 3 in rows 1") as caught:
+    with pytest.raises(NotFiniteError, match="at new token 3 in rows") as caught:
         sample_tokens(toy, ids, [0, 1, 2], 5, edits=[Edit(Site(1, "res"), burst)])
-    assert caught.value.rows == (1,)
+    assert caught.value.rows == [1]
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_logits_that_are_not_finite_stop_it_by_row(toy: Model):
     [
         ({"prompt": ""}, "the prompt is empty"),
         ({"max_new_tokens": 64}, rf"and 64 new ones: .* has a context of {toys.CONTEXT}"),
-        ({"samples": 0}, "0 seeds for 0 rows"),
-        ({"temperature": 0.0}, "temperature=0.0.*expected temperature > 0"),
-        ({"top_p": 1.1}, "top_p=1.1.*expected temperature > 0, 0 < top_p"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0.*expected temperature > 0"),
+        ({"samples": 0}, ", 0 samples: expected"),
+        ({"temperature": 0.0}, "temperature=0.0.*expected 0 < top_p"),
+        ({"top_p": 1.1}, "top_p=1.1.*expected 0 < top_p <= 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0.*more than 0 of the others"),
     ],
 )
 def test_prompts_and_settings_that_cannot_be_are_refused(
@@ -176,5 +176,5 @@ def test_prompts_and_settings_that_cannot_be_are_refused(
 ):
     with pytest.raises(ValueError, match=message):
         generate(toy, given.pop("prompt", PROMPT), **given)
-    with pytest.raises(ValueError, match="unknown phase 'promt'; did you mean 'prompt'"):
+    with pytest.raises(ValueError, match="'promt'}: expected some of"):
         sample_tokens(toy, tokenize(toy, PROMPT).ids, [1], phases=["promt"])
