@@ -30,7 +30,7 @@ PASSAGES = DATA / "passages"
 SEPARATOR = "<|endoftext|>"
 HELD_OUT_PERCENT = 2
 PIECE_WORDS = (60, 150)
-SHUFFLE_BUFFER = 1_000
+BUFFER = 1_000  # rows that are shuffled at a time
 TRAINING_ROWS = 200_000  # of a hub dataset, at most
 
 
@@ -42,8 +42,6 @@ class Corpus:
     about: str
     hub_id: str = ""
     config: str | None = None
-    split: str = "train"
-    column: str = "text"
 
 
 # The paper gives a configuration for FineWeb only. AutoMathText has twenty; this one is web pages,
@@ -73,7 +71,7 @@ def load_texts(
         name_or_path: A name in `CORPORA`, or the path of UTF-8 text, a file (parted into texts by
             `<|endoftext|>`) or a folder.
         n: How many; None for all of a corpus that is not on the hub.
-        seed: Decides which texts are taken, and their order; a smaller `n` gives the first of them.
+        seed: Decides which texts are taken; a smaller `n` gives the first of them.
         or_fewer: Whether a corpus that has fewer may give all it has.
 
     Raises:
@@ -88,15 +86,20 @@ def load_texts(
     if corpus and on_hub:
         if n is None:
             raise ValueError(f"n=None takes all texts: {corpus.name!r} is on the hub, give n")
-        source = (corpus.hub_id, corpus.config, corpus.split, corpus.column)
-        documents = (text for _, text in hub_documents(*source, seed=seed))
+        rows = hub_documents(corpus.hub_id, corpus.config, seed)
+        documents = (text for _, text in rows)
     elif corpus is None:
         documents = (text for _, text in text_documents(_own_path(name_or_path)))
     elif corpus.name in DOMAINS:
         documents = (row["text"] for row in _passages() if row["domain"] == corpus.name)
     else:
         documents = iter(_held_out_python())
-    texts = _different(documents, n if on_hub else None)
+    seen: dict[str, None] = {}
+    for text in documents:
+        seen[text] = None
+        if on_hub and len(seen) == n:
+            break
+    texts = list(seen)
     if n is not None and n > len(texts) and not or_fewer:
         raise ValueError(
             f"{str(name_or_path)!r} has {len(texts)} different texts, {n} were asked for"
@@ -105,15 +108,6 @@ def load_texts(
     if on_hub:  # already in seeded order
         return texts
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:n]]
-
-
-def _different(documents: Iterable[str], n: int | None) -> list[str]:
-    texts: dict[str, None] = {}
-    for text in documents:
-        texts[text] = None
-        if len(texts) == n:
-            break
-    return list(texts)
 
 
 def passages() -> "pd.DataFrame":
@@ -146,11 +140,7 @@ def _held_out_python() -> tuple[str, ...]:
 
 
 def python_pieces(source: str) -> list[str]:
-    """Cut Python source into pieces of 60 to 150 words, between lines.
-
-    A piece ends where a function or class begins, once it has 60 words, and in any case before it
-    has more than 150. A rest of less than 60 words is left out.
-    """
+    """Cut Python source into pieces of 60 to 150 words, if it can be where a function begins."""
     least, most = PIECE_WORDS
     pieces: list[str] = []
     lines: list[str] = []
@@ -203,14 +193,9 @@ class Documents:
 
 
 def load_source(name: str, folder: Path | None = None) -> Documents:
-    """A source by name: `stdlib`, `pydoc`, a text file or folder, or a dataset of the hub.
+    """A source by name: `stdlib`, `pydoc`, a text file or folder, or a hub dataset `owner/name`.
 
-    Args:
-        name: A file's or folder's path (looked up in `folder` first), or a hub id `owner/name`.
-        folder: Where text files lie.
-
-    Raises:
-        FileNotFoundError: If there is no such file and the name is not a hub id.
+    Files are looked up in `folder` first. A FileNotFoundError if there is none.
     """
     if name in OWN:
         return Documents(name, OWN[name])
@@ -221,10 +206,9 @@ def load_source(name: str, folder: Path | None = None) -> Documents:
     if name.count("/") == 1:
         return Documents(name, partial(hub_documents, name))
     here = [*OWN, *sorted(path.name for path in folder.iterdir())] if folder else list(OWN)
+    expected = "stdlib, pydoc, a file or folder, or a hub dataset owner/name"
     raise FileNotFoundError(
-        f"no text source {name!r}: expected stdlib, pydoc, a file or folder"
-        f"{f' (looked in {folder})' if folder else ''}, or a hub dataset owner/name"
-        f"{suggestion(name, here)}"
+        f"no text source {name!r} in {folder}: expected {expected}{suggestion(name, here)}"
     )
 
 
@@ -251,12 +235,9 @@ def _own_path(name_or_path: str | Path) -> Path:
 
 
 def text_documents(path: Path) -> Iterator[tuple[str, str]]:
-    """Documents of a UTF-8 text file (`.gz` too) or of every file below a folder.
+    """Documents of a UTF-8 text file (`.gz` too) or of every file below a folder but hidden ones.
 
-    Lines `<|endoftext|>` part documents of one file. Hidden files are left out.
-
-    Raises:
-        ValueError: If there is no file, or one is empty or no text.
+    Lines `<|endoftext|>` part documents of one file. One that is empty or no text is an error.
     """
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     files = [file for file in files if file == path or not file.name.startswith(".")]
@@ -305,16 +286,12 @@ OWN = {"stdlib": stdlib_modules, "pydoc": pydoc_topics}
 
 
 def hub_documents(
-    name: str,
-    config: str | None = None,
-    split: str = "train",
-    column: str = "text",
-    seed: int | None = None,
+    name: str, config: str | None = None, seed: int | None = None
 ) -> Iterator[tuple[str, str]]:
-    """Texts of a hub dataset, streamed: shuffled by a seed, or the first 200,000 rows in order.
+    """Column `text` of a hub dataset, streamed: shuffled by a seed, or the first 200,000 rows.
 
     Raises:
-        ValueError: If the dataset has no such column, configuration or split.
+        ValueError: If the dataset has no such column or configuration.
         ConnectionError: If it cannot be read.
     """
     from datasets import load_dataset
@@ -326,22 +303,18 @@ def hub_documents(
         # load_dataset would try for half a minute before it says that there is no network.
         if not constants.is_offline_mode():
             HfApi().dataset_info(name, timeout=10, expand=["sha"])
-        rows = load_dataset(name, config, split=split, streaming=True)
-        if seed is None:
-            rows = rows.take(TRAINING_ROWS)
-        else:
-            rows = rows.shuffle(seed, buffer_size=SHUFFLE_BUFFER)
+        rows = load_dataset(name, config, split="train", streaming=True)
+        shuffled = seed is not None
+        rows = rows.shuffle(seed, buffer_size=BUFFER) if shuffled else rows.take(TRAINING_ROWS)
         for row in rows:
-            if column not in row:
-                raise ValueError(f"{name} has no column {column!r}{suggestion(column, row)}")
-            if text := (row[column] or "").strip():
+            if "text" not in row:
+                raise ValueError(f"{name} has no column 'text': it has {', '.join(row)}")
+            if text := (row["text"] or "").strip():
                 yield text, text
     except (OSError, httpx.HTTPError, ArrowInvalid) as error:
-        configuration = f", configuration {config!r}" if config else ""
         local = ", ".join(key for key, corpus in CORPORA.items() if not corpus.hub_id)
         reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
         raise ConnectionError(
-            f"cannot read the dataset {name}{configuration}, split {split!r}, from"
-            f" {constants.ENDPOINT} ({reason}). With HF_HUB_OFFLINE=1 a copy that datasets has"
-            f" cached is read. No network is needed for {local}, or for text of your own"
+            f"cannot read the dataset {name} {config or ''} from {constants.ENDPOINT} ({reason})."
+            f" No network is needed for {local}, or for text of your own"
         ) from error

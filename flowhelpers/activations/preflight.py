@@ -32,16 +32,16 @@ def preflight_sites(sites: Iterable[Site]) -> list[Site]:
     """Of some sites, those of the first, the middle and the last layer."""
     sites = list(dict.fromkeys(sites))
     layers = sorted({site.layer for site in sites})
-    some = {layers[i] for i in (0, len(layers) // 2, -1)} if layers else set()
-    return [site for site in sites if site.layer in some]
+    return [
+        site for site in sites if site.layer in (layers[0], layers[len(layers) // 2], layers[-1])
+    ]
 
 
 def preflight_once(suite: "Suite", sites: Iterable[Site]) -> None:
     """The preflight of SAEs from the hub, when an experiment first loads them for texts.
 
-    Of the experiment's sites those of `preflight_sites` are looked at, each once; what is wrong is
-    warned of. SAEs of a folder are left to who made them, and a model that is being edited
-    is left alone.
+    Of the experiment's sites those of `preflight_sites` are looked at, each once. SAEs of a folder
+    are left to who made them, and a model that is being edited is left alone.
     """
     of_hub = [site for site in sites if isinstance(suite.row.saes.get(site), Mapping)]
     asked = [site for site in preflight_sites(of_hub) if site not in suite.checked_sites]
@@ -58,20 +58,12 @@ def run_preflight(
     """L0 and explained variance of SAEs on a few sentences, against what is declared.
 
     BOS and other special tokens are left out (CHOICES 1). What is declared are means over much text
-    of another kind: only figures far from them are warned of.
-
-    The texts are some of the package's own unless given, the sites those of `preflight_sites`.
+    of another kind: only figures far from them are warned of. The texts are some of the package's
+    own unless given, the sites those of `preflight_sites`.
 
     Returns:
-        One row a site: `site`, `tokens`, `l0` (active features a token), `declared_l0`,
-        `explained_variance` (1 less the squared error over the variance), `declared_variance`
-        (missing where none is), and `is_suspicious`.
-
-    Warns:
-        UserWarning: For each site that is far from what is declared, with the figures.
-
-    Raises:
-        ValueError: If there is no text, or no such site.
+        One row a site: `site`, `tokens`, `l0` (active features a token), `explained_variance` (1
+        less the squared error over the variance), both as `declared`, and `is_suspicious`.
     """
     import pandas as pd
 
@@ -101,26 +93,21 @@ def run_preflight(
             "explained_variance": 1 - (error.square().sum() / spread.square().sum()).item(),
             "declared_variance": declared_variance(source),
         }
-        rows.append(row | {"is_suspicious": _is_far(row)})
+        rows.append(row | {"is_suspicious": (problem := _problem(row)) is not None})
         suite.checked_sites.add(site)
-        if rows[-1]["is_suspicious"]:
-            _warn(suite, row)
+        if problem:
+            warnings.warn(f"{site} of suite {suite.name}: {problem}", stacklevel=3)
     return pd.DataFrame(rows).astype({"declared_l0": float, "declared_variance": float})
 
 
-def _is_far(row: Mapping[str, Any]) -> bool:
+def _problem(row: Mapping[str, Any]) -> str | None:
     l0, variance = row["declared_l0"], row["declared_variance"]
     least = LEAST_VARIANCE if variance is None else variance - BELOW_DECLARED
     is_near = l0 is None or l0 / FAR_L0 <= row["l0"] <= l0 * FAR_L0
-    return not (is_near and row["explained_variance"] >= least)  # nor if that is not a number
-
-
-def _warn(suite: "Suite", row: Mapping[str, Any]) -> None:
-    l0 = row["declared_l0"]
+    if is_near and row["explained_variance"] >= least:  # false if that is not a number
+        return None
     said = "" if l0 is None else f" where {l0:.0f} are declared"
-    warnings.warn(
-        f"{row['site']} of suite {suite.name}: {row['l0']:.1f} features are active a token"
-        f"{said}, and {row['explained_variance']:.2f} of the variance is explained: it may not"
-        " see what it was trained on",
-        stacklevel=4,
+    return (
+        f"{row['l0']:.1f} features are active a token{said}, and {row['explained_variance']:.2f} of"
+        " the variance is explained: it may not see what it was trained on"
     )

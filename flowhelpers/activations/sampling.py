@@ -40,14 +40,7 @@ def datasets_for(row: "SuiteRow") -> tuple[str, ...]:
 
 
 def texts_of(datasets: Sequence[str], n_texts: int, seed: int = 0) -> dict[str, list[str]]:
-    """So many texts of each dataset, or all that it has where these are fewer.
-
-    Datasets are names in `CORPORA`, or paths of your own text.
-
-    Raises:
-        ValueError: If no dataset or one twice is given, one is unknown, or `n_texts` is below 1.
-        ConnectionError: If one of the hub cannot be read.
-    """
+    """So many texts of each dataset, or all that it has; names in `CORPORA`, or your own paths."""
     if isinstance(datasets, str) or not datasets or len(set(datasets)) < len(datasets):
         there = ", ".join(CORPORA)
         raise ValueError(f"datasets {datasets!r}: expected one or more, each once, of {there}")
@@ -63,11 +56,8 @@ def draw_sample(
 ) -> Sample:
     """Chooses tokens at random in every text, none twice (paper A.1; CHOICES 6 and 31).
 
-    BOS and other special tokens are never chosen. A text with fewer tokens gives all it has.
-
-    Args:
-        texts: By dataset.
-        max_tokens: Each text is cut to so many tokens, BOS included; the paper gives no length.
+    `texts` are by dataset, each cut to `max_tokens`, BOS included; the paper gives no length. BOS
+    and other special tokens are never chosen. A text with fewer tokens gives all it has.
 
     Raises:
         ValueError: If `tokens_per_text` is below 1, or a dataset leaves no token to choose.
@@ -78,9 +68,6 @@ def draw_sample(
         raise ValueError(f"tokens_per_text={tokens_per_text}: expected 1 or more")
     named = [(dataset, text) for dataset, some in texts.items() for text in some]
     frame = pd.DataFrame(named, columns=["dataset", "text"])
-    for dataset in texts:
-        if not (frame["dataset"] == dataset).any():
-            raise ValueError(f"dataset {dataset!r} has no text")
     ids = tokenize(model, frame["text"].tolist(), max_tokens)
     is_text = ids.is_text.cpu().numpy()
     rng = np.random.default_rng(seed)
@@ -92,21 +79,13 @@ def draw_sample(
     tokens = pd.DataFrame(rows, columns=["text", "position"])
     tokens["token"] = ids.ids.cpu().numpy()[tokens["text"], tokens["position"]]
     tokens.insert(0, "dataset", frame["dataset"].to_numpy()[tokens["text"]])
-    for dataset in texts:
-        if not (tokens["dataset"] == dataset).any():
-            raise ValueError(
-                f"no token is left to choose in {dataset!r}: its texts hold special tokens only"
-            )
+    if empty := [dataset for dataset in texts if dataset not in set(tokens["dataset"])]:
+        raise ValueError(f"{empty[0]!r} has no text, or its texts hold special tokens only")
     return Sample(frame.assign(eligible=is_text.sum(axis=1)), tokens, ids)
 
 
 def sample_sizes(sample: Sample, n_texts: int, tokens_per_text: int) -> "pd.DataFrame":
-    """What was asked for and what there is: one row a dataset.
-
-    Returns:
-        `dataset`, `texts`, `texts_asked`, `tokens`, `tokens_asked` and `short_texts`, how many had
-        fewer tokens than asked for.
-    """
+    """What was asked for and what there is, by dataset; `short_texts` have too few tokens."""
     tokens = sample.tokens.groupby("dataset", sort=False).size()
     texts = sample.texts.groupby("dataset", sort=False)["eligible"]
     short = texts.agg(lambda eligible: int((eligible < tokens_per_text).sum()))

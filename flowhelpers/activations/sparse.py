@@ -57,14 +57,8 @@ def collect(
 ) -> FeatureActivations:
     """Read the features of texts, at all sites unless some are given.
 
-    BOS and other special tokens are left out. SAEs from the hub get a `run_preflight` first, once.
-
-    Args:
-        max_tokens: Each text is cut to so many tokens, BOS included.
-        batch_size: Texts in one forward pass.
-
-    Raises:
-        ValueError: If no token is left to read.
+    Each text is cut to `max_tokens`, BOS included. BOS and other special tokens are left out; no
+    token left is an error. SAEs from the hub get a `run_preflight` first, once.
 
     Example:
         >>> from flowhelpers import collect, load_suite
@@ -97,18 +91,11 @@ def collect_tokens(
 def read_sample(
     suite: "Suite", sample: Sample, folder: Path, batch_size: int | None = None
 ) -> FeatureActivations:
-    """The features of all sites at a sample's tokens, kept on disk.
+    """The features of all sites at a sample's tokens, kept in `folder`, batch by batch.
 
     A pass that was interrupted goes on after the last batch that was finished. Of several processes
-    with the same sample, one does the work.
-
-    Args:
-        folder: Where batches are kept, in a folder of their own by all that they depend on.
-        batch_size: Texts in one forward pass; 16, or as few as keep a pass within a GiB.
-
-    Raises:
-        MemoryError: If there is not enough for a batch and the result.
-        OSError: If the folder cannot be written to, or has no room.
+    with the same sample, one does the work. A pass has 16 texts, or as few as fit a GiB; what has
+    no room in memory is an error before the first.
     """
     places = torch.tensor(sample.tokens[["text", "position"]].to_numpy())
     is_chosen = torch.zeros_like(sample.ids.is_text)
@@ -140,15 +127,9 @@ def read_batches(
     """The activations of texts batch by batch, for each site `[tokens of the batch, features]`.
 
     Args:
-        tokens: The texts; what is `is_text` is read.
-        sites: All that have an SAE unless given.
-        batch_size: Texts in one forward pass.
         together: Passes whose tokens each SAE encodes together: where only a few SAEs have room
             in memory, each is loaded once for so many passes.
         folder: Where batches are kept, for tokens and SAEs that are always the same.
-
-    Raises:
-        ValueError: If no token is left to read.
     """
     if not tokens.is_text.any():
         raise ValueError("no token is left to read: the texts hold special tokens only")

@@ -26,11 +26,9 @@ def coactivation_of_matches(
     """How matched features are active together: every best match of a residual feature.
 
     Returns:
-        One row a feature and module with a match: `layer`, `module`, `feature`, `source_layer`,
-        `source`, `score`, `cosine`, `null`, `n_target`, `n_source`, `n_both` (tokens), `pearson`,
-        `jaccard`, `source_given_target` (the share of the target's tokens on which the source is
-        active too) and `target_given_source`. Measures are missing where either is active on fewer
-        than `least_active` tokens.
+        The match's columns, `n_target`, `n_source`, `n_both` (tokens), and the `MEASURES`:
+        `source_given_target` is the share of the target's tokens on which the source is active too.
+        They are missing where either is active on fewer than `least_active` tokens.
     """
     import pandas as pd
 
@@ -80,9 +78,7 @@ def disagreements(
 ) -> "pd.DataFrame":
     """Pairs that are near by cosine but not active together (by Pearson), and the reverse.
 
-    Returns:
-        At most `n` rows of each `kind`, `near, not together` and `together, not near`: the
-        lowest, and then the highest, correlations first.
+    Of each `kind` at most `n`: the lowest, and then the highest, correlations first.
     """
     import pandas as pd
 
@@ -97,11 +93,7 @@ def disagreements(
 def coactivation_by_cosine(
     pairs: "pd.DataFrame", width: float = 0.1, smallest: int = 10
 ) -> "pd.DataFrame":
-    """Medians of each measure in ranges of the cosine that have `smallest` pairs or more.
-
-    Returns:
-        `module`, `cosine` (the middle of the range), the median of each measure, and `pairs`.
-    """
+    """Medians of each measure in ranges of the cosine that have `smallest` pairs or more."""
     known = pairs[pairs["pearson"].notna()]
     middle = (np.floor(known["cosine"].clip(upper=0.999) / width) + 0.5) * width
     cells = known.groupby(["module", middle])

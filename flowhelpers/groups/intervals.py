@@ -44,21 +44,20 @@ def share_intervals(
     in_group = pd.get_dummies(table["group"]).set_axis(list(GROUPS), axis=1)
     in_group = pd.concat([table[[*by, "text"]], in_group], axis=1)
     wide = mean_intervals(in_group, GROUPS, by, found.tokens, times, seed)
-    ends = {}
-    for place, group in enumerate(GROUPS):
-        columns = {f"{group}_low": "low", f"{group}_high": "high"}
-        ends[place] = wide[[*by, *columns]].rename(columns=columns)
-        ends[place]["group"] = pd.Categorical.from_codes([place] * len(wide), [*GROUPS])
-    shares = shares.merge(pd.concat(ends), "left", on=[*by, "group"])
+    ends = [
+        wide[[*by, f"{g}_low", f"{g}_high"]].set_axis([*by, "low", "high"], axis=1).assign(group=g)
+        for g in GROUPS
+    ]
+    ends = pd.concat(ends).astype({"group": shares["group"].dtype})
+    shares = shares.merge(ends, "left", on=[*by, "group"])
     shares[["low", "high"]] = shares[["low", "high"]].mask(shares["share"].isna())
     return shares
 
 
 def group_transition(table: "pd.DataFrame") -> np.ndarray:
-    """Of the features ever seen in one group, the share also seen in another (Figure 13).
+    """Of the features ever seen in one group (row), the share also seen in another (Figure 13).
 
-    Features of all layers of a table of occurrences count together (CHOICES 8). The share is from
-    each group (row) to each (column); a row is missing where a group is empty.
+    Features of all layers count together (CHOICES 8); a row is missing where a group is empty.
     """
     features = table.groupby(["layer", "feature"]).ngroup().to_numpy()
     seen = np.zeros((features.max(initial=-1) + 1, len(GROUPS)))
@@ -72,11 +71,8 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     """Figure 13 in rows: `group_transition` with intervals.
 
     A resample has fewer distinct texts, so that fewer features are ever seen in a group. The
-    interval is therefore as wide as the resamples spread, but lies around the share itself.
-
-    Returns:
-        `first`, `second`, `features` (seen in the first), `share` (of them seen in the second as
-        well), `low`, `high`.
+    interval is therefore as wide as the resamples spread, but lies around the `share` itself, of
+    the `features` seen in the first group that are seen in the second as well.
     """
     import pandas as pd
 
@@ -104,13 +100,9 @@ def significance_intervals(
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """Figures 4 and 14 with intervals: shares of significant tests, by class and by pair.
 
-    What is tested anew is another sample with fewer distinct texts, of which some count twice; so
-    the interval need not lie around the share.
-
-    `tests` are those of `mann_whitney_tests` with the same `alpha`, `smallest` and `unique`.
-
-    Returns:
-        What `class_shares` and `pair_shares` give, with `low` and `high`.
+    Of `mann_whitney_tests` with the same `alpha`, `smallest` and `unique`, what `class_shares` and
+    `pair_shares` give, with `low` and `high`. A resample has fewer distinct texts, of which some
+    count twice; so the interval need not lie around the share.
     """
     check_alpha(alpha)
     table = complete_layers(found.table)

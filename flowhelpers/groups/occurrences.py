@@ -27,10 +27,9 @@ class Occurrences:
     """Active residual features at the tokens of a sample, each with its group.
 
     Attributes:
-        suite: The suite's name.
         method: How predecessors were matched.
         top_n: How many matches at a site count as predecessors.
-        tokens: The tokens: `text`, `position`, `token` and `dataset` (`all` if there are none).
+        tokens: `text`, `position`, `token` and `dataset` (`all` if there are none).
         table: One row for each active (feature, token): `dataset`, `text`, `layer`, `feature`,
             `token_row` (row of `tokens`), `activation`; for each module `res`, `mlp`, `att`
             whether a predecessor there is active, the score `s_res` … of the best and the share
@@ -53,7 +52,6 @@ class Occurrences:
         return f"suite {self.suite} · {read}"
 
     def __str__(self) -> str:
-        """The sample, the matches, and how many occurrences there are at complete layers."""
         n = len(complete_layers(self.table))
         return f"{self.sample} · {self.method} top-{self.top_n} · n = {n:,} occurrences"
 
@@ -67,13 +65,10 @@ def find_occurrences(
 ) -> Occurrences:
     """Every active residual feature at every token, with its predecessors' activity (paper 5.1).
 
-    A predecessor is a match at a site, active at the same token; of several matches one that is
+    A predecessor is a match at a site, active at the same token; of `top_n` matches one that is
     active is enough (CHOICES 32).
 
     Args:
-        matches: A match table, by any method.
-        activations: Activations at all sites.
-        top_n: How many matches at each site are a feature's predecessors.
         incomplete: Whether layers that lack one or two of the three sites are in it, as layer 0
             does (CHOICES 5); their groups are those of the sites that there are.
         predecessors: The activations of predecessors, where they are not those at the same token:
@@ -140,10 +135,7 @@ def find_occurrences(
 
 
 def _any_active(codes: "csr_matrix", sources: np.ndarray) -> "csr_matrix":
-    """How many of each feature's sources are active: `[tokens, features]`, sparse.
-
-    Of codes `[tokens, sources]` and sources `[features, top_n]`, which are -1 where there is none.
-    """
+    """Of codes `[tokens, sources]` how many of `[features, top_n]` are active; -1 is no source."""
     from scipy.sparse import csr_matrix
 
     features, ranks = np.nonzero(sources >= 0)
@@ -182,9 +174,8 @@ def complete_layers(table: "pd.DataFrame") -> "pd.DataFrame":
 def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureActivations:
     """The same activations, each token's replaced by those of a token of another text.
 
-    What the groups are with these predecessors is the base rate that the paper leaves out: every
-    predecessor is as often active as before, but at tokens that have nothing to do with the
-    feature's. The token comes from the same dataset, and is the same for all sites.
+    They give the base rate that the paper leaves out: every predecessor is as often active as
+    before, but at other tokens of the same dataset, the same for all sites.
     """
     rng = np.random.default_rng(seed)
     tokens = with_dataset(activations.tokens)
@@ -204,8 +195,8 @@ def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureAc
 def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.DataFrame":
     """How the occurrences are spread over the groups (Figures 5 and 12a).
 
-    Shares add up to one within each value of the columns `by`, such as `dataset`, `layer` or both.
-    Layers that lack a site count only where `layer` is among them.
+    Shares add up to one within each value of the columns `by`. Layers that lack a site count only
+    where `layer` is among them.
 
     Returns:
         One row a group in each: `n`, `features` (unique ones), `share` of the occurrences, and
@@ -247,14 +238,9 @@ def group_profiles(found: Occurrences) -> "pd.DataFrame":
 def single_source_points(
     found: Occurrences, layers: Sequence[int], n: int = 350, seed: int = 0
 ) -> "pd.DataFrame":
-    """Features of "From nowhere" and of the groups with one source, for Figure 3.
+    """Features of the groups with one source or none: of each layer at most `n` (Figure 3).
 
-    Returns:
-        `layer`, `feature`, `group`, `s_res`, `s_mlp`, `s_att`: of each layer at most `n` rows, a
-        feature once in a group.
-
-    Raises:
-        ValueError: If a layer lacks a site.
+    A feature is in a group once: `layer`, `feature`, `group`, `s_res`, `s_mlp`, `s_att`.
     """
     import pandas as pd
 
@@ -273,33 +259,31 @@ def single_source_points(
 def score_histograms(
     found: Occurrences, layers: Sequence[int], bins: int = 20, smallest: int = 20
 ) -> "pd.DataFrame":
-    """How the scores of each group are distributed at a few layers, for Figure 12 b.
+    """How the scores of groups with `smallest` members or more are distributed (Figure 12 b).
 
     Returns:
-        `layer`, `score`, `group`, `n`, `at` (the middle of a bin) and `density`; groups with fewer
-        members than `smallest` are left out.
+        `layer`, `score`, `group`, `n`, `at` (the middle of a bin) and `density`.
     """
     import pandas as pd
 
-    table, rows = complete_layers(found.table), []
+    columns = ["layer", "score", "group", "n", "at", "density"]
+    table, parts = complete_layers(found.table), [pd.DataFrame(columns=columns)]
     for layer in layers:
         here = table[table["layer"] == layer]
         for score in SCORES:
             edges = np.linspace(min(0.0, here[score].min()), 1, bins + 1)
-            middles = (edges[1:] + edges[:-1]) / 2
             for group, part in here.groupby("group", observed=True):
-                if len(part) >= smallest:
+                if (n := len(part)) >= smallest:
                     density, _ = np.histogram(part[score], edges, density=True)
-                    same = (layer, score, group, len(part))
-                    rows += [(*same, *pair) for pair in zip(middles, density, strict=True)]
-    return pd.DataFrame(rows, columns=["layer", "score", "group", "n", "at", "density"])
+                    values = layer, score, group, n, (edges[1:] + edges[:-1]) / 2, density
+                    parts.append(pd.DataFrame(dict(zip(columns, values, strict=True))))
+    return pd.concat(parts, ignore_index=True)
 
 
 def youden_thresholds(found: Occurrences) -> dict[tuple[int, str], float]:
     """The score that best parts active from inactive predecessors, for each layer and site.
 
-    It is the cut of highest Youden's J (share of active above minus share of inactive above).
-    A layer and site whose predecessors are all active, or none, has no cut.
+    It is the cut of highest Youden's J; where all predecessors are active, or none, there is none.
     """
     from sklearn.metrics import roc_curve
 

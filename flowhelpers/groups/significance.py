@@ -15,15 +15,11 @@ NAMED_PAIRS = tuple(combinations(GROUPS, 2))
 FIRST, SECOND = np.triu_indices(len(GROUPS), 1)  # the groups of each pair
 CLASSES = ("IB", "AO", "AB")  # by in how many of two groups a module is active
 CLASS_ROWS = [(module, pair) for module in MODULES for pair in ("AO", "AB", "IB")]
-
-
-def _class_of(module: str, pair: tuple[str, str]) -> str:
-    """The class of a pair of groups, by where the module is active."""
-    return CLASSES[sum(module in modules_of(group) for group in pair)]
-
-
 # Which pairs of groups are in each class of each module, [9, 28].
-IN_CLASS = np.array([[_class_of(m, pair) == c for pair in NAMED_PAIRS] for m, c in CLASS_ROWS])
+IN_CLASS = np.array(
+    [[sum(m in modules_of(g) for g in pair) == CLASSES.index(c) for pair in NAMED_PAIRS]
+     for m, c in CLASS_ROWS]
+)  # fmt: skip
 ONCE = ["dataset", "layer", "feature", "group"]
 SMALLEST = 20  # members of a group, for a test (CHOICES 7)
 
@@ -34,13 +30,8 @@ def mann_whitney_tests(
     """Mann-Whitney U for every pair of groups, score, layer and dataset (paper 5.1, CHOICES 7).
 
     Two-sided, by the normal approximation with the corrections for ties and continuity, which is
-    what scipy takes for groups of more than 8.
-
-    Args:
-        found: Occurrences.
-        alpha: Level of significance, uncorrected.
-        smallest: Groups with fewer members are not tested.
-        unique: Whether a feature counts once in a group, however often it was active.
+    what scipy takes for groups of more than 8. `alpha` is uncorrected; groups with fewer members
+    than `smallest` are not tested; with `unique` a feature counts once in a group.
 
     Returns:
         One row a pair, score, layer and dataset: `dataset`, `layer`, `score`, `first`, `second`,
@@ -110,18 +101,14 @@ class Cells:
 
 
 def mann_whitney(counts: np.ndarray, smallest: int = 1) -> tuple[np.ndarray, ...]:
-    """Mann-Whitney U of all pairs of groups at once, from how often each has each score.
+    """Mann-Whitney U of all pairs of groups, from how often each has each score, in rising order.
 
-    All pairs come from one product of counts, so that the tests of a sample can be made hundreds of
-    times (`significance_intervals`).
-
-    Args:
-        counts: `[groups, scores]`, scores rising.
-        smallest: Groups with fewer members are not tested.
+    All pairs come from one product of `counts`, `[groups, scores]`, so that the tests of a sample
+    can be made hundreds of times (`significance_intervals`).
 
     Returns:
         Members `[groups]`, and for each pair p (two-sided) and the rank-biserial correlation
-        `[groups, groups]`; missing where a group is too small.
+        `[groups, groups]`; missing where a group has fewer members than `smallest`.
     """
     from scipy.stats import norm
 
@@ -145,9 +132,7 @@ def mann_whitney(counts: np.ndarray, smallest: int = 1) -> tuple[np.ndarray, ...
 def pair_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
     """Figure 14: for each pair of groups and score, the share of significant tests.
 
-    Returns:
-        `score`, `first`, `second`, `tests` (over layers and datasets), `share` and the median
-        `effect`; missing where no test was made.
+    Beside it stand `tests` (over layers and datasets) and the median `effect`.
     """
     measures = {"tests": ("p", "count"), "share": ("significant", "mean")}
     by_pair = tests.groupby(["score", "first", "second"], sort=False)
@@ -165,11 +150,8 @@ def class_means(shares: np.ndarray) -> np.ndarray:
 def class_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
     """Figure 4: shares of significant tests by where a module is active in the two groups.
 
-    They are means over pairs, as the paper's Figure 4 is of its Figure 14.
-
-    Returns:
-        `module`, `pair` (`AO`: the module is active in only one of the two groups, `AB`: in both,
-        `IB`: in neither), `score`, `share` (missing without a test) and `tests`.
+    They are means over pairs, as the paper's Figure 4 is of its Figure 14. In `pair`, `AO` says
+    that the module is active in only one of the two groups, `AB` in both, `IB` in neither.
     """
     import pandas as pd
 
@@ -192,9 +174,7 @@ def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
 def scores_by_activity(found: Occurrences) -> "pd.DataFrame":
     """How each module's score parts the occurrences with an active predecessor from the others.
 
-    Returns:
-        One row a score: `score`, its median where the module's predecessor is `active` and where it
-        is `inactive`, and the rank-biserial correlation, `effect`. Layer 0 is left out.
+    One row a score: its medians, and the rank-biserial correlation `effect`; layer 0 is left out.
     """
     import pandas as pd
 

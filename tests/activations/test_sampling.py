@@ -108,7 +108,7 @@ def test_local_suites_have_datasets_that_need_no_network():
 
 def test_texts_without_a_token_to_choose_are_refused(planted: Suite):
     bos = planted.model.tokenizer.bos_token
-    with pytest.raises(ValueError, match="no token is left to choose in 'empty'"):
+    with pytest.raises(ValueError, match="'empty' has no text"):
         draw_sample(planted.model, {"one": toys.TEXTS, "empty": [bos, ""]})
     with pytest.raises(ValueError, match="dataset 'none' has no text"):
         draw_sample(planted.model, {"one": toys.TEXTS, "none": []})

@@ -82,7 +82,7 @@ def test_a_source_is_looked_up_in_the_folder_first(tmp_path: Path, monkeypatch: 
     assert next(load_source("a.txt").pairs())[0] == "outside"
     assert next(load_source("a.txt", tmp_path / "texts").pairs())[0] == "inside"
     with pytest.raises(
-        FileNotFoundError, match=r"no text source 'b\.txt': .*texts\).*did you mean 'a\.txt'"
+        FileNotFoundError, match=r"no text source 'b\.txt' in .*texts: .*did you mean 'a\.txt'"
     ):
         load_source("b.txt", tmp_path / "texts")
 
@@ -90,9 +90,7 @@ def test_a_source_is_looked_up_in_the_folder_first(tmp_path: Path, monkeypatch: 
 def test_a_dataset_of_the_hub_is_a_source(hub_here: Hub, paper_datasets: dict[str, list[str]]):
     source = load_source("roneneldan/TinyStories")
     assert {text for _, text in source.pairs()} == set(paper_datasets["tinystories"])
-    with pytest.raises(ValueError, match="has no column 'txt'; did you mean 'text'"):
-        list(hub_documents("roneneldan/TinyStories", column="txt"))
-    with pytest.raises(ConnectionError, match="cannot read the dataset roneneldan/None, split 'tr"):
+    with pytest.raises(ConnectionError, match="cannot read the dataset roneneldan/None"):
         list(hub_documents("roneneldan/None"))
 
 
