@@ -115,16 +115,19 @@ def deactivate(
     cases = cases.reset_index(drop=True)
     chosen = targets.loc[cases["target"]].reset_index(drop=True)
     reads = chosen.assign(case=chosen.index, module="res")[READS]
+    predecessors = None
     if sources is not None:
-        sources = cases[["target"]].reset_index(names="case").merge(sources, on="target")
-        layer = chosen["layer"].to_numpy()[sources["case"]] - (sources["module"] == "res")
-        reads = pd.concat([reads, sources.assign(layer=layer)[READS]])
+        predecessors = cases[["target"]].reset_index(names="case").merge(sources, on="target")
+        is_res = predecessors["module"] == "res"
+        layer = chosen["layer"].to_numpy()[predecessors["case"]] - is_res
+        reads = pd.concat([reads, predecessors.assign(layer=layer)[READS]])
     read, losses = intervene(suite, tokens, chosen, edits, reads, loss)
     about = chosen[["layer", "feature", "dataset", "text"]]
     table = _with_change(cases.join(about).join(read[["old", "new"]]))
     table["linear"] = _written(suite, chosen, edits) / table["old"].where(table["old"] > 0)
-    if sources is not None:
-        active = sources.assign(target=sources["case"])[read["new"].to_numpy()[len(cases) :] > 0]
+    if predecessors is not None:
+        is_active = read["new"].to_numpy()[len(cases) :] > 0
+        active = predecessors.assign(target=predecessors["case"])[is_active]
         table["after"] = groups_of(cases, active).add_categories([OFF])
         table.loc[table["new"] <= 0, "after"] = OFF
         table.loc[table["old"] <= 0, "after"] = None

@@ -98,6 +98,8 @@ def sample_tokens(
             f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens},"
             f" {len(ids)} samples: expected 0 < top_p <= 1 and more than 0 of the others"
         )
+    if len(seeds) != len(ids):  # one would be spread over all rows
+        raise ValueError(f"{len(seeds)} seeds for {len(ids)} rows")
     if unknown := {*phases} - {*PHASES}:
         raise ValueError(f"phases={unknown}: expected some of {PHASES}")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
