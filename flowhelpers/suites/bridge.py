@@ -40,11 +40,11 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it would stand in every notebook
     folder = model_folder(name, revision)
-    weights: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, revision=revision, attn_implementation="eager"
-    )
+    with replaced(logging, "_tqdm_active", False):  # a bar would stand in every notebook
+        weights: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, revision=revision, attn_implementation="eager"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
     weights = weights.to(device).eval()
     # For multimodal models TransformerLens would pip install torchvision, and another torch.

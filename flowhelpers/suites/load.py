@@ -5,11 +5,12 @@ are fetched and read once an experiment asks for them.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowhelpers.core.features import FeatureId, Site, parse_feature, parse_site, suggestion
 from flowhelpers.core.machine import check_device, check_memory, free_memory
@@ -26,26 +27,14 @@ LARGE = 1e8  # parameters of a model from which on it runs on a GPU where there 
 VERY_LARGE = 1e9  # and in half precision there
 
 
-class OnDemand(Mapping[Site, "SAE"]):
+class OnDemand(UserDict[Site, Any]):
     """SAEs that are read when they are asked for, the last few kept: all need not fit in memory."""
 
     def __init__(self, sites: Iterable[Site], load: "Callable[[Site], SAE]", kept: int):
-        self._sites = dict.fromkeys(sites)
-        self._load = lru_cache(maxsize=kept)(load)
+        super().__init__(dict.fromkeys(sites, lru_cache(maxsize=kept)(load)))
 
     def __getitem__(self, site: Site) -> "SAE":
-        if site not in self._sites:
-            raise KeyError(site)
-        return self._load(site)
-
-    def __contains__(self, site: object) -> bool:
-        return site in self._sites
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
+        return self.data[site](site)
 
 
 @dataclass(frozen=True)
@@ -206,7 +195,7 @@ def _load_sae(
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
     from flowhelpers.suites.sae_files import find_files, load_whole
-    from flowhelpers.suites.saes import read_sae
+    from flowhelpers.suites.saes import make_sae, read_sae
 
     def output() -> "AttentionOutput":
         stored = stored_attention_output(row.model, site.layer, row.revision)
@@ -215,7 +204,9 @@ def _load_sae(
     source = row.saes[site]
     d_model = row.d_model or load_model().d_model
     files = find_files(source)
-    load = partial(load_whole, source, files, device, dtype)
+    load = partial(load_whole, source, files is not None, device, dtype)
+    if files is None:
+        return make_sae(site, load(), d_model, str(source), output)
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
     if files.revision is not None and at_issue and files.revision != row.revision:
         raise ValueError(

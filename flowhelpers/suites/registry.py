@@ -157,23 +157,15 @@ def listed_release(release: str, sae_id: str) -> "PretrainedSAELookup":
     return known[release]
 
 
-def declared_l0(source: Source) -> float | None:
-    """The mean L0 that a release gives for an SAE: of its path, or sae-lens's list."""
+def declared(source: Source) -> tuple[float | None, float | None]:
+    """Mean L0 and explained variance of an SAE, as its path or sae-lens's list gives them."""
     if isinstance(source, str):
-        return None
+        return None, None
     listed = listed_release(source["release"], source["id"])
-    if match := re.search(r"average_l0_(\d+)", listed.saes_map[source["id"]]):
-        return float(match[1])
-    return listed.expected_l0.get(source["id"]) or None
-
-
-def declared_variance(source: Source) -> float | None:
-    """The explained variance that sae-lens's list gives for an SAE, if it does."""
-    if isinstance(source, str):
-        return None
-    listed = listed_release(source["release"], source["id"])
-    found = listed.expected_var_explained.get(source["id"])
-    return None if found == 1.0 else found  # the list's word for what it lacks
+    in_path = re.search(r"average_l0_(\d+)", listed.saes_map[source["id"]])
+    l0 = float(in_path[1]) if in_path else listed.expected_l0.get(source["id"]) or None
+    variance = listed.expected_var_explained.get(source["id"])
+    return l0, None if variance == 1.0 else variance  # the list's word for what it lacks
 
 
 def read_suite_folder(folder: Path) -> SuiteRow:

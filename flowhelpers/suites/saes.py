@@ -64,8 +64,6 @@ class SAE:
         if self.loader is None or isinstance(self.loader, torch.nn.Module):
             return self.loader
         lens_sae = self.loader()
-        if self.input_site != self.site:  # the heads lie side by side already
-            lens_sae.turn_off_forward_pass_hook_z_reshaping()
         _silence_unusable(lens_sae, self.excluded, f"{self.site} ({self.source})")
         return lens_sae
 
@@ -183,12 +181,16 @@ class SAE:
 
 
 def make_sae(
-    site: Site, lens_sae: Any, d_model: int, source: str, output: AttentionOutput | None = None
+    site: Site,
+    lens_sae: Any,
+    d_model: int,
+    source: str,
+    output: Callable[[], AttentionOutput | None] = lambda: None,
 ) -> SAE:
     """The SAE around one of sae-lens that is in memory, as `read_sae` around files."""
     decoder = lens_sae.W_dec.detach().clone()
     hook = lens_sae.cfg.metadata.hook_name
-    sae = _in_residual_basis(site, decoder, hook, d_model, source, lambda: output)
+    sae = _in_residual_basis(site, decoder, hook, d_model, source, output)
     _silence_unusable(lens_sae, sae.excluded, f"{site} ({source})")
     return replace(sae, loader=lens_sae)
 
@@ -258,6 +260,7 @@ def _in_residual_basis(
 @torch.no_grad()
 def _silence_unusable(lens_sae: Any, excluded: Tensor, what: str) -> None:
     """Features without a finite encoder are never active, those excluded write nothing either."""
+    lens_sae.turn_off_forward_pass_hook_z_reshaping()  # the heads lie side by side already
     encoder = [lens_sae.W_enc.T, lens_sae.b_enc[:, None]]
     encoder += [lens_sae.threshold[:, None]] if hasattr(lens_sae, "threshold") else []
     finite = torch.stack([rows.isfinite().all(dim=1) for rows in encoder]).all(dim=0)
