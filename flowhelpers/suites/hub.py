@@ -15,7 +15,7 @@ from typing import Any
 from flowhelpers.core.cache import cache_folder
 from flowhelpers.core.files import read_json, writable_folder, write_whole
 
-SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError, TypeError)
 
@@ -59,20 +59,18 @@ def model_folder(model: str, revision: str | None = None) -> str:
     """
     from huggingface_hub import snapshot_download
 
+    def is_complete() -> bool:
+        index = cached(model, INDEX, revision)
+        weights = set(read_json(index)["weight_map"].values()) if index else {SINGLE}
+        files = {"config.json", "tokenizer_config.json", *weights}
+        return all(cached(model, file, revision) for file in files)
+
     if Path(model).is_dir():
         return model
-    if not _is_complete(model, revision):
-        patterns = [*SMALL, "model*.safetensors"]
-        snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
+    if not is_complete():
+        snapshot_download(model, revision=revision, allow_patterns=PATTERNS, ignore_patterns="*/*")
     config = cached(model, "config.json", revision)
-    return str(config.parent) if config and _is_complete(model, revision) else model
-
-
-def _is_complete(model: str, revision: str | None) -> bool:
-    index = cached(model, INDEX, revision)
-    weights = set(read_json(index)["weight_map"].values()) if index else {SINGLE}
-    files = {"config.json", "tokenizer_config.json", *weights}
-    return all(cached(model, file, revision) for file in files)
+    return str(config.parent) if config and is_complete() else model
 
 
 @contextmanager

@@ -4,7 +4,7 @@ This module alone knows the names of hook points.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -260,17 +260,16 @@ def final_norm(
 
 
 @contextmanager
-def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
+def editing(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
     """Apply edits to every pass inside the block; afterwards the model is as it was.
 
-    Yields how often each edit has been reached so far, by its place in `edits`. One that was never
-    reached is a RuntimeError at the end of the block.
+    One that was never reached is a RuntimeError at the end of the block.
     """
-    reached = dict.fromkeys(range(len(edits)), 0)
+    missed = dict(enumerate(edits))
 
     def hook_of(place: int, edit: Edit) -> Callable[..., Tensor]:
         def hook(activations: Tensor, hook: Any = None) -> Tensor:
-            reached[place] += 1
+            missed.pop(place, None)
             # Where the heads stand on an axis of their own, they are laid side by side.
             flat = activations.flatten(2)
             changed = edit.change(flat)
@@ -283,10 +282,10 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
 
     hooks = [(hook_name(model, edit.site), hook_of(i, edit)) for i, edit in enumerate(edits)]
     with model.bridge.hooks(fwd_hooks=hooks):
-        yield reached
-    missed = [str(edits[place].site) for place, times in reached.items() if not times]
+        yield
     if missed:
-        raise RuntimeError(f"the edit at {', '.join(missed)} was never reached by a forward pass")
+        sites = ", ".join(str(edit.site) for edit in missed.values())
+        raise RuntimeError(f"the edit at {sites} was never reached by a forward pass")
 
 
 def is_edited(model: Model) -> bool:

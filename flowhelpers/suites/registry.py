@@ -135,12 +135,11 @@ def _of_mean_l0(row: SuiteRow, l0: int) -> SuiteRow:
         found = [(int(m[1]), i) for i in release.saes_map if (m := re.fullmatch(expression, i))]
         _, nearest = min(found, key=lambda each: (abs(each[0] - l0), each[0]))
         saes[site] = {"release": pattern["release"], "id": nearest}
-        called = release.neuronpedia_id.get(nearest)
         first = releases[canonical["release"]].saes_map[canonical["id"]]
-        if release.saes_map[nearest] == first:
-            called = row.neuronpedia.get(site)
-        if called:
-            neuronpedia[site] = called
+        is_canonical = release.saes_map[nearest] == first
+        names = row.neuronpedia.get(site) if is_canonical else release.neuronpedia_id.get(nearest)
+        if names:
+            neuronpedia[site] = names
     return replace(row, saes=saes, neuronpedia=neuronpedia)
 
 
