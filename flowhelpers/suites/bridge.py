@@ -1,8 +1,4 @@
-"""A language model from its files: TransformerLens's bridge, and the check of its hook points.
-
-A model that passed `load_model` has been checked: at every layer what attention and the MLP add
-makes up the step of the residual stream, and an edit at every site reaches the logits.
-"""
+"""A language model from its files: TransformerLens's bridge, and the check of its hook points."""
 
 import subprocess
 import warnings

@@ -1,7 +1,6 @@
 """Suites: one language model and the SAEs trained on it, loaded as far as is asked for.
 
-Decoders come first: matching, flow graphs and labels need nothing else. The model and the encoders
-are fetched and read once an experiment asks for them.
+Decoders come first; the model and the encoders once an experiment asks for them.
 """
 
 import warnings
@@ -104,8 +103,8 @@ def memory_needed(row: SuiteRow, dtype: str = "float32", kept: int | None = None
     """Bytes of the model, and of so many SAEs (all by default) with decoders as they are stored."""
     in_saes = (row.parameters - (row.model_parameters or 0)) / len(row.saes)
     count = len(row.saes)
-    if kept is not None and row.model_parameters is not None:
-        count = min(kept, count)
+    if row.model_parameters is not None:
+        count = min(kept or count, count)
     each = BYTES[dtype] + BYTES[row.stored.get("saes", "float32")] / 2
     return int((row.model_parameters or 0) * BYTES[dtype] + count * in_saes * each)
 
@@ -136,15 +135,12 @@ def _device_and_dtype(row: SuiteRow, device: str, dtype: str) -> tuple[str, str]
 def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> Suite:
     """Load a language model and its SAEs: the first decoder now, the rest when it is asked for.
 
+    A MemoryError if the decoders of a few SAEs do not fit; later, if the model does not.
+
     Args:
         name: A registered suite, as `find_suite` takes it, or a folder with a `suite.yaml`.
         device: Torch device; `auto` takes a GPU for a large model where there is one.
         dtype: float32, bfloat16 or float16; `auto` takes bfloat16 for a very large model on a GPU.
-
-    Raises:
-        ValueError: If the suite is unknown or broken.
-        MemoryError: If the decoders of a few SAEs do not fit; later, if the model does not.
-        OSError: huggingface_hub's, if something has to be fetched and cannot be.
 
     Example:
         >>> from flowhelpers import load_suite
@@ -175,8 +171,8 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
     from flowhelpers.suites.bridge import load_model
 
     if check:
-        needed = memory_needed(row, dtype, KEPT)
-        check_memory(needed, f"the model of suite {row.name}", device, dtype)
+        what = f"the model of suite {row.name}"
+        check_memory(memory_needed(row, dtype, KEPT), what, device, dtype)
     model = load_model(row.model, device, getattr(torch, dtype), row.revision)
     _check_layers(row, model.layers)
     return model

@@ -1,7 +1,4 @@
-"""What is known of a suite before anything is loaded: rows of one table.
-
-Every suite is a row of `data/suites.yaml`, or the `suite.yaml` of a folder.
-"""
+"""What is known of a suite before it is loaded: a row of `data/suites.yaml`, or `suite.yaml`."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features
-L0 = re.compile(r"l0=(\d+)")
 
 # A sae-lens folder, or an SAE of sae-lens's list.
 Release = Annotated[Mapping[Literal["release", "id"], str], Field(min_length=2)]
@@ -99,7 +95,7 @@ def _chosen(row: SuiteRow, asked: Iterable[str]) -> SuiteRow:
     for choice in asked:
         if choice in row.variants:
             kind = "variant"
-        elif row.by_l0 and L0.fullmatch(choice):
+        elif row.by_l0 and re.fullmatch(r"l0=\d+", choice):
             kind = "l0"
         elif set(choice.split("+")) <= set(MODULES):
             kind = "modules"
@@ -124,8 +120,7 @@ def _chosen(row: SuiteRow, asked: Iterable[str]) -> SuiteRow:
 def _of_mean_l0(row: SuiteRow, l0: int) -> SuiteRow:
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    releases = get_pretrained_saes_directory()
-    saes: dict[Site, Source] = {}
+    releases, saes = get_pretrained_saes_directory(), {}
     neuronpedia: dict[Site, str] = {}
     for site, canonical in row.saes.items():
         assert isinstance(canonical, Mapping)

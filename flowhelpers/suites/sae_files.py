@@ -1,7 +1,6 @@
 """The files of an SAE: which they are, and the decoder alone out of them.
 
-Whole SAEs are sae-lens's to load. It always reads both matrices, though matching needs one: what is
-known here of each family's format serves to read the decoder by itself.
+Whole SAEs are sae-lens's to load. It always reads both matrices, though matching needs one.
 """
 
 import re
@@ -21,6 +20,7 @@ from flowhelpers.suites.registry import Source, listed_release
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
+LENS_FILES = ("cfg.json", "sae_weights.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 UNITS_AGREE = 0.01  # how far two statements of one scale may lie apart
 # Gemma Scope's hook points by the first letters of a site; attention SAEs read z, before o_proj,
@@ -73,8 +73,7 @@ def read_decoder(files: SaeFiles) -> Tensor:
 def find_files(source: Source) -> SaeFiles | None:
     """The files of an SAE, fetched; None for a format that sae-lens alone reads."""
     if isinstance(source, str):
-        folder = Path(source)
-        return _of_sae_lens(source, folder / "cfg.json", folder / "sae_weights.safetensors")
+        return _of_sae_lens(source, *(Path(source) / file for file in LENS_FILES))
     listed = listed_release(source["release"], source["id"])
     name, kind = f"{source['release']}/{source['id']}", listed.conversion_func or "sae_lens"
     return FORMATS[kind](name, listed, source["id"]) if kind in FORMATS else None
@@ -111,9 +110,8 @@ def sae_config(path: Path) -> dict[str, Any]:
 
 def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
     folder = listed.saes_map[sae_id]
-    config = fetch(listed.repo_id, f"{folder}/cfg.json")
-    weights = fetch(listed.repo_id, f"{folder}/sae_weights.safetensors")
-    return _of_sae_lens(source, config, weights)
+    files = (fetch(listed.repo_id, f"{folder}/{file}") for file in LENS_FILES)
+    return _of_sae_lens(source, *files)
 
 
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:

@@ -217,7 +217,7 @@ def test_no_more_than_a_few_saes_are_in_memory_and_each_is_loaded_once_for_many_
 def test_a_sae_without_encoder_is_refused(sample: Sample, planted: Suite, tmp_path: Path):
     bare = {site: toys.bare_sae(site, d.directions) for site, d in planted.saes.items()}
     suite = Suite(planted.row, planted.model, bare)
-    with pytest.raises(ValueError, match="has no encoder: it has no activations"):
+    with pytest.raises(ValueError, match="has no weights"):
         read_sample(suite, sample, tmp_path)
 
 
