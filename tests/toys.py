@@ -186,7 +186,8 @@ def write_lens_sae(
 def load_folder(folder: Path, site: Site, d_model: int = D_MODEL) -> SAE:
     """The SAE of a folder that sae-lens saved."""
     files = sae_files.find_files(str(folder))
-    load = partial(sae_files.load_whole, str(folder), files, "cpu", "float32")
+    assert files is not None
+    load = partial(sae_files.load_whole, str(folder), True, "cpu", "float32")
     return read_sae(site, files, load, d_model, "cpu", "float32")
 
 
@@ -201,7 +202,7 @@ def sae_at_z(model: Model, layer: int = 1) -> SAE:
         encoder=torch.randn(len(output.weights), 6, generator=generator),
         hook=f"blocks.{layer}.attn.hook_z",
     )
-    return make_sae(site, lens_sae, D_MODEL, "planted", output)
+    return make_sae(site, lens_sae, D_MODEL, "planted", lambda: output)
 
 
 def write_suite(folder: Path, lens_saes: Mapping[Site, Any], model: str = "model") -> Path:

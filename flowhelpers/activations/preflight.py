@@ -14,7 +14,7 @@ import torch
 from flowhelpers.core.features import Site, parse_site
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import is_edited, run_model, tokenize
-from flowhelpers.suites.registry import declared_l0, declared_variance
+from flowhelpers.suites.registry import declared
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,14 +84,14 @@ def run_preflight(
         codes = sae.encode(x)
         error = x.double() - sae.decode(codes, x).double()
         spread = x.double() - x.double().mean(0)
-        source = suite.row.saes.get(site, "")
+        l0, variance = declared(suite.row.saes.get(site, ""))
         row = {
             "site": str(site),
             "tokens": len(x),
             "l0": (codes > 0).sum(-1).double().mean().item(),
-            "declared_l0": declared_l0(source),
+            "declared_l0": l0,
             "explained_variance": 1 - (error.square().sum() / spread.square().sum()).item(),
-            "declared_variance": declared_variance(source),
+            "declared_variance": variance,
         }
         rows.append(row | {"is_suspicious": (problem := _problem(row)) is not None})
         suite.checked_sites.add(site)

@@ -31,8 +31,6 @@ class AttentionOutput:
 
     def to_residual(self, rows: Float[Tensor, "rows z"]) -> Float[Tensor, "rows d_model"]:
         """Directions at z as directions of the stream; their norms are not kept."""
-        if rows.shape[1] != len(self.weights):
-            raise ValueError(f"rows of width {rows.shape[1]}: expected {len(self.weights)}, as z")
         in_stream = rows.float() @ self.weights.float().to(rows.device)
         return in_stream if self.gain is None else in_stream * self.gain.float().to(rows.device)
 

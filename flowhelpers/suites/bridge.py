@@ -1,15 +1,10 @@
-"""A language model from its files: TransformerLens's bridge, and the check of its hook points.
-
-A model that passed `load_model` has been checked: at every layer what attention and the MLP add
-makes up the step of the residual stream, and an edit at every site reaches the logits.
-"""
+"""A language model from its files: TransformerLens's bridge, and the check of its hook points."""
 
 import subprocess
 import warnings
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowhelpers.core.features import Site
@@ -17,7 +12,6 @@ from flowhelpers.core.versions import naming_untried
 from flowhelpers.suites.hub import model_folder, replaced
 from flowhelpers.suites.model import (
     CACHE,
-    Activations,
     Edit,
     Model,
     cache_prompt,
@@ -40,11 +34,11 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    logging.disable_progress_bar()  # it would stand in every notebook
     folder = model_folder(name, revision)
-    weights: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, revision=revision, attn_implementation="eager"
-    )
+    with replaced(logging, "_tqdm_active", False):  # a bar would stand in every notebook
+        weights: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, revision=revision, attn_implementation="eager"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
     weights = weights.to(device).eval()
     # For multimodal models TransformerLens would pip install torchvision, and another torch.
@@ -83,61 +77,45 @@ def check_sites(model: Model) -> None:
     1e-4 of the largest activation in float32, 3e-2 in half precision. A ValueError names the layer
     or site that fails.
     """
-    tolerance = 3e-2 if model.bridge.W_E.dtype != torch.float32 else 1e-4
-    vocabulary = model.bridge.cfg.d_vocab
-    ids = torch.arange(1, 9, device=model.device)[None] * (vocabulary // 10)
+    is_half = model.bridge.W_E.dtype != torch.float32
+
+    def check(this: Tensor, that: Tensor, what: str, tolerance: float) -> None:
+        off, size = (this.float() - that.float()).abs().max(), this.float().abs().max()
+        if not off <= tolerance * size:
+            allowed = f"of its size (allowed {tolerance:.2%})"
+            raise ValueError(f"{model.name}: {what} by {off / size:.2%} {allowed}")
+
+    tolerance = 3e-2 if is_half else 1e-4
+    ids = torch.arange(1, 9, device=model.device)[None] * (model.bridge.cfg.d_vocab // 10)
     sites = model.sites()
     clean, read = run_model(model, ids, read=[Site(0, "pre"), *sites])
     assert clean is not None
     before = read[Site(0, "pre")]
     for layer in range(model.layers):
-        after = read[Site(layer, "res")].float()
+        after = read[Site(layer, "res")]
         parts = before + read[Site(layer, "att")] + read[Site(layer, "mlp")]
-        residue = (after - parts.float()).abs().max() / after.abs().max()
-        if not residue <= tolerance:
-            raise ValueError(
-                f"{model.name}: at layer {layer} the stream before plus attention plus MLP differs"
-                f" from the stream after by {residue:.2%} of its size (allowed {tolerance:.2%})"
-            )
-        before = read[Site(layer, "res")]
-    _check_edits(model, ids, sites, clean, read)
+        what = "the stream before plus attention plus MLP differs from the stream after"
+        check(after, parts, f"at layer {layer} {what}", tolerance)
+        before = after
     _, prefix = cache_prompt(model, ids)
     rest, _ = run_model(model, ids[:, 4:].expand(2, -1), prefix=prefix.first(4))
     assert rest is not None
-    off = (rest - clean[:, 4:]).abs().max() / clean.abs().max()
-    if not off <= tolerance:
-        raise ValueError(
-            f"{model.name}: a pass that goes on after a prefix gives other logits than a whole one,"
-            f" by {off:.2%} of their size (allowed {tolerance:.2%})"
-        )
-
-
-def _check_edits(
-    model: Model,
-    ids: Int[Tensor, "1 position"],
-    sites: list[Site],
-    clean: Float[Tensor, "1 position vocabulary"],
-    read: dict[Site, Activations],
-) -> None:
-    def push(row: int, site: Site) -> Edit:
-        def change(activations: Activations) -> Activations:
-            changed = activations.clone()
-            changed[row, :, 0] += read[site].float().norm(dim=-1).mean()
-            return changed
-
-        return Edit(site, change)
-
-    zero = logits_of(model, ids, [Edit(site, lambda stream: stream + 0.0) for site in sites])
-    # One row of the batch for each site, so that one pass tells for all of them.
-    pushes = [push(row, site) for row, site in enumerate(sites)]
-    pushed = logits_of(model, ids.expand(len(sites), -1), pushes)
+    what = "a pass that goes on after a prefix gives other logits than a whole one,"
+    check(clean[:, 4:], rest, what, tolerance)
     # A row of a larger batch may differ from the same row alone by rounding, as may any two passes
     # on a GPU.
-    rounding = (1e-2 if clean.dtype != torch.float32 else 1e-5) * clean.abs().max()
-    if (zero - clean).abs().max() > (rounding if clean.is_cuda else 0):
-        raise ValueError(f"{model.name}: adding a zero vector changed the logits")
+    rounding = 1e-2 if is_half else 1e-5
+    zero = logits_of(model, ids, [Edit(site, lambda stream: stream + 0.0) for site in sites])
+    check(clean, zero, "adding a zero vector changed the logits", rounding if clean.is_cuda else 0)
+    # One row of the batch for each site, so that one pass tells for all of them.
+    pushes = []
     for row, site in enumerate(sites):
-        if (pushed[row] - clean[0]).abs().max() <= rounding:
+        push = read[site].new_zeros(len(sites), 1, model.d_model)
+        push[row, 0, 0] = read[site].float().norm(dim=-1).mean()
+        pushes.append(Edit(site, push.add))
+    pushed = logits_of(model, ids.expand(len(sites), -1), pushes)
+    for row, site in enumerate(sites):
+        if (pushed[row] - clean[0]).abs().max() <= rounding * clean.abs().max():
             raise ValueError(
                 f"{model.name}: a vector added at {site} left the logits as they were:"
                 f" the hook {hook_name(model, site)} does not edit the stream"

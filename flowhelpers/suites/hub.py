@@ -1,21 +1,18 @@
-"""Files of the Hugging Face hub: the cache before the network, and some tensors without the rest.
-
-Fetching, resuming, patience and errors are huggingface_hub's.
-"""
+"""Files of the Hugging Face hub: the cache before the network, some tensors without the rest."""
 
 import hashlib
 import json
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from flowhelpers.core.cache import cache_folder
 from flowhelpers.core.files import read_json, writable_folder, write_whole
 
-SMALL = ("*.json", "*.txt", "*.model", "*.jinja")
+PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError, TypeError)
 
@@ -36,43 +33,22 @@ def fetch(repository: str, file: str, revision: str | None = None) -> Path:
     return path or Path(hf_hub_download(repository, file, revision=revision))
 
 
-def fetch_if_there(repository: str, file: str, revision: str | None = None) -> Path | None:
-    """A file that not every repository has; None if this one does not.
-
-    With the network off a file that is not cached is taken for one that is not there.
-    """
-    from huggingface_hub import constants
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    try:
-        return fetch(repository, file, revision)
-    except EntryNotFoundError as error:
-        if isinstance(error, LocalEntryNotFoundError) and not constants.is_offline_mode():
-            raise
-        return None
-
-
 def model_folder(model: str, revision: str | None = None) -> str:
-    """The folder of a model, fetched if it is not complete.
-
-    A model whose weights are not safetensors is handed on by its name: they are the library's.
-    """
+    """The folder of a model, fetched if not complete; its name if it has no safetensors."""
     from huggingface_hub import snapshot_download
+
+    def is_complete() -> bool:
+        index = cached(model, INDEX, revision)
+        weights = set(read_json(index)["weight_map"].values()) if index else {SINGLE}
+        files = {"config.json", "tokenizer_config.json", *weights}
+        return all(cached(model, file, revision) for file in files)
 
     if Path(model).is_dir():
         return model
-    if not _is_complete(model, revision):
-        patterns = [*SMALL, "model*.safetensors"]
-        snapshot_download(model, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
+    if not is_complete():
+        snapshot_download(model, revision=revision, allow_patterns=PATTERNS, ignore_patterns="*/*")
     config = cached(model, "config.json", revision)
-    return str(config.parent) if config and _is_complete(model, revision) else model
-
-
-def _is_complete(model: str, revision: str | None) -> bool:
-    index = cached(model, INDEX, revision)
-    weights = set(read_json(index)["weight_map"].values()) if index else {SINGLE}
-    files = {"config.json", "tokenizer_config.json", *weights}
-    return all(cached(model, file, revision) for file in files)
+    return str(config.parent) if config and is_complete() else model
 
 
 @contextmanager
@@ -102,15 +78,16 @@ def read_tensors(model: str, names: Iterable[str], revision: str | None = None) 
 
     Of a file that is not on this machine only the bytes of those tensors are fetched.
     """
+    from huggingface_hub.errors import EntryNotFoundError
     from safetensors import safe_open
 
-    names = list(names)
+    names, index = list(names), None
     folder = Path(model) if Path(model).is_dir() else None
     if folder:
         index = folder / INDEX if (folder / INDEX).is_file() else None
-    else:
-        single = cached(model, SINGLE, revision)
-        index = None if single else fetch_if_there(model, INDEX, revision)
+    elif not cached(model, SINGLE, revision):
+        with suppress(EntryNotFoundError):
+            index = fetch(model, INDEX, revision)
     places = read_json(index)["weight_map"] if index else dict.fromkeys(names, SINGLE)
     tensors: dict[str, Any] = {}
     for file in sorted({places[name] for name in names if name in places}):

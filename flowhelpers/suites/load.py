@@ -1,15 +1,15 @@
 """Suites: one language model and the SAEs trained on it, loaded as far as is asked for.
 
-Decoders come first: matching, flow graphs and labels need nothing else. The model and the encoders
-are fetched and read once an experiment asks for them.
+Decoders come first; the model and the encoders once an experiment asks for them.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowhelpers.core.features import FeatureId, Site, parse_feature, parse_site, suggestion
 from flowhelpers.core.machine import check_device, check_memory, free_memory
@@ -26,26 +26,14 @@ LARGE = 1e8  # parameters of a model from which on it runs on a GPU where there 
 VERY_LARGE = 1e9  # and in half precision there
 
 
-class OnDemand(Mapping[Site, "SAE"]):
+class OnDemand(UserDict[Site, Any]):
     """SAEs that are read when they are asked for, the last few kept: all need not fit in memory."""
 
     def __init__(self, sites: Iterable[Site], load: "Callable[[Site], SAE]", kept: int):
-        self._sites = dict.fromkeys(sites)
-        self._load = lru_cache(maxsize=kept)(load)
+        super().__init__(dict.fromkeys(sites, lru_cache(maxsize=kept)(load)))
 
     def __getitem__(self, site: Site) -> "SAE":
-        if site not in self._sites:
-            raise KeyError(site)
-        return self._load(site)
-
-    def __contains__(self, site: object) -> bool:
-        return site in self._sites
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        return len(self._sites)
+        return self.data[site](site)
 
 
 @dataclass(frozen=True)
@@ -115,8 +103,8 @@ def memory_needed(row: SuiteRow, dtype: str = "float32", kept: int | None = None
     """Bytes of the model, and of so many SAEs (all by default) with decoders as they are stored."""
     in_saes = (row.parameters - (row.model_parameters or 0)) / len(row.saes)
     count = len(row.saes)
-    if kept is not None and row.model_parameters is not None:
-        count = min(kept, count)
+    if row.model_parameters is not None:
+        count = min(kept or count, count)
     each = BYTES[dtype] + BYTES[row.stored.get("saes", "float32")] / 2
     return int((row.model_parameters or 0) * BYTES[dtype] + count * in_saes * each)
 
@@ -147,15 +135,12 @@ def _device_and_dtype(row: SuiteRow, device: str, dtype: str) -> tuple[str, str]
 def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> Suite:
     """Load a language model and its SAEs: the first decoder now, the rest when it is asked for.
 
+    A MemoryError if the decoders of a few SAEs do not fit; later, if the model does not.
+
     Args:
         name: A registered suite, as `find_suite` takes it, or a folder with a `suite.yaml`.
         device: Torch device; `auto` takes a GPU for a large model where there is one.
         dtype: float32, bfloat16 or float16; `auto` takes bfloat16 for a very large model on a GPU.
-
-    Raises:
-        ValueError: If the suite is unknown or broken.
-        MemoryError: If the decoders of a few SAEs do not fit; later, if the model does not.
-        OSError: huggingface_hub's, if something has to be fetched and cannot be.
 
     Example:
         >>> from flowhelpers import load_suite
@@ -186,8 +171,8 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
     from flowhelpers.suites.bridge import load_model
 
     if check:
-        needed = memory_needed(row, dtype, KEPT)
-        check_memory(needed, f"the model of suite {row.name}", device, dtype)
+        what = f"the model of suite {row.name}"
+        check_memory(memory_needed(row, dtype, KEPT), what, device, dtype)
     model = load_model(row.model, device, getattr(torch, dtype), row.revision)
     _check_layers(row, model.layers)
     return model
@@ -206,7 +191,7 @@ def _load_sae(
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
     from flowhelpers.suites.sae_files import find_files, load_whole
-    from flowhelpers.suites.saes import read_sae
+    from flowhelpers.suites.saes import make_sae, read_sae
 
     def output() -> "AttentionOutput":
         stored = stored_attention_output(row.model, site.layer, row.revision)
@@ -215,7 +200,9 @@ def _load_sae(
     source = row.saes[site]
     d_model = row.d_model or load_model().d_model
     files = find_files(source)
-    load = partial(load_whole, source, files, device, dtype)
+    load = partial(load_whole, source, files is not None, device, dtype)
+    if files is None:
+        return make_sae(site, load(), d_model, str(source), output)
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
     if files.revision is not None and at_issue and files.revision != row.revision:
         raise ValueError(

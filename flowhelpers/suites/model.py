@@ -1,10 +1,7 @@
-"""A language model behind named sites: tokenize, run, read and edit at a site.
-
-This module alone knows the names of hook points.
-"""
+"""A language model behind named sites, hook points: tokenize, run, read and edit."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -90,10 +87,7 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest by which tables made from this model are known.
-
-        It takes in a few thousand weights of every parameter, evenly spread: training changes all.
-        """
+        """A digest of a few thousand weights of every parameter, evenly spread."""
         digest = hashlib.blake2b(digest_size=16)
         for name, weights in self.bridge.original_model.named_parameters():
             flat = weights.detach().flatten()
@@ -184,9 +178,8 @@ def run_model(
         return Edit(site, change)
 
     changes = [*edits, *(keep(site) for site in read)]
-    layers = None
+    layers = None if stop_after is None else stop_after + 1
     if stop_after is not None:
-        layers = stop_after + 1
         if late := [edit.site for edit in changes if edit.site.layer > stop_after]:
             raise ValueError(f"{late[0]} lies after layer {stop_after}, where the pass stops")
         changes.append(Edit(Site(stop_after, "res"), _stop))
@@ -230,8 +223,7 @@ def forward(
     with fitting_threads(ids.numel(), model.d_model):
         logits = model.bridge(ids, return_type="logits", **given)
     if cache is not None and (held := cache.get_seq_length()) != expected:
-        what = f"{model.name}: after a pass its cache holds {held} tokens"
-        raise ValueError(f"{what}: expected {expected}")
+        raise ValueError(f"{model.name}: {held} tokens in the cache after a pass, not {expected}")
     return logits
 
 
@@ -260,17 +252,13 @@ def final_norm(
 
 
 @contextmanager
-def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
-    """Apply edits to every pass inside the block; afterwards the model is as it was.
-
-    Yields how often each edit has been reached so far, by its place in `edits`. One that was never
-    reached is a RuntimeError at the end of the block.
-    """
-    reached = dict.fromkeys(range(len(edits)), 0)
+def editing(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
+    """Apply edits to every pass inside the block; one that was never reached is a RuntimeError."""
+    missed = dict(enumerate(edits))
 
     def hook_of(place: int, edit: Edit) -> Callable[..., Tensor]:
         def hook(activations: Tensor, hook: Any = None) -> Tensor:
-            reached[place] += 1
+            missed.pop(place, None)
             # Where the heads stand on an axis of their own, they are laid side by side.
             flat = activations.flatten(2)
             changed = edit.change(flat)
@@ -283,10 +271,10 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[Mapping[int, int]]:
 
     hooks = [(hook_name(model, edit.site), hook_of(i, edit)) for i, edit in enumerate(edits)]
     with model.bridge.hooks(fwd_hooks=hooks):
-        yield reached
-    missed = [str(edits[place].site) for place, times in reached.items() if not times]
+        yield
     if missed:
-        raise RuntimeError(f"the edit at {', '.join(missed)} was never reached by a forward pass")
+        sites = ", ".join(str(edit.site) for edit in missed.values())
+        raise RuntimeError(f"the edit at {sites} was never reached by a forward pass")
 
 
 def is_edited(model: Model) -> bool:

@@ -1,7 +1,4 @@
-"""What is known of a suite before anything is loaded: rows of one table.
-
-Every suite is a row of `data/suites.yaml`, or the `suite.yaml` of a folder.
-"""
+"""What is known of a suite before it is loaded: a row of `data/suites.yaml`, or `suite.yaml`."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features
-L0 = re.compile(r"l0=(\d+)")
 
 # A sae-lens folder, or an SAE of sae-lens's list.
 Release = Annotated[Mapping[Literal["release", "id"], str], Field(min_length=2)]
@@ -99,7 +95,7 @@ def _chosen(row: SuiteRow, asked: Iterable[str]) -> SuiteRow:
     for choice in asked:
         if choice in row.variants:
             kind = "variant"
-        elif row.by_l0 and L0.fullmatch(choice):
+        elif row.by_l0 and re.fullmatch(r"l0=\d+", choice):
             kind = "l0"
         elif set(choice.split("+")) <= set(MODULES):
             kind = "modules"
@@ -124,8 +120,7 @@ def _chosen(row: SuiteRow, asked: Iterable[str]) -> SuiteRow:
 def _of_mean_l0(row: SuiteRow, l0: int) -> SuiteRow:
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
-    releases = get_pretrained_saes_directory()
-    saes: dict[Site, Source] = {}
+    releases, saes = get_pretrained_saes_directory(), {}
     neuronpedia: dict[Site, str] = {}
     for site, canonical in row.saes.items():
         assert isinstance(canonical, Mapping)
@@ -135,12 +130,11 @@ def _of_mean_l0(row: SuiteRow, l0: int) -> SuiteRow:
         found = [(int(m[1]), i) for i in release.saes_map if (m := re.fullmatch(expression, i))]
         _, nearest = min(found, key=lambda each: (abs(each[0] - l0), each[0]))
         saes[site] = {"release": pattern["release"], "id": nearest}
-        called = release.neuronpedia_id.get(nearest)
         first = releases[canonical["release"]].saes_map[canonical["id"]]
-        if release.saes_map[nearest] == first:
-            called = row.neuronpedia.get(site)
-        if called:
-            neuronpedia[site] = called
+        is_canonical = release.saes_map[nearest] == first
+        names = row.neuronpedia.get(site) if is_canonical else release.neuronpedia_id.get(nearest)
+        if names:
+            neuronpedia[site] = names
     return replace(row, saes=saes, neuronpedia=neuronpedia)
 
 
@@ -157,23 +151,15 @@ def listed_release(release: str, sae_id: str) -> "PretrainedSAELookup":
     return known[release]
 
 
-def declared_l0(source: Source) -> float | None:
-    """The mean L0 that a release gives for an SAE: of its path, or sae-lens's list."""
+def declared(source: Source) -> tuple[float | None, float | None]:
+    """Mean L0 and explained variance of an SAE, as its path or sae-lens's list gives them."""
     if isinstance(source, str):
-        return None
+        return None, None
     listed = listed_release(source["release"], source["id"])
-    if match := re.search(r"average_l0_(\d+)", listed.saes_map[source["id"]]):
-        return float(match[1])
-    return listed.expected_l0.get(source["id"]) or None
-
-
-def declared_variance(source: Source) -> float | None:
-    """The explained variance that sae-lens's list gives for an SAE, if it does."""
-    if isinstance(source, str):
-        return None
-    listed = listed_release(source["release"], source["id"])
-    found = listed.expected_var_explained.get(source["id"])
-    return None if found == 1.0 else found  # the list's word for what it lacks
+    in_path = re.search(r"average_l0_(\d+)", listed.saes_map[source["id"]])
+    l0 = float(in_path[1]) if in_path else listed.expected_l0.get(source["id"]) or None
+    variance = listed.expected_var_explained.get(source["id"])
+    return l0, None if variance == 1.0 else variance  # the list's word for what it lacks
 
 
 def read_suite_folder(folder: Path) -> SuiteRow:

@@ -1,11 +1,10 @@
 """The files of an SAE: which they are, and the decoder alone out of them.
 
-Whole SAEs are sae-lens's to load. It always reads both matrices, though matching needs one: what is
-known here of each family's format serves to read the decoder by itself.
+Whole SAEs are sae-lens's to load. It always reads both matrices, though matching needs one.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +13,14 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from flowhelpers.core.features import suggestion
 from flowhelpers.core.files import fingerprint, read_json
-from flowhelpers.suites.hub import fetch, fetch_if_there, naming, replaced
+from flowhelpers.suites.hub import fetch, naming, replaced
 from flowhelpers.suites.registry import Source, listed_release
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
+LENS_FILES = ("cfg.json", "sae_weights.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 UNITS_AGREE = 0.01  # how far two statements of one scale may lie apart
 # Gemma Scope's hook points by the first letters of a site; attention SAEs read z, before o_proj,
@@ -71,32 +70,29 @@ def read_decoder(files: SaeFiles) -> Tensor:
     return decoder.T if files.by_column else decoder
 
 
-def find_files(source: Source) -> SaeFiles:
-    """The files of an SAE, fetched; a format without a reader here is a ValueError."""
+def find_files(source: Source) -> SaeFiles | None:
+    """The files of an SAE, fetched; None for a format that sae-lens alone reads."""
     if isinstance(source, str):
-        folder = Path(source)
-        return _of_sae_lens(source, folder / "cfg.json", folder / "sae_weights.safetensors")
+        return _of_sae_lens(source, *(Path(source) / file for file in LENS_FILES))
     listed = listed_release(source["release"], source["id"])
     name, kind = f"{source['release']}/{source['id']}", listed.conversion_func or "sae_lens"
-    if kind not in FORMATS:
-        raise ValueError(f"{name} is of an unknown format, {kind!r}{suggestion(kind, FORMATS)}")
-    return FORMATS[kind](name, listed, source["id"])
+    return FORMATS[kind](name, listed, source["id"]) if kind in FORMATS else None
 
 
-def load_whole(source: Source, files: SaeFiles, device: str, dtype: str) -> Any:
-    """sae-lens's SAE, of which the files have been fetched."""
+def load_whole(source: Source, is_fetched: bool, device: str, dtype: str) -> Any:
+    """sae-lens's SAE; once its files are fetched, without asking the hub."""
     from huggingface_hub import constants, parse_local_safetensors_file_metadata
     from sae_lens import SAE
     from sae_lens.loading import pretrained_sae_loaders
 
-    def shapes(*_: Any) -> dict[str, Any]:
-        tensors = parse_local_safetensors_file_metadata(files.weights).tensors
+    def shapes(repository: str, file: str) -> dict[str, Any]:
+        tensors = parse_local_safetensors_file_metadata(fetch(repository, file)).tensors
         return {name: tensor.shape for name, tensor in tensors.items()}
 
     with (
         naming(f"the SAE in {source}"),
         # sae-lens asks the hub whether files have changed, and for the shapes in them.
-        replaced(constants, "HF_HUB_OFFLINE", True),
+        replaced(constants, "HF_HUB_OFFLINE", is_fetched or constants.HF_HUB_OFFLINE),
         replaced(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes),
     ):
         if isinstance(source, str):
@@ -114,10 +110,8 @@ def sae_config(path: Path) -> dict[str, Any]:
 
 def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
     folder = listed.saes_map[sae_id]
-    config = fetch(listed.repo_id, f"{folder}/cfg.json")
-    weights = fetch(listed.repo_id, f"{folder}/sae_weights.safetensors")
-    fetch_if_there(listed.repo_id, f"{folder}/sparsity.safetensors")  # sae-lens asks for it
-    return _of_sae_lens(source, config, weights)
+    files = (fetch(listed.repo_id, f"{folder}/{file}") for file in LENS_FILES)
+    return _of_sae_lens(source, *files)
 
 
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
@@ -131,7 +125,6 @@ def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> Sae
     """The site is named by the repository; in Gemma Scope 2 by the folder."""
     folder = listed.saes_map[sae_id]
     if listed.conversion_func == "gemma_3":
-        fetch_if_there(listed.repo_id, f"{folder}/config.json")  # sae-lens asks for it
         file, decoder, site = "params.safetensors", "w_dec", folder[:3]
     else:
         file, decoder, site = "params.npz", "W_dec", listed.repo_id[-3:]
@@ -163,7 +156,7 @@ def _llama_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> Sae
 
 
 # By sae-lens's name of the function that reads a format.
-FORMATS: Mapping[str, Callable[..., SaeFiles]] = {
+FORMATS: dict[str, Callable[..., SaeFiles]] = {
     "sae_lens": _sae_lens,
     "gemma_2": _gemma_scope,
     "gemma_3": _gemma_scope,

@@ -1,7 +1,4 @@
-"""One SAE: its decoder in the residual basis, and its encoder.
-
-The decoder comes first and by itself; the rest is read when something asks for it.
-"""
+"""One SAE: its decoder in the residual basis, and its encoder once something asks for it."""
 
 import hashlib
 import warnings
@@ -21,6 +18,7 @@ from flowhelpers.suites.model import HOOKS
 from flowhelpers.suites.sae_files import SaeFiles, read_decoder
 
 SMALLEST_THRESHOLD = 1e-6
+Output = Callable[[], AttentionOutput | None]  # how a model brings z into the stream
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class SAE:
             memory-mapped where the file allows it; zero for `excluded` rows, which match nothing.
         norms: Norms of the decoder rows, in the scale of the activations.
         excluded: Indices of the rows that hold NaN or infinity or are all zero.
-        loader: sae-lens's SAE, which encodes, or what loads it; None where there is no encoder.
+        loader: sae-lens's SAE, which encodes, or what loads it.
         input_site: Where it reads: its site, or the attention heads' outputs z before W_O, `12/z`.
         dtype: Type of the weights that are still to be loaded.
     """
@@ -60,12 +58,12 @@ class SAE:
 
     @cached_property
     def lens_sae(self) -> Any:
-        """sae-lens's SAE, loaded the first time that it is asked for; None if there is none."""
-        if self.loader is None or isinstance(self.loader, torch.nn.Module):
+        """sae-lens's SAE, loaded the first time that it is asked for."""
+        if isinstance(self.loader, torch.nn.Module):
             return self.loader
+        if self.loader is None:
+            raise ValueError(f"the SAE for {self.site} has no weights, its directions are all")
         lens_sae = self.loader()
-        if self.input_site != self.site:  # the heads lie side by side already
-            lens_sae.turn_off_forward_pass_hook_z_reshaping()
         _silence_unusable(lens_sae, self.excluded, f"{self.site} ({self.source})")
         return lens_sae
 
@@ -119,8 +117,6 @@ class SAE:
         A feature adds its activation times its decoder row, at every token: activations of an SAE
         that brings each token to variance 1 first are scaled back (CHOICES 43).
         """
-        if self.lens_sae is None:
-            raise ValueError(f"the SAE for {self.site} has no encoder: it has no activations")
         x = activations.to(self.lens_sae.W_enc.dtype)
         codes = self.lens_sae.encode(x)
         return codes * x.std(dim=-1, keepdim=True) if self.normalises_tokens else codes
@@ -145,8 +141,6 @@ class SAE:
 
     def decoder_rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
         """What features write for each unit of activation, at the input site, z included."""
-        if self.lens_sae is None:
-            raise ValueError(f"the SAE for {self.site} has no weights: it cannot write")
         if (bad := features[torch.isin(features, self.excluded.to(features.device))]).numel():
             self.direction(FeatureId(self.site.layer, self.site.module, int(bad[0])))
         return self.lens_sae.W_dec.detach()[features.to(self.lens_sae.W_dec.device)]
@@ -183,12 +177,12 @@ class SAE:
 
 
 def make_sae(
-    site: Site, lens_sae: Any, d_model: int, source: str, output: AttentionOutput | None = None
+    site: Site, lens_sae: Any, d_model: int, source: str, output: Output = lambda: None
 ) -> SAE:
     """The SAE around one of sae-lens that is in memory, as `read_sae` around files."""
     decoder = lens_sae.W_dec.detach().clone()
     hook = lens_sae.cfg.metadata.hook_name
-    sae = _in_residual_basis(site, decoder, hook, d_model, source, lambda: output)
+    sae = _in_residual_basis(site, decoder, hook, d_model, source, output)
     _silence_unusable(lens_sae, sae.excluded, f"{site} ({source})")
     return replace(sae, loader=lens_sae)
 
@@ -200,7 +194,7 @@ def read_sae(
     d_model: int,
     device: str,
     dtype: str,
-    output: Callable[[], AttentionOutput | None] = lambda: None,
+    output: Output = lambda: None,
 ) -> SAE:
     """The SAE of files: its decoder alone, in the type it is stored in, and what loads the rest.
 
@@ -214,12 +208,7 @@ def read_sae(
 
 
 def _in_residual_basis(
-    site: Site,
-    decoder: Tensor,
-    hook: str | None,
-    d_model: int,
-    source: str,
-    output: Callable[[], AttentionOutput | None],
+    site: Site, decoder: Tensor, hook: str | None, d_model: int, source: str, output: Output
 ) -> SAE:
     """Brings decoder rows to the residual basis, and leaves out those that are of no use.
 
@@ -258,6 +247,7 @@ def _in_residual_basis(
 @torch.no_grad()
 def _silence_unusable(lens_sae: Any, excluded: Tensor, what: str) -> None:
     """Features without a finite encoder are never active, those excluded write nothing either."""
+    lens_sae.turn_off_forward_pass_hook_z_reshaping()  # the heads lie side by side already
     encoder = [lens_sae.W_enc.T, lens_sae.b_enc[:, None]]
     encoder += [lens_sae.threshold[:, None]] if hasattr(lens_sae, "threshold") else []
     finite = torch.stack([rows.isfinite().all(dim=1) for rows in encoder]).all(dim=0)

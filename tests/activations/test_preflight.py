@@ -72,7 +72,7 @@ def test_figures_are_those_worked_out_by_hand(flowlet: Suite):
 def test_thresholds_in_other_units_are_warned_of_with_the_figures(
     flowlet: Suite, monkeypatch: pytest.MonkeyPatch, factor: float
 ):
-    monkeypatch.setattr(room, "declared_l0", lambda source: 15.0)
+    monkeypatch.setattr(room, "declared", lambda source: (15.0, None))
     threshold = flowlet.sae(MLP).lens_sae.threshold.detach()
     suite = with_sae(flowlet, threshold=threshold * factor)
     message = r"4/mlp of suite flowlet: \d+\.\d features are active a token where 15 are declared"
@@ -89,7 +89,7 @@ def test_variance_that_is_not_explained_is_warned_of(
     suite = with_sae(flowlet, W_dec=decoder.roll(1, dims=1))
     with pytest.warns(UserWarning, match=r"4/mlp .* of the variance is explained: it may not see"):
         run_preflight(suite, TEXTS, ["4/mlp"])
-    monkeypatch.setattr(room, "declared_variance", lambda source: 0.999)
+    monkeypatch.setattr(room, "declared", lambda source: (None, 0.999))
     monkeypatch.setattr(room, "BELOW_DECLARED", 0.01)
     with pytest.warns(UserWarning, match="4/res"):
         run_preflight(flowlet, TEXTS, ["4/res"])
@@ -175,7 +175,7 @@ def test_a_sae_of_the_hub_with_wrong_thresholds_is_warned_of_when_it_is_first_us
 def test_what_ended_a_preflight_takes_no_warning_with_it(
     flowlet: Suite, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(room, "declared_l0", lambda source: 1000.0)
+    monkeypatch.setattr(room, "declared", lambda source: (1000.0, None))
     suite = as_of_hub(flowlet)
     sites = [Site(4, "res"), Site(5, "res"), Site(6, "res")]
     with monkeypatch.context() as patch:

@@ -217,7 +217,7 @@ def test_no_more_than_a_few_saes_are_in_memory_and_each_is_loaded_once_for_many_
 def test_a_sae_without_encoder_is_refused(sample: Sample, planted: Suite, tmp_path: Path):
     bare = {site: toys.bare_sae(site, d.directions) for site, d in planted.saes.items()}
     suite = Suite(planted.row, planted.model, bare)
-    with pytest.raises(ValueError, match="has no encoder: it has no activations"):
+    with pytest.raises(ValueError, match="has no weights"):
         read_sample(suite, sample, tmp_path)
 
 
@@ -241,7 +241,7 @@ def test_a_sae_at_z_is_read_at_z(planted: Suite, sample: Sample, tmp_path: Path)
     rows = torch.randn(12, width, generator=torch.Generator().manual_seed(0))
     lens_sae = toys.write_lens_sae(rows, att, hook="blocks.1.attn.hook_z")
     output = attention_output(planted.model, 1)
-    sae = make_sae(att, lens_sae, toys.D_MODEL, "planted", output)
+    sae = make_sae(att, lens_sae, toys.D_MODEL, "planted", lambda: output)
     suite = Suite(planted.row, planted.model, {**planted.saes, att: sae})
     found = read_sample(suite, sample, tmp_path).by_site[att]
     tokens = torch.tensor(sample.tokens[["text", "position"]].to_numpy())

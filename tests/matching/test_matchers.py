@@ -110,7 +110,7 @@ def test_weights_that_cannot_be_compared_are_refused():
         matchers._rows(later, "encoder", False)
     wider = toys.write_lens_sae(normal(10, 48), Site(1, "att"), hook="blocks.1.attn.hook_z")
     output = AttentionOutput(normal(48, D), None)
-    at_z = make_sae(Site(1, "att"), wider, D, "planted", output)
+    at_z = make_sae(Site(1, "att"), wider, D, "planted", lambda: output)
     assert by_permutation(later, at_z).forward.indices.min() >= 0
     with pytest.raises(ValueError, match="1/att reads 1/z, in a space of its own"):
         by_permutation(later, at_z, "all")
@@ -122,7 +122,7 @@ def test_a_folded_sae_at_z_is_compared_in_the_stream(d_z: int):
     output = AttentionOutput(normal(d_z, D, seed=5), normal(D, seed=6))
     decoder, threshold = normal(12, d_z, seed=7), torch.linspace(0.5, 2, 12)
     lens_sae = toys.write_lens_sae(decoder, Site(1, "att"), threshold, hook="blocks.1.attn.hook_z")
-    at_z = make_sae(Site(1, "att"), lens_sae, D, "planted", output)
+    at_z = make_sae(Site(1, "att"), lens_sae, D, "planted", lambda: output)
     order = torch.randperm(12, generator=torch.Generator().manual_seed(8))
     later = sae_at(SECOND, output.to_residual(decoder)[order], threshold=threshold[order])
     for folded in (False, True):

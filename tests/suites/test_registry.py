@@ -10,7 +10,7 @@ from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_direc
 from flowhelpers import __main__
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.suites.load import KEPT, decoders_memory, memory_needed
-from flowhelpers.suites.registry import declared_l0, find_suite, registered
+from flowhelpers.suites.registry import declared, find_suite, registered
 
 KNOWN = get_pretrained_saes_directory()
 HUB = [name for name, row in registered().items() if row.variants]
@@ -67,7 +67,7 @@ def test_the_sae_of_the_nearest_mean_l0_is_taken(name: str, l0: int):
         assert len(numbers) > 3
         chosen = int(source["id"].removeprefix(start))
         assert abs(chosen - l0) == min(abs(number - l0) for number in numbers)
-        assert declared_l0(source) == chosen
+        assert declared(source)[0] == chosen
 
 
 def test_a_sae_of_chosen_l0_keeps_its_neuronpedia_name_if_it_has_one():
@@ -105,10 +105,10 @@ def test_a_choice_that_is_not_there_names_the_nearest(name: str, message: str):
         find_suite(name)
 
 
-def test_declared_l0_is_of_the_path_or_of_the_list():
-    assert declared_l0(find_suite("gemma-2-2b").saes[Site(12, "res")]) == 82
-    assert declared_l0(find_suite("llama-3.1-8b").saes[Site(12, "att")]) == 50
-    assert declared_l0("folder") is None
+def test_what_is_declared_is_of_the_path_or_of_the_list():
+    assert declared(find_suite("gemma-2-2b").saes[Site(12, "res")])[0] == 82
+    assert declared(find_suite("llama-3.1-8b").saes[Site(12, "att")])[0] == 50
+    assert declared("folder") == (None, None)
 
 
 def test_what_a_suite_takes_follows_from_its_sizes():

@@ -29,6 +29,7 @@ from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import KEPT, OnDemand, Suite, load_suite, memory_needed
 from flowhelpers.suites.model import final_norm, tokenize
 from flowhelpers.suites.registry import find_suite
+from flowhelpers.suites.sae_files import FORMATS
 
 NAME = "pythia-70m-deduped"
 
@@ -326,6 +327,19 @@ def test_a_suite_by_name_is_fetched_as_far_as_it_is_needed_and_once(
             assert torch.equal(again.sae(site).lens_sae.W_enc, sae.lens_sae.W_enc)
         assert hub_here.fetched() == []  # sae-lens asks whether its files have changed
     assert hub_here.requests == []
+
+
+@pytest.mark.parametrize("module", ["res", "att"])
+def test_a_release_that_sae_lens_alone_can_read_is_loaded_by_it(
+    hub_here: Hub, tiny_pythia: str, monkeypatch: pytest.MonkeyPatch, module: str
+):
+    own = load_suite(f"{NAME}@{module}")
+    monkeypatch.delitem(FORMATS, "sae_lens")
+    other, x = load_suite(f"{NAME}@{module}"), torch.ones(1, 64)
+    for site, sae in other.saes.items():
+        assert sae.files is None
+        assert torch.equal(sae.directions, own.sae(site).directions)
+        assert torch.equal(sae.encode(x), own.sae(site).encode(x))
 
 
 def _check_pythia(suite: Suite) -> None:
