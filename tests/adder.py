@@ -26,7 +26,7 @@ import torch
 import toys
 from torch import Tensor
 
-from flowhelpers.activations.sparse import collect_tokens
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import Site
 from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.load import Suite
@@ -128,5 +128,5 @@ def world(folder: Path) -> SimpleNamespace:
     is_text[:, 0] = False
     is_text[2, 15:] = False
     tokens = Tokens(ids, is_text)
-    activations = collect_tokens(suite, tokens)
+    activations = collect(suite, tokens)
     return SimpleNamespace(suite=suite, tokens=tokens, activations=activations, matches=matches())

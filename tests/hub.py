@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -24,7 +25,6 @@ REPOSITORY = Path(__file__).parent.parent
 # What the hub's default .gitattributes keeps as LFS, of the kinds that the tests write.
 LFS = {".safetensors", ".npz", ".parquet", ".bin", ".pt", ".gz"}
 LFS_SIZE = 10_000_000
-ERRORS = {401: "Unauthorized", 403: "Forbidden", 429: "Too Many Requests", 500: "Server Error"}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Fault:
 
 
 class Hub(LoopbackServer):
-    """The server: `with Hub(root) as hub`, then `hub.url`."""
+    """The server: `with Hub(root) as hub`, then `hub.address`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -56,11 +56,6 @@ class Hub(LoopbackServer):
         self._faults: list[Fault] = []
         self._lock = threading.Lock()
         self._digests: dict[tuple[Path, int, int], tuple[str, str]] = {}
-
-    @property
-    def url(self) -> str:
-        """Its address."""
-        return self.address
 
     def reset(self) -> None:
         """Forget the requests and the faults."""
@@ -77,12 +72,8 @@ class Hub(LoopbackServer):
     ) -> None:
         """Send only the first `keep` bytes of files whose paths begin with `prefix`.
 
-        Args:
-            prefix: Of the path, without the query.
-            keep: Bytes of the body that are sent.
-            times: How often; None for always.
-            declared: False: the connection breaks, as on a bad line. True: the answer is whole and
-                says that it has `keep` bytes, as from a proxy that cuts.
+        The connection breaks, as on a bad line; or, `declared`, the answer is whole and says that
+        it has `keep` bytes, as from a proxy that cuts.
         """
         self._faults.append(Fault(prefix, times, keep=keep, declared=declared))
 
@@ -137,7 +128,7 @@ class Hub(LoopbackServer):
         """The environment of a process whose hub is this one and whose caches are in `home`."""
         kept = {k: v for k, v in os.environ.items() if not re.match("HF_|HUGGING|TRANSFORMERS_", k)}
         return kept | {
-            "HF_ENDPOINT": self.url,
+            "HF_ENDPOINT": self.address,
             "HF_HOME": str(home),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -156,9 +147,9 @@ class Hub(LoopbackServer):
         from huggingface_hub import HfFileSystem, constants, hf_api
 
         cache = str(home / "hub")
-        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        template = self.address + "/{repo_id}/resolve/{revision}/{filename}"
         for name, value in {
-            "ENDPOINT": self.url,
+            "ENDPOINT": self.address,
             "HUGGINGFACE_CO_URL_TEMPLATE": template,
             "HF_HOME": str(home),
             "HF_HUB_CACHE": cache,
@@ -169,7 +160,7 @@ class Hub(LoopbackServer):
         }.items():
             monkeypatch.setattr(constants, name, value)
         for name, value in {
-            "HF_ENDPOINT": self.url,
+            "HF_ENDPOINT": self.address,
             "HF_DATASETS_CACHE": home / "datasets",
             "DOWNLOADED_DATASETS_PATH": home / "datasets" / "downloads",
             "HF_HUB_OFFLINE": False,
@@ -178,7 +169,7 @@ class Hub(LoopbackServer):
             "SLEEP_TIME_ON_THREADS_SHUTDOWN": 0,  # five seconds at the end of every stream
         }.items():
             monkeypatch.setattr(datasets.config, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", self.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", self.address)
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
         monkeypatch.delenv("HF_TOKEN", raising=False)
         HfFileSystem.clear_instance_cache()
@@ -226,7 +217,7 @@ class _Handler(QuietHandler):
         query = parse_qs(url.query)
         fault = self.owner.take_fault(path, "/resolve" in path and self.command == "GET")
         if fault and fault.status:
-            return self._error(fault.status, None, ERRORS.get(fault.status, "Error"))
+            return self._error(fault.status, None, HTTPStatus(fault.status).phrase)
         match [unquote(part) for part in url.path.strip("/").split("/")]:
             case ["api", "resolve-cache", "models" | "datasets" as kind, owner, name, rev, *rest]:
                 self._file(kind, f"{owner}/{name}", rev, "/".join(rest), fault)
@@ -262,17 +253,10 @@ class _Handler(QuietHandler):
             files = self.owner.tree(kind, name, "", True)
             self._json(
                 {
-                    "_id": commit[:24],
                     "id": name,
-                    "author": name.split("/")[0],
                     "sha": commit,
-                    "lastModified": "2024-01-01T00:00:00.000Z",
-                    "createdAt": "2024-01-01T00:00:00.000Z",
                     "private": False,
                     "gated": False,
-                    "disabled": False,
-                    "downloads": 0,
-                    "likes": 0,
                     "tags": [],
                     "siblings": [{"rfilename": f["path"]} for f in files if f["type"] == "file"],
                 }

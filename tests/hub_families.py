@@ -1,7 +1,8 @@
 """Small repositories of the model families that have public SAEs, for the loopback hub.
 
 Names, folders, file formats, tensor names and configuration keys are those of the real
-repositories; layers, vocabularies and content are not, and widths are true only for Gemma 2.
+repositories (keys at their default are left out); layers, vocabularies and content are not, and
+widths are true only for Gemma 2.
 Every number comes from a seeded generator. Nothing heavy is imported before it is needed.
 """
 
@@ -25,15 +26,8 @@ D_MODEL = 64  # of every family but Gemma 2
 D_GEMMA_2, Z_GEMMA_2, WIDTH_16K = 2304, 2048, 16_384
 GEMMA_TOKENS, GEMMA_VOCABULARY = 320, 384
 BYTE_TOKENS, BYTE_VOCABULARY = 320, 320
-# The size of one coordinate, on average over tokens, at each site of the Gemma models; att: of z.
-SCALES = {
-    ("res", 0): 1.8,
-    ("mlp", 0): 1.05,
-    ("att", 0): 0.5,
-    ("res", 1): 2.3,
-    ("mlp", 1): 1.05,
-    ("att", 1): 0.65,
-}
+# The size of one coordinate, on average over tokens, by layer of the Gemma models; att: of z.
+SCALES = {"res": (1.8, 2.3), "mlp": (1.05, 1.05), "att": (0.5, 0.65)}
 LLAMA_L0, LLAMA_NORM = 12, 1.5
 HOOKS = {
     "res": "blocks.{layer}.hook_resid_post",
@@ -71,12 +65,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Written:
-    """A family on the hub.
-
-    Attributes:
-        root: The hub's root.
-        paths: Of each id of each release the path on the hub, `<repository>/<folder>`.
-    """
+    """A family on the hub: its root, and by release each id's path, `<repository>/<folder>`."""
 
     root: Path
     paths: dict[str, dict[str, str]]
@@ -105,16 +94,28 @@ class Written:
 def write_gemma_2(root: Path, features: int, wide: Mapping[str, str]) -> Written:
     """`google/gemma-2-2b` with two layers and a narrow MLP, and Gemma Scope's SAEs.
 
-    sae-lens takes the width from the id, `width_16k`, and refuses a file of another: of narrow ones
-    only the decoder can be read. One SAE of the true width is 0.3 GB.
-
-    Args:
-        root: The hub's root.
-        features: Width of the canonical SAEs at all sites.
-        wide: For modules one further id of the full lists, `layer_0/width_16k/average_l0_68`, which
-            is written at the true width.
+    Canonical SAEs have `features`. sae-lens takes the width from the id, `width_16k`, and refuses a
+    file of another: of these only the decoder can be read. `wide` gives for modules one further id,
+    `layer_0/width_16k/average_l0_68`, written at the true width, 0.3 GB.
     """
-    write_gemma_2_model(root)
+    model = root / "models" / GEMMA_2
+    config = {
+        "architectures": ["Gemma2ForCausalLM"],
+        "head_dim": 256,
+        "hidden_size": D_GEMMA_2,
+        "intermediate_size": 128,
+        "model_type": "gemma2",
+        "num_attention_heads": 8,
+        "num_hidden_layers": LAYERS,
+        "num_key_value_heads": 4,
+        "torch_dtype": "bfloat16",
+        "vocab_size": GEMMA_VOCABULARY,
+    }
+    _write_json(model / "config.json", config)
+    tensors = gemma_weights(config)
+    second = {name for name in tensors if ".layers.1." in name or name == "model.norm.weight"}
+    write_shards(model, [tensors.keys() - second, second], tensors)
+    write_gemma_tokenizer(folder)
     paths: dict[str, dict[str, str]] = {}
     for module in MODULES:
         release = f"gemma-scope-2b-pt-{module}"
@@ -129,49 +130,13 @@ def write_gemma_2(root: Path, features: int, wide: Mapping[str, str]) -> Written
     return Written(root, paths)
 
 
-def write_gemma_2_model(root: Path) -> None:
-    """The model alone, in two files with an index."""
-    folder = root / "models" / GEMMA_2
-    config = {
-        "architectures": ["Gemma2ForCausalLM"],
-        "attention_bias": False,
-        "attn_logit_softcapping": 50.0,
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "final_logit_softcapping": 30.0,
-        "head_dim": 256,
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": D_GEMMA_2,
-        "intermediate_size": 128,
-        "max_position_embeddings": 8192,
-        "model_type": "gemma2",
-        "num_attention_heads": 8,
-        "num_hidden_layers": LAYERS,
-        "num_key_value_heads": 4,
-        "pad_token_id": 0,
-        "query_pre_attn_scalar": 256,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 10000.0,
-        "sliding_window": 4096,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "vocab_size": GEMMA_VOCABULARY,
-    }
-    _write_json(folder / "config.json", config)
-    tensors = gemma_weights(config)
-    second = {name for name in tensors if ".layers.1." in name or name == "model.norm.weight"}
-    write_shards(folder, [tensors.keys() - second, second], tensors)
-    write_gemma_tokenizer(folder)
-
-
 def gemma_2_arrays(module: str, layer: int, l0: int, features: int) -> Arrays:
     """The members of one `params.npz`: unit rows, and an encoder that is the decoder transposed.
 
     Thresholds are such that about `l0` of 16,384 features are active at a token of the model.
     """
     decoder = gemma_2_decoder(module, layer, features)
-    scale = SCALES[module, layer]
+    scale = SCALES[module][layer]
     return _jumprelu(decoder, l0 / WIDTH_16K, scale, f"gemma 2 {module} {layer} {l0}")
 
 
@@ -213,28 +178,11 @@ def write_llama_scope(root: Path) -> Written:
     own table has for the id, of the true files, is right, and the model's activations have about
     these norms.
     """
-    write_llama(root)
-    paths: dict[str, dict[str, str]] = {}
-    for module in MODULES:
-        release = f"llama_scope_lx{module[0]}_8x"
-        paths[release] = sae_paths(release, [f"l{layer}{module[0]}_8x" for layer in range(LAYERS)])
-        for layer, path in enumerate(paths[release].values()):
-            arrays = llama_scope_arrays(module, layer, 8 * D_MODEL)
-            folder = root / "models" / path
-            _write_json(folder / "hyperparams.json", llama_hyperparams(module, layer, 8 * D_MODEL))
-            write_tensors(folder / "checkpoints" / "final.safetensors", arrays, "bfloat16")
-    return Written(root, paths)
-
-
-def write_llama(root: Path) -> None:
-    """The model alone, in bfloat16."""
-    folder = root / "models" / LLAMA
+    model = root / "models" / LLAMA
     config = {
         "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
         "bos_token_id": BYTE_TOKENS - 2,
         "eos_token_id": BYTE_TOKENS - 1,
-        "hidden_act": "silu",
         "hidden_size": D_MODEL,
         "intermediate_size": 128,
         "max_position_embeddings": 131072,
@@ -255,10 +203,20 @@ def write_llama(root: Path) -> None:
         "torch_dtype": "bfloat16",
         "vocab_size": BYTE_VOCABULARY,
     }
-    _write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", llama_weights(), "bfloat16")
+    _write_json(model / "config.json", config)
+    write_tensors(model / "model.safetensors", llama_weights(), "bfloat16")
     special = ["<|begin_of_text|>", "<|end_of_text|>"]
-    write_byte_tokenizer(folder, special, "PreTrainedTokenizerFast", puts_bos=True)
+    write_byte_tokenizer(model, special, "PreTrainedTokenizerFast", puts_bos=True)
+    paths: dict[str, dict[str, str]] = {}
+    for module in MODULES:
+        release = f"llama_scope_lx{module[0]}_8x"
+        paths[release] = sae_paths(release, [f"l{layer}{module[0]}_8x" for layer in range(LAYERS)])
+        for layer, path in enumerate(paths[release].values()):
+            arrays = llama_scope_arrays(module, layer, 8 * D_MODEL)
+            folder = root / "models" / path
+            _write_json(folder / "hyperparams.json", llama_hyperparams(module, layer, 8 * D_MODEL))
+            write_tensors(folder / "checkpoints" / "final.safetensors", arrays, "bfloat16")
+    return Written(root, paths)
 
 
 def llama_weights() -> Arrays:
@@ -336,11 +294,6 @@ def llama_scope_codes(arrays: Arrays, hyperparams: dict[str, Any], x: np.ndarray
 
     `pre = W_E x + b_E / s` with `s = √d / average norm`, active where `pre` is above the threshold
     of the file. The reconstruction is then `codes @ W_D + b_D / s`.
-
-    Args:
-        arrays: Tensors by their names in the file.
-        hyperparams: Of the file `hyperparams.json`.
-        x: Activations, `[tokens, d_model]`.
     """
     scale = hyperparams["d_model"] ** 0.5 / hyperparams["dataset_average_activation_norm"]["in"]
     pre = x @ arrays["encoder.weight"].T + arrays["encoder.bias"] / scale
@@ -349,7 +302,22 @@ def llama_scope_codes(arrays: Arrays, hyperparams: dict[str, Any], x: np.ndarray
 
 def write_gpt2(root: Path) -> Written:
     """`openai-community/gpt2` with two layers of width 64, and OpenAI's v5 SAEs of 256 features."""
-    write_gpt2_model(root)
+    model = root / "models" / GPT2
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        "bos_token_id": BYTE_TOKENS - 1,
+        "eos_token_id": BYTE_TOKENS - 1,
+        "model_type": "gpt2",
+        "n_ctx": 128,
+        "n_embd": D_MODEL,
+        "n_head": 4,
+        "n_layer": LAYERS,
+        "n_positions": 128,
+        "vocab_size": BYTE_VOCABULARY,
+    }
+    _write_json(model / "config.json", config)
+    write_tensors(model / "model.safetensors", gpt2_weights())
+    write_byte_tokenizer(model, ["<|endoftext|>"], "GPT2Tokenizer")
     paths: dict[str, dict[str, str]] = {}
     for module in MODULES:
         release = f"gpt2-small-{GPT2_KINDS[module]}-v5-32k"
@@ -362,28 +330,6 @@ def write_gpt2(root: Path) -> Written:
             sparsity = {"sparsity": np.full(256, -2, np.float32)}
             write_tensors(folder / "sparsity.safetensors", sparsity)
     return Written(root, paths)
-
-
-def write_gpt2_model(root: Path) -> None:
-    """The model alone."""
-    folder = root / "models" / GPT2
-    config = {
-        "activation_function": "gelu_new",
-        "architectures": ["GPT2LMHeadModel"],
-        "bos_token_id": BYTE_TOKENS - 1,
-        "eos_token_id": BYTE_TOKENS - 1,
-        "layer_norm_epsilon": 1e-05,
-        "model_type": "gpt2",
-        "n_ctx": 128,
-        "n_embd": D_MODEL,
-        "n_head": 4,
-        "n_layer": LAYERS,
-        "n_positions": 128,
-        "vocab_size": BYTE_VOCABULARY,
-    }
-    _write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", gpt2_weights())
-    write_byte_tokenizer(folder, ["<|endoftext|>"], "GPT2Tokenizer")
 
 
 def gpt2_weights() -> Arrays:
@@ -430,11 +376,7 @@ def write_gemma_scope_2(root: Path, size: str = "270m") -> Written:
     """A Gemma 3 with two layers of width 64, and Gemma Scope 2's SAEs of 256 features.
 
     The width of z is 128. The loader of sae-lens reads the width from the file, so that files of
-    16k may be small.
-
-    Args:
-        root: The hub's root.
-        size: `270m`, or `4b`, which is multimodal.
+    16k may be small. `size` is `270m`, or `4b`, which is multimodal.
     """
     write_gemma_3_multimodal(root) if size == "4b" else write_gemma_3(root)
     paths: dict[str, dict[str, str]] = {}
@@ -529,7 +471,7 @@ def gemma_3_arrays(module: str, layer: int, features: int) -> Arrays:
     """The tensors of one `params.safetensors`: a 16th of the features is active."""
     name = f"gemma 3 {module} {layer}"
     rows = unit_rows(name, features, 2 * D_MODEL if module == "att" else D_MODEL)
-    arrays = _jumprelu(rows, 1 / 16, SCALES[module, layer], f"{name} big")
+    arrays = _jumprelu(rows, 1 / 16, SCALES[module][layer], f"{name} big")
     return {name.replace("W_", "w_"): array for name, array in arrays.items()}
 
 
@@ -629,13 +571,9 @@ def write_shards(folder: Path, shards: Sequence[Iterable[str]], tensors: Arrays)
 def write_byte_tokenizer(
     folder: Path, special: Sequence[str], kind: str, *, puts_bos: bool = False
 ) -> None:
-    """A byte-level BPE tokenizer, with its special tokens behind the others.
+    """A byte-level BPE tokenizer; special tokens, BOS first and EOS last, stand behind the others.
 
-    Args:
-        folder: Where its files are written.
-        special: BOS first and EOS last; of one alone, both.
-        kind: The class that its configuration names.
-        puts_bos: Whether the tokenizer itself puts BOS in front.
+    `kind` is the class that its configuration names, `puts_bos` whether it puts BOS in front.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
@@ -670,9 +608,7 @@ def write_byte_tokenizer(
 def write_gemma_tokenizer(folder: Path, *, images: bool = False) -> None:
     """A BPE tokenizer as Gemma's: spaces are ▁, and what it does not know are bytes.
 
-    Args:
-        folder: Where its files are written.
-        images: Whether it has the tokens around images, as the processor asks for; they come last.
+    With `images` it has the tokens around images too, as the processor asks for; they come last.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
@@ -727,23 +663,14 @@ def write_gemma_tokenizer(folder: Path, *, images: bool = False) -> None:
 
 def _gemma_3_text_config() -> dict[str, Any]:
     return {
-        "attention_bias": False,
-        "attn_logit_softcapping": None,
-        "final_logit_softcapping": None,
         "head_dim": 32,
-        "hidden_activation": "gelu_pytorch_tanh",
         "hidden_size": D_MODEL,
         "intermediate_size": 128,
-        "max_position_embeddings": 32768,
         "model_type": "gemma3_text",
         "num_attention_heads": 4,
         "num_hidden_layers": LAYERS,
         "num_key_value_heads": 1,
         "query_pre_attn_scalar": 32,
-        "rms_norm_eps": 1e-06,
-        "rope_local_base_freq": 10000.0,
-        "rope_scaling": None,
-        "rope_theta": 1000000.0,
         "sliding_window": 512,
         "vocab_size": GEMMA_VOCABULARY,
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from hub_families import sae_lens_config, sae_table, write_byte_tokenizer
+from hub_families import sae_lens_config, sae_table, write_byte_tokenizer, write_tensors
 
 if TYPE_CHECKING:
     import pytest
@@ -30,10 +30,6 @@ configs:
   data_files:
   - split: train
     path: sample/10BT/*
-- config_name: CC-MAIN-2013-20
-  data_files:
-  - split: train
-    path: data/CC-MAIN-2013-20/*
 ---
 # FineWeb
 """
@@ -75,24 +71,15 @@ configs:
     - data/web/0.90-0.95.jsonl
     - data/web/0.85-0.90.jsonl
     - data/web/0.80-0.85.jsonl
-- config_name: web-full
-  data_files: data/web/*.jsonl
 ---
 # AutoMathText
 """
 
 
 def write_datasets(root: Path, texts: int = 24) -> dict[str, list[str]]:
-    """The paper's four datasets, tiny.
+    """The paper's four datasets, tiny; returns the different texts of each by the corpus's name.
 
     Other splits and configurations hold the text `WRONG`; every fourth text stands there twice.
-
-    Args:
-        root: The hub's root.
-        texts: How many different texts each dataset has.
-
-    Returns:
-        The different texts of each, by the name of the corpus.
     """
     planted = {
         "fineweb": [f"Web page {i} is about the number {i}." for i in range(texts)],
@@ -108,12 +95,6 @@ def write_datasets(root: Path, texts: int = 24) -> dict[str, list[str]]:
             "text": part,
             "id": [f"<urn:uuid:{i}>" for i in range(len(part))],
             "dump": [dump] * len(part),
-            "url": ["http://example.org"] * len(part),
-            "date": ["2024-01-01T00:00:00Z"] * len(part),
-            "file_path": ["s3://commoncrawl/x.warc.gz"] * len(part),
-            "language": ["en"] * len(part),
-            "language_score": [0.99] * len(part),
-            "token_count": [len(text.split()) for text in part],
         }
         _write_parquet(fineweb / "data" / dump / "000_00000.parquet", columns)
     _write_parquet(
@@ -158,35 +139,22 @@ def write_datasets(root: Path, texts: int = 24) -> dict[str, list[str]]:
 
 
 def write_pythia(root: Path) -> str:
-    """`EleutherAI/pythia-70m-deduped` with a width of 64 and random weights in float16.
-
-    Returns:
-        The name of the model on the hub.
-    """
-    from safetensors.numpy import save_file
-
+    """`EleutherAI/pythia-70m-deduped` with a width of 64 in float16; returns its name."""
     folder = root / "models" / PYTHIA
-    folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": ["GPTNeoXForCausalLM"],
         "bos_token_id": 0,
         "eos_token_id": 0,
-        "hidden_act": "gelu",
         "hidden_size": D_MODEL,
         "intermediate_size": 4 * D_MODEL,
-        "max_position_embeddings": 2048,
         "model_type": "gpt_neox",
         "num_attention_heads": 4,
         "num_hidden_layers": 6,
-        "rotary_emb_base": 10000,
-        "rotary_pct": 0.25,
-        "tie_word_embeddings": False,
         "torch_dtype": "float16",
-        "use_parallel_residual": True,
         "vocab_size": VOCABULARY,
     }
     _write(folder / "config.json", json.dumps(config, indent=2))
-    save_file(pythia_weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", pythia_weights(), "float16")
     write_byte_tokenizer(folder, ["<|endoftext|>"], "GPTNeoXTokenizer")
     return PYTHIA
 
@@ -217,13 +185,7 @@ def pythia_weights() -> dict[str, np.ndarray]:
 
 
 def shrink(patch: "pytest.MonkeyPatch", suite: str, **sizes: int) -> None:
-    """Make a registered suite as small as the files of it that lie on the loopback hub.
-
-    Args:
-        patch: Undoes it at the end of the test.
-        suite: The suite's name.
-        sizes: What its row says of `layers` and `d_model`.
-    """
+    """Make a registered suite as small as its files on the loopback hub: `layers`, `d_model`."""
     from flowhelpers.suites import registry
 
     row = {**registry._table()[suite], **sizes}
@@ -261,8 +223,6 @@ def random_sae(release: str, sae_id: str) -> dict[str, np.ndarray]:
 
 def write_sae(folder: Path, hook: str, arrays: dict[str, np.ndarray]) -> None:
     """One SAE as the releases have it: cfg.json, sae_weights and sparsity."""
-    from safetensors.numpy import save_file
-
     d_sae = len(arrays["W_dec"])
     config = sae_lens_config(
         hook,
@@ -274,8 +234,8 @@ def write_sae(folder: Path, hook: str, arrays: dict[str, np.ndarray]) -> None:
         normalize_activations="none",
     )
     _write(folder / "cfg.json", json.dumps(config))
-    save_file(arrays, folder / "sae_weights.safetensors")
-    save_file({"sparsity": np.full(d_sae, -2, np.float32)}, folder / "sparsity.safetensors")
+    write_tensors(folder / "sae_weights.safetensors", arrays)
+    write_tensors(folder / "sparsity.safetensors", {"sparsity": np.full(d_sae, -2)})
 
 
 def _parts(texts: list[str], count: int) -> list[list[str]]:

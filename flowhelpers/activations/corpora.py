@@ -1,8 +1,7 @@
 """Texts to read and to train on: the paper's corpora on the hub, and four that need no network.
 
-Every sample is seeded and holds no text twice. The local corpora are the package's own passages and
-modules of the standard library. Whether a document is held out from training depends on its content
-alone, so that no later choice of order, budget or seed can bring a held-out document into training.
+Every sample is seeded and holds no text twice. Whether a document is held out from training depends
+on its content alone: no order, budget or seed can bring it into training.
 """
 
 import gzip
@@ -12,7 +11,6 @@ import re
 import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from textwrap import shorten
@@ -27,39 +25,24 @@ if TYPE_CHECKING:
     import pandas as pd
 
 PASSAGES = DATA / "passages"
+Documents = Iterator[tuple[str, str]]  # keys and texts; the key decides what is held out
+Source = Callable[[], Documents]
 SEPARATOR = "<|endoftext|>"
 HELD_OUT_PERCENT = 2
-PIECE_WORDS = (60, 150)
-BUFFER = 1_000  # rows that are shuffled at a time
 TRAINING_ROWS = 200_000  # of a hub dataset, at most
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Where a corpus comes from; one without `hub_id` is on every machine."""
-
-    name: str
-    about: str
-    hub_id: str = ""
-    config: str | None = None
-
-
-# The paper gives a configuration for FineWeb only. AutoMathText has twenty; this one is web pages,
-# like the other corpora, and those of the highest scores.
-CORPORA: dict[str, Corpus] = {
-    corpus.name: corpus
-    for corpus in (
-        Corpus("fineweb", "web pages in English", "HuggingFaceFW/fineweb", "default"),
-        Corpus("tinystories", "short stories for children", "roneneldan/TinyStories"),
-        Corpus("automathtext", "mathematics", "math-ai/AutoMathText", "web-0.80-to-1.00"),
-        Corpus("python-github-code", "Python code", "tomekkorbak/python-github-code"),
-        Corpus("python", "Python code: standard library modules held out from training"),
-        Corpus("fiction", "the package's passages of fiction"),
-        Corpus("science", "the package's passages on science"),
-        Corpus("maths", "the package's passages on mathematics"),
-    )
+# Hub id and configuration. The paper gives a configuration for FineWeb only. AutoMathText has
+# twenty; this one is web pages, like the other corpora, and those of the highest scores.
+PAPER_DATASETS: dict[str, tuple[str, str | None]] = {
+    "fineweb": ("HuggingFaceFW/fineweb", "default"),
+    "tinystories": ("roneneldan/TinyStories", None),
+    "automathtext": ("math-ai/AutoMathText", "web-0.80-to-1.00"),
+    "python-github-code": ("tomekkorbak/python-github-code", None),
 }
 DOMAINS = ("fiction", "science", "maths")
+LOCAL_DATASETS = (*DOMAINS, "python")  # python: standard library modules held out from training
+CORPORA = (*PAPER_DATASETS, *LOCAL_DATASETS)
 
 
 def load_texts(
@@ -81,19 +64,23 @@ def load_texts(
     """
     if n is not None and n < 1:
         raise ValueError(f"cannot load n={n} texts: expected at least 1, or None for all")
-    corpus = CORPORA.get(name_or_path) if isinstance(name_or_path, str) else None
-    on_hub = corpus is not None and bool(corpus.hub_id)
-    if corpus and on_hub:
+    on_hub = PAPER_DATASETS.get(name_or_path) if isinstance(name_or_path, str) else None
+    if on_hub:
         if n is None:
-            raise ValueError(f"n=None takes all texts: {corpus.name!r} is on the hub, give n")
-        rows = hub_documents(corpus.hub_id, corpus.config, seed)
-        documents = (text for _, text in rows)
-    elif corpus is None:
-        documents = (text for _, text in text_documents(_own_path(name_or_path)))
-    elif corpus.name in DOMAINS:
-        documents = (row["text"] for row in _passages() if row["domain"] == corpus.name)
-    else:
+            raise ValueError(f"n=None takes all texts: {name_or_path!r} is on the hub, give n")
+        documents = (text for _, text in hub_documents(*on_hub, seed))
+    elif name_or_path in DOMAINS:
+        documents = (row["text"] for row in _passages() if row["domain"] == name_or_path)
+    elif name_or_path == "python":
         documents = iter(_held_out_python())
+    else:
+        path = Path(name_or_path).expanduser()
+        if not path.exists():
+            is_path = len(path.parts) > 1 or path.suffix
+            what = "there is no file, folder or corpus" if is_path else "unknown corpus"
+            error = FileNotFoundError if is_path else ValueError
+            raise error(f"{what} {str(path)!r}{suggestion(str(name_or_path), CORPORA)}")
+        documents = (text for _, text in text_documents(path))
     seen: dict[str, None] = {}
     for text in documents:
         seen[text] = None
@@ -101,10 +88,8 @@ def load_texts(
             break
     texts = list(seen)
     if n is not None and n > len(texts) and not or_fewer:
-        raise ValueError(
-            f"{str(name_or_path)!r} has {len(texts)} different texts, {n} were asked for"
-            f" (n=None takes all of a local corpus; {SEPARATOR} parts a file into texts)"
-        )
+        there = f"{str(name_or_path)!r} has {len(texts)} different texts"
+        raise ValueError(f"{there}, {n} were asked for (n=None takes all of a local corpus)")
     if on_hub:  # already in seeded order
         return texts
     return [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))[:n]]
@@ -141,10 +126,8 @@ def _held_out_python() -> tuple[str, ...]:
 
 def python_pieces(source: str) -> list[str]:
     """Cut Python source into pieces of 60 to 150 words, if it can be where a function begins."""
-    least, most = PIECE_WORDS
-    pieces: list[str] = []
-    lines: list[str] = []
-    words = 0
+    least, most = 60, 150
+    pieces, lines, words = [], [], 0
     for line in source.split("\n"):
         size = len(line.split())
         begins = re.match(r"\s*(@|(async\s+)?def\s|class\s)", line)
@@ -157,64 +140,45 @@ def python_pieces(source: str) -> list[str]:
     return [p.strip("\n") for p in pieces if least <= len(p.split()) <= most]
 
 
-# Sources of documents: (key, text) pairs, of which the key decides what is held out.
-
-
 def is_held_out(key: str) -> bool:
     """Whether the document of this key (its text, or a module's path) is kept from training."""
     digest = hashlib.blake2b(key.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") % 100 < HELD_OUT_PERCENT
 
 
-@dataclass(frozen=True)
-class Documents:
-    """A source of documents to train on, as (key, text) pairs."""
-
-    name: str
-    pairs: Callable[[], Iterator[tuple[str, str]]]
-
-    def train(self, seed: int, budget: int) -> list[str]:
-        """Documents to train on in seeded order, up to about `budget` characters."""
-        return self._take(False, seed, budget)
-
-    def held_out(self, seed: int, budget: int) -> list[str]:
-        """Documents never trained on in seeded order, up to about `budget` characters."""
-        return self._take(True, seed, budget)
-
-    def _take(self, held_out: bool, seed: int, budget: int) -> list[str]:
-        documents = [text for key, text in self.pairs() if is_held_out(key) == held_out]
-        taken, size = [], 0
-        for index in np.random.default_rng(seed).permutation(len(documents)):
-            if size >= budget:
-                break
-            taken.append(documents[index][: budget - size])
-            size += len(taken[-1])
-        return taken
+def take_documents(source: Source, seed: int, budget: int, held_out: bool = False) -> list[str]:
+    """Documents to train on, or held-out ones, in seeded order, up to about `budget` characters."""
+    documents = [text for key, text in source() if is_held_out(key) == held_out]
+    taken, size = [], 0
+    for index in np.random.default_rng(seed).permutation(len(documents)):
+        if size >= budget:
+            break
+        taken.append(documents[index][: budget - size])
+        size += len(taken[-1])
+    return taken
 
 
-def load_source(name: str, folder: Path | None = None) -> Documents:
+def load_source(name: str, folder: Path | None = None) -> Source:
     """A source by name: `stdlib`, `pydoc`, a text file or folder, or a hub dataset `owner/name`.
 
     Files are looked up in `folder` first. A FileNotFoundError if there is none.
     """
     if name in OWN:
-        return Documents(name, OWN[name])
+        return OWN[name]
     if folder and not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder} to look up the text source {name!r} in")
     if path := find_file(name, folder):
-        return Documents(name, partial(text_documents, path))
+        return partial(text_documents, path)
     if name.count("/") == 1:
-        return Documents(name, partial(hub_documents, name))
+        return partial(hub_documents, name)
     here = [*OWN, *sorted(path.name for path in folder.iterdir())] if folder else list(OWN)
-    expected = "stdlib, pydoc, a file or folder, or a hub dataset owner/name"
-    raise FileNotFoundError(
-        f"no text source {name!r} in {folder}: expected {expected}{suggestion(name, here)}"
-    )
+    hint = f"expected a name, a file, or a hub dataset owner/name{suggestion(name, here)}"
+    raise FileNotFoundError(f"no text source {name!r}: {hint}")
 
 
 def find_file(name: str, folder: Path | None = None) -> Path | None:
     """The file or folder that a source is, if it is one."""
-    places = ([folder / name] if folder else []) + [Path(name)]
+    places = [folder / name, Path(name)] if folder else [Path(name)]
     return next((path for path in places if name not in OWN and path.exists()), None)
 
 
@@ -224,33 +188,22 @@ def digests(names: Iterable[str], folder: Path | None = None) -> dict[str, str]:
     return {name: fingerprint(path) for name, path in found.items() if path}
 
 
-def _own_path(name_or_path: str | Path) -> Path:
-    path = Path(name_or_path).expanduser()
-    if path.exists():
-        return path
-    hint = suggestion(str(name_or_path), CORPORA)
-    if len(path.parts) > 1 or path.suffix:
-        raise FileNotFoundError(f"there is no file, folder or corpus {str(path)!r}{hint}")
-    raise ValueError(f"unknown corpus {str(path)!r}{hint}; a path to a text file works too")
-
-
-def text_documents(path: Path) -> Iterator[tuple[str, str]]:
+def text_documents(path: Path) -> Documents:
     """Documents of a UTF-8 text file (`.gz` too) or of every file below a folder but hidden ones.
 
     Lines `<|endoftext|>` part documents of one file. One that is empty or no text is an error.
     """
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    files = [file for file in files if file == path or not file.name.startswith(".")]
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
     if not files:
         raise ValueError(f"{path} is an empty folder: expected files of text")
     for file in files:
         try:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
                 documents = f.read().replace("\ufeff", "").split(SEPARATOR)
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8 text: {error}") from error
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"cannot read {file}: {error}") from error
+        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise ValueError(f"{file} is not UTF-8 text, or is cut: {error}") from error
         documents = [document.strip() for document in documents if document.strip()]
         if not documents:
             raise ValueError(f"{file} is empty: expected text")
@@ -259,7 +212,7 @@ def text_documents(path: Path) -> Iterator[tuple[str, str]]:
         yield from zip(documents, documents, strict=True)
 
 
-def stdlib_modules() -> Iterator[tuple[str, str]]:
+def stdlib_modules() -> Documents:
     """Source of the standard library's modules, its tests left out, keyed by path."""
     root = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -275,7 +228,7 @@ def stdlib_modules() -> Iterator[tuple[str, str]]:
             yield relative.as_posix(), text
 
 
-def pydoc_topics() -> Iterator[tuple[str, str]]:
+def pydoc_topics() -> Documents:
     """The language reference's topics, as shipped with the interpreter."""
     from pydoc_data.topics import topics
 
@@ -285,9 +238,7 @@ def pydoc_topics() -> Iterator[tuple[str, str]]:
 OWN = {"stdlib": stdlib_modules, "pydoc": pydoc_topics}
 
 
-def hub_documents(
-    name: str, config: str | None = None, seed: int | None = None
-) -> Iterator[tuple[str, str]]:
+def hub_documents(name: str, config: str | None = None, seed: int | None = None) -> Documents:
     """Column `text` of a hub dataset, streamed: shuffled by a seed, or the first 200,000 rows.
 
     Raises:
@@ -304,17 +255,15 @@ def hub_documents(
         if not constants.is_offline_mode():
             HfApi().dataset_info(name, timeout=10, expand=["sha"])
         rows = load_dataset(name, config, split="train", streaming=True)
-        shuffled = seed is not None
-        rows = rows.shuffle(seed, buffer_size=BUFFER) if shuffled else rows.take(TRAINING_ROWS)
-        for row in rows:
+        taken = rows.take(TRAINING_ROWS) if seed is None else rows.shuffle(seed, buffer_size=1_000)
+        for row in taken:
             if "text" not in row:
                 raise ValueError(f"{name} has no column 'text': it has {', '.join(row)}")
             if text := (row["text"] or "").strip():
                 yield text, text
     except (OSError, httpx.HTTPError, ArrowInvalid) as error:
-        local = ", ".join(key for key, corpus in CORPORA.items() if not corpus.hub_id)
         reason = shorten(f"{type(error).__name__}: {error}", 200, placeholder=" …")
         raise ConnectionError(
             f"cannot read the dataset {name} {config or ''} from {constants.ENDPOINT} ({reason})."
-            f" No network is needed for {local}, or for text of your own"
+            f" No network is needed for {', '.join(LOCAL_DATASETS)}, or for text of your own"
         ) from error

@@ -1,8 +1,7 @@
 """Whether SAEs see what they were trained on: a look at a few sentences before long work.
 
-An SAE at a neighbouring place, or with thresholds in other units, gives numbers that look
-like any others. Its L0 and its explained variance do not: of Gemma Scope's MLP SAEs, on the
-raw output of the MLP, a tenth of the features are active that should be.
+An SAE at a neighbouring site, or with thresholds in other units, gives numbers that look like any
+others; only its L0 and its explained variance are far off.
 """
 
 import warnings
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flowhelpers.activations.corpora import load_texts
 from flowhelpers.core.features import Site, parse_site
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import is_edited, run_model, tokenize
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 FAR_L0 = 2.5  # times more or fewer active features than declared, on a few sentences
 LEAST_VARIANCE = 0.3  # explained, where nothing is declared
 BELOW_DECLARED = 0.25
-TEXTS = 6
-MAX_TOKENS = 128
 
 
 def preflight_sites(sites: Iterable[Site]) -> list[Site]:
@@ -67,19 +65,14 @@ def run_preflight(
     """
     import pandas as pd
 
-    if texts is None:
-        from flowhelpers.activations.corpora import load_texts
-
-        texts = load_texts("science", TEXTS)
-    sites = preflight_sites(suite.saes) if sites is None else list(sites)
-    chosen = [parse_site(site) if isinstance(site, str) else site for site in sites]
-    tokens = tokenize(suite.model, texts, min(MAX_TOKENS, suite.model.bridge.cfg.n_ctx))
-    rows, read = [], {}
+    texts = load_texts("science", 6) if texts is None else texts
+    chosen = preflight_sites(suite.saes) if sites is None else [parse_site(str(s)) for s in sites]
+    tokens = tokenize(suite.model, texts, min(128, suite.model.bridge.cfg.n_ctx))
+    inputs = [suite.sae(site).input_site for site in chosen]
+    _, read = run_model(suite.model, tokens.ids, inputs, stop_after=max(s.layer for s in chosen))
+    rows = []
     for site in progress(chosen, "preflight"):
         sae = suite.sae(site)
-        if sae.input_site not in read:  # those of a layer are read together
-            reads = [suite.sae(each).input_site for each in chosen if each.layer == site.layer]
-            read = run_model(suite.model, tokens.ids, reads, stop_after=site.layer)[1]
         x = read[sae.input_site][tokens.is_text]
         codes = sae.encode(x)
         error = x.double() - sae.decode(codes, x).double()

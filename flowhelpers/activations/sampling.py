@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.activations.corpora import CORPORA, DOMAINS, load_texts
+from flowhelpers.activations.corpora import CORPORA, LOCAL_DATASETS, PAPER_DATASETS, load_texts
 from flowhelpers.suites.model import Model, Tokens, tokenize
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from flowhelpers.suites.registry import SuiteRow
-
-PAPER_DATASETS = ("fineweb", "tinystories", "automathtext", "python-github-code")
-LOCAL_DATASETS = (*DOMAINS, "python")
 
 
 @dataclass(frozen=True)
@@ -36,14 +33,13 @@ class Sample:
 
 def datasets_for(row: "SuiteRow") -> tuple[str, ...]:
     """The paper's four datasets for a suite of the hub; four without network for a local one."""
-    return LOCAL_DATASETS if row.is_local else PAPER_DATASETS
+    return LOCAL_DATASETS if row.is_local else tuple(PAPER_DATASETS)
 
 
 def texts_of(datasets: Sequence[str], n_texts: int, seed: int = 0) -> dict[str, list[str]]:
     """So many texts of each dataset, or all that it has; names in `CORPORA`, or your own paths."""
     if isinstance(datasets, str) or not datasets or len(set(datasets)) < len(datasets):
-        there = ", ".join(CORPORA)
-        raise ValueError(f"datasets {datasets!r}: expected one or more, each once, of {there}")
+        raise ValueError(f"datasets {datasets!r}: expected some of {', '.join(CORPORA)}, each once")
     return {name: load_texts(name, n_texts, seed, or_fewer=True) for name in datasets}
 
 
@@ -86,9 +82,11 @@ def draw_sample(
 
 def sample_sizes(sample: Sample, n_texts: int, tokens_per_text: int) -> "pd.DataFrame":
     """What was asked for and what there is, by dataset; `short_texts` have too few tokens."""
-    tokens = sample.tokens.groupby("dataset", sort=False).size()
-    texts = sample.texts.groupby("dataset", sort=False)["eligible"]
-    short = texts.agg(lambda eligible: int((eligible < tokens_per_text).sum()))
-    found = texts.size().rename("texts").to_frame().assign(texts_asked=n_texts, tokens=tokens)
-    found = found.assign(tokens_asked=n_texts * tokens_per_text, short_texts=short)
+    eligible = sample.texts.groupby("dataset", sort=False)["eligible"]
+    found = eligible.agg(texts="size").assign(
+        texts_asked=n_texts,
+        tokens=sample.tokens.groupby("dataset").size(),
+        tokens_asked=n_texts * tokens_per_text,
+        short_texts=eligible.agg(lambda tokens: int((tokens < tokens_per_text).sum())),
+    )
     return found.reset_index()

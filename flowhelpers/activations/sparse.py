@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import BadZipFile
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 
     from flowhelpers.suites.load import Suite
 
+READ_TOGETHER = 16  # texts
 ENCODED_TOGETHER = 1024  # tokens
+CSR = ("data", "indices", "indptr", "shape")  # what is stored of a sparse matrix
 PASS_TENSORS = 48  # of the stream's width, that a pass holds beside the sites
 
 
@@ -50,47 +53,35 @@ class FeatureActivations:
 
 def collect(
     suite: "Suite",
-    texts: Sequence[str],
+    texts: Sequence[str] | Tokens,
     sites: Iterable[Site] | None = None,
     max_tokens: int = 128,
     batch_size: int = 16,
 ) -> FeatureActivations:
     """Read the features of texts, at all sites unless some are given.
 
-    Each text is cut to `max_tokens`, BOS included. BOS and other special tokens are left out; no
-    token left is an error. SAEs from the hub get a `run_preflight` first, once.
+    Each text is cut to `max_tokens`, BOS included; what is tokens already is read as it is. BOS and
+    other special tokens are left out; no token left is an error. SAEs from the hub get a
+    `run_preflight` first, once.
 
     Example:
         >>> from flowhelpers import collect, load_suite
         >>> suite = load_suite("flowlet")
         >>> activations = collect(suite, ["Once there was a ship."])
-        >>> activations.tokens["position"].tolist()[:3]
-        [1, 2, 3]
         >>> activations.of(suite.feature("4/res/17")).shape == (len(activations.tokens),)
         True
     """
-    return collect_tokens(suite, tokenize(suite.model, texts, max_tokens), sites, batch_size)
-
-
-def collect_tokens(
-    suite: "Suite",
-    tokens: Tokens,
-    sites: Iterable[Site] | None = None,
-    batch_size: int = 16,
-) -> FeatureActivations:
-    """As `collect`, of texts that are tokens already."""
     import pandas as pd
 
+    tokens = texts if isinstance(texts, Tokens) else tokenize(suite.model, texts, max_tokens)
     by_site = _stacked(read_batches(suite, tokens, sites, batch_size))
-    text, position = (axis.cpu() for axis in torch.nonzero(tokens.is_text, as_tuple=True))
-    token = tokens.ids.cpu()[text, position]
-    columns = {"text": text.numpy(), "position": position.numpy(), "token": token.numpy()}
-    return FeatureActivations(pd.DataFrame(columns), by_site)
+    text, position = tokens.is_text.cpu().numpy().nonzero()
+    token = tokens.ids.cpu().numpy()[text, position]
+    table = pd.DataFrame({"text": text, "position": position, "token": token})
+    return FeatureActivations(table, by_site)
 
 
-def read_sample(
-    suite: "Suite", sample: Sample, folder: Path, batch_size: int | None = None
-) -> FeatureActivations:
+def read_sample(suite: "Suite", sample: Sample, folder: Path) -> FeatureActivations:
     """The features of all sites at a sample's tokens, kept in `folder`, batch by batch.
 
     A pass that was interrupted goes on after the last batch that was finished. Of several processes
@@ -103,13 +94,12 @@ def read_sample(
     tokens = replace(sample.ids, is_text=is_chosen)
     of_token = suite.model.d_model * suite.model.unembedding.element_size()
     of_text = tokens.ids.shape[1] * of_token * (2 * len(suite.saes) + PASS_TENSORS)
-    batch_size = batch_size or int(np.clip(2**30 // of_text, 1, 16))
+    batch_size = int(np.clip(2**30 // of_text, 1, READ_TOGETHER))
     widest = max(suite.sae(site).width for site in list(suite.saes)[:3])
     result = 8 * len(suite.saes) * int(0.02 * widest * len(places))  # 2 % active
     needed = batch_size * of_text + 12 * ENCODED_TOGETHER * widest + result
     check_memory(needed, "reading the sample", str(suite.model.device))
-    per_text = max(1, int(is_chosen.sum(1).max()))
-    together = max(1, ENCODED_TOGETHER // (per_text * batch_size))
+    together = max(1, ENCODED_TOGETHER // (int(is_chosen.sum(1).max()) * batch_size))
     folder = writable_folder(folder / _digest(suite, tokens, batch_size))
     with FileLock(folder / "lock"):  # who comes second waits, and finds everything done
         batches = read_batches(suite, tokens, None, batch_size, together, folder)
@@ -137,7 +127,7 @@ def read_batches(
     texts = torch.arange(len(tokens.ids)).split(batch_size * together)
     for rows in progress(texts, "activations"):
         path = folder / f"{int(rows[0]):06}.npz" if folder else None
-        batch = _load(path, sites) if path else None
+        batch = _load(path, sites) if path and path.exists() else None
         if batch is None:
             passes = [Tokens(tokens.ids[r], tokens.is_text[r]) for r in rows.split(batch_size)]
             batch = _encoded(suite, passes, sites)
@@ -178,42 +168,30 @@ def _stacked(batches: "Iterable[dict[Site, csr_matrix]]") -> "dict[Site, csr_mat
 
 
 def _save(path: Path, batch: "Mapping[Site, csr_matrix]") -> None:
-    arrays = {
-        f"{site} {name}": getattr(codes, name)
-        for site, codes in batch.items()
-        for name in ("data", "indices", "indptr", "shape")
-    }
-
-    def write(file: Path) -> None:
-        with file.open("wb") as stream:
-            np.savez(stream, allow_pickle=False, **arrays)
-
-    write_whole(path, write)
+    arrays = {f"{site} {name}": getattr(batch[site], name) for site in batch for name in CSR}
+    stream = BytesIO()
+    np.savez(stream, allow_pickle=False, **arrays)
+    write_whole(path, lambda file: file.write_bytes(stream.getbuffer()))
 
 
 def _load(path: Path, sites: Sequence[Site]) -> "dict[Site, csr_matrix] | None":
     from scipy.sparse import csr_matrix
 
-    if not path.exists():
-        return None
+    batch = {}
     try:
         with np.load(path) as arrays:
-            return {
-                site: csr_matrix(
-                    tuple(arrays[f"{site} {name}"] for name in ("data", "indices", "indptr")),
-                    shape=tuple(arrays[f"{site} shape"]),
-                )
-                for site in sites
-            }
+            for site in sites:
+                *stored, shape = (arrays[f"{site} {name}"] for name in CSR)
+                batch[site] = csr_matrix(tuple(stored), shape=tuple(shape))
     except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
         warnings.warn(f"{path} is made again, it is truncated or corrupt: {error}", stacklevel=3)
         return None
+    return batch
 
 
 def _digest(suite: "Suite", tokens: Tokens, batch_size: int) -> str:
     saes = [f"{site} {sae.fingerprint}" for site, sae in suite.saes.items()]
-    text = f"{suite.model.fingerprint} {batch_size} {' '.join(saes)}"
-    digest = hashlib.blake2b(text.encode(), digest_size=16)
-    digest.update(tokens.ids.cpu().numpy().tobytes())
-    digest.update(tokens.is_text.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    text = f"{suite.model.fingerprint} {batch_size} {' '.join(saes)}".encode()
+    arrays = (tokens.ids.cpu().numpy(), tokens.is_text.cpu().numpy())
+    content = text + b"".join(array.tobytes() for array in arrays)
+    return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
+from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import predecessor_sites
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import find_occurrences
@@ -41,7 +41,7 @@ def measure(
     tables = {"sites": sites}
     later = [site for site in suite.saes if site.module == "res" and site.layer]
     if any({site, *predecessor_sites(site).values()} <= set(suite.saes) for site in later):
-        activations = collect_tokens(suite, tokens)
+        activations = collect(suite, tokens)
         matches = match_table(suite, 1, seed)
         occurrences = find_occurrences(matches, activations)
         flow = measure_flow(feature_scores(matches), occurrences.table)

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, PositiveFloat
 from transformers import AutoTokenizer
 
-from flowhelpers.activations.corpora import Documents, digests, load_source
+from flowhelpers.activations.corpora import Source, digests, load_source, take_documents
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.core.files import DATA, fingerprint, read_json, write_json, write_text
 from flowhelpers.core.machine import check_device
@@ -147,7 +147,7 @@ def check_begun(work: Path, now: dict[str, Any]) -> None:
 
 def cut_rows(
     settings: SuiteRecipe,
-    sources: Mapping[str, Documents],
+    sources: Mapping[str, Source],
     tokens: int,
     tokenizer: Any,
     record: Mapping[str, Any],
@@ -160,17 +160,19 @@ def cut_rows(
         sample = (
             document[start : start + 20_000]
             for name, source in sources.items()
-            for document in source.train(seed + 1, int(3e7 * settings.sources[name] / total))
+            for document in take_documents(
+                source, seed + 1, int(3e7 * settings.sources[name] / total)
+            )
             for start in range(0, len(document), 20_000)
         )
         tokenizer = train_tokenizer(sample, settings.model.vocab_size)
     tokenizer.save_pretrained(part)
     for i, (name, source) in enumerate(sorted(sources.items())):
-        documents = source.train(seed, int(7 * tokens * settings.sources[name] / total))
-        rows = token_rows(documents, tokenizer, context)
+        budget = int(7 * tokens * settings.sources[name] / total)
+        rows = token_rows(take_documents(source, seed, budget), tokenizer, context)
         if not len(rows):
             raise ValueError(f"source {name!r} gives no row of {context} tokens")
         np.save(part / f"train-{i}.npy", rows)
-        held_out = source.held_out(seed, 2_000_000)
+        held_out = take_documents(source, seed, 2_000_000, held_out=True)
         np.save(part / f"held_out-{i}.npy", token_rows(held_out, tokenizer, context))
     write_json(part / "recipe.json", record)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import toys
 
-from flowhelpers.activations.sparse import collect, collect_tokens
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Tokens, run_model, tokenize
@@ -43,6 +43,8 @@ def test_the_rows_are_the_tokens_of_the_texts_without_bos_and_padding(planted: S
     ]
     assert list(found.tokens.itertuples(index=False, name=None)) == expected
     assert found.by_site[LAST].shape == (len(expected), toys.RES)
+    column = found.by_site[LAST].toarray()[:, 9]
+    assert np.array_equal(found.of(FeatureId(2, "res", 9)), column)
     assert not set(found.tokens["token"]) & set(encode.all_special_ids)
 
 
@@ -88,12 +90,6 @@ def test_tokens_of_ones_own_are_read_where_they_are_marked(planted: Suite):
     tokens = tokenize(planted.model, toys.TEXTS[:1])
     mask = torch.zeros_like(tokens.is_text)
     mask[0, [2, 5]] = True
-    found = collect_tokens(planted, Tokens(tokens.ids, mask), [LAST])
+    found = collect(planted, Tokens(tokens.ids, mask), [LAST])
     expected = by_hand(planted, LAST, toys.TEXTS[:1])[[1, 4]]
     assert np.allclose(found.by_site[LAST].toarray(), expected, atol=1e-4)
-
-
-def test_one_features_activations_are_its_column(planted: Suite):
-    found = collect(planted, toys.TEXTS, [LAST])
-    dense = found.by_site[LAST].toarray()
-    assert np.array_equal(found.of(FeatureId(2, "res", 9)), dense[:, 9])

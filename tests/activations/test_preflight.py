@@ -159,19 +159,6 @@ def test_no_look_is_had_at_folders_and_at_models_that_are_edited(
     assert looks == [["4/mlp"]]
 
 
-def test_a_sae_of_the_hub_with_wrong_thresholds_is_warned_of_when_it_is_first_used(
-    flowlet: Suite,
-):
-    threshold = flowlet.sae(MLP).lens_sae.threshold.detach()
-    suite = as_of_hub(with_sae(flowlet, threshold=threshold * 30))
-    message = r"4/mlp of suite flowlet: \d\.\d features are active a token where 32 are declared"
-    with pytest.warns(UserWarning, match=message):
-        collect(suite, TEXTS, [MLP])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        collect(suite, TEXTS, [MLP])  # it was said
-
-
 def test_what_ended_a_preflight_takes_no_warning_with_it(
     flowlet: Suite, monkeypatch: pytest.MonkeyPatch
 ):

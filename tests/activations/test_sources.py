@@ -1,6 +1,5 @@
 """Documents are held out by what they are, and never trained on."""
 
-import gzip
 from pathlib import Path
 
 import pytest
@@ -8,21 +7,16 @@ from hub import Hub
 
 from flowhelpers.activations.corpora import (
     HELD_OUT_PERCENT,
-    Documents,
     digests,
     hub_documents,
     is_held_out,
     load_source,
     pydoc_topics,
     stdlib_modules,
-    text_documents,
+    take_documents,
 )
 
 TEXTS = [f"Document {i} is about {i * i} and nothing else." for i in range(500)]
-
-
-def source_of(texts: list[str]) -> Documents:
-    return Documents("planted", lambda: ((text, text) for text in texts))
 
 
 def test_what_is_held_out_hangs_on_the_text_alone_and_is_about_two_percent():
@@ -34,44 +28,26 @@ def test_what_is_held_out_hangs_on_the_text_alone_and_is_about_two_percent():
 
 @pytest.mark.parametrize("seed", [0, 1, 7])
 def test_no_seed_order_or_budget_brings_a_held_out_text_into_training(seed: int):
-    source = source_of(TEXTS + TEXTS[::-2])
-    train, held = source.train(seed, 10**9), source.held_out(seed, 10**9)
+    texts = TEXTS + TEXTS[::-2]
+    train, held = (
+        take_documents(lambda: iter(zip(texts, texts, strict=True)), seed, 10**9, held)
+        for held in (False, True)
+    )
     assert set(train).isdisjoint(held)
-    assert sorted(train + held) == sorted(TEXTS + TEXTS[::-2])
-    assert 0 < len(held) < 0.05 * len(TEXTS) * 1.5
+    assert sorted(train + held) == sorted(texts)
+    assert 0 < len(held) < 0.05 * len(texts)
 
 
 def test_the_order_is_seeded_and_a_larger_budget_only_adds():
-    source = source_of(TEXTS)
-    whole = source.train(3, 10**9)
-    assert source.train(3, 10**9) == whole
-    assert source.train(4, 10**9) != whole
+    def take(seed: int, budget: int) -> list[str]:
+        return take_documents(lambda: iter(zip(TEXTS, TEXTS, strict=True)), seed, budget)
+
+    whole = take(3, 10**9)
+    assert take(3, 10**9) == whole
+    assert take(4, 10**9) != whole
     assert whole != [text for text in TEXTS if not is_held_out(text)]
     for budget in (0, 100, 5_000):
-        part = source.train(3, budget)
-        assert "".join(part) == "".join(whole)[:budget]
-
-
-def test_a_file_is_parted_at_its_separators(tmp_path: Path):
-    file = tmp_path / "a.txt"
-    file.write_text(
-        " one\n<|endoftext|>\ntwo <|endoftext|>  \n<|endoftext|>thrée", encoding="utf-8"
-    )
-    expected = ["one", "two", "thrée"]
-    assert list(text_documents(file)) == [(text, text) for text in expected]
-    packed = tmp_path / "deep" / "b.txt.gz"
-    packed.parent.mkdir()
-    packed.write_bytes(gzip.compress("fóur".encode()))
-    assert [text for _, text in text_documents(tmp_path)] == [*expected, "fóur"]
-
-
-def test_broken_files_are_named(tmp_path: Path):
-    (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(ValueError, match=r"empty\.txt is empty: expected text"):
-        list(text_documents(tmp_path))
-    (tmp_path / "empty.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match=r"empty\.txt is not UTF-8 text"):
-        list(text_documents(tmp_path))
+        assert "".join(take(3, budget)) == "".join(whole)[:budget]
 
 
 def test_a_source_is_looked_up_in_the_folder_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -79,17 +55,15 @@ def test_a_source_is_looked_up_in_the_folder_first(tmp_path: Path, monkeypatch: 
     (tmp_path / "texts").mkdir()
     (tmp_path / "a.txt").write_text("outside")
     (tmp_path / "texts" / "a.txt").write_text("inside")
-    assert next(load_source("a.txt").pairs())[0] == "outside"
-    assert next(load_source("a.txt", tmp_path / "texts").pairs())[0] == "inside"
-    with pytest.raises(
-        FileNotFoundError, match=r"no text source 'b\.txt' in .*texts: .*did you mean 'a\.txt'"
-    ):
+    assert next(load_source("a.txt")())[0] == "outside"
+    assert next(load_source("a.txt", tmp_path / "texts")())[0] == "inside"
+    with pytest.raises(FileNotFoundError, match=r"no text source 'b\.txt'.*mean 'a\.txt'"):
         load_source("b.txt", tmp_path / "texts")
 
 
 def test_a_dataset_of_the_hub_is_a_source(hub_here: Hub, paper_datasets: dict[str, list[str]]):
     source = load_source("roneneldan/TinyStories")
-    assert {text for _, text in source.pairs()} == set(paper_datasets["tinystories"])
+    assert {text for _, text in source()} == set(paper_datasets["tinystories"])
     with pytest.raises(ConnectionError, match="cannot read the dataset roneneldan/None"):
         list(hub_documents("roneneldan/None"))
 
@@ -116,7 +90,7 @@ def test_the_interpreters_own_texts_have_keys_and_no_tests():
     assert "class JSONDecoder" in modules["json/decoder.py"]
     skipped = {"test", "tests", "idle_test", "site-packages", "__pycache__"}
     assert not [key for key in modules if skipped & set(key.split("/"))]
-    assert load_source("stdlib").pairs is stdlib_modules
+    assert load_source("stdlib") is stdlib_modules
     topics = dict(pydoc_topics())
     assert "lambda" in topics["lambda"].lower()
-    assert load_source("pydoc").pairs is pydoc_topics
+    assert load_source("pydoc") is pydoc_topics

@@ -11,7 +11,7 @@ import torch
 import toys
 from adder import ALL, ATT, COPY, MLP, OTHER, SUM
 
-from flowhelpers.activations.sparse import collect_tokens
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.bootstrap import resamples
 from flowhelpers.core.features import MODULES, Site, predecessor_site
 from flowhelpers.deactivation import (
@@ -390,7 +390,7 @@ def test_saes_at_z_say_nothing_of_what_is_written(toy: Model, planted: Suite):
     at_z = toys.sae_at_z(toy)
     suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): at_z})
     tokens = tokenize(toy, toys.TEXTS[:3])
-    read = collect_tokens(suite, tokens)
+    read = collect(suite, tokens)
     targets = draw_targets(read, [1])
     columns = ["direction", "layer", "feature", "module", "source", "rank"]
     rows = [

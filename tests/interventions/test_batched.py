@@ -14,7 +14,7 @@ import toys
 import transformers
 from torch import Tensor
 
-from flowhelpers.activations.sparse import FeatureActivations, collect_tokens
+from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import MODULES, FeatureId, Site, predecessor_site
 from flowhelpers.interventions import batched
 from flowhelpers.interventions.batched import intervene
@@ -43,7 +43,7 @@ TEXTS = [
 def flowlet() -> SimpleNamespace:
     suite = load_suite("flowlet")
     tokens = tokenize(suite.model, TEXTS)
-    return SimpleNamespace(suite=suite, tokens=tokens, activations=collect_tokens(suite, tokens))
+    return SimpleNamespace(suite=suite, tokens=tokens, activations=collect(suite, tokens))
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +224,7 @@ def test_live_activations_are_read_after_earlier_edits(flowlet: SimpleNamespace)
 def test_saes_at_z_are_edited_and_read_there(toy: Model, planted: Suite):
     suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): toys.sae_at_z(toy)})
     tokens = tokenize(toy, toys.TEXTS[:2])
-    read = collect_tokens(suite, tokens, [Site(1, "att")])
+    read = collect(suite, tokens, [Site(1, "att")])
     codes = read.by_site[Site(1, "att")].tocoo()
     text, position = (int(read.tokens[c][codes.row[0]]) for c in ("text", "position"))
     edits = edits_of((0, "att", int(codes.col[0]), -float(codes.data[0])))

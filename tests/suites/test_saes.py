@@ -9,7 +9,7 @@ import torch
 import toys
 from safetensors.torch import load_file, save_file
 
-from flowhelpers.activations.sparse import collect_tokens
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.matching.cosine import top_k_cosine
 from flowhelpers.matching.matchers import by_permutation
@@ -182,7 +182,7 @@ def test_a_sae_at_z_is_brought_into_the_stream(toy: Model, tokens: Tokens):
     assert (sae.site, sae.input_site) == (site, Site(1, "z"))
     _, read = run_model(toy, tokens.ids, read=[Site(1, "z")])
     suite = Suite(SuiteRow("z", "none", {site: "z"}, 0), toy, {site: sae})
-    found = collect_tokens(suite, tokens).by_site[site].toarray()
+    found = collect(suite, tokens).by_site[site].toarray()
     codes = sae.encode(read[Site(1, "z")][tokens.is_text]).numpy()
     assert (codes > 0).any()
     assert found == pytest.approx(codes, abs=1e-5)
