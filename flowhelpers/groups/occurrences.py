@@ -4,7 +4,7 @@ Every active residual feature at every token falls into one of eight groups, by 
 predecessors (its matches in the stream before, the MLP and attention) are active at that token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -84,10 +84,8 @@ def find_occurrences(
     if not isinstance(top_n, int) or not 1 <= top_n <= ranks:
         raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
     best = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
-    by_place = {
-        (int(layer), str(module)): part.sort_values(["feature", "rank"])
-        for (layer, module), part in best.groupby(["layer", "module"], observed=True)
-    }
+    best = best.sort_values(["feature", "rank"])
+    by_place = dict(iter(best.groupby(["layer", "module"], observed=True)))
     layers = sorted({layer for layer, _ in by_place})
     if not incomplete:
         layers = [layer for layer in layers if all((layer, m) in by_place for m in MODULES)]
@@ -96,9 +94,8 @@ def find_occurrences(
     sources = (predecessors or activations).by_site
     sites = {Site(layer, "res") for layer in layers}
     sites |= {predecessor_site(*place) for place in by_place if place[0] in layers}
-    if missing := sorted(sites - set(sources)):
-        named = ", ".join(map(str, missing))
-        raise ValueError(f"no activations at {named}, of which the match table speaks")
+    if missing := ", ".join(map(str, sorted(sites - set(sources)))):
+        raise ValueError(f"no activations at {missing}, of which the match table speaks")
     parts = []
     for layer in layers:
         codes = activations.by_site[Site(layer, "res")].tocoo()
@@ -154,11 +151,9 @@ def group_names(active: "Mapping[str, np.ndarray] | pd.DataFrame") -> "pd.Catego
     """The group of each row, by whether a predecessor is active at `res`, `mlp` and `att`."""
     import pandas as pd
 
-    code = np.zeros(8, np.int64)  # of each combination of the three, as a binary number
-    for place, group in enumerate(GROUPS):
-        code[sum(1 << MODULES.index(module) for module in modules_of(group))] = place
+    place = np.array([0, 1, 2, 4, 3, 5, 6, 7])  # among GROUPS; RES counts 1, MLP 2, ATT 4
     bits = sum(np.asarray(active[m]).astype(int) << bit for bit, m in enumerate(MODULES))
-    return pd.Categorical.from_codes(code[bits], categories=list(GROUPS))
+    return pd.Categorical.from_codes(place[bits], categories=list(GROUPS))
 
 
 def with_dataset(tokens: "pd.DataFrame") -> "pd.DataFrame":
@@ -190,94 +185,6 @@ def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureAc
         rows[by_text] = np.roll(by_text, int(rng.integers(longest, furthest + 1)))
     by_site = {site: codes[rows] for site, codes in activations.by_site.items()}
     return FeatureActivations(activations.tokens, by_site)
-
-
-def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.DataFrame":
-    """How the occurrences are spread over the groups (Figures 5 and 12a).
-
-    Shares add up to one within each value of the columns `by`. Layers that lack a site count only
-    where `layer` is among them.
-
-    Returns:
-        One row a group in each: `n`, `features` (unique ones), `share` of the occurrences, and
-        `unique_share` of the unique features; shares of an empty group are missing, not 0.
-    """
-    import pandas as pd
-
-    table = found.table if "layer" in by else complete_layers(found.table)
-    keys = [*by, "group"]
-    unique = table[[*dict.fromkeys([*keys, "layer", "feature"])]].drop_duplicates()
-    sizes = [some.groupby(keys, observed=False).size() for some in (table, unique)]
-    counts = pd.concat(sizes, axis=1, keys=["n", "features"])
-    levels = list(range(len(by)))
-    totals = counts.groupby(level=levels, observed=False).transform("sum") if by else counts.sum()
-    shares = (counts / totals).where(counts["n"] > 0).set_axis(["share", "unique_share"], axis=1)
-    return pd.concat([counts, shares], axis=1).reset_index()
-
-
-def group_profiles(found: Occurrences) -> "pd.DataFrame":
-    """For each feature, which groups it falls into, and how evenly (asked for in the paper's C.1).
-
-    Returns:
-        One row a feature: `layer`, `feature`, `n` (occurrences), the share in each group by its
-        name, `main` (the most frequent group), `main_share`, and `entropy` of the shares in bits,
-        from 0 (always the same) to 3 (all eight alike).
-    """
-    from scipy.stats import entropy
-
-    table = complete_layers(found.table)
-    counts = table.groupby(["layer", "feature", "group"], observed=False).size().unstack("group")
-    counts = counts[counts.sum(axis=1) > 0].set_axis(list(GROUPS), axis=1)
-    profiles = counts.div(counts.sum(axis=1), axis=0)
-    main, main_share = profiles.idxmax(axis=1), profiles.max(axis=1)
-    bits = entropy(profiles.to_numpy(), base=2, axis=1)
-    profiles.insert(0, "n", counts.sum(axis=1))
-    return profiles.assign(main=main, main_share=main_share, entropy=bits).reset_index()
-
-
-def single_source_points(
-    found: Occurrences, layers: Sequence[int], n: int = 350, seed: int = 0
-) -> "pd.DataFrame":
-    """Features of the groups with one source or none: of each layer at most `n` (Figure 3).
-
-    A feature is in a group once: `layer`, `feature`, `group`, `s_res`, `s_mlp`, `s_att`.
-    """
-    import pandas as pd
-
-    table = complete_layers(found.table)
-    known = sorted(table["layer"].unique().tolist())
-    if not set(layers) <= set(known):
-        raise ValueError(f"layers {list(layers)}: expected some of {', '.join(map(str, known))}")
-    keys = ["layer", "group", "feature"]
-    single = table.loc[table["group"].isin(GROUPS[:4]), ["layer", "feature", "group", *SCORES]]
-    by_layer = single.drop_duplicates(keys).groupby("layer")
-    parts = [by_layer.get_group(layer) for layer in layers]
-    parts = [part.sample(min(n, len(part)), random_state=seed) for part in parts]
-    return pd.concat(parts).sort_values(keys, ignore_index=True)
-
-
-def score_histograms(
-    found: Occurrences, layers: Sequence[int], bins: int = 20, smallest: int = 20
-) -> "pd.DataFrame":
-    """How the scores of groups with `smallest` members or more are distributed (Figure 12 b).
-
-    Returns:
-        `layer`, `score`, `group`, `n`, `at` (the middle of a bin) and `density`.
-    """
-    import pandas as pd
-
-    columns = ["layer", "score", "group", "n", "at", "density"]
-    table, parts = complete_layers(found.table), [pd.DataFrame(columns=columns)]
-    for layer in layers:
-        here = table[table["layer"] == layer]
-        for score in SCORES:
-            edges = np.linspace(min(0.0, here[score].min()), 1, bins + 1)
-            for group, part in here.groupby("group", observed=True):
-                if (n := len(part)) >= smallest:
-                    density, _ = np.histogram(part[score], edges, density=True)
-                    values = layer, score, group, n, (edges[1:] + edges[:-1]) / 2, density
-                    parts.append(pd.DataFrame(dict(zip(columns, values, strict=True))))
-    return pd.concat(parts, ignore_index=True)
 
 
 def youden_thresholds(found: Occurrences) -> dict[tuple[int, str], float]:

@@ -25,9 +25,9 @@ from flowhelpers.activations.sampling import (
 )
 from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import Site
-from flowhelpers.groups.intervals import share_intervals, significance_intervals
 from flowhelpers.groups.occurrences import find_occurrences
-from flowhelpers.groups.significance import mann_whitney_tests
+from flowhelpers.groups.shares import share_intervals
+from flowhelpers.groups.significance import mann_whitney_tests, significance_intervals
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.load import OnDemand, Suite
