@@ -27,14 +27,12 @@ class Occurrences:
     """Active residual features at the tokens of a sample, each with its group.
 
     Attributes:
-        method: How predecessors were matched.
-        top_n: How many matches at a site count as predecessors.
         tokens: `text`, `position`, `token` and `dataset` (`all` if there are none).
         table: One row for each active (feature, token): `dataset`, `text`, `layer`, `feature`,
             `token_row` (row of `tokens`), `activation`; for each module `res`, `mlp`, `att`
-            whether a predecessor there is active, the score `s_res` … of the best and the share
-            `rate_res` … of all tokens on which one is; and `group`. At a layer that lacks a site,
-            as layer 0 does, its score is missing.
+            whether a predecessor there is active, the score `s_res` … of the best (missing where
+            the layer lacks the site) and the share `rate_res` … of all tokens on which one is;
+            and `group`.
     """
 
     suite: str
@@ -71,8 +69,7 @@ def find_occurrences(
     Args:
         incomplete: Whether layers that lack one or two of the three sites are in it, as layer 0
             does (CHOICES 5); their groups are those of the sites that there are.
-        predecessors: The activations of predecessors, where they are not those at the same token:
-            `shuffled_tokens` gives chance.
+        predecessors: Their activations where not of the same token (`shuffled_tokens`).
 
     Raises:
         ValueError: If no layer has all three sites and `incomplete` ones are not asked for, the
@@ -84,7 +81,6 @@ def find_occurrences(
     if not isinstance(top_n, int) or not 1 <= top_n <= ranks:
         raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
     best = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
-    best = best.sort_values(["feature", "rank"])
     by_place = dict(iter(best.groupby(["layer", "module"], observed=True)))
     layers = sorted({layer for layer, _ in by_place})
     if not incomplete:
@@ -99,34 +95,27 @@ def find_occurrences(
     parts = []
     for layer in layers:
         codes = activations.by_site[Site(layer, "res")].tocoo()
-        columns: dict[str, np.ndarray] = {
-            "layer": np.full(codes.nnz, layer, np.int16),
-            "feature": codes.col.astype(np.int32),
-            "token_row": codes.row.astype(np.int32),
-            "activation": codes.data,
-        }
+        places = {"layer": np.int16(layer), "feature": codes.col, "token_row": codes.row}
+        part = pd.DataFrame(places | {"activation": codes.data})
         for module in MODULES:
+            score, rate = f"s_{module}", f"rate_{module}"
             if (layer, module) not in by_place:
-                columns[module] = np.zeros(codes.nnz, dtype=bool)
-                columns[f"s_{module}"] = columns[f"rate_{module}"] = np.full(codes.nnz, np.nan)
+                part = part.assign(**{module: False, score: np.nan, rate: np.nan})
                 continue
-            # One row a feature, one column a rank.
-            source, score = (
-                by_place[layer, module][column].to_numpy().reshape(codes.shape[1], -1)
-                for column in ("source", "score")
+            by_rank = by_place[layer, module].pivot(index="feature", columns="rank")
+            active = _any_active(
+                sources[predecessor_site(layer, module)], by_rank["source"].to_numpy()
             )
-            active = _any_active(sources[predecessor_site(layer, module)], source)
-            columns[module] = np.asarray(active[codes.row, codes.col]).ravel() > 0
-            columns[f"s_{module}"] = score[codes.col, 0]
-            columns[f"rate_{module}"] = active.getnnz(axis=0)[codes.col] / active.shape[0]
-        parts.append(pd.DataFrame(columns))
+            part[module] = np.asarray(active[codes.row, codes.col]).ravel() > 0
+            part[score] = by_rank["score", 1].to_numpy()[codes.col]
+            part[rate] = active.getnnz(axis=0)[codes.col] / active.shape[0]
+        parts.append(part)
     table = pd.concat(parts, ignore_index=True)
     table["group"] = group_names(table)
     tokens = with_dataset(activations.tokens)
-    of_rows = tokens.iloc[table["token_row"]]
-    names = pd.Categorical(of_rows["dataset"], categories=tokens["dataset"].unique())
-    table.insert(0, "dataset", names)
-    table.insert(1, "text", of_rows["text"].to_numpy())
+    of_rows = tokens[["dataset", "text"]].iloc[table["token_row"]].reset_index(drop=True)
+    of_rows["dataset"] = pd.Categorical(of_rows["dataset"], tokens["dataset"].unique())
+    table = pd.concat([of_rows, table], axis=1)
     suite, method = (str(matches[column].iloc[0]) for column in ("suite", "method"))
     return Occurrences(suite, method, top_n, tokens, table)
 

@@ -35,20 +35,21 @@ PAIR_NAMES = {
     "IB": "IB: module active in neither",
 }
 ERRORS = {"error_y": "above", "error_y_minus": "below"}
+TWO_LINES = {"labelalias": {g: g.replace(" & ", " &<br>", 1) for g in GROUPS}, "tickangle": 0}
 BY_GROUP: Any = {
     "color": "group",
     "color_discrete_map": GROUP_COLOURS,
-    "category_orders": {"group": [*GROUPS]},
+    "category_orders": {"group": GROUPS},
 }
 MARKED: Any = BY_GROUP | {"symbol": "group", "symbol_map": GROUP_MARKS}
 
 
-def finish(figure: go.Figure, title: str, subtitle: str, height: int, room: int = 0) -> go.Figure:
+def finish(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
     """The look of all figures, for one of plotly express: panels bear values as titles."""
     for panel in figure.layout.annotations:
         panel.text = escape(panel.text.replace("layer=", "layer ").split("=", 1)[-1])
     figure.update_layout(legend_title_text="")
-    return legend_below(dress(figure, title, subtitle, height), room)
+    return legend_below(dress(figure, title, subtitle, height))
 
 
 def with_errors(shares: pd.DataFrame) -> pd.DataFrame:
@@ -74,7 +75,7 @@ def group_scatter(points: pd.DataFrame, subtitle: str) -> go.Figure:
 def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
     """Figure 4: the share of significant tests by where a module is active in the two groups.
 
-    A row of panels for each `unit`, what was counted; otherwise as `significance_intervals` gives.
+    A row of panels for each `unit`, what was counted.
     """
     names = {"pair": PAIR_NAMES, "score": SCORE_NAMES, "module": PANELS}
     figure = px.bar(
@@ -95,9 +96,9 @@ def group_lines(
 
     `rows` and `columns` are the columns of the table whose values have panels of their own.
     """
-    table = with_errors(shares)
+    table = with_errors(shares.assign(apart=shares["layer"] == 0))
     figure = px.line(
-        table.assign(apart=table["layer"] == 0), x=x, y="share", facet_row=rows, facet_col=columns,
+        table, x=x, y="share", facet_row=rows, facet_col=columns,
         facet_col_spacing=0.03, facet_row_spacing=0.12, hover_data=["n", "layer"],
         line_group="apart", labels={"share": "share of occurrences"}, **MARKED, **ERRORS,
     )  # fmt: skip
@@ -126,7 +127,8 @@ def group_bars(
     """
     looks = BY_GROUP | ERRORS | {"x": "group", "y": "share", "color": "dataset"}
     looks |= {"hover_data": ["n"], "labels": {"share": "share of occurrences"}}
-    figure = px.bar(with_errors(shares), color_discrete_sequence=[*colours], **looks)
+    bars = with_errors(shares)
+    figure = px.bar(bars, barmode="group", color_discrete_sequence=[*colours], **looks)
     marks = px.scatter(with_errors(base), color_discrete_sequence=[INK], **looks)
     marks.for_each_trace(lambda trace: trace.update(offsetgroup=trace.name, showlegend=False))
     line = {"symbol": "line-ew", "size": 80 / len(marks.data), "line": {"width": 3, "color": INK}}
@@ -134,9 +136,9 @@ def group_bars(
     marks.update_traces(name=chance, legendgroup=chance, marker=line)
     marks.data[0].showlegend = True
     figure.add_traces(marks.data)
-    figure.update_layout(barmode="group", scattermode="group", scattergap=0.2, bargap=0.2)
-    figure.update_xaxes(title="").update_yaxes(tickformat=".0%", rangemode="tozero")
-    return finish(figure, "Where active features come from", subtitle, 470, room=45)
+    figure.update_layout(scattermode="group", scattergap=0.2, bargap=0.2)
+    figure.update_xaxes(TWO_LINES, title="").update_yaxes(tickformat=".0%", rangemode="tozero")
+    return finish(figure, "Where active features come from", subtitle, 470)
 
 
 def score_densities(table: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -167,10 +169,8 @@ def _heatmaps(
     for i, panel in enumerate(panels):
         figure.layout.annotations[i].text = panel
         figure.data[i].customdata = np.dstack([low[i], high[i]])
-    return figure.update_traces(
-        hovertemplate="%{y}, %{x}: %{z:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})",
-        hoverongaps=False,
-    )
+    hover = "%{y}, %{x}: %{z:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})"
+    return figure.update_traces(hovertemplate=hover, hoverongaps=False)
 
 
 def transition_heatmap(rows: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -178,6 +178,7 @@ def transition_heatmap(rows: pd.DataFrame, subtitle: str) -> go.Figure:
     rows = rows.assign(first=[f"{r.first} ({r.features:,})" for r in rows.itertuples()], panel="")
     labels = {"x": "of the features seen in the group on the left, those also seen in this"}
     figure = _heatmaps(rows, rows["first"].unique(), GROUPS, ".0%", color="share", **labels)
+    figure.update_xaxes(TWO_LINES)
     return finish(figure, "Do features stay in their group?", subtitle, 560)
 
 

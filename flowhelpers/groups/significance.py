@@ -35,9 +35,6 @@ def mann_whitney_tests(
         `n_first`, `n_second`; `p`, `effect` (the rank-biserial correlation: positive where the
         first group has the higher scores), `significant` (1 or 0) and `p_holm` (Holm's correction
         over all tests), which are missing where one of the groups is too small.
-
-    Raises:
-        ValueError: If alpha is outside (0, 1).
     """
     import pandas as pd
     from statsmodels.stats.multitest import multipletests
@@ -169,9 +166,8 @@ def significance_intervals(
 
     check_alpha(alpha)
     table = complete_layers(found.table)
-    row = np.arange(len(table))  # of each occurrence among those that are tested
-    if unique:
-        row = table.groupby(ONCE, observed=True).ngroup().to_numpy()
+    groups = table.groupby(ONCE, observed=True)  # the occurrences that count as one if `unique`
+    row = groups.ngroup().to_numpy() if unique else np.arange(len(table))
     first = np.unique(row, return_index=True)[1]
     cells, by_pair = _cells(table.iloc[first]), []
     text = _text_of(found.tokens, table)
@@ -217,6 +213,6 @@ def activity_auc(table: "pd.DataFrame", module: str) -> float:
     from sklearn.metrics import roc_auc_score
 
     known = table.dropna(subset=f"s_{module}")
-    active = known[module]
-    both = active.any() and not active.all()
-    return float(roc_auc_score(active, known[f"s_{module}"])) if both else np.nan
+    if known[module].nunique() < 2:
+        return np.nan
+    return float(roc_auc_score(known[module], known[f"s_{module}"]))

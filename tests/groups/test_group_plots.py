@@ -49,6 +49,7 @@ def test_bars_are_the_shares_with_their_intervals_and_an_empty_group_has_none():
         assert list(bar.y) == part["share"].tolist()
         assert bar.error_y.array == pytest.approx((part["high"] - part["share"]).clip(lower=0))
         assert bar.error_y.arrayminus == pytest.approx((part["share"] - part["low"]).clip(lower=0))
+    assert [t.offsetgroup for t in figure.data if t.type == "bar"] == ["one", "two"]  # abreast
     marks = [t for t in figure.data if t.type == "scatter"]
     assert [t.offsetgroup for t in marks] == ["one", "two"]
     assert all(set(t.y) == {0.1} and t.name.startswith("by chance") for t in marks)
