@@ -14,8 +14,8 @@ import numpy as np
 
 from flowhelpers.core.features import MODULES, suggestion
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
-from flowhelpers.groups.intervals import share_intervals
-from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, group_shares, modules_of
+from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, modules_of
+from flowhelpers.groups.shares import group_shares, share_intervals
 from flowhelpers.groups.significance import activity_auc
 from flowhelpers.matching.scores import CLASSES, best_matches, classify, feature_scores
 from flowhelpers.suites.registry import SuiteRow, find_suite, registered

@@ -55,11 +55,15 @@ def cached_table(
     path = Path(folder or cache_folder()) / kind / name
     if path.exists():
         try:
-            return parquet.read_table(path, page_checksum_verification=True).to_pandas()
+            found = parquet.read_table(path, page_checksum_verification=True)
+            if (found.schema.metadata or {}).get(b"key") != name.encode():
+                raise OSError("it was made for something else")
+            return found.to_pandas()
         except (ArrowException, OSError) as error:
             warnings.warn(f"{path} is made again: {error}", stacklevel=2)
     writable_folder(path.parent)
     table = Table.from_pandas(compute(), preserve_index=False)
+    table = table.replace_schema_metadata((table.schema.metadata or {}) | {"key": name})
     write_whole(path, lambda file: parquet.write_table(table, file, write_page_checksum=True))
     return table.to_pandas()
 

@@ -3,28 +3,13 @@ from .coactivation import (
     coactivation_of_matches as coactivation_of_matches,
     disagreements as disagreements,
 )
-from .intervals import (
-    share_intervals as share_intervals,
-    significance_intervals as significance_intervals,
-    transition_intervals as transition_intervals,
-)
 from .occurrences import (
     GROUPS as GROUPS,
-    Occurrences as Occurrences,
     find_occurrences as find_occurrences,
-    group_names as group_names,
-    group_profiles as group_profiles,
-    group_shares as group_shares,
-    modules_of as modules_of,
-    score_histograms as score_histograms,
     shuffled_tokens as shuffled_tokens,
-    single_source_points as single_source_points,
-    with_dataset as with_dataset,
     youden_thresholds as youden_thresholds,
 )
 from .plots import (
-    GROUP_COLOURS as GROUP_COLOURS,
-    GROUP_MARKS as GROUP_MARKS,
     class_bars as class_bars,
     group_bars as group_bars,
     group_scatter as group_scatter,
@@ -34,11 +19,18 @@ from .plots import (
     together_by_cosine as together_by_cosine,
     transition_heatmap as transition_heatmap,
 )
+from .shares import (
+    group_profiles as group_profiles,
+    group_shares as group_shares,
+    score_histograms as score_histograms,
+    share_intervals as share_intervals,
+    single_source_points as single_source_points,
+    transition_intervals as transition_intervals,
+)
 from .significance import (
-    NAMED_PAIRS as NAMED_PAIRS,
     check_alpha as check_alpha,
-    class_shares as class_shares,
     mann_whitney_tests as mann_whitney_tests,
     scores_by_activity as scores_by_activity,
     share_significant as share_significant,
+    significance_intervals as significance_intervals,
 )

@@ -34,17 +34,14 @@ def coactivation_of_matches(
 
     best = best_matches(matches)
     best = best[best["source"] >= 0]
-    columns = ["feature", "source_layer", "source", "score", "cosine", "null"]
+    columns = ["layer", "module", "feature", "source_layer", "source", "score", "cosine", "null"]
     parts = []
     for (layer, module), part in best.groupby(["layer", "module"], observed=True):
         site = Site(int(part["source_layer"].iloc[0]), str(module))
         targets = activations.by_site[Site(int(layer), "res")].tocsc()[:, part["feature"]]
         sources = activations.by_site[site].tocsc()[:, part["source"]]
-        pairs = part[columns].reset_index(drop=True).assign(**_measures(targets, sources))
-        pairs.insert(0, "layer", int(layer))
-        pairs.insert(1, "module", str(module))
-        parts.append(pairs)
-    pairs = pd.concat(parts, ignore_index=True)
+        parts.append(part[columns].assign(**_measures(targets, sources)))
+    pairs = pd.concat(parts, ignore_index=True).astype({"layer": int, "module": str})
     few = pairs[["n_target", "n_source"]].min(axis=1) < least_active
     pairs[[*MEASURES]] = pairs[[*MEASURES]].mask(few)
     return pairs
@@ -73,29 +70,25 @@ def _measures(target: "csc_matrix", source: "csc_matrix") -> dict[str, np.ndarra
         }
 
 
-def disagreements(
-    pairs: "pd.DataFrame", near: float = 0.5, together: float = 0.3, n: int = 10
-) -> "pd.DataFrame":
-    """Pairs that are near by cosine but not active together (by Pearson), and the reverse.
+def disagreements(pairs: "pd.DataFrame", n: int = 10) -> "pd.DataFrame":
+    """Pairs near by cosine (0.5) but not active together (Pearson 0.3), and the reverse.
 
     Of each `kind` at most `n`: the lowest, and then the highest, correlations first.
     """
     import pandas as pd
 
     order = ["pearson", "layer", "feature"]
-    apart = pairs[(pairs["cosine"] >= near) & (pairs["pearson"] < together)].sort_values(order)
-    close = pairs[(pairs["cosine"] < near) & (pairs["pearson"] >= together)]
+    apart = pairs[(pairs["cosine"] >= 0.5) & (pairs["pearson"] < 0.3)].sort_values(order)
+    close = pairs[(pairs["cosine"] < 0.5) & (pairs["pearson"] >= 0.3)]
     close = close.sort_values(order, ascending=[False, True, True])
     kinds = {"near, not together": apart, "together, not near": close}
     return pd.concat([rows.head(n).assign(kind=k) for k, rows in kinds.items()], ignore_index=True)
 
 
-def coactivation_by_cosine(
-    pairs: "pd.DataFrame", width: float = 0.1, smallest: int = 10
-) -> "pd.DataFrame":
-    """Medians of each measure in ranges of the cosine that have `smallest` pairs or more."""
+def coactivation_by_cosine(pairs: "pd.DataFrame", smallest: int = 10) -> "pd.DataFrame":
+    """Medians of each measure in tenths of the cosine that have `smallest` pairs or more."""
     known = pairs[pairs["pearson"].notna()]
-    middle = (np.floor(known["cosine"].clip(upper=0.999) / width) + 0.5) * width
+    middle = (np.floor(known["cosine"].clip(upper=0.999) / 0.1) + 0.5) * 0.1
     cells = known.groupby(["module", middle])
     table = cells[[*MEASURES]].median().assign(pairs=cells.size()).reset_index()
     return table[table["pairs"] >= smallest]

@@ -4,7 +4,7 @@ Every active residual feature at every token falls into one of eight groups, by 
 predecessors (its matches in the stream before, the MLP and attention) are active at that token.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,14 +27,12 @@ class Occurrences:
     """Active residual features at the tokens of a sample, each with its group.
 
     Attributes:
-        method: How predecessors were matched.
-        top_n: How many matches at a site count as predecessors.
         tokens: `text`, `position`, `token` and `dataset` (`all` if there are none).
         table: One row for each active (feature, token): `dataset`, `text`, `layer`, `feature`,
             `token_row` (row of `tokens`), `activation`; for each module `res`, `mlp`, `att`
-            whether a predecessor there is active, the score `s_res` … of the best and the share
-            `rate_res` … of all tokens on which one is; and `group`. At a layer that lacks a site,
-            as layer 0 does, its score is missing.
+            whether a predecessor there is active, the score `s_res` … of the best (missing where
+            the layer lacks the site) and the share `rate_res` … of all tokens on which one is;
+            and `group`.
     """
 
     suite: str
@@ -71,8 +69,7 @@ def find_occurrences(
     Args:
         incomplete: Whether layers that lack one or two of the three sites are in it, as layer 0
             does (CHOICES 5); their groups are those of the sites that there are.
-        predecessors: The activations of predecessors, where they are not those at the same token:
-            `shuffled_tokens` gives chance.
+        predecessors: Their activations where not of the same token (`shuffled_tokens`).
 
     Raises:
         ValueError: If no layer has all three sites and `incomplete` ones are not asked for, the
@@ -84,10 +81,7 @@ def find_occurrences(
     if not isinstance(top_n, int) or not 1 <= top_n <= ranks:
         raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
     best = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
-    by_place = {
-        (int(layer), str(module)): part.sort_values(["feature", "rank"])
-        for (layer, module), part in best.groupby(["layer", "module"], observed=True)
-    }
+    by_place = dict(iter(best.groupby(["layer", "module"], observed=True)))
     layers = sorted({layer for layer, _ in by_place})
     if not incomplete:
         layers = [layer for layer in layers if all((layer, m) in by_place for m in MODULES)]
@@ -96,40 +90,32 @@ def find_occurrences(
     sources = (predecessors or activations).by_site
     sites = {Site(layer, "res") for layer in layers}
     sites |= {predecessor_site(*place) for place in by_place if place[0] in layers}
-    if missing := sorted(sites - set(sources)):
-        named = ", ".join(map(str, missing))
-        raise ValueError(f"no activations at {named}, of which the match table speaks")
+    if missing := ", ".join(map(str, sorted(sites - set(sources)))):
+        raise ValueError(f"no activations at {missing}, of which the match table speaks")
     parts = []
     for layer in layers:
         codes = activations.by_site[Site(layer, "res")].tocoo()
-        columns: dict[str, np.ndarray] = {
-            "layer": np.full(codes.nnz, layer, np.int16),
-            "feature": codes.col.astype(np.int32),
-            "token_row": codes.row.astype(np.int32),
-            "activation": codes.data,
-        }
+        places = {"layer": np.int16(layer), "feature": codes.col, "token_row": codes.row}
+        part = pd.DataFrame(places | {"activation": codes.data})
         for module in MODULES:
+            score, rate = f"s_{module}", f"rate_{module}"
             if (layer, module) not in by_place:
-                columns[module] = np.zeros(codes.nnz, dtype=bool)
-                columns[f"s_{module}"] = columns[f"rate_{module}"] = np.full(codes.nnz, np.nan)
+                part = part.assign(**{module: False, score: np.nan, rate: np.nan})
                 continue
-            # One row a feature, one column a rank.
-            source, score = (
-                by_place[layer, module][column].to_numpy().reshape(codes.shape[1], -1)
-                for column in ("source", "score")
+            by_rank = by_place[layer, module].pivot(index="feature", columns="rank")
+            active = _any_active(
+                sources[predecessor_site(layer, module)], by_rank["source"].to_numpy()
             )
-            active = _any_active(sources[predecessor_site(layer, module)], source)
-            columns[module] = np.asarray(active[codes.row, codes.col]).ravel() > 0
-            columns[f"s_{module}"] = score[codes.col, 0]
-            columns[f"rate_{module}"] = active.getnnz(axis=0)[codes.col] / active.shape[0]
-        parts.append(pd.DataFrame(columns))
+            part[module] = np.asarray(active[codes.row, codes.col]).ravel() > 0
+            part[score] = by_rank["score", 1].to_numpy()[codes.col]
+            part[rate] = active.getnnz(axis=0)[codes.col] / active.shape[0]
+        parts.append(part)
     table = pd.concat(parts, ignore_index=True)
     table["group"] = group_names(table)
     tokens = with_dataset(activations.tokens)
-    of_rows = tokens.iloc[table["token_row"]]
-    names = pd.Categorical(of_rows["dataset"], categories=tokens["dataset"].unique())
-    table.insert(0, "dataset", names)
-    table.insert(1, "text", of_rows["text"].to_numpy())
+    of_rows = tokens[["dataset", "text"]].iloc[table["token_row"]].reset_index(drop=True)
+    of_rows["dataset"] = pd.Categorical(of_rows["dataset"], tokens["dataset"].unique())
+    table = pd.concat([of_rows, table], axis=1)
     suite, method = (str(matches[column].iloc[0]) for column in ("suite", "method"))
     return Occurrences(suite, method, top_n, tokens, table)
 
@@ -154,11 +140,9 @@ def group_names(active: "Mapping[str, np.ndarray] | pd.DataFrame") -> "pd.Catego
     """The group of each row, by whether a predecessor is active at `res`, `mlp` and `att`."""
     import pandas as pd
 
-    code = np.zeros(8, np.int64)  # of each combination of the three, as a binary number
-    for place, group in enumerate(GROUPS):
-        code[sum(1 << MODULES.index(module) for module in modules_of(group))] = place
+    place = np.array([0, 1, 2, 4, 3, 5, 6, 7])  # among GROUPS; RES counts 1, MLP 2, ATT 4
     bits = sum(np.asarray(active[m]).astype(int) << bit for bit, m in enumerate(MODULES))
-    return pd.Categorical.from_codes(code[bits], categories=list(GROUPS))
+    return pd.Categorical.from_codes(place[bits], categories=list(GROUPS))
 
 
 def with_dataset(tokens: "pd.DataFrame") -> "pd.DataFrame":
@@ -190,94 +174,6 @@ def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureAc
         rows[by_text] = np.roll(by_text, int(rng.integers(longest, furthest + 1)))
     by_site = {site: codes[rows] for site, codes in activations.by_site.items()}
     return FeatureActivations(activations.tokens, by_site)
-
-
-def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.DataFrame":
-    """How the occurrences are spread over the groups (Figures 5 and 12a).
-
-    Shares add up to one within each value of the columns `by`. Layers that lack a site count only
-    where `layer` is among them.
-
-    Returns:
-        One row a group in each: `n`, `features` (unique ones), `share` of the occurrences, and
-        `unique_share` of the unique features; shares of an empty group are missing, not 0.
-    """
-    import pandas as pd
-
-    table = found.table if "layer" in by else complete_layers(found.table)
-    keys = [*by, "group"]
-    unique = table[[*dict.fromkeys([*keys, "layer", "feature"])]].drop_duplicates()
-    sizes = [some.groupby(keys, observed=False).size() for some in (table, unique)]
-    counts = pd.concat(sizes, axis=1, keys=["n", "features"])
-    levels = list(range(len(by)))
-    totals = counts.groupby(level=levels, observed=False).transform("sum") if by else counts.sum()
-    shares = (counts / totals).where(counts["n"] > 0).set_axis(["share", "unique_share"], axis=1)
-    return pd.concat([counts, shares], axis=1).reset_index()
-
-
-def group_profiles(found: Occurrences) -> "pd.DataFrame":
-    """For each feature, which groups it falls into, and how evenly (asked for in the paper's C.1).
-
-    Returns:
-        One row a feature: `layer`, `feature`, `n` (occurrences), the share in each group by its
-        name, `main` (the most frequent group), `main_share`, and `entropy` of the shares in bits,
-        from 0 (always the same) to 3 (all eight alike).
-    """
-    from scipy.stats import entropy
-
-    table = complete_layers(found.table)
-    counts = table.groupby(["layer", "feature", "group"], observed=False).size().unstack("group")
-    counts = counts[counts.sum(axis=1) > 0].set_axis(list(GROUPS), axis=1)
-    profiles = counts.div(counts.sum(axis=1), axis=0)
-    main, main_share = profiles.idxmax(axis=1), profiles.max(axis=1)
-    bits = entropy(profiles.to_numpy(), base=2, axis=1)
-    profiles.insert(0, "n", counts.sum(axis=1))
-    return profiles.assign(main=main, main_share=main_share, entropy=bits).reset_index()
-
-
-def single_source_points(
-    found: Occurrences, layers: Sequence[int], n: int = 350, seed: int = 0
-) -> "pd.DataFrame":
-    """Features of the groups with one source or none: of each layer at most `n` (Figure 3).
-
-    A feature is in a group once: `layer`, `feature`, `group`, `s_res`, `s_mlp`, `s_att`.
-    """
-    import pandas as pd
-
-    table = complete_layers(found.table)
-    known = sorted(table["layer"].unique().tolist())
-    if not set(layers) <= set(known):
-        raise ValueError(f"layers {list(layers)}: expected some of {', '.join(map(str, known))}")
-    keys = ["layer", "group", "feature"]
-    single = table.loc[table["group"].isin(GROUPS[:4]), ["layer", "feature", "group", *SCORES]]
-    by_layer = single.drop_duplicates(keys).groupby("layer")
-    parts = [by_layer.get_group(layer) for layer in layers]
-    parts = [part.sample(min(n, len(part)), random_state=seed) for part in parts]
-    return pd.concat(parts).sort_values(keys, ignore_index=True)
-
-
-def score_histograms(
-    found: Occurrences, layers: Sequence[int], bins: int = 20, smallest: int = 20
-) -> "pd.DataFrame":
-    """How the scores of groups with `smallest` members or more are distributed (Figure 12 b).
-
-    Returns:
-        `layer`, `score`, `group`, `n`, `at` (the middle of a bin) and `density`.
-    """
-    import pandas as pd
-
-    columns = ["layer", "score", "group", "n", "at", "density"]
-    table, parts = complete_layers(found.table), [pd.DataFrame(columns=columns)]
-    for layer in layers:
-        here = table[table["layer"] == layer]
-        for score in SCORES:
-            edges = np.linspace(min(0.0, here[score].min()), 1, bins + 1)
-            for group, part in here.groupby("group", observed=True):
-                if (n := len(part)) >= smallest:
-                    density, _ = np.histogram(part[score], edges, density=True)
-                    values = layer, score, group, n, (edges[1:] + edges[:-1]) / 2, density
-                    parts.append(pd.DataFrame(dict(zip(columns, values, strict=True))))
-    return pd.concat(parts, ignore_index=True)
 
 
 def youden_thresholds(found: Occurrences) -> dict[tuple[int, str], float]:

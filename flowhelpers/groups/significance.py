@@ -1,25 +1,22 @@
 """Do the groups differ in their scores: tests of every pair (paper 5.1, Figures 4 and 14)."""
 
-from itertools import combinations, pairwise
-from typing import TYPE_CHECKING
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowhelpers.core.bootstrap import TIMES, _middle, _text_of, resamples
 from flowhelpers.core.features import MODULES
-from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, complete_layers, modules_of
+from flowhelpers.core.progress_bar import progress
+from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, complete_layers
 
 if TYPE_CHECKING:
     import pandas as pd
+    from scipy.sparse import csr_matrix
 
 NAMED_PAIRS = tuple(combinations(GROUPS, 2))
 FIRST, SECOND = np.triu_indices(len(GROUPS), 1)  # the groups of each pair
-CLASSES = ("IB", "AO", "AB")  # by in how many of two groups a module is active
-CLASS_ROWS = [(module, pair) for module in MODULES for pair in ("AO", "AB", "IB")]
-# Which pairs of groups are in each class of each module, [9, 28].
-IN_CLASS = np.array(
-    [[sum(m in modules_of(g) for g in pair) == CLASSES.index(c) for pair in NAMED_PAIRS]
-     for m, c in CLASS_ROWS]
-)  # fmt: skip
+CLASSES = {"AO": 1, "AB": 2, "IB": 0}  # in how many of two groups a module is active
 ONCE = ["dataset", "layer", "feature", "group"]
 SMALLEST = 20  # members of a group, for a test (CHOICES 7)
 
@@ -38,9 +35,6 @@ def mann_whitney_tests(
         `n_first`, `n_second`; `p`, `effect` (the rank-biserial correlation: positive where the
         first group has the higher scores), `significant` (1 or 0) and `p_holm` (Holm's correction
         over all tests), which are missing where one of the groups is too small.
-
-    Raises:
-        ValueError: If alpha is outside (0, 1).
     """
     import pandas as pd
     from statsmodels.stats.multitest import multipletests
@@ -49,12 +43,12 @@ def mann_whitney_tests(
     table = complete_layers(found.table)
     if unique:
         table = table.drop_duplicates(ONCE)
-    cells = Cells(table)
-    n, p, effect = cells.tested(np.ones(len(table)), smallest)
-    rows = [(*key, score, *pair) for score in SCORES for key in cells.keys for pair in NAMED_PAIRS]
+    cells = _cells(table)
+    n, p, effect = _tested(cells, np.ones(len(table)), smallest)
+    rows = [(*key, *pair) for key in cells for pair in NAMED_PAIRS]
     tests = pd.DataFrame(rows, columns=["dataset", "layer", "score", "first", "second"])
-    tests["n_first"], tests["n_second"] = (n[..., i].ravel().astype(int) for i in (FIRST, SECOND))
-    tests["p"], tests["effect"] = p.ravel(), effect.ravel()
+    tests["n_first"], tests["n_second"] = (n[:, i].ravel().astype(int) for i in (FIRST, SECOND))
+    tests["p"], tests["effect"] = (value[:, FIRST, SECOND].ravel() for value in (p, effect))
     made = tests["p"].notna()
     tests["significant"] = (tests["p"] < alpha).astype(float).where(made)
     tests["p_holm"] = np.nan
@@ -69,35 +63,28 @@ def check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha={alpha}: expected a level between 0 and 1, such as 0.001")
 
 
-class Cells:
-    """Occurrences by dataset and layer (a cell), score and group, to be tested with any weights."""
+def _cells(table: "pd.DataFrame") -> "dict[tuple[Any, Any, str], csr_matrix]":
+    """For each dataset, layer and score, which rows have which group and value of the score.
 
-    def __init__(self, table: "pd.DataFrame"):
-        by_cell = table.groupby(["dataset", "layer"], observed=True)
-        self.keys, cell = by_cell.size().index.to_list(), by_cell.ngroup().to_numpy()
-        self.group = table["group"].cat.codes.to_numpy().astype(np.int64)
-        self.places, self.starts = [], []  # each row among distinct scores, and where cells begin
-        for score in SCORES:
-            place = table.groupby(["dataset", "layer", score], observed=True).ngroup().to_numpy()
-            ends = np.zeros(len(self.keys), np.int64)
-            np.maximum.at(ends, cell, place + 1)
-            self.places.append(place)
-            self.starts.append([0, *ends])
+    `[groups * values, rows]`: times the rows' weights it is what `mann_whitney` takes.
+    """
+    from scipy.sparse import csr_matrix
 
-    def tested(self, weights: np.ndarray, smallest: int) -> tuple[np.ndarray, ...]:
-        """Members, p and effect; `weights` say how often each occurrence counts.
+    table, cells = table.reset_index(drop=True), {}
+    for score in SCORES:
+        for (dataset, layer), part in table.groupby(["dataset", "layer"], observed=True):
+            values, place = np.unique(part[score], return_inverse=True)
+            place += part["group"].cat.codes.to_numpy(np.int64) * len(values)
+            shape, one = (len(GROUPS) * len(values), len(table)), np.ones(len(part))
+            cells[dataset, layer, score] = csr_matrix((one, (place, part.index)), shape)
+    return cells
 
-        Returns:
-            `[scores, cells, groups]`, and twice `[scores, cells, pairs]`.
-        """
-        tests = []
-        for place, starts in zip(self.places, self.starts, strict=True):
-            width = starts[-1]
-            counts = np.bincount(self.group * width + place, weights, len(GROUPS) * width)
-            counts = counts.reshape(len(GROUPS), width)
-            tests.append([mann_whitney(counts[:, a:b], smallest) for a, b in pairwise(starts)])
-        n, p, effect = (np.array([[c[i] for c in cells] for cells in tests]) for i in range(3))
-        return n, p[..., FIRST, SECOND], effect[..., FIRST, SECOND]
+
+def _tested(cells: "dict[Any, csr_matrix]", weights: np.ndarray, smallest: int) -> list[np.ndarray]:
+    """Members `[cells, groups]`, p and effect `[cells, groups, groups]`, of weighted rows."""
+    counts = [(rows @ weights).reshape(len(GROUPS), -1) for rows in cells.values()]
+    tests = [mann_whitney(of_cell, smallest) for of_cell in counts]
+    return [np.stack(values) for values in zip(*tests, strict=True)]
 
 
 def mann_whitney(counts: np.ndarray, smallest: int = 1) -> tuple[np.ndarray, ...]:
@@ -139,29 +126,65 @@ def pair_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
     return by_pair.agg(**measures, effect=("effect", "median")).reset_index()
 
 
-def class_means(shares: np.ndarray) -> np.ndarray:
-    """Means of what is known, from `[..., scores, pairs]` to `[..., classes, scores]`."""
-    known = (~np.isnan(shares)).astype(float)
-    total, count = np.nan_to_num(shares) @ IN_CLASS.T, known @ IN_CLASS.T
-    means = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-    return means.swapaxes(-1, -2)
-
-
 def class_shares(tests: "pd.DataFrame") -> "pd.DataFrame":
     """Figure 4: shares of significant tests by where a module is active in the two groups.
 
     They are means over pairs, as the paper's Figure 4 is of its Figure 14. In `pair`, `AO` says
     that the module is active in only one of the two groups, `AB` in both, `IB` in neither.
     """
+    by_class = _by_class(pair_shares(tests))
+    return by_class.agg(share=("share", "mean"), tests=("tests", "sum")).reset_index()
+
+
+def _by_class(pairs: "pd.DataFrame") -> Any:
+    """Rows of pairs of groups, grouped by module, class and score."""
     import pandas as pd
 
-    every = pd.MultiIndex.from_tuples([(score, *pair) for score in SCORES for pair in NAMED_PAIRS])
-    pairs = pair_shares(tests).set_index(["score", "first", "second"]).reindex(every)
-    shares, made = (pairs[c].to_numpy().reshape(len(SCORES), -1) for c in ("share", "tests"))
-    rows = [(*row, score) for row in CLASS_ROWS for score in SCORES]
-    table = pd.DataFrame(rows, columns=["module", "pair", "score"])
-    table["share"] = class_means(shares).ravel()
-    return table.assign(tests=(IN_CLASS @ np.nan_to_num(made).T).astype(int).ravel())
+    parts = []
+    for module in MODULES:
+        active = sum(pairs[side].str.contains(module.upper()) for side in ("first", "second"))
+        parts += [pairs[active == n].assign(module=module, pair=c) for c, n in CLASSES.items()]
+    return pd.concat(parts).groupby(["module", "pair", "score"], sort=False)
+
+
+def significance_intervals(
+    found: Occurrences,
+    tests: "pd.DataFrame",
+    alpha: float = 1e-3,
+    smallest: int = SMALLEST,
+    times: int = TIMES,
+    seed: int = 0,
+    unique: bool = False,
+) -> "tuple[pd.DataFrame, pd.DataFrame]":
+    """Figures 4 and 14 with intervals: shares of significant tests, by class and by pair.
+
+    Of `mann_whitney_tests` with the same `alpha`, `smallest` and `unique`, what `class_shares` and
+    `pair_shares` give, with `low` and `high`. A resample has fewer distinct texts, of which some
+    count twice; so the interval need not lie around the share.
+    """
+    import pandas as pd
+
+    check_alpha(alpha)
+    table = complete_layers(found.table)
+    groups = table.groupby(ONCE, observed=True)  # the occurrences that count as one if `unique`
+    row = groups.ngroup().to_numpy() if unique else np.arange(len(table))
+    first = np.unique(row, return_index=True)[1]
+    cells, by_pair = _cells(table.iloc[first]), []
+    text = _text_of(found.tokens, table)
+    for counts in progress(resamples(found.tokens, times, seed), "resamples"):
+        weights = np.bincount(row, counts[text], len(first))
+        weights = np.minimum(weights, 1) if unique else weights
+        p = _tested(cells, weights, smallest)[1][:, FIRST, SECOND]
+        p = p.reshape(len(SCORES), -1, len(NAMED_PAIRS))
+        made, passed = (~np.isnan(p)).sum(axis=1), (p < alpha).sum(axis=1)
+        share = np.divide(passed, made, out=np.full(made.shape, np.nan), where=made > 0)
+        by_pair.append(share.ravel())
+    classes, pairs = class_shares(tests), pair_shares(tests)
+    pairs["low"], pairs["high"] = _middle(np.stack(by_pair))
+    of_resamples = pairs[["score", "first", "second"]].join(pd.DataFrame(by_pair).T)
+    means = _by_class(of_resamples)[[*range(times)]].mean().to_numpy()
+    classes["low"], classes["high"] = _middle(means.T)
+    return classes, pairs
 
 
 def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
@@ -190,6 +213,6 @@ def activity_auc(table: "pd.DataFrame", module: str) -> float:
     from sklearn.metrics import roc_auc_score
 
     known = table.dropna(subset=f"s_{module}")
-    active = known[module]
-    both = active.any() and not active.all()
-    return float(roc_auc_score(active, known[f"s_{module}"])) if both else np.nan
+    if known[module].nunique() < 2:
+        return np.nan
+    return float(roc_auc_score(known[module], known[f"s_{module}"]))

@@ -11,15 +11,13 @@ from scipy.stats import entropy
 
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import MODULES, Site
-from flowhelpers.groups.intervals import group_transition
 from flowhelpers.groups.occurrences import (
     GROUPS,
     complete_layers,
     find_occurrences,
-    group_profiles,
-    group_shares,
     shuffled_tokens,
 )
+from flowhelpers.groups.shares import group_profiles, group_shares, group_transition
 
 BITS = list(BY_BITS)
 

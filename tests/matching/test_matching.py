@@ -329,17 +329,6 @@ def test_some_layers_are_those_of_the_whole_table():
             match_table(toys.bare_suite(), k=3, layers=layers)
 
 
-def test_a_table_of_another_version_is_made_again_with_a_word(
-    computed: list[int], monkeypatch: pytest.MonkeyPatch
-):
-    first = match_table(toys.bare_suite(), k=2)
-    monkeypatch.setattr(matching, "TABLE_VERSION", matching.TABLE_VERSION + 1)
-    with pytest.warns(UserWarning, match=r"are made again: they are of version \d, this is"):
-        again = match_table(toys.bare_suite(), k=2)
-    assert len(computed) == 16
-    pd.testing.assert_frame_equal(first, again)
-
-
 def test_a_cache_that_cannot_be_written_to_is_told_before_anything_is_computed(
     tmp_path: Path, computed: list[int]
 ):
