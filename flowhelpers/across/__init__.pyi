@@ -1,7 +1,4 @@
-from .phases import (
-    PHASES as PHASES,
-    all_phases as all_phases,
-)
+from .phases import PHASES as PHASES, all_phases as all_phases
 from .plots import (
     by_depth as by_depth,
     groups_against_chance as groups_against_chance,

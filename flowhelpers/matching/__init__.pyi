@@ -1,17 +1,5 @@
-from .cosine import (
-    TopK as TopK,
-    quick_dtype as quick_dtype,
-    top_k_cosine as top_k_cosine,
-    unit_rows as unit_rows,
-)
-from .matchers import (
-    LEAST_ACTIVE as LEAST_ACTIVE,
-)
-from .null import (
-    NULL_QUANTILE as NULL_QUANTILE,
-    null_cosines as null_cosines,
-    rotated as rotated,
-)
+from .cosine import top_k_cosine as top_k_cosine, unit_rows as unit_rows
+from .null import NULL_QUANTILE as NULL_QUANTILE, null_cosines as null_cosines, rotated as rotated
 from .plots import (
     against_chance as against_chance,
     agreement_map as agreement_map,
@@ -29,6 +17,4 @@ from .scores import (
     feature_scores as feature_scores,
     transition as transition,
 )
-from .table import (
-    match_table as match_table,
-)
+from .table import match_table as match_table

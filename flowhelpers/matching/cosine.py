@@ -10,12 +10,15 @@ import time
 import warnings
 from dataclasses import dataclass
 from functools import cache
+from itertools import product
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from flowhelpers.core.directions import unit_rows
+from flowhelpers.core.progress_bar import progress
 
 MEMORY = {"cpu": 512 * 2**20, "cuda": 2 * 2**30}
 GROUP = 64  # columns of which the highest is taken first: far quicker than sorting out all
@@ -41,19 +44,19 @@ def top_k_cosine(
 ) -> TopK:
     """The k sources of highest cosine for each target (paper 3.2).
 
-    Both sides are normalised in float32 (CHOICES 2). The cosine is signed: an antipodal direction
-    is no match. Rows of zeros match nothing. Ties go to the lowest index (CHOICES 3).
+    Both sides, in any floating type, are normalised in float32 (CHOICES 2). The cosine is signed:
+    an antipodal direction is no match. Rows of zeros match nothing. Ties go to the lowest index
+    (CHOICES 3).
 
     Args:
-        target: Directions to be matched, one a row, in any floating type. Either side may lie
-            elsewhere than on `device`: it is brought there block by block.
+        target: Directions to be matched, one a row.
         source: Directions to choose from, one a row.
         memory: Bytes to use beside input and answer; 512 MiB on a CPU and 2 GiB on a GPU unless
             given. A block of one target and 64 sources is the least.
-        device: Where to compute; where `target` lies unless given.
+        device: Where to compute, and where blocks are brought; that of `target` unless given.
 
     Raises:
-        ValueError: If the widths differ, k is out of range, or a value is not finite.
+        ValueError: If the widths differ, k or memory is out of range, or a value is not finite.
     """
     if target.ndim != 2 or source.ndim != 2 or target.shape[1] != source.shape[1]:
         raise ValueError(
@@ -63,25 +66,28 @@ def top_k_cosine(
     if not 1 <= k <= len(source):
         raise ValueError(f"k={k}: expected 1 to {len(source)}, the number of source features")
     device = torch.device(device) if device else target.device
-    memory = memory or MEMORY.get(device.type, MEMORY["cpu"])
+    memory = MEMORY.get(device.type, MEMORY["cpu"]) if memory is None else memory
+    if memory < 1:
+        raise ValueError(f"memory={memory}: expected a number of bytes, 1 or more")
     quick = quick_dtype(device.type)
     rows_at_once, columns_at_once = _block_sizes(memory, target.shape[1], len(source), k)
     indices = torch.full((len(target), k), -1, device=device)
     scores = torch.zeros(len(target), k, device=device)
-    for column in range(0, len(source), columns_at_once):
-        columns = source[column : column + columns_at_once]
-        block = None  # before the next is made, so that there is never room for two
-        block = _prepare(columns, column, quick, device)
-        for row in range(0, len(target), rows_at_once):
-            rows = slice(row, row + rows_at_once)
-            units = unit_rows(target[rows].to(device), row)
-            best = _best_of_block(units, block, min(k, len(columns)))
-            # Earlier blocks stand first, and the sort is stable: of a tie the lowest index stays.
-            both = torch.cat([scores[rows], best.scores], dim=1)
-            which = torch.cat([indices[rows], best.indices + column], dim=1)
-            both, order = both.sort(dim=1, descending=True, stable=True)
-            scores[rows] = both[:, :k]
-            indices[rows] = which.gather(1, order)[:, :k].where(both[:, :k] > 0, -1)
+    columns, rows = range(0, len(source), columns_at_once), range(0, len(target), rows_at_once)
+    block: Any = None
+    for column, row in progress([*product(columns, rows)], "cosines"):
+        if row == 0:
+            block = None  # before the next is made, so that there is never room for two
+            block = _prepare(source[column : column + columns_at_once], column, quick, device)
+        here = slice(row, row + rows_at_once)
+        units = unit_rows(target[here].to(device), row)
+        best = _best_of_block(units, block, k)
+        # Earlier blocks stand first, and the sort is stable: of a tie the lowest index stays.
+        both = torch.cat([scores[here], best.scores], dim=1)
+        which = torch.cat([indices[here], best.indices + column], dim=1)
+        both, order = both.sort(dim=1, descending=True, stable=True)
+        scores[here] = both[:, :k]
+        indices[here] = which.gather(1, order)[:, :k].where(both[:, :k] > 0, -1)
     return TopK(indices, scores.clamp_(0, 1))
 
 
@@ -158,11 +164,12 @@ def _certified(
     `[targets, sources of the block]`, and `error` for each target a bound on |p(t, s) - t·s| but
     for the rounding of the product itself. `listed` sources are rescored for each target.
     """
-    # 1. A list that would hold much of the block saves nothing: all cosines, in float64.
-    columns = len(block.units)
-    if 4 * listed > columns:
-        scores, indices = _sorted_cosines(target, block.units, k)
-        return TopK(indices, scores)
+    # 1. A list that would hold much of the block saves nothing: all cosines, in float64, so that
+    #    equal sources come out equal.
+    if 4 * listed > len(block.units):
+        parts = [target.double() @ part.double().T for part in block.units.split(4096)]
+        scores, indices = torch.cat(parts, dim=1).float().sort(dim=1, descending=True, stable=True)
+        return TopK(indices[:, :k], scores[:, :k])
     # 2. The short list: the `listed` sources of the highest rough cosines. So every other source
     #    has a rough cosine of at most `rough[:, -1]`, the lowest on the list.
     rough, places = _highest(product, listed)
@@ -220,10 +227,3 @@ def _dots(target: Tensor, source: Tensor, places: Tensor) -> Tensor:
         )
         dots = torch.sparse.sampled_addmm(pattern, target, source.T, beta=0)
     return dots.values().view(n, listed)
-
-
-def _sorted_cosines(target: Tensor, source: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """All cosines, sorted; in float64, so that equal sources come out equal."""
-    cosines = torch.cat([target.double() @ part.double().T for part in source.split(4096)], dim=1)
-    scores, order = cosines.float().sort(dim=1, descending=True, stable=True)
-    return scores[:, :k], order[:, :k]

@@ -61,20 +61,20 @@ def classify(
     import numpy as np
 
     found = scores.copy()
-    layers = sorted(scores["layer"].unique().tolist())
+    missing = scores["layer"] * np.nan
+    for module in MODULES:
+        found[f"high_{module}"] = scores.get(f"null_{module}", missing).astype(float)
     for (layer, module), threshold in (thresholds or {}).items():
-        if layer not in layers or module not in MODULES:
+        at = scores["layer"] == layer
+        if not at.any() or module not in MODULES:
             raise ValueError(
                 f"a threshold for {(layer, module)!r}: expected (layer, module), a layer of"
-                f" {', '.join(map(str, layers))} and a module of {', '.join(MODULES)}"
+                f" {', '.join(map(str, scores['layer'].unique()))} and a module of"
+                f" {', '.join(MODULES)}"
             )
         check_threshold(threshold, f"{layer}/{module}")
-    high = {}
-    for module in MODULES:
-        limits = scores.get(f"null_{module}", scores["layer"] * np.nan)
-        given = {layer: at for (layer, name), at in (thresholds or {}).items() if name == module}
-        found[f"high_{module}"] = scores["layer"].map(given).fillna(limits).astype(float)
-        high[module] = scores.get(f"s_{module}", limits) > found[f"high_{module}"]
+        found.loc[at, f"high_{module}"] = threshold
+    high = {m: scores.get(f"s_{m}", missing) > found[f"high_{m}"] for m in MODULES}
     module = high["mlp"] | high["att"]
     found["class"] = np.select(
         [high["res"] & ~module, high["res"] & module, module], CLASSES[:3], CLASSES[3]
@@ -86,13 +86,10 @@ def dominant_module(classes: "pd.DataFrame") -> "pd.Series":
     """Of `mlp` and `att` the nearer one whose score is high, by `classify`; missing if none is."""
     import pandas as pd
 
-    missing = pd.Series(float("nan"), classes.index)
-    high = {}
-    for module in MODULES[1:]:
-        score, limit = (classes.get(f"{name}_{module}", missing) for name in ("s", "high"))
-        high[module] = score.where(score > limit, -float("inf"))
-    scores = pd.DataFrame(high, dtype=float)
-    return scores.idxmax(axis=1).where(scores.max(axis=1) > -float("inf"), None)
+    scores = {m: classes[f"s_{m}"] for m in MODULES[1:] if f"s_{m}" in classes}
+    high = {m: score.where(score > classes[f"high_{m}"]) for m, score in scores.items()}
+    table = pd.DataFrame(high, classes.index, dtype=float).dropna(how="all")
+    return table.idxmax(axis=1).reindex(classes.index)
 
 
 def check_threshold(value: float, name: str) -> None:

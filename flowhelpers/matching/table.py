@@ -114,9 +114,7 @@ def match_table(
 
     @once  # one pass of the model, when the first layer is not on disk
     def codes() -> Any:
-        return read_codes(
-            suite, texts or (), {site for some in sites.values() for site in some}, seed
-        )
+        return read_codes(suite, texts or (), {site for at in sites.values() for site in at}, seed)
 
     def match(target: "SAE", source: "SAE") -> tuple[PairMatch, Null]:
         if method == "pearson":
@@ -166,17 +164,16 @@ def _sites_by_layer(suite: "Suite", layers: Sequence[int] | None) -> dict[int, l
     by_layer: dict[int, list[Site]] = {}
     for target in (Site(layer, "res") for layer in range(suite.layers)):
         sites = [target, *predecessor_sites(target).values()]
-        there = [site for site in sites if site in suite.saes]
-        if target in there and len(there) > 1:
-            by_layer[target.layer] = there
+        sites = [site for site in sites if site in suite.saes]
+        if target in sites and len(sites) > 1:
+            by_layer[target.layer] = sites
     if not by_layer:
         raise ValueError(f"suite {suite.name} has no residual SAE with one that precedes it")
-    if layers is None:
-        return by_layer
-    if not layers or not set(layers) <= set(by_layer):
+    chosen = set(by_layer if layers is None else layers)
+    if not chosen or not chosen <= set(by_layer):
         there = ", ".join(map(str, by_layer))
-        raise ValueError(f"layers={list(layers)}: {suite.name} has matches at layers {there}")
-    return {layer: by_layer[layer] for layer in sorted(set(layers))}
+        raise ValueError(f"layers={list(chosen)}: {suite.name} has matches at layers {there}")
+    return {layer: by_layer[layer] for layer in sorted(chosen)}
 
 
 def _both_sides(
@@ -195,9 +192,8 @@ def _both_sides(
         ranks = min(k, width)
         best, scores = chosen.indices[:, :ranks].cpu(), chosen.scores[:, :ranks].cpu()
         leads = (chosen.scores[:, :-1] - chosen.scores[:, 1:]).cpu()
-        margin = torch.nn.functional.pad(leads, (0, 1), value=torch.nan)[:, :ranks]
         chooser = torch.arange(choosing)[:, None].expand(-1, ranks)
-        mutual = (best >= 0) & (other.indices[:, 0].cpu()[best.clamp(min=0)] == chooser)
+        mutual = (best >= 0) & (other.indices[:, 0].cpu()[best] == chooser)
         mutual[:, 1:] = False  # of lower rank is not the chooser's best
         ends = (chooser, best) if direction == "backward" else (best, chooser)
         columns = {
@@ -205,32 +201,27 @@ def _both_sides(
             "source": ends[1].int(),
             "rank": torch.arange(1, ranks + 1, dtype=torch.int16).expand(choosing, -1),
             "score": scores.float(),
-            "cosine": _cosines(target, source, *ends),
-            "margin": margin,
+            "cosine": _cosines(target, source, ends[0].flatten(), ends[1].flatten()),
+            "margin": torch.nn.functional.pad(leads, (0, 1), value=torch.nan)[:, :ranks],
             "mutual": mutual,
             "null_quantile": torch.searchsorted(chance, scores.contiguous()).float() / len(chance),
         }
+        of_all = {
+            "direction": direction,
+            "layer": np.int16(target.site.layer),
+            "module": source.site.module,
+            "source_layer": np.int16(source.site.layer),
+            "null": np.float32(torch.quantile(chance, NULL_QUANTILE)),
+        }
         frame = pd.DataFrame({name: column.flatten().numpy() for name, column in columns.items()})
-        frames.append(
-            frame.assign(
-                direction=direction,
-                layer=np.int16(target.site.layer),
-                module=source.site.module,
-                source_layer=np.int16(source.site.layer),
-                null=np.float32(torch.quantile(chance, NULL_QUANTILE)),
-            )
-        )
+        frames.append(frame.assign(**of_all))
     return frames
 
 
 def _cosines(target: "SAE", source: "SAE", ends: Tensor, starts: Tensor) -> Tensor:
     """The cosine of each match, whatever chose it; 0 where there is none."""
-    rows = zip(ends.flatten().split(2**14), starts.flatten().split(2**14), strict=True)
     parts = [
-        (unit_rows(target.decoder[t.clamp(min=0)]) * unit_rows(source.decoder[s.clamp(min=0)]))
-        .sum(-1)
-        .cpu()
-        for t, s in ((t.to(target.norms.device), s.to(source.norms.device)) for t, s in rows)
+        (unit_rows(target.decoder[t]) * unit_rows(source.decoder[s])).sum(-1).cpu()
+        for t, s in zip(ends.split(2**14), starts.split(2**14), strict=True)
     ]
-    missing = (ends.flatten() < 0) | (starts.flatten() < 0)
-    return torch.cat(parts).clamp(-1, 1).masked_fill(missing, 0.0)
+    return torch.cat(parts).clamp(-1, 1).where((ends >= 0) & (starts >= 0), 0.0)

@@ -75,17 +75,6 @@ def test_the_best_matches_are_those_of_rank_1_of_the_side_that_chose(table: pd.D
     assert not onward.duplicated(["layer", "module", "source"]).any()
 
 
-def test_predecessors_are_the_layer_before_and_the_modules_of_the_same_layer():
-    assert predecessor_sites(Site(3, "res")) == {
-        "res": Site(2, "res"),
-        "mlp": Site(3, "mlp"),
-        "att": Site(3, "att"),
-    }
-    assert predecessor_sites(Site(0, "res")) == {"mlp": Site(0, "mlp"), "att": Site(0, "att")}
-    with pytest.raises(ValueError, match="3/mlp has no predecessors: expected a residual site"):
-        predecessor_sites(Site(3, "mlp"))
-
-
 def test_the_table_holds_each_feature_site_and_rank_once(table: pd.DataFrame):
     counts = table.groupby(["direction", "layer", "module", "source_layer"], observed=True).size()
     expected = {("backward", layer, m, layer): 48 for layer in range(3) for m in ("mlp", "att")}
@@ -130,6 +119,8 @@ def test_forward_matches_are_those_that_sources_choose(table: pd.DataFrame):
 
 
 def test_layer_0_has_module_predecessors_only(table: pd.DataFrame):
+    with pytest.raises(ValueError, match="3/mlp has no predecessors: expected a residual site"):
+        predecessor_sites(Site(3, "mlp"))
     wide = feature_scores(table).set_index(["layer", "feature"])
     first = wide.loc[0]
     assert first[["s_res", "source_res", "null_res"]].isna().all(axis=None)
@@ -246,7 +237,9 @@ def test_a_table_is_read_from_disk_and_is_the_same(cache: Path, computed: list[i
     assert not list(cache.glob(".*"))
 
 
-def test_every_thing_that_a_table_depends_on_makes_another(computed: list[int]):
+def test_every_thing_that_a_table_depends_on_makes_another(
+    computed: list[int], monkeypatch: pytest.MonkeyPatch
+):
     suite = toys.bare_suite()
     match_table(suite, k=2)
     for k, seed, method in ((1, 0, "cosine"), (2, 1, "cosine"), (2, 0, "random")):
@@ -258,9 +251,12 @@ def test_every_thing_that_a_table_depends_on_makes_another(computed: list[int]):
     before = len(computed)
     match_table(toys.bare_suite(directions), k=2)
     assert len(computed) == before + 3  # the layer that has the changed SAE
+    monkeypatch.setattr(matching, "TABLE_VERSION", matching.TABLE_VERSION + 1)
+    match_table(suite, k=2)
+    assert len(computed) == before + 3 + 8
 
 
-@pytest.mark.parametrize("harm", ["truncated", "empty", "other", "not parquet", "one bit"])
+@pytest.mark.parametrize("harm", ["truncated", "empty", "not parquet", "one bit"])
 def test_a_file_that_is_not_what_it_should_be_is_made_again(
     cache: Path, computed: list[int], harm: str
 ):
@@ -270,7 +266,6 @@ def test_a_file_that_is_not_what_it_should_be_is_made_again(
     harmed = {
         "truncated": content[: len(content) // 2],
         "empty": b"",
-        "other": files[1].read_bytes(),
         "not parquet": b"PAR1 of sorts",
         "one bit": content[:600] + bytes([content[600] ^ 1]) + content[601:],
     }
