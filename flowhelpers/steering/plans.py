@@ -124,7 +124,7 @@ def make_plan(
         strategy: One of `STRATEGIES`.
         layer: The layer, or the last one.
         unit: The unit of s.
-        max_activation: Of each feature by its name, for `max`.
+        max_activation: Of each feature by its name, for the unit `max`.
         about: A description.
         of_schedule: `alpha`, `end_strength` and `from_start` of `schedule`.
 
@@ -150,8 +150,7 @@ def make_plan(
     if not steered:
         raise ValueError(f"no feature to steer at layer {last}: there are some at {layers}")
     at = schedule(strength, layers, strategy, **of_schedule)
-    known = max_activation or {}
-    scales = [_scale(suite, feature, unit, known) if is_add else 1.0 for feature in steered]
+    scales = [_scale(suite, f, unit, max_activation or {}) if is_add else 1.0 for f in steered]
     steps = (Step(str(f), float(at[f.layer]), x) for f, x in zip(steered, scales, strict=True))
     return Plan(suite.name, kind, unit if is_add else "activation", tuple(steps), about)
 

@@ -152,13 +152,16 @@ def test_norms_are_those_of_the_stream_and_grow_with_the_strength(suite: Suite):
         expected, rel=1e-5
     )
     thrice = scale_plan(plan, -3.0)
+    assert isinstance(thrice, Plan)
     assert [step.strength for step in thrice.steps] == [-6.0] * 5
     assert controls.total_norm(suite, thrice) == pytest.approx(3 * expected, rel=1e-5)
     vectors = scale_plan(steering_vectors(suite, plan), 3.0)
     assert controls.total_norm(suite, vectors) == pytest.approx(3 * expected)
     # A plan that rescales is changed by its distance from 1.
     plan = plan_of(suite, ["1/res/4", "1/res/9"], "rescale")
-    assert {step.strength for step in scale_plan(plan, 3.0).steps} == {4.0}  # 1 + 3 (2 - 1)
+    thrice = scale_plan(plan, 3.0)
+    assert isinstance(thrice, Plan)
+    assert {step.strength for step in thrice.steps} == {4.0}  # 1 + 3 (2 - 1)
     with pytest.raises(ValueError, match="a plan of kind 'rescale'"):
         controls.total_norm(suite, plan)
 

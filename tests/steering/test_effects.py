@@ -11,7 +11,7 @@ from transformers import Gemma3ForCausalLM
 
 from flowhelpers.core.features import FeatureId, Site, parse_feature
 from flowhelpers.interventions.edits import add
-from flowhelpers.steering.effects import output_scores
+from flowhelpers.steering.themes import output_scores
 from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model, run_model, tokenize

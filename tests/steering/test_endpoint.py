@@ -76,6 +76,11 @@ def make(server: JudgeServer, tmp_path: Path) -> Callable[..., EndpointJudge]:
     return make
 
 
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowhelpers.steering.judge_endpoint.CONCURRENCY", 1)
+
+
 def expected(texts: list[str]) -> list[list[float]]:
     """Behavioral and coherence as the server's rule has them, to promote."""
     return [[scores(text)[1][0] / 5, scores(text)[0] / 5] for text in texts]
@@ -225,9 +230,9 @@ def test_a_text_whose_request_keeps_failing_is_missing_and_asked_about_next_time
 
 
 def test_a_server_that_dies_stops_it_and_the_same_call_goes_on(
-    make: Callable[..., EndpointJudge], server: JudgeServer
+    make: Callable[..., EndpointJudge], server: JudgeServer, one_at_a_time: None
 ):
-    judge, texts = make(concurrency=1), some(30)
+    judge, texts = make(), some(30)
     for text in texts[10:]:
         server.faults[text] = [Fault(status=500)] * 6
     with pytest.raises(ConnectionError, match=r"answers 500.*Replies so far are kept in .*sqlite"):
@@ -244,9 +249,9 @@ def test_a_server_that_dies_stops_it_and_the_same_call_goes_on(
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_will_not_get_better_stops_at_once(
-    make: Callable[..., EndpointJudge], server: JudgeServer, status: int
+    make: Callable[..., EndpointJudge], server: JudgeServer, one_at_a_time: None, status: int
 ):
-    judge = make(concurrency=1)
+    judge = make()
     server.faults[some(5)[4]] = [Fault(status=status)]
     with pytest.raises((PermissionError, ValueError), match=f"the server answers {status}"):
         judge.judge(some(40))
@@ -260,9 +265,9 @@ def test_the_first_request_shows_what_is_wrong(
     with pytest.raises(PermissionError, match="It refuses the key: give another"):
         make(api_key="sk-another")
     assert server.asked() == [PROBE]
-    with pytest.raises(ValueError, match="Has it a model 'gtp-4o'"):
+    with pytest.raises(ValueError, match="Is 'gtp-4o' a model there"):
         make(model="gtp-4o")
-    with pytest.raises(ValueError, match="Does base_url end as it should, as in /v1"):
+    with pytest.raises(ValueError, match="Ends base_url in /v1"):
         make(base_url=f"{server.address}/v2")
     with pytest.raises(ConnectionError, match=r"^127\.0\.0\.1:9: the connection failed"):
         make(base_url="http://127.0.0.1:9/v1")

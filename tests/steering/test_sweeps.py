@@ -236,11 +236,11 @@ def test_a_judge_that_cannot_be_trusted_is_refused():
     with pytest.raises(ValueError, match="no judge for war: expected one for each theme"):
         steering.score_texts(texts, {"sea": fine})
     short: Any = SimpleNamespace(judge=lambda texts: fine.judge(texts)[:-1])
-    with pytest.raises(ValueError, match="the judge of 'sea' gave 1 rows for 2 texts, 0 scores"):
+    with pytest.raises(ValueError, match="2 elements"):
         steering.score_texts(texts, {"sea": short, "war": fine})
     for scores in ((1.1, 0.5), (0.5, -0.1), (None, 5.0)):
         bad = Planted({**fine.scores, "b": scores})
-        with pytest.raises(ValueError, match="'war' gave 1 rows for 1 texts, 1 scores outside 0 t"):
+        with pytest.raises(ValueError, match="the judge of 'war' gave 1 scores outside 0"):
             steering.score_texts(texts, {"sea": fine, "war": bad})
 
 
@@ -399,8 +399,6 @@ def test_the_best_cell_is_the_first_of_the_highest():
     assert steering.best_cells(means, ["layer"])["cell"].tolist() == [2, 3, 5]
     best = steering.best_cells(means, ["theme"])
     assert best.equals(means.loc[[3, 2]])
-    cells = [SweepCell(f"theme {number}") for number in range(8)]
-    assert steering.select_cells(cells, best) == [cells[3], cells[2]]
 
 
 def test_the_cells_of_a_graph_are_where_it_has_features(planted: Suite):
