@@ -80,7 +80,7 @@ def test_a_planted_feature_is_found_and_tried_on_the_other_half(read: FeatureAct
 
     with pytest.raises(ValueError, match="unknown theme 'spcae'; did you mean 'space'"):
         theme_features(read, OF, "spcae")
-    with pytest.raises(ValueError, match="0 rows are positive"):
+    with pytest.raises(ValueError, match="0 texts are on the subject"):
         theme_features(read, OF, "weather")
 
 
