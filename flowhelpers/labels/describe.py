@@ -84,8 +84,8 @@ def top_contexts(
         near = tokens.loc[max(0, row - width) : row + width]
         ids = near.loc[near["text"] == place["text"], "token"]
         parts = ids[ids.index < row], ids[ids.index == row], ids[ids.index > row]
-        parts = (decode(part.tolist()) for part in parts)
-        rows.append((int(place["text"]), float(place["activation"]), *parts))
+        texts = (decode(part.tolist()) for part in parts)
+        rows.append((int(place["text"]), float(place["activation"]), *texts))
     return pd.DataFrame(rows, columns=["text", "activation", "before", "token", "after"])
 
 
@@ -99,11 +99,8 @@ def describe_features(
     """Labels: your own where you have them, else what features write and where they are active.
 
     `user_labels` are as `read_labels` and `neuronpedia_labels` give; of several for a feature the
-    last counts. Without activations only what features write is known, in `k` tokens.
-
-    Returns:
-        `feature`, `writes`, `active_at` (empty if unknown), `label`, which holds both, one a line,
-        or your own, and `label_from`, which says where the label comes from.
+    last counts. Columns: `feature`, `writes` (`k` tokens), `active_at` (empty without activations),
+    `label`, which holds both, one a line, or your own, and `label_from`.
     """
     import pandas as pd
 
@@ -124,24 +121,18 @@ def describe_features(
 
 
 def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
-    """Your own labels from a CSV or JSONL file with the columns `feature` and `label`."""
+    """Your own labels from a CSV file with the columns `feature` and `label`."""
     import pandas as pd
 
-    path = Path(path)
-    if path.suffix == ".csv":
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
-    elif path.suffix == ".jsonl":
-        table = pd.read_json(path, lines=True, dtype=False)
-    else:
-        raise ValueError(f"{path}: expected a file of labels, .csv or .jsonl")
+    table = pd.read_csv(path, dtype=str, keep_default_na=False)
     if not {"feature", "label"} <= {*table}:
         raise ValueError(f"{path} has the columns {', '.join(table)}: expected feature and label")
-    table["feature"] = [str(suite.feature(str(name))) for name in table["feature"]]
-    empty = table["label"].fillna("").astype(str).str.strip() == ""
+    table["feature"] = [str(suite.feature(name)) for name in table["feature"]]
+    empty = table["label"].str.strip() == ""
     for problem, rows in (("is without a label", empty), ("twice", table["feature"].duplicated())):
         if rows.any():
             raise ValueError(f"{path}: {table['feature'][rows].iloc[0]} {problem}")
-    return table[["feature", "label"]].assign(label_from=path.name)
+    return table[["feature", "label"]].assign(label_from=Path(path).name)
 
 
 def subject_scores(
@@ -149,37 +140,26 @@ def subject_scores(
 ) -> "pd.DataFrame":
     """How well each feature tells the texts on one subject from others, by its mean activation.
 
-    `on_subject` says of each text whether it is on the subject, `counted` whether it counts.
-
-    Returns:
-        One row a feature: `auc`, the chance that a text on the subject has more of it than another
-        text (0.5 for a feature that cannot tell), and `share` of its activation that is on the
-        subject.
+    `on_subject` says of each text whether it is on the subject, `counted` whether it counts. Of
+    each feature, a row: `auc`, the chance that a text on the subject has more of it than another
+    (0.5 if it cannot tell), and the `share` of its activation that is on the subject. All features
+    are ranked at once; scikit-learn's `roc_auc_score` would take them one by one.
     """
     import pandas as pd
     from scipy.sparse import csr_matrix
+    from scipy.stats import rankdata
 
     text = activations.tokens["text"].to_numpy()
     members = csr_matrix((np.ones(len(text)), (text, np.arange(len(text)))))
     lengths = np.maximum(np.bincount(text, minlength=len(counted)), 1)[:, None]
     means = ((members @ activations.by_site[site]).toarray() / lengths)[counted]
     total, positive = means.sum(axis=0), on_subject[counted]
-    share = means[positive].sum(axis=0) / np.where(total > 0, total, 1)
-    return pd.DataFrame({"auc": auc(means, positive), "share": share})
-
-
-def auc(values: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """For each column of `[rows, columns]`, the AUC of the rows that are positive (ties: half).
-
-    All columns at once; `sklearn.metrics.roc_auc_score` would take them one by one.
-    """
-    from scipy.stats import rankdata
-
     n, m = int(positive.sum()), int((~positive).sum())
     if not n or not m:
-        raise ValueError(f"{n} rows are positive and {m} are not: expected some of each")
-    ranks = rankdata(values, axis=0)[positive].sum(axis=0)
-    return (ranks - n * (n + 1) / 2) / (n * m)
+        raise ValueError(f"{n} texts are on the subject and {m} are not: expected some of each")
+    share = means[positive].sum(axis=0) / np.where(total > 0, total, 1)
+    ranks = rankdata(means, axis=0)[positive].sum(axis=0)  # the mean rank where some are equal
+    return pd.DataFrame({"auc": (ranks - n * (n + 1) / 2) / (n * m), "share": share})
 
 
 def _listed(tokens: Iterable[str]) -> str:

@@ -1,12 +1,9 @@
 """A suite on Neuronpedia: pages of its features, their labels, and a check on our matches.
 
-The suite's row names its SAEs there. The network is used by `neuronpedia_labels` and `cosine_check`
-only. A key is not needed; one in NEURONPEDIA_API_KEY is sent to Neuronpedia's API, and appears in
-no error, log or file.
+No key is needed; one in NEURONPEDIA_API_KEY is sent to its API alone, and is in no error or log.
 """
 
 import gzip
-import io
 import json
 import os
 import re
@@ -52,12 +49,9 @@ def feature_page(suite: "Suite", feature: FeatureId | str) -> str | None:
 def neuronpedia_labels(suite: "Suite", sites: Iterable[Site | str] | None = None) -> "pd.DataFrame":
     """Neuronpedia's labels of all features of a suite's SAEs, or some `sites`, from its export.
 
-    Of several explanations of a feature it is the last by the explainer who has most of this SAE.
-    What was fetched is kept for each SAE, with its date, in the folder `neuronpedia` of
-    `core.cache_folder()`. An SAE that the export lacks has no labels, with a warning.
-
-    Returns:
-        `feature`, `label` and `label_from` (explainer and date), as `describe_features` takes them.
+    What was fetched is kept for each SAE, with its date, in `core.cache_folder()`. An SAE that the
+    export lacks has no labels, with a warning. Columns: `feature`, `label`, and `label_from`, the
+    explainer and the date.
     """
     import pandas as pd
 
@@ -74,10 +68,7 @@ def neuronpedia_labels(suite: "Suite", sites: Iterable[Site | str] | None = None
             continue
         width = suite.row.features or suite.sae(site).width
         if not table["index"].between(0, width - 1).all():
-            raise ValueError(
-                f"{source} has features up to {table['index'].max()} on Neuronpedia, and {site} of"
-                f" {suite.name} has {width}: is this the same SAE?"
-            )
+            raise ValueError(f"{source} has features beyond the {width} of {site}: the same SAE?")
         table["feature"] = [f"{site}/{index}" for index in table["index"]]
         tables.append(table[COLUMNS])
     return pd.concat(tables, ignore_index=True)
@@ -98,16 +89,14 @@ def cosine_check(
 
     if (of := table["suite"].iloc[0]) != suite.name:
         raise ValueError(f"a match table of {of}: expected one of {suite.name}")
-    best = table[(table["direction"] == "backward") & (table["rank"] == 1)]
-    best = best[best["module"] == module].set_index(["layer", "feature"])
-    questions = []
-    for feature in map(suite.feature, features):
+    best = table.query("direction == 'backward' and rank == 1 and module == @module")
+    best = best.set_index(["layer", "feature"])
+    rows = []
+    for feature in progress([*map(suite.feature, features)], "cosines of Neuronpedia"):
         if feature.module != "res" or (feature.layer, feature.index) not in best.index:
             raise ValueError(f"the match table has no match back of {feature} at {module}")
         site = predecessor_site(feature.layer, module)
-        questions.append((feature, site, _source(suite, feature.site), _source(suite, site)))
-    rows = []
-    for feature, site, source, target in progress(questions, "cosines of Neuronpedia"):
+        source, target = _source(suite, feature.site), _source(suite, site)
         match = best.loc[(feature.layer, feature.index)]
         ours = f"{site}/{match['source']}" if match["source"] >= 0 else None
         index, cosine = _nearest(source, feature.index, target)
@@ -122,36 +111,25 @@ def _source(suite: "Suite", site: Site) -> str:
     """What Neuronpedia calls the SAE of a site: `model/source`."""
     names = suite.row.neuronpedia
     if site not in names:
-        there = ", ".join(map(str, sorted(names))) or "none"
-        raise ValueError(f"{site} of {suite.name} is not on Neuronpedia; SAEs there: {there}")
+        raise ValueError(f"{site} of {suite.name} is not on Neuronpedia: {[*map(str, names)]} are")
     return names[site]
 
 
 def _exported(source: str) -> "pd.DataFrame":
-    """By index the explanation of each feature of an SAE, from all files of the export."""
+    """By index the last explanation of an SAE's commonest explainer, of equals the first by name.
+
+    It reads all files of the export.
+    """
     import pandas as pd
 
-    tables = []
-    for number in count():
-        file = _ask(f"{EXPORT}/{source}/explanations/batch-{number}.jsonl.gz")
-        if file is None:
-            break
-        options = {"lines": True, "dtype": False, "convert_dates": False}
-        tables.append(pd.read_json(io.BytesIO(file), **options))
-    if not tables:
+    addresses = (f"{EXPORT}/{source}/explanations/batch-{n}.jsonl.gz" for n in count())
+    files = iter(map(_ask, addresses).__next__, None)  # up to the first that is not there
+    rows = pd.DataFrame([json.loads(line) for file in files for line in file.splitlines()])
+    if rows.empty:
         raise LookupError(f"the export has nothing of {source}")
-    rows = pd.concat(tables, ignore_index=True)
     others = {*(rows["modelId"] + "/" + rows["layer"])} - {source}
     if others:
         raise ValueError(f"the export of {source} has rows of {', '.join(sorted(others))}")
-    return _one_explanation(rows)
-
-
-def _one_explanation(rows: "pd.DataFrame") -> "pd.DataFrame":
-    """By index the last explanation of the commonest explainer, of equals the first by name."""
-    import pandas as pd
-
-    rows = rows.reindex(columns=["index", "description", "explanationModelName"])
     label = rows["description"].fillna("").str.strip()
     explainer = rows["explanationModelName"].fillna("unknown")
     table = pd.DataFrame({"index": rows["index"].astype(int), "label": label, "by": explainer})
@@ -213,8 +191,7 @@ def _ask(address: str, question: object = None, key: str = "") -> bytes | None:
         raise ConnectionError(problem)
     if status == 404 or (status == 403 and address.startswith(EXPORT)):  # of S3: not there
         return None
-    if status in (401, 403):
-        raise PermissionError(f"Neuronpedia answers {status}: give another key in {KEY}, or none")
     if status != 200:
-        raise ValueError(f"{address}: the server answers {status}")
+        hint = f": give another key in {KEY}, or none" if status in (401, 403) else ""
+        raise ValueError(f"{address}: the server answers {status}{hint}")
     return content

@@ -5,8 +5,6 @@ from .controls import (
     side_effects as side_effects,
     total_norm as total_norm,
 )
-from .effects import output_scores as output_scores
-from .judge_embedded import theme_stems as theme_stems
 from .plans import (
     STRATEGIES as STRATEGIES,
     load_plan as load_plan,
@@ -16,11 +14,9 @@ from .plans import (
 )
 from .plots import (
     best_by_layer as best_by_layer,
-    best_by_strength as best_by_strength,
     dose_response as dose_response,
     features_by_layer as features_by_layer,
     score_against as score_against,
-    steered_by_layer as steered_by_layer,
     strategies_by_theme as strategies_by_theme,
     suppression_by_layer as suppression_by_layer,
 )
@@ -30,7 +26,6 @@ from .scores import (
     cell_means as cell_means,
     paired_differences as paired_differences,
     score_texts as score_texts,
-    select_cells as select_cells,
     selection_bias as selection_bias,
     verdicts as verdicts,
     with_costs as with_costs,
@@ -41,9 +36,9 @@ from .sweeps import (
     steer as steer,
     sweep as sweep,
 )
-from .text_table import marked_generations as marked_generations
 from .themes import (
     judge_of as judge_of,
+    output_scores as output_scores,
     theme_features as theme_features,
     theme_of as theme_of,
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from flowhelpers.suites.load import Suite
 
-P = TypeVar("P", Plan, SteeringVectors, Plan | SteeringVectors)
 MAX_TOKENS = 64  # of each text, BOS included
 ROWS, LOGITS = 64, 2**28  # of a pass: rows; logits, 1 GiB in float32, a few times over
 
@@ -85,10 +84,10 @@ def random_cells(
     return cells
 
 
-def scale_plan(plan: P, factor: float) -> P:
+def scale_plan(plan: Plan | SteeringVectors, factor: float) -> Plan | SteeringVectors:
     """The plan with s, or r - 1, times the factor."""
     if not isinstance(plan, Plan):
-        return cast("P", {at: vector * factor for at, vector in plan.items()})
+        return {at: vector * factor for at, vector in plan.items()}
     rest = 1.0 if plan.kind == "rescale" else 0.0
     steps = (replace(s, strength=rest + (s.strength - rest) * factor) for s in plan.steps)
     return replace(plan, steps=tuple(steps))

@@ -163,26 +163,6 @@ def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
     return classifier, accuracy, dict(zip(names.tolist(), aucs, strict=True))
 
 
-def theme_stems(theme: str, n: int = 100) -> list[str]:
-    """The word stems that tell a subject of the passages best from the others, best first.
-
-    They are ranked by the z-score of their log odds, with the counts of all subjects as the prior
-    (Monroe et al. 2008). Words that any text has, such as "the", are left out.
-    """
-    import pandas as pd
-    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
-
-    check_choice("theme", theme, subjects())
-    words = passages().assign(text=lambda rows: rows["text"].map(stems))
-    words = words.explode("text", ignore_index=True)
-    common = {stem(word) for word in ENGLISH_STOP_WORDS}
-    counts = pd.crosstab(words["text"], words["subject"] == theme).drop(common, errors="ignore")
-    counts = counts.add(counts.sum(axis=1) / 100, axis="index")
-    log_odds = np.log(counts / (counts.sum() - counts))
-    z = (log_odds[True] - log_odds[False]) / np.sqrt((1 / counts).sum(axis=1))
-    return z.sort_values(ascending=False, kind="stable").index[:n].tolist()
-
-
 def stems(text: str) -> list[str]:
     """The stems of the words of a text."""
     return [stem(word) for word in WORD.findall(text.lower())]

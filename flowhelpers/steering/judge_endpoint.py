@@ -24,8 +24,9 @@ OPENAI = "https://api.openai.com/v1"
 NO_KEY = "no-key-needed"  # sent to servers that need none
 KEY = r"[!#-%(-;=?-\[\]-~]+"  # of characters that no server escapes when it repeats a key
 BEST = 5  # the highest score
+CONCURRENCY = 8  # requests at a time
 ATTEMPTS, AGAIN = 3, 1.0  # at a readable reply; at temperature 0 the same one would come again
-RETRIES, PROBE_RETRIES, TIMEOUT = 5, 2, 60.0  # of one request, of the first; seconds
+RETRIES, TIMEOUT = 5, 60.0  # of one request; seconds
 STOP_AFTER = 8  # failed requests in a row
 PROBE = "The sun rose over the quiet harbour, and the first boats went out to sea."
 
@@ -44,9 +45,8 @@ class _Suppression(BaseModel, extra="forbid"):
 
 REPLIES = {"promote": _Promotion, "suppress": _Suppression}  # what the prompts ask for
 SUBJECTS = "abc"
-PARTS = ("system", "input")
 PROMPTS = {
-    task: [(DATA / "judge" / f"{task}-{part}.txt").read_text("utf-8") for part in PARTS]
+    task: [(DATA / "judge" / f"{task}-{x}.txt").read_text("utf-8") for x in ("system", "input")]
     for task in REPLIES
 }
 
@@ -66,7 +66,6 @@ class EndpointJudge:
         api_key: The key; that in OPENAI_API_KEY unless given. It is written nowhere.
         subject: To suppress, the letter of the subject whose score counts: a, b or c.
         cache: The file that keeps replies; `judge.sqlite` in `cache_folder()` unless given.
-        concurrency: Requests at a time.
         temperature: Of the first attempt; later ones have 1. None sends none.
     """
 
@@ -80,7 +79,6 @@ class EndpointJudge:
         *,
         subject: str | None = None,
         cache: Path | None = None,
-        concurrency: int = 8,
         temperature: float | None = 0.0,
     ) -> None:
         """Asks about one small text, to see that it answers.
@@ -94,7 +92,7 @@ class EndpointJudge:
         if subject not in ([*SUBJECTS] if task == "suppress" else [None]):
             raise ValueError(f"subject {subject!r}: expected a, b, c to suppress, none to promote")
         self.theme, self.task, self.model, self.subject = theme, task, model, subject
-        self.concurrency, self.temperature = concurrency, temperature
+        self.temperature = temperature
         self.cache = DiskCache(Path(cache or cache_folder() / "judge.sqlite"))
         url = base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI
         self.address = urlsplit(url).netloc.rpartition("@")[2]  # without a password
@@ -103,10 +101,9 @@ class EndpointJudge:
             raise ValueError("the key has a space, a quote or another character that no key has")
         key = key or (None if self.address.endswith("openai.com") else NO_KEY)
         client = openai.OpenAI(api_key=key, base_url=url, timeout=TIMEOUT, max_retries=RETRIES)
-        self.client: Any = client.with_options(max_retries=PROBE_RETRIES)
+        self.client: Any = client
         if problem := self._ask_all([PROBE]).get(PROBE):
             warnings.warn(f"{self.about}: {problem}", stacklevel=2)
-        self.client = client
 
     @property
     def about(self) -> str:
@@ -141,7 +138,7 @@ class EndpointJudge:
     def _ask_all(self, texts: Sequence[str]) -> dict[str, str]:
         """What is wrong with the texts that got no readable reply."""
         problems, failures = {}, 0
-        pool = ThreadPoolExecutor(self.concurrency)
+        pool = ThreadPoolExecutor(CONCURRENCY)
         futures = {pool.submit(self._ask, text): text for text in texts}
         try:
             for future in progress(as_completed(futures), "judge", len(futures)):
@@ -194,14 +191,12 @@ class EndpointJudge:
         raise _RequestError(status, problem)
 
     def _error(self, status: int, problem: str) -> Exception:
-        said = f"{self.address}: {problem}"
+        kind, hint = ConnectionError, f"Replies so far are kept in {self.cache.path}"
         if status in (401, 403):
-            hint = "It refuses the key: give another, as api_key or in OPENAI_API_KEY"
-            return PermissionError(f"{said}. {hint}")
-        if status in (200, 400, 404, 422):
-            hint = f"Has it a model {self.model!r}? Does base_url end as it should, as in /v1?"
-            return ValueError(f"{said}. {hint}")
-        return ConnectionError(f"{said}. Replies so far are kept in {self.cache.path}")
+            kind, hint = PermissionError, "It refuses the key: give another"
+        elif status in (200, 400, 404, 422):
+            kind, hint = ValueError, f"Is {self.model!r} a model there? Ends base_url in /v1?"
+        return kind(f"{self.address}: {problem}. {hint}")
 
     def _quote(self, said: str) -> str:
         said = re.sub(re.escape(self.client.api_key), "[key]", said, flags=re.IGNORECASE)

@@ -49,12 +49,13 @@ class Plan:
     """Which features of a suite are steered, and how much.
 
     To `rescale` is h + (r - 1) · a · v with a read live (CHOICES 21), to `add` h + s · v. The unit
-    of s is a feature's own threshold (`theta`) or a vector of norm 1 (`unit`; CHOICES 19).
+    of s is a feature's own threshold (`theta`) or max activation (`max`), or a vector of norm 1
+    (`unit`; CHOICES 19).
     """
 
     suite: str
     kind: Literal["rescale", "add"]
-    unit: Literal["theta", "unit", "activation"]  # activation to rescale
+    unit: Literal["theta", "max", "unit", "activation"]  # activation to rescale
     steps: Annotated[tuple[Step, ...], Field(min_length=1)]
     about: str = ""
 
@@ -105,7 +106,8 @@ def make_plan(
     strategy: str = "constant",
     layer: int | None = None,
     *,
-    unit: Literal["theta", "unit"] = "theta",
+    unit: Literal["theta", "max", "unit"] = "theta",
+    max_activation: Mapping[str, float] | None = None,
     about: str = "",
     **of_schedule: Any,
 ) -> Plan:
@@ -122,6 +124,7 @@ def make_plan(
         strategy: One of `STRATEGIES`.
         layer: The layer, or the last one.
         unit: The unit of s.
+        max_activation: Of each feature by its name, for the unit `max`.
         about: A description.
         of_schedule: `alpha`, `end_strength` and `from_start` of `schedule`.
 
@@ -147,21 +150,25 @@ def make_plan(
     if not steered:
         raise ValueError(f"no feature to steer at layer {last}: there are some at {layers}")
     at = schedule(strength, layers, strategy, **of_schedule)
-    scales = [_scale(suite, feature, unit) if is_add else 1.0 for feature in steered]
+    scales = [_scale(suite, f, unit, max_activation or {}) if is_add else 1.0 for f in steered]
     steps = (Step(str(f), float(at[f.layer]), x) for f, x in zip(steered, scales, strict=True))
     return Plan(suite.name, kind, unit if is_add else "activation", tuple(steps), about)
 
 
-def _scale(suite: "Suite", feature: FeatureId, unit: str) -> float:
+def _scale(suite: "Suite", feature: FeatureId, unit: str, maxima: Mapping[str, float]) -> float:
     """One unit of s, as a multiple of the feature's decoder row."""
     sae = suite.sae(feature.site)
     if unit == "unit":
         return 1 / float(sae.decoder_rows(torch.tensor([feature.index])).float().norm())
-    if sae.thresholds is None:
-        raise ValueError(f"the SAE for {feature.site} has no thresholds: use unit='unit'")
-    if not (theta := float(sae.thresholds[feature.index])) > 0:
-        raise ValueError(f"the threshold of {feature} is {theta}: expected a number above zero")
-    return theta
+    if unit == "max":
+        size = float(maxima.get(str(feature), math.nan))
+    elif sae.thresholds is None:
+        raise ValueError(f"the SAE for {feature.site} has no thresholds: use unit='max' or 'unit'")
+    else:
+        size = float(sae.thresholds[feature.index])
+    if not size > 0:
+        raise ValueError(f"the {unit} of {feature} is {size}: expected a number above zero")
+    return size
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:

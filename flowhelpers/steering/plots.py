@@ -58,17 +58,7 @@ def suppression_by_layer(means: pd.DataFrame, subtitle: str) -> go.Figure:
         color_discrete_map={UNSTEERED: INK}, hover_data=_hover(long),
         color_discrete_sequence=sample_colorscale("Viridis_r", len(factors) + 1),
     )  # fmt: skip
-    theme = means["theme"].iloc[0]
-    return _finished(figure, f"Which layer suppresses “{theme}” best?", subtitle, 900)
-
-
-def best_by_strength(means: pd.DataFrame, subtitle: str) -> go.Figure:
-    """The best score of each strategy at each r, evenly spaced from 0 down (Figure 10)."""
-    labels = {"strength": "r", "value": "best score (1 − B) · C"}
-    figure = _lines(_long(means, ["score"]), "strength", labels=labels)
-    figure.update_xaxes(_even(means["strength"])).update_xaxes(autorange="reversed")
-    title = f"Which strategy suppresses “{means['theme'].iloc[0]}” best at each strength?"
-    return _finished(figure, title, subtitle, 525)
+    return _finished(figure, "Which layer suppresses the theme best?", subtitle, 900)
 
 
 def strategies_by_theme(means: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -83,24 +73,22 @@ def strategies_by_theme(means: pd.DataFrame, subtitle: str) -> go.Figure:
     return _finished(figure, title, subtitle, 900)
 
 
-def best_by_layer(
-    means: pd.DataFrame, subtitle: str, seeds: Mapping[str, int] | None = None
-) -> go.Figure:
-    """The best score of each strategy at each layer, a panel for each theme (Figure 16).
+def best_by_layer(means: pd.DataFrame, subtitle: str, seeds: Mapping[str, Any]) -> go.Figure:
+    """The best score of each strategy by layer, a panel for each theme (Figures 16 and 17 b).
 
-    A dotted line is at the layer of the seed of each theme, as `seeds` has it.
+    Ticks at the bottom are at the layers of each theme's seeds: one, or a list.
     """
-    starts = pd.DataFrame({"theme": [*(seeds or {})], "layer": [*(seeds or {}).values()]})
-    ends = pd.DataFrame({"strategy": SEEDS, "score": [0, means["score"].max()], "n": 1})
-    table = pd.concat([means, starts.merge(ends, how="cross")], ignore_index=True)
+    ticks = pd.Series(seeds, name="layer").explode().rename_axis("theme").reset_index()
+    ticks = ticks.astype({"layer": float}).assign(strategy=SEEDS, score=0.0)
+    table = pd.concat([means, ticks], ignore_index=True)
     figure = _lines(_long(table, ["score"]), "layer", facet_col="theme", facet_col_wrap=2)
+    look = {"size": 16, "line": {"width": 2, "color": INK}}
+    figure.update_traces(mode="markers", marker=look, selector={"name": SEEDS})
     height = 225 + 300 * -(-means["theme"].nunique() // 2)
     return _finished(figure, "At which layer does steering work best?", subtitle, height)
 
 
-def features_by_layer(
-    features: pd.DataFrame, subtitle: str, seeds: Iterable[int] = ()
-) -> go.Figure:
+def features_by_layer(features: pd.DataFrame, subtitle: str, seeds: Iterable[int]) -> go.Figure:
     """How many features (`layer`, `module`) lie at each layer (Figure 17 a); dotted: `seeds`."""
     counts = features.value_counts(["layer", "module"], sort=False).rename("features").reset_index()
     figure = px.bar(
@@ -108,22 +96,16 @@ def features_by_layer(
         color_discrete_map={name: COLOURS[module] for module, name in NAMES.items()},
         pattern_shape="module", category_orders={"module": [*NAMES.values()]},
     )  # fmt: skip
-    _add_seeds(figure, seeds)
+    for layer in seeds:
+        figure.add_vline(x=layer, line={"color": INK, "width": 1.5, "dash": "dot"})
     return _finished(figure, "At which layers do the selected features lie?", subtitle, 505)
 
 
-def steered_by_layer(means: pd.DataFrame, subtitle: str, seeds: Iterable[int] = ()) -> go.Figure:
-    """The score of each strategy by layer, of one theme (Figure 17 b); `seeds` as above."""
-    figure = _lines(_long(means, ["score"]), "layer", labels={"value": "score"})
-    _add_seeds(figure, seeds)
-    title = f"Which layer steers to “{means['theme'].iloc[0]}” best?"
-    return _finished(figure, title, subtitle, 525)
-
-
 def dose_response(means: pd.DataFrame, subtitle: str) -> go.Figure:
-    """Behavioral, coherence and score by strength, a line a strategy, a row of panels a theme."""
+    """Behavioral, coherence and score by strength, evenly spaced from 0 on (Figure 10)."""
     figure = _lines(_long(means, SCORES), "strength", facet_row="theme", facet_col="measure")
-    figure.update_xaxes(_even(means["strength"]))
+    strengths = sorted(means["strength"].dropna().unique(), key=abs)
+    figure.update_xaxes(type="category", categoryorder="array", categoryarray=strengths)
     height = 225 + 300 * means["theme"].nunique()
     return _finished(figure, "What does more strength bring?", subtitle, height)
 
@@ -135,12 +117,11 @@ def score_against(means: pd.DataFrame, subtitle: str, by: str = "norm") -> go.Fi
     subtitle says how many cells cannot be drawn since their cost is not above 0.
     """
     long = _long(means, ["score"])
-    long = long.assign(**{by: long[by].where(long[by] > 0)})
-    steered = long[long["strategy"] != UNSTEERED]
-    if left := int(steered[by].isna().sum()):
-        subtitle += f" · {left} of {len(steered)} cells have no {by} above 0: not drawn"
+    is_plain, has_cost = long["strategy"] == UNSTEERED, long[by] > 0
+    if left := int((~is_plain & ~has_cost).sum()):
+        subtitle += f" · {left} of {sum(~is_plain)} cells have no {by} above 0: not drawn"
     title, axis = COSTS[by]
-    drawn = _across(long[long[by].notna() | (long["strategy"] == UNSTEERED)], by)
+    drawn = _across(long.assign(**{by: long[by].where(has_cost)})[is_plain | has_cost], by)
     figure = px.scatter(
         drawn, x=by, y="value", log_x=True, **MARKS, facet_col="theme", facet_col_wrap=2,
         hover_data=_hover(long), labels={by: axis},
@@ -172,20 +153,9 @@ def _across(long: pd.DataFrame, x: str) -> pd.DataFrame:
     return pd.concat([known, everywhere])
 
 
-def _even(values: pd.Series) -> dict[str, Any]:
-    """An axis on which numbers stand in their order, evenly spaced."""
-    numbers = sorted(values.dropna().unique())
-    return {"type": "category", "categoryorder": "array", "categoryarray": numbers}
-
-
 def _hover(long: pd.DataFrame) -> list[str]:
     names = ["theme", "layer", "strength", "n", "missing", *COSTS]
     return [name for name in names if name in long]
-
-
-def _add_seeds(figure: go.Figure, seeds: Iterable[int]) -> None:
-    for layer in seeds:
-        figure.add_vline(x=layer, line={"color": INK, "width": 1.5, "dash": "dot"})
 
 
 def _finished(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:

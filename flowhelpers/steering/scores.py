@@ -43,12 +43,8 @@ def score_texts(
     for theme, of_theme in texts.reset_index(drop=True).groupby("theme", sort=False):
         different = list(dict.fromkeys(of_theme["text"]))
         scores = judges[str(theme)].judge(different)[["behavioral", "coherence"]]
-        outside = int(((scores < 0) | (scores > 1)).sum().sum())
-        if len(scores) != len(different) or outside:
-            raise ValueError(
-                f"the judge of {theme!r} gave {len(scores)} rows for {len(different)} texts,"
-                f" {outside} scores outside 0 to 1"
-            )
+        if outside := int(((scores < 0) | (scores > 1)).sum().sum()):
+            raise ValueError(f"the judge of {theme!r} gave {outside} scores outside 0 to 1")
         parts.append(of_theme.join(scores.set_axis(different), on="text"))
     scored = pd.concat(parts).sort_index().set_axis(texts.index)
     present = 1 - scored["behavioral"] if suppress else scored["behavioral"]
@@ -132,11 +128,6 @@ def best_cells(means: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
     """The rows of `cell_means` of highest score for each of `by`, the first of equals."""
     known = means[means["score"].notna()]
     return known.loc[known.groupby(list(by), sort=False, dropna=False)["score"].idxmax()]
-
-
-def select_cells(cells: Sequence[SweepCell], best: "pd.DataFrame") -> list[SweepCell]:
-    """The cells that `best_cells` names, in its order."""
-    return [cells[int(number)] for number in best["cell"]]
 
 
 def selection_bias(reported: "pd.DataFrame", strategies: Iterable[str]) -> float:

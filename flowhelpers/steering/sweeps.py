@@ -59,19 +59,9 @@ def steer(
     that is None) can be laid side by side. What else is in the batch makes no difference. The
     prompt is taken literally (CHOICES 24), temperature and top-p are the paper's.
 
-    Args:
-        suite: Of the plans.
-        plans: By name.
-        prompt: What the texts go on from.
-        samples: Texts of each plan, or the numbers of the samples that are wanted.
-        max_new_tokens: Of each text.
-        temperature: Of the sampling.
-        top_p: The mass of the nucleus.
-        seed: Decides the texts.
-        phases: Where plans act: `prompt`, `generation` or both (CHOICES 20).
-        skip_bos: Whether the first token is left as it is.
-        batch_size: The most rows of a batch.
-        show_progress: Whether a progress bar is shown.
+    `samples` are so many, or those with these numbers; plans act in the `phases` (`prompt`,
+    `generation` or both) and, with `skip_bos`, not at the first token (CHOICES 20); `batch_size` is
+    the most rows of a batch.
 
     Returns:
         One row a text: `plan`, `sample`, `text` (without the prompt).

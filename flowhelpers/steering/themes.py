@@ -1,21 +1,30 @@
-"""Themes to steer for: those of the paper or of the passages, their judges and their features."""
+"""Themes to steer for, their judges, and features to steer: on a theme, and by what they do."""
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from flowhelpers.activations.corpora import subjects
+from flowhelpers.activations.preflight import preflight_once
 from flowhelpers.activations.sparse import FeatureActivations
-from flowhelpers.core.features import Site
-from flowhelpers.labels.describe import subject_scores
+from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.core.progress_bar import progress
+from flowhelpers.interventions.edits import add_per_row
+from flowhelpers.interventions.generation import prompt_ids
+from flowhelpers.labels.describe import logit_lens, subject_scores
 from flowhelpers.steering.judge_embedded import EmbeddedJudge, embedded_judge
 from flowhelpers.steering.judge_endpoint import EndpointJudge
 from flowhelpers.steering.plans import check_choice
-from flowhelpers.suites.model import Model
+from flowhelpers.suites.model import Model, cache_prompt, run_model
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from flowhelpers.suites.load import Suite
 
+PROMPT = "From my experience,"  # of Arad et al.
+FACTOR, TOP = 10.0, 20
 # The paper's themes, and what the package's passages call them.
 PAPER = {
     "Anger": "anger",
@@ -84,3 +93,55 @@ def theme_features(
         tables.append(table.assign(layer=site.layer, module=site.module))
     table = pd.concat(tables, ignore_index=True)
     return table.sort_values(["auc", "share"], ascending=False, kind="stable", ignore_index=True)
+
+
+@torch.no_grad()
+def output_scores(
+    suite: "Suite", features: Iterable[FeatureId | str], prompt: str = PROMPT, batch_size: int = 256
+) -> "pd.DataFrame":
+    """Output score and change of confidence of features (CHOICES 36).
+
+    At the prompt's last token, `FACTOR` times the max activation of the site in the prompt is added
+    to the feature. The output score (Arad et al. 2025, equation 3) looks at the `TOP` tokens of the
+    feature's logit lens: (1 - rank / vocabulary) · p of the most likely of them. The change of
+    confidence (Wang et al. 2026, with k = 1) is by how much -log p of the most likely token grows:
+    below zero the feature makes the model surer.
+
+    Returns:
+        One row a feature: `feature`, `output_score` (0 to 1), `confidence_change` (nats), `token`
+        (the most likely of the `TOP`); missing where nothing at the site is active in the prompt.
+    """
+    import pandas as pd
+
+    by_site: dict[Site, list[int]] = {}
+    for feature in (unique := list(dict.fromkeys(map(suite.feature, features)))):
+        by_site.setdefault(feature.site, []).append(feature.index)
+    preflight_once(suite, by_site)
+    model, ids = suite.model, prompt_ids(suite.model, prompt, 1)
+    clean, stream = run_model(model, ids, [suite.sae(site).input_site for site in by_site])
+    assert clean is not None
+    confidence = clean[0, -1].float().log_softmax(-1).max()
+    _, prefix = cache_prompt(model, ids[:, :-1])
+    rows = []
+    for site, indices in progress(by_site.items(), "effects"):
+        sae = suite.sae(site)
+        size = FACTOR * sae.encode(stream[sae.input_site][0, 1:]).max()
+        if not size > 0:
+            continue
+        for chosen in torch.tensor(indices, device=ids.device).split(batch_size):
+            step = size * sae.decoder_rows(chosen).float()
+            edit = add_per_row(sae.input_site, torch.arange(len(chosen)), step)
+            last = ids[:, -1:].expand(len(chosen), -1)
+            steered, _ = run_model(model, last, edits=[edit], prefix=prefix)
+            assert steered is not None
+            logs = steered[:, -1].float().log_softmax(-1)
+            written = logit_lens(suite, site, chosen).topk(TOP).indices
+            best, place = logs.gather(1, written).max(1)
+            scores = (1 - (logs > best[:, None]).sum(1) / logs.shape[1]) * best.exp()
+            changes = confidence - logs.max(1).values
+            tokens = model.tokenizer.batch_decode(written.gather(1, place[:, None]))
+            names = [f"{site}/{index}" for index in chosen.tolist()]
+            rows += zip(names, scores.tolist(), changes.tolist(), tokens, strict=True)
+    columns = ["feature", "output_score", "confidence_change", "token"]
+    table = pd.DataFrame(rows, columns=columns).set_index("feature").reindex(map(str, unique))
+    return table.astype(dict.fromkeys(columns[1:3], float)).fillna({"token": ""}).reset_index()

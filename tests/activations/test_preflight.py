@@ -14,9 +14,9 @@ from flowhelpers.activations.preflight import preflight_sites, run_preflight
 from flowhelpers.activations.sampling import draw_sample
 from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import Site
-from flowhelpers.steering.effects import output_scores
 from flowhelpers.steering.plans import make_plan
 from flowhelpers.steering.sweeps import steer
+from flowhelpers.steering.themes import output_scores
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import HOOKS, logits_of, tokenize
 from flowhelpers.suites.saes import SAE

@@ -29,7 +29,7 @@ from flowhelpers.labels import describe as labels
 from flowhelpers.matching import cosine
 from flowhelpers.matching.scores import transition
 from flowhelpers.matching.table import match_table
-from flowhelpers.steering import controls, effects
+from flowhelpers.steering import controls, themes
 from flowhelpers.steering.judge_embedded import mean_losses
 from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import final_norm, logits_of, tokenize
@@ -222,7 +222,7 @@ def test_features_of_texts(suite: Suite, tmp_path: Any) -> None:
     assert measures.bits_per_byte(suite, tokens)[0] > 0
     assert np.isfinite(mean_losses(suite.model, toys.TEXTS[:2])).all()
     assert len(labels.top_logit_tokens(suite, "1/res/3"))
-    assert len(effects.output_scores(suite, ["1/res/3", "2/mlp/1"], "The cat sat", batch_size=2))
+    assert len(themes.output_scores(suite, ["1/res/3", "2/mlp/1"], "The cat sat", batch_size=2))
 
 
 def test_deactivation(suite: Suite, tmp_path: Any) -> None:

@@ -26,7 +26,6 @@ from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import token_strings
 
 SITE = Site(1, "res")
-SECOND = '{"feature": "2/mlp/0", "label": "NA"}\n'
 
 
 def activations_of(texts: list[list[tuple[int, float]]], feature: int = 3) -> FeatureActivations:
@@ -74,9 +73,7 @@ def test_top_contexts_come_from_different_texts_and_keep_to_their_own(planted: S
     assert found["after"].tolist() == [decode([91]), decode([73]), decode([82])]
     wide = top_contexts(planted, "1/res/3", activations_of(texts), k=1, width=50)
     assert wide["after"].tolist() == [decode([91, 92])]
-    none = top_contexts(planted, "1/res/4", activations_of(texts))
-    assert none.empty
-    assert "before" in none
+    assert top_contexts(planted, "1/res/4", activations_of(texts)).empty
 
 
 def test_a_description_says_what_is_written_and_what_is_read(planted: Suite):
@@ -89,55 +86,40 @@ def test_a_description_says_what_is_written_and_what_is_read(planted: Suite):
     ]
     assert found["active_at"].tolist() == [", ".join(strings), "", ""]
     assert found["label"][0].splitlines()[1] == f"active at {', '.join(strings)}"
-    assert "\n" not in found["label"][1]
     assert found["label"][2].endswith("\nactive at nothing read")
     assert all(found["label"].str.startswith("writes "))
     sources = ["logit lens and top tokens", "logit lens", "logit lens and top tokens"]
     assert found["label_from"].tolist() == sources
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("mine.csv", 'feature,label,note\n1/res/3,"red, or green",x\n2/mlp/0,NA,\n'),
-        ("mine.jsonl", '{"feature": "1/res/3", "label": "red, or green"}\n' + SECOND),
-    ],
-)
-def test_ones_own_labels_come_before_all_others(
-    planted: Suite, tmp_path: Path, name: str, content: str
-):
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    own = read_labels(tmp_path / name, planted)
+def test_ones_own_labels_are_read_as_they_are(planted: Suite, tmp_path: Path):
+    content = 'feature,label,note\n1/res/3,"red, or green",x\n2/mlp/0,NA,\n'
+    (tmp_path / "mine.csv").write_text(content, encoding="utf-8")
+    own = read_labels(tmp_path / "mine.csv", planted)
     assert own.to_dict("list") == {
         "feature": ["1/res/3", "2/mlp/0"],
         "label": ["red, or green", "NA"],
-        "label_from": [name] * 2,
+        "label_from": ["mine.csv"] * 2,
     }
-    found = describe_features(planted, ["1/res/3", "1/res/4"], user_labels=own).set_index("feature")
-    assert found.loc["1/res/3", ["label", "label_from"]].tolist() == ["red, or green", name]
-    assert found.loc["1/res/4", "label_from"] == "logit lens"
-    assert found.loc["1/res/3", "writes"]
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("content", "message"),
     [
-        ("a.csv", "feature,label\n1/res/3,a\n1/res/99,b\n", "no feature 1/res/99 in "),
-        ("a.csv", "feature,label\n9/res/3,a\n", "no layer 9 in suite"),
-        ("a.jsonl", '{"feature": "x", "label": "a"}', "'x' is not a feature"),
-        ("a.csv", "feature,label\n1/res/3,a\n1/res/3,b\n", "1/res/3 twice"),
-        ("a.csv", "feature,label\n1/res/3, \n", "1/res/3 is without a label"),
-        ("a.jsonl", '{"feature": "1/res/3", "label": null}', "1/res/3 is without a label"),
-        ("a.csv", "feature,lable\n1/res/3,a\n", "columns feature, lable: expected feature and"),
-        ("a.txt", "1/res/3 a", "expected a file of labels, .csv or .jsonl"),
+        ("feature,label\n1/res/3,a\n1/res/99,b\n", "no feature 1/res/99 in "),
+        ("feature,label\nx,a\n", "'x' is not a feature"),
+        ("feature,label\n1/res/3,a\n1/res/3,b\n", "1/res/3 twice"),
+        ("feature,label\n1/res/3, \n", "1/res/3 is without a label"),
+        ("feature,lable\n1/res/3,a\n", "columns feature, lable: expected feature and"),
+        ('{"feature": "1/res/3", "label": "a"}', "expected feature and label"),
     ],
 )
 def test_a_label_file_that_is_wrong_says_where(
-    planted: Suite, tmp_path: Path, name: str, content: str, message: str
+    planted: Suite, tmp_path: Path, content: str, message: str
 ):
-    (tmp_path / name).write_text(content, encoding="utf-8")
+    (tmp_path / "mine.csv").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        read_labels(tmp_path / name, planted)
+        read_labels(tmp_path / "mine.csv", planted)
 
 
 def test_subject_scores_are_the_auc_of_mean_activations():
@@ -164,15 +146,9 @@ def test_subject_scores_are_the_auc_of_mean_activations():
     seen = toys.planted_activations({SITE: codes.tolist()})
     again = subject_scores(seen, SITE, on_subject, counted)
     pd.testing.assert_frame_equal(again, found)
-
-
-@pytest.mark.parametrize(
-    ("on_subject", "message"), [(True, "2 rows .* 0 are not"), (False, "0 rows")]
-)
-def test_a_subject_needs_texts_on_it_and_others(on_subject: bool, message: str):
-    seen = toys.planted_activations({SITE: [[1.0] * 4] * 16})
-    with pytest.raises(ValueError, match=message):
-        subject_scores(seen, SITE, np.full(2, on_subject), np.full(2, True))
+    for on in (True, False):
+        with pytest.raises(ValueError, match=r"(0|14) texts are .* (0|14) are not: expected some"):
+            subject_scores(seen, SITE, np.full(20, on), counted)
 
 
 def test_token_text_colours_each_token_by_its_activation():

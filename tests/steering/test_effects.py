@@ -11,7 +11,7 @@ from transformers import Gemma3ForCausalLM
 
 from flowhelpers.core.features import FeatureId, Site, parse_feature
 from flowhelpers.interventions.edits import add
-from flowhelpers.steering.effects import output_scores
+from flowhelpers.steering.themes import output_scores
 from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model, run_model, tokenize
@@ -66,10 +66,8 @@ def test_effects_are_those_of_whole_passes_one_feature_at_a_time(
     check(table, rows)
     assert any(rank > 0 for *_, rank in rows)  # else the formula was not put to the test
     # BOS is no part of the prompt: at this site nothing is more active than it.
-    ids = tokenize(planted.model, PROMPT).ids
-    codes = planted.sae("1/mlp").encode(
-        run_model(planted.model, ids, [Site(1, "mlp")])[1][Site(1, "mlp")][0]
-    )
+    site, ids = Site(1, "mlp"), tokenize(planted.model, PROMPT).ids
+    codes = planted.sae(site).encode(run_model(planted.model, ids, [site])[1][site][0])
     assert codes[0].max() > codes[1:].max()
 
 
@@ -120,11 +118,7 @@ def test_where_nothing_is_active_the_effect_is_missing(planted: Suite):
     missing = table.index.str.startswith("1/mlp")
     assert table.loc[missing, COLUMNS].isna().all(axis=None)
     assert (table.loc[missing, "token"] == "").all()
-    assert table[~missing].equals(
-        output_scores(planted, FEATURES, PROMPT).set_index("feature")[~missing]
-    )
-    alone = output_scores(suite, ["1/mlp/1"], PROMPT)
-    assert alone[COLUMNS].dtypes.astype(str).tolist() == ["float64"] * 2
-    assert output_scores(suite, []).empty
+    there = output_scores(planted, FEATURES, PROMPT).set_index("feature")
+    assert table[~missing].equals(there[~missing])
     with pytest.raises(ValueError, match="no feature 1/res/99 in"):
         output_scores(planted, ["1/res/3", "1/res/99"])

@@ -21,6 +21,7 @@ from flowhelpers.steering.judge_endpoint import (
     EndpointJudge,
 )
 
+Make = Callable[..., EndpointJudge]
 KEY = "sk-Secret-0123456789-abcdefXYZ"
 GOOD = '{"coherence": 4, "behavioral": 3}'
 # SHA-256 of what stands between the outer quotes in the paper's listings: the system prompts of
@@ -63,7 +64,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
 
 
 @pytest.fixture
-def make(server: JudgeServer, tmp_path: Path) -> Callable[..., EndpointJudge]:
+def make(server: JudgeServer, tmp_path: Path) -> Make:
     """Makes a judge at the server with a cache of its own; the server then forgets the probe."""
 
     def make(theme: str = "space", task: str = "promote", **options: Any) -> EndpointJudge:
@@ -74,6 +75,11 @@ def make(server: JudgeServer, tmp_path: Path) -> Callable[..., EndpointJudge]:
         return judge
 
     return make
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowhelpers.steering.judge_endpoint.CONCURRENCY", 1)
 
 
 def expected(texts: list[str]) -> list[list[float]]:
@@ -99,7 +105,7 @@ def test_the_prompts_are_the_papers_word_for_word():
 
 @pytest.mark.parametrize("text", ["One.", ' {text} {theme} """ ', "Größe\n\n"])
 def test_a_request_is_the_prompt_and_the_text_and_nothing_else(
-    make: Callable[..., EndpointJudge], server: JudgeServer, text: str
+    make: Make, server: JudgeServer, text: str
 ):
     theme = "the {text} of {theme} and Rome"
     starts = {"promote": f'Subject: {theme}\nText:\n"""\n', "suppress": '\nText:\n"""\n'}
@@ -118,7 +124,7 @@ def test_a_request_is_the_prompt_and_the_text_and_nothing_else(
 
 
 def test_scores_from_0_to_1_land_on_their_texts_whatever_order_replies_come_in(
-    make: Callable[..., EndpointJudge], server: JudgeServer
+    make: Make, server: JudgeServer
 ):
     texts = some(40)
     for place, text in enumerate(texts[:8]):  # the first to be asked come last
@@ -134,9 +140,7 @@ def test_scores_from_0_to_1_land_on_their_texts_whatever_order_replies_come_in(
     assert server.requests == []
 
 
-def test_judges_that_ask_otherwise_do_not_share_replies(
-    make: Callable[..., EndpointJudge], server: JudgeServer
-):
+def test_judges_that_ask_otherwise_do_not_share_replies(make: Make, server: JudgeServer):
     for options in ({}, {"theme": "sea"}, {"temperature": 0.5}, {"base_url": f"{server.url}/"}):
         judge = make(**options)
         judge.judge(["One."])
@@ -145,7 +149,7 @@ def test_judges_that_ask_otherwise_do_not_share_replies(
 
 
 def test_to_suppress_the_subject_chosen_is_scored_and_replies_are_shared(
-    make: Callable[..., EndpointJudge], server: JudgeServer
+    make: Make, server: JudgeServer
 ):
     texts = some(12)
     for place, letter in enumerate("abc"):
@@ -156,7 +160,7 @@ def test_to_suppress_the_subject_chosen_is_scored_and_replies_are_shared(
 
 
 def test_an_empty_text_has_0_unasked_and_equal_texts_are_asked_about_once(
-    make: Callable[..., EndpointJudge], server: JudgeServer
+    make: Make, server: JudgeServer
 ):
     judge = make()
     frame = judge.judge(["Twice.", "", "Once.", " \n\t", "Twice.", "half \ud83d a character"])
@@ -167,17 +171,15 @@ def test_an_empty_text_has_0_unasked_and_equal_texts_are_asked_about_once(
     assert judge.judge([]).dtypes.equals(frame.dtypes)
 
 
-@pytest.mark.parametrize("reply", [f"```json\n{GOOD}\n```", f"\n {GOOD}\n"])
-def test_a_fence_and_spaces_around_a_reply_are_nothing(
-    make: Callable[..., EndpointJudge], server: JudgeServer, reply: str
-):
-    server.faults["One."] = [Fault(content=reply)]
-    assert values(make().judge(["One."])) == [[0.6, 0.8]]
+def test_a_fence_and_spaces_around_a_reply_are_nothing(make: Make, server: JudgeServer):
+    for text, reply in (("One.", f"```json\n{GOOD}\n```"), ("Two.", f"\n {GOOD}\n")):
+        server.faults[text] = [Fault(content=reply)]
+    assert values(make().judge(["One.", "Two."])) == [[0.6, 0.8]] * 2
 
 
 @pytest.mark.parametrize("reply", UNREADABLE)
 def test_an_unreadable_reply_is_asked_for_again_and_then_missing(
-    make: Callable[..., EndpointJudge], server: JudgeServer, reply: str
+    make: Make, server: JudgeServer, reply: str
 ):
     judge = make()
     server.faults["One."] = [Fault(content=reply)] * (ATTEMPTS - 1)
@@ -193,18 +195,14 @@ def test_an_unreadable_reply_is_asked_for_again_and_then_missing(
 
 
 @pytest.mark.parametrize("reply", ["[1, 2]", "[1, 2, 6]", "3", "[1, 2, 3, 4]", "[1, 2, 3.5]"])
-def test_to_suppress_three_integers_are_readable(
-    make: Callable[..., EndpointJudge], server: JudgeServer, reply: str
-):
+def test_to_suppress_three_integers_are_readable(make: Make, server: JudgeServer, reply: str):
     judge = make("science", "suppress", subject="a")
     server.faults["One."] = [Fault(content=f'{{"coherence": 4, "behavioral": {reply}}}')] * ATTEMPTS
     assert np.isnan(values(judge.judge(["One."]))).all()
 
 
 @pytest.mark.parametrize("fault", TRANSPORT)
-def test_a_request_that_fails_is_sent_again(
-    make: Callable[..., EndpointJudge], server: JudgeServer, fault: Fault
-):
+def test_a_request_that_fails_is_sent_again(make: Make, server: JudgeServer, fault: Fault):
     judge, texts = make(), some(3)
     for text in texts:
         server.faults[text] = [fault] * 2
@@ -213,7 +211,7 @@ def test_a_request_that_fails_is_sent_again(
 
 
 def test_a_text_whose_request_keeps_failing_is_missing_and_asked_about_next_time(
-    make: Callable[..., EndpointJudge], server: JudgeServer
+    make: Make, server: JudgeServer
 ):
     judge, texts = make(), some(10)
     server.faults[texts[3]] = [Fault(status=500)] * 6
@@ -225,9 +223,9 @@ def test_a_text_whose_request_keeps_failing_is_missing_and_asked_about_next_time
 
 
 def test_a_server_that_dies_stops_it_and_the_same_call_goes_on(
-    make: Callable[..., EndpointJudge], server: JudgeServer
+    make: Make, server: JudgeServer, one_at_a_time: None
 ):
-    judge, texts = make(concurrency=1), some(30)
+    judge, texts = make(), some(30)
     for text in texts[10:]:
         server.faults[text] = [Fault(status=500)] * 6
     with pytest.raises(ConnectionError, match=r"answers 500.*Replies so far are kept in .*sqlite"):
@@ -244,9 +242,9 @@ def test_a_server_that_dies_stops_it_and_the_same_call_goes_on(
 
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_what_will_not_get_better_stops_at_once(
-    make: Callable[..., EndpointJudge], server: JudgeServer, status: int
+    make: Make, server: JudgeServer, one_at_a_time: None, status: int
 ):
-    judge = make(concurrency=1)
+    judge = make()
     server.faults[some(5)[4]] = [Fault(status=status)]
     with pytest.raises((PermissionError, ValueError), match=f"the server answers {status}"):
         judge.judge(some(40))
@@ -254,15 +252,13 @@ def test_what_will_not_get_better_stops_at_once(
     assert values(judge.judge(some(40))) == expected(some(40))
 
 
-def test_the_first_request_shows_what_is_wrong(
-    make: Callable[..., EndpointJudge], server: JudgeServer
-):
+def test_the_first_request_shows_what_is_wrong(make: Make, server: JudgeServer):
     with pytest.raises(PermissionError, match="It refuses the key: give another"):
         make(api_key="sk-another")
     assert server.asked() == [PROBE]
-    with pytest.raises(ValueError, match="Has it a model 'gtp-4o'"):
+    with pytest.raises(ValueError, match="Is 'gtp-4o' a model there"):
         make(model="gtp-4o")
-    with pytest.raises(ValueError, match="Does base_url end as it should, as in /v1"):
+    with pytest.raises(ValueError, match="Ends base_url in /v1"):
         make(base_url=f"{server.address}/v2")
     with pytest.raises(ConnectionError, match=r"^127\.0\.0\.1:9: the connection failed"):
         make(base_url="http://127.0.0.1:9/v1")
@@ -276,7 +272,7 @@ def test_the_first_request_shows_what_is_wrong(
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 500])
 def test_the_key_is_nowhere(
-    make: Callable[..., EndpointJudge],
+    make: Make,
     server: JudgeServer,
     caplog: pytest.LogCaptureFixture,
     capfd: pytest.CaptureFixture[str],
@@ -332,7 +328,7 @@ def test_the_key_and_the_address_may_come_from_the_environment(
     ],
 )
 def test_wrong_arguments_say_what_is_expected(
-    make: Callable[..., EndpointJudge], server: JudgeServer, given: dict[str, Any], message: str
+    make: Make, server: JudgeServer, given: dict[str, Any], message: str
 ):
     with pytest.raises(ValueError, match=message) as error:
         make(**given)

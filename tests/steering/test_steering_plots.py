@@ -7,11 +7,9 @@ import pytest
 
 from flowhelpers.steering.plots import (
     best_by_layer,
-    best_by_strength,
     dose_response,
     features_by_layer,
     score_against,
-    steered_by_layer,
     strategies_by_theme,
     suppression_by_layer,
 )
@@ -80,17 +78,6 @@ def test_suppression_has_a_line_for_each_r():
     assert [note.text for note in figure.layout.annotations].count("score") == 1
 
 
-def test_strengths_are_even_from_the_largest_down_and_others_lines_across():
-    figure = best_by_strength(best("theme", "strategy", "strength").query("theme == 'Gods'"), "c")
-    (single,), (plain,) = series(figure, "single"), series(figure, "unsteered")
-    assert list(figure.layout.xaxis.categoryarray) == [2, 16]
-    assert figure.layout.xaxis.autorange == "reversed"
-    assert dict(zip(single.x, single.y, strict=True)) == pytest.approx({16: 0.14, 2: 0.07})
-    assert dict(zip(plain.x, plain.y, strict=True)) == pytest.approx({16: 0.4, 2: 0.4})
-    check_bars(single)
-    assert plain.line.dash == "dash"
-
-
 def test_strategies_stand_side_by_side_at_each_theme():
     figure = strategies_by_theme(best("theme", "strategy"), CAPTION)
     bars = series(figure, "linear")
@@ -103,17 +90,20 @@ def test_strategies_stand_side_by_side_at_each_theme():
     assert figure.layout.barmode == "group"
 
 
-def test_the_best_at_each_layer_with_the_seed_of_each_theme():
-    figure = best_by_layer(best("theme", "strategy", "layer"), CAPTION, {"Gods": 12, "Sea": 4})
+def test_the_best_at_each_layer_with_the_seeds_of_each_theme():
+    figure = best_by_layer(best("theme", "strategy", "layer"), CAPTION, {"Gods": 12, "Sea": [4, 9]})
     lines = series(figure, "single")
     assert len(lines) == 2
     for line in lines:
         assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({4: 0.1, 12: 0.14})
         check_bars(line)
-    seeds = [set(line.x) for line in series(figure, "layer of the seed features")]
-    assert sorted(seeds, key=str) == [{12}, {4}]
+    seeds = {line.xaxis: line for line in series(figure, "layer of the seed features")}
+    assert [set(seeds[line.xaxis].x) for line in lines] == [{12}, {4, 9}]
+    assert {line.mode for line in seeds.values()} == {"markers"}
     assert {note.text for note in figure.layout.annotations} == {"Gods", "Sea"}
-    assert {tuple(line.y) for line in series(figure, "unsteered")} == {(0.4, 0.4)}
+    for line in series(figure, "unsteered"):
+        assert set(line.y) == {0.4}
+        assert line.line.dash == "dash"
 
 
 def test_features_are_counted_by_layer_and_module():
@@ -124,23 +114,16 @@ def test_features_are_counted_by_layer_and_module():
     assert [shape.x0 for shape in figure.layout.shapes] == [2]
 
 
-def test_scores_by_layer_of_one_theme():
-    figure = steered_by_layer(of_theme()[of_theme()["strength"] != 2], CAPTION, (4, 9))
-    (single,) = series(figure, "single")
-    assert list(single.x) == [4, 12]
-    assert list(single.y) == pytest.approx([0.1, 0.14])
-    check_bars(single)
-    assert list(series(figure, "unsteered")[0].x) == [4, 12]
-    assert [shape.x0 for shape in figure.layout.shapes] == [4, 9]
-
-
-def test_more_strength_brings_what_the_table_says():
-    figure = dose_response(best("theme", "strategy", "strength"), CAPTION)
+def test_more_strength_brings_what_the_table_says_evenly_spaced_from_0_on():
+    table = best("theme", "strategy", "strength")
+    figure = dose_response(table.assign(strength=-table["strength"]), CAPTION)
     lines = series(figure, "linear")
     assert len(lines) == 6  # two themes, three measures
-    assert list(figure.layout.xaxis.categoryarray) == [2, 16]
+    assert list(figure.layout.xaxis.categoryarray) == [-2, -16]
     scores = [line for line in lines if "measure=score" in line.hovertemplate]
-    assert [list(line.y) for line in scores] == [pytest.approx([0.12, 0.19])] * 2
+    for line in scores:
+        assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({-2: 0.12, -16: 0.19})
+        check_bars(line)
     titles = {note.text for note in figure.layout.annotations}
     assert titles == {"Gods", "Sea", "behavioral", "coherence", "score"}
 
