@@ -13,12 +13,7 @@ import numpy as np
 from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.bootstrap import TIMES, mean_intervals
 from flowhelpers.core.features import MODULES, Site, predecessor_site
-from flowhelpers.deactivation.targets import (
-    active_predecessors,
-    check_single,
-    every_active,
-    groups_of,
-)
+from flowhelpers.deactivation.targets import active_predecessors, every_active, groups_of
 from flowhelpers.groups.occurrences import GROUPS, modules_of
 from flowhelpers.interventions.batched import intervene
 from flowhelpers.matching.scores import best_matches
@@ -81,12 +76,11 @@ def concat_methods(
     """Cases and edits of several methods as one table each; cases bear their `method`."""
     import pandas as pd
 
-    cases, edits, n = [], [], 0
-    for method, (some_cases, some_edits) in parts.items():
-        cases.append(some_cases.assign(method=method))
-        edits.append(some_edits.assign(case=some_edits["case"] + n))
-        n += len(some_cases)
-    return pd.concat(cases, ignore_index=True), pd.concat(edits, ignore_index=True)
+    cases = [cases.assign(method=method) for method, (cases, _) in parts.items()]
+    starts = np.cumsum([0, *map(len, cases)])
+    edits = zip((edits for _, edits in parts.values()), starts, strict=False)
+    moved = [table.assign(case=table["case"] + start) for table, start in edits]
+    return pd.concat(cases, ignore_index=True), pd.concat(moved, ignore_index=True)
 
 
 def deactivate(
@@ -102,13 +96,12 @@ def deactivate(
 
     Returns:
         The cases with `layer`, `feature`, `dataset` and `text` of their targets; `old` and `new`
-        activation; `change`, 1 - new / old, negative where the feature grew; `success`, 1 where it
-        is off and else 0; both missing for a target that is not active. `linear` is the share of
-        the activation that the edits themselves write away, a · v · w_enc / old, before the layer
-        responds; missing for live activations, and where a norm lies between (SAEs that read z, or
-        that normalise their input). With `sources`, `after` is the group afterwards or
-        "Deactivated"; with `loss`, `loss_change` and `token_loss_change` are relative, of the
-        text's mean loss and of the token's own (CHOICES 12).
+        activation; `change`, 1 - new / old; `success`, 1 where it is off; both missing for a target
+        that is not active. `linear` is the share of the activation that the edits themselves write
+        away, a · v · w_enc / old, before the layer responds; missing for live activations, and
+        where a norm lies between (SAEs that read z, or that normalise their input). With `sources`,
+        `after` is the group afterwards or "Deactivated"; with `loss`, `loss_change` and
+        `token_loss_change` are relative, of the text and of the token alone (CHOICES 12).
     """
     import pandas as pd
 
@@ -149,15 +142,13 @@ def _written(suite: "Suite", targets: "pd.DataFrame", edits: "pd.DataFrame") -> 
     import torch
 
     taken = np.zeros(len(targets))
-    if "amount" not in edits:  # the amount is known only during the pass
-        return taken * np.nan
     edits = edits.join(targets[["layer", "feature"]], on="case", rsuffix="_read")
     chunk = np.arange(len(edits)) // ROWS_AT_ONCE
     for (layer, module, _), rows in edits.groupby(["layer", "module", chunk]):
         sae = suite.sae(predecessor_site(int(layer), str(module)))
         above = suite.sae(Site(int(layer), "res"))
-        if sae.input_site != sae.site or above.normalises_tokens:
-            taken[rows["case"]] = np.nan  # what is written passes a norm before it is read
+        if "amount" not in edits or sae.input_site != sae.site or above.normalises_tokens:
+            taken[rows["case"]] = np.nan  # known only during the pass, or a norm lies between
             continue
         written = sae.decoder_rows(torch.tensor(rows["feature"].to_numpy())).float()
         read = above.weights().encoder[torch.tensor(rows["feature_read"].to_numpy())]
@@ -177,12 +168,10 @@ def downstream_effects(
     """What is left in the layers above: does the model repair it (CHOICES 35)?
 
     A target's descendant one layer up is its best forward match, the next is that one's, and so on.
-    Only descendants that are active without the edits count.
 
     Returns:
-        One row for each case and layer from the target's own on: the case's columns, `layer`,
-        `text` and `dataset` of the target, `above` (layers above it), `descendant`, `old`, `new`,
-        `change` and `success`.
+        As `deactivate`, one row for each case and layer from the target's own on, with `above`
+        (layers above it) and `descendant`; those that are active without the edits alone.
     """
     import pandas as pd
 
@@ -252,38 +241,30 @@ def table_1(
     """
     import pandas as pd
 
-    predecessors, only_site = {}, {}
-    for method, sources in by_method.items():
-        check_single(method, sources)
-        predecessors[method] = active = active_predecessors(sources)
-        alone = active[~active["target"].duplicated(keep=False)]
-        only_site[method] = alone.set_index("target")["module"]
-    named = pd.concat(only_site.values())
+    keys = ["method", "target"]
+    sources = pd.concat([table.assign(method=name) for name, table in by_method.items()])
+    if sources.duplicated([*keys, "module"]).any():
+        raise ValueError("a method has several matches at a site: expected one (top-1)")
+    active = active_predecessors(sources)
+    is_only = ~active.duplicated(keys, keep=False)
+    named = active[is_only]
     if named.empty:
         raise ValueError("no target has a single source")
-    first_named = named.groupby("target").first()
-    chosen = targets.loc[first_named.index]
-    cases = {}
-    for method, active in predecessors.items():
-        module = only_site[method].reindex(chosen.index).fillna(first_named)
-        cases[method] = _one_by_one(active[active["target"].map(module) == active["module"]])
-    searched = named.reset_index().drop_duplicates()
+    first_named = named.groupby("target")["module"].first()
+    held = active[is_only | (active["module"] == active["target"].map(first_named))]
     if all_sites:
-        searched = searched[["target"]].merge(pd.Series(MODULES, name="module"), how="cross")
-    searched = searched.drop_duplicates().join(chosen[["layer", "token_row"]], on="target")
-    cases["exhaustive"] = _one_by_one(every_active(searched, activations))
-    table = deactivate(suite, tokens, targets, *concat_methods(cases))
-    keys = ["method", "target"]
-    tried = table.groupby(keys).size().rename("tried")
+        named = named[["target"]].merge(pd.Series(MODULES, name="module"), how="cross")
+    searched = named[["target", "module"]].drop_duplicates()
+    searched = searched.join(targets[["layer", "token_row"]], on="target")
+    every = every_active(searched, activations).assign(method="exhaustive")
+    tried = pd.concat([held, every], ignore_index=True)
+    edits = tried.assign(case=tried.index, amount=-tried["activation"])
+    edits = edits[["case", "module", "feature", "amount"]]
+    table = deactivate(suite, tokens, targets, tried[keys], edits)
+    table["tried"] = table.groupby(keys)["target"].transform("size")
     best = table.sort_values("change", kind="stable").drop_duplicates(keys, keep="last")
-    best = best.set_index(keys)[["change", "success"]].join(tried)
-    best = best.reindex(pd.MultiIndex.from_product([cases, chosen.index], names=keys))
+    rows = pd.MultiIndex.from_product([[*by_method, "exhaustive"], first_named.index], names=keys)
+    best = best.set_index(keys)[["change", "success", "tried"]].reindex(rows)
     best.loc[best["tried"].isna()] = 0.0
-    about = chosen[["layer", "feature", "dataset", "text"]]
+    about = targets[["layer", "feature", "dataset", "text"]]
     return best.reset_index().join(about, on="target").astype({"tried": int})
-
-
-def _one_by_one(predecessors: "pd.DataFrame") -> "tuple[pd.DataFrame, pd.DataFrame]":
-    predecessors = predecessors.reset_index(drop=True)
-    edits = predecessors.reset_index(names="case").assign(amount=-predecessors["activation"])
-    return predecessors[["target"]].assign(r=0.0), edits[["case", "module", "feature", "amount"]]

@@ -79,10 +79,9 @@ def rate_panels(
         hover_data={"panel": False, "n": ":,", "value": ":.2%"},
     )  # fmt: skip
     if not lines:
-        names = [str(p).removeprefix("From ").replace(" & ", " &<br>") for p in places]
         figure.update_traces(mode="markers").update_layout(scattermode="group", scattergap=0.4)
         figure.for_each_trace(lambda trace: trace.update(offsetgroup=trace.name))
-        figure.update_xaxes(type="category", tickvals=places, ticktext=names)
+        figure.update_xaxes(type="category")
     if len(columns) > 1:  # each column has an axis of its own
         figure.update_yaxes(matches=None, showticklabels=True)
     figure.update_traces(marker_size=8, error_y={"thickness": 1, "width": 2})
@@ -118,12 +117,11 @@ def written_against_change(table: pd.DataFrame, subtitle: str) -> go.Figure:
     known = table[table["removed"].isin(GROUPS[1:4])].dropna(subset=["linear", "change"])
     inside = known["linear"].between(LEAST, MOST) & known["change"].between(LEAST, MOST)
     drawn = known[inside].sample(min(MOST_POINTS, inside.sum()), random_state=0).sort_index()
-    names = drawn["layer"].astype(str) + "/res/" + drawn["feature"].astype(str)
-    ends = drawn["success"].map({0: "still active", 1: "deactivated"})
+    drawn["ends"] = drawn["success"].map({0: "still active", 1: "deactivated"})
     figure = px.scatter(
-        drawn.assign(feature=names, ends=ends), x="linear", y="change", color="removed",
-        symbol="ends", facet_col="removed", hover_name="feature", opacity=0.6, labels=LABELS,
-        range_x=[LEAST, MOST], range_y=[LEAST, MOST], color_discrete_map=COLOUR_OF,
+        drawn, x="linear", y="change", color="removed", symbol="ends", facet_col="removed",
+        hover_data=["layer", "feature"], opacity=0.6, range_x=[LEAST, MOST], range_y=[LEAST, MOST],
+        labels=LABELS, color_discrete_map=COLOUR_OF,
         category_orders={"removed": _groups_in(drawn["removed"])},
         symbol_map={"still active": "circle-open", "deactivated": "circle"},
     )  # fmt: skip

@@ -32,9 +32,7 @@ def draw_targets(
 ) -> "pd.DataFrame":
     """Active residual features at a sample's tokens, at most `per_token` of each (paper A.2).
 
-    Returns:
-        One row a target: `layer`, `feature`, `token_row`, `activation`, and of the token `dataset`,
-        `text`, `position` and `token`.
+    One row a target: `layer`, `feature`, `token_row`, `activation`, and the token's columns.
     """
     import pandas as pd
 
@@ -49,9 +47,8 @@ def draw_targets(
         codes = activations.by_site[Site(layer, "res")].tocoo()
         columns = {"layer": layer, "feature": codes.col, "token_row": codes.row}
         part = pd.DataFrame(columns).astype(np.int64).assign(activation=codes.data.astype(float))
-        part = part.iloc[rng.permutation(len(part))]
-        part = part.groupby("token_row", sort=False).head(per_token)
-        parts.append(part.sort_values(["token_row", "feature"]))
+        part = part.iloc[rng.permutation(len(part))].groupby("token_row", sort=False)
+        parts.append(part.head(per_token).sort_values(["token_row", "feature"]))
     targets = pd.concat(parts, ignore_index=True)
     tokens = with_dataset(activations.tokens)[["dataset", "text", "position", "token"]]
     return targets.join(tokens, on="token_row")
@@ -65,9 +62,7 @@ def sources_of(
 ) -> "pd.DataFrame":
     """Every target's `top_n` matches at each site, with their activation at its token.
 
-    Returns:
-        One row a match: `target` (row of `targets`), `module`, `feature` (the match), `rank`, and
-        `activation`, 0 where it is not active.
+    One row a match: `target` (row of `targets`), `module`, `feature`, `rank`, `activation`.
     """
     backward = matches[matches["direction"] == "backward"]
     if not 1 <= top_n <= (ranks := int(backward["rank"].max())):
@@ -111,17 +106,15 @@ def equal_norm(
 
     Each predecessor is replaced by another feature drawn from those active at the same site and
     token, its activation scaled so that removing it changes what its SAE reads by the same norm,
-    even where that is more than the feature writes.
-
-    Returns:
-        As `active_predecessors`; targets that have no other feature active at a site are left out.
+    even where that is more than it writes. Targets with no other active at a site are left out.
     """
     import torch
 
     predecessors = active_predecessors(sources)
-    check_single("the control", predecessors)
-    rng = np.random.default_rng(seed)
     keys = ["target", "module"]
+    if predecessors.duplicated(keys).any():
+        raise ValueError("the control has several matches at a site: expected one (top-1)")
+    rng = np.random.default_rng(seed)
     sites = predecessors.join(targets[["layer", "token_row"]], on="target")
     others = every_active(sites, activations)
     others = others.merge(predecessors[[*keys, "feature"]], on=keys, suffixes=("", "_own"))
@@ -136,12 +129,6 @@ def equal_norm(
         own, other = (sae.decoder_rows(f).float().norm(dim=1).cpu().numpy() for f in features)
         sites.loc[part.index, "activation"] = part["activation"] * own / other
     return sites.assign(feature=sites["other"])[[*predecessors.columns]]
-
-
-def check_single(method: str, sources: "pd.DataFrame") -> None:
-    """An error if a target has several matches at a site."""
-    if sources.duplicated(["target", "module"]).any():
-        raise ValueError(f"{method} has several matches at a site: expected one (top-1)")
 
 
 def every_active(sites: "pd.DataFrame", activations: FeatureActivations) -> "pd.DataFrame":

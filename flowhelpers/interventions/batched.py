@@ -5,6 +5,7 @@ holds one row for each intervention: of that token where only activations are wa
 rest of the text where the loss is.
 """
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,20 +18,12 @@ from flowhelpers.core.features import Site, predecessor_site
 from flowhelpers.core.machine import free_memory
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.interventions.edits import add_per_row, rescale_per_row
-from flowhelpers.suites.model import (
-    Edit,
-    PromptCache,
-    Tokens,
-    cache_prompt,
-    run_model,
-    token_losses,
-)
+from flowhelpers.suites.model import PromptCache, Tokens, cache_prompt, run_model, token_losses
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from flowhelpers.suites.load import Suite
-    from flowhelpers.suites.saes import SAE
 
 LARGEST_BATCH = 1024  # rows; beyond these a pass only gets longer
 CPU_BUDGET = 2**30
@@ -52,15 +45,14 @@ def intervene(
     changes of a token share a row of a batch.
 
     Args:
-        suite: A model and its SAEs.
-        tokens: The texts.
         cases: One row a case: `text` (row of `tokens`), `position`, `layer` (of the target).
-        edits: One row a feature that is changed: `case` (the case's row number), `module` (of
-            R_{L-1}, M_L or A_L), `feature`, and either `amount`, what is added in units of the
-            decoder row, (r - 1) · a of the clean run; or `r`, with a read live.
+        edits: One row a feature that is changed: `case` (the case's row number), `module`,
+            `feature`, and either `amount`, what is added in units of the decoder row, (r - 1) · a
+            of the clean run; or `r`, with a read live.
         reads: One row a feature that is read: `case`, `layer`, `module`, `feature`.
         loss: Whether the pass goes on to the end of the text and the model, for the loss.
-        batch_size: The most rows in a pass; by default as many as memory allows.
+        batch_size: The most rows in a pass, by default as many as memory allows; halved, with a
+            warning, where a GPU runs out of it.
 
     Returns:
         `reads` with the activations `old`, without edits, and `new`. With `loss` one row a case, in
@@ -71,6 +63,7 @@ def intervene(
         ValueError: If a case has no edit or is at BOS or another special token, an amount is not
             finite, or an edit is lost to rounding.
         RuntimeError: If an edit changed what comes before it.
+        MemoryError: If not even one row fits.
     """
     import pandas as pd
 
@@ -81,13 +74,11 @@ def intervene(
     # Layers share passes, unless their SAEs are not all in memory.
     by = ["text"] if isinstance(suite.saes, dict) else ["layer", "text"]
     most = batch_size or _fitting_rows(suite, tokens.ids.shape[1], loss, reads)
-    within = rows.groupby([*by, "position"]).cumcount()
-    rows["place"] = 1 + within % most  # in the pass; row 0 is without edits
-    rows["pass"] = rows.groupby([*by, "position", within // most]).ngroup()
-    edits_of_pass = edits.merge(rows, on="case").groupby("pass")
-    about = rows[["pass", "place"]].iloc[row_of_case[reads["case"]]].reset_index(drop=True)
-    reads = reads.reset_index(drop=True).assign(old=0.0, new=0.0).join(about)
-    reads_of_pass = reads.groupby("pass")
+    by_token = rows.groupby([*by, "position"])
+    rows = rows.assign(token=by_token.ngroup(), place=by_token.cumcount())
+    of_case = rows[["token", "place"]].iloc[row_of_case[reads["case"]]].reset_index(drop=True)
+    reads = reads.reset_index(drop=True)
+    tables = [t.groupby("token") for t in (edits.merge(rows, on="case"), reads.join(of_case))]
     activations = np.zeros((2, len(reads)), np.float32)
     losses = np.zeros((len(rows), len(LOSSES)), np.float32)
     for _, rows_of_text in progress([*rows.groupby(by)], "interventions"):
@@ -96,33 +87,43 @@ def intervene(
         ids = tokens.ids[text : text + 1, :end]
         logits, prefix = cache_prompt(suite.model, ids)
         early = token_losses(logits[:, :-1], ids[:, 1:])
-        for (number, position), batch in rows_of_text.groupby(["pass", "position"]):
-            rest = ids[:, position : end if loss else position + 1].expand(len(batch) + 1, -1)
-            edits_here = edits_of_pass.get_group(number)
-            reads_here = reads_of_pass.get_group(number)
-            logits, read = _pass(suite, rest, prefix.first(position), edits_here, reads_here, loss)
-            activations[:, reads_here.index] = read
-            if logits is not None:
-                later = token_losses(logits[:, :-1], rest[:, 1:])
-                whole = (early[0, :position].sum() + later.sum(1)) / (end - 1)
-                token = later[:, 0] if later.shape[1] else torch.full_like(whole, torch.nan)
-                both = torch.stack([whole, token], dim=1).cpu().numpy()
-                losses[batch.index] = np.hstack([both[:1].repeat(len(batch), 0), both[1:]])
-    reads = reads.drop(columns=["pass", "place"]).assign(old=activations[0], new=activations[1])
+        for (token, position), rows_at in rows_of_text.groupby(["token", "position"]):
+            start, own = 0, [table.get_group(token) for table in tables]
+            while start < len(rows_at):
+                batch = rows_at.iloc[start : start + most]
+                rest = ids[:, position : end if loss else position + 1].expand(len(batch) + 1, -1)
+                shifted = (table.assign(place=table["place"] + 1 - start) for table in own)
+                changed, read = (t[t["place"].between(1, len(batch))] for t in shifted)
+                try:
+                    logits, codes = _pass(suite, rest, prefix.first(position), changed, read, loss)
+                    later = None if logits is None else token_losses(logits[:, :-1], rest[:, 1:])
+                except torch.OutOfMemoryError as error:
+                    if len(batch) == 1:
+                        raise MemoryError("the device has no room for one intervention") from error
+                    most = len(batch) // 2
+                    told = f"out of memory with {len(batch)} interventions in a pass"
+                    warnings.warn(f"{told}: it goes on with {most}", stacklevel=2)
+                    continue
+                activations[:, read.index] = codes
+                if later is not None:
+                    whole = (early[0, :position].sum() + later.sum(1)) / (end - 1)
+                    token_loss = later[:, 0] if later.shape[1] else whole * torch.nan
+                    both = torch.stack([whole, token_loss], dim=1).cpu().numpy()
+                    losses[batch.index] = np.hstack([both[:1].repeat(len(batch), 0), both[1:]])
+                start += len(batch)
+    reads = reads.assign(old=activations[0], new=activations[1])
     return reads, pd.DataFrame(losses[row_of_case], columns=LOSSES) if loss else None
 
 
 def _fitting_rows(suite: "Suite", length: int, loss: bool, reads: "pd.DataFrame") -> int:
     """How many rows fit in half of the free memory, on a CPU in a GiB at most."""
-    model, device = suite.model, str(suite.model.device)
-    element, own = model.unembedding.element_size(), length if loss else 1
+    model, device, own = suite.model, str(suite.model.device), length if loss else 1
     sites = reads[["layer", "module"]].drop_duplicates().itertuples(index=False)
     encoded = max(suite.sae(Site(*site)).width for site in sites)
-    logits = own * model.unembedding.shape[1] if loss else 0
+    encoded += own * model.unembedding.shape[1] if loss else 0
     stream = 6 * model.layers * length + own * PASS_TENSORS  # keys and values, three times
-    room = free_memory(device) // 2
-    room = room if device.startswith("cuda") else min(room, CPU_BUDGET)
-    of_row = stream * model.d_model * element + 16 * (encoded + logits)  # four tensors of each
+    of_row = stream * model.d_model * model.unembedding.element_size() + 16 * encoded
+    room = min(free_memory(device) // 2, np.inf if device.startswith("cuda") else CPU_BUDGET)
     return int(np.clip(room // of_row, 1, LARGEST_BATCH))
 
 
@@ -150,10 +151,17 @@ def _pass(
     loss: bool,
 ) -> tuple[Tensor | None, np.ndarray]:
     """Logits of one forward pass, and `[2, reads]` what is read in row 0 and in its own row."""
-    changes, first_edit = [], np.full(len(ids), np.inf)
+    changes, first_edit, live = [], np.full(len(ids), np.inf), "amount" not in edits
     for (layer, module), part in edits.groupby(["layer", "module"], sort=False, observed=True):
         sae = suite.sae(predecessor_site(int(layer), str(module)))
-        changes.append(_edit(sae, part))
+        rows, features = torch.tensor(part[["place", "feature"]].to_numpy().T, device=ids.device)
+        size = part["r"] if live else part["amount"]
+        size = torch.tensor(size.to_numpy(np.float32), device=ids.device)
+        if live:
+            changes.append(rescale_per_row(sae, rows, features, size, [0]))
+        else:
+            vectors = size[:, None] * sae.decoder_rows(features).float()
+            changes.append(add_per_row(sae.input_site, rows, vectors, [0]))
         np.minimum.at(first_edit, part["place"].to_numpy(), _order(sae.input_site))
     reads_of_site = reads.groupby(["layer", "module"], observed=True).indices
     saes = {site: suite.sae(Site(int(site[0]), str(site[1]))) for site in reads_of_site}
@@ -178,17 +186,6 @@ def _pass(
         codes = codes.float().cpu().numpy()
         found[:, at] = codes[0, feature], codes[1 + own, feature]
     return logits, found
-
-
-def _edit(sae: "SAE", edits: "pd.DataFrame") -> Edit:
-    device = sae.norms.device
-    rows, features = torch.tensor(edits[["place", "feature"]].to_numpy().T, device=device)
-    live = "amount" not in edits
-    size = torch.tensor(edits["r" if live else "amount"].to_numpy(np.float32), device=device)
-    if live:
-        return rescale_per_row(sae, rows, features, size, [0])
-    vectors = size[:, None] * sae.decoder_rows(features).float()
-    return add_per_row(sae.input_site, rows, vectors, [0])
 
 
 def _order(site: Site) -> int:

@@ -24,9 +24,7 @@ def add(
 ) -> Edit:
     """Steering: `h + s · v` at the site (paper 3.5), by default at all tokens of every pass.
 
-    Raises:
-        ValueError: If the vector is zero or not finite, s is not finite, or no position is given;
-            when it is applied, if the vector has another width than the stream.
+    A vector that is zero, not finite or of another width than the stream is a ValueError.
     """
     _check_finite(site, strength * vector)
     if not vector.any():
@@ -37,26 +35,18 @@ def add(
 def rescale(
     sae: SAE,
     features: Sequence[FeatureId],
-    r: float | Sequence[float],
+    r: float,
     positions: Sequence[int] | None = None,
 ) -> Edit:
     """Rescale features: `h + (r - 1) · a · v` (paper 3.5), a read live from the stream.
 
-    r = 0 removes the features, r = 1 changes nothing. `r` is one factor, or one for each of the
-    features, which are changed at once; `positions` are by default all.
-
-    Raises:
-        ValueError: If a feature belongs to another site, none is given, or r is not finite.
+    r = 0 removes the features, r = 1 changes nothing; all are changed at once.
     """
-    factors = torch.tensor([r] * len(features) if isinstance(r, (int, float)) else r)
-    _check_finite(sae.site, factors)
-    if not len(factors) == len(features) > 0:
-        raise ValueError(f"{len(factors)} factors for {len(features)} features")
-    for feature in features:
-        if feature.site != sae.site:
-            raise ValueError(f"{feature} is no feature of {sae.site}")
+    _check_finite(sae.site, torch.tensor(r))
+    if {feature.site for feature in features} != {sae.site}:
+        raise ValueError(f"expected features of {sae.site}, got {[*map(str, features)]}")
     indices = torch.tensor([feature.index for feature in features], device=sae.norms.device)
-    return _rescaling(sae, indices, lambda codes: factors.to(codes) - 1, positions)
+    return _rescaling(sae, indices, lambda codes: torch.tensor(r - 1).to(codes), positions)
 
 
 def add_per_row(
@@ -117,27 +107,19 @@ def _edit(
     step: Callable[[Tensor], Tensor],
     each_row: bool = False,
 ) -> Edit:
-    """Adds a step at some positions, by default all; one that is lost to rounding is an error.
-
-    Where each row is an edit of its own, each has to change its row; else one token is enough.
-    """
+    """Adds a step at some positions; one that changes no token (of each row) is an error."""
     if positions is not None and not len(positions):
         raise ValueError(f"the edit at {site} names no position: it would reach no token")
 
     def change(activations: Activations) -> Activations:
-        length = activations.shape[1]
-        for position in positions or ():
-            if not -length <= position < length:
-                raise ValueError(
-                    f"the edit at {site} names position {position}: the text has {length} tokens"
-                )
+        length, width = activations.shape[1:]
+        if positions and not -length <= min(positions) <= max(positions) < length:
+            raise ValueError(f"the edit at {site} names {positions}: the text has {length} tokens")
         at = slice(None) if positions is None else list(positions)
         here = activations[:, at]
         added = step(here)
-        if added.shape[-1] != here.shape[-1]:  # a width of 1 would be spread over the whole stream
-            raise ValueError(
-                f"the edit at {site} has width {added.shape[-1]}: expected {here.shape[-1]}"
-            )
+        if (got := added.shape[-1]) != width:  # of 1, it would be spread over the whole stream
+            raise ValueError(f"the edit at {site} has width {got}: expected {width}")
         added = added.expand_as(here)
         changed = activations.clone()
         changed[:, at] = here + added
@@ -145,10 +127,8 @@ def _edit(
         lost = meant & (changed[:, at] == here).all(-1)
         if lost.any() and (each_row or bool((lost == meant).all())):
             size = float(added[lost].float().norm(dim=-1).max())
-            raise ValueError(
-                f"the edit at {site} leaves {int(lost.sum())} tokens as they were: its step of"
-                f" {size:.1g} is lost to rounding in {activations.dtype}"
-            )
+            told = f"the edit at {site} leaves {int(lost.sum())} tokens as they were"
+            raise ValueError(f"{told}: its step of {size:.1g} is lost to rounding")
         return changed
 
     return Edit(site, change)

@@ -51,10 +51,8 @@ def prompt_ids(model: Model, prompt: str, max_new_tokens: int) -> Int[Tensor, "1
     ids = tokenize(model, prompt).ids
     context = model.bridge.cfg.n_ctx
     if ids.shape[1] + max_new_tokens > context:
-        raise ValueError(
-            f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones: {model.name} has a"
-            f" context of {context}"
-        )
+        told = f"a prompt of {ids.shape[1]} tokens and {max_new_tokens} new ones"
+        raise ValueError(f"{told}: {model.name} has a context of {context}")
     return ids
 
 
@@ -80,24 +78,15 @@ def sample_tokens(
 ) -> Int[Tensor, "batch longer"]:
     """Sample tokens for every row of a batch, each with a random stream of its own, by its seed.
 
-    The prompts `ids` have one length. Edits have to treat all positions alike; they act on the
-    tokens of the `phases` (CHOICES 20), with `skip_bos` not on the first. Tokens are drawn from the
-    smallest set of likely ones whose probability reaches `top_p` (nucleus).
-
-    Returns:
-        Prompt and sampled tokens; after its end-of-text token a row means nothing.
-
-    Raises:
-        ValueError: If a setting is out of range.
-        NotFiniteError: If logits are no longer finite.
+    Edits have to treat all positions alike; they act on the tokens of the `phases` (CHOICES 20),
+    with `skip_bos` not on the first. Tokens are drawn from the smallest set of likely ones whose
+    probability reaches `top_p` (nucleus). After its end-of-text token a row means nothing.
     """
     from transformers import DynamicCache
 
     if temperature <= 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or not len(ids):
-        raise ValueError(
-            f"temperature={temperature}, top_p={top_p}, max_new_tokens={max_new_tokens},"
-            f" {len(ids)} samples: expected 0 < top_p <= 1 and more than 0 of the others"
-        )
+        given = f"{temperature=}, {top_p=}, {max_new_tokens=}, {len(ids)} samples"
+        raise ValueError(f"{given}: expected 0 < top_p <= 1 and more than 0 of the others")
     if len(seeds) != len(ids):  # one would be spread over all rows
         raise ValueError(f"{len(seeds)} seeds for {len(ids)} rows")
     if unknown := {*phases} - {*PHASES}:

@@ -138,7 +138,7 @@ REFUSED = {
     "the control has several matches at a site": lambda w: equal_norm(
         w.suite, w.targets, twice(w), w.activations
     ),
-    "cosine has several matches at a site": lambda w: search(w, cosine=twice(w)),
+    "a method has several matches at a site": lambda w: search(w, cosine=twice(w)),
     "no target has a single source": lambda w: search(w, cosine=w.sources.assign(activation=0.0)),
 }
 

@@ -130,8 +130,8 @@ def test_an_edit_lost_to_rounding_is_an_error(toy: Model, planted: Suite, ids: T
             "1/res is given nan: expected finite",
         ),
         (lambda d: edits.rescale(d, [feature(3)], 0.0, []), "at 1/res names no position"),
-        (lambda d: edits.rescale(d, [feature(3)], [0.0, 1.0]), "2 factors for 1 features"),
-        (lambda d: edits.rescale(d, [FeatureId(0, "res", 3)], 0.0), "0/res/3 is no feature of"),
+        (lambda d: edits.rescale(d, [], 0.0), "expected features of 1/res, got"),
+        (lambda d: edits.rescale(d, [FeatureId(0, "res", 3)], 0.0), "1/res, got .'0/res/3'"),
         (lambda d: edits.add(SITE, torch.ones(D), float("nan")), "is given nan"),
         (lambda d: edits.add(SITE, torch.full((D,), torch.nan), 1.0), "is given nan"),
         (lambda d: edits.add(SITE, torch.zeros(D), 1.0), "the vector to add at 1/res is zero"),
@@ -161,9 +161,9 @@ def test_edits_that_make_no_sense_are_refused(
         (lambda d: edits.add(SITE, torch.ones(1), 1.0), f"1/res has width 1: expected {D}"),
         (lambda d: edits.add(SITE, torch.ones(D + 1), 1.0), f"has width {D + 1}: expected {D}"),
         (lambda d: edits.add_per_row(SITE, ONE, torch.ones(1, 1), [0]), "1/res has width 1"),
-        (lambda d: edits.add(SITE, torch.ones(D), 1.0, [99]), r"position 99: the text has \d+"),
-        (lambda d: edits.add_per_row(SITE, ONE, torch.ones(1, D), [-99]), "names position -99"),
-        (lambda d: edits.rescale_per_row(d, ONE, ONE, torch.ones(1), [99]), "names position 99"),
+        (lambda d: edits.add(SITE, torch.ones(D), 1.0, [99]), r"names .99.: the text has \d+"),
+        (lambda d: edits.add_per_row(SITE, ONE, torch.ones(1, D), [-99]), "names .-99."),
+        (lambda d: edits.rescale_per_row(d, ONE, ONE, torch.ones(1), [99]), "names .99."),
     ],
 )
 def test_an_edit_that_misses_the_stream_is_an_error(
