@@ -115,7 +115,7 @@ def write_gemma_2(root: Path, features: int, wide: Mapping[str, str]) -> Written
     tensors = gemma_weights(config)
     second = {name for name in tensors if ".layers.1." in name or name == "model.norm.weight"}
     write_shards(model, [tensors.keys() - second, second], tensors)
-    write_gemma_tokenizer(folder)
+    write_gemma_tokenizer(model)
     paths: dict[str, dict[str, str]] = {}
     for module in MODULES:
         release = f"gemma-scope-2b-pt-{module}"
