@@ -5,6 +5,8 @@ forward pass. `targets`, `sources` and `predecessors` are tables of `targets.py`
 `edits` those of `ablation_cases`; `tokens` are the texts of the sample.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -30,17 +32,16 @@ READS = ["case", "layer", "module", "feature"]
 
 
 def ablation_cases(
-    targets: "pd.DataFrame",
-    predecessors: "pd.DataFrame",
+    targets: pd.DataFrame,
+    predecessors: pd.DataFrame,
     r: Sequence[float] = (0.0,),
     subsets: bool = False,
     activation: Literal["clean", "live"] = "clean",
-) -> "tuple[pd.DataFrame, pd.DataFrame]":
-    """Cases that rescale all of a target's predecessors, or those of every subset of their sites.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Cases that rescale a target's predecessors; with `subsets` those of every set of sites.
 
-    Several predecessors at one site go together; a factor `r` of 0 removes. With `subsets` every
-    non-empty subset of the sites is a case (Figures 8 and 15 b). The activation that is rescaled is
-    that of the clean run, or the live one, after the edits at earlier sites (CHOICES 9).
+    A factor `r` of 0 removes (Figures 8 and 15 b). The activation that is rescaled is that of the
+    clean run, or the live one, after the edits at earlier sites (CHOICES 9).
 
     Returns:
         Cases: `target`, `group`, `removed` (the group of the edited sites), `r`. Edits: `case`,
@@ -60,9 +61,8 @@ def ablation_cases(
         for factor in r
     ]
     plan = pd.DataFrame(plans, columns=["group", "removed", "r"])
-    cases = pd.DataFrame({"target": targets.index, "group": groups_of(targets, predecessors)})
-    cases = cases.astype({"group": str}).merge(plan, on="group")
-    cases = cases.sort_values("target", kind="stable", ignore_index=True)
+    cases = groups_of(targets, predecessors).rename_axis("target").astype(str).reset_index()
+    cases = cases.merge(plan, on="group").sort_values("target", kind="stable", ignore_index=True)
     edits = cases.assign(case=cases.index, module=cases["removed"].map(modules_of))
     edits = edits.explode("module").merge(predecessors, on=["target", "module"])
     edits = edits.assign(amount=(edits["r"] - 1) * edits["activation"])
@@ -71,8 +71,8 @@ def ablation_cases(
 
 
 def concat_methods(
-    parts: "Mapping[str, tuple[pd.DataFrame, pd.DataFrame]]",
-) -> "tuple[pd.DataFrame, pd.DataFrame]":
+    parts: Mapping[str, tuple[pd.DataFrame, pd.DataFrame]],
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Cases and edits of several methods as one table each; cases bear their `method`."""
     import pandas as pd
 
@@ -84,14 +84,14 @@ def concat_methods(
 
 
 def deactivate(
-    suite: "Suite",
-    tokens: "Tokens",
-    targets: "pd.DataFrame",
-    cases: "pd.DataFrame",
-    edits: "pd.DataFrame",
-    sources: "pd.DataFrame | None" = None,
+    suite: Suite,
+    tokens: Tokens,
+    targets: pd.DataFrame,
+    cases: pd.DataFrame,
+    edits: pd.DataFrame,
+    sources: pd.DataFrame | None = None,
     loss: bool = False,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """What is left of each target after its case's edits, all in one forward pass (paper A.2).
 
     Returns:
@@ -121,7 +121,7 @@ def deactivate(
     if predecessors is not None:
         is_active = read["new"].to_numpy()[len(cases) :] > 0
         active = predecessors.assign(target=predecessors["case"])[is_active]
-        table["after"] = groups_of(cases, active).add_categories([OFF])
+        table["after"] = groups_of(cases, active).cat.add_categories([OFF])
         table.loc[table["new"] <= 0, "after"] = OFF
         table.loc[table["old"] <= 0, "after"] = None
     if losses is not None:
@@ -131,13 +131,13 @@ def deactivate(
     return table
 
 
-def _with_change(table: "pd.DataFrame") -> "pd.DataFrame":
+def _with_change(table: pd.DataFrame) -> pd.DataFrame:
     known = table["old"].where(table["old"] > 0)
     success = (table["new"] == 0).astype(float).where(known.notna())
     return table.assign(change=1 - (table["new"] / known).astype(float), success=success)
 
 
-def _written(suite: "Suite", targets: "pd.DataFrame", edits: "pd.DataFrame") -> np.ndarray:
+def _written(suite: Suite, targets: pd.DataFrame, edits: pd.DataFrame) -> np.ndarray:
     """How much of each case's target its edits take away in a linear reading."""
     import torch
 
@@ -158,13 +158,13 @@ def _written(suite: "Suite", targets: "pd.DataFrame", edits: "pd.DataFrame") -> 
 
 
 def downstream_effects(
-    suite: "Suite",
-    tokens: "Tokens",
-    targets: "pd.DataFrame",
-    cases: "pd.DataFrame",
-    edits: "pd.DataFrame",
-    matches: "pd.DataFrame",
-) -> "pd.DataFrame":
+    suite: Suite,
+    tokens: Tokens,
+    targets: pd.DataFrame,
+    cases: pd.DataFrame,
+    edits: pd.DataFrame,
+    matches: pd.DataFrame,
+) -> pd.DataFrame:
     """What is left in the layers above: does the model repair it (CHOICES 35)?
 
     A target's descendant one layer up is its best forward match, the next is that one's, and so on.
@@ -194,18 +194,11 @@ def downstream_effects(
 
 
 def success_rates(
-    table: "pd.DataFrame",
-    by: Sequence[str],
-    tokens: "pd.DataFrame",
-    times: int = TIMES,
-    seed: int = 0,
-) -> "pd.DataFrame":
+    table: pd.DataFrame, by: Sequence[str], tokens: pd.DataFrame, times: int = TIMES, seed: int = 0
+) -> pd.DataFrame:
     """Successful deactivations and activation change, with intervals (paper A.2; CHOICES 10, 11).
 
-    Returns:
-        One row for each value of the columns `by`: `n`, `inactive` (targets that were not active,
-        not among the n), `success`, `change` and, if the table has it, `loss_change`, with `_low`
-        and `_high` of `times` resamples of the texts of `tokens`.
+    `n` are active targets, `inactive` the others; the intervals are over the texts of `tokens`.
     """
     columns = [c for c in ("success", "change", "loss_change") if c in table]
     rates = mean_intervals(table, columns, by, tokens, times, seed)
@@ -214,20 +207,20 @@ def success_rates(
     return rates.assign(n=rates["n"] - rates["inactive"])
 
 
-def common_targets(table: "pd.DataFrame") -> "pd.DataFrame":
+def common_targets(table: pd.DataFrame) -> pd.DataFrame:
     """The rows of targets for which every method has a case (CHOICES 10)."""
     methods = table.groupby("target")["method"].nunique()
     return table[table["target"].map(methods) == table["method"].nunique()]
 
 
 def table_1(
-    suite: "Suite",
-    tokens: "Tokens",
-    targets: "pd.DataFrame",
-    by_method: "Mapping[str, pd.DataFrame]",
+    suite: Suite,
+    tokens: Tokens,
+    targets: pd.DataFrame,
+    by_method: Mapping[str, pd.DataFrame],
     activations: FeatureActivations,
     all_sites: bool = False,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Single matches against the best of all active candidates (Table 1; CHOICES 13, 34).
 
     A target's site is where a method finds its only predecessor; other targets are left out. A

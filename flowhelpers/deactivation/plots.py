@@ -18,22 +18,17 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-PANELS = {
+NAMES = {
     "success": "successful deactivations",
-    "change": "activation change, mean of 1 − new / old",
+    "change": "activation change, 1 − new / old",
     "loss_change": "relative change of the loss",
     "share": "share of targets",
-}
-LABELS = {
+    "linear": "change by what is written",
     "group": "where the target has predecessors",
     "layer": "layer of the target",
     "r": "r, the factor",
     "above": "layers above the target",
-    "linear": "change by what is written",
-    "change": "activation change",
-    "share": "share of cases",
-    "value": "",
-}
+} | dict.fromkeys(["value", "removed"], "")
 METHODS = ("random", "permutation", "top-1", "top-5", "pearson", CONTROL)
 METHOD_COLOURS = (GREY, "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", INK)
 COLOUR_OF = GROUP_COLOURS | {OFF: "#882255"} | dict(zip(METHODS, METHOD_COLOURS, strict=True))
@@ -64,16 +59,16 @@ def rate_panels(
     for column in columns:
         value = rates[column]
         high, low = (rates.get(f"{column}_{end}", value) for end in ("high", "low"))
-        panel = PANELS[column] + ends
+        panel = NAMES[column] + ends
         parts.append(rates.assign(panel=panel, value=value, up=high - value, down=value - low))
-    panels = [PANELS[column] + end for end in ends.unique() for column in columns]
+    panels = [NAMES[column] + end for end in ends.unique() for column in columns]
     table = pd.concat(parts).dropna(subset="value").query("n > 0").sort_values(x, kind="stable")
     across = len(columns) if len(columns) > 1 else 3
     places = _groups_in(table[x]) or sorted({*table[x]})
     figure = px.line(
         table, x=x, y="value", color=series, symbol=series, markers=True,
         error_y="up", error_y_minus="down", facet_col="panel", facet_col_wrap=across,
-        facet_row_spacing=0.15, facet_col_spacing=0.07, labels=LABELS,
+        facet_row_spacing=0.15, facet_col_spacing=0.07, labels=NAMES,
         category_orders={x: places, series: ORDER, "panel": panels},
         color_discrete_map=COLOUR_OF, symbol_map=GROUP_MARKS,
         hover_data={"panel": False, "n": ":,", "value": ":.2%"},
@@ -84,51 +79,40 @@ def rate_panels(
         figure.update_xaxes(type="category")
     if len(columns) > 1:  # each column has an axis of its own
         figure.update_yaxes(matches=None, showticklabels=True)
-    figure.update_traces(marker_size=8, error_y={"thickness": 1, "width": 2})
     figure.update_yaxes(tickformat=".2~%", rangemode="tozero", zeroline=True, zerolinecolor=GREY)
     return finish(figure, title, subtitle, 245 + 335 * -(-len(panels) // across))
 
 
 def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
-    """Groups of targets once some of their predecessors are removed, or that they are off (15 b).
-
-    Of `shares` within each `group` and `removed`, one row an `after`, with `n`.
-    """
+    """Figure 15 b: groups of targets once some of their predecessors are removed."""
     shares = shares.query("n > 0").astype({"group": str, "after": str})
     groups = _groups_in(shares["group"])
     figure = px.bar(
         shares, x="share", y="removed", color="after", orientation="h",
         facet_col="group", facet_col_wrap=2, facet_row_spacing=0.08, facet_col_spacing=0.25,
-        hover_data=["n"], labels=LABELS, color_discrete_map=COLOUR_OF,
+        hover_data=["n"], labels=NAMES, color_discrete_map=COLOUR_OF,
         category_orders={"group": groups, "after": ORDER},
     )  # fmt: skip
     figure.update_yaxes(matches=None, showticklabels=True, categoryorder="category descending")
-    figure.update_yaxes(title="", showgrid=False)
     figure.update_xaxes(tickformat=".0%", range=[0, 1])
     title = "What becomes of a feature whose predecessors are removed"
     return finish(figure, title, subtitle, 345 + 100 * len(groups)).update_layout(margin_l=160)
 
 
 def written_against_change(table: pd.DataFrame, subtitle: str) -> go.Figure:
-    """What a removal itself writes away, against the activation change, case by case.
-
-    Cases of `deactivate` at a single site are drawn, at most 4,000 of those within the axes.
-    """
+    """What a removal at a single site writes away, against the activation change, case by case."""
     known = table[table["removed"].isin(GROUPS[1:4])].dropna(subset=["linear", "change"])
     inside = known["linear"].between(LEAST, MOST) & known["change"].between(LEAST, MOST)
     drawn = known[inside].sample(min(MOST_POINTS, inside.sum()), random_state=0).sort_index()
-    drawn["ends"] = drawn["success"].map({0: "still active", 1: "deactivated"})
     figure = px.scatter(
-        drawn, x="linear", y="change", color="removed", symbol="ends", facet_col="removed",
+        drawn, x="linear", y="change", color="removed", facet_col="removed",
         hover_data=["layer", "feature"], opacity=0.6, range_x=[LEAST, MOST], range_y=[LEAST, MOST],
-        labels=LABELS, color_discrete_map=COLOUR_OF,
+        labels=NAMES, color_discrete_map=COLOUR_OF,
         category_orders={"removed": _groups_in(drawn["removed"])},
-        symbol_map={"still active": "circle-open", "deactivated": "circle"},
     )  # fmt: skip
     dotted = {"type": "line", "line": {"dash": "dot", "width": 1}, "row": "all", "col": "all"}
     figure.add_shape(x0=LEAST, y0=LEAST, x1=MOST, y1=MOST, **dotted)
     subtitle += f" · {len(drawn):,} of {len(known):,} cases drawn, {(~inside).sum():,} outside"
-    subtitle += "; dotted: as much as is written"
     return finish(figure, "What is written against what happens", subtitle, 600)
 
 

@@ -4,6 +4,8 @@ A target is an active residual feature at one token. Its sources are its matches
 A_L; those that are active at that token are its predecessors.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,7 +31,7 @@ def middle_layers(layers: int) -> list[int]:
 
 def draw_targets(
     activations: FeatureActivations, layers: Sequence[int], per_token: int = 25, seed: int = 0
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """Active residual features at a sample's tokens, at most `per_token` of each (paper A.2).
 
     One row a target: `layer`, `feature`, `token_row`, `activation`, and the token's columns.
@@ -55,11 +57,8 @@ def draw_targets(
 
 
 def sources_of(
-    targets: "pd.DataFrame",
-    matches: "pd.DataFrame",
-    activations: FeatureActivations,
-    top_n: int = 1,
-) -> "pd.DataFrame":
+    targets: pd.DataFrame, matches: pd.DataFrame, activations: FeatureActivations, top_n: int = 1
+) -> pd.DataFrame:
     """Every target's `top_n` matches at each site, with their activation at its token.
 
     One row a match: `target` (row of `targets`), `module`, `feature`, `rank`, `activation`.
@@ -82,26 +81,27 @@ def sources_of(
     return sources[["target", "module", "feature", "rank", "activation"]]
 
 
-def active_predecessors(sources: "pd.DataFrame") -> "pd.DataFrame":
+def active_predecessors(sources: pd.DataFrame) -> pd.DataFrame:
     """The sources that are active at their target's token: its predecessors there."""
     return sources[sources["activation"] > 0].reset_index(drop=True)
 
 
-def groups_of(targets: "pd.DataFrame", predecessors: "pd.DataFrame") -> "pd.Categorical":
-    """The group of each target, by where it has a predecessor."""
+def groups_of(targets: pd.DataFrame, predecessors: pd.DataFrame) -> pd.Series:
+    """The `group` of each target, by where it has a predecessor."""
     import pandas as pd
 
     counts = pd.crosstab(predecessors["target"], predecessors["module"])
-    return group_names(counts.reindex(index=targets.index, columns=list(MODULES), fill_value=0) > 0)
+    counts = counts.reindex(index=targets.index, columns=list(MODULES), fill_value=0)
+    return pd.Series(group_names(counts > 0), targets.index, name="group")
 
 
 def equal_norm(
-    suite: "Suite",
-    targets: "pd.DataFrame",
-    sources: "pd.DataFrame",
+    suite: Suite,
+    targets: pd.DataFrame,
+    sources: pd.DataFrame,
     activations: FeatureActivations,
     seed: int = 0,
-) -> "pd.DataFrame":
+) -> pd.DataFrame:
     """The control that the paper lacks: other active features, same norm of change (CHOICES 33).
 
     Each predecessor is replaced by another feature drawn from those active at the same site and
@@ -116,9 +116,8 @@ def equal_norm(
         raise ValueError("the control has several matches at a site: expected one (top-1)")
     rng = np.random.default_rng(seed)
     sites = predecessors.join(targets[["layer", "token_row"]], on="target")
-    others = every_active(sites, activations)
-    others = others.merge(predecessors[[*keys, "feature"]], on=keys, suffixes=("", "_own"))
-    by_site = others[others["feature"] != others["feature_own"]].groupby(keys, sort=False)
+    others = every_active(sites.assign(own=sites["feature"]), activations)
+    by_site = others[others["feature"] != others["own"]].groupby(keys, sort=False)
     drawn = by_site["feature"].agg(lambda features: rng.choice(np.sort(features)))
     sites = sites.join(drawn.rename("other"), on=keys)
     alone = sites.loc[sites["other"].isna(), "target"]
@@ -131,7 +130,7 @@ def equal_norm(
     return sites.assign(feature=sites["other"])[[*predecessors.columns]]
 
 
-def every_active(sites: "pd.DataFrame", activations: FeatureActivations) -> "pd.DataFrame":
+def every_active(sites: pd.DataFrame, activations: FeatureActivations) -> pd.DataFrame:
     """All features that are active at the `layer`, `module` and `token_row` of each `target`."""
     import pandas as pd
 
@@ -140,5 +139,5 @@ def every_active(sites: "pd.DataFrame", activations: FeatureActivations) -> "pd.
         at_site = activations.by_site[predecessor_site(int(layer), str(module))]
         codes = at_site[part["token_row"].to_numpy()].tocoo()
         columns = {"feature": codes.col, "activation": codes.data}
-        parts.append(part[["target", "module"]].iloc[codes.row].assign(**columns))
+        parts.append(part.iloc[codes.row].assign(**columns))
     return active_predecessors(pd.concat(parts))

@@ -46,7 +46,7 @@ def rescale(
     if {feature.site for feature in features} != {sae.site}:
         raise ValueError(f"expected features of {sae.site}, got {[*map(str, features)]}")
     indices = torch.tensor([feature.index for feature in features], device=sae.norms.device)
-    return _rescaling(sae, indices, lambda codes: torch.tensor(r - 1).to(codes), positions)
+    return _rescaling(sae, indices, lambda codes: torch.tensor(r).to(codes) - 1, positions)
 
 
 def add_per_row(

@@ -67,7 +67,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     found.targets = draw_targets(found.activations, [1])
     found.sources = sources_of(found.targets, found.matches, found.activations)
     found.predecessors = active_predecessors(found.sources)
-    found.groups = pd.Series(groups_of(found.targets, found.predecessors), found.targets.index)
+    found.groups = groups_of(found.targets, found.predecessors)
     found.cases = ablation_cases(found.targets, found.predecessors)
     return found
 

@@ -146,18 +146,6 @@ def test_an_edit_lost_to_rounding_is_an_error(toy: Model, planted: Suite, ids: T
             lambda d: edits.rescale_per_row(d, ONE, ONE, torch.tensor([torch.inf])),
             "1/res is given inf",
         ),
-    ],
-)
-def test_edits_that_make_no_sense_are_refused(
-    planted: Suite, make: Callable[[SAE], Edit], message: str
-):
-    with pytest.raises(ValueError, match=message):
-        make(planted.sae(SITE))
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
         (lambda d: edits.add(SITE, torch.ones(1), 1.0), f"1/res has width 1: expected {D}"),
         (lambda d: edits.add(SITE, torch.ones(D + 1), 1.0), f"has width {D + 1}: expected {D}"),
         (lambda d: edits.add_per_row(SITE, ONE, torch.ones(1, 1), [0]), "1/res has width 1"),
@@ -166,7 +154,7 @@ def test_edits_that_make_no_sense_are_refused(
         (lambda d: edits.rescale_per_row(d, ONE, ONE, torch.ones(1), [99]), "names .99."),
     ],
 )
-def test_an_edit_that_misses_the_stream_is_an_error(
+def test_edits_that_make_no_sense_or_miss_the_stream_are_errors(
     planted: Suite, ids: Tensor, make: Callable[[SAE], Edit], message: str
 ):
     with pytest.raises(ValueError, match=message):

@@ -112,24 +112,6 @@ def test_edits_act_in_the_phases_asked_for_as_in_passes_over_the_whole_text(
     assert not torch.equal(sampled, sample_tokens(planted.model, ids, [0, 1, 2], 12, top_p=0.8))
 
 
-def test_each_pass_after_the_first_reads_one_token(toy: Model):
-    ids = tokenize(toy, PROMPT).ids
-    n, seen = ids.shape[1], []
-
-    def watch(activations: Tensor) -> Tensor:
-        seen.append(activations.shape[1])
-        return activations
-
-    watched = [Edit(Site(1, "res"), watch)]
-    for phases, skip_bos, lengths in (
-        (PHASES[0], False, [n, 1, 1]), (PHASES[0], True, [n - 1, 1, 1]),
-        (PHASES[1], False, [n]), (PHASES[2], False, [1, 1]),
-    ):  # fmt: skip
-        seen.clear()
-        sample_tokens(toy, ids, [0], 3, edits=watched, phases=phases, skip_bos=skip_bos)
-        assert seen == lengths
-
-
 def test_each_row_has_its_own_edit_and_its_own_stream(toy: Model):
     site, ids = Site(2, "res"), tokenize(toy, PROMPT).ids
     vector = 1e4 * toy.unembedding[:, 200]
