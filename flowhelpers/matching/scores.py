@@ -89,7 +89,7 @@ def dominant_module(classes: "pd.DataFrame") -> "pd.Series":
     scores = {m: classes[f"s_{m}"] for m in MODULES[1:] if f"s_{m}" in classes}
     high = {m: score.where(score > classes[f"high_{m}"]) for m, score in scores.items()}
     table = pd.DataFrame(high, classes.index, dtype=float).dropna(how="all")
-    return table.idxmax(axis=1).reindex(classes.index)
+    return table.idxmax(axis=1).astype(object).reindex(classes.index)  # of none, no numbers
 
 
 def check_threshold(value: float, name: str) -> None:
