@@ -136,7 +136,7 @@ def checked(
         own_loss = float(loss[case.position]) if case.position < len(loss) else np.nan
         expected = [float(clean_loss.mean()), float(loss.mean()), own_loss]
         given = losses.loc[i, ["loss_before", "loss_after", "token_loss_after"]].tolist()
-        assert given == pytest.approx(expected, abs=1e-4, nan_ok=True)
+        assert given == pytest.approx(expected, abs=1e-5, nan_ok=True)
     return read
 
 
