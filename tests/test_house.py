@@ -17,7 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # On the way to 11,000 lines, 7,500 of them code, and 15,000 of tests.
-LINES, CODE_LINES, FILE_LINES, TEST_LINES, FLOORS = 14_300, 9_250, 350, 18_900, 6
+LINES, CODE_LINES, FILE_LINES, TEST_LINES, FLOORS = 11_300, 7_500, 350, 16_300, 6
 
 
 def lines_of(paths: list[Path]) -> int:

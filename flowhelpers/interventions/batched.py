@@ -168,7 +168,8 @@ def _pass(
     # What comes before an edit is read as well, to see that it stays as it was.
     layers = edits["layer"].unique().tolist()
     earlier = [Site(at, m) for layer in layers for at, m in ((layer - 1, "res"), (layer, "att"))]
-    wanted = {*(sae.input_site for sae in saes.values()), *earlier}
+    wanted = {*(sae.input_site for sae in saes.values())}
+    wanted |= {site for site in earlier if site.layer >= 0}
     last = max(site.layer for site in (*wanted, *(change.site for change in changes)))
     logits, stream = run_model(suite.model, ids, wanted, changes, None if loss else last, prefix)
     for site, activations in stream.items():

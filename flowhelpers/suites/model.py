@@ -20,7 +20,7 @@ from flowhelpers.core.machine import fitting_threads
 HOOKS = {
     "pre": "blocks.{layer}.hook_resid_pre",
     "res": "blocks.{layer}.hook_resid_post",
-    "mlp": "blocks.{layer}.hook_mlp_out",
+    "mlp": "blocks.{layer}.hook_mlp_out",  # after the norm behind the MLP, where there is one
     "att": "blocks.{layer}.hook_attn_out",
     "z": "blocks.{layer}.attn.hook_z",  # the heads' outputs, side by side, before W_O
 }
