@@ -138,7 +138,7 @@ def _with_change(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _written(suite: Suite, targets: pd.DataFrame, edits: pd.DataFrame) -> np.ndarray:
-    """How much of each case's target its edits take away in a linear reading."""
+    """First-order estimate of how much the edits lower each target's pre-activation."""
     import torch
 
     taken = np.zeros(len(targets))

@@ -188,14 +188,14 @@ def significance_intervals(
 
 
 def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
-    """Of Figure 4 each score where its own module is active: a row a score, `AB`, `AO`, `IB`."""
+    """Figure 4 where score and module match: a row for each score, columns `AB`, `AO`, `IB`."""
     shares = class_shares(tests)
     own = shares[shares["score"] == "s_" + shares["module"]]
     return own.pivot(index="score", columns="pair", values="share").loc[[*SCORES]]
 
 
 def scores_by_activity(found: Occurrences) -> "pd.DataFrame":
-    """How each module's score parts the occurrences with an active predecessor from the others.
+    """How well each score separates occurrences with an active predecessor from the others.
 
     One row a score: its medians, and the rank-biserial correlation `effect`; layer 0 is left out.
     """

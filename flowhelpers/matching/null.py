@@ -34,9 +34,8 @@ def null_cosines(
 ) -> Float[Tensor, "draws"]:
     """Best cosines of targets into randomly rotated copies of the source: what chance gives.
 
-    As many rotations are pooled, up to 16, as bring the number of draws about; rows of zeros are
-    left out. The seed is of the rotations, and of the choice of targets where there are more than
-    `draws`.
+    Pools as many rotations, 16 at most, as `draws` cosines need; rows of zeros are left out. The
+    seed is of the rotations, and of the choice of targets where there are more than `draws`.
     """
     rows = torch.nonzero((target != 0).any(dim=1)).flatten()
     if not len(rows):
@@ -67,7 +66,7 @@ def _rotation(d: int, seed: int) -> Tensor:
 def cached_null(
     chooser: "SAE", other: "SAE", seed: int, device: str | None, cache: Path | None
 ) -> Float[Tensor, "draws"]:
-    """Best cosines of one side by chance, sorted; kept on disk, as methods share them."""
+    """The sorted null distribution of best cosines, on disk: several matchers use it."""
     import pandas as pd
 
     def compute() -> "pd.DataFrame":

@@ -182,7 +182,7 @@ def load_plan(path: str | Path) -> Plan:
 
 
 def plan_edits(suite: "Suite", plans: Sequence[Plan | SteeringVectors | None]) -> list[Edit]:
-    """Plans as edits of a batch, an equal share of whose rows each has, at every token."""
+    """Plans as edits of one batch, at every token; its rows are split equally among them."""
     adds: dict[Site, list[tuple[int, Tensor]]] = {}
     factors: dict[Site, list[tuple[int, int, float]]] = {}
     for number, plan in enumerate(plans):
@@ -210,7 +210,7 @@ def _for_rows(
     make_edit: Callable[..., Edit], at: Any, site: Site, n_plans: int, numbers: Sequence[int],
     *values: Tensor,
 ) -> Edit:  # fmt: skip
-    """An edit by row, each of whose values holds for all rows of the plan with its number."""
+    """A per-row edit: each value is applied to every row of the plan with its number."""
 
     @cache
     def of_batch(n_rows: int) -> Edit:
