@@ -72,7 +72,7 @@ def intervene(
         raise ValueError("a case is at BOS or a special token: expected tokens of the text")
     row_of_case, rows = _distinct(cases, edits)
     # Layers share passes, unless their SAEs are not all in memory.
-    by = ["text"] if isinstance(suite.saes, dict) else ["layer", "text"]
+    by = ["text"] if getattr(suite.saes, "all_fit", True) else ["layer", "text"]
     most = batch_size or _fitting_rows(suite, tokens.ids.shape[1], loss, reads)
     by_token = rows.groupby([*by, "position"])
     rows = rows.assign(token=by_token.ngroup(), place=by_token.cumcount())

@@ -31,6 +31,7 @@ class OnDemand(UserDict[Site, Any]):
 
     def __init__(self, sites: Iterable[Site], load: "Callable[[Site], SAE]", kept: int):
         super().__init__(dict.fromkeys(sites, lru_cache(maxsize=kept)(load)))
+        self.all_fit = kept >= len(self.data)
 
     def __getitem__(self, site: Site) -> "SAE":
         return self.data[site](site)
