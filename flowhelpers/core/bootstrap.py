@@ -52,7 +52,7 @@ def mean_intervals(
         found = grouped.size().rename("n").reset_index()
     else:
         cell, found = np.zeros(len(table), dtype=int), pd.DataFrame({"n": [len(table)]})
-    text, drawn = _text_of(tokens, table), resamples(tokens, times, seed)
+    text, drawn = text_rows(tokens, table), resamples(tokens, times, seed)
     for column in columns:
         values = table[column].to_numpy(float)
         there = ~np.isnan(values)
@@ -64,30 +64,26 @@ def mean_intervals(
         total = counts.sum(axis=0)
         whole = np.full(len(found), np.nan)
         found[column] = np.divide(sums.sum(axis=0), total, out=whole, where=total > 0)
-        spread = _middle(means) if drawn.shape[1] > 1 else np.full((2, len(found)), np.nan)
+        spread = interval(means) if drawn.shape[1] > 1 else np.full((2, len(found)), np.nan)
         found[f"{column}_low"], found[f"{column}_high"] = spread
     return found
 
 
-def _quantiles(values: np.ndarray, *at: float) -> np.ndarray:
-    """Quantiles of each column, a row each; missing where no resample has a value."""
-    found = np.full((len(at), values.shape[1]), np.nan)
-    there = ~np.isnan(values).all(axis=0)
-    found[:, there] = np.nanquantile(values[:, there], at, axis=0)
-    return found
-
-
-def _middle(values: np.ndarray) -> np.ndarray:
-    """The least and the greatest of the middle 95 % of each column."""
-    return _quantiles(values, (1 - LEVEL) / 2, (1 + LEVEL) / 2)
+def interval(values: np.ndarray) -> np.ndarray:
+    """The ends of the middle 95 % of each column; missing where no resample has a value."""
+    ends = np.full((2, values.shape[1]), np.nan)
+    known = ~np.isnan(values).all(axis=0)
+    quantiles = (1 - LEVEL) / 2, (1 + LEVEL) / 2
+    ends[:, known] = np.nanquantile(values[:, known], quantiles, axis=0)
+    return ends
 
 
 def _texts(tokens: "pd.DataFrame") -> "pd.DataFrame":
     return tokens[["dataset", "text"]].drop_duplicates().reset_index(drop=True)
 
 
-def _text_of(tokens: "pd.DataFrame", table: "pd.DataFrame") -> np.ndarray:
-    """The place of each row's text among `_texts`."""
+def text_rows(tokens: "pd.DataFrame", table: "pd.DataFrame") -> np.ndarray:
+    """Of each row of a table, the place of its text in `resamples`."""
     texts = _texts(tokens)
     if texts["text"].duplicated().any():
         raise ValueError("texts of several datasets share numbers: expected each number once")

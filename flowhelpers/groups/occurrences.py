@@ -140,8 +140,9 @@ def group_names(active: "Mapping[str, np.ndarray] | pd.DataFrame") -> "pd.Catego
     """The group of each row, by whether a predecessor is active at `res`, `mlp` and `att`."""
     import pandas as pd
 
-    place = np.array([0, 1, 2, 4, 3, 5, 6, 7])  # among GROUPS; RES counts 1, MLP 2, ATT 4
-    bits = sum(np.asarray(active[m]).astype(int) << bit for bit, m in enumerate(MODULES))
+    bit = {module: 1 << place for place, module in enumerate(MODULES)}
+    place = np.argsort([sum(bit[module] for module in modules_of(group)) for group in GROUPS])
+    bits = sum(np.asarray(active[module]).astype(int) * bit[module] for module in MODULES)
     return pd.Categorical.from_codes(place[bits], categories=list(GROUPS))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.core.bootstrap import TIMES, _middle, _text_of, mean_intervals, resamples
+from flowhelpers.core.bootstrap import TIMES, interval, mean_intervals, resamples, text_rows
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, complete_layers
 
@@ -84,7 +84,7 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     import pandas as pd
 
     table = complete_layers(found.table)
-    text = _text_of(found.tokens, table)
+    text = text_rows(found.tokens, table)
     drawn = progress(resamples(found.tokens, times, seed), "resamples")
     values = np.stack([group_transition(table[counts[text] > 0]).ravel() for counts in drawn])
     share = group_transition(table).ravel()
@@ -92,7 +92,7 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     unique = table.drop_duplicates(["layer", "feature", "group"])["group"].value_counts(sort=False)
     rows = pd.DataFrame({"features": np.repeat(unique.to_numpy(), len(GROUPS))}, index=pairs)
     shift = share - pd.DataFrame(values).median().to_numpy()
-    low, high = _middle(values)
+    low, high = interval(values)
     low, high = np.maximum(low + shift, 0), np.minimum(high + shift, 1)
     return rows.assign(share=share, low=low, high=high).reset_index()
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowhelpers.core.bootstrap import TIMES, _middle, _text_of, resamples
+from flowhelpers.core.bootstrap import TIMES, interval, resamples, text_rows
 from flowhelpers.core.features import MODULES
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, complete_layers
@@ -170,7 +170,7 @@ def significance_intervals(
     row = groups.ngroup().to_numpy() if unique else np.arange(len(table))
     first = np.unique(row, return_index=True)[1]
     cells, by_pair = _cells(table.iloc[first]), []
-    text = _text_of(found.tokens, table)
+    text = text_rows(found.tokens, table)
     for counts in progress(resamples(found.tokens, times, seed), "resamples"):
         weights = np.bincount(row, counts[text], len(first))
         weights = np.minimum(weights, 1) if unique else weights
@@ -180,10 +180,10 @@ def significance_intervals(
         share = np.divide(passed, made, out=np.full(made.shape, np.nan), where=made > 0)
         by_pair.append(share.ravel())
     classes, pairs = class_shares(tests), pair_shares(tests)
-    pairs["low"], pairs["high"] = _middle(np.stack(by_pair))
+    pairs["low"], pairs["high"] = interval(np.stack(by_pair))
     of_resamples = pairs[["score", "first", "second"]].join(pd.DataFrame(by_pair).T)
     means = _by_class(of_resamples)[[*range(times)]].mean().to_numpy()
-    classes["low"], classes["high"] = _middle(means.T)
+    classes["low"], classes["high"] = interval(means.T)
     return classes, pairs
 
 

@@ -128,6 +128,8 @@ def _prepare(source: Tensor, first: int, quick: torch.dtype, device: torch.devic
 def _rounded(units: Tensor, quick: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows in the quick type, and the norm of what rounding took from each."""
     rough = units.to(quick)
+    if quick is units.dtype:
+        return rough, units.new_zeros(len(units))
     parts = zip(units.split(1024), rough.split(1024), strict=True)
     return rough, torch.cat([(a - b).norm(dim=1) for a, b in parts])
 

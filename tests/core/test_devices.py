@@ -50,7 +50,7 @@ def is_marked(tensor: Tensor) -> bool:
 
 def place(tensor: Tensor, on_gpu: bool = True) -> None:
     """A tensor is said to lie on the GPU."""
-    setattr(tensor, "on_gpu", on_gpu)  # noqa: B010
+    vars(tensor)["on_gpu"] = on_gpu
 
 
 class Marked(TorchFunctionMode):

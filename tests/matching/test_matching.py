@@ -256,7 +256,7 @@ def test_every_thing_that_a_table_depends_on_makes_another(
     assert len(computed) == before + 3 + 8
 
 
-@pytest.mark.parametrize("harm", ["truncated", "empty", "not parquet", "one bit"])
+@pytest.mark.parametrize("harm", ["truncated", "empty", "other", "not parquet", "one bit"])
 def test_a_file_that_is_not_what_it_should_be_is_made_again(
     cache: Path, computed: list[int], harm: str
 ):
@@ -266,6 +266,7 @@ def test_a_file_that_is_not_what_it_should_be_is_made_again(
     harmed = {
         "truncated": content[: len(content) // 2],
         "empty": b"",
+        "other": files[1].read_bytes(),
         "not parquet": b"PAR1 of sorts",
         "one bit": content[:600] + bytes([content[600] ^ 1]) + content[601:],
     }

@@ -270,7 +270,7 @@ def widen(folder: Path) -> None:
 def test_a_broken_folder_is_named(saved: Path, spoil: Callable[[Path], Any], message: str):
     spoil(saved)
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        load(saved).lens_sae  # noqa: B018
+        assert load(saved).lens_sae
 
 
 @pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
