@@ -1,5 +1,6 @@
 """The experiments of 5.2, on a model of which every answer is known."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 import toys
 from adder import ALL, ATT, COPY, MLP, OTHER, SUM
 
-from flowhelpers.activations.sparse import collect
+from flowhelpers.activations.sampling import draw_sample
+from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.bootstrap import resamples
 from flowhelpers.core.features import MODULES, Site, predecessor_site
 from flowhelpers.deactivation import (
@@ -31,6 +33,7 @@ from flowhelpers.deactivation import (
 )
 from flowhelpers.deactivation.ablation import OFF
 from flowhelpers.interventions.edits import add
+from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model, logits_of, tokenize
 
@@ -409,3 +412,16 @@ def test_layers_in_the_middle_are_spread_over_the_depth():
     for layers, expected in ((26, [6, 12, 18]), (32, [8, 16, 24]), (2, [1])):  # 26 as in the paper
         assert middle_layers(layers) == expected
     assert all(0 < layer < n for n in range(2, 40) for layer in middle_layers(n))
+
+
+def test_a_target_of_layer_0_has_predecessors_in_its_modules_alone(planted: Suite, tmp_path: Path):
+    sample = draw_sample(planted.model, {"here": toys.TEXTS[:2]}, 5)
+    activations = read_sample(planted, sample, tmp_path)
+    targets = draw_targets(activations, [0])
+    sources = sources_of(targets, match_table(planted, k=1), activations)
+    assert set(sources["module"]) == {"mlp", "att"}
+    cases, edits = ablation_cases(targets, active_predecessors(sources))
+    table = deactivate(planted, sample.ids, targets, cases, edits)
+    own = targets.loc[table["target"], "activation"].to_numpy()
+    assert table["old"].to_numpy() == pytest.approx(own, abs=1e-5)
+    assert (table["new"] != table["old"]).any()
