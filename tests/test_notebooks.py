@@ -19,7 +19,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from answers import NOTEBOOKS as FOLDER, write_answered
+from answers import NOTEBOOKS as FOLDER
+from answers import write_answered
 from judge_server import JudgeServer, scores
 
 from flowhelpers.core.features import FeatureId, parse_feature

@@ -36,17 +36,9 @@ def cached_table(
 ) -> "pd.DataFrame":
     """A table from disk, or computed and put there, whole or not at all.
 
-    A file that cannot be read is made again, with a warning.
-
-    Args:
-        kind: The folder's name within the cache.
-        key: All that the table depends on.
-        compute: Makes the table.
-        folder: Of the cache; `cache_folder()` unless given.
-        version: Of how such tables are computed.
-
-    Raises:
-        OSError: If the folder cannot be written to, before anything is computed.
+    `key` is all that it depends on, `version` how tables of this `kind` are computed. A file that
+    cannot be read is made again, with a warning. An OSError comes before anything is computed if
+    the folder, `cache_folder()` unless given, cannot be written to.
     """
     import pyarrow.parquet as parquet
     from pyarrow import ArrowException, Table

@@ -58,6 +58,12 @@ def _parts(text: str, what: str, form: str, pattern: str) -> tuple[str, ...]:
     return match.groups()
 
 
+def check_choice(what: str, given: str, valid: Iterable[str]) -> None:
+    """A ValueError that names the nearest valid value where what is given is not one of them."""
+    if given not in (valid := list(valid)):
+        raise ValueError(f"unknown {what} {given!r}{suggestion(given, valid)}")
+
+
 def suggestion(given: str, valid: Iterable[str]) -> str:
     """The end of an error message: the nearest valid name, if one is near, and all of them."""
     names = list(valid)
@@ -80,8 +86,7 @@ def predecessor_sites(site: Site) -> dict[str, Site]:
 
 def predecessor_site(layer: int, module: str) -> Site:
     """Where the predecessor of a feature of `layer` lies: R_{L-1}, M_L or A_L."""
-    if module not in MODULES:
-        raise ValueError(f"unknown module {module!r}{suggestion(module, MODULES)}")
+    check_choice("module", module, MODULES)
     if module == "res" and layer == 0:
         raise ValueError("layer 0 has no predecessor in the stream: expected mlp or att")
     return Site(layer - (module == "res"), module)

@@ -1,29 +1,21 @@
-from .files import (
-    load_graph as load_graph,
-    save_graph as save_graph,
-    to_attribution_graph as to_attribution_graph,
-)
-from .graph import (
-    FlowGraph as FlowGraph,
-    ancestors as ancestors,
-    descendants as descendants,
-    flow_graph as flow_graph,
-    keep_nodes as keep_nodes,
-    labelled as labelled,
-    layer_by_layer as layer_by_layer,
-    path as path,
-    turns as turns,
-)
-from .lifespans import (
-    feature_lifespans as feature_lifespans,
-    flow_by_layer as flow_by_layer,
-    funnels as funnels,
-)
-from .plots import (
-    before_after as before_after,
-    births_and_deaths as births_and_deaths,
-    flow_picture as flow_picture,
-    lifespan_map as lifespan_map,
-    schematic as schematic,
-)
+from .files import load_graph as load_graph
+from .files import save_graph as save_graph
+from .files import to_attribution_graph as to_attribution_graph
+from .graph import FlowGraph as FlowGraph
+from .graph import ancestors as ancestors
+from .graph import descendants as descendants
+from .graph import flow_graph as flow_graph
+from .graph import keep_nodes as keep_nodes
+from .graph import labelled as labelled
+from .graph import layer_by_layer as layer_by_layer
+from .graph import path as path
+from .graph import turns as turns
+from .lifespans import feature_lifespans as feature_lifespans
+from .lifespans import flow_by_layer as flow_by_layer
+from .lifespans import funnels as funnels
+from .plots import before_after as before_after
+from .plots import births_and_deaths as births_and_deaths
+from .plots import flow_picture as flow_picture
+from .plots import lifespan_map as lifespan_map
+from .plots import schematic as schematic
 from .svg import flow_svg as flow_svg

@@ -1,20 +1,19 @@
-from .cosine import top_k_cosine as top_k_cosine, unit_rows as unit_rows
-from .null import NULL_QUANTILE as NULL_QUANTILE, null_cosines as null_cosines, rotated as rotated
-from .plots import (
-    against_chance as against_chance,
-    agreement_map as agreement_map,
-    classes_by_layer as classes_by_layer,
-    scores_by_layer as scores_by_layer,
-    share_above_null as share_above_null,
-)
-from .scores import (
-    CLASSES as CLASSES,
-    agreement as agreement,
-    best_matches as best_matches,
-    check_threshold as check_threshold,
-    classify as classify,
-    dominant_module as dominant_module,
-    feature_scores as feature_scores,
-    transition as transition,
-)
+from .cosine import top_k_cosine as top_k_cosine
+from .cosine import unit_rows as unit_rows
+from .null import NULL_QUANTILE as NULL_QUANTILE
+from .null import null_cosines as null_cosines
+from .null import rotated as rotated
+from .plots import against_chance as against_chance
+from .plots import agreement_map as agreement_map
+from .plots import classes_by_layer as classes_by_layer
+from .plots import scores_by_layer as scores_by_layer
+from .plots import share_above_null as share_above_null
+from .scores import CLASSES as CLASSES
+from .scores import agreement as agreement
+from .scores import best_matches as best_matches
+from .scores import check_threshold as check_threshold
+from .scores import classify as classify
+from .scores import dominant_module as dominant_module
+from .scores import feature_scores as feature_scores
+from .scores import transition as transition
 from .table import match_table as match_table

@@ -49,8 +49,6 @@ def top_k_cosine(
     (CHOICES 3).
 
     Args:
-        target: Directions to be matched, one a row.
-        source: Directions to choose from, one a row.
         memory: Bytes to use beside input and answer; 512 MiB on a CPU and 2 GiB on a GPU unless
             given. A block of one target and 64 sources is the least.
         device: Where to compute, and where blocks are brought; that of `target` unless given.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flowhelpers.core.cache import cached_table
 from flowhelpers.core.directions import unit_rows
-from flowhelpers.core.features import Site, predecessor_sites, suggestion
+from flowhelpers.core.features import Site, check_choice, predecessor_sites
 from flowhelpers.core.machine import check_device
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.matching.matchers import (
@@ -95,8 +95,7 @@ def match_table(
     """
     import pandas as pd
 
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}{suggestion(method, METHODS)}")
+    check_choice("method", method, METHODS)
     if method != "permutation" and (weights != "decoder" or folded):
         raise ValueError(f"method={method!r}: weights and folded are for 'permutation' alone")
     if (method == "pearson") != (texts is not None):

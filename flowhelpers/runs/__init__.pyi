@@ -1,15 +1,6 @@
-from .execute import resume as resume, run_notebooks as run_notebooks
-from .parameters import (
-    NOTEBOOKS as NOTEBOOKS,
-    find_notebooks as find_notebooks,
-    inspect as inspect,
-    notebooks_folder as notebooks_folder,
-    plan as plan,
-)
-from .run import (
-    RUNS as RUNS,
-    Run as Run,
-    check as check,
-    environment as environment,
-    start_run as start_run,
-)
+from .execute import resume as resume
+from .parameters import plan as plan
+from .run import Run as Run
+from .run import check as check
+from .run import environment as environment
+from .run import start_run as start_run

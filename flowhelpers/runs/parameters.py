@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowhelpers.core.features import suggestion
+from flowhelpers.core.features import check_choice, suggestion
 from flowhelpers.core.files import DATA
 
 NOTEBOOKS = "FLOWHELPERS_NOTEBOOKS"  # a folder of notebooks to use in place of the package's own
@@ -130,8 +130,7 @@ def plan(
 
 def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
-        if name not in known:
-            raise ValueError(f"unknown parameter {name!r}{suggestion(name, sorted(known))}")
+        check_choice("parameter", name, sorted(known))
 
 
 def _preset(preset: str) -> dict[str, dict[str, Any]]:
@@ -141,8 +140,7 @@ def _preset(preset: str) -> dict[str, dict[str, Any]]:
     path = notebooks_folder() / "presets.yaml"
     presets = (yaml.safe_load(path.read_text("utf-8")) if path.exists() else None) or {}
     known = sorted({name for by_name in presets.values() for name in by_name})
-    if preset not in known:
-        raise ValueError(f"unknown preset {preset!r}{suggestion(preset, known)}")
+    check_choice("preset", preset, known)
     return {stem: by_name[preset] or {} for stem, by_name in presets.items() if preset in by_name}
 
 

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from flowhelpers.activations.corpora import load_texts, passages, subjects
+from flowhelpers.core.features import check_choice
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.steering.plans import check_choice
 from flowhelpers.suites.model import Model, logits_of, token_losses, tokenize
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, Field, ValidationError
 
 from flowhelpers.core.cache import DiskCache, cache_folder, key_of
+from flowhelpers.core.features import check_choice
 from flowhelpers.core.files import DATA
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.steering.plans import check_choice
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,7 +1,7 @@
 """Steering by features over many layers: plans, their schedules and their edits (paper 3.5, B)."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flowhelpers.activations.preflight import preflight_once
-from flowhelpers.core.features import FeatureId, Site, parse_feature, suggestion
+from flowhelpers.core.features import FeatureId, Site, check_choice, parse_feature
 from flowhelpers.core.files import write_text
 from flowhelpers.flow.graph import FlowGraph
 from flowhelpers.interventions.edits import add_per_row, rescale_per_row
@@ -27,12 +27,6 @@ if TYPE_CHECKING:
 
 STRATEGIES = ("single", "constant", "exponential", "linear")
 SteeringVectors = Mapping[Site, Tensor]  # what is added to the stream, by hook point
-
-
-def check_choice(name: str, value: str, valid: Iterable[str]) -> None:
-    """Raises a ValueError with the nearest valid value where `value` is not one of them."""
-    if value not in (valid := list(valid)):
-        raise ValueError(f"unknown {name} {value!r}{suggestion(value, valid)}")
 
 
 @dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
@@ -117,15 +111,10 @@ def make_plan(
     first to that one (paper B.1, B.2); without a `layer` it is the last of the features.
 
     Args:
-        suite: Where the features are.
         features: A flow graph, all of whose nodes are steered, or features.
         strength: s, or r for `rescale`, which is the same at all layers.
         kind: As `unit`, in `Plan`.
-        strategy: One of `STRATEGIES`.
-        layer: The layer, or the last one.
-        unit: The unit of s.
         max_activation: Of each feature by its name, for the unit `max`.
-        about: A description.
         of_schedule: `alpha`, `end_strength` and `from_start` of `schedule`.
 
     Raises:

@@ -8,14 +8,13 @@ import torch
 from flowhelpers.activations.corpora import subjects
 from flowhelpers.activations.preflight import preflight_once
 from flowhelpers.activations.sparse import FeatureActivations
-from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.core.features import FeatureId, Site, check_choice
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.interventions.edits import add_per_row
 from flowhelpers.interventions.generation import prompt_ids
 from flowhelpers.labels.describe import logit_lens, subject_scores
 from flowhelpers.steering.judge_embedded import EmbeddedJudge, embedded_judge
 from flowhelpers.steering.judge_endpoint import EndpointJudge
-from flowhelpers.steering.plans import check_choice
 from flowhelpers.suites.model import Model, cache_prompt, run_model
 
 if TYPE_CHECKING:

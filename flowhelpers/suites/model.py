@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from flowhelpers.core.features import Site, suggestion
+from flowhelpers.core.features import Site, check_choice
 from flowhelpers.core.machine import fitting_threads
 
 HOOKS = {
@@ -118,8 +118,7 @@ class Tokens:
 
 def hook_name(model: Model, site: Site) -> str:
     """The name of the hook at a site; a ValueError if the model has no such layer or module."""
-    if site.module not in HOOKS:
-        raise ValueError(f"unknown module {site.module!r}{suggestion(site.module, HOOKS)}")
+    check_choice("module", site.module, HOOKS)
     if not 0 <= site.layer < model.layers:
         raise ValueError(f"no layer {site.layer} in {model.name}: expected 0 to {model.layers - 1}")
     return HOOKS[site.module].format(layer=site.layer)

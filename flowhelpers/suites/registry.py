@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from flowhelpers.core.features import MODULES, Site, parse_site, suggestion
+from flowhelpers.core.features import MODULES, Site, check_choice, parse_site, suggestion
 from flowhelpers.core.files import DATA, read_json
 
 if TYPE_CHECKING:
@@ -187,8 +187,8 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
     if not isinstance(row, dict) or not isinstance(row.get("saes"), dict) or "model" not in row:
         raise ValueError("expected the key model, and saes with an SAE for each site or module")
     valid = [field.name for field in fields(SuiteRow) if field.name != "folder"]
-    for key in row.keys() - valid:
-        raise ValueError(f"unknown key {key!r}{suggestion(key, valid)}")
+    for key in row:
+        check_choice("key", str(key), valid)
     model, config = str(row["model"]), {}
     if folder and (folder / model).exists():
         model = str(folder / model)

@@ -49,12 +49,9 @@ def bars(figures: Mapping[str, float], folder: Path | None) -> pd.DataFrame:
 def measured_bars(
     suite: str, training: Path | None = None, write: bool = False
 ) -> dict[str, pd.DataFrame]:
-    """Measure a suite: its `bars`, by the text they were measured on.
+    """Measure a suite, by name or folder: its `bars`, by the text they were measured on.
 
-    Args:
-        suite: A name or folder.
-        training: The folder of its training, whose held-out rows are then used as well.
-        write: Whether to write `card.json` into the suite's folder.
+    Held-out rows of a `training` folder are used as well; `write` puts a `card.json` in the suite.
     """
     folder = find_suite(suite).folder
     if write and folder is None:
