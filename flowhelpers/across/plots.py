@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SUITE_COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", INK]
 VALUES = ["share", "low", "high"]
-DEPTH = {"range": [-0.04, 1.04], "tickformat": ".2~f"}
+DEPTH = {"tickformat": ".2~f"}  # a fixed range would keep plotly.js from fitting the y axes
 
 
 def by_depth(

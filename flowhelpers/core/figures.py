@@ -20,7 +20,7 @@ CLASS_COLOURS = {
     "newborn": "#CC79A7",
     "unexplained": GREY,
 }
-MARGIN = {"l": 75, "r": 20, "t": 90, "b": 50}
+MARGIN = {"l": 75, "r": 20, "t": 100, "b": 50}
 AXIS = {"showgrid": False, "zeroline": False, "linecolor": "#BBBBBB", "ticks": "outside"}
 TEMPLATE = go.layout.Template(
     layout={

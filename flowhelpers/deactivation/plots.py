@@ -10,7 +10,7 @@ from flowhelpers.core.figures import GREY, INK
 from flowhelpers.deactivation.ablation import OFF
 from flowhelpers.deactivation.targets import CONTROL
 from flowhelpers.groups.occurrences import GROUPS
-from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS, finish
+from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS, TICKS, finish
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,10 +77,14 @@ def rate_panels(
         figure.update_traces(mode="markers").update_layout(scattermode="group", scattergap=0.4)
         figure.for_each_trace(lambda trace: trace.update(offsetgroup=trace.name))
         figure.update_xaxes(type="category")
+    if x == "group":
+        figure.update_xaxes(TICKS)
     if len(columns) > 1:  # each column has an axis of its own
         figure.update_yaxes(matches=None, showticklabels=True)
     figure.update_yaxes(tickformat=".2~%", rangemode="tozero", zeroline=True, zerolinecolor=GREY)
-    return finish(figure, title, subtitle, 245 + 335 * -(-len(panels) // across))
+    height = 265 + 335 * -(-len(panels) // across)
+    finish(figure, title, subtitle, height, 30 if x == "group" else 0)
+    return figure.update_layout(margin_t=130)  # for panel titles of two lines
 
 
 def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:

@@ -35,7 +35,12 @@ PAIR_NAMES = {
     "IB": "IB: module active in neither",
 }
 ERRORS = {"error_y": "above", "error_y_minus": "below"}
-TWO_LINES = {"labelalias": {g: g.replace(" & ", " &<br>", 1) for g in GROUPS}, "tickangle": 0}
+SHORT = {group: group.removeprefix("From ").replace(" & ", " &<br>") for group in GROUPS}
+TICKS: Any = {
+    "tickangle": 0,
+    "labelalias": SHORT,
+    "title_standoff": 6,
+}  # of an axis with the groups
 BY_GROUP: Any = {
     "color": "group",
     "color_discrete_map": GROUP_COLOURS,
@@ -44,12 +49,12 @@ BY_GROUP: Any = {
 MARKED: Any = BY_GROUP | {"symbol": "group", "symbol_map": GROUP_MARKS}
 
 
-def finish(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
+def finish(figure: go.Figure, title: str, subtitle: str, height: int, room: int = 0) -> go.Figure:
     """The look of all figures, for one of plotly express: panels bear values as titles."""
     for panel in figure.layout.annotations:
         panel.text = escape(panel.text.replace("layer=", "layer ").split("=", 1)[-1])
     figure.update_layout(legend_title_text="")
-    return legend_below(dress(figure, title, subtitle, height))
+    return legend_below(dress(figure, title, subtitle, height), room)
 
 
 def with_errors(shares: pd.DataFrame) -> pd.DataFrame:
@@ -137,7 +142,7 @@ def group_bars(
     marks.data[0].showlegend = True
     figure.add_traces(marks.data)
     figure.update_layout(scattermode="group", scattergap=0.2, bargap=0.2)
-    figure.update_xaxes(TWO_LINES, title="").update_yaxes(tickformat=".0%", rangemode="tozero")
+    figure.update_xaxes(TICKS, title="").update_yaxes(tickformat=".0%", rangemode="tozero")
     return finish(figure, "Where active features come from", subtitle, 470)
 
 
@@ -178,7 +183,7 @@ def transition_heatmap(rows: pd.DataFrame, subtitle: str) -> go.Figure:
     rows = rows.assign(first=[f"{r.first} ({r.features:,})" for r in rows.itertuples()], panel="")
     labels = {"x": "of the features seen in the group on the left, those also seen in this"}
     figure = _heatmaps(rows, rows["first"].unique(), GROUPS, ".0%", color="share", **labels)
-    figure.update_xaxes(TWO_LINES)
+    figure.update_xaxes(TICKS)
     return finish(figure, "Do features stay in their group?", subtitle, 560)
 
 
