@@ -585,7 +585,7 @@ def rescaled(
     changes = {feature.site: push(feature, amount) for feature, amount in edits.items()}
     before, (logits, after) = plain_pass(ids, target.site)[1], plain_pass(ids, target.site, changes)
     old, new = (lens_sae(target.site).encode(read[at])[target.index] for read in (before, after))
-    return float(old), float(new), logits
+    return old.item(), new.item(), logits
 
 
 def predecessors_by_hand(
