@@ -20,7 +20,8 @@ import torch
 import toys
 import yaml
 from hub import Hub
-from hub_files import PYTHIA, pythia_weights, random_sae, sae_releases, shrink
+from hub_families import HOOKS, read_sae, read_tensors
+from hub_files import PYTHIA, shrink
 from transformers import Gemma3ForCausalLM
 
 from flowhelpers.core.features import FeatureId, Site
@@ -311,7 +312,7 @@ def test_a_suite_by_name_is_fetched_as_far_as_it_is_needed_and_once(
     files = hub_here.fetched("/resolve/")
     assert sum(path.endswith("sae_weights.safetensors") for path in files) == 18
     assert not [path for path in files if path.startswith(f"/{PYTHIA}")]
-    _check_pythia(suite)
+    _check_pythia(suite, hub_here.root)
     files = hub_here.fetched("/resolve/")
     assert len(files) == len(set(files))
     weights = [path for path in files if path.endswith("model.safetensors")]
@@ -342,25 +343,20 @@ def test_a_release_that_sae_lens_alone_can_read_is_loaded_by_it(
         assert torch.equal(sae.encode(x), own.sae(site).encode(x))
 
 
-def _check_pythia(suite: Suite) -> None:
+def _check_pythia(suite: Suite, root: Path) -> None:
     """Weights, directions, encoder and tokens are what lies on the hub."""
-    planted = pythia_weights()
-    embed = planted["gpt_neox.embed_in.weight"].astype(np.float32)
-    assert np.array_equal(suite.model.bridge.W_E, embed)
+    planted = read_tensors(root / "models" / PYTHIA / "model.safetensors")
+    assert np.array_equal(suite.model.bridge.W_E, planted["gpt_neox.embed_in.weight"])
     assert suite.layers == 6
-    hooks: dict[str, str] = dict(zip(("res", "mlp", "att"), sae_releases(), strict=True))
     assert len(suite.saes) == 18
     for site, sae in suite.saes.items():
-        lens_sae = random_sae(
-            hooks[site.module], f"blocks.{site.layer}.{toys.HOOK_ENDS[site.module]}"
-        )
+        hook = HOOKS[site.module].format(layer=site.layer)
+        lens_sae = read_sae(root, {"release": f"{NAME}-{site.module}-sm", "id": hook})
         rows = lens_sae["W_dec"] / np.linalg.norm(lens_sae["W_dec"], axis=1, keepdims=True)
         assert np.allclose(sae.directions, rows, atol=1e-6)
         x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
-        codes = np.maximum(
-            (x.numpy() - lens_sae["b_dec"]) @ lens_sae["W_enc"] + lens_sae["b_enc"], 0
-        )
-        assert np.allclose(sae.encode(x), codes, atol=1e-5)
+        before = (x.numpy() - lens_sae["b_dec"]) @ lens_sae["W_enc"] + lens_sae["b_enc"]
+        assert np.allclose(sae.encode(x), np.maximum(before, 0), atol=1e-5)
     tokens = tokenize(suite.model, ["The cat", "a"])
     bos = suite.model.tokenizer.bos_token_id
     assert tokens.ids[:, 0].tolist() == [bos, bos]
@@ -368,7 +364,7 @@ def _check_pythia(suite: Suite) -> None:
     assert not tokens.is_text[tokens.ids == bos].any()
     # The final norm has a bias here: it is not what the feature writes.
     direction = suite.sae("3/res").directions[7]
-    gain = torch.from_numpy(planted["gpt_neox.final_layer_norm.weight"].astype(np.float32))
+    gain = torch.from_numpy(planted["gpt_neox.final_layer_norm.weight"])
     centred = direction - direction.mean()
     normed = gain * centred / (centred.square().mean() + 1e-5).sqrt()
     logits = normed @ suite.model.unembedding
