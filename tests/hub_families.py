@@ -248,7 +248,22 @@ def write_gemma_scope_2(root: Path, size: str = "270m") -> None:
     The width of z is 128. The loader of sae-lens reads the width from the file, so that files of
     16k may be small. `size` is `270m`, or `4b`, which is multimodal.
     """
-    write_gemma_3_multimodal(root) if size == "4b" else write_gemma_3(root)
+    if size == "4b":
+        write_gemma_3_multimodal(root)
+    else:
+        folder = root / "models" / GEMMA_3
+        config = _gemma_3_text_config() | {
+            "architectures": ["Gemma3ForCausalLM"],
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "_sliding_window_pattern": 6,
+            "torch_dtype": "bfloat16",
+            "layer_types": ["sliding_attention"] * LAYERS,
+        }
+        write_json(folder / "config.json", config)
+        write_tensors(folder / "model.safetensors", gemma_weights(config), "bfloat16")
+        write_gemma_tokenizer(folder)
     release, sae_id = f"gemma-scope-2-{size}-pt-{{module}}-all", "layer_{layer}_width_16k_l0_big"
     write_saes(root, release, sae_id, partial(_write_gemma_3_sae, f"gemma-v3-{size}-pt"))
 
@@ -271,23 +286,6 @@ def _write_gemma_3_sae(model: str, folder: Path, module: str, layer: int) -> Non
     tensors = {name.replace("W_", "w_"): array for name, array in arrays.items()}
     write_json(folder / "config.json", config)
     write_tensors(folder / "params.safetensors", tensors)
-
-
-def write_gemma_3(root: Path) -> None:
-    """`google/gemma-3-270m` alone, in bfloat16."""
-    folder = root / "models" / GEMMA_3
-    config = _gemma_3_text_config() | {
-        "architectures": ["Gemma3ForCausalLM"],
-        "bos_token_id": 2,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "_sliding_window_pattern": 6,
-        "torch_dtype": "bfloat16",
-        "layer_types": ["sliding_attention"] * LAYERS,
-    }
-    write_json(folder / "config.json", config)
-    write_tensors(folder / "model.safetensors", gemma_weights(config), "bfloat16")
-    write_gemma_tokenizer(folder)
 
 
 def write_gemma_3_multimodal(root: Path) -> str:
@@ -322,11 +320,9 @@ def write_gemma_3_multimodal(root: Path) -> str:
         f"vision_tower.vision_model.{name.removeprefix('vision_model.')}": array
         for name, array in model_weights(vision, {"": 0.1}, kind="AutoModel").items()
     }
-    for name, shape in (
-        ("input_projection_weight", (32, D_MODEL)),
-        ("soft_emb_norm.weight", (32,)),
-    ):
-        tensors[f"multi_modal_projector.mm_{name}"] = _normal(_generator(name), shape, 0.1)
+    top, rng = "multi_modal_projector.mm", _generator("projector")
+    tensors[f"{top}_input_projection_weight"] = _normal(rng, (32, D_MODEL), 0.1)
+    tensors[f"{top}_soft_emb_norm.weight"] = _normal(rng, (32,), 0.1)
     write_shards(folder, [tensors.keys() - language, language], tensors)
     images = {
         "do_normalize": True,
