@@ -196,9 +196,10 @@ def shrink(patch: "pytest.MonkeyPatch", suite: str, **sizes: int) -> None:
     """Make a registered suite as small as its files on the loopback hub: `layers`, `d_model`."""
     from flowhelpers.suites import registry
 
+    rows = registry.registered()  # kept from here on, so that what is put back is the true row
     row = {**registry._table()[suite], **sizes}
     patch.setitem(registry._table(), suite, row)
-    patch.setitem(registry.registered(), suite, registry._row(suite, row))
+    patch.setitem(rows, suite, registry._row(suite, row))
 
 
 def _parts(texts: list[str], count: int) -> list[list[str]]:

@@ -409,16 +409,9 @@ def test_gemma_s_mlp_is_read_after_its_norm(gemma_suite: Suite):
     tokens = tokenize(gemma_suite.model, TEXTS)
     kept: dict[str, torch.Tensor] = {}
     block = gemma_suite.model.bridge.original_model.model.layers[1]
-
-    def keep(name: str) -> Any:
-        def hook(module: Any, given: Any, output: torch.Tensor) -> None:
-            kept[name] = output.detach()
-
-        return hook
-
     hooks = [
-        block.mlp.register_forward_hook(keep("raw")),
-        block.post_feedforward_layernorm.register_forward_hook(keep("after")),
+        part.register_forward_hook(lambda *call, name=name: kept.update({name: call[2].detach()}))
+        for name, part in (("raw", block.mlp), ("after", block.post_feedforward_layernorm))
     ]
     _, read = run_model(gemma_suite.model, tokens.ids, read=[Site(1, "mlp")])
     for hook in hooks:

@@ -156,12 +156,10 @@ def said_to_be_of(folder: Path, to: Path, **about: Any) -> str:
 def test_saes_of_different_models_are_refused(
     planted_folder: Path, toy_folder: Path, tmp_path: Path
 ):
+    planted = planted_folder / "0-res"
     sources = {
-        site: said_to_be_of(planted_folder / "0-res", tmp_path / site.replace("/", "-"), **about)
-        for site, about in {
-            "0/res": {"model_name": "google/gemma-2-2b"},
-            "1/res": {"model_name": "gpt2-small"},
-        }.items()
+        "0/res": said_to_be_of(planted, tmp_path / "0", model_name="google/gemma-2-2b"),
+        "1/res": said_to_be_of(planted, tmp_path / "1", model_name="gpt2-small"),
     }
     write(tmp_path, {"name": "mine", "model": str(toy_folder), "saes": sources})
     message = "suite mine: its SAEs are of different models: 0/res of gemma-2-2b, 1/res of"
@@ -223,13 +221,11 @@ def test_a_suite_that_does_not_fit_is_refused_before_anything_is_fetched(
 def test_a_model_that_does_not_fit_is_refused_when_it_is_asked_for(
     hub_here: Hub, tiny_pythia: str, monkeypatch: pytest.MonkeyPatch
 ):
-    suite = load_suite(NAME)
-    free = SimpleNamespace(available=2**28)
     with monkeypatch.context() as patch:
-        patch.setattr(psutil, "virtual_memory", lambda: free)
-        poor = load_suite(NAME)
+        patch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**28))
+        suite = load_suite(NAME)
         with pytest.raises(MemoryError, match=rf"model of suite {NAME} needs 0\.4 GiB in float32"):
-            assert poor.model
+            assert suite.model
     assert suite.model.d_model == 64
 
 
