@@ -170,7 +170,7 @@ def write_pythia(root: Path) -> str:
 
 
 def write_saes(root: Path) -> None:
-    """Every SAE of the three pythia releases of sae-lens, with 96 features."""
+    """The SAEs at all layers of the three pythia releases of sae-lens, with 96 features."""
     hub_families.write_saes(root, "pythia-70m-deduped-{module}-sm", "{hook}", _write_sae, layers=6)
 
 
