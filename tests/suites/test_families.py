@@ -77,6 +77,8 @@ SMALL = {
     "gemma-3-4b-pt": {"layers": 2, "d_model": 64, "d_att": 128, "model_parameters": 100_000},
 }
 
+AFTER_W_O = ("pythia-70m-deduped", "llama-3.1-8b", "gpt2-small")  # whose att SAEs read the stream
+
 
 @pytest.fixture(scope="module")
 def written(hub: Hub, pythia: str) -> None:
@@ -145,12 +147,14 @@ def test_a_family_goes_the_whole_way_and_again_with_the_network_off(
 @pytest.mark.parametrize("name", SMALL)
 def test_directions_are_the_decoder_s_rows_at_unit_norm_whatever_the_file(name: str, small: Hub):
     suite = load_suite(name)
-    for site in (Site(0, "res"), Site(1, "mlp")):
+    sites = [Site(0, "res"), Site(1, "mlp"), Site(1, "att")]
+    for site in sites if name in AFTER_W_O else sites[:2]:
         arrays = read_sae(small.root, suite.row.saes[site])
         stored = next(arrays[key] for key in ("W_dec", "w_dec", "decoder.weight") if key in arrays)
         decoder = stored.T if "decoder.weight" in arrays else stored
         rows = decoder / np.linalg.norm(decoder, axis=1, keepdims=True)
         found = suite.sae(site)
+        assert found.input_site == site
         assert np.allclose(found.directions, rows, atol=1e-6)
         assert found.directions.dtype == torch.float32
         # What a feature writes for one unit of its activation, decoder alone and the whole agree.
