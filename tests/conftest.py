@@ -12,6 +12,8 @@ from jaxtyping import install_import_hook
 install_import_hook("flowhelpers", "checks.checked")
 
 if TYPE_CHECKING:
+    from types import SimpleNamespace
+
     from transformers import Gemma3ForCausalLM
 
     from flowhelpers.suites.load import Suite
@@ -83,6 +85,14 @@ def plain_toy(toy_folder: Path) -> "Gemma3ForCausalLM":
     from transformers import Gemma3ForCausalLM
 
     return Gemma3ForCausalLM.from_pretrained(toy_folder, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> "SimpleNamespace":
+    """The adder's suite, texts, activations and match table."""
+    import adder
+
+    return adder.world(tmp_path_factory.mktemp("adder"))
 
 
 @pytest.fixture(scope="session")

@@ -65,8 +65,8 @@ BUILT = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    found = adder.world(tmp_path_factory.mktemp("adder"))
+def world(world: SimpleNamespace) -> SimpleNamespace:
+    found = SimpleNamespace(**vars(world))
     found.targets = draw_targets(found.activations, [1])
     found.sources = sources_of(found.targets, found.matches, found.activations)
     found.predecessors = active_predecessors(found.sources)

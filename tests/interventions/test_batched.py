@@ -5,7 +5,6 @@ from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-import adder
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,11 +43,6 @@ def flowlet() -> SimpleNamespace:
     suite = load_suite("flowlet")
     tokens = tokenize(suite.model, TEXTS)
     return SimpleNamespace(suite=suite, tokens=tokens, activations=collect(suite, tokens))
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return adder.world(tmp_path_factory.mktemp("adder"))
 
 
 def cases_of(*rows: tuple[int, int, int]) -> pd.DataFrame:

@@ -30,11 +30,6 @@ TEXTS = [*toys.TEXTS, "The rivers rose and the cat sat on the hills."]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return adder.world(tmp_path_factory.mktemp("adder"))
-
-
-@pytest.fixture(scope="module")
 def suite(planted: Suite, toy: Model) -> Suite:
     """The planted suite, with an SAE at z and one of directions that are not orthogonal."""
     rows = torch.randn(toys.RES, toys.D_MODEL, generator=torch.Generator().manual_seed(1))

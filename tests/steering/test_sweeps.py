@@ -164,23 +164,12 @@ def test_what_breaks_the_model_is_named_and_a_sweep_goes_on_from_where_it_stoppe
     calls.clear()
     assert sweep(planted, cells, PROMPT, [0, 1], **given).equals(expected)
     assert [len(batch) for batch in calls] == [1] * 4  # what is there is not made again
+    with pytest.raises(ValueError, match=r"1 plans and samples=\[\]: expected 1 or more of each"):
+        sweep(planted, cells[:1], PROMPT, [])
     calls.clear()
     more = [SweepCell("war", "single", single(planted, 3.0), 1, 3.0), *cells[::-1]]
     sweep(planted, more, PROMPT, [0, 1], **given)
     assert len(calls) == 1
-
-
-def test_a_sweep_of_what_is_not_there_is_refused(planted: Suite, cells: list[SweepCell]):
-    absent = Plan(planted.name, "add", "unit", (Step("1/res/99", 1.0, 1.0),))
-    strange = replace(single(planted, 1.0), suite="other")
-    for plan, prompt, samples, words in (
-        (None, PROMPT, [], "1 plans and samples="),
-        (None, "", [0], "the prompt is empty"),
-        (strange, PROMPT, [0], "a plan of suite other: expected one of"),
-        (absent, PROMPT, [0], "no feature 1/res/99"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            sweep(planted, [SweepCell("space", plan=plan)], prompt, samples)
 
 
 @dataclass
