@@ -11,9 +11,9 @@ from transformers import Gemma3ForCausalLM
 
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.interventions import edits, generation
-from flowhelpers.interventions.generation import NotFiniteError, generate, sample_tokens
+from flowhelpers.interventions.generation import generate, sample_tokens
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Edit, Model, final_norm, logits_of, tokenize
+from flowhelpers.suites.model import Edit, Model, logits_of, tokenize
 
 PROMPT = "The cat sat"
 
@@ -110,36 +110,6 @@ def test_edits_act_in_the_phases_asked_for_as_in_passes_over_the_whole_text(
     )
     assert torch.equal(sampled, plain_loop(planted, ids, edits_at, 12))
     assert not torch.equal(sampled, sample_tokens(planted.model, ids, [0, 1, 2], 12, top_p=0.8))
-
-
-def test_each_row_has_its_own_edit_and_its_own_stream(toy: Model):
-    site, ids = Site(2, "res"), tokenize(toy, PROMPT).ids
-    vector = 1e4 * toy.unembedding[:, 200]
-    target = int((final_norm(toy, toy.unembedding[:, 200]) @ toy.unembedding).argmax())
-    push = edits.add_per_row(site, torch.tensor([1]), vector[None])
-    both = sample_tokens(toy, ids.expand(2, -1), [5, 5], 6, top_p=1e-6, edits=[push])
-    alone = sample_tokens(toy, ids, [5], 6, top_p=1e-6)
-    assert torch.equal(both[:1], alone)
-    assert both[1, ids.shape[1] :].tolist() == [target] * 6
-    pushed = [edits.add(site, vector, 1.0)]
-    texts = generate(toy, PROMPT, 6, samples=2, top_p=1e-6, edits=pushed)
-    assert texts == [toy.tokenizer.decode([target] * 6)] * 2
-
-
-def test_logits_that_are_not_finite_stop_it_by_row(toy: Model):
-    ids = tokenize(toy, PROMPT).ids.expand(3, -1)
-    calls = []
-
-    def burst(activations: Tensor) -> Tensor:
-        calls.append(1)
-        changed = activations.clone()
-        if len(calls) == 3:
-            changed[1] = torch.inf
-        return changed
-
-    with pytest.raises(NotFiniteError, match="at new token 3 in rows") as caught:
-        sample_tokens(toy, ids, [0, 1, 2], 5, edits=[Edit(Site(1, "res"), burst)])
-    assert caught.value.rows == [1]
 
 
 @pytest.mark.parametrize(

@@ -157,13 +157,13 @@ def test_what_breaks_the_model_is_named_and_a_sweep_goes_on_from_where_it_stoppe
     planted: Suite, cells: list[SweepCell], calls: list[list[str]], tmp_path: Path
 ):
     far = SweepCell("sea", "constant", toys.plans_that_break(planted)["far"], 1, 3e38)
-    given: dict[str, Any] = {"cache": tmp_path / "new" / "texts.sqlite", "batch_size": 2} | BRIEF
+    given: dict[str, Any] = {"cache": tmp_path / "new" / "texts.sqlite", "batch_size": 4} | BRIEF
     expected = sweep(planted, cells, PROMPT, [0, 1], **BRIEF)
     with pytest.raises(FloatingPointError, match=r"'sea: constant, layer 1, strength 3e\+38 "):
         sweep(planted, [*cells[:3], far, *cells[3:]], PROMPT, [0, 1], **given)
     calls.clear()
     assert sweep(planted, cells, PROMPT, [0, 1], **given).equals(expected)
-    assert [len(batch) for batch in calls] == [1] * 4  # what is there is not made again
+    assert [len(batch) for batch in calls] == [2, 1, 2]  # what is there is not made again
     with pytest.raises(ValueError, match=r"1 plans and samples=\[\]: expected 1 or more of each"):
         sweep(planted, cells[:1], PROMPT, [])
     calls.clear()
