@@ -84,26 +84,22 @@ def test_what_is_added_moves_the_rows_and_positions_that_are_named(toy: Model, i
 
 
 @pytest.mark.parametrize("where", ["res", "z"])
-def test_rows_are_rescaled_as_each_would_be_alone(
+def test_each_row_is_rescaled_by_its_own_factors(
     planted: Suite, at_z: SAE, ids: Tensor, where: str
 ):
     sae = planted.sae(SITE) if where == "res" else at_z
     site, position = sae.input_site, 3
-    codes = sae.encode(before(planted.model, ids, site))[0, position]
-    chosen = codes.topk(2).indices
-    assert (codes[chosen] > 0).all()
+    codes = sae.encode(before(planted.model, ids, site))[:, position]
+    chosen = codes[0].topk(2).indices
+    assert (codes[0, chosen] > 0).all()
     rows, factors = torch.tensor([0, 2, 2]), torch.tensor([-1.0, 0.5, 3.0])
     features = torch.stack([chosen[0], chosen[0], chosen[1]])
     edit = edits.rescale_per_row(sae, rows, features, factors, [position])
     moved = after(planted.model, ids, edit, site) - before(planted.model, ids, site)
-    for row in range(3):
-        expected = torch.zeros_like(moved[0])
-        for i in (rows == row).nonzero().flatten().tolist():
-            of = feature(int(features[i]), sae.site.module)
-            alone = edits.rescale(sae, [of], float(factors[i]), [position])
-            changed = after(planted.model, ids, alone, site)
-            expected += (changed - before(planted.model, ids, site))[row]
-        assert torch.allclose(moved[row], expected, atol=1e-5)
+    steps = ((factors - 1) * codes[rows, features])[:, None] * sae.decoder_rows(features)
+    expected = torch.zeros_like(moved)
+    expected[:, position] = torch.zeros_like(moved[:, position]).index_add(0, rows, steps)
+    assert torch.allclose(moved, expected, atol=1e-5)
 
 
 def test_an_edit_lost_to_rounding_is_an_error(toy: Model, planted: Suite, ids: Tensor):

