@@ -1,6 +1,5 @@
 """The experiments of 5.2, on a model of which every answer is known."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +10,7 @@ import pytest
 import toys
 from adder import ALL, ATT, COPY, MLP, OTHER, SUM
 
-from flowhelpers.activations.sampling import draw_sample
-from flowhelpers.activations.sparse import collect, read_sample
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.bootstrap import resamples
 from flowhelpers.core.features import MODULES, Site, predecessor_site
 from flowhelpers.deactivation import (
@@ -163,7 +161,11 @@ def test_several_matches_at_a_site_count_and_go_together(world: SimpleNamespace)
 
 
 def test_every_subset_does_what_is_built(world: SimpleNamespace):
-    table = run_cases(world, subsets=True)
+    cases, edits = ablation_cases(world.targets, world.predecessors, subsets=True)
+    order = np.random.default_rng(0).permutation(len(cases))  # cases may come in any
+    mixed, moved = cases.iloc[order], edits.assign(case=np.argsort(order)[edits["case"]])
+    table = run(world, mixed, moved, world.sources)
+    assert table["target"].tolist() == mixed["target"].tolist()
     seen = table.groupby(["feature", "group", "removed"])
     assert set(seen.groups) == set(BUILT)
     for key, part in seen:
@@ -247,18 +249,6 @@ def test_a_target_that_is_off_has_no_change(world: SimpleNamespace):
     assert searched[["change", "success"]].isna().all(axis=None)
 
 
-def test_cases_in_another_order_are_told_of_the_right_targets(world: SimpleNamespace):
-    cases, edits = world.cases
-    order = np.random.default_rng(0).permutation(len(cases))
-    mixed = cases.iloc[order]
-    moved = edits.assign(case=np.argsort(order)[edits["case"]])
-    table = run(world, mixed, moved)
-    plain = run(world, cases, edits)
-    assert table["target"].tolist() == mixed["target"].tolist()
-    for column in ("feature", "new", "linear", "text"):
-        assert table[column].tolist() == plain[column].iloc[order].tolist()
-
-
 def test_methods_have_their_own_denominators_and_a_common_one(world: SimpleNamespace):
     # Trap 25: a method that knows the MLP's matches alone has fewer targets.
     fewer = world.predecessors[world.predecessors["module"] == "mlp"]
@@ -310,7 +300,6 @@ def test_the_search_finds_what_a_method_misses(world: SimpleNamespace):
     by = search(world, cosine=world.sources, other=other.astype({"feature": int}))
     single = world.groups.index[world.groups.isin([RES, MLP_ONLY, ATT_ONLY])]
     assert set(single) <= set(by.loc["exhaustive"].index)
-    assert len({*map(len, (by.loc[m] for m in ("cosine", "other", "exhaustive")))}) == 1
     assert (by.loc["cosine"].loc[copies, ["tried", "change", "success"]] == 1).all().all()
     assert by.loc["other"].loc[copies, "change"].to_numpy() == pytest.approx(0, abs=1e-5)
     best = by.loc["exhaustive"]
@@ -321,8 +310,6 @@ def test_the_search_finds_what_a_method_misses(world: SimpleNamespace):
     at_att = world.targets.index[world.targets["feature"] == ATT]
     assert (by.loc["other"].loc[at_att, ["tried", "change", "success"]] == 0).all().all()
     assert (by.loc["cosine"].loc[at_att, "success"] == 1).all()
-    for method in ("cosine", "other"):
-        assert (best["change"] >= by.loc[method, "change"] - 1e-5).all()
 
 
 def test_a_method_that_finds_several_sites_is_held_to_the_one_named(world: SimpleNamespace):
@@ -396,14 +383,14 @@ def test_layers_in_the_middle_are_spread_over_the_depth():
     assert all(0 < layer < n for n in range(2, 40) for layer in middle_layers(n))
 
 
-def test_a_target_of_layer_0_has_predecessors_in_its_modules_alone(planted: Suite, tmp_path: Path):
-    sample = draw_sample(planted.model, {"here": toys.TEXTS[:2]}, 5)
-    activations = read_sample(planted, sample, tmp_path)
+def test_a_target_of_layer_0_has_predecessors_in_its_modules_alone(planted: Suite):
+    tokens = tokenize(planted.model, toys.TEXTS[:2])
+    activations = collect(planted, tokens)
     targets = draw_targets(activations, [0])
     sources = sources_of(targets, match_table(planted, k=1), activations)
     assert set(sources["module"]) == {"mlp", "att"}
     cases, edits = ablation_cases(targets, active_predecessors(sources))
-    table = deactivate(planted, sample.ids, targets, cases, edits)
+    table = deactivate(planted, tokens, targets, cases, edits)
     own = targets.loc[table["target"], "activation"].to_numpy()
     assert table["old"].to_numpy() == pytest.approx(own, abs=1e-5)
     assert (table["new"] != table["old"]).any()

@@ -132,15 +132,12 @@ def test_a_twin_that_cannot_be_drawn_is_an_error(suite: Suite, seen: FeatureActi
 
 def test_norms_are_those_of_the_stream_and_grow_with_the_strength(suite: Suite):
     plan = plan_of(suite, ["0/res/3", "1/res/4", "1/res/9", "1/att/5", "1/att/0"])
-    rows = {s: suite.sae(s).lens_sae.W_dec.detach() for s in (Site(0, "res"), RES, ATT)}
-    output = attention_output(suite.model, 1)
+    output, vectors = attention_output(suite.model, 1), steering_vectors(suite, plan)
     assert output.gain is not None
-    expected = float((2 * 1.5 * rows[Site(0, "res")][3]).norm())
-    expected += float((2 * 2.5 * rows[RES][4] + 2 * 3.5 * rows[RES][9]).norm())
-    at_z = 2 * 4.5 * rows[ATT][5] + 2 * 5.5 * rows[ATT][0]
-    expected += float((at_z @ output.weights * output.gain).norm())
+    at_z = vectors[Site(1, "z")] @ output.weights * output.gain
+    in_stream = (vectors[Site(0, "res")], vectors[RES], at_z)
+    expected = float(sum(vector.norm() for vector in in_stream))
     assert controls.total_norm(suite, plan) == pytest.approx(expected, rel=1e-5)
-    vectors = steering_vectors(suite, plan)
     assert controls.total_norm(suite, vectors) == pytest.approx(expected, rel=1e-5)
     thrice = scale_plan(plan, -3.0)
     assert isinstance(thrice, Plan)

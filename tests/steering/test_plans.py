@@ -21,7 +21,8 @@ from flowhelpers.steering.sweeps import steer
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Edit, Model, run_model
 
-FEATURES = ["0/res/2", "1/mlp/1", "1/res/3", "1/res/0", "2/res/1"]
+THETA = {"0/res/2": 0.25, "1/mlp/1": 0.25, "1/res/3": 0.5, "1/res/0": 1.25, "2/res/1": 0.25}
+FEATURES = [*THETA]
 PROMPT = "The cat sat"
 
 
@@ -33,11 +34,6 @@ def streams(world: SimpleNamespace, *edits: Edit) -> dict[Site, torch.Tensor]:
 def row(suite: Suite, name: str) -> torch.Tensor:
     feature = parse_feature(name)
     return suite.sae(feature.site).lens_sae.W_dec.detach()[feature.index]
-
-
-def theta(suite: Suite, name: str) -> float:
-    feature = parse_feature(name)
-    return float(suite.sae(feature.site).lens_sae.threshold[feature.index])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +67,7 @@ def test_what_is_added_is_the_formula_at_every_site_and_token(world: SimpleNames
     clean, steered = streams(world), streams(world, *plan_edits(suite, [plan]))
     added = {}
     for name in FEATURES:
-        scale = {"theta": theta(suite, name), "max": maxima[name], "unit": 0.5}[unit]
+        scale = {"theta": THETA[name], "max": maxima[name], "unit": 0.5}[unit]
         added[name] = 3 * math.exp(-0.5 * int(name[0])) * scale * row(suite, name)
     # The stream keeps what was added below; this model's layers answer nothing.
     expected = {Site(0, "res"): added["0/res/2"], Site(1, "mlp"): added["1/mlp/1"]}
@@ -189,19 +185,13 @@ def test_steered_and_unsteered_share_their_seeds(planted: Suite):
     assert apart.equals(table)
 
 
-def test_what_a_plan_adds_is_known_by_site(world: SimpleNamespace, planted: Suite, toy: Model):
-    suite = world.suite
-    steps = (Step("1/res/3", 2.0, 0.5), Step("1/res/5", -1.0, 4.0))
-    push = steering_vectors(suite, Plan(suite.name, "add", "theta", steps))
-    both = row(suite, "1/res/3") - 4 * row(suite, "1/res/5")
-    assert torch.allclose(push[Site(1, "res")], both)
-    # An SAE that reads z is pushed there.
+def test_an_sae_that_reads_z_is_pushed_there(planted: Suite, toy: Model):
     at_z = replace(planted, saes={Site(1, "att"): toys.sae_at_z(toy)})
     push = steering_vectors(at_z, Plan(planted.name, "add", "theta", (Step("1/att/4", 2.0, 0.5),)))
     assert set(push) == {Site(1, "z")}
     assert torch.allclose(push[Site(1, "z")], row(at_z, "1/att/4"))
     with pytest.raises(ValueError, match="a plan of kind 'rescale': what it adds depends on"):
-        steering_vectors(suite, make_plan(suite, ["1/res/3"], 0.0, "rescale"))
+        steering_vectors(planted, make_plan(planted, ["1/res/3"], 0.0, "rescale"))
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,6 @@ def test_scores_stand_beside_their_texts():
         assert table[column].to_numpy() == pytest.approx(values, nan_ok=True)
     less = steering.score_texts(texts, {"sea": sea, "war": war}, suppress=True)
     assert less["score"].to_numpy() == pytest.approx([0.4, none, none, 0.3, 0.4, 1.0], nan_ok=True)
-    assert less[["behavioral", "coherence"]].equals(table[["behavioral", "coherence"]])
 
 
 def test_a_judge_that_cannot_be_trusted_is_refused():
