@@ -361,9 +361,8 @@ def test_a_pass_after_a_prefix_is_a_whole_pass(family: str, toy_folder: Path, tm
         rest, earlier = ids[:, position:].expand(3, -1), prefix.first(position)
         for stop in (None, 1, 2):
             logits, read = run_model(model, rest, [site], stop_after=stop, prefix=earlier)
-            assert torch.allclose(
-                read[site], stream[site][:, position:].expand(3, -1, -1), atol=1e-5
-            )
+            here = stream[site][:, position:].expand(3, -1, -1)
+            assert torch.allclose(read[site], here, atol=1e-5)
             if logits is not None:
                 assert torch.allclose(logits, whole[:, position:].expand(3, -1, -1), atol=1e-5)
     with pytest.raises(ValueError, match="41 tokens of a prefix of 40"):

@@ -60,10 +60,9 @@ def test_rescaling_changes_the_code_and_keeps_the_error(
 # Trap 12.
 def test_r_of_one_changes_nothing_to_the_bit(planted: Suite, at_z: SAE, ids: Tensor):
     clean = logits_of(planted.model, ids)
-    chosen = planted.sae(SITE)
-    features = [feature(i) for i in range(chosen.width)]
-    heads = [feature(i, "att") for i in range(at_z.width)]
-    for edit in (edits.rescale(chosen, features, 1.0), edits.rescale(at_z, heads, 1.0)):
+    for sae in (planted.sae(SITE), at_z):
+        features = [feature(i, sae.site.module) for i in range(sae.width)]
+        edit = edits.rescale(sae, features, 1.0)
         assert torch.equal(logits_of(planted.model, ids, [edit]), clean)
 
 
@@ -136,10 +135,7 @@ def test_edits_that_make_no_sense_or_miss_the_stream_are_errors(
         logits_of(planted.model, ids, [make(planted.sae(SITE))])
 
 
-def test_a_sae_without_weights_or_row_cannot_write():
-    bare = toys.bare_sae(SITE, torch.eye(3, D))
-    with pytest.raises(ValueError, match="1/res has no weights"):
-        bare.decoder_rows(torch.tensor([0]))
+def test_a_feature_without_direction_cannot_be_rescaled():
     rows = torch.eye(3, D)
     rows[1] = 0
     with pytest.warns(UserWarning, match="1 of 3 decoder rows"):

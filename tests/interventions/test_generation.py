@@ -67,9 +67,6 @@ def test_a_text_ends_at_eos_and_nothing_is_sampled_after(
     assert generate(toy, PROMPT, 9, samples=2) == expected
 
 
-PHASES = [("prompt", "generation"), ("prompt",), ("generation",)]
-
-
 def plain_loop(suite: Suite, ids: Tensor, edits_at: Any, steps: int) -> Tensor:
     """Samples token by token, with a pass over the whole text each time."""
     uniform = np.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)).numpy()
@@ -82,7 +79,7 @@ def plain_loop(suite: Suite, ids: Tensor, edits_at: Any, steps: int) -> Tensor:
     return ids
 
 
-@pytest.mark.parametrize("phases", PHASES)
+@pytest.mark.parametrize("phases", [("prompt", "generation"), ("prompt",), ("generation",)])
 @pytest.mark.parametrize("skip_bos", [False, True])
 def test_edits_act_in_the_phases_asked_for_as_in_passes_over_the_whole_text(
     planted: Suite, phases: tuple[str, ...], skip_bos: bool

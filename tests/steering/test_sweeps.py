@@ -81,19 +81,6 @@ def test_a_sample_of_a_cell_is_what_steering_alone_gives(planted: Suite, cells: 
     assert small.equals(table)
 
 
-def test_cells_with_equal_plans_share_their_texts(
-    planted: Suite, cells: list[SweepCell], calls: list[list[str]]
-):
-    same = replace(single(planted, 9.0), about="in other words")
-    twice = [cells[1], SweepCell("sea", "constant", same, 1, 9.0), cells[0], SweepCell("sea")]
-    twice += [SweepCell("sea", prompt=PROMPT), SweepCell("sea", "x", single(planted, 9.5), 1, 9.5)]
-    table = sweep(planted, twice, PROMPT, range(3), **BRIEF)
-    assert [len(plans) for plans in calls] == [3]
-    assert texts_of(table, 0) == texts_of(table, 1)
-    assert texts_of(table, 2) == texts_of(table, 3) == texts_of(table, 4)
-    assert texts_of(table, 0) != texts_of(table, 5)
-
-
 def test_what_texts_depend_on_makes_them_anew(
     planted: Suite, calls: list[list[str]], tmp_path: Path
 ):
@@ -162,9 +149,14 @@ def test_what_breaks_the_model_is_named_and_a_sweep_goes_on_from_where_it_stoppe
     with pytest.raises(ValueError, match=r"1 plans and samples=\[\]: expected 1 or more of each"):
         sweep(planted, cells[:1], PROMPT, [])
     calls.clear()
-    more = [SweepCell("war", "single", single(planted, 3.0), 1, 3.0), *cells[::-1]]
-    sweep(planted, more, PROMPT, [0, 1], **given)
-    assert len(calls) == 1
+    # Cells with equal plans share their texts.
+    new, same = (replace(single(planted, 3.0), about=about) for about in ("", "in other words"))
+    more = [SweepCell("war", "single", new, 1, 3.0), SweepCell("sea", "constant", same, 1, 3.0)]
+    more += [SweepCell("war", prompt=PROMPT), *cells[::-1]]
+    table = sweep(planted, more, PROMPT, [0, 1], **given)
+    assert [len(batch) for batch in calls] == [1]
+    assert texts_of(table, 0) == texts_of(table, 1) != texts_of(table, 2)
+    assert texts_of(table, 2) == texts_of(expected, 0)
 
 
 @dataclass
