@@ -112,11 +112,11 @@ def matches() -> pd.DataFrame:
         for module, of in MATCHES.items()
         for feature in range(6)
     ]
-    for source, best in FORWARD.items():
-        rows += [
-            ("forward", 2, "res", SECOND, 1, source, 2),
-            ("forward", 2, "res", best, 1, source, 1),
-        ]
+    rows += [
+        ("forward", 2, "res", feature, 1, source, rank)
+        for source, best in FORWARD.items()
+        for rank, feature in ((2, SECOND), (1, best))
+    ]
     names = ["direction", "layer", "module", "feature", "source_layer", "source", "rank"]
     return pd.DataFrame(rows, columns=names)
 

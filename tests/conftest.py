@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,8 +13,6 @@ from jaxtyping import install_import_hook
 install_import_hook("flowhelpers", "checks.checked")
 
 if TYPE_CHECKING:
-    from types import SimpleNamespace
-
     from transformers import Gemma3ForCausalLM
 
     from flowhelpers.suites.load import Suite
@@ -88,7 +87,7 @@ def plain_toy(toy_folder: Path) -> "Gemma3ForCausalLM":
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> "SimpleNamespace":
+def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The adder's suite, texts, activations and match table."""
     import adder
 

@@ -87,8 +87,7 @@ class _Handler(QuietHandler):
         told = behavioral if MARK in system.lower() else behavioral[0]
         content = fault.content or json.dumps({"coherence": coherence, "behavioral": told})
         choice = {"index": 0, "message": {"role": "assistant", "content": content}}
-        answer = {"id": "0", "object": "chat.completion", "created": 0, "model": body["model"]}
-        answer |= {"choices": [choice | {"finish_reason": "stop"}]}
+        answer = {"id": "0", "object": "chat.completion", "choices": [choice]}
         if status != 200:
             answer = {"error": {"message": message, "code": f"e{status}", "type": "error"}}
         self._send(status, (fault.body or json.dumps(answer)).encode(), fault)

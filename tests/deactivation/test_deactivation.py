@@ -82,9 +82,11 @@ def run_cases(world: SimpleNamespace, **given: Any) -> pd.DataFrame:
     return run(world, *ablation_cases(world.targets, world.predecessors, **given), world.sources)
 
 
-def search(world: SimpleNamespace, **by_method: pd.DataFrame) -> pd.DataFrame:
-    table = table_1(world.suite, world.tokens, world.targets, by_method, world.activations)
-    return table.set_index(["method", "target"])
+def search(
+    world: SimpleNamespace, all_sites: bool = False, **by_method: pd.DataFrame
+) -> pd.DataFrame:
+    given = (world.suite, world.tokens, world.targets, by_method, world.activations)
+    return table_1(*given, all_sites).set_index(["method", "target"])
 
 
 def twice(world: SimpleNamespace) -> pd.DataFrame:
@@ -327,9 +329,8 @@ def test_a_method_that_finds_several_sites_is_held_to_the_one_named(world: Simpl
 
 
 def test_the_search_over_all_sites_tries_more(world: SimpleNamespace):
-    given = (world.suite, world.tokens, world.targets, {"cosine": world.sources}, world.activations)
     own = search(world, cosine=world.sources).loc["exhaustive"]
-    every = table_1(*given, all_sites=True).set_index(["method", "target"]).loc["exhaustive"]
+    every = search(world, all_sites=True, cosine=world.sources).loc["exhaustive"]
     rows = world.targets.loc[every.index, "token_row"]
     sites = [world.activations.by_site[predecessor_site(1, m)] for m in MODULES]
     active = np.sum([np.diff(codes.indptr)[rows] for codes in sites], axis=0)
@@ -362,35 +363,28 @@ def test_what_grows_again_above_is_seen(world: SimpleNamespace):
     assert (table["old"] > 0).all()
 
 
-def test_saes_at_z_say_nothing_of_what_is_written(toy: Model, planted: Suite):
-    at_z = toys.sae_at_z(toy)
-    suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): at_z})
-    tokens = tokenize(toy, toys.TEXTS[:3])
-    read = collect(suite, tokens)
-    targets = draw_targets(read, [1])
-    sources = sources_of(targets, match_table(suite, k=1), read)
-    cases, edits = ablation_cases(targets, active_predecessors(sources))
-    table = deactivate(suite, tokens, targets, cases, edits)
-    with_att = table["group"].str.contains("ATT")
-    assert 0 < with_att.mean() < 1
-    assert (table["linear"].isna() == with_att).all()
-    assert table["change"].notna().all()
-
-
 def test_layers_in_the_middle_are_spread_over_the_depth():
     for layers, expected in ((26, [6, 12, 18]), (32, [8, 16, 24]), (2, [1])):  # 26 as in the paper
         assert middle_layers(layers) == expected
     assert all(0 < layer < n for n in range(2, 40) for layer in middle_layers(n))
 
 
-def test_a_target_of_layer_0_has_predecessors_in_its_modules_alone(planted: Suite):
-    tokens = tokenize(planted.model, toys.TEXTS[:2])
-    activations = collect(planted, tokens)
-    targets = draw_targets(activations, [0])
-    sources = sources_of(targets, match_table(planted, k=1), activations)
-    assert set(sources["module"]) == {"mlp", "att"}
+def test_layer_0_has_module_sources_and_saes_at_z_say_nothing_of_what_is_written(
+    toy: Model, planted: Suite
+):
+    suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): toys.sae_at_z(toy)})
+    tokens = tokenize(toy, toys.TEXTS[:3])
+    read = collect(suite, tokens)
+    targets = draw_targets(read, [0, 1])
+    sources = sources_of(targets, match_table(suite, k=1), read)
+    modules = sources.groupby(targets["layer"].loc[sources["target"]].to_numpy())["module"].unique()
+    assert [{*modules[0]}, {*modules[1]}] == [{"mlp", "att"}, {"res", "mlp", "att"}]
     cases, edits = ablation_cases(targets, active_predecessors(sources))
-    table = deactivate(planted, tokens, targets, cases, edits)
+    table = deactivate(suite, tokens, targets, cases, edits)
     own = targets.loc[table["target"], "activation"].to_numpy()
     assert table["old"].to_numpy() == pytest.approx(own, abs=1e-5)
-    assert (table["new"] != table["old"]).any()
+    assert (table["new"] != table["old"])[table["layer"] == 0].any()
+    at_z = (table["layer"] == 1) & table["group"].str.contains("ATT")
+    assert at_z.any()
+    assert (table["linear"].isna() == at_z).all()
+    assert table["change"].notna().all()

@@ -124,7 +124,8 @@ def test_a_twin_that_cannot_be_drawn_is_an_error(suite: Suite, seen: FeatureActi
 
 
 def test_norms_are_those_of_the_stream_and_grow_with_the_strength(suite: Suite):
-    plan = plan_of(suite, ["0/res/3", "1/res/4", "1/res/9", "1/att/5", "1/att/0"])
+    names = ["0/res/3", "1/res/4", "1/res/9", "1/att/5", "1/att/0"]
+    plan = plan_of(suite, names)
     output, vectors = attention_output(suite.model, 1), steering_vectors(suite, plan)
     assert output.gain is not None
     at_z = vectors[Site(1, "z")] @ output.weights * output.gain
@@ -133,15 +134,12 @@ def test_norms_are_those_of_the_stream_and_grow_with_the_strength(suite: Suite):
     assert controls.total_norm(suite, plan) == pytest.approx(expected, rel=1e-5)
     assert controls.total_norm(suite, vectors) == pytest.approx(expected, rel=1e-5)
     thrice = scale_plan(plan, -3.0)
-    assert isinstance(thrice, Plan)
-    assert [step.strength for step in thrice.steps] == [-6.0] * 5
+    assert thrice == plan_of(suite, names, strength=-6.0)
     assert controls.total_norm(suite, thrice) == pytest.approx(3 * expected, rel=1e-5)
     assert controls.total_norm(suite, scale_plan(vectors, 3.0)) == pytest.approx(3 * expected)
     # A plan that rescales is changed by its distance from 1.
-    plan = plan_of(suite, ["1/res/4", "1/res/9"], "rescale")
-    thrice = scale_plan(plan, 3.0)
-    assert isinstance(thrice, Plan)
-    assert {step.strength for step in thrice.steps} == {4.0}  # 1 + 3 (2 - 1)
+    plan = plan_of(suite, names, "rescale")
+    assert scale_plan(plan, 3.0) == plan_of(suite, names, "rescale", 4.0)  # 1 + 3 (2 - 1)
     with pytest.raises(ValueError, match="a plan of kind 'rescale'"):
         controls.total_norm(suite, plan)
 
@@ -240,7 +238,8 @@ def test_at_equal_norm_a_plan_of_many_layers_changes_as_much_as_one_of_one(plant
 def test_random_features_stand_in_and_are_scaled_to_the_same_change(planted: Suite):
     codes = np.random.default_rng(0).random((40, toys.RES)).tolist()
     read = toys.planted_activations({Site(1, "res"): codes})
-    cell = SweepCell("sea", "single", make_plan(planted, ["1/res/3"], -4.0, "rescale"), 1, -4.0)
+    plan = make_plan(planted, ["1/res/3"], -4.0, "rescale")
+    cell = SweepCell("sea", "single", plan, 1, -4.0)
     cells = controls.random_cells(planted, cell, read, range(8), TEXTS)
     assert {c.strategy for c in cells} == {"random features", "random, same norm"}
     plans = {str(number): c.plan for number, c in enumerate([cell, *cells])}
@@ -253,4 +252,4 @@ def test_random_features_stand_in_and_are_scaled_to_the_same_change(planted: Sui
         if twin.strategy == "random, same norm":
             assert norm == pytest.approx(norms[0], rel=1e-3)
         else:
-            assert replace(step, feature="1/res/3") == cell.plan.steps[0]
+            assert replace(step, feature="1/res/3") == plan.steps[0]

@@ -177,8 +177,6 @@ def test_steered_and_unsteered_share_their_seeds(planted: Suite):
     expected = generate(planted.model, PROMPT, 8, samples=4, temperature=1.27, top_p=0.7, seed=3)
     assert texts["plain"] == texts["nothing"] == texts["r = 1"] == expected
     assert texts["vectors"] == texts["pushed"] != expected
-    alone = steer(planted, {"pushed": push}, PROMPT, samples=2, max_new_tokens=8, seed=3)
-    assert alone["text"].tolist() == texts["pushed"][:2]
     apart = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=3, batch_size=5)
     assert apart.equals(table)
 

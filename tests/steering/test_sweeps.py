@@ -129,10 +129,9 @@ def test_what_texts_depend_on_makes_them_anew(
         assert made(**change) == 1, change
     for change in ({}, *changes):
         assert made(**change) == 0, change
-    # The SAE of a layer that is not steered is nothing to it; nor is what a plan is called.
+    # The SAE of a layer that is not steered is nothing to it.
     elsewhere = {Site(2, "res"): replace(sae, site=Site(2, "res"), loader=other_rows)}
     assert made(suite=replace(planted, saes={**planted.saes, **elsewhere})) == 0
-    assert made(plan=replace(plan, about="in other words")) == 0
 
 
 def test_what_breaks_the_model_is_named_and_a_sweep_goes_on_from_where_it_stopped(
