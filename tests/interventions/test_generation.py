@@ -17,13 +17,6 @@ from flowhelpers.suites.model import Edit, Model, logits_of, tokenize
 PROMPT = "The cat sat"
 
 
-def test_a_seed_gives_its_samples_however_many_are_drawn(toy: Model):
-    many = generate(toy, PROMPT, 8, samples=5, seed=3)
-    assert len(set(many)) == 5
-    assert generate(toy, PROMPT, 8, samples=3, seed=3) == many[:3]
-    assert generate(toy, PROMPT, 8, samples=5, seed=2) != many
-
-
 @pytest.mark.parametrize("settings", [{"top_p": 1e-6}, {"temperature": 1e-4}])
 def test_a_small_nucleus_or_temperature_takes_the_likeliest_token(
     toy: Model, settings: dict[str, Any]

@@ -217,9 +217,8 @@ def test_plans_may_come_in_pieces_and_one_that_is_no_edit_does_nothing(
 
 
 def test_a_plan_that_breaks_the_model_is_named(planted: Suite):
-    plans = toys.plans_that_break(planted)
     with pytest.raises(FloatingPointError, match="plan 'far': logits are no longer finite"):
-        side_effects(planted, plans, TEXTS)
+        side_effects(planted, toys.plans_that_break(planted), TEXTS)
 
 
 def test_at_equal_norm_a_plan_of_many_layers_changes_as_much_as_one_of_one(planted: Suite):

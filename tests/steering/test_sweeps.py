@@ -22,6 +22,7 @@ from flowhelpers.steering.sweeps import SweepCell, graph_cells, steer, sweep
 from flowhelpers.suites.load import Suite
 
 PROMPT, OTHER = "The cat sat", "Rain fell"
+NONE = float("nan")
 BRIEF: dict[str, Any] = {"max_new_tokens": 5}
 COLUMNS = ["cell", "theme", "strategy", "layer", "strength", "sample", "text"]
 
@@ -188,16 +189,15 @@ def test_scores_stand_beside_their_texts():
     assert sea.asked == [["a", "c", "d"]]  # each text once
     assert war.asked == [["b", "a"]]
     assert table.drop(columns=["behavioral", "coherence", "score"]).equals(texts)
-    none = np.nan
     expected = {
-        "behavioral": [0.5, none, 1.0, 0.25, 0.5, 0.0],
-        "coherence": [0.8, 0.5, none, 0.4, 0.8, 1.0],
-        "score": [0.4, none, none, 0.1, 0.4, 0.0],
+        "behavioral": [0.5, NONE, 1.0, 0.25, 0.5, 0.0],
+        "coherence": [0.8, 0.5, NONE, 0.4, 0.8, 1.0],
+        "score": [0.4, NONE, NONE, 0.1, 0.4, 0.0],
     }
     for column, values in expected.items():
         assert table[column].to_numpy() == pytest.approx(values, nan_ok=True)
     less = steering.score_texts(texts, {"sea": sea, "war": war}, suppress=True)
-    assert less["score"].to_numpy() == pytest.approx([0.4, none, none, 0.3, 0.4, 1.0], nan_ok=True)
+    assert less["score"].to_numpy() == pytest.approx([0.4, NONE, NONE, 0.3, 0.4, 1.0], nan_ok=True)
 
 
 def test_a_judge_that_cannot_be_trusted_is_refused():
@@ -229,7 +229,6 @@ def scored(
     return table.astype({"layer": float, "strength": float})
 
 
-NONE = float("nan")
 SCORES = scored(
     {
         ("sea", "unsteered", NONE, NONE): [(1, 0), (0, 1), (1, 0), (0, 1)],
@@ -370,6 +369,10 @@ def test_the_best_cell_is_the_first_of_the_highest():
 def test_the_cells_of_a_graph_are_where_it_has_features(planted: Suite):
     graph = flow_graph(planted, "1/res/3", match_table(planted, k=2))
     assert sorted(graph.nodes["layer"].unique()) == [0, 1, 2]
+    everywhere = make_plan(planted, graph, 2.0).table()
+    assert everywhere[["feature", "layer"]].equals(graph.nodes[["feature", "layer"]])
+    with pytest.raises(ValueError, match="a flow graph of suite other: expected"):
+        make_plan(planted, replace(graph, suite="other"), 2.0)
     # Nodes go with their edges, and seeds stay.
     assert keep_nodes(graph, []).nodes["feature"].tolist() == ["1/res/3"]
     all_edges = graph.edges[["source", "target"]]
