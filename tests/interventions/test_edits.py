@@ -30,12 +30,8 @@ def feature(index: int, module: str = "res") -> FeatureId:
     return FeatureId(1, module, index)
 
 
-def after(model: Model, ids: Tensor, edit: Edit, site: Site = SITE) -> Tensor:
-    return run_model(model, ids, read=[site], edits=[edit])[1][site]
-
-
-def before(model: Model, ids: Tensor, site: Site = SITE) -> Tensor:
-    return run_model(model, ids, read=[site])[1][site]
+def stream(model: Model, ids: Tensor, *made: Edit, site: Site = SITE) -> Tensor:
+    return run_model(model, ids, read=[site], edits=made)[1][site]
 
 
 @pytest.mark.parametrize("module", ["res", "att"])  # at attention, the SAE reads and writes z
@@ -43,8 +39,8 @@ def test_rescaling_changes_the_code_and_keeps_the_error(
     planted: Suite, at_z: SAE, ids: Tensor, module: str
 ):  # Trap 13.
     sae = at_z if module == "att" else planted.sae(SITE)
-    x = before(planted.model, ids, sae.input_site)
-    codes = sae.encode(x)
+    x = stream(planted.model, ids, site=sae.input_site)
+    codes, clean = sae.encode(x), stream(planted.model, ids, site=sae.site)
     chosen = int((codes > 0).sum((0, 1)).argmax())
     for r in (0.0, -1.5, 3.0):
         edit = edits.rescale(sae, [feature(chosen, module)], r)
@@ -52,8 +48,8 @@ def test_rescaling_changes_the_code_and_keeps_the_error(
         changed = codes.clone()
         changed[..., chosen] *= r
         expected = sae.decode(changed) + (x - sae.decode(codes))
-        assert torch.allclose(after(planted.model, ids, edit, edit.site), expected, atol=1e-5)
-        moved = after(planted.model, ids, edit, sae.site) - before(planted.model, ids, sae.site)
+        assert torch.allclose(stream(planted.model, ids, edit, site=edit.site), expected, atol=1e-5)
+        moved = stream(planted.model, ids, edit, site=sae.site) - clean
         assert moved.abs().max() > 1e-4
 
 
@@ -76,7 +72,7 @@ def test_what_is_added_moves_the_rows_and_positions_that_are_named(toy: Model, i
     expected[1][[0, 3], 4] = vectors[[1, 3]]
     expected[1][2, 4] = vectors[0] + vectors[2]
     for edit, step in zip((everywhere, per_row), expected, strict=True):
-        moved = after(toy, batch, edit) - before(toy, batch)
+        moved = stream(toy, batch, edit) - stream(toy, batch)
         assert torch.allclose(moved, step, atol=1e-5)
         assert torch.equal(moved[:, 1], torch.zeros_like(moved[:, 1]))
     assert torch.equal(moved[1], torch.zeros_like(moved[1]))
@@ -88,13 +84,13 @@ def test_each_row_is_rescaled_by_its_own_factors(
 ):
     sae = planted.sae(SITE) if where == "res" else at_z
     site, position = sae.input_site, 3
-    codes = sae.encode(before(planted.model, ids, site))[:, position]
+    codes = sae.encode(stream(planted.model, ids, site=site))[:, position]
     chosen = codes[0].topk(2).indices
     assert (codes[0, chosen] > 0).all()
     rows, factors = torch.tensor([0, 2, 2]), torch.tensor([-1.0, 0.5, 3.0])
     features = torch.stack([chosen[0], chosen[0], chosen[1]])
     edit = edits.rescale_per_row(sae, rows, features, factors, [position])
-    moved = after(planted.model, ids, edit, site) - before(planted.model, ids, site)
+    moved = stream(planted.model, ids, edit, site=site) - stream(planted.model, ids, site=site)
     steps = ((factors - 1) * codes[rows, features])[:, None] * sae.decoder_rows(features)
     expected = torch.zeros_like(moved)
     expected[:, position] = torch.zeros_like(moved[:, position]).index_add(0, rows, steps)
