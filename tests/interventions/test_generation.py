@@ -98,6 +98,12 @@ def test_edits_act_in_the_phases_asked_for_as_in_passes_over_the_whole_text(
     assert not torch.equal(sampled, sample_tokens(planted.model, ids, [0, 1, 2], 12, top_p=0.8))
 
 
+@pytest.mark.parametrize("prompt", ["I think ", " cat\n"])
+def test_a_prompt_is_read_to_the_letter_with_the_spaces_at_its_ends(toy: Model, prompt: str):
+    ids = generation.prompt_ids(toy, prompt, 1)
+    assert toy.tokenizer.decode(ids[0, 1:]) == prompt
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
