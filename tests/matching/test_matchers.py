@@ -104,18 +104,6 @@ def test_every_feature_has_one_however_poor_unless_there_are_too_few():
     assert (match.backward.scores[found < 0] == 0).all()
 
 
-def test_weights_that_cannot_be_compared_are_refused():
-    later, _, _ = planted_pair()
-    with pytest.raises(ValueError, match="weights='encoder': expected 'decoder' or 'all'"):
-        matchers._rows(later, "encoder", False)
-    wider = toys.write_lens_sae(normal(10, 48), Site(1, "att"), hook="blocks.1.attn.hook_z")
-    output = AttentionOutput(normal(48, D), None)
-    at_z = make_sae(Site(1, "att"), wider, D, "planted", lambda: output)
-    assert by_permutation(later, at_z).forward.indices.min() >= 0
-    with pytest.raises(ValueError, match="1/att reads 1/z, in a space of its own"):
-        by_permutation(later, at_z, "all")
-
-
 @pytest.mark.parametrize("d_z", [D, 48])
 def test_a_folded_sae_at_z_is_compared_in_the_stream(d_z: int):
     # Of the same width as the stream, raw rows at z would be compared without a word.
@@ -128,6 +116,10 @@ def test_a_folded_sae_at_z_is_compared_in_the_stream(d_z: int):
     for folded in (False, True):
         match = by_permutation(later, at_z, folded=folded)
         assert torch.equal(match.backward.indices[:, 0], order)
+    with pytest.raises(ValueError, match="1/att reads 1/z, in a space of its own"):
+        by_permutation(later, at_z, "all")
+    with pytest.raises(ValueError, match="weights='encoder': expected 'decoder' or 'all'"):
+        matchers._rows(later, "encoder", False)
 
 
 def test_a_permutation_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch):
