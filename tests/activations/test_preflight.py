@@ -18,7 +18,7 @@ from flowhelpers.steering.plans import make_plan
 from flowhelpers.steering.sweeps import steer
 from flowhelpers.steering.themes import output_scores
 from flowhelpers.suites.load import Suite, load_suite
-from flowhelpers.suites.model import HOOKS, logits_of, tokenize
+from flowhelpers.suites.model import HOOKS, logits_of, run_model, tokenize
 from flowhelpers.suites.saes import SAE
 
 TEXTS = [
@@ -54,8 +54,6 @@ def test_saes_in_their_place_pass(flowlet: Suite):
 
 
 def test_figures_are_those_worked_out_by_hand(flowlet: Suite):
-    from flowhelpers.suites.model import run_model
-
     found = run_preflight(flowlet, TEXTS, ["4/mlp"]).iloc[0]
     tokens = tokenize(flowlet.model, TEXTS)
     x = run_model(flowlet.model, tokens.ids, [MLP])[1][MLP][0, 1:]  # all but BOS
