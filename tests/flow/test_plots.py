@@ -112,10 +112,7 @@ def test_schematic_draws_an_edge_for_each_match_and_its_class(chain: FlowGraph) 
     shown = [note.text for note in figure.layout.annotations]
     null = chain.nodes.set_index("feature").loc["1/res/5", "null_res"]
     assert f"<b>0.80</b> (chance {null:.2f})" in shown
-    assert "<b>A</b>  no match" in shown
-    assert "<b>M</b>  1/mlp/2<br>writes ship, harbour, mast" in shown
-    mine = "<b>R</b>  1/res/5<br>processed<br>writes &lt;b&gt;, sea<br>active at storm"
-    assert mine in shown
+    assert "<b>R</b>  1/res/5<br>processed<br>writes &lt;b&gt;, sea<br>active at storm" in shown
     assert figure.layout.title.subtitle.text == "k &lt; 5"
 
 
@@ -129,7 +126,6 @@ def test_flow_picture_colours_nodes_by_a_value_and_leaves_others_empty(chain: Fl
     for hover, (name, value) in zip(valued.hovertext, values.items(), strict=False):
         assert hover.startswith(name)
         assert hover.endswith(f"strength: {value:.3g}")
-    assert empty.marker.color == "white"
     assert len(empty.x) + len(valued.x) == len(chain.nodes)
     with pytest.raises(ValueError, match="none of 1 values is of a node of this graph"):
         flow_picture(chain, "toy", {"7/res/7": 1.0}, "strength")
@@ -184,7 +180,6 @@ def test_flow_picture_keeps_layers_and_lanes(web: FlowGraph) -> None:
     lanes = drawn["y"].groupby(module).agg(["min", "max"])
     for upper, lower in pairwise(["att", "res", "mlp"]):
         assert lanes.loc[upper, "max"] + 1 < lanes.loc[lower, "min"]
-    assert figure.layout.yaxis.ticktext == ("attention", "stream", "MLP")
 
 
 def test_parallel_chains_do_not_cross() -> None:
@@ -208,32 +203,14 @@ def test_flow_picture_rings_seeds_and_colours_classes(web: FlowGraph) -> None:
     assert (drawn["colour"] == kind.map(CLASS_COLOURS | COLOURS)).all()
 
 
-def test_hovers_hold_what_the_tables_do(chain: FlowGraph) -> None:
-    row = chain.nodes.set_index("feature").loc["1/res/5"]
-    figure = flow_picture(chain, "toy")
-    hovers = nodes(figure).set_index("feature")["hover"]
-    assert hovers["1/res/5"].split("<br>") == [
-        *("1/res/5", "is_seed: True", "label: writes &lt;b&gt;, sea", "active at storm"),
-        *("label_from: mine.csv", "class: processed", "from_res: 0/res/2", "s_res: 0.800"),
-        *(f"high_res: {row['high_res']:.3f}", "from_mlp: 1/mlp/2", "s_mlp: 0.600"),
-        *(f"high_mlp: {row['high_mlp']:.3f}", "s_att: 0.000", f"high_att: {row['high_att']:.3f}"),
-    ]
-    assert hovers["2/mlp/2"] == "2/mlp/2"
-    edge = chain.edges.iloc[-1]
-    (hover,) = (text for text, seen in marks(figure) if seen)
-    assert hover.split("<br>") == [
-        *("1/res/5 → 2/res/14", "score: 0.800", "cosine: 0.800", f"null: {edge['null']:.3f}"),
-        *("null_quantile: 1.000", "rank: 1", "direction: forward", "mutual: True"),
-        "margin: 0.800",
-    ]
-
-
 def test_captions_hold_labels_in_a_few_layers_and_numbers_in_many(
     chain: FlowGraph, deep: FlowGraph
 ) -> None:
-    few = nodes(flow_picture(chain, "toy")).set_index("feature")["text"]
-    assert few["1/mlp/2"] == "2<br>ship, harbour, mast"
-    assert few["2/mlp/2"] == "2"
+    few = nodes(flow_picture(chain, "toy")).set_index("feature")
+    assert few.loc["1/mlp/2", "text"] == "2<br>ship, harbour, mast"
+    assert few.loc["2/mlp/2", ["text", "hover"]].tolist() == ["2", "2/mlp/2"]
+    label = "label: writes &lt;b&gt;, sea<br>active at storm<br>label_from: mine.csv"
+    assert label in few.loc["1/res/5", "hover"]
     many = nodes(flow_picture(deep, "toy"))["text"]
     assert {*many} <= {"131000", "131001", "131002"}
     layout = flow_layout(deep)
@@ -258,8 +235,6 @@ def test_births_and_deaths_has_a_line_for_each_and_ends_deaths_before_the_last_l
     mlp, att, dies = births_and_deaths(table, "toy").data
     assert (list(mlp.y), list(att.y), dies.y[0]) == ([0.1, 0.2], [0, 0.3], 0.4)
     assert np.isnan(dies.y[1])
-    assert [mlp.name, att.name] == ["born of the MLP", "born of attention"]
-    assert (mlp.line.color, att.line.color) == (COLOURS["mlp"], COLOURS["att"])
 
 
 def test_lifespan_map_counts_every_run_once_where_it_begins() -> None:
@@ -276,7 +251,6 @@ def test_before_after_has_a_bar_for_each_row() -> None:
     before, after = before_after(table, "title", "activation", "toy").data
     assert (list(before.x), list(before.y)) == (["a&lt;<br>b", "c"], [12.34, 0.123])
     assert (before.name, after.name, list(after.y)) == ("before", "after", [0, 1])
-    assert before.marker.color != after.marker.color
 
 
 @pytest.fixture(scope="module")
