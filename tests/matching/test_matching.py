@@ -145,19 +145,6 @@ def test_margin_is_the_lead_over_the_next_and_mutual_asks_both_sides():
     assert backward(whole, 1, "res", 3)["margin"].isna().all()
 
 
-def test_rows_that_were_excluded_are_no_ones_match():
-    directions = toys.planted_directions()
-    lost = toys.RES_FROM[1][0]
-    directions[Site(0, "res")] = directions[Site(0, "res")].clone()
-    directions[Site(0, "res")][lost] = 0
-    table = match_table(toys.bare_suite(directions), k=1)
-    wide = feature_scores(table).set_index(["layer", "feature"])
-    assert wide.loc[1, "source_res"].tolist() == [-1, *toys.RES_FROM[1][1:]]
-    assert wide.loc[(0, lost), ["source_mlp", "source_att"]].tolist() == [-1, -1]
-    ahead = table[(table["direction"] == "forward") & (table["module"] == "res")]
-    assert ahead.set_index(["layer", "source"]).loc[(1, lost), "feature"] == -1
-
-
 def test_what_a_method_does_not_know_lacks_or_has_no_use_for_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ):
