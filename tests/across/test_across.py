@@ -4,8 +4,8 @@ import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -75,16 +75,12 @@ def test_suites_are_refused_that_are_none_unknown_or_there_twice(tmp_path: Path)
     assert [row.name for row in chosen_suites(names).values()] == names
 
 
-class Loaded(SimpleNamespace):
-    """Something that can be referred to weakly."""
-
-
 def test_no_two_suites_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch):
     loaded: list[weakref.ref[Any]] = []
 
     def load(name: str, device: str) -> Any:
         assert all(each() is None for each in loaded)
-        suite = Loaded(name=name, device=device)
+        suite = Mock(suite=name, device=device)
         suite.itself = suite  # what holds itself is let go by the collector alone
         loaded.append(weakref.ref(suite))
         return suite
@@ -93,7 +89,7 @@ def test_no_two_suites_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch):
     names = ["flowlet", "flowlet@res", "flowlet@res+mlp"]
     gc.disable()
     try:
-        found = one_by_one(names, lambda suite: (suite.name, suite.device), "cpu")
+        found = one_by_one(names, lambda suite: (suite.suite, suite.device), "cpu")
     finally:
         gc.enable()
     assert found == {name: (name, "cpu") for name in names}
@@ -140,6 +136,7 @@ def test_what_a_suite_lacks_is_missing_and_the_rest_is_the_same(tables: dict[str
     profiles = [suite_profile(suite_of(name), table) for name, table in tables.items()]
     whole, without, stream = (profile.by_layer for profile in profiles)
     of_attention = [c for c in whole if c.endswith("_att")]
+    assert len(of_attention) == 7
     assert without[of_attention].isna().all(axis=None)
     assert without["places"].tolist() == ["mlp", "res+mlp", "res+mlp"]
     same = ["median_res", "above_mlp", "null_mlp", "dies", "mutual", "lives"]

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -106,6 +105,8 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         load_texts("qqqq", 1)
     with pytest.raises(ValueError, match="n=0 texts: expected at least 1"):
         load_texts("science", 0)
+    with pytest.raises(ValueError, match=r"n=None .*'automathtext' is on the hub, give n"):
+        load_texts("automathtext", None)
     with pytest.raises(FileNotFoundError, match=r"no file, folder or corpus 'notes/mine\.txt'"):
         load_texts("notes/mine.txt", 1)
 
@@ -176,15 +177,6 @@ def test_a_hub_corpus_gives_its_texts_once_each_by_seed(
     assert all(PAPER_DATASETS[name][0] in path for path in hub_here.fetched())
 
 
-def test_a_hub_corpus_that_is_too_small_says_how_many_there_are(
-    hub_here: Hub, paper_datasets: dict[str, list[str]]
-):
-    with pytest.raises(ValueError, match="'automathtext' has 24 different texts, 25 were asked"):
-        load_texts("automathtext", 25)
-    with pytest.raises(ValueError, match=r"n=None .*'automathtext' is on the hub, give n"):
-        load_texts("automathtext", None)
-
-
 @pytest.mark.parametrize("status", [401, 403, 429, 500])
 def test_a_hub_that_refuses_is_quoted(
     status: int, hub_here: Hub, paper_datasets: dict[str, list[str]]
@@ -212,15 +204,10 @@ def test_files_that_are_refused_or_cut_are_an_error(
 def test_no_network_says_what_to_fetch_and_what_needs_none(
     hub_here: Hub, paper_datasets: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(
-            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}"
-        )
-        with pytest.raises(ConnectionError) as error:
-            load_texts("fineweb", 1)
-    assert "HuggingFaceFW/fineweb default" in str(error.value)
-    assert "No network is needed for fiction, science, maths, python" in str(error.value)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")  # no one's
+    message = "HuggingFaceFW/fineweb default .* needed for fiction, science, maths, python"
+    with pytest.raises(ConnectionError, match=message):
+        load_texts("fineweb", 1)
 
 
 def test_offline_a_cached_copy_is_read_and_a_missing_one_is_named(

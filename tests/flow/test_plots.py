@@ -94,12 +94,6 @@ def edges(figure: go.Figure) -> Iterator[tuple[str, str, go.layout.shape.Line]]:
         yield at[shape.x0, shape.y0], at[shape.x1, shape.y1], shape.line
 
 
-def marks(figure: go.Figure) -> list[tuple[str, float]]:
-    """What hovers over each edge, and whether a mark is seen there."""
-    (trace,) = [trace for trace in figure.data if trace.mode == "markers"]
-    return list(zip(trace.hovertext, trace.marker.opacity, strict=True))
-
-
 def test_schematic_draws_an_edge_for_each_match_and_its_class(chain: FlowGraph) -> None:
     figure = schematic(replace(chain, nodes=chain.nodes.assign(null_mlp=0.7)), "1/res/5", "k < 5")
     drawn = {shape.name: shape for shape in figure.layout.shapes}
@@ -146,7 +140,9 @@ def test_flow_picture_joins_every_edge_once_and_dots_what_is_chance(web: FlowGra
         assert (line.dash, line.color) == expected
         cosine = table.loc[(source, target), "cosine"]
         assert line.width == pytest.approx((0.5 + 8 * max(cosine, 0)) * scale)
-    arrows = {tuple(hover.split("<br>")[0].split(" → ")): seen for hover, seen in marks(figure)}
+    (marks,) = [trace for trace in figure.data if trace.mode == "markers"]
+    ends = [tuple(hover.split("<br>")[0].split(" → ")) for hover in marks.hovertext]
+    arrows = dict(zip(ends, marks.marker.opacity, strict=True))
     assert arrows == (table["direction"] == "forward").to_dict()
 
 
