@@ -46,6 +46,11 @@ def test_the_rows_are_the_tokens_of_the_texts_without_bos_and_padding(planted: S
     column = found.by_site[LAST].toarray()[:, 9]
     assert np.array_equal(found.of(FeatureId(2, "res", 9)), column)
     assert not set(found.tokens["token"]) & set(encode.all_special_ids)
+    cut = collect(planted, toys.TEXTS, [LAST], max_tokens=4)
+    kept = (found.tokens["position"] <= 3).to_numpy()
+    assert cut.tokens.equals(found.tokens[kept].reset_index(drop=True))
+    expected = found.by_site[LAST].toarray()[kept]
+    assert np.allclose(cut.by_site[LAST].toarray(), expected, atol=1e-4)
 
 
 def test_special_tokens_inside_a_text_are_left_out(planted: Suite):
@@ -56,14 +61,6 @@ def test_special_tokens_inside_a_text_are_left_out(planted: Suite):
     assert len(kept) == len(ids) - 1
     assert np.allclose(found.by_site[LAST].toarray(), whole[kept], atol=1e-4)
     assert found.tokens["position"].tolist() == [i + 1 for i in kept]
-
-
-def test_texts_are_cut(planted: Suite):
-    cut = collect(planted, toys.TEXTS, [LAST], max_tokens=4)
-    assert cut.tokens["position"].max() == 3
-    whole = collect(planted, toys.TEXTS, [LAST])
-    kept = (whole.tokens["position"] <= 3).to_numpy()
-    assert np.allclose(cut.by_site[LAST].toarray(), whole.by_site[LAST].toarray()[kept], atol=1e-4)
 
 
 def test_texts_without_a_token_are_no_hindrance(planted: Suite):

@@ -73,7 +73,9 @@ def test_what_there_is_stands_beside_what_was_asked_for(sample: Sample):
     assert sizes.loc["two", "short_texts"] == (two["eligible"] < 3).sum() > 0
 
 
-def test_a_dataset_with_fewer_texts_gives_all_it_has():
+def test_a_dataset_with_fewer_texts_gives_all_it_has_and_each_suite_has_its_own():
+    assert datasets_for(find_suite("flowlet")) == LOCAL_DATASETS
+    assert datasets_for(find_suite("pythia-70m-deduped")) == tuple(PAPER_DATASETS)
     found = texts_of(["fiction", "maths"], 150)
     assert len(found["fiction"]) == 150
     assert sorted(found["maths"]) == sorted(load_texts("maths", None))
@@ -85,11 +87,6 @@ def test_a_dataset_with_fewer_texts_gives_all_it_has():
             texts_of(datasets, 5)
     with pytest.raises(ValueError, match="cannot load n=0 texts"):
         texts_of(["maths"], 0)
-
-
-def test_local_suites_have_datasets_that_need_no_network():
-    assert datasets_for(find_suite("flowlet")) == LOCAL_DATASETS
-    assert datasets_for(find_suite("pythia-70m-deduped")) == tuple(PAPER_DATASETS)
 
 
 def test_texts_without_a_token_to_choose_are_refused(planted: Suite):
@@ -191,13 +188,6 @@ def test_no_more_than_a_few_saes_are_in_memory_and_each_is_loaded_once_for_many_
     assert len(read_sample(suite, sample, tmp_path).by_site) == 9
     assert max(alive) <= 4  # two kept, one in use, and one that is being read
     assert len(alive) < 5 * 9  # and not once for each of the texts
-
-
-def test_a_sae_without_encoder_is_refused(sample: Sample, planted: Suite, tmp_path: Path):
-    bare = {site: toys.bare_sae(site, d.directions) for site, d in planted.saes.items()}
-    suite = Suite(planted.row, planted.model, bare)
-    with pytest.raises(ValueError, match="has no weights"):
-        read_sample(suite, sample, tmp_path)
 
 
 def test_too_little_memory_is_told_before_the_pass(

@@ -101,10 +101,9 @@ def test_heatmaps_show_their_shares_row_by_row(significance: tuple[pd.DataFrame,
     table = rows.set_index(["first", "second"])
     for i, first in enumerate(GROUPS):
         assert heat.y[i] == f"{first} ({table.loc[(first, first), 'features']:,})"
-        for j, second in enumerate(GROUPS):
-            row = table.loc[(first, second)]
-            values = [heat.z[i][j], *heat.customdata[i][j]]
-            assert values == pytest.approx(row[["share", "low", "high"]].tolist(), nan_ok=True)
+        row = table.loc[first].loc[[*GROUPS], ["share", "low", "high"]].to_numpy()
+        values = np.column_stack([heat.z[i], heat.customdata[i]])
+        assert values == pytest.approx(row, nan_ok=True)
     pairs = significance[1].set_index(["score", "first", "second"])["share"]
     figure = plots.pair_heatmaps(significance[1], CAPTION)
     for trace, score in zip(figure.data, ("s_res", "s_mlp", "s_att"), strict=True):
