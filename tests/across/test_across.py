@@ -183,6 +183,8 @@ def test_groups_are_counted_by_hand_beside_chance(tables: dict[str, pd.DataFrame
     assert totals["share"].to_dict() == pytest.approx(shares.to_dict())
     assert totals["by_chance"].sum() == pytest.approx(1)
     assert set(totals["places"]) == {"res+mlp+att"}
+    with pytest.raises(ValueError, match="occurrences of bare: expected those of stream"):
+        suite_profile(suite_of("stream"), tables["stream"], FOUND, BASE)
 
 
 def test_activity_and_what_scores_tell_are_those_of_each_layer(tables: dict[str, pd.DataFrame]):
@@ -255,11 +257,6 @@ def test_profiles_are_compared_at_the_depths_that_both_reach():
     assert pairs.loc[("up", "down"), ["apart", "correlation"]].tolist() == pytest.approx([0.5, -1])
     assert np.isnan(pairs.loc[("up", "flat"), "correlation"])
     assert pairs.loc[("up", "flat"), "apart"] == pytest.approx(0.25, abs=0.01)
-
-
-def test_occurrences_of_another_suite_are_refused(tables: dict[str, pd.DataFrame]):
-    with pytest.raises(ValueError, match="occurrences of bare: expected those of stream"):
-        suite_profile(suite_of("stream"), tables["stream"], FOUND, BASE)
 
 
 # The figures.

@@ -65,9 +65,8 @@ def test_every_token_is_as_likely(planted: Suite):
 
 def test_what_there_is_stands_beside_what_was_asked_for(sample: Sample):
     sizes = sample_sizes(sample, 100, 3).set_index("dataset")
-    assert sizes.loc["one", ["texts", "texts_asked", "tokens_asked"]].tolist() == [
-        len(toys.TEXTS), 100, 300,
-    ]  # fmt: skip
+    one = sizes.loc["one", ["texts", "texts_asked", "tokens_asked"]].tolist()
+    assert one == [len(toys.TEXTS), 100, 300]
     assert sizes["tokens"].sum() == len(sample.tokens)
     two = sample.texts[sample.texts["dataset"] == "two"]
     assert sizes.loc["two", "short_texts"] == (two["eligible"] < 3).sum() > 0

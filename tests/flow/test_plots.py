@@ -221,23 +221,17 @@ def test_a_graph_too_high_for_captions_has_none(chain: FlowGraph) -> None:
     assert layout.nodes["size"].max() < layout.nodes["y"].sort_values().diff().max()
 
 
-def test_births_and_deaths_has_a_line_for_each_and_ends_deaths_before_the_last_layer() -> None:
+def test_births_lifespans_and_conditions_are_drawn_as_in_their_tables() -> None:
     table = pd.DataFrame({"layer": [0, 1], "born_mlp": [0.1, 0.2], "born_att": [0, 0.3]})
     table["dies"] = [0.4, np.nan]
     mlp, att, dies = births_and_deaths(table, "toy").data
     assert (list(mlp.y), list(att.y), dies.y[0]) == ([0.1, 0.2], [0, 0.3], 0.4)
     assert np.isnan(dies.y[1])
-
-
-def test_lifespan_map_counts_every_run_once_where_it_begins() -> None:
     runs = [(0, 0, 1), (1, 0, 1), (0, 0, 0), (0, 0, 1), (1, 0, 1), (2, 2, 2)]
     (grid,) = lifespan_map(pd.DataFrame(runs, columns=["layer", "first", "last"]), "toy").data
     counts = np.array([[1, 2, np.nan], [np.nan] * 3, [np.nan, np.nan, 1]])
     assert np.array_equal(np.array(grid.z, dtype=float), counts, equal_nan=True)
     assert (list(grid.x), list(grid.y)) == ([0, 1, 2], [0, 1, 2])
-
-
-def test_before_after_has_a_bar_for_each_row() -> None:
     table = pd.DataFrame({"what": ["a<\nb", "a<\nb", "c", "c"], "value": [12.34, 0.0, 0.123, 1]})
     table["condition"] = ["before", "after"] * 2
     before, after = before_after(table, "title", "activation", "toy").data
