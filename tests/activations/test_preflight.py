@@ -53,7 +53,7 @@ def test_saes_in_their_place_pass(flowlet: Suite):
     assert table["declared_l0"].isna().all()
 
 
-def test_figures_are_those_worked_out_by_hand(flowlet: Suite):
+def test_figures_are_those_worked_out_by_hand(flowlet: Suite, monkeypatch: pytest.MonkeyPatch):
     found = run_preflight(flowlet, TEXTS, ["4/mlp"]).iloc[0]
     tokens = tokenize(flowlet.model, TEXTS)
     x = run_model(flowlet.model, tokens.ids, [MLP])[1][MLP][0, 1:]  # all but BOS
@@ -64,6 +64,8 @@ def test_figures_are_those_worked_out_by_hand(flowlet: Suite):
     assert found["tokens"] == len(x)
     assert found["l0"] == pytest.approx((codes > 0).sum().item() / len(x))
     assert found["explained_variance"] == pytest.approx(1 - error.item(), abs=1e-4)
+    monkeypatch.setattr(flowlet.model.bridge.cfg, "n_ctx", 7)  # texts are cut to what it can read
+    assert run_preflight(flowlet, TEXTS, ["4/mlp"])["tokens"].item() == 6
 
 
 @pytest.mark.parametrize("factor", [30.0, -30.0])
@@ -177,8 +179,3 @@ def test_what_ended_a_preflight_takes_no_warning_with_it(
     with pytest.warns(UserWarning, match="where 1000 are declared") as caught:
         collect(suite, TEXTS, sites)
     assert {str(w.message).split()[0] for w in caught} == {"5/res", "6/res"}
-
-
-def test_texts_are_cut_to_what_the_model_can_read(flowlet: Suite, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(flowlet.model.bridge.cfg, "n_ctx", 7)
-    assert run_preflight(flowlet, TEXTS, ["4/mlp"])["tokens"].item() == 6

@@ -34,13 +34,10 @@ def planted_passages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[st
     return {name: [t for d, t, _ in rows if d == name] for name in LOCAL[:3]}
 
 
-def test_passages_of_a_domain_are_sampled_once_each(planted_passages: dict[str, list[str]]):
+def test_passages_of_a_domain_are_sampled_once_each_by_seed(planted_passages: dict[str, list[str]]):
     assert sorted(load_texts("fiction", 10)) == sorted(planted_passages["fiction"])
     assert sorted(load_texts("science", None)) == planted_passages["science"]
     assert load_texts("maths", 1) == ["Sum."]
-
-
-def test_the_seed_decides_the_sample(planted_passages: dict[str, list[str]]):
     first = load_texts("fiction", 5, seed=3)
     assert first == load_texts("fiction", 5, seed=3)
     assert load_texts("fiction", 8, seed=3)[:5] == first
@@ -111,7 +108,9 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         load_texts("notes/mine.txt", 1)
 
 
-def test_a_file_is_parted_by_separators_and_a_folder_gives_the_texts_of_its_files(tmp_path: Path):
+def test_a_file_is_parted_by_separators_and_a_folder_gives_the_texts_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     file = tmp_path / "own.txt"
     content = "\ufeffone\r\n<|endoftext|>\ntwo \n<|endoftext|>\n<|endoftext|>\ntwo\n"
     file.write_text(content, encoding="utf-8")
@@ -126,11 +125,7 @@ def test_a_file_is_parted_by_separators_and_a_folder_gives_the_texts_of_its_file
     (tmp_path / "three.txt.gz").write_bytes(gzip.compress(b"three"))
     (tmp_path / ".DS_Store").write_bytes(b"\x00\xff")
     assert sorted(load_texts(tmp_path, None)) == ["one", "three", "two", "zwei: schön"]
-
-
-def test_a_path_that_is_named_as_a_corpus_is_still_a_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+    # One that is named as a corpus is still a path.
     (tmp_path / "python").write_text("of my own", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert load_texts(Path("python"), None) == load_texts("./python", 1) == ["of my own"]

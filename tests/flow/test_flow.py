@@ -97,6 +97,11 @@ def test_scores_nulls_and_classes_are_those_of_the_table(suite: Suite, table: pd
             assert chain[f"{kind}_{module}"].tolist()[1:] == [nulls[at, module] for at in (1, 2)]
     others = graph.nodes[graph.nodes["module"] != "res"]
     assert others[["class", "s_res", "high_mlp", "from_res"]].isna().all(axis=None)
+    # A turn is where a module lies nearer than the stream.
+    nodes = nodes_of(13)  # s(A) is 1, 0.6 and 0.96 beside s(R) of 0.8
+    low = flow_graph(suite, nodes[0], table.assign(null=np.float32(0.5)))
+    assert turns(low)[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
+    assert turns(replace(low, nodes=low.nodes.assign(high_att=0.97))).empty
 
 
 def test_forward_goes_to_the_best_of_the_next_layer_whosever_match_that_is():
@@ -215,13 +220,6 @@ def test_ancestors_descendants_and_paths_are_those_of_the_chain(suite: Suite, ta
     small = bare({"0/res": AXES[:1], "1/res": second, "2/res": third / third.norm()})
     graph = flow_graph(small, ["2/res/0", "1/res/1"], match_table(small, k=1))
     assert path(graph, "0/res/0", "2/res/0")["target"].tolist() == ["1/res/0", "2/res/0"]
-
-
-def test_a_turn_is_where_a_module_lies_nearer_than_the_stream(suite: Suite, table: pd.DataFrame):
-    nodes = nodes_of(13)  # s(A) is 1, 0.6 and 0.96 beside s(R) of 0.8
-    low = flow_graph(suite, nodes[0], table.assign(null=np.float32(0.5)))
-    assert turns(low)[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
-    assert turns(replace(low, nodes=low.nodes.assign(high_att=0.97))).empty
 
 
 def test_a_graph_is_the_same_after_saving(suite: Suite, table: pd.DataFrame, tmp_path: Path):

@@ -163,7 +163,7 @@ def test_flow_picture_draws_every_node_once_and_none_touches_another(
     assert drawn["y"].between(0, height).all()
 
 
-def test_flow_picture_keeps_layers_and_lanes(web: FlowGraph) -> None:
+def test_flow_picture_keeps_layers_and_lanes_and_crosses_no_chains(web: FlowGraph) -> None:
     figure = flow_picture(web, "toy")
     drawn, axis = nodes(figure), figure.layout.xaxis
     parts = drawn["feature"].str.split("/", expand=True)
@@ -176,9 +176,7 @@ def test_flow_picture_keeps_layers_and_lanes(web: FlowGraph) -> None:
     lanes = drawn["y"].groupby(module).agg(["min", "max"])
     for upper, lower in pairwise(["att", "res", "mlp"]):
         assert lanes.loc[upper, "max"] + 1 < lanes.loc[lower, "min"]
-
-
-def test_parallel_chains_do_not_cross() -> None:
+    # Parallel chains do not cross.
     suite = toys.bare_suite()
     table, seeds = match_table(suite, k=3), ["1/res/5", "1/res/9"]
     graph = flow_graph(suite, seeds, table)
@@ -211,9 +209,7 @@ def test_captions_hold_labels_in_a_few_layers_and_numbers_in_many(
     layout = flow_layout(deep)
     assert layout.font > 7
     assert 0.6 * layout.font * 6 < layout.layers[1] - layout.layers[0]
-
-
-def test_a_graph_too_high_for_captions_has_none(chain: FlowGraph) -> None:
+    # Where they are too high there are none.
     named = chain.nodes["feature"]
     rows = pd.concat([chain.nodes.assign(feature=named + f"/{n}") for n in range(200)])
     layout = flow_layout(replace(chain, nodes=rows.reset_index(), edges=chain.edges[:0]))

@@ -32,16 +32,13 @@ def test_shares_are_drawn_by_module_and_by_class():
     assert bars["newborn"] == [0.3, 0.1]
 
 
-def test_agreement_is_the_same_read_either_way():
+def test_agreement_is_the_same_read_either_way_and_chance_shares_its_bins():
     rows = [("a", "b", "res", 10, 0.25), ("a", "c", "res", 10, 0.5), ("b", "c", "res", 10, 0.75)]
     table = pd.DataFrame(rows, columns=["first", "second", "module", "features", "same"])
     [square] = plots.agreement_map(table, "toy").data
     assert list(square.x) == list(square.y) == ["a", "b", "c"]
     assert np.array_equal(square.z, square.z.T, equal_nan=True)
     assert (square.z[0, 1], square.z[2, 0]) == (0.25, 0.5)
-
-
-def test_what_is_found_and_chance_share_their_bins():
     cosines = pd.DataFrame({"found": [0.5, 0.9, 0.9], "chance": [0.1, 0.2, np.nan]})
     figure = plots.against_chance(cosines, 0.3, "title", "toy")
     bars = {bar.name: bar for bar in figure.data}
