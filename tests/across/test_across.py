@@ -80,7 +80,7 @@ def test_no_two_suites_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch):
 
     def load(name: str, device: str) -> Any:
         assert all(each() is None for each in loaded)
-        suite = Mock(suite=name, device=device)
+        suite = Mock(row=name, device=device)
         suite.itself = suite  # what holds itself is let go by the collector alone
         loaded.append(weakref.ref(suite))
         return suite
@@ -89,7 +89,7 @@ def test_no_two_suites_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch):
     names = ["flowlet", "flowlet@res", "flowlet@res+mlp"]
     gc.disable()
     try:
-        found = one_by_one(names, lambda suite: (suite.suite, suite.device), "cpu")
+        found = one_by_one(names, lambda suite: (suite.row, suite.device), "cpu")
     finally:
         gc.enable()
     assert found == {name: (name, "cpu") for name in names}

@@ -41,7 +41,7 @@ def with_sae(suite: Suite, **changed: torch.Tensor) -> Suite:
     return replace(suite, saes={**suite.saes, MLP: other})
 
 
-def test_saes_in_their_place_pass(flowlet: Suite):
+def test_saes_in_their_place_pass_and_others_or_no_text_are_errors(flowlet: Suite):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         table = run_preflight(flowlet, TEXTS)
@@ -51,6 +51,10 @@ def test_saes_in_their_place_pass(flowlet: Suite):
     assert [str(site) for site in preflight_sites(flowlet.saes)] == table["site"].tolist()
     assert not table["is_suspicious"].any()
     assert table["declared_l0"].isna().all()
+    with pytest.raises(ValueError, match="no layer 9 in suite flowlet"):
+        run_preflight(flowlet, TEXTS, ["9/res"])
+    with pytest.raises(ValueError, match="no text given"):
+        run_preflight(flowlet, [])
 
 
 def test_figures_are_those_worked_out_by_hand(flowlet: Suite, monkeypatch: pytest.MonkeyPatch):
@@ -93,13 +97,6 @@ def test_variance_that_is_not_explained_is_warned_of(
     monkeypatch.setattr(room, "BELOW_DECLARED", 0.01)
     with pytest.warns(UserWarning, match="4/res"):
         run_preflight(flowlet, TEXTS, ["4/res"])
-
-
-def test_a_site_that_is_not_there_and_no_text_are_errors(flowlet: Suite):
-    with pytest.raises(ValueError, match="no layer 9 in suite flowlet"):
-        run_preflight(flowlet, TEXTS, ["9/res"])
-    with pytest.raises(ValueError, match="no text given"):
-        run_preflight(flowlet, [])
 
 
 def as_of_hub(suite: Suite) -> Suite:

@@ -178,14 +178,6 @@ def test_top_n_follows_so_many_of_each():
     assert graph.edges["cosine"].tolist() == pytest.approx([0.8, 0.6])
 
 
-def test_a_module_seed_leads_to_the_residual_features_it_matches(suite: Suite, table: pd.DataFrame):
-    nodes = nodes_of(2)
-    graph = flow_graph(suite, "1/mlp/2", table)
-    assert graph.chain["feature"].tolist() == nodes
-    assert graph.nodes.set_index("feature").loc["1/mlp/2", "is_seed"]
-    assert not graph.chain["is_seed"].any()
-
-
 def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
     # 0/res/0 goes on to 1/res/1, whose own match back is 0/res/1; that one leads to 1/res/0.
     between = 0.6 * AXES[0] + 0.8 * AXES[1]
@@ -209,6 +201,9 @@ def test_ancestors_descendants_and_paths_are_those_of_the_chain(suite: Suite, ta
     assert way["target"].tolist() == nodes
     assert way["cosine"].tolist() == pytest.approx([1, 0.8, 0.8])
     assert graph.network.nodes[nodes[1]]["is_seed"]
+    of_mlp = flow_graph(suite, "1/mlp/2", table)  # leads to the features that it matches
+    assert of_mlp.chain["feature"].tolist() == nodes
+    assert of_mlp.nodes.query("is_seed")["feature"].tolist() == ["1/mlp/2"]
     with pytest.raises(ValueError, match=f"no path leads from {nodes[2]} to {nodes[0]}"):
         path(graph, nodes[2], nodes[0])
     with pytest.raises(ValueError, match="1/res/15 is not in this graph; did you mean"):

@@ -43,15 +43,11 @@ def test_the_null_is_what_theory_gives_for_random_directions(planted: bool):
         assert np.quantile(found, q) == pytest.approx(expected, abs=tolerance)
     assert torch.equal(null_cosines(target, source, 4), null_cosines(target, source, 4))
     assert not torch.equal(null_cosines(target, source, 4), null_cosines(target, source, 5))
-
-
-def test_rows_of_zeros_are_no_chance():
-    target = normal(30, 8)
-    target[3:20] = 0
-    found = null_cosines(target, normal(50, 8, seed=1))
-    assert found.shape == (13 * 16,)
+    target[3:373] = 0  # rows of zeros are no chance
+    found = null_cosines(target, source)
+    assert found.shape == (30 * 16,)
     assert (found > 0).all()
-    assert null_cosines(torch.zeros(4, 8), normal(5, 8)).tolist() == [0]
+    assert null_cosines(torch.zeros(4, d), source).tolist() == [0]
 
 
 # The permutation.
