@@ -266,6 +266,7 @@ def test_every_suite_has_its_line_and_its_looks(side_by_side: Profile):
     panels, bands = {"median_res": "R", "median_att": "A"}, {"median_res": ("low_res", "high_res")}
     chance = {"median_res": "null_res"}
     figure = by_depth(side_by_side.by_layer, panels, "title", "subtitle", chance, bands)
+    assert figure.layout.xaxis.range is None  # else plotly.js does not fit the shared y axis
     lines = {(t.name, t.xaxis): t for t in figure.data}
     assert set(lines) == {
         *((name, "x") for name in ("bare", "no attention", "stream")),
@@ -286,6 +287,7 @@ def test_groups_have_a_panel_for_every_suite_and_dataset(side_by_side: Profile):
     groups = side_by_side.groups
     table = groups[groups["dataset"] != POOLED]
     figure = groups_by_depth(table[table["suite"] == "bare"], "subtitle")
+    assert figure.layout.xaxis.range is None
     part = table.query("suite == 'bare' and dataset == 'two' and group == 'From RES'")
     (line,) = [t for t in figure.data if t.name == "From RES" and t.xaxis == "x2"]
     assert list(line.x) == [0.5, 1]
