@@ -62,6 +62,8 @@ def test_what_is_added_is_the_formula_at_every_site_and_token(world: SimpleNames
     maxima = {name: 2.0 + place for place, name in enumerate(FEATURES)}
     given: dict[str, Any] = {"unit": unit, "max_activation": maxima, "alpha": -0.5}
     plan = make_plan(suite, FEATURES, 3.0, strategy="exponential", **given)
+    by_default = make_plan(suite, FEATURES, 3.0, strategy="exponential", alpha=-0.5)
+    assert (plan == by_default) == (unit == "theta")  # CHOICES 19
     clean, steered = streams(world), streams(world, *plan_edits(suite, [plan]))
     added = {}
     for name in FEATURES:
