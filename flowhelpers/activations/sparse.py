@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from flowhelpers.activations.preflight import preflight_once
 from flowhelpers.activations.sampling import Sample
-from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.core.features import FeatureId, Site, parse_site
 from flowhelpers.core.files import writable_folder, write_whole
 from flowhelpers.core.machine import check_memory
 from flowhelpers.core.progress_bar import progress
@@ -74,7 +74,7 @@ def collect(
     import pandas as pd
 
     tokens = texts if isinstance(texts, Tokens) else tokenize(suite.model, texts, max_tokens)
-    chosen = None if sites is None else [suite.sae(site).site for site in sites]
+    chosen = None if sites is None else [parse_site(str(site)) for site in sites]
     by_site = _stacked(read_batches(suite, tokens, chosen, batch_size))
     text, position = tokens.is_text.cpu().numpy().nonzero()
     token = tokens.ids.cpu().numpy()[text, position]

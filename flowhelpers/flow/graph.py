@@ -105,8 +105,7 @@ def flow_graph(
         raise ValueError(f"top_n={top_n}: expected 1 to {table['rank'].max()}, the table's ranks")
     if (of := table["suite"].iloc[0]) != suite.name:
         raise ValueError(f"a match table of {of}: expected one of {suite.name}")
-    names = [seeds] if isinstance(seeds, (str, FeatureId)) else seeds
-    named = list(dict.fromkeys(map(suite.feature, names)))
+    named = suite.features(seeds)
     if not named:
         raise ValueError("no seed given: expected a feature, such as 12/res/4230")
     for seed in named:

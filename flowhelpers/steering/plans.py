@@ -136,8 +136,7 @@ def make_plan(
     if isinstance(features, FlowGraph) and features.suite != suite.name:
         raise ValueError(f"a flow graph of suite {features.suite}: expected {suite.name}")
     names = features.nodes["feature"].tolist() if isinstance(features, FlowGraph) else features
-    names = [names] if isinstance(names, str | FeatureId) else names
-    unique = list(dict.fromkeys(map(suite.feature, names)))
+    unique = suite.features(names)
     layers = sorted({feature.layer for feature in unique})
     last = max(layers, default=0) if layer is None else layer
     steered = [f for f in unique if (f.layer == last if strategy == "single" else f.layer <= last)]

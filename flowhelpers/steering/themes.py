@@ -113,7 +113,7 @@ def output_scores(
     import pandas as pd
 
     by_site: dict[Site, list[int]] = {}
-    for feature in (unique := list(dict.fromkeys(map(suite.feature, features)))):
+    for feature in (unique := suite.features(features)):
         by_site.setdefault(feature.site, []).append(feature.index)
     preflight_once(suite, by_site)
     model, ids = suite.model, prompt_ids(suite.model, prompt, 1)

@@ -87,6 +87,11 @@ class Suite:
             )
         return feature
 
+    def features(self, names: str | FeatureId | Iterable[str | FeatureId]) -> list[FeatureId]:
+        """One or several features of this suite, from their written forms, each once."""
+        several = [names] if isinstance(names, str | FeatureId) else names
+        return list(dict.fromkeys(map(self.feature, several)))
+
     def sae(self, site: Site | str) -> "SAE":
         """The SAE at a site; a ValueError names the nearest if there is none."""
         site = parse_site(site) if isinstance(site, str) else site
