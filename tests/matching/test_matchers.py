@@ -106,7 +106,7 @@ def test_every_feature_has_one_however_poor_unless_there_are_too_few():
 
 def test_weights_that_cannot_be_compared_are_refused():
     later, _, _ = planted_pair()
-    with pytest.raises(ValueError, match="weights='encoder': expected 'decoder' or 'all'"):
+    with pytest.raises(ValueError, match="unknown weights 'bias'"):
         matchers._rows(later, "encoder", False)
     wider = toys.write_lens_sae(normal(10, 48), Site(1, "att"), hook="blocks.1.attn.hook_z")
     output = AttentionOutput(normal(48, D), None)
