@@ -31,24 +31,26 @@ Rows = Float[Tensor, "tokens d_model"]
 
 PRODUCTS = ("decoder", "decoder-encoder", "encoder", "sum")
 BATCH = 16  # texts in one forward pass
+ROWS = 2048  # of products with all features of the other SAE, at a time
 
 
 def virtual_weights(
-    source: "SAE", target: "SAE", product: str = "decoder-encoder"
+    source: "SAE", target: "SAE", product: str = "decoder-encoder", rows: slice = slice(None)
 ) -> Float[Tensor, "sources targets"]:
-    """Products of the directions of every feature of one SAE with those of all of another.
+    """Products of the directions of features of one SAE with those of all features of another.
 
     `decoder-encoder` are the virtual weights W_dec^A W_enc^B of the paper's eq. (1), `decoder` the
-    cosines of 3.2, `encoder` those of encoder directions, `sum` half the sum
-    of these two (Figure 24).
-    All directions have norm 1.
+    cosines of 3.2, `encoder` those of encoder directions, `sum` half the sum of these two (Figure
+    24). All directions have norm 1; `rows` are the features of the earlier SAE, all unless given.
     """
     check_choice("product", product, PRODUCTS)
     if product == "sum":
-        pair = source, target
-        return (virtual_weights(*pair, "decoder") + virtual_weights(*pair, "encoder")) / 2
+        decoders, encoders = (
+            virtual_weights(source, target, one, rows) for one in ("decoder", "encoder")
+        )
+        return (decoders + encoders) / 2
     first, last = (product.split("-") * 2)[:2]
-    return _directions(source, first) @ _directions(target, last).T
+    return _directions(source, first)[rows] @ _directions(target, last).T
 
 
 def _directions(sae: "SAE", of: str) -> Tensor:
@@ -62,12 +64,15 @@ def top_transition(
 
     Top-k is by source, so that each writes k times (CHOICES 29); what is not above 0 is left out.
     """
-    values, places = virtual_weights(source, target, product).topk(k, dim=1)
+    if not 1 <= k <= target.width:
+        raise ValueError(f"k={k}: expected 1 to {target.width}, the features of {target.site}")
+    blocks = [slice(start, start + ROWS) for start in range(0, source.width, ROWS)]
+    best = [virtual_weights(source, target, product, rows).topk(k, dim=1) for rows in blocks]
+    values, places = (torch.cat(parts) for parts in zip(*best, strict=True))
     rows, ranks = torch.nonzero(values > 0, as_tuple=True)
     values = values[rows, ranks]
     at = torch.stack([rows, places[rows, ranks]])
-    entries = torch.ones_like(values) if ones else values
-    return _sparse(at, entries, (source.width, target.width))
+    return _sparse(at, values if not ones else values.sign(), (source.width, target.width))
 
 
 def _sparse(at: Tensor, entries: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -99,19 +104,18 @@ def bridge(source: "SAE", target: "SAE", transition: Tensor, folded: bool = Fals
     `folded`: activations are in units of each feature's threshold on both sides (SAE Match, eq. 4),
     so that scales that differ between the layers are matched.
     """
-    sizes, directions = source.norms, target.directions
+    sizes, writes = source.norms, target.directions
     if folded:
         for sae in (source, target):
             if sae.thresholds is None:
                 raise ValueError(f"the SAE for {sae.site} has no thresholds to fold")
-        sizes = 1 / source.weights().threshold.clamp(min=SMALLEST_THRESHOLD)
-        scale = target.norms * target.weights().threshold.clamp(min=SMALLEST_THRESHOLD)
-        directions = directions * scale[:, None]
+        theta, own = (s.weights().threshold.clamp(min=SMALLEST_THRESHOLD) for s in (target, source))
+        sizes, writes = 1 / own, writes * (target.norms * theta)[:, None]
+    writes = sizes[:, None] * (transition @ writes)  # what each source feature adds to the stream
 
     def predict(x: Rows) -> Rows:
-        codes = source.encode(x).float() * sizes
         none = torch.zeros(len(x), target.width, device=x.device)
-        return (transition.T @ codes.T).T @ directions + target.decode(none, x).float()
+        return source.encode(x).float() @ writes + target.decode(none, x).float()
 
     return Prediction(source.input_site, target.input_site, predict)
 
