@@ -39,10 +39,10 @@ TABLE_2 = (
 SUPPRESSION_PROMPT = "I think that the biggest problem of contemporary theoretical physics is "
 # Table 3: the features that promote four themes; B.2 has the prompt, which ends with a space.
 TABLE_3 = {
-    "Anger": "12/res/4111",
-    "Mental health": "12/res/16226",
-    "Wedding": "12/res/4230",
-    "Religion": "12/res/5483",
+    "Anger and frustration": "12/res/4111",
+    "Mental health issues": "12/res/16226",
+    "Wedding and marriage": "12/res/4230",
+    "Religion and God": "12/res/5483",
 }
 ACTIVATION_PROMPT = "I think "
 # Table 4: features for promoting "Research methodology and experimentation" (C.3).
