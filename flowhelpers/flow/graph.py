@@ -10,7 +10,13 @@ import networkx
 
 from flowhelpers.core.features import MODULES, FeatureId, parse_feature, suggestion
 from flowhelpers.labels.neuronpedia import feature_page
-from flowhelpers.matching.scores import check_threshold, classify, dominant_module, feature_scores
+from flowhelpers.matching.scores import (
+    best_matches,
+    check_threshold,
+    classify,
+    dominant_module,
+    feature_scores,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +89,7 @@ def flow_graph(
     The paper's B.2 has `t_res=0.5` and `t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
 
     Args:
-        t_res: Ends the chain where a step's score is below it; not at all unless given.
+        t_res: Ends the chain where s(R) of the node is below it (CHOICES 26); not unless given.
         t_mlp: Leaves out MLP predecessors of a lower score, as `t_att` those in attention.
         top_n: Follows so many matches of each node instead of the best.
 
@@ -115,7 +121,7 @@ def flow_graph(
 
     matches = table[(table["rank"] <= top_n) & (table["source"] >= 0) & (table["feature"] >= 0)]
     limit = matches["module"].astype(object).map(limits).astype(float)
-    matches = matches[~(matches["score"] < limit)]  # where there is no limit, it is NaN
+    matches = matches[~(_cut_scores(matches, table) < limit)]  # where there is no limit, it is NaN
     starts, from_seeds = {seed for seed in named if seed.module == "res"}, []
     for seed in [seed for seed in named if seed.module != "res"]:
         rows = matches[(matches["direction"] == "forward") & (matches["module"] == seed.module)]
@@ -142,6 +148,17 @@ def flow_graph(
     in_order = sorted(nodes, key=lambda node: (node.layer, LANES.index(node.module), node.index))
     node_table = _node_table(suite, in_order, named, classify(feature_scores(table)))
     return FlowGraph(suite.name, tuple(map(str, named)), choices, node_table, edges)
+
+
+def _cut_scores(matches: "pd.DataFrame", table: "pd.DataFrame") -> "pd.Series":
+    """What a limit is held against: the score, but in a step on the s(R) of the node it reaches.
+
+    That is the node's own best match back, which is at least the score of the step (paper B.2).
+    """
+    own = best_matches(table, module="res").set_index(["layer", "feature"])["score"]
+    on = matches[(matches["direction"] == "forward") & (matches["module"] == "res")]
+    reached = own.reindex(list(zip(on["layer"], on["feature"], strict=True))).set_axis(on.index)
+    return matches["score"].where(~matches.index.isin(on.index), reached)
 
 
 def _walk(
