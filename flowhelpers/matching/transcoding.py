@@ -170,7 +170,7 @@ def explained_variance(
     n = tokens.is_text.sum(1).double().cpu()
     parts = torch.zeros(len(predictions), len(tokens.ids), dtype=torch.double)
     squares = {site: torch.zeros(len(tokens.ids), dtype=torch.double) for site in sites}
-    sums = {site: torch.zeros(len(tokens.ids), suite.d_model, dtype=torch.double) for site in sites}
+    sums: dict[Site, Tensor] = {}
     text = tokens.is_text.cpu().nonzero()[:, 0]
     start = 0
     for streams in progress(
@@ -181,7 +181,8 @@ def explained_variance(
         start += len(of)
         for site, x in read.items():
             squares[site].index_add_(0, of, x.double().square().sum(1).cpu())
-            sums[site].index_add_(0, of, x.double().cpu())
+            of_texts = sums.setdefault(site, torch.zeros(len(n), x.shape[1], dtype=torch.double))
+            of_texts.index_add_(0, of, x.double().cpu())
         for row, prediction in enumerate(predictions.values()):
             error = read[prediction.target] - prediction.predict(read[prediction.source])
             parts[row].index_add_(0, of, error.double().square().sum(1).cpu())

@@ -107,7 +107,7 @@ def test_every_feature_has_one_however_poor_unless_there_are_too_few():
 def test_weights_that_cannot_be_compared_are_refused():
     later, _, _ = planted_pair()
     with pytest.raises(ValueError, match="unknown weights 'bias'"):
-        matchers._rows(later, "encoder", False)
+        matchers._rows(later, "bias", False)
     wider = toys.write_lens_sae(normal(10, 48), Site(1, "att"), hook="blocks.1.attn.hook_z")
     output = AttentionOutput(normal(48, D), None)
     at_z = make_sae(Site(1, "att"), wider, D, "planted", lambda: output)
