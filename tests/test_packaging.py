@@ -50,11 +50,6 @@ def notebooks() -> list[str]:
     return [name for name in tracked() if name.endswith(".ipynb")]
 
 
-def cells(name: str, kind: str) -> list:
-    book = nbformat.read(ROOT / name, as_version=4)
-    return [cell for cell in book.cells if cell.cell_type == kind]
-
-
 def imported(sources: list[str]) -> set[str]:
     """The top-level modules, neither ours nor the standard library's, that the sources import."""
     found = set()
@@ -101,8 +96,9 @@ def test_whatever_the_code_imports_is_declared(folder: str, requirements: list[s
 
 
 def test_whatever_the_notebooks_import_is_declared():
-    magic = re.compile(r"^\s*[%!].*$", re.MULTILINE)
-    sources = [magic.sub("", cell.source) for name in notebooks() for cell in cells(name, "code")]
+    books = [nbformat.read(ROOT / name, as_version=4) for name in notebooks()]
+    code = [c.source for book in books for c in book.cells if c.cell_type == "code"]
+    sources = [re.sub(r"^\s*[%!].*$", "", source, flags=re.MULTILINE) for source in code]
     assert undeclared(sources, PROJECT["dependencies"]) == {}
 
 
@@ -126,13 +122,6 @@ def test_the_readme_names_every_notebook_and_links_to_nothing_that_is_not_there(
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", README)]
     local = [link for link in links if link and "://" not in link]
     assert [link for link in local if not (ROOT / link).exists()] == []
-
-
-@pytest.mark.parametrize("name", notebooks())
-def test_a_notebook_is_kept_without_what_it_put_out(name: str):
-    stale = [cell.source for cell in cells(name, "code") if cell.outputs or cell.execution_count]
-    assert stale == [], "clear it: nbstripout --keep-id notebooks/*.ipynb"
-    assert "widgets" not in nbformat.read(ROOT / name, as_version=4).metadata
 
 
 def test_no_large_file_is_tracked_by_accident():

@@ -108,11 +108,11 @@ def fit_phases(
 def all_phases(
     whole: Profile, parts: int = 3, shuffles: int = 500, seed: int = 0
 ) -> "pd.DataFrame":
-    """The phases of every suite, by its groups and by its classes, and those of the paper.
+    """The phases of every suite, by its groups and by its classes, and the paper's phases.
 
     Returns:
         `suite`, `of` (`groups`, `classes`, or `groups, by the paper` and so on), and the columns of
-        `fit_phases`; nothing of a suite with no more layers than parts.
+        `fit_phases`; no rows for a suite that has no more layers than `parts`.
     """
     import pandas as pd
 

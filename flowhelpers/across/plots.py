@@ -37,9 +37,9 @@ def by_depth(
 ) -> go.Figure:
     """A line for every suite over relative depth, in a panel for each column of a table.
 
-    `panels` names the columns to show and the title of each one's panel; `chance` for a column the
-    one that holds what is by chance; `bands` those with the lower and upper end of its error bar.
-    With `shares` axes are in percent.
+    `panels` maps each column to show to its panel's title, `chance` a column to the column of its
+    chance level, `bands` a column to the columns of the ends of its error bars. With `shares`, the
+    y axes are in percent.
     """
     import pandas as pd
 
@@ -76,7 +76,7 @@ def groups_by_depth(
 ) -> go.Figure:
     """The share of each group over relative depth (Figures 5, 18 and 19 b).
 
-    `rows` and `columns` have panels; of `columns="suite"` the ends of `phases` are drawn.
+    Panels differ in `rows` and `columns`; with `columns="suite"` the ends of `phases` are drawn.
     """
     figure = group_lines(groups, "depth", rows, columns, title, subtitle)
     if phases is not None:
@@ -87,14 +87,14 @@ def groups_by_depth(
 
 
 def groups_against_chance(totals: pd.DataFrame, subtitle: str) -> go.Figure:
-    """Figure 19 a: the share of each group in every suite, beside that by chance."""
+    """Figure 19 a: the share of each group in every suite, and its share by chance."""
     bars = totals.assign(dataset=totals["suite"])
     chance = bars[["dataset", "group", "n"]].assign(share=bars["by_chance"])
     return group_bars(bars, chance, subtitle, SUITE_COLOURS)
 
 
 def phases_by_depth(phases: pd.DataFrame, subtitle: str) -> go.Figure:
-    """Where each suite's phases lie, a bar for every division of every suite, by `all_phases`."""
+    """The phases of each suite from `all_phases`, a bar for every division of its layers."""
     table = phases.assign(division=phases["suite"] + ": " + phases["of"])
     table["width"], table["phase"] = table["ends"] - table["begins"], table["phase"].astype(str)
     table["layers"] = table["first"].astype(str) + " to " + table["last"].astype(str)

@@ -58,7 +58,7 @@ class Profile:
 
 
 def chosen_suites(names: Sequence[str]) -> dict[str, SuiteRow]:
-    """The rows of suites by the names or folders given; a ValueError if none, unknown or twice."""
+    """The rows of the suites named; a ValueError for an unknown or repeated name, or for none."""
     if isinstance(names, str) or not names:
         valid = suggestion(names if isinstance(names, str) else "", registered())
         raise ValueError(f"suites {names!r}: expected a list of one or more{valid}")
@@ -72,7 +72,7 @@ def chosen_suites(names: Sequence[str]) -> dict[str, SuiteRow]:
 def one_by_one(
     names: Sequence[str], look: "Callable[[Suite], T]", device: str = "auto"
 ) -> dict[str, T]:
-    """What `look` returns for each loaded suite, which must not refer to it; one in memory."""
+    """What `look` returns for each suite, loaded one at a time; it must not refer to the suite."""
     from flowhelpers.suites.load import load_suite
 
     seen = {}
@@ -90,11 +90,11 @@ def suite_profile(
     times: int = 200,
     seed: int = 0,
 ) -> Profile:
-    """All that is compared of one suite, from its match table and its occurrences.
+    """The profile of one suite, from its match table and its occurrences.
 
-    `found` has `incomplete` layers too, and is None if the suite read no text; `base` is the same
-    with predecessors at other tokens (`shuffled_tokens`). Intervals are of `times` resamples. A
-    ValueError if the occurrences are of another suite.
+    `found` includes `incomplete` layers; it is None if the suite read no text. `base` is the same
+    with predecessors at other tokens (`shuffled_tokens`). Intervals are from `times` resamples.
+    Raises a ValueError if the occurrences are of another suite.
     """
     import pandas as pd
 
@@ -202,10 +202,10 @@ def _summary(
 def group_profile(
     found: Occurrences, base: Occurrences, count: int, times: int = 200, seed: int = 0
 ) -> "pd.DataFrame":
-    """The share of every group by layer, beside that by chance (Figures 5, 18 and 19 b).
+    """The share of every group by layer, and its share by chance (Figures 5, 18 and 19 b).
 
-    A group that a layer's SAEs do not allow is missing, one that is only empty has the share 0;
-    the dataset `all texts` is all together.
+    A group that is impossible with a layer's SAEs is missing; one that is possible but empty has
+    the share 0. The dataset `all texts` pools all datasets.
     """
     import pandas as pd
 
@@ -257,11 +257,11 @@ def _activity(found: Occurrences, base: Occurrences) -> "pd.DataFrame":
 
 
 def alike(by_layer: "pd.DataFrame", columns: Sequence[str], points: int = 41) -> "pd.DataFrame":
-    """How far the profiles of any two suites lie apart, and whether they go the same way.
+    """How far the profiles of any two suites lie apart, and how they correlate.
 
-    Profiles are interpolated at evenly spread relative depths that both reach: `apart` is the mean
-    absolute difference, `correlation` is missing where one of them does not change. No row where
-    one of the suites lacks the column at all but one of its layers.
+    Profiles are interpolated at evenly spaced relative depths that both reach. `apart` is the mean
+    absolute difference; `correlation` is missing if one of them is constant. There is no row if a
+    suite has the column at fewer than two layers.
     """
     import pandas as pd
 

@@ -16,7 +16,7 @@ FORMAT = "flowhelpers flow graph, version 2"
 
 
 def save_graph(graph: FlowGraph, path: Path) -> None:
-    """Write a graph as a JSON file, whole or not at all."""
+    """Write a graph to a JSON file; if writing fails, no incomplete file is left."""
     record = {"format": FORMAT, "suite": graph.suite, "seeds": graph.seeds}
     record |= {"choices": graph.choices, "nodes": _records(graph.nodes)}
     write_json(path, record | {"edges": _records(graph.edges)})
@@ -38,9 +38,9 @@ def load_graph(path: Path) -> FlowGraph:
 def to_attribution_graph(graph: FlowGraph, slug: str, model: str | None = None) -> dict[str, Any]:
     """The graph in the JSON of circuit-tracer and of Neuronpedia's graph viewer.
 
-    A flow has no tokens. In their place stand the three modules, so that the viewer draws a lane
-    for each. Residual features that are joined are a supernode, named by their seeds; labels are
-    `clerp`; a link's weight is the match's score. `model` is Neuronpedia's name.
+    A flow has no tokens, so the three modules take their place and the viewer draws a lane for
+    each. Connected residual features form a supernode, named by its seeds; labels are `clerp`; a
+    link's weight is the score of the match. `model` is the model's name on Neuronpedia.
     """
     if not re.fullmatch(r"[A-Za-z0-9-]+", slug):
         raise ValueError(f"slug {slug!r}: expected letters, digits and hyphens")

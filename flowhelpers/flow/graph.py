@@ -43,8 +43,8 @@ class FlowGraph:
     Attributes:
         nodes: One row a feature; `link` is its page on Neuronpedia, or empty. Residual features
             have a `class`, and for each of `res`, `mlp`, `att` the best predecessor `from_res`, its
-            score `s_res`, the null's quantile `null_res` and the threshold `high_res` that the
-            class goes by. What does not exist is missing.
+            score `s_res`, the null's quantile `null_res` and the threshold `high_res` that decides
+            the class. What does not exist is missing.
         edges: One row a match: `module` of the source, `direction` (which side chose it), `score`
             (what the method ranks by), and the columns of the match table.
     """
@@ -84,14 +84,14 @@ def flow_graph(
 
     Backward, each step goes to the best match of the node reached; forward, to the feature of the
     next layer whose score with the node is highest. Every residual node has its MLP and attention
-    predecessors, which are not followed further. A seed at an MLP or attention leads to the
-    residual features that it matches best, whose flow this is. Flows of several seeds share nodes.
-    The paper's B.2 has `t_res=0.5` and `t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
+    predecessors, which are not followed further. A seed at an MLP or attention has the flow of the
+    residual features that it matches best. Flows of several seeds share nodes. The paper's B.2 has
+    `t_res=0.5` and `t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
 
     Args:
-        t_res: Ends the chain where s(R) of the node is below it (CHOICES 26); not unless given.
-        t_mlp: Leaves out MLP predecessors of a lower score, as `t_att` those in attention.
-        top_n: Follows so many matches of each node instead of the best.
+        t_res: The chain ends where s(R) of a node is lower (CHOICES 26); by default there is no limit.
+        t_mlp: MLP predecessors with a lower score are left out; likewise `t_att` for attention.
+        top_n: How many matches of each node are followed.
 
     Example:
         >>> from flowhelpers import flow, flow_graph, load_suite, match_table
@@ -207,7 +207,7 @@ def labelled(graph: FlowGraph, labels: "pd.DataFrame") -> FlowGraph:
 
 
 def keep_nodes(graph: FlowGraph, features: Iterable[str]) -> FlowGraph:
-    """The graph of the seeds and the nodes that are named, as the paper chooses them by hand."""
+    """The graph of the seeds and the given features only, which the paper chooses by hand."""
     kept = {*features, *graph.seeds}
     nodes = graph.nodes[graph.nodes["feature"].isin(kept)].reset_index(drop=True)
     both = graph.edges["source"].isin(kept) & graph.edges["target"].isin(kept)
@@ -215,19 +215,19 @@ def keep_nodes(graph: FlowGraph, features: Iterable[str]) -> FlowGraph:
 
 
 def ancestors(graph: FlowGraph, feature: FeatureId | str) -> list[str]:
-    """The features of the graph that lead to one, by layer."""
+    """The features of the graph with a path to the given one, by layer."""
     above = networkx.ancestors(graph.network, _node(graph, feature))
     return [name for name in graph.network if name in above]
 
 
 def descendants(graph: FlowGraph, feature: FeatureId | str) -> list[str]:
-    """The features of the graph that one leads to, by layer."""
+    """The features of the graph that the given one has a path to, by layer."""
     below = networkx.descendants(graph.network, _node(graph, feature))
     return [name for name in graph.network if name in below]
 
 
 def path(graph: FlowGraph, first: FeatureId | str, last: FeatureId | str) -> "pd.DataFrame":
-    """The edges from one feature to a later one, in order; the sum of (1 - score) is least."""
+    """The edges of the path from one feature to a later one with the least sum of (1 - score)."""
     ends = _node(graph, first), _node(graph, last)
     try:
         nodes = networkx.shortest_path(graph.network, *ends, lambda a, b, edge: 1 - edge["score"])
@@ -237,10 +237,10 @@ def path(graph: FlowGraph, first: FeatureId | str, last: FeatureId | str) -> "pd
 
 
 def layer_by_layer(graph: FlowGraph) -> "pd.DataFrame":
-    """The chain of a graph as the paper's appendix E reads it, one row a residual node.
+    """The chain of a graph, one row a residual node, as in the paper's appendix E.
 
-    `step` is the score of the step into it, `high above` the thresholds that its class goes by, for
-    stream / MLP / attention, and `adds` the modules' matches that are high, with their labels.
+    `step` is the score of the step to the node, `high above` the thresholds that decide its class,
+    for stream / MLP / attention, and `adds` the modules' matches with high scores.
     """
     chain, labels = graph.chain, graph.nodes.set_index("feature")["label"].str.replace("\n", "; ")
     steps = graph.edges[graph.edges["module"] == "res"].groupby("target")["score"].max()
@@ -257,10 +257,10 @@ def layer_by_layer(graph: FlowGraph) -> "pd.DataFrame":
 
 
 def turns(graph: FlowGraph) -> "pd.DataFrame":
-    """The residual nodes where the meaning turns: a module lies nearer than the stream before.
+    """The residual nodes where the meaning changes: a module matches better than the stream.
 
-    These have an s(M) or s(A) that is high and above s(R) (paper 3.3, class C and those of class B
-    that lean on the module, `turned_by`). Layer 0, which has no s(R), is left out.
+    Their s(M) or s(A) is high and above s(R): class C of the paper's 3.3, and the nodes of class B
+    that are nearer to the module, `turned_by`. Layer 0, which has no s(R), is left out.
     """
     chain = graph.chain
     chain["turned_by"] = dominant_module(chain)

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 def feature_lifespans(
     table: "pd.DataFrame", t_res: float | None = None, mutual: bool = False
 ) -> "pd.DataFrame":
-    """How long every residual feature lives: the run of layers whose joining matches are high.
+    """How long every residual feature lives: the run of layers joined by matches with high scores.
 
-    A step back goes to a feature's best match, a step on to the feature of the next layer that it
-    matches best, as in a flow graph. A step is high if its score is at least `t_res`, or above the
-    null's quantile if `t_res` is not given; `mutual` steps are both features' best matches.
+    As in a flow graph, a step backward goes to the feature's best match, a step forward to the
+    feature of the next layer that it matches best. A score is high from `t_res` on, or by default
+    above the null's quantile. With `mutual`, a step must be the best match of both features.
 
     Returns:
         One row a feature: `layer`, `feature`, `first` and `last` layer of its run, and `layers`,
@@ -51,15 +51,15 @@ def feature_lifespans(
 
 
 def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
-    """What becomes of features from layer to layer, over the whole model.
+    """How many features are passed on, born and lost at each layer of the model.
 
     Returns:
         One row a layer: `features`; the share of each class of the paper's 3.3; `born_mlp` and
-        `born_att`, the share that is newborn by that module; `dies`, the share without a match on
-        that is higher than chance (missing where the table has no next layer); `mutual`, the share
-        whose best match back is mutual; `sources`, how many features of the layer before are
-        anybody's best match, as a share of those that choose a match on; and `largest_funnel`, how
-        many features share one.
+        `born_att`, the share that is newborn by that module; `dies`, the share without a forward
+        match above chance (missing if the table has no next layer); `mutual`, the share whose best
+        backward match is mutual; `sources`, the share of features of the layer before (those that
+        choose a forward match) that are some feature's best match; and `largest_funnel`, the most
+        features that share one best match.
     """
     import pandas as pd
 
@@ -84,9 +84,9 @@ def flow_by_layer(table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def funnels(table: "pd.DataFrame") -> "pd.DataFrame":
-    """The residual features that are best matches back, by how many `features` name them.
+    """The residual features that are best backward matches, and of how many `features`.
 
-    `score` is the mean over these, and `above` how many of them match it above chance.
+    `score` is the mean over these, `above` the number of them whose match is above chance.
     """
     best = _best(table, "backward")
     sources = best.assign(high=best["score"] > best["null"]).groupby(["source_layer", "source"])

@@ -70,10 +70,10 @@ def flow_picture(
 ) -> go.Figure:
     """A flow graph through the layers, a lane for each module (the paper's Figures 2, 20 and 21).
 
-    A line is as thick as its cosine is high, dotted if its score is no higher than chance, and a
-    node has the colour of its class; a forward edge, which the earlier feature chose, bears an open
-    arrow. The caption of a node that has a page leads there. With `values` of some features, which
-    are `named` so, nodes have the colour of their value, and those without one are empty.
+    A line is thicker if its cosine is higher, and dotted if its score is not above chance. A
+    forward edge, which the earlier feature chose, has an open arrow. A node has the colour of its
+    class, and its caption links to its page. With `values` of features, called `named` in the
+    legend, nodes have the colour of their value, and those without a value are empty.
     """
     layout = flow_layout(graph)
     nodes, edges = layout.nodes, layout.edges
@@ -144,9 +144,9 @@ def births_and_deaths(table: pd.DataFrame, subtitle: str) -> go.Figure:
 
 
 def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
-    """How many features begin at a layer and end at another (`feature_lifespans`).
+    """How many features begin at one layer and end at another (`feature_lifespans`).
 
-    A run of layers is counted once, where it begins; colours end at the ninth decile.
+    A run is counted once, at its first layer; the colour scale ends at the ninth decile.
     """
     begun = lifespans[lifespans["layer"] == lifespans["first"]]
     layers = sorted(lifespans["layer"].unique())
@@ -161,7 +161,7 @@ def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
 
 
 def before_after(table: pd.DataFrame, title: str, value: str, subtitle: str) -> go.Figure:
-    """Bars that compare conditions: `what` stands on the axis, `value` is a bar's height."""
+    """Bars that compare conditions: `what` is on the x axis, `value` is the height of a bar."""
     shown = table.assign(**{c: table[c].astype(str).map(escape) for c in ("what", "condition")})
     names = {"value": value, "what": "", "condition": ""}
     looks = {"barmode": "group", "text_auto": ".3g", "color_discrete_sequence": CONDITIONS}

@@ -56,7 +56,7 @@ TEMPLATE = """\
 
 
 def flow_svg(graph: "FlowGraph", subtitle: str) -> str:
-    """The picture of `flow_picture` as SVG: hovers are titles, and nodes lead to their pages."""
+    """The picture of `flow_picture` as SVG: hover texts are titles, nodes link to their pages."""
     from jinja2 import Template
 
     picture = flow_layout(graph)

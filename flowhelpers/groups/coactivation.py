@@ -23,7 +23,7 @@ MEASURES = ("pearson", "jaccard", "source_given_target", "target_given_source")
 def coactivation_of_matches(
     matches: "pd.DataFrame", activations: FeatureActivations, least_active: int = LEAST_ACTIVE
 ) -> "pd.DataFrame":
-    """How matched features are active together: every best match of a residual feature.
+    """Co-activation of every residual feature with its best matches.
 
     Returns:
         The match's columns, `n_target`, `n_source`, `n_both` (tokens), and the `MEASURES`:
@@ -71,9 +71,9 @@ def _measures(target: "csc_matrix", source: "csc_matrix") -> dict[str, np.ndarra
 
 
 def disagreements(pairs: "pd.DataFrame", n: int = 10) -> "pd.DataFrame":
-    """Pairs near by cosine (0.5) but not active together (Pearson 0.3), and the reverse.
+    """Pairs with a cosine from 0.5 but a Pearson correlation below 0.3, and the reverse.
 
-    Of each `kind` at most `n`: the lowest, and then the highest, correlations first.
+    At most `n` of each `kind`: the lowest correlations of the first, the highest of the reverse.
     """
     import pandas as pd
 
@@ -86,7 +86,7 @@ def disagreements(pairs: "pd.DataFrame", n: int = 10) -> "pd.DataFrame":
 
 
 def coactivation_by_cosine(pairs: "pd.DataFrame", smallest: int = 10) -> "pd.DataFrame":
-    """Medians of each measure in tenths of the cosine that have `smallest` pairs or more."""
+    """Medians of each measure by cosine, in bins of width 0.1 with at least `smallest` pairs."""
     known = pairs[pairs["pearson"].notna()]
     middle = (np.floor(known["cosine"].clip(upper=0.999) / 0.1) + 0.5) * 0.1
     cells = known.groupby(["module", middle])

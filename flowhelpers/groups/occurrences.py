@@ -63,17 +63,17 @@ def find_occurrences(
 ) -> Occurrences:
     """Every active residual feature at every token, with its predecessors' activity (paper 5.1).
 
-    A predecessor is a match at a site, active at the same token; of `top_n` matches one that is
-    active is enough (CHOICES 32).
+    A site counts as active if at least one of the feature's `top_n` matches there is active at the
+    same token (CHOICES 32).
 
     Args:
-        incomplete: Whether layers that lack one or two of the three sites are in it, as layer 0
-            does (CHOICES 5); their groups are those of the sites that there are.
-        predecessors: Their activations where not of the same token (`shuffled_tokens`).
+        incomplete: Whether to include layers that lack one or two of the three sites, such as layer
+            0 (CHOICES 5); their groups are formed from the sites that they have.
+        predecessors: Where to read predecessors, if at other tokens (`shuffled_tokens`).
 
     Raises:
-        ValueError: If no layer has all three sites and `incomplete` ones are not asked for, the
-            activations lack a site of the table, or the table has fewer ranks than `top_n`.
+        ValueError: If no layer has all three sites and `incomplete` is False, the activations lack
+            a site of the table, or the table has fewer ranks than `top_n`.
     """
     import pandas as pd
 
@@ -157,10 +157,10 @@ def complete_layers(table: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureActivations:
-    """The same activations, each token's replaced by those of a token of another text.
+    """The activations with those of each token replaced by those of a token of another text.
 
-    They give the base rate that the paper leaves out: every predecessor is as often active as
-    before, but at other tokens of the same dataset, the same for all sites.
+    They give the base rate that the paper leaves out: every predecessor is active as often as
+    before, but at other tokens of the same dataset. All sites use the same replacement.
     """
     rng = np.random.default_rng(seed)
     tokens = with_dataset(activations.tokens)
@@ -178,9 +178,9 @@ def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureAc
 
 
 def youden_thresholds(found: Occurrences) -> dict[tuple[int, str], float]:
-    """The score that best parts active from inactive predecessors, for each layer and site.
+    """The score that best separates active from inactive predecessors, by layer and site.
 
-    It is the cut of highest Youden's J; where all predecessors are active, or none, there is none.
+    It has the highest Youden's J; there is none where predecessors are all active or all inactive.
     """
     from sklearn.metrics import roc_curve
 

@@ -80,7 +80,7 @@ def group_scatter(points: pd.DataFrame, subtitle: str) -> go.Figure:
 def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
     """Figure 4: the share of significant tests by where a module is active in the two groups.
 
-    A row of panels for each `unit`, what was counted.
+    Each `unit` (what was counted) has a row of panels.
     """
     names = {"pair": PAIR_NAMES, "score": SCORE_NAMES, "module": PANELS}
     figure = px.bar(
@@ -115,7 +115,7 @@ def group_lines(
 def groups_by_layer(shares: pd.DataFrame, subtitle: str) -> go.Figure:
     """Figure 5: the share of each group by layer, a column for each dataset.
 
-    With several methods in the column `method` it is Figure 18, a row for each.
+    If the column `method` has several methods, it is Figure 18, with a row for each.
     """
     shares = shares if "method" in shares else shares.assign(method="")
     title = "Where active features come from, by layer"
@@ -128,7 +128,7 @@ def group_bars(
 ) -> go.Figure:
     """Figure 12 a: how the occurrences of each dataset are spread over the groups.
 
-    `base` is the same of predecessors at other tokens (`shuffled_tokens`): short lines mark it.
+    `base`, the shares with predecessors at other tokens (`shuffled_tokens`), is drawn as lines.
     """
     looks = BY_GROUP | ERRORS | {"x": "group", "y": "share", "color": "dataset"}
     looks |= {"hover_data": ["n"], "labels": {"share": "share of occurrences"}}

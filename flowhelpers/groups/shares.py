@@ -22,11 +22,11 @@ def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.Da
     """How the occurrences are spread over the groups (Figures 5 and 12a).
 
     Shares add up to one within each value of the columns `by`. Layers that lack a site count only
-    where `layer` is among them.
+    if `by` has `layer`.
 
     Returns:
-        One row a group in each: `n`, `features` (unique ones), `share` of the occurrences, and
-        `unique_share` of the unique features; shares of an empty group are missing, not 0.
+        One row for each group and value of `by`: `n`, `features` (unique ones), `share` of
+        occurrences, `unique_share` of unique features; shares of an empty group are missing, not 0.
     """
     import pandas as pd
 
@@ -43,7 +43,7 @@ def group_shares(found: Occurrences, by: Sequence[str] = ("dataset",)) -> "pd.Da
 def share_intervals(
     found: Occurrences, by: Sequence[str] = ("dataset",), times: int = TIMES, seed: int = 0
 ) -> "pd.DataFrame":
-    """`group_shares` with `low` and `high`."""
+    """`group_shares` with bootstrap intervals, from `low` to `high`."""
     import pandas as pd
 
     shares = group_shares(found, by)
@@ -77,9 +77,9 @@ def group_transition(table: "pd.DataFrame") -> np.ndarray:
 def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) -> "pd.DataFrame":
     """Figure 13 in rows: `group_transition` with intervals.
 
-    A resample has fewer distinct texts, so that fewer features are ever seen in a group. The
-    interval is therefore as wide as the resamples spread, but lies around the `share` itself, of
-    the `features` seen in the first group that are seen in the second as well.
+    Of the `features` seen in the first group, `share` is also seen in the second. A resample has
+    fewer distinct texts, so fewer features are seen in a group. The interval is therefore as wide
+    as the resamples spread, but is centred on the `share` itself.
     """
     import pandas as pd
 
@@ -120,9 +120,9 @@ def group_profiles(found: Occurrences) -> "pd.DataFrame":
 def single_source_points(
     found: Occurrences, layers: Sequence[int], n: int = 350, seed: int = 0
 ) -> "pd.DataFrame":
-    """Features of the groups with one source or none: of each layer at most `n` (Figure 3).
+    """Features of the groups with one source or none, at most `n` of each layer (Figure 3).
 
-    A feature is in a group once: `layer`, `feature`, `group`, `s_res`, `s_mlp`, `s_att`.
+    One row for each feature and group: `layer`, `feature`, `group`, `s_res`, `s_mlp`, `s_att`.
     """
     import pandas as pd
 

@@ -58,7 +58,7 @@ def mann_whitney_tests(
 
 
 def check_alpha(alpha: float) -> None:
-    """Raises a ValueError unless the level of significance lies between 0 and 1."""
+    """Raise a ValueError unless the level of significance lies between 0 and 1."""
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha}: expected a level between 0 and 1, such as 0.001")
 
@@ -158,9 +158,9 @@ def significance_intervals(
 ) -> "tuple[pd.DataFrame, pd.DataFrame]":
     """Figures 4 and 14 with intervals: shares of significant tests, by class and by pair.
 
-    Of `mann_whitney_tests` with the same `alpha`, `smallest` and `unique`, what `class_shares` and
-    `pair_shares` give, with `low` and `high`. A resample has fewer distinct texts, of which some
-    count twice; so the interval need not lie around the share.
+    The result of `class_shares` and `pair_shares`, with `low` and `high`, for `mann_whitney_tests`
+    with the same `alpha`, `smallest` and `unique`. A resample has fewer distinct texts, and some
+    count twice, so the interval need not contain the share.
     """
     import pandas as pd
 
@@ -188,7 +188,7 @@ def significance_intervals(
 
 
 def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":
-    """Figure 4 where score and module match: a row for each score, columns `AB`, `AO`, `IB`."""
+    """Figure 4 for the score of each module: a row for each score, columns `AB`, `AO`, `IB`."""
     shares = class_shares(tests)
     own = shares[shares["score"] == "s_" + shares["module"]]
     return own.pivot(index="score", columns="pair", values="share").loc[[*SCORES]]

@@ -49,9 +49,9 @@ def top_k_cosine(
     (CHOICES 3).
 
     Args:
-        memory: Bytes to use beside input and answer; 512 MiB on a CPU and 2 GiB on a GPU unless
-            given. A block of one target and 64 sources is the least.
-        device: Where to compute, and where blocks are brought; that of `target` unless given.
+        memory: Bytes to use besides input and result; by default 512 MiB on a CPU, 2 GiB on a GPU.
+            The minimum is a block of one target and 64 sources.
+        device: Where to compute; blocks are moved there. By default the device of `target`.
 
     Raises:
         ValueError: If the widths differ, k or memory is out of range, or a value is not finite.

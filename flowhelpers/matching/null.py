@@ -32,10 +32,10 @@ def null_cosines(
     draws: int = NULL_DRAWS,
     device: str | None = None,
 ) -> Float[Tensor, "draws"]:
-    """Best cosines of targets into randomly rotated copies of the source: what chance gives.
+    """The null distribution: best cosines of targets with randomly rotated copies of the source.
 
-    Pools as many rotations, 16 at most, as `draws` cosines need; rows of zeros are left out. The
-    seed is of the rotations, and of the choice of targets where there are more than `draws`.
+    Pools as many rotations as `draws` cosines need, at most 16; rows of zeros are left out. The
+    seed sets the rotations and, if there are more than `draws` targets, which of them are used.
     """
     rows = torch.nonzero((target != 0).any(dim=1)).flatten()
     if not len(rows):
@@ -52,7 +52,7 @@ def null_cosines(
 def rotated(
     directions: Float[Tensor, "rows d_model"], seed: int = 0
 ) -> Float[Tensor, "rows d_model"]:
-    """The directions, all turned by one random rotation: alike among themselves, new to others."""
+    """All directions after one random rotation, which keeps the angles between them."""
     return directions.float() @ _rotation(directions.shape[1], seed).to(directions.device)
 
 

@@ -17,7 +17,7 @@ SCORE_COLOURS = {SCORES[module]: COLOURS[module] for module in SYMBOLS}
 
 
 def scores_by_layer(scores: pd.DataFrame, subtitle: str) -> go.Figure:
-    """s(R), s(M) and s(A) of all features (as `feature_scores` gives), beside chance.
+    """s(R), s(M) and s(A) of all features (from `feature_scores`), beside chance.
 
     Boxes are quartiles, whiskers the 5 % and 95 % quantiles.
     """

@@ -21,7 +21,7 @@ def best_matches(
     direction: Literal["backward", "forward"] = "backward",
     module: str | None = None,
 ) -> "pd.DataFrame":
-    """The matches of rank 1, at each module or one of them, of the side that chose."""
+    """The matches of rank 1 in one direction, for all modules or for one."""
     best = table[(table["rank"] == 1) & (table["direction"] == direction)]
     return best if module is None else best[best["module"] == module]
 
@@ -47,16 +47,16 @@ def classify(
 ) -> "pd.DataFrame":
     """Which of the four readings of the paper's 3.3 fits each feature.
 
-    A: `translated`, s(R) alone is high; B: `processed`, s(R) and s(M) or s(A) are; C: `newborn`,
-    s(M) or s(A) alone; D: `unexplained`, none. High is what exceeds the null's 99.9 % quantile, or
-    the threshold given for its (layer, module), such as `youden_thresholds` gives (CHOICES 27). A
-    score that does not exist, such as s(R) at layer 0, is not high.
+    A, `translated`: only s(R) is high; B, `processed`: s(R), and s(M) or s(A); C, `newborn`: s(M)
+    or s(A), but not s(R); D, `unexplained`: none. A score is high above the null's 99.9 % quantile,
+    or above the threshold given for its (layer, module), as by `youden_thresholds` (CHOICES 27). A
+    missing score, such as s(R) at layer 0, is not high.
 
     Returns:
         `scores` with `high_res`, `high_mlp`, `high_att` (the thresholds that applied) and `class`.
 
     Raises:
-        ValueError: If a threshold is outside [-1, 1], or of a place that the table does not have.
+        ValueError: If a threshold is outside [-1, 1], or for a site that the table does not have.
     """
     import numpy as np
 
@@ -83,7 +83,7 @@ def classify(
 
 
 def dominant_module(classes: "pd.DataFrame") -> "pd.Series":
-    """Of `mlp` and `att` the nearer one whose score is high, by `classify`; missing if none is."""
+    """The module, `mlp` or `att`, with the larger high score by `classify`; missing if neither."""
     import pandas as pd
 
     scores = {m: classes[f"s_{m}"] for m in MODULES[1:] if f"s_{m}" in classes}
@@ -93,7 +93,7 @@ def dominant_module(classes: "pd.DataFrame") -> "pd.Series":
 
 
 def check_threshold(value: float, name: str) -> None:
-    """Raise a ValueError if a threshold is no cosine."""
+    """Raise a ValueError if a threshold cannot be a cosine."""
     if not -1 <= value <= 1:
         raise ValueError(f"threshold {value} for {name}: expected a cosine, from -1 to 1")
 
@@ -101,9 +101,9 @@ def check_threshold(value: float, name: str) -> None:
 def transition(matches: TopK, width: int) -> Tensor:
     """The transition matrix T of the paper's 3.2, sparse `[rows, width]`: a one for each match.
 
-    Rows are features of the side that chose, columns the `width` features of the other: targets
-    choose in `backward` matches, as in the paper's 3.2, sources in `forward` ones, as in its
-    appendix F, where ẑ = z·T. Top-k is by row (CHOICES 29).
+    Rows are features of the side that chose, columns the `width` features of the other side. In
+    `backward` matches the targets choose (paper 3.2); in `forward` matches the sources choose
+    (appendix F, where ẑ = z·T). Top-k is by row (CHOICES 29).
     """
     rows, ranks = torch.nonzero(matches.indices >= 0, as_tuple=True)
     places = torch.stack([rows, matches.indices[rows, ranks]])

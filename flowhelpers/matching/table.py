@@ -58,12 +58,12 @@ def match_table(
 ) -> "pd.DataFrame":
     """The matches of a suite's residual features with all sites that precede them.
 
-    Each layer is kept on disk under all that its matches depend on, the directions included, and
-    read from there the next time.
+    Each layer's matches are cached on disk, under a key of all that they depend on, the directions
+    included.
 
     Args:
         k: Matches kept for each feature and pair of sites; for `random`, how many are drawn from.
-        seed: Of the null and of `random`.
+        seed: The random seed of the null and of `random`.
         method: `cosine` of directions (top-k, paper 3.2); `random`, one of the k of highest cosine
             (paper A.2); `permutation`, one to one as in SAE Match (paper 3.1, CHOICES 15);
             `pearson`, correlation of activations over `texts` (paper C.4, CHOICES 14).
@@ -71,9 +71,9 @@ def match_table(
             encoder's bias as well.
         folded: For `permutation`: fold thresholds into the weights first (CHOICES 16).
         texts: For `pearson`: the text sample.
-        layers: The layers to match with what precedes them; all unless given.
-        device: Where to compute; where the SAEs are unless given.
-        cache: The folder of the tables on disk; `cache_folder()` unless given.
+        layers: The layers whose residual features are matched; by default all.
+        device: Where to compute; by default where the SAEs are.
+        cache: The folder of the tables on disk; by default `cache_folder()`.
 
     Returns:
         One row a match: `suite`, `method`, `direction` (backward or forward), `layer` and `feature`
@@ -85,8 +85,8 @@ def match_table(
         below).
 
     Raises:
-        ValueError: If no residual SAE has one that precedes it, the method lacks its texts or is
-            given what it has no use for, there is no such device, or k is larger than an SAE.
+        ValueError: If no residual SAE has an SAE before it, the method lacks its texts or gets an
+            argument it does not use, the device does not exist, or k exceeds an SAE's width.
 
     Example:
         >>> from flowhelpers import load_suite, match_table, matching

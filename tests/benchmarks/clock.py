@@ -1,5 +1,6 @@
-"""How long things take, and how much memory."""
+"""How long things take, how much memory, and what the command line asks for."""
 
+import argparse
 import threading
 import time
 from collections.abc import Callable
@@ -7,6 +8,14 @@ from typing import Any
 
 import psutil
 import torch
+
+
+def options(about: str | None, **defaults: Any) -> argparse.Namespace:
+    """What the command line gives, by options of the types of their defaults."""
+    parser = argparse.ArgumentParser(description=about)
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=type(value), default=value)
+    return parser.parse_args()
 
 
 def seconds(compute: Callable[[], Any]) -> tuple[float, Any]:

@@ -4,27 +4,24 @@
 
 The loop is what a user of TransformerLens would write: one `run_with_hooks` over the text for each
 intervention, with a hook that edits and one that reads; a second loop cuts the text at the token
-and stops at the layer. The curve is over the rows of a pass, on as many different interventions at
-one token. Last comes an experiment of the size of the paper's: 13,125 features by five methods.
+and stops at the layer. Beside them stands an experiment of the size of the paper's: 13,125 features
+by five methods.
 
 On two cores of an AMD EPYC with `flowlet`, texts of up to 128 tokens: the loop makes 31 a second
 (48 cut and stopped); the batch 983 a second over an experiment of the paper's size, 32 (20) times
-as many, which takes 26 s for its 42,645 cases, 25,408 of them different. By rows in a pass: 19, 74,
-276, 1,012, 2,062 and 2,387 a second with 1, 4, 16, 64, 256 and 1,024. Slower machines change the
+as many, which takes 26 s for its 42,645 cases, 25,408 of them different. Slower machines change the
 times and little of the ratios.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from clock import seconds
+from clock import options, seconds
 from torch import Tensor
 
 from flowhelpers.activations.sampling import datasets_for, draw_sample, texts_of
@@ -44,7 +41,6 @@ from flowhelpers.suites.load import Suite, load_suite
 from flowhelpers.suites.model import Tokens, hook_name
 
 PAPER_TARGETS = 13_125
-ROWS = (1, 4, 16, 64, 256, 1024)
 
 
 @torch.no_grad()
@@ -78,25 +74,9 @@ def by_hooks(
     return found
 
 
-def random_edits(
-    suite: Suite, token: tuple[int, int], layer: int, n: int, seed: int = 0
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """So many different interventions at one token."""
-    rng = np.random.default_rng(seed)
-    cases = pd.DataFrame([(*token, layer)] * n, columns=["text", "position", "layer"])
-    edits = pd.DataFrame({"case": range(n), "module": rng.choice(["res", "mlp", "att"], n)})
-    sites = [predecessor_site(layer, module) for module in edits["module"]]
-    edits["feature"] = rng.integers([suite.sae(site).width for site in sites])
-    return cases, edits.assign(amount=rng.normal(size=n) + 3)
-
-
 def main() -> None:
     """Prints what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", default="flowlet")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--loop", type=int, default=60, help="interventions of the loops")
-    given = parser.parse_args()
+    given = options(__doc__, suite="flowlet", device="cpu", loop=60)  # interventions of the loops
     suite = load_suite(given.suite, given.device)
     texts = texts_of(datasets_for(suite.row)[:1], 35)
     sample = draw_sample(suite.model, texts, 12)
@@ -139,16 +119,6 @@ def main() -> None:
     after, _ = intervene(suite, sample.ids, where, own, pd.concat(read))
     off = np.abs(after["new"].to_numpy() - torch.cat(each).cpu().numpy()).max()
     print(f"the largest difference of an activation between loop and batch: {off:.1e}")
-
-    token = (int(where["text"][0]), int(where["position"][0]))
-    for rows in ROWS:
-        made = random_edits(suite, token, layers[1], rows)
-        reads = made[1].assign(layer=layers[1], module="res", feature=0)
-        once = partial(intervene, suite, sample.ids, *made, reads, batch_size=rows)
-        took = min(seconds(once)[0] for _ in range(3))
-        print(
-            f"{rows:>5} rows in a pass: {rows / took:,.0f} a second, the text's own pass included"
-        )
 
     where = targets.loc[cases["target"], ["text", "position", "layer"]].reset_index(drop=True)
     reads = where.assign(case=where.index, module="res", feature=0)

@@ -12,7 +12,6 @@ On two cores of an AMD EPYC with bfloat16 in AVX-512 but without AMX, at the def
 bfloat16 alone takes 1.6 s there. No GPU has been measured yet.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable
 from importlib import import_module
@@ -21,7 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from clock import memory, seconds
+from clock import memory, options, seconds
 from torch import Tensor
 
 from flowhelpers.core.directions import unit_rows
@@ -145,17 +144,11 @@ def whole_suite(layers: int, features: int, width: int, k: int, device: str) -> 
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="How fast top-k matching is.")
-    parser.add_argument("--features", type=int, default=16_384)
-    parser.add_argument("--width", type=int, default=2_304)
-    parser.add_argument("--k", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--layers", type=int, help="time all maps of a suite of so many layers")
-    options = parser.parse_args()
-    shape = options.features, options.width, options.k
+    given = options(__doc__, features=16_384, width=2_304, k=5, repeats=3, layers=0)
+    shape = given.features, given.width, given.k
     if torch.cuda.is_available():
-        whole_suite(options.layers or 26, *shape, "cuda")
-    elif options.layers:
-        whole_suite(options.layers, *shape, "cpu")
+        whole_suite(given.layers or 26, *shape, "cuda")
+    elif given.layers:
+        whole_suite(given.layers, *shape, "cpu")
     else:
-        on_cpu(*shape, options.repeats)
+        on_cpu(*shape, given.repeats)

@@ -12,13 +12,12 @@ On two cores of an AMD EPYC with `flowlet` and plans of 24 features over all lay
 79 tokens a second; the batch 1,595, 20 times as many (23 times with the machine busy).
 """
 
-import argparse
 import sys
 from collections.abc import Mapping
 from contextlib import nullcontext
 
 import torch
-from clock import seconds
+from clock import options, seconds
 from torch import Tensor
 
 from flowhelpers.flow.graph import flow_graph
@@ -75,12 +74,8 @@ def steer_rate(suite: Suite, plans: Mapping[str, Plan | None], samples: int, see
 
 def main() -> None:
     """Prints what was measured."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--suite", default="flowlet")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--loop", type=int, default=3, help="texts of each plan in the loop")
-    parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
+    # `loop`: texts of each plan in the loop
+    given = options(__doc__, suite="flowlet", device="cpu", loop=3, repeats=3)
     suite = load_suite(given.suite, given.device)
     plans = plans_of(suite)
     by_generate(suite, plans, 1)

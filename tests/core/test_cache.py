@@ -4,7 +4,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ def python(code: str, *arguments: object) -> "subprocess.Popen[str]":
     )
 
 
+@pytest.mark.filterwarnings("error")  # no connection stays open
 def test_what_was_put_is_found_by_its_key(tmp_path: Path):
     kept = DiskCache(tmp_path / "new" / "answers.sqlite")
     assert kept.get(["a"]) == {}
@@ -54,31 +54,16 @@ def test_a_put_is_whole_or_not_at_all(tmp_path: Path):
     assert kept.get(["a", "b"]) == {"a": 1}
 
 
-def test_no_connection_stays_open(tmp_path: Path):
+@pytest.mark.parametrize("damaged", [True, False])
+def test_a_file_that_is_no_store_is_an_error_and_is_left(tmp_path: Path, damaged: bool):
     kept = DiskCache(tmp_path / "answers.sqlite")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        kept.put({"a": 1})
-        assert kept.get(["a"]) == {"a": 1}
-
-
-def test_a_file_that_is_no_store_is_an_error_and_is_left(tmp_path: Path):
-    path = tmp_path / "notes.txt"
-    path.write_text("my notes, " * 500)
-    for use in (lambda: DiskCache(path).get(["a"]), lambda: DiskCache(path).put({"a": 1})):
-        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is no store of answers"):
+    kept.put(dict.fromkeys(map(str, range(1000)), "x" * 100))
+    content = kept.path.read_bytes()[:4096] + bytes(2**16) if damaged else b"my notes, " * 500
+    kept.path.write_bytes(content)
+    for use in (lambda: kept.get(map(str, range(1000))), lambda: kept.put({"a": 1})):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(kept.path))} is no store of answ"):
             use()
-    assert path.read_text() == "my notes, " * 500
-
-
-def test_a_damaged_store_is_an_error_and_is_left(tmp_path: Path):
-    kept = DiskCache(tmp_path / "answers.sqlite")
-    kept.put({str(number): "x" * 100 for number in range(1000)})
-    damaged = kept.path.read_bytes()[:4096] + bytes(2**16)
-    kept.path.write_bytes(damaged)
-    with pytest.raises(ValueError, match="is no store of answers"):
-        kept.get(map(str, range(1000)))
-    assert kept.path.read_bytes() == damaged
+    assert kept.path.read_bytes() == content
 
 
 def test_a_folder_in_the_way_says_so(tmp_path: Path):

@@ -20,12 +20,6 @@ def test_spaces_and_leading_zeros_do_not_make_another_feature():
     assert parse_site(" 03/mlp") == Site(3, "mlp")
 
 
-def test_features_are_sorted_by_number_and_serve_as_keys():
-    features = [FeatureId(10, "res", 2), FeatureId(9, "res", 10), FeatureId(9, "res", 9)]
-    assert [str(f) for f in sorted(features)] == ["9/res/9", "9/res/10", "10/res/2"]
-    assert {parse_feature("9/res/9"): "found"}[FeatureId(9, "res", 9)] == "found"
-
-
 @pytest.mark.parametrize(
     "text",
     ["", "x", "12", "12/res", "12/res/", "12/res/-1", "12/res/1.5", "12/res/4/7", "res/12/4"],

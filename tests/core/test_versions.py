@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from flowhelpers.core import versions
 from flowhelpers.suites import model as models
@@ -17,6 +16,7 @@ from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.model import Model, cache_prompt, forward
 
 PACKAGE = Path(versions.__file__).parents[1]
+IDS = torch.arange(1, 11)[None]
 TRIED = [
     "torch==2.13.0",
     "transformers>=5.23,<=5.24.0",
@@ -134,31 +134,24 @@ def test_the_release_of_transformers_is_the_one_that_was_to_be_tried():
     assert transformers.__version__.startswith(expected)
 
 
-@pytest.fixture
-def ids(toy: Model) -> Tensor:
-    return torch.arange(1, 11)[None]
-
-
-def test_a_pass_extends_its_cache_and_goes_on_from_it(toy: Model, ids: Tensor):
+def test_a_pass_extends_its_cache_and_goes_on_from_it(toy: Model):
     from transformers import DynamicCache
 
     cache: Any = DynamicCache()
-    whole = forward(toy, ids)
+    whole = forward(toy, IDS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of a word that transformers has given up, for one
-        parts = [forward(toy, part, cache) for part in ids.split([4, 1, 5], dim=1)]
+        parts = [forward(toy, part, cache) for part in IDS.split([4, 1, 5], dim=1)]
     assert cache.get_seq_length() == 10
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-5)
 
 
-def test_a_cache_that_stays_empty_is_an_error(
-    toy: Model, ids: Tensor, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_cache_that_stays_empty_is_an_error(toy: Model, monkeypatch: pytest.MonkeyPatch):
     from transformers import DynamicCache
 
     monkeypatch.setattr(DynamicCache, "update", lambda self, keys, values, *_, **__: (keys, values))
     with pytest.raises(ValueError, match="0 tokens in the cache after a pass, not 10"):
-        cache_prompt(toy, ids)
+        cache_prompt(toy, IDS)
 
 
 def test_one_function_alone_knows_what_the_cache_is_called():

@@ -218,33 +218,24 @@ def neighbours(spelling: int, asked: dict[str, Any], *shifts: int) -> dict[str, 
 
 
 @pytest.mark.parametrize("spelling", [0, 1])
-def test_the_check_sets_their_best_beside_ours(
+def test_the_check_sets_their_best_beside_ours_and_tells_the_same_from_another_and_from_none(
     suite: Suite, table: pd.DataFrame, server: NeuronpediaServer, spelling: int
 ):
-    order = toys.COORDINATE[1]  # feature j of layer 1 descends from feature order[j] of layer 0
-    server.cosines = lambda asked: neighbours(
-        spelling, asked, *[] if asked["index"] == 7 else [5, order[asked["index"]] - asked["index"]]
-    )
-    found = cosine_check(suite, table, ["1/res/0", "1/res/7"])
-    assert found["ours"].tolist() == [f"0/res/{order[j]}" for j in (0, 7)]
-    assert found["cosine"].tolist() == pytest.approx([0.8] * 2)
-    assert found["theirs"].fillna("").tolist() == [f"0/res/{order[0]}", ""]
-    assert found["their_cosine"].fillna(0).tolist() == [0.5, 0]
-    assert found["same"].tolist() == [True, False]
-    source = {"modelId": MODEL, "source": "1-res", "index": 0}
-    target = {"targetModelId": MODEL, "targetSourceId": "0-res"}
-    assert server.requests[0].body == source | target
-
-
-def test_the_check_tells_the_same_from_another_and_from_none(
-    suite: Suite, table: pd.DataFrame, server: NeuronpediaServer
-):
     # The MLP predecessor of 0/res/c is 0/mlp/c where c < 8, and there is none else.
-    server.cosines = lambda asked: neighbours(0, asked, asked["index"] % 2)
-    found = cosine_check(suite, table, ["0/res/2", "0/res/3", "0/res/12"], module="mlp")
-    assert found["ours"].fillna("").tolist() == ["0/mlp/2", "0/mlp/3", ""]
-    assert found["theirs"].tolist() == ["0/mlp/2", "0/mlp/4", "0/mlp/12"]
-    assert found["same"].tolist() == [True, False, False]
+    shifts = {2: [5, 0], 3: [1], 7: [], 12: [0]}
+    server.cosines = lambda asked: neighbours(spelling, asked, *shifts[asked["index"]])
+    found = cosine_check(suite, table, [f"0/res/{c}" for c in shifts], module="mlp")
+    assert found["ours"].fillna("").tolist() == ["0/mlp/2", "0/mlp/3", "0/mlp/7", ""]
+    assert found["cosine"].tolist()[:3] == pytest.approx([1.0] * 3)
+    assert found["theirs"].fillna("").tolist() == ["0/mlp/2", "0/mlp/4", "", "0/mlp/12"]
+    assert found["their_cosine"].fillna(0).tolist() == [0.5, 0.25, 0, 0.25]
+    assert found["same"].tolist() == [True, False, False, False]
+    source = {"modelId": MODEL, "source": "0-res", "index": 2}
+    target = {"targetModelId": MODEL, "targetSourceId": "0-mlp"}
+    assert server.requests[0].body == source | target
+    found = cosine_check(suite, table, ["1/res/2"])  # of the stream, from the layer before
+    assert found["ours"].tolist() == [f"0/res/{toys.COORDINATE[1][2]}"]
+    assert found["cosine"].tolist() == pytest.approx([0.8])
 
 
 @pytest.mark.parametrize(

@@ -219,6 +219,7 @@ def test_stopped_by_any_signal_then_taken_up_again(notebooks: Path, tmp_path: Pa
         (["-p", "kk=1"], "unknown parameter 'kk'; did you mean 'k'"),
         (["-p", "k"], "-p takes name=value, not 'k'"),
         (["--preset", "quick"], "unknown preset 'quick'"),
+        (["--out", "broken.ipynb/runs"], "cannot make the folder"),
         (["none/01_slow.ipynb"], "unknown notebook 'none/01_slow.ipynb'"),
         (["broken.ipynb"], "broken.ipynb is not a notebook"),
         (["--resume"], "nothing to take up"),
@@ -275,13 +276,6 @@ def test_other_files_do_not_keep_a_run_from_being_taken_up(
     capsys.readouterr()
     assert main(["run", "--resume", str(out / "zz.json")]) == 2
     assert "zz.json is not the manifest of a run" in capsys.readouterr().err
-
-
-def test_folder_that_cannot_be_made_is_an_error(
-    notebooks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["run", "--out", str(notebooks / "01_slow.ipynb/runs")]) == 2
-    assert "flowhelpers: cannot make the folder" in capsys.readouterr().err
 
 
 def test_runs_of_the_same_second_are_apart(

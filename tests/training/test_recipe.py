@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
 
 def write(folder: Path, change: dict[str, Any]) -> Path:
     path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in (TINY | change).items() if v is not None}))
+    path.write_text(yaml.safe_dump(TINY | change))
     return path
 
 
@@ -65,7 +65,6 @@ def test_the_recipes_of_the_embedded_suites_are_read():
     ("change", "where"),
     [
         ({"modle": {}}, "modle"),
-        ({"name": None}, "name"),
         ({"sources": {}}, "sources"),
         ({"sources": {"a": math.nan}}, "sources.a"),
         ({"model": {"vocab_size": 99}}, "model.vocab_size"),
@@ -82,8 +81,7 @@ def test_a_broken_recipe_says_where(tmp_path: Path, change: dict[str, Any], wher
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sites": ["9/res"]}, r"exception e: \['9/res'\] are not all left of 0/res"),
-        ({"sites": ["att", "attn"]}, r"exception e: \['att', 'attn'\] are not all left"),
+        ({"sites": ["att", "attn"]}, r"exception e: \['att', 'attn'\] are not all left of 0/res"),
         ({"sites": ["0/mlp", "1/res"]}, r"exception f: \['1/res'\] are not all left"),
         ({"k": 1}, r"exception e: \[\] are not all left"),
         ({"sites": ["att"], "k": 99}, "k is 99, more than the 20"),
@@ -189,7 +187,6 @@ def test_saes_are_trained_for_a_model_that_is_there(
         ({"sources": {"text.txt": 1}}, [], "no text source 'text.txt': .*did you mean 'texts.txt'"),
         ({"sources": {"empty.txt": 1}}, [], r"empty\.txt is empty: expected text"),
         ({"sources": {"small.txt": 1}}, [], r"source 'small\.txt' gives no row of 16 tokens"),
-        ({"model": {"d_model": 33}}, [], r"cannot use .*recipe\.yaml: "),
         ({}, ["--device", "cuda"], "torch finds no device 'cuda' on this machine"),
         ({}, ["--text", "none"], "no folder none to look up the text source"),
         ({}, ["--model", "nosuch"], ""),
