@@ -18,7 +18,6 @@ from flowhelpers.paper import (
     TABLE_5_RES,
     TABLE_5_SCORES,
     TABLE_5_SUITE,
-    figure_4,
     figure_14,
 )
 
@@ -110,7 +109,7 @@ def printed_numbers() -> Iterator[dict[str, Any]]:
         yield at | {"what": f"{first} → {second}", "paper": share, "row": row, "column": "share"}
     for name, table, keys in (
         ("Figure 14", figure_14(), ["score", "first", "second"]),
-        ("Figure 4", figure_4().assign(unit="occurrences"), ["module", "pair", "score", "unit"]),
+        ("Figure 4", paper_figure_4().assign(unit="occurrences"), ["module", "pair", "score", "unit"]),
     ):
         for record in table.to_dict("records"):
             row = {key: record[key] for key in keys}

@@ -89,7 +89,7 @@ def flow_graph(
     `t_res=0.5` and `t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
 
     Args:
-        t_res: The chain ends where s(R) of a node is lower (CHOICES 26); by default there is no limit.
+        t_res: The chain ends where s(R) of a node is lower (CHOICES 26); by default it does not.
         t_mlp: MLP predecessors with a lower score are left out; likewise `t_att` for attention.
         top_n: How many matches of each node are followed.
 
