@@ -122,11 +122,15 @@ def compare_figure_14(pairs: "pd.DataFrame") -> "pd.DataFrame":
     return _beside(figure_14(), pairs, ["score", "first", "second"], "tests")
 
 
+def paper_figure_4() -> "pd.DataFrame":
+    """The paper's Figure 4, the means of its Figure 14: `module`, `pair`, `score`, `paper`."""
+    tests = figure_14().rename(columns={"paper": "significant"}).assign(p=0, effect=0)
+    return class_shares(tests).drop(columns="tests").rename(columns={"share": "paper"})
+
+
 def compare_figure_4(classes: "pd.DataFrame") -> "pd.DataFrame":
     """The paper's Figure 4, the means of its Figure 14, beside what `groups.class_shares` gives."""
-    theirs = figure_14().rename(columns={"paper": "significant"}).assign(p=0, effect=0)
-    theirs = class_shares(theirs).drop(columns="tests").rename(columns={"share": "paper"})
-    return _beside(theirs, classes, ["module", "pair", "score"])
+    return _beside(paper_figure_4(), classes, ["module", "pair", "score"])
 
 
 def _beside(

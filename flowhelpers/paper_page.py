@@ -5,7 +5,6 @@ numbers are another model's, and what the paper finds is looked for instead, eac
 control.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from flowhelpers.paper import (
     TABLE_5_SCORES,
     TABLE_5_SUITE,
     figure_14,
+    paper_figure_4,
 )
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Figure 23: of permutations, by where thresholds are folded; the lowest and highest printed value.
 FIGURE_23 = {"inference": (0.783, 0.786), "no": (0.747, 0.751)}
+FIGURE_23_COSINE = 0.791
+ROUNDING = 0.005  # of what is printed with two digits
 COLUMNS = ["where", "what", "paper", "ours", "low", "high", "difference", "verdict"]
 COLUMNS += ["notebook", "table"]
 PAGE = """<!doctype html>
@@ -60,137 +62,117 @@ td.n { text-align: right; font-variant-numeric: tabular-nums }
 """
 
 
-class Runs:
-    """The tables of the latest run of each notebook below a folder."""
+@dataclass(frozen=True)
+class Printed:
+    """Numbers that the paper prints in one place, and where ours stand.
 
-    def __init__(self, folder: Path) -> None:
-        self.by_notebook: dict[str, Path] = {}
-        for path in sorted(folder.glob("*/config.json")):
-            self.by_notebook[read_json(path)["notebook"]] = path.parent
-        if not self.by_notebook:
-            raise FileNotFoundError(f"{folder} holds no run: expected folders with a config.json")
-        self.root = folder
-
-    def suite(self, notebook: str) -> str:
-        """The suite of a notebook's run, without its variant; empty if it was not run."""
-        folder = self.by_notebook.get(notebook)
-        return str(read_json(folder / "config.json")["suite"]).split("@")[0] if folder else ""
-
-    def table(self, notebook: str, name: str) -> "pd.DataFrame | None":
-        """A table of a notebook's run, if it was written."""
-        import pandas as pd
-
-        path = self.path(notebook, name)
-        return pd.read_parquet(path) if path and path.exists() else None
-
-    def path(self, notebook: str, name: str) -> Path | None:
-        """Where a table of a notebook's run lies."""
-        folder = self.by_notebook.get(notebook)
-        return folder / "tables" / f"{name}.parquet" if folder else None
-
-
-def printed_numbers() -> Iterator[dict[str, Any]]:
-    """Every number that the paper prints: where, what, its value, and where ours stands.
-
-    Ours is `column` of the row of a notebook's `table` that has the values in `row`; its interval
-    is in the columns `low` and `high`, or `<column>_low` and so on.
+    `numbers` has the `paper`'s value, the highest (`most`) where it prints a range, and the columns
+    by which a row of the notebook's table is found; ours are in its `column`.
     """
-    for method, (change, success) in TABLE_1.items():
-        row = {"method": method, "targets": "all of them"}
-        at = {"where": "Table 1", "notebook": "04_deactivation", "table": "table_1", "row": row}
-        yield at | {"what": f"{method}: activation change", "paper": change, "column": "change"}
-        yield at | {"what": f"{method}: success", "paper": success, "column": "success"}
-    row = {"method": "top-1 cosine", "targets": "all of them"}
-    at = {"notebook": "04_deactivation", "table": "table_1", "row": row, "column": "n"}
-    yield at | {"where": "A.2", "what": "targets with a single source", "paper": 1894}
-    for (first, second), share in _pairs(FIGURE_13):
-        row = {"first": first, "second": second}
-        at = {"where": "Figure 13", "notebook": "03_group_statistics", "table": "figure_13"}
-        yield at | {"what": f"{first} → {second}", "paper": share, "row": row, "column": "share"}
-    for name, table, keys in (
-        ("Figure 14", figure_14(), ["score", "first", "second"]),
-        ("Figure 4", paper_figure_4().assign(unit="occurrences"), ["module", "pair", "score", "unit"]),
-    ):
-        for record in table.to_dict("records"):
-            row = {key: record[key] for key in keys}
-            what = ", ".join(value for key, value in row.items() if key != "unit")
-            at = {"where": name, "notebook": "03_group_statistics", "row": row, "column": "share"}
-            yield at | {
-                "table": name.lower().replace(" ", "_"),
-                "what": what,
-                "paper": record["paper"],
-            }
-    nodes = [("res", layer, index) for layer, index in enumerate(TABLE_5_RES)]
-    for module, layer, index in [*nodes, *(("mlp", at, i) for at, i in TABLE_5_MLP.items())]:
-        at = {
-            "where": "Table 5",
-            "notebook": "02_flow_graphs",
-            "table": "table_5",
-            "column": "ours",
-        }
-        row = {"layer": layer, "module": module}
-        yield at | {"what": f"{layer}/{module}", "paper": f"{layer}/{module}/{index}", "row": row}
-    for (source, target), score in TABLE_5_SCORES.items():
-        at = {"where": "Appendix E", "notebook": "02_flow_graphs", "table": "table_5"}
-        yield at | {
-            "what": f"{source} → {target}", "paper": score, "row": {"paper": str(source)},
-            "column": "our_score",
-        }  # fmt: skip
-    at = {"where": "Figure 23", "notebook": "08_transcoders", "column": "explained"}
-    row = {"prediction": "matches"}
-    yield at | {"what": "best cosine", "paper": 0.791, "table": "one_pair", "row": row}
-    for folded, (low, high) in FIGURE_23.items():
-        for weights in ("decoder", "encoder", "both"):
-            what, row = (
-                f"permutation, {weights}, folded: {folded}",
-                {"weights": weights, "folded": folded},
-            )
-            yield at | {"what": what, "paper": low, "most": high, "table": "figure_23", "row": row}
+
+    where: str
+    notebook: str
+    table: str
+    column: str
+    numbers: "pd.DataFrame"
 
 
-def _pairs(matrix: tuple[tuple[float, ...], ...]) -> Iterator[tuple[tuple[str, str], float]]:
-    for first, shares in zip(GROUPS, matrix, strict=True):
-        for second, share in zip(GROUPS, shares, strict=True):
-            if first != second:
-                yield (first, second), share
+def printed_numbers() -> list[Printed]:
+    """Every number that the paper prints."""
+    import pandas as pd
+
+    single = pd.DataFrame(TABLE_1, ["change", "success"]).T.rename_axis("method").reset_index()
+    single["targets"] = "all of them"
+    counted = single.iloc[:1].assign(paper=1894).drop(columns=["change", "success"])
+    removal = "04_deactivation", "table_1"
+    pairs = [(a, b, FIGURE_13[i][j]) for i, a in enumerate(GROUPS) for j, b in enumerate(GROUPS)]
+    figure_13 = pd.DataFrame(pairs, columns=["first", "second", "paper"]).query("first != second")
+    nodes = [(layer, "res", index) for layer, index in enumerate(TABLE_5_RES)]
+    nodes += [(layer, "mlp", index) for layer, index in TABLE_5_MLP.items()]
+    table_5 = pd.DataFrame(nodes, columns=["layer", "module", "index"])
+    named = (
+        table_5["layer"].astype(str) + "/" + table_5["module"] + "/" + table_5["index"].astype(str)
+    )
+    table_5 = table_5.drop(columns="index").assign(paper=named)
+    steps = [(str(source), score) for (source, _), score in TABLE_5_SCORES.items()]
+    steps = pd.DataFrame(steps, columns=["paper_feature", "paper"])
+    folding = [
+        (w, f, *ends) for f, ends in FIGURE_23.items() for w in ("decoder", "encoder", "both")
+    ]
+    figure_23 = pd.DataFrame(folding, columns=["weights", "folded", "paper", "most"])
+    cosine = pd.DataFrame({"prediction": ["matches"], "paper": [FIGURE_23_COSINE]})
+    groups = "03_group_statistics"
+    figure_4 = paper_figure_4().assign(unit="occurrences")
+    return [
+        *(
+            Printed("Table 1", *removal, name, _as_paper(single, name))
+            for name in ("change", "success")
+        ),
+        Printed("Appendix A.2", *removal, "n", counted),
+        Printed("Figure 4", groups, "figure_4", "share", figure_4),
+        Printed("Figure 13", groups, "figure_13", "share", figure_13),
+        Printed("Figure 14", groups, "figure_14", "share", figure_14()),
+        Printed("Table 5", "02_flow_graphs", "table_5", "ours", table_5),
+        Printed("Appendix E", "02_flow_graphs", "table_5", "our_score", steps),
+        Printed("Figure 23", "08_transcoders", "one_pair", "explained", cosine),
+        Printed("Figure 23", "08_transcoders", "figure_23", "explained", figure_23),
+    ]
+
+
+def _as_paper(table: "pd.DataFrame", column: str) -> "pd.DataFrame":
+    return table.rename(columns={column: "paper"})[["method", "targets", "paper"]]
+
+
+def latest_runs(folder: Path) -> dict[str, Path]:
+    """The folder of the latest run of each notebook; a FileNotFoundError if there is none."""
+    configs = sorted(folder.glob("*/config.json"))
+    if not configs:
+        raise FileNotFoundError(f"{folder} holds no run: expected folders with a config.json")
+    return {read_json(path)["notebook"]: path.parent for path in configs}
 
 
 def compare_numbers(folder: Path) -> "pd.DataFrame":
     """Every printed number with ours: one row a number, columns `COLUMNS`.
 
-    Verdicts: `inside our interval` or `outside` (without an interval, to the digits printed), `same`
-    or `other` for a feature, `not run`, and `another model` for a suite other than the paper's.
+    Verdicts: `inside our interval` or `outside`; without an interval, to the two digits that are
+    printed; for a feature `same` or `other`; `not run`; and `another model` for another suite.
     """
     import pandas as pd
 
-    runs, rows = Runs(folder), []
-    for number in printed_numbers():
-        notebook, name, column = number["notebook"], number["table"], number["column"]
-        table = runs.table(notebook, name)
-        found = (
-            None
-            if table is None
-            else table[(table[[*number["row"]]] == pd.Series(number["row"])).all(axis=1)]
-        )
-        record = {key: number[key] for key in ("where", "what", "paper", "notebook", "table")}
-        if found is None or found.empty or column not in found:
-            rows.append(record | {"verdict": "not run"})
-            continue
-        first = found.iloc[0]
-        low, high = (first.get(f"{column}_{end}", first.get(end)) for end in ("low", "high"))
-        record |= {"ours": first[column], "low": low, "high": high}
-        if runs.suite(notebook) != TABLE_5_SUITE:
-            rows.append(record | {"verdict": "another model"})
-        elif isinstance(number["paper"], str):
-            rows.append(
-                record | {"verdict": "same" if first[column] == number["paper"] else "other"}
-            )
-        else:
-            least, most = number["paper"], number.get("most", number["paper"])
-            ends = (
-                (low, high) if low is not None else (first[column] - 0.005, first[column] + 0.005)
-            )
-            is_inside = ends[0] <= most and least <= ends[1]
-            verdict = "inside our interval" if is_inside else "outside"
-            rows.append(record | {"difference": first[column] - least, "verdict": verdict})
-    return pd.DataFrame(rows).reindex(columns=COLUMNS)
+    runs, parts = latest_runs(folder), []
+    for printed in printed_numbers():
+        keys = [c for c in printed.numbers if c not in ("paper", "most")]
+        run = runs.get(printed.notebook, folder)
+        path, column = run / "tables" / f"{printed.table}.parquet", printed.column
+        ours = pd.DataFrame(columns=[*keys, "ours", "low", "high"])
+        if path.exists():
+            table = pd.read_parquet(path).rename(columns={"paper": "paper_feature"})
+            ends = {f"{column}_{end}": end for end in ("low", "high")} | {column: "ours"}
+            ours = table.rename(columns=ends).reindex(columns=ours.columns)
+        part = printed.numbers.merge(ours, "left", on=keys)
+        part["what"] = part[keys].astype(str).agg(", ".join, axis=1)
+        suite = read_json(run / "config.json")["suite"] if path.exists() else None
+        part["suite"] = str(suite).split("@")[0]
+        about = {"where": printed.where, "notebook": printed.notebook, "table": printed.table}
+        parts.append(part.assign(**about))
+    numbers = pd.concat(parts, ignore_index=True)
+    numbers["verdict"] = [_verdict(row) for row in numbers.to_dict("records")]
+    is_number = numbers["verdict"].isin(["inside our interval", "outside"])
+    ours, theirs = (pd.to_numeric(numbers[c], errors="coerce") for c in ("ours", "paper"))
+    return numbers.assign(difference=(ours - theirs).where(is_number))[COLUMNS]
+
+
+def _verdict(row: "dict[str, Any]") -> str:
+    import pandas as pd
+
+    if pd.isna(row["ours"]):
+        return "not run"
+    if row["suite"] != TABLE_5_SUITE:
+        return "another model"
+    if isinstance(row["paper"], str):
+        return "same" if row["ours"] == row["paper"] else "other"
+    low, high = (row[end] for end in ("low", "high"))
+    if pd.isna(low):
+        low, high = row["ours"] - ROUNDING, row["ours"] + ROUNDING
+    most = row["paper"] if pd.isna(row.get("most")) else row["most"]
+    return "inside our interval" if low <= most and row["paper"] <= high else "outside"
