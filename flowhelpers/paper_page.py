@@ -5,10 +5,12 @@ numbers are another model's, and what the paper finds is looked for instead, eac
 control.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flowhelpers.core.files import read_json
+from flowhelpers.core.files import read_json, write_text
 from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.paper import (
     FIGURE_13,
@@ -36,29 +38,14 @@ PAGE = """<!doctype html>
 :root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
 body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem } table { border-collapse: collapse }
 td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #8884 }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
-.inside, .same, .holds { color: #15803d } .outside, .other, .fails { color: #b91c1c }
 </style></head><body>
 <h1>The paper's numbers, and ours</h1>
-<p>Suites: {{ suites }}. {{ counts }}</p>
-{%- if findings %}
-<h2>What the paper finds, looked for in this model</h2>
-<table><tr><th>finding</th><th>ours</th><th>control</th><th></th><th>where</th></tr>
-{%- for row in findings %}
-<tr><td>{{ row.finding }}</td><td class="n">{{ row.ours }}</td><td class="n">{{ row.control }}</td>
-<td class="{{ row.verdict }}">{{ row.verdict }}</td><td>{{ row.link | safe }}</td></tr>
-{%- endfor %}
-</table>
-{%- endif %}
+<p>Suites: {suites}. Of {total} printed numbers: {counts}.</p>
+<h2>What the paper finds, looked for in these runs</h2>
+{findings}
 <h2>Every printed number</h2>
-<table><tr>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
-{%- for row in numbers %}
-<tr>{% for name in columns %}
-<td{% if row[name] is number %} class="n"{% endif %}{% if name == "verdict" %} class="{{ row[name].split(" ")[0] }}"{% endif %}>
-{%- if name == "table" %}{{ row.link | safe }}{% else %}{{ "%.3f" | format(row[name]) if row[name] is float else row[name] }}{% endif %}</td>
-{%- endfor %}</tr>
-{%- endfor %}
-</table></body></html>
+{numbers}
+</body></html>
 """
 
 
@@ -176,3 +163,90 @@ def _verdict(row: "dict[str, Any]") -> str:
         low, high = row["ours"] - ROUNDING, row["ours"] + ROUNDING
     most = row["paper"] if pd.isna(row.get("most")) else row["most"]
     return "inside our interval" if low <= most and row["paper"] <= high else "outside"
+
+
+def _above_chance(summary: "pd.DataFrame") -> tuple[float, float, bool]:
+    ours = float(summary["above_res"].mean())
+    return ours, 0.001, ours > 0.5
+
+
+def _nowhere(shares: "pd.DataFrame") -> tuple[float, float, bool]:
+    row = shares.set_index("group").loc["From nowhere"]
+    return row["share"], row["by_chance"], row["high"] < row["by_chance"]
+
+
+def _ao_above_ib(shares: "pd.DataFrame") -> tuple[float, float, bool]:
+    once = shares[shares["unit"] == "unique features"]
+    return once["AO"].mean(), once["IB"].mean(), bool((once["AO"] > once["IB"]).all())
+
+
+def _ablation(control: str) -> Callable[["pd.DataFrame"], tuple[float, float, bool]]:
+    def found(rates: "pd.DataFrame") -> tuple[float, float, bool]:
+        ours, theirs = (rates[rates["method"] == m].set_index("layer") for m in ("top-1", control))
+        apart = ours["success_low"] > theirs["success_high"]
+        return ours["success"].mean(), theirs["success"].mean(), bool(apart.all())
+
+    return found
+
+
+def _random_features(means: "pd.DataFrame") -> tuple[float, float, bool]:
+    best = means[means["strategy"].isin(["single", "cumulative"])]["score_low"].max()
+    rivals = means[means["strategy"].str.startswith("random")]
+    ours = means[means["strategy"].isin(["single", "cumulative"])]["score"].max()
+    return ours, rivals["score"].max(), best > rivals["score_high"].max()
+
+
+# What the paper finds: claim, where, and the notebook's table that shows it, with its control.
+FINDINGS: list[tuple[str, str, str, str, Callable[["pd.DataFrame"], tuple[float, float, bool]]]] = [
+    ("most features of a layer match one of the layer before, above chance", "3.3",
+     "01_matching", "summary", _above_chance),
+    ("fewer features come from nowhere than with predecessors at other tokens", "5.1",
+     "03_group_statistics", "shares_overall", _nowhere),
+    ("groups differ in a module's score where it is active in one of them", "Figure 4",
+     "03_group_statistics", "ao_against_ib", _ao_above_ib),
+    ("removing the best match deactivates more than a random one of the five best", "Figure 6",
+     "04_deactivation", "control", _ablation("random")),
+    ("and more than removing another active feature of equal norm", "beyond the paper",
+     "04_deactivation", "control", _ablation("equal norm, random")),
+    ("suppression by the flow graph beats that by random features", "beyond the paper",
+     "05_theme_suppression", "random_features", _random_features),
+]  # fmt: skip
+
+
+def findings(folder: Path) -> "pd.DataFrame":
+    """What the paper finds, with the control of each, and whether it holds in these runs."""
+    import pandas as pd
+
+    runs, rows = latest_runs(folder), []
+    for claim, where, notebook, name, look in FINDINGS:
+        path = runs.get(notebook, folder) / "tables" / f"{name}.parquet"
+        row = {"finding": claim, "where": where, "notebook": notebook, "table": name}
+        if path.exists():
+            ours, control, holds = look(pd.read_parquet(path))
+            row |= {"ours": ours, "control": control, "verdict": "holds" if holds else "not seen"}
+        rows.append({"verdict": "not run"} | row)
+    columns = ["finding", "where", "ours", "control", "verdict", "notebook", "table"]
+    return pd.DataFrame(rows).reindex(columns=columns)
+
+
+def write_page(folder: Path) -> Path:
+    """Writes `paper.html` and `paper.csv` below a folder of runs; returns the page's path."""
+    runs, numbers, found = latest_runs(folder), compare_numbers(folder), findings(folder)
+    numbers.to_csv(folder / "paper.csv", index=False)
+    for table in (numbers, found):
+        pages = [
+            f'<a href="{runs[n].name}/tables/{t}.csv">{n}: {t}</a>' if n in runs else n
+            for n, t in zip(table["notebook"], table["table"], strict=True)
+        ]
+        table["table"] = pages
+    look = {"index": False, "na_rep": "", "escape": False, "border": 0}
+    shown = [
+        table.drop(columns="notebook").to_html(**look, float_format="{:.3f}".format)
+        for table in (found, numbers)
+    ]
+    suites = sorted({str(read_json(run / "config.json")["suite"]) for run in runs.values()})
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in numbers["verdict"].value_counts().items())
+    page = PAGE.replace("{suites}", ", ".join(suites)).replace("{total}", str(len(numbers)))
+    page = page.replace("{counts}", counts).replace("{findings}", shown[0])
+    write_text(folder / "paper.html", page.replace("{numbers}", shown[1]))
+    return folder / "paper.html"

@@ -108,16 +108,17 @@ def load_adder(folder: Path) -> Suite:
 def matches() -> pd.DataFrame:
     """A match table that says what the features are made of; -1 where there is no match."""
     rows = [
-        {"direction": "backward", "layer": 1, "module": module, "feature": feature,
-         "source_layer": 1 - (module == "res"), "source": of.get(feature, -1), "rank": 1}
-        for module, of in MATCHES.items() for feature in range(6)
-    ]  # fmt: skip
+        ("backward", 1, module, feature, 1 - (module == "res"), of.get(feature, -1), 1)
+        for module, of in MATCHES.items()
+        for feature in range(6)
+    ]
     rows += [
-        {"direction": "forward", "layer": 2, "module": "res", "feature": feature,
-         "source_layer": 1, "source": source, "rank": rank}
-        for source, best in FORWARD.items() for rank, feature in ((2, SECOND), (1, best))
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+        ("forward", 2, "res", feature, 1, source, rank)
+        for source, best in FORWARD.items()
+        for rank, feature in ((2, SECOND), (1, best))
+    ]
+    names = ["direction", "layer", "module", "feature", "source_layer", "source", "rank"]
+    return pd.DataFrame(rows, columns=names)
 
 
 def world(folder: Path) -> SimpleNamespace:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -83,6 +84,14 @@ def plain_toy(toy_folder: Path) -> "Gemma3ForCausalLM":
     from transformers import Gemma3ForCausalLM
 
     return Gemma3ForCausalLM.from_pretrained(toy_folder, attn_implementation="eager").eval()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The adder's suite, texts, activations and match table."""
+    import adder
+
+    return adder.world(tmp_path_factory.mktemp("adder"))
 
 
 @pytest.fixture(scope="session")

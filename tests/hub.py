@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from loopback import LoopbackServer, QuietHandler
@@ -200,42 +200,29 @@ def is_lfs(file: Path) -> bool:
 class _Handler(QuietHandler):
     owner: Hub
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
     def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
         url = urlsplit(self.path)
         path = unquote(url.path)
         self.owner.requests.append(Request(self.command, path, self.headers.get("Range")))
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        query = parse_qs(url.query)
         fault = self.owner.take_fault(path, "/resolve" in path and self.command == "GET")
         if fault and fault.status:
             return self._error(fault.status, None, HTTPStatus(fault.status).phrase)
         match [unquote(part) for part in url.path.strip("/").split("/")]:
-            case ["api", "resolve-cache", "models" | "datasets" as kind, owner, name, rev, *rest]:
-                self._file(kind, f"{owner}/{name}", rev, "/".join(rest), fault)
             case ["api", "models" | "datasets" as kind, owner, name]:
                 self._info(kind, f"{owner}/{name}", "main")
             case ["api", "models" | "datasets" as kind, owner, name, "revision", rev]:
                 self._info(kind, f"{owner}/{name}", rev)
             case ["api", "models" | "datasets" as kind, owner, name, "tree", rev, *rest]:
-                recursive = query.get("recursive", ["false"])[0].lower() == "true"
+                recursive = "recursive=true" in url.query.lower()
                 self._tree(kind, f"{owner}/{name}", rev, "/".join(rest), recursive)
-            case ["api", "models" | "datasets" as kind, owner, name, "paths-info", rev]:
-                self._paths_info(kind, f"{owner}/{name}", rev, body)
             case ["datasets", owner, name, "resolve", rev, *rest]:
                 self._file("datasets", f"{owner}/{name}", rev, "/".join(rest), fault)
             case [owner, name, "resolve", rev, *rest]:
                 self._file("models", f"{owner}/{name}", rev, "/".join(rest), fault)
             case _:
                 self._error(404, None, "Not Found")
+
+    do_HEAD = do_GET
 
     def _commit(self, kind: str, name: str, revision: str) -> str | None:
         """The commit that a revision means; None once an error has been sent."""
@@ -269,14 +256,6 @@ class _Handler(QuietHandler):
                 return self._error(404, "EntryNotFound", f"{path} does not exist", commit)
             self._json(self.owner.tree(kind, name, path, recursive))
 
-    def _paths_info(self, kind: str, name: str, revision: str, body: str) -> None:
-        if self._commit(kind, name, revision):
-            is_json = "json" in self.headers.get("Content-Type", "")
-            paths = json.loads(body)["paths"] if is_json else parse_qs(body).get("paths", [])
-            folder = self.owner.root / kind / name
-            found = [folder / path for path in paths if (folder / path).exists()]
-            self._json([self.owner.entry(folder, item) for item in found])
-
     def _file(self, kind: str, name: str, revision: str, path: str, fault: Fault | None) -> None:
         commit = self._commit(kind, name, revision)
         if not commit:
@@ -291,13 +270,8 @@ class _Handler(QuietHandler):
             headers |= {"ETag": f'"{sha256}"', "X-Linked-Etag": f'"{sha256}"'}
             headers |= {"X-Linked-Size": str(len(data))}
         status = 200
-        if match := re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", "")):
-            first = int(match[1]) if match[1] else max(0, len(data) - int(match[2]))
-            last = int(match[2]) if match[1] and match[2] else len(data) - 1
-            if first >= len(data):
-                headers["Content-Range"] = f"bytes */{len(data)}"
-                return self._send(416, b"", headers)
-            last = min(last, len(data) - 1)
+        if match := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            first, last = int(match[1]), min(int(match[2]), len(data) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
             status, data = 206, data[first : last + 1]
         self._send(status, data, headers, fault)

@@ -8,14 +8,22 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from hub_families import sae_lens_config, sae_table, write_byte_tokenizer, write_tensors
+import hub_families
+from hub_families import (
+    HOOKS,
+    model_weights,
+    sae_arrays,
+    unit_rows,
+    write_byte_tokenizer,
+    write_json,
+    write_sae,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     import pytest
 
 PYTHIA = "EleutherAI/pythia-70m-deduped"
-RELEASES = tuple(f"pythia-70m-deduped-{module}-sm" for module in ("res", "mlp", "att"))
 D_MODEL, D_SAE, VOCABULARY = 64, 96, 384
 WRONG = "this text is of another split or configuration"
 
@@ -153,89 +161,45 @@ def write_pythia(root: Path) -> str:
         "torch_dtype": "float16",
         "vocab_size": VOCABULARY,
     }
-    _write(folder / "config.json", json.dumps(config, indent=2))
-    write_tensors(folder / "model.safetensors", pythia_weights(), "float16")
+    write_json(folder / "config.json", config)
+    weights = model_weights(config, {"embed_in": 1, "": 0.05})
+    tensors = {name.replace("lm_head", "embed_out"): array for name, array in weights.items()}
+    write_tensors(folder / "model.safetensors", tensors, "float16")
     write_byte_tokenizer(folder, ["<|endoftext|>"], "GPTNeoXTokenizer")
     return PYTHIA
 
 
-def pythia_weights() -> dict[str, np.ndarray]:
-    """The tensors of the model by the names that its file on the hub gives them."""
-    rng = np.random.default_rng(0)
-
-    def normal(*shape: int) -> np.ndarray:
-        return rng.normal(0, 0.05, shape).astype(np.float16)
-
-    def norm(name: str) -> dict[str, np.ndarray]:
-        return {f"{name}.weight": 1 + normal(D_MODEL), f"{name}.bias": normal(D_MODEL)}
-
-    def linear(name: str, rows: int, columns: int) -> dict[str, np.ndarray]:
-        return {f"{name}.weight": normal(rows, columns), f"{name}.bias": normal(rows)}
-
-    weights = {"gpt_neox.embed_in.weight": normal(VOCABULARY, D_MODEL) * 20}
-    for layer in range(6):
-        name = f"gpt_neox.layers.{layer}"
-        weights |= norm(f"{name}.input_layernorm") | norm(f"{name}.post_attention_layernorm")
-        weights |= linear(f"{name}.attention.query_key_value", 3 * D_MODEL, D_MODEL)
-        weights |= linear(f"{name}.attention.dense", D_MODEL, D_MODEL)
-        weights |= linear(f"{name}.mlp.dense_h_to_4h", 4 * D_MODEL, D_MODEL)
-        weights |= linear(f"{name}.mlp.dense_4h_to_h", D_MODEL, 4 * D_MODEL)
-    weights |= norm("gpt_neox.final_layer_norm")
-    return weights | {"embed_out.weight": normal(VOCABULARY, D_MODEL)}
-
-
-def shrink(patch: "pytest.MonkeyPatch", suite: str, **sizes: int) -> None:
-    """Make a registered suite as small as its files on the loopback hub: `layers`, `d_model`."""
-    from flowhelpers.suites import registry
-
-    row = {**registry._table()[suite], **sizes}
-    patch.setitem(registry._table(), suite, row)
-    patch.setitem(registry.registered(), suite, registry._row(suite, row))
-
-
 def write_saes(root: Path) -> None:
-    """Every SAE of the three pythia releases of sae-lens, with 96 features."""
-    for release, entry in sae_releases().items():
-        for lens_sae in entry["saes"]:
-            arrays = random_sae(release, lens_sae["id"])
-            folder = root / "models" / entry["repo_id"] / lens_sae["path"]
-            write_sae(folder, lens_sae["id"], arrays)
+    """The SAEs at all layers of the three pythia releases of sae-lens, with 96 features."""
+    hub_families.write_saes(root, "pythia-70m-deduped-{module}-sm", "{hook}", _write_sae, layers=6)
 
 
-def sae_releases() -> dict[str, dict[str, Any]]:
-    """The three releases as sae-lens's own table has them."""
-    return {release: sae_table()[release] for release in RELEASES}
-
-
-def random_sae(release: str, sae_id: str) -> dict[str, np.ndarray]:
-    """Unit decoder rows, an encoder that reads along them, and a threshold in the bias."""
-    rng = np.random.default_rng(list(f"{release} {sae_id}".encode()))
-    decoder = rng.normal(size=(D_SAE, D_MODEL))
-    decoder /= np.linalg.norm(decoder, axis=1, keepdims=True)
-    arrays = {
-        "W_enc": decoder.T + rng.normal(0, 0.01, (D_MODEL, D_SAE)),
-        "b_enc": np.full(D_SAE, -0.5),
-        "W_dec": decoder,
-        "b_dec": rng.normal(0, 0.01, D_MODEL),
-    }
-    return {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
-
-
-def write_sae(folder: Path, hook: str, arrays: dict[str, np.ndarray]) -> None:
-    """One SAE as the releases have it: cfg.json, sae_weights and sparsity."""
-    d_sae = len(arrays["W_dec"])
-    config = sae_lens_config(
-        hook,
-        d_sae,
+def _write_sae(folder: Path, module: str, layer: int) -> None:
+    """Writes one SAE: unit rows, an encoder near them, and a threshold in the bias."""
+    name = f"pythia {module} {layer}"
+    arrays = sae_arrays(unit_rows(name, D_SAE, D_MODEL), 0.01, name)
+    arrays["W_enc"] += 0.08 * unit_rows(f"{name} encoder", D_MODEL, D_SAE)
+    arrays["b_enc"] -= 0.5
+    write_sae(
+        folder,
+        HOOKS[module].format(layer=layer),
+        arrays,
         model_name="pythia-70m-deduped",
         activation_fn_str="relu",
         activation_fn_kwargs={},
         dataset_path="EleutherAI/the_pile_deduplicated",
         normalize_activations="none",
     )
-    _write(folder / "cfg.json", json.dumps(config))
-    write_tensors(folder / "sae_weights.safetensors", arrays)
-    write_tensors(folder / "sparsity.safetensors", {"sparsity": np.full(d_sae, -2)})
+
+
+def shrink(patch: "pytest.MonkeyPatch", suite: str, **sizes: int) -> None:
+    """Make a registered suite as small as its files on the loopback hub: `layers`, `d_model`."""
+    from flowhelpers.suites import registry
+
+    rows = registry.registered()  # kept from here on, so that what is put back is the true row
+    row = {**registry._table()[suite], **sizes}
+    patch.setitem(registry._table(), suite, row)
+    patch.setitem(rows, suite, registry._row(suite, row))
 
 
 def _parts(texts: list[str], count: int) -> list[list[str]]:

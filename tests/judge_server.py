@@ -18,25 +18,15 @@ ALL = ""  # faults for every text
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong with one request.
+    """What goes wrong with one request."""
 
-    Attributes:
-        content: What the model says instead of scores.
-        status: The HTTP status instead of 200.
-        message: What the error says; `{key}` becomes the key that was sent.
-        headers: More headers.
-        body: The whole HTTP body instead of a completion.
-        delay: Seconds before the answer.
-        cut: Whether the connection ends in the middle of the body.
-    """
-
-    content: str | None = None
+    content: str | None = None  # of the model, instead of scores
     status: int = 200
-    message: str = "out of order"
-    headers: dict[str, str] = field(default_factory=dict)
-    body: str | None = None
-    delay: float = 0
-    cut: bool = False
+    message: str = "out of order"  # of the error; `{key}` becomes the key that was sent
+    headers: dict[str, str] = field(default_factory=dict)  # more of them
+    body: str | None = None  # the whole, instead of a completion
+    delay: float = 0  # seconds before the answer
+    cut: bool = False  # whether the connection ends in the middle of the body
 
 
 @dataclass(frozen=True)
@@ -50,17 +40,12 @@ class Asked:
 
 
 class JudgeServer(LoopbackServer):
-    """The server: `with JudgeServer() as server`, then `server.url`.
-
-    Attributes:
-        key: The key that it takes; None for any.
-        requests: What reached it, in order.
-        faults: By the text, or `ALL`, what goes wrong with its next requests, one each.
-    """
+    """The server: `with JudgeServer() as server`, then `server.url`."""
 
     def __init__(self, key: str | None = None) -> None:
-        self.key = key
-        self.requests: list[Asked] = []
+        self.key = key  # that it takes; None for any
+        self.requests: list[Asked] = []  # that reached it, in order
+        # By the text, or `ALL`, what goes wrong with its next requests, one each.
         self.faults: dict[str, list[Fault]] = {}
         self.lock = threading.Lock()
 
@@ -102,8 +87,7 @@ class _Handler(QuietHandler):
         told = behavioral if MARK in system.lower() else behavioral[0]
         content = fault.content or json.dumps({"coherence": coherence, "behavioral": told})
         choice = {"index": 0, "message": {"role": "assistant", "content": content}}
-        answer = {"id": "0", "object": "chat.completion", "created": 0, "model": body["model"]}
-        answer |= {"choices": [choice | {"finish_reason": "stop"}]}
+        answer = {"id": "0", "object": "chat.completion", "choices": [choice]}
         if status != 200:
             answer = {"error": {"message": message, "code": f"e{status}", "type": "error"}}
         self._send(status, (fault.body or json.dumps(answer)).encode(), fault)

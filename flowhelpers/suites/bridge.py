@@ -65,7 +65,7 @@ def _install_nothing(command: Any, *_: Any, **__: Any) -> None:
 
 
 def _hand_on_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A hook before TransformerLens's attention, which looks for the cache as `past_key_values`."""
+    """A hook before TransformerLens's attention, which looks for the cache under `CACHE`."""
     return args, kwargs | ({CACHE: kwargs["cache"]} if "cache" in kwargs else {})
 
 

@@ -4,8 +4,8 @@ import gc
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas as pd
@@ -75,16 +75,12 @@ def test_suites_are_refused_that_are_none_unknown_or_there_twice(tmp_path: Path)
     assert [row.name for row in chosen_suites(names).values()] == names
 
 
-class Loaded(SimpleNamespace):
-    """Something that can be referred to weakly."""
-
-
 def test_no_two_suites_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch):
     loaded: list[weakref.ref[Any]] = []
 
     def load(name: str, device: str) -> Any:
         assert all(each() is None for each in loaded)
-        suite = Loaded(name=name, device=device)
+        suite = Mock(row=name, device=device)
         suite.itself = suite  # what holds itself is let go by the collector alone
         loaded.append(weakref.ref(suite))
         return suite
@@ -93,7 +89,7 @@ def test_no_two_suites_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch):
     names = ["flowlet", "flowlet@res", "flowlet@res+mlp"]
     gc.disable()
     try:
-        found = one_by_one(names, lambda suite: (suite.name, suite.device), "cpu")
+        found = one_by_one(names, lambda suite: (suite.row, suite.device), "cpu")
     finally:
         gc.enable()
     assert found == {name: (name, "cpu") for name in names}
@@ -187,6 +183,8 @@ def test_groups_are_counted_by_hand_beside_chance(tables: dict[str, pd.DataFrame
     assert totals["share"].to_dict() == pytest.approx(shares.to_dict())
     assert totals["by_chance"].sum() == pytest.approx(1)
     assert set(totals["places"]) == {"res+mlp+att"}
+    with pytest.raises(ValueError, match="occurrences of bare: expected those of stream"):
+        suite_profile(suite_of("stream"), tables["stream"], FOUND, BASE)
 
 
 def test_activity_and_what_scores_tell_are_those_of_each_layer(tables: dict[str, pd.DataFrame]):
@@ -261,11 +259,6 @@ def test_profiles_are_compared_at_the_depths_that_both_reach():
     assert pairs.loc[("up", "flat"), "apart"] == pytest.approx(0.25, abs=0.01)
 
 
-def test_occurrences_of_another_suite_are_refused(tables: dict[str, pd.DataFrame]):
-    with pytest.raises(ValueError, match="occurrences of bare: expected those of stream"):
-        suite_profile(suite_of("stream"), tables["stream"], FOUND, BASE)
-
-
 # The figures.
 
 
@@ -273,8 +266,7 @@ def test_every_suite_has_its_line_and_its_looks(side_by_side: Profile):
     panels, bands = {"median_res": "R", "median_att": "A"}, {"median_res": ("low_res", "high_res")}
     chance = {"median_res": "null_res"}
     figure = by_depth(side_by_side.by_layer, panels, "title", "subtitle", chance, bands)
-    assert figure.layout.title.subtitle.text == "subtitle"
-    assert [a.text for a in figure.layout.annotations] == ["R", "A"]
+    assert figure.layout.xaxis.range is None  # else plotly.js does not fit the shared y axis
     lines = {(t.name, t.xaxis): t for t in figure.data}
     assert set(lines) == {
         *((name, "x") for name in ("bare", "no attention", "stream")),
@@ -289,21 +281,19 @@ def test_every_suite_has_its_line_and_its_looks(side_by_side: Profile):
     assert line.error_y.arrayminus == pytest.approx(mine["median_res"] - mine["low_res"])
     assert list(chance.y) == mine["null_res"].tolist()
     assert (line.line.dash, chance.line.dash) == ("solid", "dot")
-    assert line.line.color == chance.line.color != lines["bare", "x"].line.color
 
 
 def test_groups_have_a_panel_for_every_suite_and_dataset(side_by_side: Profile):
     groups = side_by_side.groups
     table = groups[groups["dataset"] != POOLED]
     figure = groups_by_depth(table[table["suite"] == "bare"], "subtitle")
-    assert [a.text for a in figure.layout.annotations] == ["one", "two", "bare"]
+    assert figure.layout.xaxis.range is None
     part = table.query("suite == 'bare' and dataset == 'two' and group == 'From RES'")
     (line,) = [t for t in figure.data if t.name == "From RES" and t.xaxis == "x2"]
     assert list(line.x) == [0.5, 1]
     assert list(line.y) == part.loc[part["layer"] > 0, "share"].tolist()
     phases = pd.DataFrame({"suite": ["bare", "no attention"] * 2, "ends": [0.75, 0.5, 1.25, 1.25]})
     wide = groups_by_depth(groups[groups["dataset"] == POOLED], "s", "method", "suite", phases)
-    assert [a.text for a in wide.layout.annotations] == ["bare", "no attention", "cosine"]
     assert [(shape.x0, shape.xref) for shape in wide.layout.shapes] == [(0.75, "x"), (0.5, "x2")]
     assert not [t for t in wide.data if t.xaxis == "x2" and "ATT" in t.name]
 
@@ -321,6 +311,5 @@ def test_totals_and_phases_are_bars(side_by_side: Profile):
     (bar,) = phases_by_depth(table, "subtitle").data
     assert list(bar.base) == table["begins"].tolist()
     assert list(bar.x) == (table["ends"] - table["begins"]).tolist()
-    assert set(bar.text) == {"1 to 2"}
     assert list(bar.y) == (table["suite"] + ": " + table["of"]).tolist()
     assert "stream: groups" not in bar.y

@@ -55,9 +55,7 @@ def test_phases_stand_in_layers_and_depths_beside_chance():
     assert first["layers"] == 13
     assert first["explained"] > 0.95 > first["by_chance"]
     assert first["as_good"] < 0.02
-
-
-def test_layers_without_phases_are_divided_no_better_than_in_another_order():
+    # Layers without phases are divided no better than in another order.
     noise = np.random.default_rng(1).normal(size=(20, 2))
     profile = pd.DataFrame(noise, columns=["a", "b"]).assign(layer=np.arange(20))
     first = fit_phases(profile, ["a", "b"], 20).iloc[0]

@@ -46,9 +46,14 @@ def test_the_rows_are_the_tokens_of_the_texts_without_bos_and_padding(planted: S
     column = found.by_site[LAST].toarray()[:, 9]
     assert np.array_equal(found.of(FeatureId(2, "res", 9)), column)
     assert not set(found.tokens["token"]) & set(encode.all_special_ids)
+    cut = collect(planted, toys.TEXTS, [LAST], max_tokens=4)
+    kept = (found.tokens["position"] <= 3).to_numpy()
+    assert cut.tokens.equals(found.tokens[kept].reset_index(drop=True))
+    expected = found.by_site[LAST].toarray()[kept]
+    assert np.allclose(cut.by_site[LAST].toarray(), expected, atol=1e-4)
 
 
-def test_special_tokens_inside_a_text_are_left_out(planted: Suite):
+def test_special_tokens_inside_a_text_and_what_is_not_marked_are_left_out(planted: Suite):
     found = collect(planted, ["ab<eos>cd"], [LAST])
     whole = by_hand(planted, LAST, ["ab<eos>cd"])
     ids = tokenize(planted.model, "ab<eos>cd").ids[0, 1:].tolist()
@@ -56,14 +61,12 @@ def test_special_tokens_inside_a_text_are_left_out(planted: Suite):
     assert len(kept) == len(ids) - 1
     assert np.allclose(found.by_site[LAST].toarray(), whole[kept], atol=1e-4)
     assert found.tokens["position"].tolist() == [i + 1 for i in kept]
-
-
-def test_texts_are_cut(planted: Suite):
-    cut = collect(planted, toys.TEXTS, [LAST], max_tokens=4)
-    assert cut.tokens["position"].max() == 3
-    whole = collect(planted, toys.TEXTS, [LAST])
-    kept = (whole.tokens["position"] <= 3).to_numpy()
-    assert np.allclose(cut.by_site[LAST].toarray(), whole.by_site[LAST].toarray()[kept], atol=1e-4)
+    tokens = tokenize(planted.model, toys.TEXTS[:1])
+    mask = torch.zeros_like(tokens.is_text)
+    mask[0, [2, 5]] = True
+    found = collect(planted, Tokens(tokens.ids, mask), [LAST])
+    expected = by_hand(planted, LAST, toys.TEXTS[:1])[[1, 4]]
+    assert np.allclose(found.by_site[LAST].toarray(), expected, atol=1e-4)
 
 
 def test_texts_without_a_token_are_no_hindrance(planted: Suite):
@@ -84,12 +87,3 @@ def test_chosen_sites_are_read_and_the_pass_stops_after_them(planted: Suite):
     assert calls == []
     with pytest.raises(ValueError, match="no layer 7 in suite"):
         collect(planted, toys.TEXTS, [Site(7, "res")])
-
-
-def test_tokens_of_ones_own_are_read_where_they_are_marked(planted: Suite):
-    tokens = tokenize(planted.model, toys.TEXTS[:1])
-    mask = torch.zeros_like(tokens.is_text)
-    mask[0, [2, 5]] = True
-    found = collect(planted, Tokens(tokens.ids, mask), [LAST])
-    expected = by_hand(planted, LAST, toys.TEXTS[:1])[[1, 4]]
-    assert np.allclose(found.by_site[LAST].toarray(), expected, atol=1e-4)

@@ -18,7 +18,7 @@ from flowhelpers.steering.plans import make_plan
 from flowhelpers.steering.sweeps import steer
 from flowhelpers.steering.themes import output_scores
 from flowhelpers.suites.load import Suite, load_suite
-from flowhelpers.suites.model import HOOKS, logits_of, tokenize
+from flowhelpers.suites.model import HOOKS, logits_of, run_model, tokenize
 from flowhelpers.suites.saes import SAE
 
 TEXTS = [
@@ -41,7 +41,7 @@ def with_sae(suite: Suite, **changed: torch.Tensor) -> Suite:
     return replace(suite, saes={**suite.saes, MLP: other})
 
 
-def test_saes_in_their_place_pass(flowlet: Suite):
+def test_saes_in_their_place_pass_and_others_or_no_text_are_errors(flowlet: Suite):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         table = run_preflight(flowlet, TEXTS)
@@ -51,11 +51,13 @@ def test_saes_in_their_place_pass(flowlet: Suite):
     assert [str(site) for site in preflight_sites(flowlet.saes)] == table["site"].tolist()
     assert not table["is_suspicious"].any()
     assert table["declared_l0"].isna().all()
+    with pytest.raises(ValueError, match="no layer 9 in suite flowlet"):
+        run_preflight(flowlet, TEXTS, ["9/res"])
+    with pytest.raises(ValueError, match="no text given"):
+        run_preflight(flowlet, [])
 
 
-def test_figures_are_those_worked_out_by_hand(flowlet: Suite):
-    from flowhelpers.suites.model import run_model
-
+def test_figures_are_those_worked_out_by_hand(flowlet: Suite, monkeypatch: pytest.MonkeyPatch):
     found = run_preflight(flowlet, TEXTS, ["4/mlp"]).iloc[0]
     tokens = tokenize(flowlet.model, TEXTS)
     x = run_model(flowlet.model, tokens.ids, [MLP])[1][MLP][0, 1:]  # all but BOS
@@ -66,6 +68,8 @@ def test_figures_are_those_worked_out_by_hand(flowlet: Suite):
     assert found["tokens"] == len(x)
     assert found["l0"] == pytest.approx((codes > 0).sum().item() / len(x))
     assert found["explained_variance"] == pytest.approx(1 - error.item(), abs=1e-4)
+    monkeypatch.setattr(flowlet.model.bridge.cfg, "n_ctx", 7)  # texts are cut to what it can read
+    assert run_preflight(flowlet, TEXTS, ["4/mlp"])["tokens"].item() == 6
 
 
 @pytest.mark.parametrize("factor", [30.0, -30.0])
@@ -93,13 +97,6 @@ def test_variance_that_is_not_explained_is_warned_of(
     monkeypatch.setattr(room, "BELOW_DECLARED", 0.01)
     with pytest.warns(UserWarning, match="4/res"):
         run_preflight(flowlet, TEXTS, ["4/res"])
-
-
-def test_a_site_that_is_not_there_and_no_text_are_errors(flowlet: Suite):
-    with pytest.raises(ValueError, match="no layer 9 in suite flowlet"):
-        run_preflight(flowlet, TEXTS, ["9/res"])
-    with pytest.raises(ValueError, match="no text given"):
-        run_preflight(flowlet, [])
 
 
 def as_of_hub(suite: Suite) -> Suite:
@@ -165,26 +162,17 @@ def test_what_ended_a_preflight_takes_no_warning_with_it(
     monkeypatch.setattr(room, "declared", lambda source: (1000.0, None))
     suite = as_of_hub(flowlet)
     sites = [Site(4, "res"), Site(5, "res"), Site(6, "res")]
-    with monkeypatch.context() as patch:
-        encode = SAE.encode
+    encode, trouble = SAE.encode, [sites[1]]
 
-        def fails(sae: SAE, x: torch.Tensor) -> torch.Tensor:
-            if sae.site == sites[1]:
-                raise ConnectionError("the hub is in trouble")
-            return encode(sae, x)
+    def fails(sae: SAE, x: torch.Tensor) -> torch.Tensor:
+        if sae.site in trouble:
+            raise ConnectionError(trouble.pop())
+        return encode(sae, x)
 
-        patch.setattr(SAE, "encode", fails)
-        with (
-            pytest.warns(UserWarning, match="4/res of suite"),
-            pytest.raises(ConnectionError, match="in trouble"),
-        ):
-            collect(suite, TEXTS, sites)
+    monkeypatch.setattr(SAE, "encode", fails)
+    with pytest.warns(UserWarning, match="4/res of suite"), pytest.raises(ConnectionError):
+        collect(suite, TEXTS, sites)
     assert suite.checked_sites == {sites[0]}
     with pytest.warns(UserWarning, match="where 1000 are declared") as caught:
         collect(suite, TEXTS, sites)
     assert {str(w.message).split()[0] for w in caught} == {"5/res", "6/res"}
-
-
-def test_texts_are_cut_to_what_the_model_can_read(flowlet: Suite, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(flowlet.model.bridge.cfg, "n_ctx", 7)
-    assert run_preflight(flowlet, TEXTS, ["4/mlp"])["tokens"].item() == 6

@@ -23,7 +23,6 @@ from flowhelpers.activations.sampling import (
 )
 from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import Site
-from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.load import OnDemand, Suite
 from flowhelpers.suites.model import run_model
 from flowhelpers.suites.registry import find_suite
@@ -64,24 +63,18 @@ def test_every_token_is_as_likely(planted: Suite):
     assert max(abs(n - expected) for n in counts.values()) < 4 * expected**0.5
 
 
-def test_the_same_seed_draws_the_same_tokens(planted: Suite, sample: Sample):
-    again = draw_sample(planted.model, TEXTS, tokens_per_text=3)
-    pd.testing.assert_frame_equal(again.tokens, sample.tokens)
-    other = draw_sample(planted.model, TEXTS, tokens_per_text=3, seed=1)
-    assert not other.tokens.equals(sample.tokens)
-
-
 def test_what_there_is_stands_beside_what_was_asked_for(sample: Sample):
     sizes = sample_sizes(sample, 100, 3).set_index("dataset")
-    assert sizes.loc["one", ["texts", "texts_asked", "tokens_asked"]].tolist() == [
-        len(toys.TEXTS), 100, 300,
-    ]  # fmt: skip
+    one = sizes.loc["one", ["texts", "texts_asked", "tokens_asked"]].tolist()
+    assert one == [len(toys.TEXTS), 100, 300]
     assert sizes["tokens"].sum() == len(sample.tokens)
     two = sample.texts[sample.texts["dataset"] == "two"]
     assert sizes.loc["two", "short_texts"] == (two["eligible"] < 3).sum() > 0
 
 
-def test_a_dataset_with_fewer_texts_gives_all_it_has():
+def test_a_dataset_with_fewer_texts_gives_all_it_has_and_each_suite_has_its_own():
+    assert datasets_for(find_suite("flowlet")) == LOCAL_DATASETS
+    assert datasets_for(find_suite("pythia-70m-deduped")) == tuple(PAPER_DATASETS)
     found = texts_of(["fiction", "maths"], 150)
     assert len(found["fiction"]) == 150
     assert sorted(found["maths"]) == sorted(load_texts("maths", None))
@@ -95,17 +88,10 @@ def test_a_dataset_with_fewer_texts_gives_all_it_has():
         texts_of(["maths"], 0)
 
 
-def test_local_suites_have_datasets_that_need_no_network():
-    assert datasets_for(find_suite("flowlet")) == LOCAL_DATASETS
-    assert datasets_for(find_suite("pythia-70m-deduped")) == tuple(PAPER_DATASETS)
-
-
 def test_texts_without_a_token_to_choose_are_refused(planted: Suite):
     bos = planted.model.tokenizer.bos_token
     with pytest.raises(ValueError, match="'empty' has no text"):
         draw_sample(planted.model, {"one": toys.TEXTS, "empty": [bos, ""]})
-    with pytest.raises(ValueError, match="'none' has no text"):
-        draw_sample(planted.model, {"one": toys.TEXTS, "none": []})
     with pytest.raises(ValueError, match="tokens_per_text=0: expected 1 or more"):
         draw_sample(planted.model, TEXTS, 0)
 
@@ -157,17 +143,16 @@ def test_a_pass_that_was_stopped_goes_on_after_its_last_batch_and_ends_the_same(
 
 def test_another_sample_model_or_sae_is_read_anew(planted: Suite, sample: Sample, tmp_path: Path):
     first = read_sample(planted, sample, tmp_path)
-    other = draw_sample(planted.model, TEXTS, tokens_per_text=3, seed=1)
-    assert len(read_sample(planted, other, tmp_path).tokens) == len(other.tokens)
-    assert len(list(tmp_path.iterdir())) == 2
+    for seed, folders in ((0, 1), (1, 2)):  # the same seed draws the same tokens
+        read_sample(planted, draw_sample(planted.model, TEXTS, 3, seed=seed), tmp_path)
+        assert len(list(tmp_path.iterdir())) == folders
     model = copy(planted.model)
     model.__dict__["fingerprint"] = "another"
     read_sample(replace(planted, source=model), sample, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     site = Site(1, "res")
     changed = toys.write_lens_sae(torch.eye(16, toys.D_MODEL), site)
-    saes = dict(planted.saes)
-    saes[site] = make_sae(site, changed, toys.D_MODEL, "changed")
+    saes = {**planted.saes, site: make_sae(site, changed, toys.D_MODEL, "changed")}
     found = read_sample(replace(planted, saes=saes), sample, tmp_path)
     assert (found.by_site[site] != first.by_site[site]).nnz > 0
     assert len(list(tmp_path.iterdir())) == 4
@@ -189,27 +174,19 @@ def test_no_more_than_a_few_saes_are_in_memory_and_each_is_loaded_once_for_many_
     planted: Suite, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(activations, "READ_TOGETHER", 1)
-    alive: list[weakref.ref] = []
-    most = 0
+    loaded: list[weakref.ref] = []
+    alive: list[int] = []
 
     def load(site: Site) -> SAE:
-        nonlocal most
         sae = copy(planted.sae(site))
-        alive.append(weakref.ref(sae))
-        most = max(most, sum(ref() is not None for ref in alive))
+        loaded.append(weakref.ref(sae))
+        alive.append(sum(ref() is not None for ref in loaded))
         return sae
 
     suite = replace(planted, saes=OnDemand(planted.saes, load, kept=2))
     assert len(read_sample(suite, sample, tmp_path).by_site) == 9
-    assert most <= 4  # two kept, one in use, and one that is being read
+    assert max(alive) <= 4  # two kept, one in use, and one that is being read
     assert len(alive) < 5 * 9  # and not once for each of the texts
-
-
-def test_a_sae_without_encoder_is_refused(sample: Sample, planted: Suite, tmp_path: Path):
-    bare = {site: toys.bare_sae(site, d.directions) for site, d in planted.saes.items()}
-    suite = Suite(planted.row, planted.model, bare)
-    with pytest.raises(ValueError, match="has no weights"):
-        read_sample(suite, sample, tmp_path)
 
 
 def test_too_little_memory_is_told_before_the_pass(
@@ -225,14 +202,10 @@ def test_too_little_memory_is_told_before_the_pass(
 def test_a_sae_at_z_is_read_at_z(planted: Suite, sample: Sample, tmp_path: Path):
     at_z, att = Site(1, "z"), Site(1, "att")
     _, read = run_model(planted.model, sample.ids.ids, read=[at_z])
-    width = read[at_z].shape[-1]
-    rows = torch.randn(12, width, generator=torch.Generator().manual_seed(0))
-    lens_sae = toys.write_lens_sae(rows, att, hook="blocks.1.attn.hook_z")
-    output = attention_output(planted.model, 1)
-    sae = make_sae(att, lens_sae, toys.D_MODEL, "planted", lambda: output)
+    sae = toys.sae_at_z(planted.model)
     suite = Suite(planted.row, planted.model, {**planted.saes, att: sae})
     found = read_sample(suite, sample, tmp_path).by_site[att]
     tokens = torch.tensor(sample.tokens[["text", "position"]].to_numpy())
-    expected = lens_sae.encode(read[at_z][tokens[:, 0], tokens[:, 1]]).detach().numpy()
+    expected = sae.lens_sae.encode(read[at_z][tokens[:, 0], tokens[:, 1]]).detach().numpy()
     assert found.nnz > 0
     assert found.toarray() == pytest.approx(expected, abs=1e-4)

@@ -2,8 +2,6 @@
 
 import gzip
 import json
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,11 @@ from hub_files import WRONG
 
 from flowhelpers.activations import corpora as texts
 from flowhelpers.activations.corpora import (
-    LOCAL_DATASETS,
     PAPER_DATASETS,
     is_held_out,
     load_texts,
     passages,
     python_pieces,
-    stdlib_modules,
     subjects,
 )
 
@@ -26,9 +22,7 @@ LOCAL = ("fiction", "science", "maths", "python")
 
 
 @pytest.fixture
-def planted_passages(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[dict[str, list[str]]]:
+def planted_passages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Passages of the package replaced by ten of fiction, four of science and one of maths."""
     rows = [("fiction", f"Tale {i}.", f"subject {i % 2}") for i in range(10)]
     rows += [("science", f"Fact {i}.", "stars") for i in range(4)] + [("maths", "Sum.", "sums")]
@@ -36,32 +30,14 @@ def planted_passages(
         lines = [json.dumps({"subject": s, "domain": d, "text": t}) for d, t, s in part]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.setattr(texts, "PASSAGES", tmp_path)
-    texts._passages.cache_clear()
-    yield {name: [t for d, t, _ in rows if d == name] for name in LOCAL[:3]}
-    texts._passages.cache_clear()
+    monkeypatch.setattr(texts, "_passages", texts._passages.__wrapped__)
+    return {name: [t for d, t, _ in rows if d == name] for name in LOCAL[:3]}
 
 
-def no_network(*args: object, **kwargs: object) -> None:
-    raise AssertionError("a local corpus reached for the network")
-
-
-def test_the_tables_name_the_papers_corpora_and_those_without_a_network():
-    assert PAPER_DATASETS == {
-        "fineweb": ("HuggingFaceFW/fineweb", "default"),
-        "tinystories": ("roneneldan/TinyStories", None),
-        "automathtext": ("math-ai/AutoMathText", "web-0.80-to-1.00"),
-        "python-github-code": ("tomekkorbak/python-github-code", None),
-    }
-    assert LOCAL_DATASETS == LOCAL
-
-
-def test_passages_of_a_domain_are_sampled_once_each(planted_passages: dict[str, list[str]]):
+def test_passages_of_a_domain_are_sampled_once_each_by_seed(planted_passages: dict[str, list[str]]):
     assert sorted(load_texts("fiction", 10)) == sorted(planted_passages["fiction"])
     assert sorted(load_texts("science", None)) == planted_passages["science"]
     assert load_texts("maths", 1) == ["Sum."]
-
-
-def test_the_seed_decides_the_sample(planted_passages: dict[str, list[str]]):
     first = load_texts("fiction", 5, seed=3)
     assert first == load_texts("fiction", 5, seed=3)
     assert load_texts("fiction", 8, seed=3)[:5] == first
@@ -86,31 +62,15 @@ def test_the_passages_of_the_package_are_whole_and_different():
     assert table.groupby("subject")["domain"].nunique().eq(1).all()
 
 
-def test_python_is_cut_from_held_out_modules_only():
-    held_out = [
-        source
-        for path, source in stdlib_modules()
-        if is_held_out(path) and not path.startswith("encodings/")
-    ]
-    pieces = load_texts("python", None)
-    assert len(pieces) > 100
-    assert len(set(pieces)) == len(pieces)
-    for piece in pieces:
-        assert any(piece in source for source in held_out)
-        assert 60 <= len(piece.split()) <= 150
-
-
-def test_a_module_that_was_trained_on_gives_nothing(monkeypatch: pytest.MonkeyPatch):
+def test_python_is_cut_from_held_out_modules_alone(monkeypatch: pytest.MonkeyPatch):
     code = {
         path: f"def {path[:-3]}(x):\n" + "    x = x + 1  # one more\n" * 12
         for path in (f"module{i}.py" for i in range(400))
     }
-    monkeypatch.setattr(texts, "stdlib_modules", lambda: iter(code.items()))
-    texts._held_out_python.cache_clear()
-    try:
-        found = load_texts("python", None)
-    finally:
-        texts._held_out_python.cache_clear()
+    tables = {f"encodings/{path}": source for path, source in code.items()}
+    monkeypatch.setattr(texts, "stdlib_modules", lambda: iter((code | tables).items()))
+    monkeypatch.setattr(texts, "_held_out_python", texts._held_out_python.__wrapped__)
+    found = load_texts("python", None)
     expected = [source.strip("\n") for path, source in code.items() if is_held_out(path)]
     assert sorted(found) == sorted(expected)
     assert 0 < len(expected) < 40
@@ -135,23 +95,22 @@ def test_pieces_end_where_a_function_begins_or_before_they_are_too_long():
     ]
 
 
-def test_more_than_there_is_says_how_many_there_are(planted_passages: dict[str, list[str]]):
-    with pytest.raises(ValueError, match="'science' has 4 different texts, 5 were asked for"):
-        load_texts("science", 5)
-    with pytest.raises(ValueError, match="n=0 texts: expected at least 1"):
-        load_texts("science", 0)
-
-
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"unknown corpus 'scince'; did you mean 'science'\?"):
         load_texts("scince", 1)
     with pytest.raises(ValueError, match=r"valid: fineweb, tinystories, .*, python"):
         load_texts("qqqq", 1)
+    with pytest.raises(ValueError, match="n=0 texts: expected at least 1"):
+        load_texts("science", 0)
+    with pytest.raises(ValueError, match=r"n=None .*'automathtext' is on the hub, give n"):
+        load_texts("automathtext", None)
     with pytest.raises(FileNotFoundError, match=r"no file, folder or corpus 'notes/mine\.txt'"):
         load_texts("notes/mine.txt", 1)
 
 
-def test_a_file_is_parted_by_separators_and_a_folder_gives_the_texts_of_its_files(tmp_path: Path):
+def test_a_file_is_parted_by_separators_and_a_folder_gives_the_texts_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     file = tmp_path / "own.txt"
     content = "\ufeffone\r\n<|endoftext|>\ntwo \n<|endoftext|>\n<|endoftext|>\ntwo\n"
     file.write_text(content, encoding="utf-8")
@@ -166,11 +125,7 @@ def test_a_file_is_parted_by_separators_and_a_folder_gives_the_texts_of_its_file
     (tmp_path / "three.txt.gz").write_bytes(gzip.compress(b"three"))
     (tmp_path / ".DS_Store").write_bytes(b"\x00\xff")
     assert sorted(load_texts(tmp_path, None)) == ["one", "three", "two", "zwei: schön"]
-
-
-def test_a_path_that_is_named_as_a_corpus_is_still_a_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+    # One that is named as a corpus is still a path.
     (tmp_path / "python").write_text("of my own", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     assert load_texts(Path("python"), None) == load_texts("./python", 1) == ["of my own"]
@@ -183,7 +138,6 @@ def test_a_path_that_is_named_as_a_corpus_is_still_a_path(
         ("blank.txt", b" \n\n", "is empty"),
         ("latin.txt", "schön".encode("latin-1"), "is not UTF-8 text"),
         ("zeros.bin", bytes(100), "holds zero bytes"),
-        ("bars.txt", b"<|endoftext|>\n<|endoftext|>", "is empty"),
         ("not.txt.gz", b"plain text", "is not UTF-8 text"),
         ("cut.txt.gz", gzip.compress(b"text" * 100)[:20], "is cut"),
     ],
@@ -195,19 +149,11 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, name: str, content: byt
             load_texts(path, 1)
 
 
-def test_local_corpora_never_touch_the_network(
-    planted_passages: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(socket, "socket", no_network)
-    monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    for name in LOCAL:
-        assert load_texts(name, 1)
-
-
-def test_importing_texts_is_light(run_python: Process):
+def test_local_corpora_are_light_and_never_touch_the_network(run_python: Process):
     done = run_python(
-        "import sys, flowhelpers.activations.corpora as t; t.load_texts('python', 2);"
-        "print({'torch', 'pandas', 'datasets', 'huggingface_hub'} & set(sys.modules))"
+        "import sys, flowhelpers.activations.corpora as t\n"
+        f"for name in {LOCAL}: t.load_texts(name, 1)\n"
+        "print({'torch', 'pandas', 'datasets', 'huggingface_hub', 'socket'} & set(sys.modules))"
     )
     assert done.stdout.strip() == "set()", done.stderr
 
@@ -224,15 +170,6 @@ def test_a_hub_corpus_gives_its_texts_once_each_by_seed(
     assert load_texts(name, 9, seed=1)[:6] == sample
     assert sample != load_texts(name, 6, seed=2)
     assert all(PAPER_DATASETS[name][0] in path for path in hub_here.fetched())
-
-
-def test_a_hub_corpus_that_is_too_small_says_how_many_there_are(
-    hub_here: Hub, paper_datasets: dict[str, list[str]]
-):
-    with pytest.raises(ValueError, match="'automathtext' has 24 different texts, 25 were asked"):
-        load_texts("automathtext", 25)
-    with pytest.raises(ValueError, match=r"n=None .*'automathtext' is on the hub, give n"):
-        load_texts("automathtext", None)
 
 
 @pytest.mark.parametrize("status", [401, 403, 429, 500])
@@ -262,15 +199,10 @@ def test_files_that_are_refused_or_cut_are_an_error(
 def test_no_network_says_what_to_fetch_and_what_needs_none(
     hub_here: Hub, paper_datasets: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
 ):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        monkeypatch.setattr(
-            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{unused.getsockname()[1]}"
-        )
-        with pytest.raises(ConnectionError) as error:
-            load_texts("fineweb", 1)
-    assert "HuggingFaceFW/fineweb default" in str(error.value)
-    assert "No network is needed for fiction, science, maths, python" in str(error.value)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")  # no one's
+    message = "HuggingFaceFW/fineweb default .* needed for fiction, science, maths, python"
+    with pytest.raises(ConnectionError, match=message):
+        load_texts("fineweb", 1)
 
 
 def test_offline_a_cached_copy_is_read_and_a_missing_one_is_named(

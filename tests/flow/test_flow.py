@@ -1,6 +1,5 @@
 """A flow graph is the planted chain, from whichever of its nodes it is built."""
 
-import doctest
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -58,12 +57,6 @@ def built(directions: dict[str, Tensor], seed: str, layers: int = 3, **options: 
     return flow_graph(small, seed, match_table(small, k=1), **options)
 
 
-def test_the_example_of_the_docstring_is_true():
-    from flowhelpers.flow import graph
-
-    assert doctest.testmod(graph) == (0, 5)
-
-
 @pytest.mark.parametrize(("coordinate", "layer"), [(2, 0), (2, 1), (13, 1), (13, 2)])
 def test_the_planted_chain_is_found_from_each_of_its_nodes(
     suite: Suite, table: pd.DataFrame, coordinate: int, layer: int
@@ -104,6 +97,11 @@ def test_scores_nulls_and_classes_are_those_of_the_table(suite: Suite, table: pd
             assert chain[f"{kind}_{module}"].tolist()[1:] == [nulls[at, module] for at in (1, 2)]
     others = graph.nodes[graph.nodes["module"] != "res"]
     assert others[["class", "s_res", "high_mlp", "from_res"]].isna().all(axis=None)
+    # A turn is where a module lies nearer than the stream.
+    nodes = nodes_of(13)  # s(A) is 1, 0.6 and 0.96 beside s(R) of 0.8
+    low = flow_graph(suite, nodes[0], table.assign(null=np.float32(0.5)))
+    assert turns(low)[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
+    assert turns(replace(low, nodes=low.nodes.assign(high_att=0.97))).empty
 
 
 def test_forward_goes_to_the_best_of_the_next_layer_whosever_match_that_is():
@@ -187,23 +185,6 @@ def test_top_n_follows_so_many_of_each():
     assert graph.edges["cosine"].tolist() == pytest.approx([0.8, 0.6])
 
 
-def test_a_module_seed_leads_to_the_residual_features_it_matches(suite: Suite, table: pd.DataFrame):
-    nodes = nodes_of(2)
-    graph = flow_graph(suite, "1/mlp/2", table)
-    assert graph.chain["feature"].tolist() == nodes
-    assert graph.nodes.set_index("feature").loc["1/mlp/2", "is_seed"]
-    assert not graph.chain["is_seed"].any()
-
-
-def test_the_graph_of_several_seeds_is_all_their_graphs_together(suite: Suite, table: pd.DataFrame):
-    seeds = [nodes_of(2)[1], "1/att/3", nodes_of(13)[0], nodes_of(2)[2]]
-    whole = flow_graph(suite, seeds, table)
-    assert {*whole.nodes.loc[whole.nodes["is_seed"], "feature"]} == {*whole.seeds} == {*seeds}
-    apart = [flow_graph(suite, seed, table) for seed in seeds]
-    assert {*whole.nodes["feature"]} == {name for one in apart for name in one.nodes["feature"]}
-    assert {*whole.chain["feature"]} == {*nodes_of(2), *nodes_of(13), *nodes_of(8 + 3)}
-
-
 def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
     # 0/res/0 goes on to 1/res/1, whose own match back is 0/res/1; that one leads to 1/res/0.
     between = 0.6 * AXES[0] + 0.8 * AXES[1]
@@ -213,6 +194,7 @@ def test_a_seed_whose_layer_another_seed_reached_goes_on_all_the_same():
     together = flow_graph(small, seeds, table)
     apart = [flow_graph(small, seed, table).network.edges for seed in seeds]
     assert {*together.network.edges} == {*apart[0], *apart[1]}
+    assert {*together.nodes.loc[together.nodes["is_seed"], "feature"]} == {*seeds}
     assert ("0/res/0", "1/res/0") in together.network.edges
 
 
@@ -226,34 +208,20 @@ def test_ancestors_descendants_and_paths_are_those_of_the_chain(suite: Suite, ta
     assert way["target"].tolist() == nodes
     assert way["cosine"].tolist() == pytest.approx([1, 0.8, 0.8])
     assert graph.network.nodes[nodes[1]]["is_seed"]
+    of_mlp = flow_graph(suite, "1/mlp/2", table)  # leads to the features that it matches
+    assert of_mlp.chain["feature"].tolist() == nodes
+    assert of_mlp.nodes.query("is_seed")["feature"].tolist() == ["1/mlp/2"]
     with pytest.raises(ValueError, match=f"no path leads from {nodes[2]} to {nodes[0]}"):
         path(graph, nodes[2], nodes[0])
     with pytest.raises(ValueError, match="1/res/15 is not in this graph; did you mean"):
         ancestors(graph, "1/res/15")
-
-
-def test_of_two_ways_the_one_of_higher_cosines_is_taken():
+    # Of two ways the one of higher cosines is taken.
     near = 0.8 * AXES[0] + 0.6 * AXES[1]
     second = torch.stack([near, 0.5 * AXES[0] + 0.75**0.5 * AXES[2]])
     third = (second[0] + second[1])[None]
     small = bare({"0/res": AXES[:1], "1/res": second, "2/res": third / third.norm()})
     graph = flow_graph(small, ["2/res/0", "1/res/1"], match_table(small, k=1))
     assert path(graph, "0/res/0", "2/res/0")["target"].tolist() == ["1/res/0", "2/res/0"]
-
-
-def test_a_turn_is_where_a_module_lies_nearer_than_the_stream(suite: Suite, table: pd.DataFrame):
-    nodes = nodes_of(13)  # s(A) is 1, 0.6 and 0.96 beside s(R) of 0.8
-    low = flow_graph(suite, nodes[0], table.assign(null=np.float32(0.5)))
-    assert turns(low)[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
-    assert turns(replace(low, nodes=low.nodes.assign(high_att=0.97))).empty
-
-
-def test_labels_are_laid_over_the_nodes(suite: Suite, table: pd.DataFrame):
-    nodes = nodes_of(2)
-    labels = pd.DataFrame({"feature": [nodes[0]], "label": ["first"], "label_from": ["mine.csv"]})
-    found = labelled(flow_graph(suite, nodes[1], table), labels).nodes.set_index("feature")
-    assert found.loc[nodes[0], ["label", "label_from"]].tolist() == ["first", "mine.csv"]
-    assert found.loc[nodes[1], ["label", "label_from"]].tolist() == ["", ""]
 
 
 def test_a_graph_is_the_same_after_saving(suite: Suite, table: pd.DataFrame, tmp_path: Path):
@@ -263,9 +231,6 @@ def test_a_graph_is_the_same_after_saving(suite: Suite, table: pd.DataFrame, tmp
     assert (again.suite, again.seeds, again.choices) == (graph.suite, graph.seeds, graph.choices)
     pd.testing.assert_frame_equal(again.nodes, graph.nodes, check_dtype=False)
     pd.testing.assert_frame_equal(again.edges, graph.edges, check_dtype=False)
-
-
-def test_a_file_that_is_no_graph_is_refused(tmp_path: Path):
     (tmp_path / "graph.json").write_text('{"format": "x"}')
     with pytest.raises(ValueError, match="holds no flow graph"):
         load_graph(tmp_path / "graph.json")
@@ -347,17 +312,11 @@ def long_chain() -> Suite:
 
 
 def test_lifespans_of_planted_chains_come_out_exactly():
-    suite = long_chain()
-    table = match_table(suite, k=1)
+    table = match_table(long_chain(), k=1)
     found = feature_lifespans(table, 0.5).set_index(["layer", "feature"])
     for layer in range(8):
         assert found.loc[(layer, 0), ["first", "last", "layers"]].tolist() == [layer, layer, 1]
         assert found.loc[(layer, 3), ["first", "last", "layers"]].tolist() == [0, 7, 8]
-        graph = flow_graph(suite, f"{layer}/res/3", table)
-        assert graph.chain["feature"].tolist() == [f"{at}/res/3" for at in range(8)]
-        # A decoy goes back to the chain's feature, as that lies nearer than the decoy before it.
-        decoy = flow_graph(suite, f"{layer}/res/2", table).chain["feature"].tolist()
-        assert decoy[: layer + 1] == [*(f"{at}/res/3" for at in range(layer)), f"{layer}/res/2"]
     for layer in range(2, 6):
         assert found.loc[(layer, 4), ["first", "last"]].tolist() == [2, 5]
     strict = feature_lifespans(table, 0.95)
@@ -369,14 +328,6 @@ def test_lifespans_of_planted_chains_come_out_exactly():
         feature_lifespans(table, 2)
     found = feature_lifespans(match_table(bare(rising([0.9, 0.8])), k=1), 0.5)  # no modules
     assert found[["layer", "first", "last"]].values.tolist() == [[0, 0, 2], [1, 0, 2], [2, 0, 2]]
-
-
-def test_of_exact_copies_the_lowest_index_is_the_predecessor():
-    copies = {"0/res": AXES[[0, 0]], "1/res": AXES[[0, 0]]}
-    graph = built(copies, "1/res/1", 2)
-    assert graph.chain["feature"].tolist() == ["0/res/0", "1/res/1"]
-    assert graph.edges["margin"].tolist() == [0]
-    assert built(copies, "0/res/1", 2).chain["feature"].tolist() == ["0/res/1", "1/res/0"]
 
 
 def test_a_birth_is_by_the_module_whose_score_is_high():

@@ -30,11 +30,6 @@ TEXTS = [*toys.TEXTS, "The rivers rose and the cat sat on the hills."]
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return adder.world(tmp_path_factory.mktemp("adder"))
-
-
-@pytest.fixture(scope="module")
 def suite(planted: Suite, toy: Model) -> Suite:
     """The planted suite, with an SAE at z and one of directions that are not orthogonal."""
     rows = torch.randn(toys.RES, toys.D_MODEL, generator=torch.Generator().manual_seed(1))
@@ -114,17 +109,10 @@ def test_a_twin_writes_the_same_norm_at_every_site(suite: Suite, seen: FeatureAc
         assert scales[3] / scales[1] == pytest.approx(plan.steps[3].scale / plan.steps[1].scale)
 
 
-def test_a_twin_adds_nothing_or_rescales_as_its_plan_does(suite: Suite, seen: FeatureActivations):
-    # Nothing, as at the end of a linear schedule down to 0.
-    nothing = replace(plan_of(suite, ["1/res/4", "1/res/5"]).steps[0], strength=0.0)
-    twin = random_feature_control(suite, Plan(suite.name, "add", "theta", (nothing,)), seen)
+def test_the_twin_of_a_plan_that_adds_nothing_adds_nothing(suite: Suite, seen: FeatureActivations):
+    # As at the end of a linear schedule down to 0.
+    twin = random_feature_control(suite, plan_of(suite, ["1/res/4"], strength=0.0), seen)
     assert not steering_vectors(suite, twin)[RES].any()
-    steps = (Step("1/res/3", 0.0, 1.0), Step("1/res/5", -2.0, 1.0), Step("1/mlp/1", 0.5, 1.0))
-    plan = Plan(suite.name, "rescale", "activation", steps)
-    twin = random_feature_control(suite, plan, seen, seed=4)
-    assert [(s.strength, s.scale) for s in twin.steps] == [(0.0, 1.0), (-2.0, 1.0), (0.5, 1.0)]
-    assert twin.kind == "rescale"
-    assert len({step.feature for step in (*twin.steps, *steps)}) == 6
 
 
 def test_a_twin_that_cannot_be_drawn_is_an_error(suite: Suite, seen: FeatureActivations):
@@ -136,27 +124,22 @@ def test_a_twin_that_cannot_be_drawn_is_an_error(suite: Suite, seen: FeatureActi
 
 
 def test_norms_are_those_of_the_stream_and_grow_with_the_strength(suite: Suite):
-    plan = plan_of(suite, ["0/res/3", "1/res/4", "1/res/9", "1/att/5", "1/att/0"])
-    rows = {s: suite.sae(s).lens_sae.W_dec.detach() for s in (Site(0, "res"), RES, ATT)}
-    output = attention_output(suite.model, 1)
+    names = ["0/res/3", "1/res/4", "1/res/9", "1/att/5", "1/att/0"]
+    plan = plan_of(suite, names)
+    output, vectors = attention_output(suite.model, 1), steering_vectors(suite, plan)
     assert output.gain is not None
-    expected = float((2 * 1.5 * rows[Site(0, "res")][3]).norm())
-    expected += float((2 * 2.5 * rows[RES][4] + 2 * 3.5 * rows[RES][9]).norm())
-    at_z = 2 * 4.5 * rows[ATT][5] + 2 * 5.5 * rows[ATT][0]
-    expected += float((at_z @ output.weights * output.gain).norm())
+    at_z = vectors[Site(1, "z")] @ output.weights * output.gain
+    in_stream = (vectors[Site(0, "res")], vectors[RES], at_z)
+    expected = float(sum(vector.norm() for vector in in_stream))
     assert controls.total_norm(suite, plan) == pytest.approx(expected, rel=1e-5)
-    vectors = steering_vectors(suite, plan)
     assert controls.total_norm(suite, vectors) == pytest.approx(expected, rel=1e-5)
     thrice = scale_plan(plan, -3.0)
-    assert isinstance(thrice, Plan)
-    assert [step.strength for step in thrice.steps] == [-6.0] * 5
+    assert thrice == plan_of(suite, names, strength=-6.0)
     assert controls.total_norm(suite, thrice) == pytest.approx(3 * expected, rel=1e-5)
     assert controls.total_norm(suite, scale_plan(vectors, 3.0)) == pytest.approx(3 * expected)
     # A plan that rescales is changed by its distance from 1.
-    plan = plan_of(suite, ["1/res/4", "1/res/9"], "rescale")
-    thrice = scale_plan(plan, 3.0)
-    assert isinstance(thrice, Plan)
-    assert {step.strength for step in thrice.steps} == {4.0}  # 1 + 3 (2 - 1)
+    plan = plan_of(suite, names, "rescale")
+    assert scale_plan(plan, 3.0) == plan_of(suite, names, "rescale", 4.0)  # 1 + 3 (2 - 1)
     with pytest.raises(ValueError, match="a plan of kind 'rescale'"):
         controls.total_norm(suite, plan)
 
@@ -218,9 +201,7 @@ def test_plans_may_come_in_pieces_and_one_that_is_no_edit_does_nothing(
         "adds": plan_of(suite, ["0/res/3", "1/att/5"]),
         "none": None,
         "nothing": scale_plan(plan_of(suite, ["1/res/4", "1/att/0"]), 0.0),
-        "more": plan_of(suite, ["0/res/2", "2/res/1"], strength=-1.0),
-        "scales": plan_of(suite, ["1/res/3", "0/mlp/1"], "rescale", strength=-3.0),
-        "scale": plan_of(suite, ["1/res/5", "1/att/1"], "rescale", strength=0.0),
+        "scales": plan_of(suite, ["1/res/3", "0/mlp/1", "1/att/1"], "rescale", strength=-3.0),
     }
     together = side_effects(suite, plans, TEXTS)
     assert together["plan"].tolist() == list(plans)
@@ -232,13 +213,12 @@ def test_plans_may_come_in_pieces_and_one_that_is_no_edit_does_nothing(
     monkeypatch.setattr(controls, "MAX_TOKENS", 5)
     short = side_effects(suite, plans, TEXTS)
     assert short["norm"][0] == pytest.approx(together["norm"][0], rel=1e-4)
-    assert short["norm"][4] != pytest.approx(together["norm"][4], rel=1e-2)
+    assert short["norm"][3] != pytest.approx(together["norm"][3], rel=1e-2)
 
 
 def test_a_plan_that_breaks_the_model_is_named(planted: Suite):
-    plans = toys.plans_that_break(planted)
     with pytest.raises(FloatingPointError, match="plan 'far': logits are no longer finite"):
-        side_effects(planted, plans, TEXTS)
+        side_effects(planted, toys.plans_that_break(planted), TEXTS)
 
 
 def test_at_equal_norm_a_plan_of_many_layers_changes_as_much_as_one_of_one(planted: Suite):
@@ -257,7 +237,8 @@ def test_at_equal_norm_a_plan_of_many_layers_changes_as_much_as_one_of_one(plant
 def test_random_features_stand_in_and_are_scaled_to_the_same_change(planted: Suite):
     codes = np.random.default_rng(0).random((40, toys.RES)).tolist()
     read = toys.planted_activations({Site(1, "res"): codes})
-    cell = SweepCell("sea", "single", make_plan(planted, ["1/res/3"], -4.0, "rescale"), 1, -4.0)
+    plan = make_plan(planted, ["1/res/3"], -4.0, "rescale")
+    cell = SweepCell("sea", "single", plan, 1, -4.0)
     cells = controls.random_cells(planted, cell, read, range(8), TEXTS)
     assert {c.strategy for c in cells} == {"random features", "random, same norm"}
     plans = {str(number): c.plan for number, c in enumerate([cell, *cells])}
@@ -265,6 +246,9 @@ def test_random_features_stand_in_and_are_scaled_to_the_same_change(planted: Sui
     for norm, twin in zip(norms[1:], cells, strict=True):
         assert (twin.theme, twin.layer, twin.strength) == ("sea", 1, -4.0)
         assert isinstance(twin.plan, Plan)
-        assert twin.plan.steps[0].feature != "1/res/3"
+        (step,) = twin.plan.steps
+        assert step.feature != "1/res/3"
         if twin.strategy == "random, same norm":
             assert norm == pytest.approx(norms[0], rel=1e-3)
+        else:
+            assert replace(step, feature="1/res/3") == plan.steps[0]

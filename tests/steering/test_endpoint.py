@@ -38,13 +38,11 @@ PAPER = {
 }
 UNREADABLE = [
     "I would give it a 4.",
-    '{"coherence": 4, "behav',
     f"Here it is: {GOOD}",
     '{"coherence": 4, "behaviour": 3}',
     '{"coherence": 4, "behavioral": 6}',
     '{"coherence": -1, "behavioral": 3}',
     '{"coherence": "4", "behavioral": 3}',
-    '{"coherence": 4.5, "behavioral": 3}',
     '{"coherence": true, "behavioral": 3}',
     '{"coherence": 4, "behavioral": 3, "more": 1}',
     '{"coherence": 4, "behavioral": [3, 3, 3]}',
@@ -148,15 +146,19 @@ def test_judges_that_ask_otherwise_do_not_share_replies(make: Make, server: Judg
     assert judge.temperature == 0
 
 
-def test_to_suppress_the_subject_chosen_is_scored_and_replies_are_shared(
+def test_to_suppress_one_of_three_scores_counts_and_replies_are_shared(
     make: Make, server: JudgeServer
 ):
     texts = some(12)
     for place, letter in enumerate("abc"):
-        frame = make("science", "suppress", subject=letter).judge(texts)
+        judge = make("science", "suppress", subject=letter)
+        frame = judge.judge(texts)
         assert list(frame["behavioral"]) == [scores(text)[1][place] / 5 for text in texts]
         assert list(frame["coherence"]) == [scores(text)[0] / 5 for text in texts]
         assert len(server.requests) == (12 if letter == "a" else 0)
+        for reply in ("[1, 2]", "[1, 2, 6]", "3", "[1, 2, 3, 4]"):
+            server.faults["One."] = [Fault(f'{{"coherence": 4, "behavioral": {reply}}}')] * ATTEMPTS
+            assert np.isnan(values(judge.judge(["One."]))).all()
 
 
 def test_an_empty_text_has_0_unasked_and_equal_texts_are_asked_about_once(
@@ -192,13 +194,6 @@ def test_an_unreadable_reply_is_asked_for_again_and_then_missing(
     assert np.isnan(values(frame)[1]).all()
     assert frame["problem"][1].startswith("no readable reply in 3")
     assert values(judge.judge(["Two."])) == expected(["Two."])  # a later call asks anew
-
-
-@pytest.mark.parametrize("reply", ["[1, 2]", "[1, 2, 6]", "3", "[1, 2, 3, 4]", "[1, 2, 3.5]"])
-def test_to_suppress_three_integers_are_readable(make: Make, server: JudgeServer, reply: str):
-    judge = make("science", "suppress", subject="a")
-    server.faults["One."] = [Fault(content=f'{{"coherence": 4, "behavioral": {reply}}}')] * ATTEMPTS
-    assert np.isnan(values(judge.judge(["One."]))).all()
 
 
 @pytest.mark.parametrize("fault", TRANSPORT)
@@ -321,7 +316,6 @@ def test_the_key_and_the_address_may_come_from_the_environment(
     ("given", "message"),
     [
         ({"task": "supress"}, "unknown task 'supress'; did you mean 'suppress'"),
-        ({"task": "suppress"}, "subject None: expected a, b, c"),
         ({"task": "suppress", "subject": "d"}, "subject 'd': expected a, b, c"),
         ({"subject": "a"}, "subject 'a': .*none to promote"),
         *(({"api_key": k}, "the key has a space") for k in ("sk-two words", "sk-ü", "a\nb", "a'")),

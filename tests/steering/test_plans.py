@@ -7,28 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import adder
 import pytest
 import torch
 import toys
 
 from flowhelpers import steering
 from flowhelpers.core.features import FeatureId, Site, parse_feature
-from flowhelpers.flow.graph import flow_graph
 from flowhelpers.interventions.generation import generate
-from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import Plan, Step, make_plan, plan_edits, steering_vectors
 from flowhelpers.steering.sweeps import steer
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Edit, Model, run_model
 
-FEATURES = ["0/res/2", "1/mlp/1", "1/res/3", "1/res/0", "2/res/1"]
+THETA = {"0/res/2": 0.25, "1/mlp/1": 0.25, "1/res/3": 0.5, "1/res/0": 1.25, "2/res/1": 0.25}
+FEATURES = [*THETA]
 PROMPT = "The cat sat"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    return adder.world(tmp_path_factory.mktemp("adder"))
 
 
 def streams(world: SimpleNamespace, *edits: Edit) -> dict[Site, torch.Tensor]:
@@ -39,11 +32,6 @@ def streams(world: SimpleNamespace, *edits: Edit) -> dict[Site, torch.Tensor]:
 def row(suite: Suite, name: str) -> torch.Tensor:
     feature = parse_feature(name)
     return suite.sae(feature.site).lens_sae.W_dec.detach()[feature.index]
-
-
-def theta(suite: Suite, name: str) -> float:
-    feature = parse_feature(name)
-    return float(suite.sae(feature.site).lens_sae.threshold[feature.index])
 
 
 @pytest.mark.parametrize(
@@ -77,7 +65,7 @@ def test_what_is_added_is_the_formula_at_every_site_and_token(world: SimpleNames
     clean, steered = streams(world), streams(world, *plan_edits(suite, [plan]))
     added = {}
     for name in FEATURES:
-        scale = {"theta": theta(suite, name), "max": maxima[name], "unit": 0.5}[unit]
+        scale = {"theta": THETA[name], "max": maxima[name], "unit": 0.5}[unit]
         added[name] = 3 * math.exp(-0.5 * int(name[0])) * scale * row(suite, name)
     # The stream keeps what was added below; this model's layers answer nothing.
     expected = {Site(0, "res"): added["0/res/2"], Site(1, "mlp"): added["1/mlp/1"]}
@@ -109,24 +97,6 @@ def test_rescaling_reads_each_feature_live_after_the_layers_below(world: SimpleN
     assert torch.allclose(moved, step, atol=1e-6)
 
 
-def test_plans_of_a_batch_are_each_what_they_are_alone(world: SimpleNamespace):
-    suite = world.suite
-    plans = [
-        make_plan(suite, FEATURES, 2.0, strategy="linear"),
-        None,
-        make_plan(suite, ["0/res/2", "1/res/3", "1/res/5"], -1.0, "rescale"),
-        make_plan(suite, FEATURES, 5.0, strategy="single", layer=1, unit="unit"),
-    ]
-    ids = world.tokens.ids[:1].expand(8, -1)
-    sites = [Site(0, "res"), Site(1, "res"), Site(2, "res")]
-    _, together = run_model(suite.model, ids, sites, plan_edits(suite, plans))
-    for number, plan in enumerate(plans):
-        _, alone = run_model(suite.model, ids[:1], sites, plan_edits(suite, [plan]))
-        for site in sites:
-            mine = together[site][2 * number : 2 * number + 2]
-            assert torch.allclose(mine, alone[site].expand_as(mine), atol=1e-6)
-
-
 def test_strategies_choose_the_layers(world: SimpleNamespace):
     def layers(**given: Any) -> list[str]:
         plan = make_plan(world.suite, FEATURES, 1.0, **given)
@@ -139,15 +109,6 @@ def test_strategies_choose_the_layers(world: SimpleNamespace):
     # The span is that of the graph, however far the plan goes.
     plan = make_plan(world.suite, FEATURES, 3.0, strategy="linear", layer=1)
     assert [step.strength for step in plan.steps] == [3, 2, 2, 2]
-
-
-def test_a_plan_of_a_graph_steers_its_nodes(planted: Suite):
-    graph = flow_graph(planted, "1/res/3", match_table(planted, k=2))
-    plan = make_plan(planted, graph, 2.0)
-    assert {step.feature for step in plan.steps} == set(graph.nodes["feature"])
-    assert plan.table()["layer"].tolist() == graph.nodes["layer"].tolist()
-    with pytest.raises(ValueError, match="a flow graph of suite other: expected"):
-        make_plan(planted, replace(graph, suite="other"), 2.0)
 
 
 STEP = {"feature": "1/res/2", "strength": -2, "scale": 1}
@@ -168,8 +129,6 @@ def test_a_plan_survives_saving_and_loading(world: SimpleNamespace, tmp_path: Pa
     [
         ({"steps": []}, "steps"),
         ({"kind": "ad"}, "kind"),
-        ({"unit": "thet"}, "unit"),
-        ({"suite": 5}, "suite"),
         ({"more": 1}, "more"),
         ({"steps": [STEP | {"feature": 73}]}, "feature"),
         ({"steps": [STEP | {"strength": math.nan}]}, "finite"),
@@ -204,33 +163,20 @@ def test_steered_and_unsteered_share_their_seeds(planted: Suite):
     texts = {name: part["text"].tolist() for name, part in table.groupby("plan", sort=False)}
     assert list(texts) == list(plans)
     assert table["sample"].tolist() == [0, 1, 2, 3] * 5
-    expected = generate(planted.model, PROMPT, 8, samples=4, temperature=1.27, top_p=0.7, seed=3)
+    given = {"samples": 4, "temperature": 1.27, "top_p": 0.7}
+    expected, other = (generate(planted.model, PROMPT, 8, **given, seed=seed) for seed in (3, 4))
+    assert len({*expected, *other}) == 8
     assert texts["plain"] == texts["nothing"] == texts["r = 1"] == expected
     assert texts["vectors"] == texts["pushed"] != expected
-    alone = steer(planted, {"pushed": push}, PROMPT, samples=2, max_new_tokens=8, seed=3)
-    assert alone["text"].tolist() == texts["pushed"][:2]
     apart = steer(planted, plans, PROMPT, samples=4, max_new_tokens=8, seed=3, batch_size=5)
     assert apart.equals(table)
 
 
-def test_what_a_plan_adds_is_known_by_site(world: SimpleNamespace, planted: Suite, toy: Model):
-    suite = world.suite
-    steps = (Step("1/res/3", 2.0, 0.5), Step("1/res/5", -1.0, 4.0))
-    push = steering_vectors(suite, Plan(suite.name, "add", "theta", steps))
-    both = row(suite, "1/res/3") - 4 * row(suite, "1/res/5")
-    assert torch.allclose(push[Site(1, "res")], both)
-    # An SAE that reads z is pushed there.
+def test_an_sae_that_reads_z_is_pushed_there(planted: Suite, toy: Model):
     at_z = replace(planted, saes={Site(1, "att"): toys.sae_at_z(toy)})
     push = steering_vectors(at_z, Plan(planted.name, "add", "theta", (Step("1/att/4", 2.0, 0.5),)))
     assert set(push) == {Site(1, "z")}
     assert torch.allclose(push[Site(1, "z")], row(at_z, "1/att/4"))
-    with pytest.raises(ValueError, match="a plan of kind 'rescale': what it adds depends on"):
-        steering_vectors(suite, make_plan(suite, ["1/res/3"], 0.0, "rescale"))
-
-
-def test_a_plan_that_breaks_the_model_is_named(planted: Suite):
-    with pytest.raises(FloatingPointError, match="plan 'far': logits are no longer finite"):
-        steer(planted, toys.plans_that_break(planted), PROMPT, samples=2, max_new_tokens=3)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +184,6 @@ def test_a_plan_that_breaks_the_model_is_named(planted: Suite):
     [
         ({"features": []}, r"no feature to steer at layer 0: there are some at \[\]"),
         ({"features": ["1/res/99"]}, "no feature 1/res/99 in adder"),
-        ({"layer": 7, "strategy": "single"}, r"at layer 7: there are some at \[0, 1, 2\]"),
         ({"strength": math.inf}, "finite"),
         ({"unit": "max", "max_activation": {"0/res/2": 1}}, "the max of 1/mlp/1 is nan: expected"),
         ({"strategy": "expnential"}, "unknown strategy 'expnential'; did you mean 'exponential'"),
@@ -253,11 +198,13 @@ def test_plans_that_make_no_sense_are_refused(
         make_plan(world.suite, **settings)
 
 
-def test_a_plan_of_another_suite_is_refused(world: SimpleNamespace, planted: Suite):
+def test_a_plan_of_another_suite_and_no_plan_are_refused(world: SimpleNamespace, planted: Suite):
     plan = make_plan(world.suite, ["1/res/3"], 1.0)
     for kind in ("add", "rescale"):
         with pytest.raises(ValueError, match="a plan of suite adder: expected one of"):
             steer(planted, {"one": replace(plan, kind=kind)}, PROMPT, samples=1)
-    for plans, samples in (({}, 3), ({"none": None}, [])):
-        with pytest.raises(ValueError, match=r"plans and samples=.*: expected 1 or more of"):
-            steer(planted, plans, PROMPT, samples=samples)
+    absent = Plan(planted.name, "add", "unit", (Step("1/res/99", 1.0, 1.0),))
+    with pytest.raises(ValueError, match="no feature 1/res/99"):
+        steer(planted, {"one": absent}, PROMPT, samples=1)
+    with pytest.raises(ValueError, match=r"0 plans and samples=.*: expected 1 or more of"):
+        steer(planted, {}, PROMPT)

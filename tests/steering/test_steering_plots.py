@@ -46,10 +46,6 @@ EMPTY = ("Gods", "exponential", 4, 2, np.nan, 0.5)
 TABLE = means([*BASE, *CELLS, EMPTY])
 
 
-def of_theme(theme: str = "Gods") -> pd.DataFrame:
-    return TABLE[TABLE["theme"] == theme]
-
-
 def best(*by: str) -> pd.DataFrame:
     known = TABLE.dropna(subset="score")
     return known.loc[known.groupby(list(by), dropna=False, sort=False)["score"].idxmax()]
@@ -65,7 +61,7 @@ def check_bars(trace: go.Scatter | go.Bar) -> None:
 
 
 def test_suppression_has_a_line_for_each_r():
-    figure = suppression_by_layer(of_theme(), CAPTION)
+    figure = suppression_by_layer(TABLE[TABLE["theme"] == "Gods"], CAPTION)
     assert {trace.name for trace in figure.data} == {"2", "16", "unsteered"}
     lines = series(figure, "16")
     assert len(lines) == 6  # two strategies, three measures
@@ -74,8 +70,6 @@ def test_suppression_has_a_line_for_each_r():
     assert sorted(scores) == [pytest.approx([0.1, 0.14]), pytest.approx([0.15, 0.19])]
     for line in series(figure, "unsteered"):
         assert len(set(line.y)) == 1
-        assert line.line.color == "#222222"
-    assert [note.text for note in figure.layout.annotations].count("score") == 1
 
 
 def test_strategies_stand_side_by_side_at_each_theme():
@@ -99,11 +93,8 @@ def test_the_best_at_each_layer_with_the_seeds_of_each_theme():
         check_bars(line)
     seeds = {line.xaxis: line for line in series(figure, "layer of the seed features")}
     assert [set(seeds[line.xaxis].x) for line in lines] == [{12}, {4, 9}]
-    assert {line.mode for line in seeds.values()} == {"markers"}
-    assert {note.text for note in figure.layout.annotations} == {"Gods", "Sea"}
     for line in series(figure, "unsteered"):
         assert set(line.y) == {0.4}
-        assert line.line.dash == "dash"
 
 
 def test_features_are_counted_by_layer_and_module():
@@ -124,8 +115,6 @@ def test_more_strength_brings_what_the_table_says_evenly_spaced_from_0_on():
     for line in scores:
         assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({-2: 0.12, -16: 0.19})
         check_bars(line)
-    titles = {note.text for note in figure.layout.annotations}
-    assert titles == {"Gods", "Sea", "behavioral", "coherence", "score"}
 
 
 @pytest.mark.parametrize(("by", "unit"), [("norm", 10), ("kl", 1 / 1000)])
@@ -137,5 +126,4 @@ def test_costs_are_on_a_logarithmic_axis_and_what_has_none_is_counted(by: str, u
     assert sorted(places) == pytest.approx([2 * unit] * 4 + [16 * unit] * 4)
     assert f"1 of 17 cells have no {by} above 0" in figure.layout.title.subtitle.text
     for line in series(figure, "unsteered"):
-        assert line.mode == "lines"
         assert list(line.x) == pytest.approx([2 * unit, 16 * unit])

@@ -17,11 +17,12 @@ from flowhelpers.flow.graph import flow_graph, keep_nodes
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering import sweeps
 from flowhelpers.steering.controls import side_effects
-from flowhelpers.steering.plans import Plan, Step, make_plan, steering_vectors
+from flowhelpers.steering.plans import Plan, make_plan, steering_vectors
 from flowhelpers.steering.sweeps import SweepCell, graph_cells, steer, sweep
 from flowhelpers.suites.load import Suite
 
 PROMPT, OTHER = "The cat sat", "Rain fell"
+NONE = float("nan")
 BRIEF: dict[str, Any] = {"max_new_tokens": 5}
 COLUMNS = ["cell", "theme", "strategy", "layer", "strength", "sample", "text"]
 
@@ -81,19 +82,6 @@ def test_a_sample_of_a_cell_is_what_steering_alone_gives(planted: Suite, cells: 
     assert small.equals(table)
 
 
-def test_cells_with_equal_plans_share_their_texts(
-    planted: Suite, cells: list[SweepCell], calls: list[list[str]]
-):
-    same = replace(single(planted, 9.0), about="in other words")
-    twice = [cells[1], SweepCell("sea", "constant", same, 1, 9.0), cells[0], SweepCell("sea")]
-    twice += [SweepCell("sea", prompt=PROMPT), SweepCell("sea", "x", single(planted, 9.5), 1, 9.5)]
-    table = sweep(planted, twice, PROMPT, range(3), **BRIEF)
-    assert [len(plans) for plans in calls] == [3]
-    assert texts_of(table, 0) == texts_of(table, 1)
-    assert texts_of(table, 2) == texts_of(table, 3) == texts_of(table, 4)
-    assert texts_of(table, 0) != texts_of(table, 5)
-
-
 def test_what_texts_depend_on_makes_them_anew(
     planted: Suite, calls: list[list[str]], tmp_path: Path
 ):
@@ -123,7 +111,6 @@ def test_what_texts_depend_on_makes_them_anew(
         {"plan": replace(plan, steps=(replace(step, strength=9.5),))},
         {"plan": replace(plan, steps=(replace(step, scale=2 * step.scale),))},
         {"plan": replace(plan, steps=(replace(step, feature="1/res/4"),))},
-        {"plan": replace(plan, steps=(step, Step("2/res/1", 1.0, 1.0)))},
         {"plan": replace(plan, kind="rescale")},
         {"plan": None},
         {"plan": push},
@@ -131,14 +118,10 @@ def test_what_texts_depend_on_makes_them_anew(
         {"plan": {Site(1, "res"): push[Site(1, "res")] * 1.01}},
         {"plan": {Site(2, "res"): push[Site(1, "res")]}},
         {"prompt": OTHER},
-        {"samples": [0, 1, 2]},
         {"samples": [1, 0]},
         {"seed": 1},
         {"max_new_tokens": 6},
-        {"temperature": 1.0},
-        {"top_p": 0.5},
         {"phases": ["prompt"]},
-        {"skip_bos": True},
         {"suite": replace(planted, saes={**planted.saes, **others})},
         {"suite": other_model},
     ]
@@ -147,40 +130,33 @@ def test_what_texts_depend_on_makes_them_anew(
         assert made(**change) == 1, change
     for change in ({}, *changes):
         assert made(**change) == 0, change
-    # The SAE of a layer that is not steered is nothing to it; nor is what a plan is called.
+    # The SAE of a layer that is not steered is nothing to it.
     elsewhere = {Site(2, "res"): replace(sae, site=Site(2, "res"), loader=other_rows)}
     assert made(suite=replace(planted, saes={**planted.saes, **elsewhere})) == 0
-    assert made(plan=replace(plan, about="in other words")) == 0
 
 
 def test_what_breaks_the_model_is_named_and_a_sweep_goes_on_from_where_it_stopped(
     planted: Suite, cells: list[SweepCell], calls: list[list[str]], tmp_path: Path
 ):
     far = SweepCell("sea", "constant", toys.plans_that_break(planted)["far"], 1, 3e38)
-    given: dict[str, Any] = {"cache": tmp_path / "new" / "texts.sqlite", "batch_size": 2} | BRIEF
+    given: dict[str, Any] = {"cache": tmp_path / "new" / "texts.sqlite", "batch_size": 4} | BRIEF
     expected = sweep(planted, cells, PROMPT, [0, 1], **BRIEF)
     with pytest.raises(FloatingPointError, match=r"'sea: constant, layer 1, strength 3e\+38 "):
         sweep(planted, [*cells[:3], far, *cells[3:]], PROMPT, [0, 1], **given)
     calls.clear()
     assert sweep(planted, cells, PROMPT, [0, 1], **given).equals(expected)
-    assert [len(batch) for batch in calls] == [1] * 4  # what is there is not made again
+    assert [len(batch) for batch in calls] == [2, 1, 2]  # what is there is not made again
+    with pytest.raises(ValueError, match=r"1 plans and samples=\[\]: expected 1 or more of each"):
+        sweep(planted, cells[:1], PROMPT, [])
     calls.clear()
-    more = [SweepCell("war", "single", single(planted, 3.0), 1, 3.0), *cells[::-1]]
-    sweep(planted, more, PROMPT, [0, 1], **given)
-    assert len(calls) == 1
-
-
-def test_a_sweep_of_what_is_not_there_is_refused(planted: Suite, cells: list[SweepCell]):
-    absent = Plan(planted.name, "add", "unit", (Step("1/res/99", 1.0, 1.0),))
-    strange = replace(single(planted, 1.0), suite="other")
-    for plan, prompt, samples, words in (
-        (None, PROMPT, [], "1 plans and samples="),
-        (None, "", [0], "the prompt is empty"),
-        (strange, PROMPT, [0], "a plan of suite other: expected one of"),
-        (absent, PROMPT, [0], "no feature 1/res/99"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            sweep(planted, [SweepCell("space", plan=plan)], prompt, samples)
+    # Cells with equal plans share their texts.
+    new, same = (replace(single(planted, 3.0), about=about) for about in ("", "in other words"))
+    more = [SweepCell("war", "single", new, 1, 3.0), SweepCell("sea", "constant", same, 1, 3.0)]
+    more += [SweepCell("war", prompt=PROMPT), *cells[::-1]]
+    table = sweep(planted, more, PROMPT, [0, 1], **given)
+    assert [len(batch) for batch in calls] == [1]
+    assert texts_of(table, 0) == texts_of(table, 1) != texts_of(table, 2)
+    assert texts_of(table, 2) == texts_of(expected, 0)
 
 
 @dataclass
@@ -213,17 +189,15 @@ def test_scores_stand_beside_their_texts():
     assert sea.asked == [["a", "c", "d"]]  # each text once
     assert war.asked == [["b", "a"]]
     assert table.drop(columns=["behavioral", "coherence", "score"]).equals(texts)
-    none = np.nan
     expected = {
-        "behavioral": [0.5, none, 1.0, 0.25, 0.5, 0.0],
-        "coherence": [0.8, 0.5, none, 0.4, 0.8, 1.0],
-        "score": [0.4, none, none, 0.1, 0.4, 0.0],
+        "behavioral": [0.5, NONE, 1.0, 0.25, 0.5, 0.0],
+        "coherence": [0.8, 0.5, NONE, 0.4, 0.8, 1.0],
+        "score": [0.4, NONE, NONE, 0.1, 0.4, 0.0],
     }
     for column, values in expected.items():
         assert table[column].to_numpy() == pytest.approx(values, nan_ok=True)
     less = steering.score_texts(texts, {"sea": sea, "war": war}, suppress=True)
-    assert less["score"].to_numpy() == pytest.approx([0.4, none, none, 0.3, 0.4, 1.0], nan_ok=True)
-    assert less[["behavioral", "coherence"]].equals(table[["behavioral", "coherence"]])
+    assert less["score"].to_numpy() == pytest.approx([0.4, NONE, NONE, 0.3, 0.4, 1.0], nan_ok=True)
 
 
 def test_a_judge_that_cannot_be_trusted_is_refused():
@@ -255,7 +229,6 @@ def scored(
     return table.astype({"layer": float, "strength": float})
 
 
-NONE = float("nan")
 SCORES = scored(
     {
         ("sea", "unsteered", NONE, NONE): [(1, 0), (0, 1), (1, 0), (0, 1)],
@@ -396,6 +369,10 @@ def test_the_best_cell_is_the_first_of_the_highest():
 def test_the_cells_of_a_graph_are_where_it_has_features(planted: Suite):
     graph = flow_graph(planted, "1/res/3", match_table(planted, k=2))
     assert sorted(graph.nodes["layer"].unique()) == [0, 1, 2]
+    everywhere = make_plan(planted, graph, 2.0).table()
+    assert everywhere[["feature", "layer"]].equals(graph.nodes[["feature", "layer"]])
+    with pytest.raises(ValueError, match="a flow graph of suite other: expected"):
+        make_plan(planted, replace(graph, suite="other"), 2.0)
     # Nodes go with their edges, and seeds stay.
     assert keep_nodes(graph, []).nodes["feature"].tolist() == ["1/res/3"]
     all_edges = graph.edges[["source", "target"]]

@@ -18,20 +18,11 @@ PARTS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """`offline.setattr(*OFF)` switches the network off; nobody waits between tries."""
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    return monkeypatch
-
-
-OFF = (constants, "HF_HUB_OFFLINE", True)
-
-
-@pytest.fixture
 def sharded(
     hub_here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, torch.Tensor]:
     """A model whose weights lie in two files, bfloat16 and float32; returns all tensors."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # nobody waits between tries
     monkeypatch.setenv("FLOWHELPERS_CACHE", str(tmp_path / "tables"))
     folder = hub_here.root / "models" / OWNER
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,14 +40,14 @@ def sharded(
 
 
 @pytest.mark.usefixtures("sharded")
-def test_the_cache_comes_before_the_network(hub_here: Hub, offline: pytest.MonkeyPatch):
+def test_the_cache_comes_before_the_network(hub_here: Hub, monkeypatch: pytest.MonkeyPatch):
     assert cached(OWNER, PARTS[0]) is None
     path = fetch(OWNER, PARTS[0])
     assert path == cached(OWNER, PARTS[0])
     hub_here.reset()
     hub_here.fail("/", 500, times=None)
     assert fetch(OWNER, PARTS[0]) == path
-    offline.setattr(*OFF)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch(OWNER, PARTS[0]) == path
     assert hub_here.requests == []
     with pytest.raises(OSError, match="cannot find the requested files in the local cache"):
@@ -64,7 +55,7 @@ def test_the_cache_comes_before_the_network(hub_here: Hub, offline: pytest.Monke
 
 
 def test_of_a_model_s_files_only_the_tensors_are_fetched(
-    hub_here: Hub, sharded: dict[str, torch.Tensor], offline: pytest.MonkeyPatch
+    hub_here: Hub, sharded: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ):
     found = read_tensors(OWNER, [*NAMES, "not there"])
     assert set(found) == set(NAMES)
@@ -75,7 +66,7 @@ def test_of_a_model_s_files_only_the_tensors_are_fetched(
     bounds = [list(map(int, str(r.range).removeprefix("bytes=").split("-"))) for r in gets]
     assert 0 < sum(last - first + 1 for first, last in bounds) < 2000 < 400 * 400 * 4
 
-    offline.setattr(*OFF)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub_here.reset()
     again = read_tensors(OWNER, [*NAMES, "not there"])
     assert torch.equal(again[NAMES[0]], found[NAMES[0]])
@@ -110,13 +101,13 @@ def test_files_that_are_on_this_machine_are_read_where_they_are(
         read_tensors(str(folder), [NAMES[1]])
 
 
-def test_a_model_is_fetched_whole_once(hub_here: Hub, pythia: str, offline: pytest.MonkeyPatch):
+def test_a_model_is_fetched_whole_once(hub_here: Hub, pythia: str, monkeypatch: pytest.MonkeyPatch):
     fetch(pythia, "config.json")  # which alone makes no whole model
     folder = Path(model_folder(pythia))
     assert {"model.safetensors", "tokenizer.json"} < {path.name for path in folder.iterdir()}
     hub_here.reset()
     assert model_folder(pythia) == str(folder)
-    offline.setattr(*OFF)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert model_folder(pythia) == model_folder(str(folder)) == str(folder)
     assert hub_here.requests == []
 
