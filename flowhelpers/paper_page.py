@@ -137,7 +137,7 @@ def compare_numbers(folder: Path) -> "pd.DataFrame":
             ends = {f"{column}_{end}": end for end in ("low", "high")} | {column: "ours"}
             ours = table.rename(columns=ends).reindex(columns=ours.columns)
         part = printed.numbers.merge(ours, "left", on=keys)
-        part["what"] = part[keys].astype(str).agg(", ".join, axis=1)
+        part["what"] = column + ": " + part[keys].astype(str).agg(", ".join, axis=1)
         suite = read_json(run / "config.json")["suite"] if path.exists() else None
         part["suite"] = str(suite).split("@")[0]
         about = {"where": printed.where, "notebook": printed.notebook, "table": printed.table}
@@ -244,7 +244,9 @@ def write_page(folder: Path) -> Path:
         table.drop(columns="notebook").to_html(**look, float_format="{:.3f}".format)
         for table in (found, numbers)
     ]
-    suites = sorted({str(read_json(run / "config.json")["suite"]) for run in runs.values()})
+    suites = sorted(
+        {f"{n[:2]} {read_json(run / 'config.json')['suite']}" for n, run in runs.items()}
+    )
     counts = ", ".join(f"{n} {verdict}" for verdict, n in numbers["verdict"].value_counts().items())
     page = PAGE.replace("{suites}", ", ".join(suites)).replace("{total}", str(len(numbers)))
     page = page.replace("{counts}", counts).replace("{findings}", shown[0])
