@@ -34,10 +34,18 @@ def difference(old: pd.Series, new: pd.Series) -> str:
 
 
 def compare(old: Path, new: Path) -> list[str]:
-    """A line for each table that differs, of the notebooks that both folders have."""
-    before, after, lines = latest_runs(old), latest_runs(new), []
+    """A line for each table that differs, and for each notebook that one folder alone has."""
+    before, after = latest_runs(old), latest_runs(new)
+    lines = [f"{notebook}: in one of the two alone" for notebook in sorted({*before} ^ {*after})]
     for notebook in sorted(before.keys() & after.keys()):
-        for path in (paths := sorted(before[notebook].glob("tables/*.parquet"))):
+        paths = sorted(before[notebook].glob("tables/*.parquet"))
+        names = {path.name for path in paths}
+        lines += [
+            f"{notebook} {path.stem}: new"
+            for path in sorted(after[notebook].glob("tables/*.parquet"))
+            if path.name not in names
+        ]
+        for path in paths:
             told, counterpart = {"all": "missing"}, after[notebook] / "tables" / path.name
             if counterpart.exists():
                 one, two = (pd.read_parquet(file).reset_index() for file in (path, counterpart))
@@ -52,6 +60,10 @@ def compare(old: Path, new: Path) -> list[str]:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    differences = compare(*map(Path, sys.argv[1:]))
+    folders = [Path(folder) for folder in sys.argv[1:]]
+    for folder in folders:
+        if not latest_runs(folder):
+            sys.exit(f"{folder} holds no runs: expected folders named <time>-<notebook>")
+    differences = compare(*folders)
     print("\n".join(differences) or "all equal")
     sys.exit(bool(differences))

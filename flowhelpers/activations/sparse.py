@@ -54,7 +54,7 @@ class FeatureActivations:
 def collect(
     suite: "Suite",
     texts: Sequence[str] | Tokens,
-    sites: Iterable[Site] | None = None,
+    sites: Iterable[Site | str] | None = None,
     max_tokens: int = 128,
     batch_size: int = 16,
 ) -> FeatureActivations:
@@ -74,7 +74,8 @@ def collect(
     import pandas as pd
 
     tokens = texts if isinstance(texts, Tokens) else tokenize(suite.model, texts, max_tokens)
-    by_site = _stacked(read_batches(suite, tokens, sites, batch_size))
+    chosen = None if sites is None else [suite.sae(site).site for site in sites]
+    by_site = _stacked(read_batches(suite, tokens, chosen, batch_size))
     text, position = tokens.is_text.cpu().numpy().nonzero()
     token = tokens.ids.cpu().numpy()[text, position]
     table = pd.DataFrame({"text": text, "position": position, "token": token})

@@ -142,7 +142,8 @@ def _written(suite: Suite, targets: pd.DataFrame, edits: pd.DataFrame) -> np.nda
     import torch
 
     taken = np.zeros(len(targets))
-    edits = edits.join(targets[["layer", "feature"]], on="case", rsuffix="_read")
+    about = targets[["layer", "feature"]].rename(columns={"feature": "feature_read"})
+    edits = edits.join(about, on="case")
     chunk = np.arange(len(edits)) // ROWS_AT_ONCE
     for (layer, module, _), rows in edits.groupby(["layer", "module", chunk]):
         sae = suite.sae(predecessor_site(int(layer), str(module)))

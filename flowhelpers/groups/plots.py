@@ -90,6 +90,7 @@ def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
         category_orders={name: [*values.values()] for name, values in names.items()}, **ERRORS,
     )  # fmt: skip
     figure.update_yaxes(tickformat=".0%", range=[0, 1.05])
+    figure.update_traces(textposition="inside", insidetextanchor="start", textangle=0)
     height = 200 + 220 * classes["unit"].nunique()
     return finish(figure, "How often two groups differ in a score", subtitle, height)
 
@@ -130,7 +131,8 @@ def group_bars(
 
     `base`, the shares with predecessors at other tokens (`shuffled_tokens`), is drawn as lines.
     """
-    looks = BY_GROUP | ERRORS | {"x": "group", "y": "share", "color": "dataset"}
+    looks = ERRORS | {"x": "group", "y": "share", "color": "dataset"}
+    looks |= {"category_orders": {"group": GROUPS}}
     looks |= {"hover_data": ["n"], "labels": {"share": "share of occurrences"}}
     bars = with_errors(shares)
     figure = px.bar(bars, barmode="group", color_discrete_sequence=[*colours], **looks)

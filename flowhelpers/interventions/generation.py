@@ -84,7 +84,7 @@ def sample_tokens(
     """
     from transformers import DynamicCache
 
-    if temperature <= 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or not len(ids):
+    if not temperature > 0 or not 0 < top_p <= 1 or max_new_tokens < 1 or not len(ids):
         given = f"{temperature=}, {top_p=}, {max_new_tokens=}, {len(ids)} samples"
         raise ValueError(f"{given}: expected 0 < top_p <= 1 and more than 0 of the others")
     if len(seeds) != len(ids):  # one would be spread over all rows

@@ -94,7 +94,7 @@ def schedule(
 
 def make_plan(
     suite: "Suite",
-    features: FlowGraph | Sequence[FeatureId | str],
+    features: FlowGraph | Sequence[FeatureId | str] | FeatureId | str,
     strength: float,
     kind: Literal["rescale", "add"] = "add",
     strategy: str = "constant",
@@ -126,12 +126,17 @@ def make_plan(
         >>> plan.table()[["feature", "strength"]].values.tolist()
         [['3/res/10', 4.0], ['5/res/7', 1.0]]
     """
+    check_choice("kind", kind, ("add", "rescale"))
+    check_choice("unit", unit, ("theta", "max", "unit"))
+    if not math.isfinite(strength):
+        raise ValueError(f"strength={strength}: expected a finite number")
     is_add = kind == "add"
     if not is_add and strategy not in ("single", "constant"):
         raise ValueError(f"strategy={strategy!r}: r is the same at all layers, single or constant")
     if isinstance(features, FlowGraph) and features.suite != suite.name:
         raise ValueError(f"a flow graph of suite {features.suite}: expected {suite.name}")
     names = features.nodes["feature"].tolist() if isinstance(features, FlowGraph) else features
+    names = [names] if isinstance(names, str | FeatureId) else names
     unique = list(dict.fromkeys(map(suite.feature, names)))
     layers = sorted({feature.layer for feature in unique})
     last = max(layers, default=0) if layer is None else layer
@@ -150,7 +155,9 @@ def _scale(suite: "Suite", feature: FeatureId, unit: str, maxima: Mapping[str, f
     if unit == "unit":
         return 1 / float(sae.decoder_rows(torch.tensor([feature.index])).float().norm())
     if unit == "max":
-        size = float(maxima.get(str(feature), math.nan))
+        if str(feature) not in maxima:
+            raise ValueError(f"unit='max': max_activation has no value for {feature}")
+        size = float(maxima[str(feature)])
     elif sae.thresholds is None:
         raise ValueError(f"the SAE for {feature.site} has no thresholds: use unit='max' or 'unit'")
     else:
@@ -167,7 +174,10 @@ def save_plan(plan: Plan, path: str | Path) -> None:
 
 def load_plan(path: str | Path) -> Plan:
     """Reads what `save_plan` wrote, or a file by hand in the same form; else a ValueError."""
-    return TypeAdapter(Plan).validate_json(Path(path).read_bytes())
+    try:
+        return TypeAdapter(Plan).validate_json(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} holds no plan: {error}") from error
 
 
 def plan_edits(suite: "Suite", plans: Sequence[Plan | SteeringVectors | None]) -> list[Edit]:

@@ -36,6 +36,7 @@ LOOKS = {
 COLOUR, SYMBOL, DASH = ({name: look[i] for name, look in LOOKS.items()} for i in range(3))
 MARKS: dict[str, Any] = {"color": "strategy", "symbol": "strategy"}
 MARKS |= {"color_discrete_map": COLOUR, "symbol_map": SYMBOL}
+AXES = {"value": "mean over samples"}
 ERRORS = {"error_y": "up", "error_y_minus": "down"}
 COSTS = {
     "norm": ("Does a larger edit steer better?", "total norm added"),
@@ -55,7 +56,7 @@ def suppression_by_layer(means: pd.DataFrame, subtitle: str) -> go.Figure:
         pd.concat([cells, plain.assign(r=UNSTEERED)]), x="layer", y="value", color="r",
         line_dash="r", markers=True, facet_row="measure", facet_col="strategy",
         category_orders={"r": [f"{r:g}" for r in factors], "measure": SCORES},
-        color_discrete_map={UNSTEERED: INK}, hover_data=_hover(long),
+        color_discrete_map={UNSTEERED: INK}, hover_data=_hover(long), labels=AXES,
         color_discrete_sequence=sample_colorscale("Viridis_r", len(factors) + 1),
     )  # fmt: skip
     return _finished(figure, "Which layer suppresses the theme best?", subtitle, 900)
@@ -67,6 +68,7 @@ def strategies_by_theme(means: pd.DataFrame, subtitle: str) -> go.Figure:
     figure = px.bar(
         long, x="theme", y="value", facet_row="measure", barmode="group", color="strategy",
         color_discrete_map=COLOUR, pattern_shape="strategy", **ERRORS, hover_data=_hover(long),
+        labels=AXES,
         category_orders={"strategy": [UNSTEERED, *LOOKS]},
     )  # fmt: skip
     title = "How well does each strategy bring a theme into texts?"
@@ -124,7 +126,7 @@ def score_against(means: pd.DataFrame, subtitle: str, by: str = "norm") -> go.Fi
     drawn = _across(long.assign(**{by: long[by].where(has_cost)})[is_plain | has_cost], by)
     figure = px.scatter(
         drawn, x=by, y="value", log_x=True, **MARKS, facet_col="theme", facet_col_wrap=2,
-        hover_data=_hover(long), labels={by: axis},
+        hover_data=_hover(long), labels=AXES | {by: axis},
     )  # fmt: skip
     figure.update_traces(mode="lines", line_dash="dash", selector={"name": UNSTEERED})
     return _finished(figure, title, subtitle, 225 + 300 * -(-means["theme"].nunique() // 2))
@@ -142,7 +144,7 @@ def _long(means: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
 
 def _lines(long: pd.DataFrame, x: str, **options: Any) -> go.Figure:
     long, dashes = _across(long, x), {"line_dash": "strategy", "line_dash_map": DASH}
-    looks = MARKS | dashes | ERRORS
+    looks = MARKS | dashes | ERRORS | {"labels": AXES}
     return px.line(long, x=x, y="value", markers=True, hover_data=_hover(long), **looks, **options)
 
 

@@ -87,7 +87,7 @@ def theme_features(
     tables = []
     for site in sites or activations.by_site:
         chosen_on, other = (subject_scores(activations, site, on_theme, h) for h in (half, ~half))
-        table = chosen_on.join(other, rsuffix="_other")
+        table = chosen_on.join(other.add_suffix("_other"))
         table.insert(0, "feature", [f"{site}/{i}" for i in table.index])
         tables.append(table.assign(layer=site.layer, module=site.module))
     table = pd.concat(tables, ignore_index=True)

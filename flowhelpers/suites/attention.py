@@ -1,4 +1,7 @@
-"""How attention's heads come into the stream: z, W_O, and the norm after it where there is one."""
+"""How attention's heads come into the stream: z, W_O, and the norm after it where there is one.
+
+The MLP needs no such step: its hook point (`HOOKS` in model.py) lies behind Gemma's norm and gain.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -113,6 +113,7 @@ def test_a_prompt_is_read_to_the_letter_with_the_spaces_at_its_ends(toy: Model, 
         ({"temperature": 0.0}, "temperature=0.0.*expected 0 < top_p"),
         ({"top_p": 1.1}, "top_p=1.1.*expected 0 < top_p <= 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0.*more than 0 of the others"),
+        ({"temperature": float("nan")}, "temperature=nan.*more than 0 of the others"),
     ],
 )
 def test_prompts_and_settings_that_cannot_be_are_refused(

@@ -62,6 +62,9 @@ def test_what_is_added_is_the_formula_at_every_site_and_token(world: SimpleNames
     maxima = {name: 2.0 + place for place, name in enumerate(FEATURES)}
     given: dict[str, Any] = {"unit": unit, "max_activation": maxima, "alpha": -0.5}
     plan = make_plan(suite, FEATURES, 3.0, strategy="exponential", **given)
+    by_default = make_plan(suite, FEATURES, 3.0, strategy="exponential", alpha=-0.5)
+    assert (plan == by_default) == (unit == "theta")  # CHOICES 19
+    assert make_plan(suite, FEATURES[0], 3.0) == make_plan(suite, FEATURES[:1], 3.0)
     clean, steered = streams(world), streams(world, *plan_edits(suite, [plan]))
     added = {}
     for name in FEATURES:
@@ -184,8 +187,11 @@ def test_an_sae_that_reads_z_is_pushed_there(planted: Suite, toy: Model):
     [
         ({"features": []}, r"no feature to steer at layer 0: there are some at \[\]"),
         ({"features": ["1/res/99"]}, "no feature 1/res/99 in adder"),
-        ({"strength": math.inf}, "finite"),
-        ({"unit": "max", "max_activation": {"0/res/2": 1}}, "the max of 1/mlp/1 is nan: expected"),
+        ({"strength": math.inf}, "strength=inf: expected a finite number"),
+        (
+            {"unit": "max", "max_activation": {"0/res/2": 1}},
+            "unit='max': max_activation has no value for 1/mlp/1",
+        ),
         ({"strategy": "expnential"}, "unknown strategy 'expnential'; did you mean 'exponential'"),
         ({"kind": "rescale", "strategy": "linear"}, "r is the same at all"),
     ],
