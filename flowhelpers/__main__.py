@@ -1,4 +1,4 @@
-"""The command line: `flowhelpers run`, `lab`, `notebooks`, `suites`, `train`, `card`.
+"""The command line: `flowhelpers run`, `paper`, `lab`, `notebooks`, `suites`, `train`, `card`.
 
 A subcommand is a function of its arguments that returns an exit status. It imports what it needs
 itself, so that `flowhelpers --help` answers at once.
@@ -46,7 +46,18 @@ def run(arguments: argparse.Namespace) -> int:
     planned = plan(arguments.notebooks, given, arguments.preset)
     from flowhelpers.runs.execute import run_notebooks
 
-    return run_notebooks(planned, arguments.out, name=arguments.name, timeout=arguments.timeout)
+    status = run_notebooks(planned, arguments.out, name=arguments.name, timeout=arguments.timeout)
+    if arguments.preset == "paper":
+        paper_numbers(argparse.Namespace(runs=arguments.out))
+    return status
+
+
+def paper_numbers(arguments: argparse.Namespace) -> int:
+    """Writes the page of the paper's printed numbers beside those of the latest runs."""
+    from flowhelpers.paper_page import write_page
+
+    print(write_page(arguments.runs))
+    return 0
 
 
 def lab(arguments: argparse.Namespace) -> int:
@@ -151,6 +162,11 @@ def parser() -> argparse.ArgumentParser:
     add("--timeout", type=_seconds, metavar="SECONDS", help="the longest that a cell may take")
     add("--resume", nargs="?", const="", metavar="MANIFEST",
         help="take up the latest unfinished execution in --out, or that of a manifest")  # fmt: skip
+
+    one = commands.add_parser("paper", help="the paper's printed numbers beside those of runs")
+    one.set_defaults(function=paper_numbers)
+    one.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="RUNS",
+                     help="the folder of the runs, of each notebook the latest")  # fmt: skip
 
     one = commands.add_parser("lab", help="open JupyterLab on the notebooks")
     one.set_defaults(function=lab)

@@ -39,10 +39,10 @@ TABLE_2 = (
 SUPPRESSION_PROMPT = "I think that the biggest problem of contemporary theoretical physics is "
 # Table 3: the features that promote four themes; B.2 has the prompt, which ends with a space.
 TABLE_3 = {
-    "Anger": "12/res/4111",
-    "Mental health": "12/res/16226",
-    "Wedding": "12/res/4230",
-    "Religion": "12/res/5483",
+    "Anger and frustration": "12/res/4111",
+    "Mental health issues": "12/res/16226",
+    "Wedding and marriage": "12/res/4230",
+    "Religion and God": "12/res/5483",
 }
 ACTIVATION_PROMPT = "I think "
 # Table 4: features for promoting "Research methodology and experimentation" (C.3).
@@ -122,11 +122,15 @@ def compare_figure_14(pairs: "pd.DataFrame") -> "pd.DataFrame":
     return _beside(figure_14(), pairs, ["score", "first", "second"], "tests")
 
 
+def paper_figure_4() -> "pd.DataFrame":
+    """The paper's Figure 4, the means of its Figure 14: `module`, `pair`, `score`, `paper`."""
+    tests = figure_14().rename(columns={"paper": "significant"}).assign(p=0, effect=0)
+    return class_shares(tests).drop(columns="tests").rename(columns={"share": "paper"})
+
+
 def compare_figure_4(classes: "pd.DataFrame") -> "pd.DataFrame":
     """The paper's Figure 4, the means of its Figure 14, beside what `groups.class_shares` gives."""
-    theirs = figure_14().rename(columns={"paper": "significant"}).assign(p=0, effect=0)
-    theirs = class_shares(theirs).drop(columns="tests").rename(columns={"share": "paper"})
-    return _beside(theirs, classes, ["module", "pair", "score"])
+    return _beside(paper_figure_4(), classes, ["module", "pair", "score"])
 
 
 def _beside(

@@ -46,8 +46,8 @@ def test_the_prompts_end_with_a_space_and_the_seeds_are_those_of_tables_2_to_4()
         *("22/res/9002", "22/res/15105", "23/res/4086", "24/res/7017", "24/res/14548"),
     ]
     assert TABLE_3 == {
-        **{"Anger": "12/res/4111", "Mental health": "12/res/16226"},
-        **{"Wedding": "12/res/4230", "Religion": "12/res/5483"},
+        **{"Anger and frustration": "12/res/4111", "Mental health issues": "12/res/16226"},
+        **{"Wedding and marriage": "12/res/4230", "Religion and God": "12/res/5483"},
     }
     assert list(TABLE_4) == [
         *("12/res/6778", "16/res/13806", "18/res/1056", "18/res/7505", "23/res/10746"),

@@ -10,7 +10,13 @@ import networkx
 
 from flowhelpers.core.features import MODULES, FeatureId, parse_feature, suggestion
 from flowhelpers.labels.neuronpedia import feature_page
-from flowhelpers.matching.scores import check_threshold, classify, dominant_module, feature_scores
+from flowhelpers.matching.scores import (
+    best_matches,
+    check_threshold,
+    classify,
+    dominant_module,
+    feature_scores,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +89,7 @@ def flow_graph(
     `t_res=0.5` and `t_mlp=t_att=0.15`, its Table 5 `t_mlp=0.25` and no `t_res`.
 
     Args:
-        t_res: The chain ends where the score of a step is lower; by default there is no limit.
+        t_res: The chain ends where s(R) of a node is lower (CHOICES 26); by default it does not.
         t_mlp: MLP predecessors with a lower score are left out; likewise `t_att` for attention.
         top_n: How many matches of each node are followed.
 
@@ -114,7 +120,7 @@ def flow_graph(
 
     matches = table[(table["rank"] <= top_n) & (table["source"] >= 0) & (table["feature"] >= 0)]
     limit = matches["module"].astype(object).map(limits).astype(float)
-    matches = matches[~(matches["score"] < limit)]  # where there is no limit, it is NaN
+    matches = matches[~(_cut_scores(matches, table) < limit)]  # where there is no limit, it is NaN
     starts, from_seeds = {seed for seed in named if seed.module == "res"}, []
     for seed in [seed for seed in named if seed.module != "res"]:
         rows = matches[(matches["direction"] == "forward") & (matches["module"] == seed.module)]
@@ -141,6 +147,17 @@ def flow_graph(
     in_order = sorted(nodes, key=lambda node: (node.layer, LANES.index(node.module), node.index))
     node_table = _node_table(suite, in_order, named, classify(feature_scores(table)))
     return FlowGraph(suite.name, tuple(map(str, named)), choices, node_table, edges)
+
+
+def _cut_scores(matches: "pd.DataFrame", table: "pd.DataFrame") -> "pd.Series":
+    """What a limit is held against: the score, but in a step on the s(R) of the node it reaches.
+
+    That is the node's own best match back, which is at least the score of the step (paper B.2).
+    """
+    own = best_matches(table, module="res").set_index(["layer", "feature"])["score"]
+    on = matches[(matches["direction"] == "forward") & (matches["module"] == "res")]
+    reached = own.reindex(list(zip(on["layer"], on["feature"], strict=True))).set_axis(on.index)
+    return matches["score"].where(~matches.index.isin(on.index), reached)
 
 
 def _walk(

@@ -1,5 +1,7 @@
 from .cosine import top_k_cosine as top_k_cosine
 from .cosine import unit_rows as unit_rows
+from .matchers import WEIGHTS as WEIGHTS
+from .matchers import by_permutation as by_permutation
 from .null import NULL_QUANTILE as NULL_QUANTILE
 from .null import null_cosines as null_cosines
 from .null import rotated as rotated
@@ -17,3 +19,15 @@ from .scores import dominant_module as dominant_module
 from .scores import feature_scores as feature_scores
 from .scores import transition as transition
 from .table import match_table as match_table
+from .transcoding import PRODUCTS as PRODUCTS
+from .transcoding import bridge as bridge
+from .transcoding import explained_variance as explained_variance
+from .transcoding import linear_map as linear_map
+from .transcoding import own_reconstruction as own_reconstruction
+from .transcoding import shuffled as shuffled
+from .transcoding import top_transition as top_transition
+from .transcoding import virtual_weights as virtual_weights
+from .transcoding_plots import explained_by_k as explained_by_k
+from .transcoding_plots import explained_by_layer as explained_by_layer
+from .transcoding_plots import explained_by_permutation as explained_by_permutation
+from .transcoding_plots import schematic_of_bridge as schematic_of_bridge

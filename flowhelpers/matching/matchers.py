@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowhelpers.core.features import Site
+from flowhelpers.core.features import Site, check_choice
 from flowhelpers.core.machine import check_memory
 from flowhelpers.matching.cosine import TopK, top_k_cosine
 from flowhelpers.suites.saes import SMALLEST_THRESHOLD
@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 MAX_TOKENS = 128  # of a text, BOS included
 LEAST_ACTIVE = 10  # tokens, for a correlation to say anything
 ROWS = 1024  # of correlations with all sources, at a time
+Weights = Literal["decoder", "encoder", "both", "all"]
+WEIGHTS: tuple[Weights, ...] = (
+    "decoder",
+    "encoder",
+    "both",
+    "all",
+)  # both without the bias, all with the encoder's
 Null = tuple[Tensor, Tensor]  # best scores by chance, sorted: of targets, and of sources
 
 
@@ -58,7 +65,7 @@ def random_of_top_k(match: PairMatch, k: int, seed: int = 0) -> PairMatch:
 def by_permutation(
     target: "SAE",
     source: "SAE",
-    weights: Literal["decoder", "all"] = "decoder",
+    weights: Weights = "decoder",
     folded: bool = False,
     device: str | None = None,
 ) -> PairMatch:
@@ -97,8 +104,7 @@ def _one_to_one(chooser: Tensor, chosen: Tensor, cosines: Tensor, width: int) ->
 
 def _rows(sae: "SAE", weights: str, folded: bool) -> Tensor:
     """What a permutation compares: a row of weights for each feature."""
-    if weights not in ("decoder", "all"):
-        raise ValueError(f"weights={weights!r}: expected 'decoder' or 'all'")
+    check_choice("weights", weights, WEIGHTS)
     if weights == "decoder" and not folded:
         return sae.directions
     found = sae.weights(folded)
@@ -110,7 +116,9 @@ def _rows(sae: "SAE", weights: str, folded: bool) -> Tensor:
             f"{sae.site} reads {sae.input_site}, in a space of its own: SAEs that"
             " read other spaces can be matched by their decoders alone"
         )
-    return torch.cat([found.decoder, found.encoder, found.bias[:, None]], dim=1)
+    parts = [found.decoder, found.encoder, found.bias[:, None]]
+    kept = {"encoder": parts[1:2], "both": parts[:2], "all": parts}[weights]
+    return torch.cat(kept, dim=1)
 
 
 def read_codes(

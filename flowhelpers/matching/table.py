@@ -23,6 +23,7 @@ from flowhelpers.matching.matchers import (
     LEAST_ACTIVE,
     Null,
     PairMatch,
+    Weights,
     by_cosine,
     by_pearson,
     by_permutation,
@@ -48,7 +49,7 @@ def match_table(
     seed: int = 0,
     method: Method = "cosine",
     *,
-    weights: Literal["decoder", "all"] = "decoder",
+    weights: Weights = "decoder",
     folded: bool = False,
     texts: Sequence[str] | None = None,
     layers: Sequence[int] | None = None,
@@ -66,7 +67,8 @@ def match_table(
         method: `cosine` of directions (top-k, paper 3.2); `random`, one of the k of highest cosine
             (paper A.2); `permutation`, one to one as in SAE Match (paper 3.1, CHOICES 15);
             `pearson`, correlation of activations over `texts` (paper C.4, CHOICES 14).
-        weights: For `permutation`: match decoders alone, or encoders and their biases as well.
+        weights: For `permutation`: what is matched; `both` are decoder and encoder, `all` the
+            encoder's bias as well.
         folded: For `permutation`: fold thresholds into the weights first (CHOICES 16).
         texts: For `pearson`: the text sample.
         layers: The layers whose residual features are matched; by default all.

@@ -26,10 +26,10 @@ PROMPT = "From my experience,"  # of Arad et al.
 FACTOR, TOP = 10.0, 20
 # The paper's themes, and what the package's passages call them.
 PAPER = {
-    "Anger": "anger",
-    "Mental health": "illness",
-    "Wedding": "weddings",
-    "Religion": "religion",
+    "Anger and frustration": "anger",
+    "Mental health issues": "illness",
+    "Wedding and marriage": "weddings",
+    "Religion and God": "religion",
     "Scientific concepts and entities": "particle_physics",
     "Research methodology and experimentation": "experiments",
 }

@@ -152,6 +152,13 @@ def test_a_cut_leaves_the_run_of_layers_around_the_seed():
     assert built(chain, "3/res/0", layers=7, t_res=0.6).chain["layer"].tolist() == [2, 3, 4]
 
 
+def test_a_forward_step_is_cut_by_s_r_of_the_node_that_it_reaches():
+    between = (0.6 * AXES[0] + 0.8 * AXES[1])[None]  # s(R) is 0.8, by 0/res/1
+    directions = {"0/res": AXES[:2], "1/res": between}
+    for t_res, chain in ((0.7, ["0/res/0", "1/res/0"]), (0.85, ["0/res/0"])):
+        assert built(directions, "0/res/0", t_res=t_res).chain["feature"].tolist() == chain
+
+
 @pytest.mark.parametrize(
     ("coordinate", "module", "limits", "kept"),
     [

@@ -82,20 +82,22 @@ def test_a_planted_feature_is_found_and_tried_on_the_other_half(read: FeatureAct
 
 
 def test_themes_are_those_of_the_paper_or_of_the_passages():
-    assert theme_of("Wedding") == ("Wedding", "weddings")
+    assert theme_of("Wedding and marriage") == ("Wedding and marriage", "weddings")
     assert theme_of("weddings") == ("weddings", "weddings")
     assert set(PAPER.values()) <= set(subjects())
     asked = PROMPTS["suppress"][0]  # the paper's prompt has its own letter for each name
     for name, subject in PAPER.items():
         assert (f"{LETTERS.get(subject)}) ** {name} **" in asked) == (subject in LETTERS)
-    with pytest.raises(ValueError, match="unknown theme 'Weding'; did you mean 'Wedding'"):
-        theme_of("Weding")
+    with pytest.raises(
+        ValueError, match="unknown theme 'Weding and marriage'; did you mean 'Wedding and marriage'"
+    ):
+        theme_of("Weding and marriage")
 
 
 def test_the_judge_of_a_theme_is_told_what_it_needs(monkeypatch: pytest.MonkeyPatch):
     asked: list[Any] = []
     model = object.__new__(Model)
-    wedding, physics = theme_of("Wedding"), theme_of("particle_physics")
+    wedding, physics = theme_of("Wedding and marriage"), theme_of("particle_physics")
     for maker, kind in (("EndpointJudge", EndpointJudge), ("embedded_judge", EmbeddedJudge)):
 
         def made(*given: Any, kind: type = kind, **named: Any) -> Any:
@@ -108,7 +110,7 @@ def test_the_judge_of_a_theme_is_told_what_it_needs(monkeypatch: pytest.MonkeyPa
     judge_of(physics, model, "endpoint", "suppress", base_url="here")
     assert asked == [
         (EmbeddedJudge, (model, "weddings", 3), {}),
-        (EndpointJudge, ("Wedding", "promote"), {"subject": None, "model": "small"}),
+        (EndpointJudge, ("Wedding and marriage", "promote"), {"subject": None, "model": "small"}),
         (EndpointJudge, (physics.name, "suppress"), {"subject": "b", "base_url": "here"}),
     ]
     with pytest.raises(ValueError, match="unknown judge 'embeded'; did you mean 'embedded'"):

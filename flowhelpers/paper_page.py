@@ -1,0 +1,254 @@
+"""One page with every number that the paper prints, and ours beside it.
+
+It reads the tables of runs, the latest of each notebook. Of a suite other than the paper's the
+numbers are another model's, and what the paper finds is looked for instead, each finding beside its
+control.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flowhelpers.core.files import read_json, write_text
+from flowhelpers.groups.occurrences import GROUPS
+from flowhelpers.paper import (
+    FIGURE_13,
+    TABLE_1,
+    TABLE_5_MLP,
+    TABLE_5_RES,
+    TABLE_5_SCORES,
+    TABLE_5_SUITE,
+    figure_14,
+    paper_figure_4,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Figure 23: of permutations, by where thresholds are folded; the lowest and highest printed value.
+FIGURE_23 = {"inference": (0.783, 0.786), "no": (0.747, 0.751)}
+FIGURE_23_COSINE = 0.791
+ROUNDING = 0.005  # of what is printed with two digits
+COLUMNS = ["where", "what", "paper", "ours", "low", "high", "difference", "verdict"]
+COLUMNS += ["notebook", "table"]
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>The paper's numbers</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><style>
+:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
+body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem } table { border-collapse: collapse }
+td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #8884 }
+</style></head><body>
+<h1>The paper's numbers, and ours</h1>
+<p>Suites: {suites}. Of {total} printed numbers: {counts}.</p>
+<h2>What the paper finds, looked for in these runs</h2>
+{findings}
+<h2>Every printed number</h2>
+{numbers}
+</body></html>
+"""
+
+
+@dataclass(frozen=True)
+class Printed:
+    """Numbers that the paper prints in one place, and where ours stand.
+
+    `numbers` has the `paper`'s value, the highest (`most`) where it prints a range, and the columns
+    by which a row of the notebook's table is found; ours are in its `column`.
+    """
+
+    where: str
+    notebook: str
+    table: str
+    column: str
+    numbers: "pd.DataFrame"
+
+
+def printed_numbers() -> list[Printed]:
+    """Every number that the paper prints."""
+    import pandas as pd
+
+    single = pd.DataFrame(TABLE_1, ["change", "success"]).T.rename_axis("method").reset_index()
+    single["targets"] = "all of them"
+    counted = single.iloc[:1].assign(paper=1894).drop(columns=["change", "success"])
+    removal = "04_deactivation", "table_1"
+    pairs = [(a, b, FIGURE_13[i][j]) for i, a in enumerate(GROUPS) for j, b in enumerate(GROUPS)]
+    figure_13 = pd.DataFrame(pairs, columns=["first", "second", "paper"]).query("first != second")
+    nodes = [(layer, "res", index) for layer, index in enumerate(TABLE_5_RES)]
+    nodes += [(layer, "mlp", index) for layer, index in TABLE_5_MLP.items()]
+    table_5 = pd.DataFrame(nodes, columns=["layer", "module", "index"])
+    named = (
+        table_5["layer"].astype(str) + "/" + table_5["module"] + "/" + table_5["index"].astype(str)
+    )
+    table_5 = table_5.drop(columns="index").assign(paper=named)
+    steps = [(str(source), score) for (source, _), score in TABLE_5_SCORES.items()]
+    steps = pd.DataFrame(steps, columns=["paper_feature", "paper"])
+    folding = [
+        (w, f, *ends) for f, ends in FIGURE_23.items() for w in ("decoder", "encoder", "both")
+    ]
+    figure_23 = pd.DataFrame(folding, columns=["weights", "folded", "paper", "most"])
+    cosine = pd.DataFrame({"prediction": ["matches"], "paper": [FIGURE_23_COSINE]})
+    groups = "03_group_statistics"
+    figure_4 = paper_figure_4().assign(unit="occurrences")
+    return [
+        *(
+            Printed("Table 1", *removal, name, _as_paper(single, name))
+            for name in ("change", "success")
+        ),
+        Printed("Appendix A.2", *removal, "n", counted),
+        Printed("Figure 4", groups, "figure_4", "share", figure_4),
+        Printed("Figure 13", groups, "figure_13", "share", figure_13),
+        Printed("Figure 14", groups, "figure_14", "share", figure_14()),
+        Printed("Table 5", "02_flow_graphs", "table_5", "ours", table_5),
+        Printed("Appendix E", "02_flow_graphs", "table_5", "our_score", steps),
+        Printed("Figure 23", "08_transcoders", "one_pair", "explained", cosine),
+        Printed("Figure 23", "08_transcoders", "figure_23", "explained", figure_23),
+    ]
+
+
+def _as_paper(table: "pd.DataFrame", column: str) -> "pd.DataFrame":
+    return table.rename(columns={column: "paper"})[["method", "targets", "paper"]]
+
+
+def latest_runs(folder: Path) -> dict[str, Path]:
+    """The folder of the latest run of each notebook; a FileNotFoundError if there is none."""
+    configs = sorted(folder.glob("*/config.json"))
+    if not configs:
+        raise FileNotFoundError(f"{folder} holds no run: expected folders with a config.json")
+    return {read_json(path)["notebook"]: path.parent for path in configs}
+
+
+def compare_numbers(folder: Path) -> "pd.DataFrame":
+    """Every printed number with ours: one row a number, columns `COLUMNS`.
+
+    Verdicts: `inside our interval` or `outside`; without an interval, to the two digits that are
+    printed; for a feature `same` or `other`; `not run`; and `another model` for another suite.
+    """
+    import pandas as pd
+
+    runs, parts = latest_runs(folder), []
+    for printed in printed_numbers():
+        keys = [c for c in printed.numbers if c not in ("paper", "most")]
+        run = runs.get(printed.notebook, folder)
+        path, column = run / "tables" / f"{printed.table}.parquet", printed.column
+        ours = pd.DataFrame(columns=[*keys, "ours", "low", "high"])
+        if path.exists():
+            table = pd.read_parquet(path).rename(columns={"paper": "paper_feature"})
+            ends = {f"{column}_{end}": end for end in ("low", "high")} | {column: "ours"}
+            ours = table.rename(columns=ends).reindex(columns=ours.columns)
+        part = printed.numbers.merge(ours, "left", on=keys)
+        part["what"] = column + ": " + part[keys].astype(str).agg(", ".join, axis=1)
+        suite = read_json(run / "config.json")["suite"] if path.exists() else None
+        part["suite"] = str(suite).split("@")[0]
+        about = {"where": printed.where, "notebook": printed.notebook, "table": printed.table}
+        parts.append(part.assign(**about))
+    numbers = pd.concat(parts, ignore_index=True)
+    numbers["verdict"] = [_verdict(row) for row in numbers.to_dict("records")]
+    is_number = numbers["verdict"].isin(["inside our interval", "outside"])
+    ours, theirs = (pd.to_numeric(numbers[c], errors="coerce") for c in ("ours", "paper"))
+    return numbers.assign(difference=(ours - theirs).where(is_number))[COLUMNS]
+
+
+def _verdict(row: "dict[str, Any]") -> str:
+    import pandas as pd
+
+    if pd.isna(row["ours"]):
+        return "not run"
+    if row["suite"] != TABLE_5_SUITE:
+        return "another model"
+    if isinstance(row["paper"], str):
+        return "same" if row["ours"] == row["paper"] else "other"
+    low, high = (row[end] for end in ("low", "high"))
+    if pd.isna(low):
+        low, high = row["ours"] - ROUNDING, row["ours"] + ROUNDING
+    most = row["paper"] if pd.isna(row.get("most")) else row["most"]
+    return "inside our interval" if low <= most and row["paper"] <= high else "outside"
+
+
+def _above_chance(summary: "pd.DataFrame") -> tuple[float, float, bool]:
+    ours = float(summary["above_res"].mean())
+    return ours, 0.001, ours > 0.5
+
+
+def _nowhere(shares: "pd.DataFrame") -> tuple[float, float, bool]:
+    row = shares.set_index("group").loc["From nowhere"]
+    return row["share"], row["by_chance"], row["high"] < row["by_chance"]
+
+
+def _ao_above_ib(shares: "pd.DataFrame") -> tuple[float, float, bool]:
+    once = shares[shares["unit"] == "unique features"]
+    return once["AO"].mean(), once["IB"].mean(), bool((once["AO"] > once["IB"]).all())
+
+
+def _ablation(control: str) -> Callable[["pd.DataFrame"], tuple[float, float, bool]]:
+    def found(rates: "pd.DataFrame") -> tuple[float, float, bool]:
+        ours, theirs = (rates[rates["method"] == m].set_index("layer") for m in ("top-1", control))
+        apart = ours["success_low"] > theirs["success_high"]
+        return ours["success"].mean(), theirs["success"].mean(), bool(apart.all())
+
+    return found
+
+
+def _random_features(means: "pd.DataFrame") -> tuple[float, float, bool]:
+    best = means[means["strategy"].isin(["single", "cumulative"])]["score_low"].max()
+    rivals = means[means["strategy"].str.startswith("random")]
+    ours = means[means["strategy"].isin(["single", "cumulative"])]["score"].max()
+    return ours, rivals["score"].max(), best > rivals["score_high"].max()
+
+
+# What the paper finds: claim, where, and the notebook's table that shows it, with its control.
+FINDINGS: list[tuple[str, str, str, str, Callable[["pd.DataFrame"], tuple[float, float, bool]]]] = [
+    ("most features of a layer match one of the layer before, above chance", "3.3",
+     "01_matching", "summary", _above_chance),
+    ("fewer features come from nowhere than with predecessors at other tokens", "5.1",
+     "03_group_statistics", "shares_overall", _nowhere),
+    ("groups differ in a module's score where it is active in one of them", "Figure 4",
+     "03_group_statistics", "ao_against_ib", _ao_above_ib),
+    ("removing the best match deactivates more than a random one of the five best", "Figure 6",
+     "04_deactivation", "control", _ablation("random")),
+    ("and more than removing another active feature of equal norm", "beyond the paper",
+     "04_deactivation", "control", _ablation("equal norm, random")),
+    ("suppression by the flow graph beats that by random features", "beyond the paper",
+     "05_theme_suppression", "random_features", _random_features),
+]  # fmt: skip
+
+
+def findings(folder: Path) -> "pd.DataFrame":
+    """What the paper finds, with the control of each, and whether it holds in these runs."""
+    import pandas as pd
+
+    runs, rows = latest_runs(folder), []
+    for claim, where, notebook, name, look in FINDINGS:
+        path = runs.get(notebook, folder) / "tables" / f"{name}.parquet"
+        row = {"finding": claim, "where": where, "notebook": notebook, "table": name}
+        if path.exists():
+            ours, control, holds = look(pd.read_parquet(path))
+            row |= {"ours": ours, "control": control, "verdict": "holds" if holds else "not seen"}
+        rows.append({"verdict": "not run"} | row)
+    columns = ["finding", "where", "ours", "control", "verdict", "notebook", "table"]
+    return pd.DataFrame(rows).reindex(columns=columns)
+
+
+def write_page(folder: Path) -> Path:
+    """Writes `paper.html` and `paper.csv` below a folder of runs; returns the page's path."""
+    runs, numbers, found = latest_runs(folder), compare_numbers(folder), findings(folder)
+    numbers.to_csv(folder / "paper.csv", index=False)
+    for table in (numbers, found):
+        pages = [
+            f'<a href="{runs[n].name}/tables/{t}.csv">{n}: {t}</a>' if n in runs else n
+            for n, t in zip(table["notebook"], table["table"], strict=True)
+        ]
+        table["table"] = pages
+    look = {"index": False, "na_rep": "", "escape": False, "border": 0}
+    shown = [
+        table.drop(columns="notebook").to_html(**look, float_format="{:.3f}".format)
+        for table in (found, numbers)
+    ]
+    suites = sorted(
+        {f"{n[:2]} {read_json(run / 'config.json')['suite']}" for n, run in runs.items()}
+    )
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in numbers["verdict"].value_counts().items())
+    page = PAGE.replace("{suites}", ", ".join(suites)).replace("{total}", str(len(numbers)))
+    page = page.replace("{counts}", counts).replace("{findings}", shown[0])
+    write_text(folder / "paper.html", page.replace("{numbers}", shown[1]))
+    return folder / "paper.html"

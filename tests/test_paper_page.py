@@ -1,0 +1,85 @@
+"""The page of printed numbers: verdicts of planted runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from flowhelpers.__main__ import main
+from flowhelpers.paper_page import compare_numbers, findings, printed_numbers, write_page
+
+
+def plant(root: Path, notebook: str, suite: str, **tables: Any) -> Path:
+    """A run's folder with these tables."""
+    folder = root / f"20260101-00000{len([*root.iterdir()])}-{notebook}"
+    (folder / "tables").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"notebook": notebook, "suite": suite}))
+    for name, table in tables.items():
+        pd.DataFrame(table).to_parquet(folder / "tables" / f"{name}.parquet")
+    return folder
+
+
+def table_1(change: float, success: float) -> dict[str, Any]:
+    return {
+        "method": ["top-1 cosine"], "targets": ["all of them"], "n": [1894],
+        "change": [change], "change_low": [change - 0.02], "change_high": [change + 0.02],
+        "success": [success], "success_low": [success - 0.02], "success_high": [success + 0.02],
+    }  # fmt: skip
+
+
+def test_every_number_of_the_paper_is_there_once():
+    sizes = [(printed.where, len(printed.numbers)) for printed in printed_numbers()]
+    assert dict(sizes) | {"Table 1": 6, "Figure 23": 7} == {
+        "Table 1": 6, "Appendix A.2": 1, "Figure 4": 27, "Figure 13": 56, "Figure 14": 84,
+        "Table 5": 35, "Appendix E": 4, "Figure 23": 7,
+    }  # fmt: skip
+    for printed in printed_numbers():
+        keys = [name for name in printed.numbers if name not in ("paper", "most")]
+        assert not printed.numbers.duplicated(keys).any()
+
+
+def test_verdicts_go_by_our_interval_and_by_the_model(tmp_path: Path):
+    plant(tmp_path, "04_deactivation", "gemma-2-2b", table_1=table_1(0.5, 0.5))
+    plant(tmp_path, "04_deactivation", "gemma-2-2b@16k", table_1=table_1(0.76, 0.5))
+    flow = {"layer": [24, 25], "module": "res", "ours": ["24/res/14548", "25/res/1"]}
+    plant(tmp_path, "02_flow_graphs", "gemma-2-2b", table_5=flow | {"paper": None})
+    numbers = compare_numbers(tmp_path).set_index(["where", "what"])
+    by_what = {what: row for (_, what), row in numbers.iterrows()}
+    inside = by_what["change: top-1 cosine, all of them"]  # of the latest run
+    assert (inside["verdict"], round(inside["difference"], 6)) == ("inside our interval", 0.01)
+    assert by_what["success: top-1 cosine, all of them"]["verdict"] == "outside"
+    assert by_what["n: top-1 cosine, all of them"]["verdict"] == "inside our interval"
+    assert by_what["change: exhaustive, all of them"]["verdict"] == "not run"
+    assert by_what["ours: 24, res"]["verdict"] == "same"
+    assert by_what["ours: 25, res"]["verdict"] == "other"
+    assert by_what["ours: 23, res"]["verdict"] == "not run"
+    plant(tmp_path, "04_deactivation", "flowlet", table_1=table_1(0.75, 0.65))
+    other = compare_numbers(tmp_path)
+    assert set(other.loc[other["where"] == "Table 1", "verdict"]) == {"another model", "not run"}
+
+
+@pytest.mark.parametrize(("ours", "verdict"), [(0.7, "holds"), (0.53, "not seen")])
+def test_a_finding_holds_where_its_interval_lies_beyond_the_control(
+    tmp_path: Path, ours: float, verdict: str
+):
+    means = [ours, 0.5, 0.1]
+    control = {"layer": 2, "method": ["top-1", "random", "equal norm, random"], "success": means}
+    control |= {"success_low": [x - 0.05 for x in means], "success_high": [x + 0.05 for x in means]}
+    plant(tmp_path, "04_deactivation", "flowlet", control=control)
+    found = findings(tmp_path).set_index("finding")["verdict"]
+    (random,) = [v for f, v in found.items() if "random one of the five" in str(f)]
+    (norm,) = [v for f, v in found.items() if "equal norm" in str(f)]
+    assert (random, norm) == (verdict, "holds")
+    assert (found == "not run").sum() == len(found) - 2
+
+
+def test_the_page_leads_to_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = plant(tmp_path, "04_deactivation", "gemma-2-2b", table_1=table_1(0.75, 0.65))
+    page = write_page(tmp_path).read_text("utf-8")
+    assert f'<a href="{run.name}/tables/table_1.csv">' in page
+    assert len(pd.read_csv(tmp_path / "paper.csv")) == 220
+    assert main(["paper", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "paper.html")
+    assert main(["paper", str(run / "tables")]) == 2
