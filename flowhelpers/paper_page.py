@@ -18,8 +18,8 @@ from flowhelpers.paper import (
     TABLE_5_MLP,
     TABLE_5_RES,
     TABLE_5_SCORES,
-    TABLE_5_SUITE,
     figure_14,
+    is_of_paper,
     paper_figure_4,
 )
 
@@ -139,7 +139,7 @@ def compare_numbers(folder: Path) -> "pd.DataFrame":
         part = printed.numbers.merge(ours, "left", on=keys)
         part["what"] = column + ": " + part[keys].astype(str).agg(", ".join, axis=1)
         suite = read_json(run / "config.json")["suite"] if path.exists() else None
-        part["suite"] = str(suite).split("@")[0]
+        part["suite"] = str(suite)
         about = {"where": printed.where, "notebook": printed.notebook, "table": printed.table}
         parts.append(part.assign(**about))
     numbers = pd.concat(parts, ignore_index=True)
@@ -154,7 +154,7 @@ def _verdict(row: "dict[str, Any]") -> str:
 
     if pd.isna(row["ours"]):
         return "not run"
-    if row["suite"] != TABLE_5_SUITE:
+    if not is_of_paper(row["suite"]):
         return "another model"
     if isinstance(row["paper"], str):
         return "same" if row["ours"] == row["paper"] else "other"

@@ -65,7 +65,9 @@ def test_parameters_have_a_comment_and_the_quick_preset_is_their_defaults(path: 
     assert set(presets) == {path.stem for path in NOTEBOOKS}
     assert set(presets[path.stem]) == {"quick", "paper"}
     assert presets[path.stem]["quick"] == defaults(path)
-    assert list(plan([path.stem], preset="paper")) == [path]  # names and types are checked there
+    for suite in ("mine", *presets[path.stem]["paper"].get("by_suite", ())):
+        given = {"suite": suite}
+        assert list(plan([path.stem], given, "paper")) == [path]  # checks names and types
 
 
 @each_notebook

@@ -25,9 +25,16 @@ from flowhelpers.paper import (
     compare_figure_14,
     compare_table_5,
     figure_14,
+    is_of_paper,
 )
 
 WIDTH = 16384
+
+
+def test_variants_of_gemma_have_the_features_of_the_paper_unless_they_are_wider() -> None:
+    of_paper = ("gemma-2-2b", "gemma-2-2b@16k", "gemma-2-2b@l0=70", "gemma-2-2b@res+mlp")
+    assert all(map(is_of_paper, of_paper))
+    assert not any(map(is_of_paper, ("gemma-2-2b@65k", "gemma-2-2b@65k@res", "gemma-2-9b", "mine")))
 
 
 def test_the_numbers_are_those_that_the_paper_prints():

@@ -70,14 +70,17 @@ def chosen_suites(names: Sequence[str]) -> dict[str, SuiteRow]:
 
 
 def one_by_one(
-    names: Sequence[str], look: "Callable[[Suite], T]", device: str = "auto"
+    names: Sequence[str],
+    look: "Callable[[Suite], T]",
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> dict[str, T]:
     """What `look` returns for each suite, loaded one at a time; it must not refer to the suite."""
     from flowhelpers.suites.load import load_suite
 
     seen = {}
     for given, row in chosen_suites(names).items():
-        seen[row.name] = look(load_suite(given, device))
+        seen[row.name] = look(load_suite(given, device, dtype))
         gc.collect()  # a suite may hold itself in a circle
     return seen
 

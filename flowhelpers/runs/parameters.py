@@ -16,6 +16,7 @@ from typing import Any
 from flowhelpers.core.features import check_choice, suggestion
 from flowhelpers.core.files import DATA
 
+BY_SUITE = "by_suite"  # in a preset
 NOTEBOOKS = "FLOWHELPERS_NOTEBOOKS"  # a folder of notebooks to use in place of the package's own
 TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)}
 TYPES |= {"Literal": typing.Literal}
@@ -105,7 +106,8 @@ def plan(
         names: The notebooks, all if none.
         given: Parameters as texts; each goes to every notebook that has it.
         preset: A preset of `presets.yaml` in the notebooks' folder, which `given` overrides. Where
-            all notebooks are run, those without it run as they stand.
+            all notebooks are run, those without it run as they stand. Its key `by_suite` holds what
+            else is set for the named suites and their variants.
     """
     declared = {notebook: inspect(notebook) for notebook in find_notebooks(names)}
     given = given or {}
@@ -117,6 +119,9 @@ def plan(
         if preset and names and stem not in presets:
             raise ValueError(f"{notebook.name} has no preset {preset!r}: give parameters by -p")
         settings = presets.get(stem, {})
+        suites = settings.pop(BY_SUITE, {})
+        suite = given.get("suite") or getattr(parameters.get("suite"), "default", None)
+        settings |= suites.get(str(suite).split("@")[0], {})
         try:
             _check_names(settings, parameters)
             values = {name: parameters[name].check(value) for name, value in settings.items()}

@@ -78,7 +78,7 @@ def test_suites_are_refused_that_are_none_unknown_or_there_twice(tmp_path: Path)
 def test_no_two_suites_are_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch):
     loaded: list[weakref.ref[Any]] = []
 
-    def load(name: str, device: str) -> Any:
+    def load(name: str, device: str, _: str) -> Any:
         assert all(each() is None for each in loaded)
         suite = Mock(row=name, device=device)
         suite.itself = suite  # what holds itself is let go by the collector alone

@@ -115,6 +115,17 @@ def test_notebooks_are_found_by_name_number_and_path(write: Write, tmp_path: Pat
     assert find_notebooks(["02", "01_matching.ipynb", str(mine)]) == [two, one, mine]
 
 
+def test_a_preset_may_set_more_for_a_suite_and_its_variants(write: Write) -> None:
+    one = write("01_one", 'suite: str = "flowlet"\nk: int = 1\nn: int = 1')
+    preset = "{k: 2, by_suite: {gemma-2-2b: {n: 5}, flowlet: {k: 3}}}"
+    one.with_name("presets.yaml").write_text(f"01_one:\n  paper: {preset}\n")
+    assert plan(preset="paper") == {one: {"k": 3}}
+    for suite in ("gemma-2-2b", "gemma-2-2b@l0=70"):
+        expected = {"k": 2, "n": 5, "suite": suite}
+        assert plan(given={"suite": suite}, preset="paper") == {one: expected}
+    assert plan(given={"suite": "gpt2", "n": "7"}, preset="paper")[one]["n"] == 7
+
+
 def test_presets_lie_below_what_is_given(write: Write) -> None:
     one, two = write("01_one", "k: int = 1\nn: int = 1"), write("02_two", "k: int = 1")
     presets = one.with_name("presets.yaml")
