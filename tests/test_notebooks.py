@@ -159,7 +159,7 @@ def execution_of(notebook: str) -> Any:
     return execution
 
 
-start, matching, flows, groups, removed, suppressed, promoted, across = (
+start, matching, flows, groups, removed, suppressed, promoted, across, bridges = (
     execution_of(path.stem) for path in NOTEBOOKS
 )
 
