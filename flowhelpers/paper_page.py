@@ -6,29 +6,16 @@ control.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowhelpers.core.files import read_json, write_text
-from flowhelpers.groups.occurrences import GROUPS
-from flowhelpers.paper import (
-    FIGURE_13,
-    TABLE_1,
-    TABLE_5_MLP,
-    TABLE_5_RES,
-    TABLE_5_SCORES,
-    figure_14,
-    is_of_paper,
-    paper_figure_4,
-)
+from flowhelpers.paper import is_of_paper
+from flowhelpers.paper_numbers import printed_numbers
 
 if TYPE_CHECKING:
     import pandas as pd
 
-# Figure 23: of permutations, by where thresholds are folded; the lowest and highest printed value.
-FIGURE_23 = {"inference": (0.783, 0.786), "no": (0.747, 0.751)}
-FIGURE_23_COSINE = 0.791
 ROUNDING = 0.005  # of what is printed with two digits
 COLUMNS = ["where", "what", "paper", "ours", "low", "high", "difference", "verdict"]
 COLUMNS += ["notebook", "table"]
@@ -47,67 +34,6 @@ td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #8884
 {numbers}
 </body></html>
 """
-
-
-@dataclass(frozen=True)
-class Printed:
-    """Numbers that the paper prints in one place, and where ours stand.
-
-    `numbers` has the `paper`'s value, the highest (`most`) where it prints a range, and the columns
-    by which a row of the notebook's table is found; ours are in its `column`.
-    """
-
-    where: str
-    notebook: str
-    table: str
-    column: str
-    numbers: "pd.DataFrame"
-
-
-def printed_numbers() -> list[Printed]:
-    """Every number that the paper prints."""
-    import pandas as pd
-
-    single = pd.DataFrame(TABLE_1, ["change", "success"]).T.rename_axis("method").reset_index()
-    single["targets"] = "all of them"
-    counted = single.iloc[:1].assign(paper=1894).drop(columns=["change", "success"])
-    removal = "04_deactivation", "table_1"
-    pairs = [(a, b, FIGURE_13[i][j]) for i, a in enumerate(GROUPS) for j, b in enumerate(GROUPS)]
-    figure_13 = pd.DataFrame(pairs, columns=["first", "second", "paper"]).query("first != second")
-    nodes = [(layer, "res", index) for layer, index in enumerate(TABLE_5_RES)]
-    nodes += [(layer, "mlp", index) for layer, index in TABLE_5_MLP.items()]
-    table_5 = pd.DataFrame(nodes, columns=["layer", "module", "index"])
-    named = (
-        table_5["layer"].astype(str) + "/" + table_5["module"] + "/" + table_5["index"].astype(str)
-    )
-    table_5 = table_5.drop(columns="index").assign(paper=named)
-    steps = [(str(source), score) for (source, _), score in TABLE_5_SCORES.items()]
-    steps = pd.DataFrame(steps, columns=["paper_feature", "paper"])
-    folding = [
-        (w, f, *ends) for f, ends in FIGURE_23.items() for w in ("decoder", "encoder", "both")
-    ]
-    figure_23 = pd.DataFrame(folding, columns=["weights", "folded", "paper", "most"])
-    cosine = pd.DataFrame({"prediction": ["matches"], "paper": [FIGURE_23_COSINE]})
-    groups = "03_group_statistics"
-    figure_4 = paper_figure_4().assign(unit="occurrences")
-    return [
-        *(
-            Printed("Table 1", *removal, name, _as_paper(single, name))
-            for name in ("change", "success")
-        ),
-        Printed("Appendix A.2", *removal, "n", counted),
-        Printed("Figure 4", groups, "figure_4", "share", figure_4),
-        Printed("Figure 13", groups, "figure_13", "share", figure_13),
-        Printed("Figure 14", groups, "figure_14", "share", figure_14()),
-        Printed("Table 5", "02_flow_graphs", "table_5", "ours", table_5),
-        Printed("Appendix E", "02_flow_graphs", "table_5", "our_score", steps),
-        Printed("Figure 23", "08_transcoders", "one_pair", "explained", cosine),
-        Printed("Figure 23", "08_transcoders", "figure_23", "explained", figure_23),
-    ]
-
-
-def _as_paper(table: "pd.DataFrame", column: str) -> "pd.DataFrame":
-    return table.rename(columns={column: "paper"})[["method", "targets", "paper"]]
 
 
 def latest_runs(folder: Path) -> dict[str, Path]:
@@ -134,12 +60,15 @@ def compare_numbers(folder: Path) -> "pd.DataFrame":
         ours = pd.DataFrame(columns=[*keys, "ours", "low", "high"])
         if path.exists():
             table = pd.read_parquet(path).rename(columns={"paper": "paper_feature"})
+            table = printed.rows(table) if printed.rows else table
             ends = {f"{column}_{end}": end for end in ("low", "high")} | {column: "ours"}
             ours = table.rename(columns=ends).reindex(columns=ours.columns)
         part = printed.numbers.merge(ours, "left", on=keys)
         part["what"] = column + ": " + part[keys].astype(str).agg(", ".join, axis=1)
-        suite = read_json(run / "config.json")["suite"] if path.exists() else None
-        part["suite"] = str(suite)
+        is_run = printed.notebook in runs
+        suite = str(read_json(run / "config.json").get("suite")) if is_run else ""
+        of_paper = part["ours"].notna() if "suite" in keys else is_of_paper(suite)
+        part = part.assign(is_run=is_run, of_paper=of_paper)
         about = {"where": printed.where, "notebook": printed.notebook, "table": printed.table}
         parts.append(part.assign(**about))
     numbers = pd.concat(parts, ignore_index=True)
@@ -152,17 +81,19 @@ def compare_numbers(folder: Path) -> "pd.DataFrame":
 def _verdict(row: "dict[str, Any]") -> str:
     import pandas as pd
 
+    if row["is_run"] and not row["of_paper"]:
+        return "another model"
     if pd.isna(row["ours"]):
         return "not run"
-    if not is_of_paper(row["suite"]):
-        return "another model"
     if isinstance(row["paper"], str):
         return "same" if row["ours"] == row["paper"] else "other"
+    is_range = not pd.isna(row.get("most"))
+    least, most = row["paper"], row["most"] if is_range else row["paper"]
     low, high = (row[end] for end in ("low", "high"))
     if pd.isna(low):
-        low, high = row["ours"] - ROUNDING, row["ours"] + ROUNDING
-    most = row["paper"] if pd.isna(row.get("most")) else row["most"]
-    return "inside our interval" if low <= most and row["paper"] <= high else "outside"
+        digits = 0.0 if is_range else ROUNDING
+        low, high = row["ours"] - digits, row["ours"] + digits
+    return "inside our interval" if low <= most and least <= high else "outside"
 
 
 def _above_chance(summary: "pd.DataFrame") -> tuple[float, float, bool]:
@@ -196,6 +127,25 @@ def _random_features(means: "pd.DataFrame") -> tuple[float, float, bool]:
     return ours, rivals["score"].max(), best > rivals["score_high"].max()
 
 
+def _spreading(differences: "pd.DataFrame") -> tuple[float, float, bool]:
+    best = differences.groupby("theme")["difference_low"].max()
+    return differences["difference"].mean(), 0.0, bool((best > 0).mean() > 0.5)
+
+
+def _promotion(verdicts: "pd.DataFrame") -> tuple[float, float, bool]:
+    above = float((verdicts["random features"] == "above").mean())
+    return above, 0.5, above > 0.5
+
+
+def _bridges(neighbours: "pd.DataFrame") -> tuple[float, float, bool]:
+    ours, shuffled = (
+        neighbours[neighbours["kind"] == kind].set_index("layer")
+        for kind in ("matches", "shuffled")
+    )
+    apart = bool((ours["low"] > shuffled["high"]).all())
+    return ours["explained"].mean(), shuffled["explained"].mean(), apart
+
+
 # What the paper finds: claim, where, and the notebook's table that shows it, with its control.
 FINDINGS: list[tuple[str, str, str, str, Callable[["pd.DataFrame"], tuple[float, float, bool]]]] = [
     ("most features of a layer match one of the layer before, above chance", "3.3",
@@ -210,6 +160,12 @@ FINDINGS: list[tuple[str, str, str, str, Callable[["pd.DataFrame"], tuple[float,
      "04_deactivation", "control", _ablation("equal norm, random")),
     ("suppression by the flow graph beats that by random features", "beyond the paper",
      "05_theme_suppression", "random_features", _random_features),
+    ("most themes are promoted more by their features than by random ones", "Figure 11",
+     "06_theme_activation", "verdicts", _promotion),
+    ("steering many layers beats one layer, at equal norm, for most themes", "5.3",
+     "06_theme_activation", "equal_norm_differences", _spreading),
+    ("matches carry activations to the next layer better than shuffled ones", "appendix F",
+     "08_transcoders", "neighbours", _bridges),
 ]  # fmt: skip
 
 
@@ -229,26 +185,27 @@ def findings(folder: Path) -> "pd.DataFrame":
     return pd.DataFrame(rows).reindex(columns=columns)
 
 
+def _link(address: str, text: str) -> str:
+    return f'<a href="{address}">{text}</a>'
+
+
 def write_page(folder: Path) -> Path:
     """Writes `paper.html` and `paper.csv` below a folder of runs; returns the page's path."""
     runs, numbers, found = latest_runs(folder), compare_numbers(folder), findings(folder)
     numbers.to_csv(folder / "paper.csv", index=False)
     for table in (numbers, found):
-        pages = [
-            f'<a href="{runs[n].name}/tables/{t}.csv">{n}: {t}</a>' if n in runs else n
+        table["table"] = [
+            _link(f"{runs[n].name}/tables/{t}.csv", t) if n in runs else t
             for n, t in zip(table["notebook"], table["table"], strict=True)
         ]
-        table["table"] = pages
+        table["notebook"] = [
+            _link(f"{runs[n].name}/notebook.html", n) if n in runs else n for n in table["notebook"]
+        ]
     look = {"index": False, "na_rep": "", "escape": False, "border": 0}
-    shown = [
-        table.drop(columns="notebook").to_html(**look, float_format="{:.3f}".format)
-        for table in (found, numbers)
-    ]
-    suites = sorted(
-        {f"{n[:2]} {read_json(run / 'config.json')['suite']}" for n, run in runs.items()}
-    )
+    shown = [table.to_html(**look, float_format="{:.3f}".format) for table in (found, numbers)]
+    suites = [f"{n[:2]} {read_json(r / 'config.json').get('suite')}" for n, r in runs.items()]
     counts = ", ".join(f"{n} {verdict}" for verdict, n in numbers["verdict"].value_counts().items())
-    page = PAGE.replace("{suites}", ", ".join(suites)).replace("{total}", str(len(numbers)))
+    page = PAGE.replace("{suites}", ", ".join(sorted(suites))).replace("{total}", str(len(numbers)))
     page = page.replace("{counts}", counts).replace("{findings}", shown[0])
     write_text(folder / "paper.html", page.replace("{numbers}", shown[1]))
     return folder / "paper.html"
