@@ -104,7 +104,7 @@ def test_a_finding_holds_where_its_interval_lies_beyond_the_control(
     plant(tmp_path, "04_deactivation", "flowlet", control=control)
     found = findings(tmp_path).set_index("finding")["verdict"]
     (random,) = [v for f, v in found.items() if "random one of the five" in str(f)]
-    (norm,) = [v for f, v in found.items() if "equal norm" in str(f)]
+    (norm,) = [v for f, v in found.items() if "of equal norm" in str(f)]
     assert (random, norm) == (verdict, "holds")
     assert (found == "not run").sum() == len(found) - 2
 
