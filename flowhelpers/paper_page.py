@@ -32,8 +32,9 @@ td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #8884
 <p>A finding holds where it stands out from its control, intervals included.</p>
 {findings}
 <h2>Every printed number</h2>
-<p>Where the paper prints a range, as on an axis, it runs from <i>paper</i> to <i>most</i>. <i>Low</i>
-and <i>high</i> are the ends of our 95&nbsp;% interval. Numbers of another model are not compared.</p>
+<p>Where the paper prints a range, as on an axis, it runs from <i>paper</i> to <i>most</i>.
+<i>Low</i> and <i>high</i> are the ends of our 95&nbsp;% interval. Numbers of another model are
+not compared.</p>
 {numbers}
 </body></html>
 """
@@ -139,7 +140,7 @@ def _promotion(means: "pd.DataFrame") -> tuple[float, float, bool]:
     random = means[means["strategy"] == "random features"].set_index("theme")
     steered = means[means["strategy"].isin(["single", "constant", "exponential", "linear"])]
     best = steered.sort_values("score").groupby("theme").last()
-    above = best["score_low"] > random["score_high"]
+    above = best["score_low"] > random["score_high"].reindex(best.index)
     return best["score"].mean(), random["score"].mean(), bool(above.mean() > 0.5)
 
 
