@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import toys
 import yaml
 from answers import NOTEBOOKS as FOLDER
 from answers import write_answered
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from flowhelpers.activations.corpora import load_texts, passages
 from flowhelpers.core.features import MODULES, FeatureId, Site, parse_feature
+from flowhelpers.paper import TABLE_5_MLP, TABLE_5_RES
 from flowhelpers.runs.parameters import inspect, plan
 
 FLOWLET = Path(__file__).parent.parent / "flowhelpers/data/flowlet"
@@ -514,6 +516,58 @@ def test_lifespans_are_the_runs_of_steps_above_chance(flows: Executed) -> None:
     lives = flows.table("lives_of_all").set_index("steps").loc["above chance"]
     assert lives["mean layers"] == pytest.approx(layers.mean())
     assert lives["live through all"] == pytest.approx((layers == 8).mean())
+
+
+def write_stand_in(folder: Path) -> None:
+    """A suite named as the paper's, with chains through the features that the paper prints.
+
+    It has 26 layers, SAEs as wide as the paper's indices ask for, and the four scores of Table 5;
+    what else its SAEs hold is at right angles to the chains.
+    """
+    axes = torch.eye(toys.D_MODEL)
+    second = 0.30 * axes[0] + 0.82 * axes[1] + (1 - 0.30**2 - 0.82**2) ** 0.5 * axes[2]
+    third = 0.48 * second + 0.79 * axes[3] + (1 - 0.48**2 - 0.79**2) ** 0.5 * axes[4]
+    generator, saes = torch.Generator().manual_seed(0), {}
+    for layer, index in enumerate(TABLE_5_RES):
+        chain = axes[0] if layer < 7 else second if layer < 17 else third
+        others = {12: (14455, 4230), 17: (9260, 1), 18: (2010, 1)}.get(layer, (0, 1))
+        rows = {"res": dict(zip([index, *others], [chain, *axes[5:7]], strict=True))}
+        rows["mlp"] = {TABLE_5_MLP.get(layer, 0): {7: axes[1], 17: axes[3]}.get(layer, chain)}
+        rows["att"] = {0: axes[8]}
+        for module, planted in rows.items():
+            decoder = torch.randn(max(planted) + 1, toys.D_MODEL, generator=generator)
+            decoder[:, :16] = 0
+            decoder[[*planted]] = torch.stack([*planted.values()])
+            if module == "mlp" and layer not in TABLE_5_MLP:
+                decoder = axes[7:8]
+            site, rows_of_norm_1 = Site(layer, module), torch.nn.functional.normalize(decoder)
+            saes[site] = toys.write_lens_sae(rows_of_norm_1, site, 3.0)
+    toys.write_model(folder / "model", layers=26)
+    file = toys.write_suite(folder, saes) / "suite.yaml"
+    file.write_text("name: gemma-2-2b\n" + file.read_text("utf-8"), "utf-8")
+
+
+@pytest.mark.slow
+def test_the_papers_graphs_are_drawn_labelled_and_checked_on_the_suite_of_its_name(tmp_path: Path):
+    write_stand_in(tmp_path / "suite")
+    preset = yaml.safe_load((FOLDER / "presets.yaml").read_text("utf-8"))["02_flow_graphs"]["paper"]
+    seeds = preset["by_suite"]["gemma-2-2b"]["seeds"]
+    given = (f"suite={tmp_path / 'suite'}", f"seeds={json.dumps(seeds)}", "texts=2")
+    options = [word for each in given for word in ("-p", each)]
+    done = execute(tmp_path, "02", "--preset", "paper", *options)
+    assert "[1/1] finished" in done.stderr + done.stdout, done.stderr[-3000:]
+    run = Executed(next((tmp_path / "o").glob("*-02_flow_graphs")))
+    table, named_nodes = run.table("table_5"), run.table("named_nodes")
+    assert len(table) == 35
+    assert table["same"].all()
+    assert table["difference"].dropna().tolist() == pytest.approx([0, 0, 0, 0], abs=1e-6)
+    assert named_nodes["verdict"].tolist() == ["same"] * 11
+    figures = {path.stem for path in (run.folder / "figures").glob("figure_*.svg")}
+    assert figures == {"figure_2", "figure_20", "figure_21"}
+    figure = (run.folder / "figures/figure_20.svg").read_text("utf-8")
+    assert all(f">{layer}/res/" in figure or f'"{layer}/res/' in figure for layer in range(26))
+    assert "mentions of London" in figure
+    assert run.table("spans").loc[0, ["first", "last"]].tolist() == [17, 25]  # 0.48 leads to 17
 
 
 # Group statistics, counted from matches and activations by plain loops over sets.
