@@ -1,8 +1,10 @@
 """Numbers that the paper prints, and how ours compare."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from flowhelpers.core.features import FeatureId
+from flowhelpers.core.features import FeatureId, parse_feature
+from flowhelpers.core.files import DATA
 from flowhelpers.flow.graph import FlowGraph
 from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.groups.significance import NAMED_PAIRS, class_shares
@@ -10,6 +12,8 @@ from flowhelpers.suites.registry import GEMMA
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from flowhelpers.suites.load import Suite
 
 TABLE_5_SUITE = GEMMA
 TABLE_5_SEED = FeatureId(24, "res", 14548)
@@ -29,6 +33,20 @@ TABLE_5_SCORES = {
     (FeatureId(7, "mlp", 6110), FeatureId(7, "res", 16335)): 0.82,
     (FeatureId(16, "res", 10649), FeatureId(17, "res", 8130)): 0.48,
     (FeatureId(17, "mlp", 8454), FeatureId(17, "res", 8130)): 0.79,
+}
+# Figures 2, 20 and 21: by seed, the figure and its thresholds. The paper gives those of Table 5
+# alone, which is Figure 2. Its text reads the others from the first layers to the last, so the
+# stream is not cut; their modules are as in B.2.
+FLOW_FIGURES: dict[str, tuple[str, dict[str, float]]] = {
+    str(TABLE_5_SEED): ("figure_2", {"t_mlp": TABLE_5_T_MLP}),
+    "12/res/14455": ("figure_20", {"t_mlp": 0.15, "t_att": 0.15}),
+    "12/res/4230": ("figure_21", {"t_mlp": 0.15, "t_att": 0.15}),
+}
+# The nodes that the text of appendix E names in them.
+NAMED_NODES = {
+    "figure_2": (*dict.fromkeys(str(f) for edge in TABLE_5_SCORES for f in edge), "24/res/14548"),
+    "figure_20": ("12/res/14455", "17/res/9260", "18/res/2010"),
+    "figure_21": ("12/res/4230",),
 }
 
 # Table 2: features for suppressing "Scientific concepts and entities"; B.1 has the prompt.
@@ -87,6 +105,38 @@ def is_of_paper(suite: str) -> bool:
     """
     bare, *asked = suite.split("@")
     return bare == TABLE_5_SUITE and "65k" not in asked
+
+
+def paper_labels(suite: "Suite") -> "pd.DataFrame":
+    """The interpretations that the paper's text gives of features, few and as it words them.
+
+    As `labels.read_labels` gives labels; `label_from` says where in the paper. Empty for a suite
+    that is not the paper's.
+    """
+    import pandas as pd
+
+    table = pd.read_csv(DATA / "paper" / "labels.csv")
+    there = [parse_feature(name).site in suite.saes for name in table["feature"]]
+    return table[[is_of_paper(suite.name) and known for known in there]]
+
+
+def compare_named_nodes(graphs: Mapping[str, FlowGraph]) -> "pd.DataFrame":
+    """Whether graphs, by the figure's name in `NAMED_NODES`, have the nodes that the paper names.
+
+    Returns:
+        One row a node: `figure`, `paper` (the feature), `ours` (what the graph has at its site, or
+        missing) and `verdict`, `same` or `other`.
+    """
+    import pandas as pd
+
+    rows = []
+    for figure, graph in graphs.items():
+        sites = graph.nodes["feature"].map(lambda name: parse_feature(name).site)
+        for named in NAMED_NODES[figure]:
+            ours = graph.nodes.loc[sites == parse_feature(named).site, "feature"].tolist()
+            verdict = "same" if named in ours else "other"
+            rows.append((figure, named, ", ".join(ours) or None, verdict))
+    return pd.DataFrame(rows, columns=["figure", "paper", "ours", "verdict"])
 
 
 def compare_table_1(rates: "pd.DataFrame") -> "pd.DataFrame":

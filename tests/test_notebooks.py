@@ -17,19 +17,23 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import toys
 import yaml
 from answers import NOTEBOOKS as FOLDER
 from answers import write_answered
 from judge_server import JudgeServer, scores
 from torch import Tensor
 
-from flowhelpers.activations.corpora import load_texts, passages
+from flowhelpers import activations
+from flowhelpers.activations.corpora import LOCAL_DATASETS, load_texts, passages
 from flowhelpers.core.features import MODULES, FeatureId, Site, parse_feature
+from flowhelpers.paper import TABLE_5_MLP, TABLE_5_RES
 from flowhelpers.runs.parameters import inspect, plan
+from flowhelpers.suites.registry import find_suite
 
 FLOWLET = Path(__file__).parent.parent / "flowhelpers/data/flowlet"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-OF_OTHER_SUITES = {"table_5", "cosine_check"}  # tables that flowlet has no use for
+OF_OTHER_SUITES = {"table_5", "named_nodes", "cosine_check"}  # tables that flowlet has no use for
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 Change = Callable[[Tensor], Tensor]
 
@@ -516,6 +520,55 @@ def test_lifespans_are_the_runs_of_steps_above_chance(flows: Executed) -> None:
     assert lives["live through all"] == pytest.approx((layers == 8).mean())
 
 
+def write_stand_in(folder: Path) -> None:
+    """A suite named as the paper's, with chains through the features that the paper prints.
+
+    It has 26 layers, SAEs as wide as the paper's indices ask for, and the four scores of Table 5;
+    what else its SAEs hold is at right angles to the chains.
+    """
+    axes = torch.eye(toys.D_MODEL)
+    second = 0.30 * axes[0] + 0.82 * axes[1] + (1 - 0.30**2 - 0.82**2) ** 0.5 * axes[2]
+    third = 0.48 * second + 0.79 * axes[3] + (1 - 0.48**2 - 0.79**2) ** 0.5 * axes[4]
+    generator, saes = torch.Generator().manual_seed(0), {}
+    for layer, index in enumerate(TABLE_5_RES):
+        chain = axes[0] if layer < 7 else second if layer < 17 else third
+        others = {12: (14455, 4230), 17: (9260, 1), 18: (2010, 1)}.get(layer, (0, 1))
+        rows = {"res": dict(zip([index, *others], [chain, *axes[5:7]], strict=True))}
+        written = {7: axes[1], 17: axes[3]}.get(layer, chain)
+        at_mlp = {TABLE_5_MLP[layer]: written} if layer in TABLE_5_MLP else {0: axes[7]}
+        rows |= {"mlp": at_mlp, "att": {0: axes[8]}}
+        for module, planted in rows.items():
+            decoder = torch.randn(max(planted) + 1, toys.D_MODEL, generator=generator)
+            decoder[:, :16] = 0
+            decoder[[*planted]] = torch.stack([*planted.values()])
+            unit = torch.nn.functional.normalize(decoder)
+            saes[Site(layer, module)] = toys.write_lens_sae(unit, Site(layer, module), 3.0)
+    toys.write_model(folder / "model", layers=26)
+    file = toys.write_suite(folder, saes) / "suite.yaml"
+    file.write_text("name: gemma-2-2b\n" + file.read_text("utf-8"), "utf-8")
+
+
+@pytest.mark.slow
+def test_the_papers_graphs_are_drawn_labelled_and_checked_on_the_suite_of_its_name(tmp_path: Path):
+    write_stand_in(tmp_path / "suite")
+    preset = yaml.safe_load((FOLDER / "presets.yaml").read_text("utf-8"))["02_flow_graphs"]["paper"]
+    seeds = preset["by_suite"]["gemma-2-2b"]["seeds"]
+    given = (f"suite={tmp_path / 'suite'}", f"seeds={json.dumps(seeds)}", "texts=2")
+    options = [word for each in given for word in ("-p", each)]
+    done = execute(tmp_path, "02", "--preset", "paper", *options)
+    assert "[1/1] finished" in done.stderr, done.stderr[-3000:]
+    run = Executed(next((tmp_path / "o").glob("*-02_flow_graphs")))
+    table = run.table("table_5")
+    assert table["same"].tolist() == [True] * 35
+    assert table["difference"].dropna().tolist() == pytest.approx([0, 0, 0, 0], abs=1e-6)
+    assert run.table("named_nodes")["verdict"].tolist() == ["same"] * 11
+    drawn = {path.stem: path.read_text("utf-8") for path in run.folder.glob("figures/figure_*.svg")}
+    assert set(drawn) == {"figure_2", "figure_20", "figure_21"}
+    assert all(f'"{layer}/res/' in drawn["figure_20"] for layer in range(26))
+    assert "mentions of London" in drawn["figure_20"]
+    assert run.table("spans").loc[0, ["first", "last"]].tolist() == [17, 25]  # 0.48 leads to 17
+
+
 # Group statistics, counted from matches and activations by plain loops over sets.
 
 
@@ -966,3 +1019,19 @@ def test_a_suite_among_others_is_what_it_is_by_itself(
     assert row[shares.index].tolist() == pytest.approx(shares.tolist())
     lives = flows.table("lives_of_all").set_index("steps")["mean layers"]
     assert row["mean_life"] == pytest.approx(lives["above chance"])
+
+
+def test_pearson_reads_other_texts_than_those_that_are_scored() -> None:
+    path = FOLDER / "07_across_models.ipynb"
+    cells = {cell.id: cell.source for cell in code_cells(path)}
+    given = defaults(path) | {"rows": {"flowlet": find_suite("flowlet")}, "np": np}
+    given |= {"activations": activations, "n_texts": 90, "pearson_texts": 40}
+    for corpus, of in ((None, LOCAL_DATASETS), ("science", ["science"])):
+        names: dict[str, Any] = given | {"pearson_corpus": corpus}
+        exec(cells["texts"] + "\n" + cells["other-texts"], names)
+        read, known = set(names["correlated"]), [load_texts(name, None) for name in of]
+        assert len(read) == 40
+        assert not read & set(names["everything"])
+        assert [bool(read & set(texts)) for texts in known] == [True] * len(of)
+    with pytest.raises(ValueError, match="all texts of science are scored: give fewer n_texts"):
+        exec(cells["texts"] + "\n" + cells["other-texts"], names | {"n_texts": 200})

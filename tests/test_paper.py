@@ -13,6 +13,7 @@ from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.groups.significance import class_shares
 from flowhelpers.paper import (
     ACTIVATION_PROMPT,
+    FLOW_FIGURES,
     SUPPRESSION_PROMPT,
     TABLE_2,
     TABLE_3,
@@ -23,9 +24,11 @@ from flowhelpers.paper import (
     compare_figure_4,
     compare_figure_13,
     compare_figure_14,
+    compare_named_nodes,
     compare_table_5,
     figure_14,
     is_of_paper,
+    paper_labels,
 )
 
 WIDTH = 16384
@@ -125,6 +128,34 @@ def test_a_graph_of_something_else_is_refused():
     ):
         with pytest.raises(ValueError, match="Table 5 is of 24/res/14548 in gemma-2-2b"):
             compare_table_5(graph)
+
+
+def test_nodes_that_the_text_names_are_found_or_another_is_told():
+    figure, limits = FLOW_FIGURES["24/res/14548"]
+    assert [*FLOW_FIGURES][1:] == ["12/res/14455", "12/res/4230"]
+    assert limits == {"t_mlp": 0.25}
+    found = compare_named_nodes({figure: planted(wrong=7)}).set_index("paper")
+    names = ["6/res/2452", "7/res/16335", "7/mlp/6110", "16/res/10649", "17/res/8130"]
+    assert found.index.tolist() == [*names, "17/mlp/8454", "24/res/14548"]
+    assert found.index[found["verdict"] == "other"].tolist() == ["7/res/16335"]
+    assert found.loc["7/res/16335", "ours"] == "7/res/16336"
+    lost = compare_named_nodes({"figure_20": planted()})
+    assert lost["verdict"].tolist() == ["other"] * 3
+    assert set(lost["figure"]) == {"figure_20"}
+
+
+def test_the_papers_interpretations_are_of_its_suite_alone_and_of_features_that_it_has():
+    sites = (Site(layer, module) for layer in range(26) for module in ("res", "mlp"))
+    suite = toys.bare_suite({site: torch.zeros(WIDTH, 1) for site in sites}, layers=26)
+    assert paper_labels(suite).empty
+    suite = dataclasses.replace(suite, row=dataclasses.replace(suite.row, name="gemma-2-2b@16k"))
+    found = paper_labels(suite)
+    assert len(found) == 9
+    assert found.set_index("feature")["label"]["7/mlp/6110"] == "datasets and measurements"
+    assert all(str(suite.feature(name)) == name for name in found["feature"])
+    assert found["label_from"].str.match("paper, ").all()
+    saes = {site: sae for site, sae in suite.saes.items() if site.module == "res"}
+    assert len(paper_labels(dataclasses.replace(suite, saes=saes))) == 7
 
 
 # The group statistics.

@@ -2,6 +2,7 @@ from .phases import PHASES as PHASES
 from .phases import all_phases as all_phases
 from .plots import by_depth as by_depth
 from .plots import groups_against_chance as groups_against_chance
+from .plots import groups_by_dataset as groups_by_dataset
 from .plots import groups_by_depth as groups_by_depth
 from .plots import phases_by_depth as phases_by_depth
 from .profile import POOLED as POOLED
@@ -10,4 +11,5 @@ from .profile import chosen_suites as chosen_suites
 from .profile import combined as combined
 from .profile import group_profile as group_profile
 from .profile import one_by_one as one_by_one
+from .profile import score_points as score_points
 from .profile import suite_profile as suite_profile

@@ -1,7 +1,8 @@
 """Phases: the parts into which a model's layers fall, each as even within itself as can be.
 
-The paper divides the layers of two models by eye (Figures 5 and 19). Here the division is computed
-(CHOICES 46) and held against other orders of the layers: few layers fit any three parts well.
+The paper divides the layers of two models into three parts and does not say how (Figures 5 and 19).
+Here the division is computed (CHOICES 46) and held against other orders of the layers: few layers
+fit any three parts well.
 """
 
 from collections.abc import Sequence

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING
 import plotly.express as px
 
 from flowhelpers.core.figures import GREY, INK
-from flowhelpers.groups.plots import ERRORS, finish, group_bars, group_lines, with_errors
+from flowhelpers.groups.occurrences import GROUPS
+from flowhelpers.groups.plots import (
+    ERRORS,
+    OTHERS,
+    TICKS,
+    finish,
+    group_bars,
+    group_lines,
+    with_errors,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,10 +96,22 @@ def groups_by_depth(
 
 
 def groups_against_chance(totals: pd.DataFrame, subtitle: str) -> go.Figure:
-    """Figure 19 a: the share of each group in every suite, and its share by chance."""
+    """The share of each group in every suite, and its share by chance; datasets are pooled."""
     bars = totals.assign(dataset=totals["suite"])
     chance = bars[["dataset", "group", "n"]].assign(share=bars["by_chance"])
     return group_bars(bars, chance, subtitle, SUITE_COLOURS)
+
+
+def groups_by_dataset(totals: pd.DataFrame, subtitle: str) -> go.Figure:
+    """Figure 19 a: the share of each group by dataset, a panel for each suite."""
+    figure = px.bar(
+        with_errors(totals), x="group", y="share", color="dataset", facet_row="suite",
+        barmode="group", hover_data=["n"], color_discrete_sequence=[*OTHERS],
+        category_orders={"group": GROUPS}, labels={"share": "share of occurrences"}, **ERRORS,
+    )  # fmt: skip
+    figure.update_xaxes(TICKS, title="").update_yaxes(tickformat=".0%", rangemode="tozero")
+    title = "Where active features come from, by dataset"
+    return finish(figure, title, subtitle, 180 + 260 * totals["suite"].nunique())
 
 
 def phases_by_depth(phases: pd.DataFrame, subtitle: str) -> go.Figure:

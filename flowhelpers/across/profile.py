@@ -14,8 +14,14 @@ import numpy as np
 
 from flowhelpers.core.features import MODULES, suggestion
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
-from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, modules_of
-from flowhelpers.groups.shares import group_shares, share_intervals
+from flowhelpers.groups.occurrences import (
+    GROUPS,
+    SCORES,
+    Occurrences,
+    complete_layers,
+    modules_of,
+)
+from flowhelpers.groups.shares import group_shares, share_intervals, single_source_points
 from flowhelpers.groups.significance import activity_auc
 from flowhelpers.matching.scores import CLASSES, best_matches, classify, feature_scores
 from flowhelpers.suites.registry import SuiteRow, find_suite, registered
@@ -47,8 +53,8 @@ class Profile:
             all. With texts `active_res`, how often a predecessor is active there, `chance_res`, by
             chance, `tells_res`, the AUC of the score for it, and each group.
         groups: As `group_profile` gives it; empty where no text was read.
-        totals: The same over all complete layers, with their `places` (Figure 19 a): those that
-            have most of the places that a feature may come from.
+        totals: The same over all complete layers, with their `places`: those that have most of the
+            places that a feature may come from. By dataset it is Figure 19 a.
     """
 
     across: "pd.DataFrame"
@@ -65,7 +71,9 @@ def chosen_suites(names: Sequence[str]) -> dict[str, SuiteRow]:
     rows = {name: find_suite(name) for name in names}
     known = [find_suite(name).name for name in names]
     if twice := {name for name in known if known.count(name) > 1}:
-        raise ValueError(f"suites {', '.join(known)}: expected {', '.join(twice)} once")
+        raise ValueError(
+            f"suites {', '.join(known)}: expected {', '.join(twice)} once, as suite or among others"
+        )
     return rows
 
 
@@ -116,8 +124,8 @@ def suite_profile(
         wide = pooled.pivot(index="layer", columns="group", values="share")
         by_layer = by_layer.join(_activity(found, base)).join(wide[list(GROUPS)])
         totals = _group_totals(found, base, times, seed)
-        shares = totals.astype({"group": str}).set_index("group")
-        record["occurrences"] = int(totals["n"].sum())
+        shares = totals[totals["dataset"] == POOLED].astype({"group": str}).set_index("group")
+        record["occurrences"] = int(shares["n"].sum())
         record |= shares["share"].to_dict() | shares["by_chance"].add_prefix("chance ").to_dict()
     by_layer = by_layer.reset_index()
     by_layer.insert(0, "suite", suite.name)
@@ -220,15 +228,32 @@ def group_profile(
 
 def _group_totals(found: Occurrences, base: Occurrences, times: int, seed: int) -> "pd.DataFrame":
     """The share of every group over all complete layers, beside that by chance."""
+    import pandas as pd
 
     def whole(some: Occurrences) -> Occurrences:
         places = some.table[[*SCORES]].notna().sum(axis=1)
         return replace(some, table=some.table[places == places.max()].assign(layer=0))
 
-    ours = whole(found)
+    ours, other = whole(found), whole(base)
     known = [m for m in MODULES if ours.table[f"s_{m}"].notna().any()]
-    table = _with_chance(ours, whole(base), ["layer"], times, seed).drop(columns="layer")
-    return table.assign(places="+".join(known))
+    pooled = _with_chance(ours, other, ["layer"], times, seed).assign(dataset=POOLED)
+    single = _with_chance(ours, other, ["dataset", "layer"], times, seed)
+    table = pd.concat([pooled, single.astype({"dataset": str})], ignore_index=True)
+    return table.drop(columns="layer").assign(places="+".join(known))
+
+
+def score_points(found: Occurrences, count: int, seed: int = 0) -> "pd.DataFrame":
+    """Figure 19 d: scores of features at an eighth, a half and seven eighths of `count` layers.
+
+    Of Llama's 32 layers these are the paper's 4, 16 and 28. Columns are `suite` and those of
+    `single_source_points`; there is no row if a suite lacks a site at these layers.
+    """
+    import pandas as pd
+
+    known = complete_layers(found.table)["layer"].unique()
+    layers = sorted({round(count * eighths / 8) for eighths in (1, 4, 7)} & {*known})
+    points = single_source_points(found, layers, seed=seed) if layers else pd.DataFrame()
+    return points.assign(suite=found.suite)
 
 
 def _with_chance(

@@ -3,13 +3,14 @@ from .files import save_graph as save_graph
 from .files import to_attribution_graph as to_attribution_graph
 from .graph import FlowGraph as FlowGraph
 from .graph import ancestors as ancestors
+from .graph import cut_spans as cut_spans
 from .graph import descendants as descendants
 from .graph import flow_graph as flow_graph
 from .graph import keep_nodes as keep_nodes
 from .graph import labelled as labelled
 from .graph import layer_by_layer as layer_by_layer
+from .graph import linear_circuits as linear_circuits
 from .graph import path as path
-from .graph import turns as turns
 from .lifespans import feature_lifespans as feature_lifespans
 from .lifespans import flow_by_layer as flow_by_layer
 from .lifespans import funnels as funnels

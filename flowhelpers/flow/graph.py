@@ -80,7 +80,7 @@ def flow_graph(
     t_att: float | None = None,
     top_n: int = 1,
 ) -> FlowGraph:
-    """The flow through one or several features (paper 3.4, B.2; CHOICES 25 and 26).
+    """The flow through one or several features (paper 3.3, B.2; CHOICES 25 and 26).
 
     Backward, each step goes to the best match of the node reached; forward, to the feature of the
     next layer whose score with the node is highest. Every residual node has its MLP and attention
@@ -255,16 +255,45 @@ def layer_by_layer(graph: FlowGraph) -> "pd.DataFrame":
     return story.assign(adds=adds)
 
 
-def turns(graph: FlowGraph) -> "pd.DataFrame":
-    """The residual nodes where the meaning changes: a module matches better than the stream.
+def linear_circuits(graph: FlowGraph) -> "pd.DataFrame":
+    """The residual nodes with a high s(M) or s(A), a sign of a linear circuit (paper 3.4).
 
-    Their s(M) or s(A) is high and above s(R): class C of the paper's 3.3, and the nodes of class B
-    that are nearer to the module, `turned_by`. Layer 0, which has no s(R), is left out.
+    They are those of class B, `processed`, where s(R) is high too, and of class C, `newborn`, where
+    it is not. `turned_by` is the module of the highest such score. `nearer`, whether that score is
+    above s(R), is our own mark and none of the paper's classes: the paper's example of a processed
+    feature, 7/res/16335 with s(R) = 0.30 and s(M) = 0.82, bears it. Layer 0, which has no s(R), is
+    left out.
     """
     chain = graph.chain
     chain["turned_by"] = dominant_module(chain)
     near = chain["s_mlp"].where(chain["turned_by"] == "mlp", chain["s_att"])
-    return chain[chain["turned_by"].notna() & (near > chain["s_res"])]
+    chain["nearer"] = near > chain["s_res"]
+    return chain[chain["turned_by"].notna() & chain["s_res"].notna()].reset_index(drop=True)
+
+
+def cut_spans(graph: FlowGraph, t_res: float) -> "pd.DataFrame":
+    """What a cut at `t_res` leaves of an uncut chain, by two readings of B.2 (CHOICES 26).
+
+    A step back is the best match of the node that it leaves, and both readings hold its s(R)
+    against `t_res`. A step forward counts by s(R) of the node it reaches, as a cut does, or by the
+    score of the step itself, which is lower where that node has a better match back.
+
+    Returns:
+        One row a reading: `a step forward counts by`, and `first` and `last` layer around the seed.
+    """
+    import pandas as pd
+
+    check_threshold(t_res, "t_res")
+    chain, at = graph.chain, parse_feature(graph.seeds[0]).layer
+    steps = graph.edges[graph.edges["module"] == "res"].groupby("target")["score"].max()
+    readings = {"s(R) of the node reached": chain["s_res"]}
+    readings["the score of the step"] = chain["feature"].map(steps)
+    rows = []
+    for reading, score in readings.items():
+        ends = chain["layer"][~(score >= t_res)]  # layers that no step leads to; the first is one
+        last = min(ends[ends > at], default=chain["layer"].max() + 1) - 1
+        rows.append((reading, ends[ends <= at].max(), last))
+    return pd.DataFrame(rows, columns=["a step forward counts by", "first", "last"])
 
 
 def _node(graph: FlowGraph, feature: FeatureId | str) -> str:

@@ -17,6 +17,7 @@ from flowhelpers.across.phases import all_phases
 from flowhelpers.across.plots import (
     by_depth,
     groups_against_chance,
+    groups_by_dataset,
     groups_by_depth,
     phases_by_depth,
 )
@@ -29,6 +30,7 @@ from flowhelpers.across.profile import (
     depth,
     group_profile,
     one_by_one,
+    score_points,
     suite_profile,
 )
 from flowhelpers.core.features import MODULES
@@ -63,7 +65,7 @@ def test_suites_are_refused_that_are_none_unknown_or_there_twice(tmp_path: Path)
         ([], r"suites \[\]: expected a list of one or more.*flowlet"),
         ("flowlet", "'flowlet': expected a list .*did you mean 'flowlet'"),
         (["flowlet", "flowlett"], "unknown suite 'flowlett'; did you mean 'flowlet'"),
-        (["flowlet", "flowlet"], "suites flowlet, flowlet: expected flowlet once"),
+        (["flowlet", "flowlet"], "suites flowlet, flowlet: expected flowlet once, as suite or"),
     ):
         with pytest.raises(ValueError, match=message):
             chosen_suites(given)
@@ -177,8 +179,12 @@ def test_groups_are_counted_by_hand_beside_chance(tables: dict[str, pd.DataFrame
     # In the planted suite nothing is from both modules: that it may be and is not, is a zero.
     both = table[(table["group"] == "From MLP & ATT") & (table["layer"] > 0)]
     assert both["share"].tolist() == [0.0] * len(both)
-    totals = suite_profile(suite_of("bare"), tables["bare"], FOUND, BASE, 5).totals
-    totals = totals.set_index("group")
+    whole = suite_profile(suite_of("bare"), tables["bare"], FOUND, BASE, 5).totals
+    for dataset, part in FOUND.table.query("layer > 0").groupby("dataset", observed=True):
+        row = whole[whole["dataset"] == dataset].astype({"group": str}).set_index("group")["share"]
+        assert row.sum() == pytest.approx(1)
+        assert row["From RES"] == pytest.approx((part["group"] == "From RES").mean())
+    totals = whole[whole["dataset"] == POOLED].set_index("group")
     shares = FOUND.table.query("layer > 0")["group"].value_counts(normalize=True)
     assert totals["share"].to_dict() == pytest.approx(shares.to_dict())
     assert totals["by_chance"].sum() == pytest.approx(1)
@@ -201,6 +207,18 @@ def test_activity_and_what_scores_tell_are_those_of_each_layer(tables: dict[str,
             on, off = (part.loc[part[module] == is_on, f"s_{module}"] for is_on in (True, False))
             signs = np.sign(np.subtract.outer(on.to_numpy(), off.to_numpy()))
             assert row[f"tells_{module}"] == pytest.approx((1 + signs.mean()) / 2)
+
+
+def test_points_are_at_an_eighth_a_half_and_seven_eighths_where_all_sites_are():
+    table = pd.concat([FOUND.table.query("layer == 1").assign(layer=at) for at in range(1, 32)])
+    points = score_points(replace(FOUND, table=table), 32)
+    assert points["layer"].unique().tolist() == [4, 16, 28]  # as in Figure 19 d
+    assert set(points["suite"]) == {"bare"}
+    keys = ["feature", "group"]
+    single = FOUND.table.query("layer == 1 and group in @GROUPS[:4]")[keys].drop_duplicates()
+    found = points.loc[points["layer"] == 16, keys]
+    assert sorted(found.values.tolist()) == sorted(single.values.tolist())
+    assert score_points(replace(FOUND, table=FOUND.table.assign(s_att=np.nan)), 3).empty
 
 
 # Side by side.
@@ -233,7 +251,7 @@ def test_suites_stand_side_by_side_each_with_the_groups_that_it_can_have(side_by
         assert rows.loc["stream"].isna().all()
         assert rows.loc["no attention"].dropna().index.tolist() == [prefix + g for g in possible]
         assert rows.loc["no attention"].sum() == pytest.approx(1)
-    totals = side_by_side.totals.groupby("suite", sort=False)
+    totals = side_by_side.totals.query("dataset == @POOLED").groupby("suite", sort=False)
     assert totals["places"].first().to_dict() == {"bare": "res+mlp+att", "no attention": "res+mlp"}
     assert across["occurrences"].tolist()[:2] == totals["n"].sum().tolist()
     of_attention = by_layer.loc[by_layer["suite"] == "no attention", ["active_att", "tells_att"]]
@@ -299,13 +317,21 @@ def test_groups_have_a_panel_for_every_suite_and_dataset(side_by_side: Profile):
 
 
 def test_totals_and_phases_are_bars(side_by_side: Profile):
-    figure = groups_against_chance(side_by_side.totals, "subtitle")
+    totals = side_by_side.totals.query("dataset == @POOLED")
+    figure = groups_against_chance(totals, "subtitle")
     bars = {trace.name: trace for trace in figure.data if trace.type == "bar"}
     assert "From ATT" not in bars["no attention"].x
-    part = side_by_side.totals.query("suite == 'no attention'").dropna(subset=["share"])
+    part = totals.query("suite == 'no attention'").dropna(subset=["share"])
     assert list(bars["no attention"].y) == part["share"].tolist()
     (marks,) = [t for t in figure.data if t.offsetgroup == "no attention" and t.type == "scatter"]
     assert list(marks.y) == part["by_chance"].tolist()
+    single = side_by_side.totals.query("dataset != @POOLED")
+    figure = groups_by_dataset(single, "subtitle")
+    panels = {a.text: a.y for a in figure.layout.annotations}
+    axis = "y" if panels["bare"] < panels["no attention"] else "y2"
+    (bar,) = [t for t in figure.data if (t.name, t.yaxis) == ("two", axis)]
+    part = single.query("suite == 'bare' and dataset == 'two'").dropna(subset=["share"])
+    assert (list(bar.x), list(bar.y)) == (part["group"].tolist(), part["share"].tolist())
     table = all_phases(side_by_side, parts=1, shuffles=3)
     assert set(table["suite"]) == {"bare", "no attention", "stream"}
     (bar,) = phases_by_depth(table, "subtitle").data

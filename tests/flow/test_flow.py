@@ -18,11 +18,12 @@ from flowhelpers.flow.files import load_graph, save_graph, to_attribution_graph
 from flowhelpers.flow.graph import (
     FlowGraph,
     ancestors,
+    cut_spans,
     descendants,
     flow_graph,
     labelled,
+    linear_circuits,
     path,
-    turns,
 )
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
 from flowhelpers.matching.table import match_table
@@ -97,11 +98,20 @@ def test_scores_nulls_and_classes_are_those_of_the_table(suite: Suite, table: pd
             assert chain[f"{kind}_{module}"].tolist()[1:] == [nulls[at, module] for at in (1, 2)]
     others = graph.nodes[graph.nodes["module"] != "res"]
     assert others[["class", "s_res", "high_mlp", "from_res"]].isna().all(axis=None)
-    # A turn is where a module lies nearer than the stream.
+    # Linear circuits are processed and newborn; some have a module nearer than the stream.
     nodes = nodes_of(13)  # s(A) is 1, 0.6 and 0.96 beside s(R) of 0.8
-    low = flow_graph(suite, nodes[0], table.assign(null=np.float32(0.5)))
-    assert turns(low)[["feature", "turned_by"]].values.tolist() == [[nodes[2], "att"]]
-    assert turns(replace(low, nodes=low.nodes.assign(high_att=0.97))).empty
+    for null, first, second in (
+        ({}, "processed", "processed"),
+        ({"res": 0.9}, "newborn", "newborn"),
+        ({"att": 0.7}, "translated", "processed"),
+    ):
+        nulls = table["module"].astype(str).map({"res": 0.5, "mlp": 0.5, "att": 0.5} | null)
+        low = flow_graph(suite, nodes[0], table.assign(null=nulls.astype(np.float32)))
+        assert low.chain["class"].tolist()[1:] == [first, second]
+        found = linear_circuits(low)[["feature", "class", "turned_by", "nearer"]]
+        rows = [[nodes[1], first, "att", False], [nodes[2], second, "att", True]]
+        assert found.values.tolist() == rows[first == "translated" :]
+    assert linear_circuits(replace(low, nodes=low.nodes.assign(high_att=0.97))).empty
 
 
 def test_forward_goes_to_the_best_of_the_next_layer_whosever_match_that_is():
@@ -157,6 +167,12 @@ def test_a_forward_step_is_cut_by_s_r_of_the_node_that_it_reaches():
     directions = {"0/res": AXES[:2], "1/res": between}
     for t_res, chain in ((0.7, ["0/res/0", "1/res/0"]), (0.85, ["0/res/0"])):
         assert built(directions, "0/res/0", t_res=t_res).chain["feature"].tolist() == chain
+        spans = cut_spans(built(directions, "0/res/0"), t_res)[["first", "last"]].values.tolist()
+        assert spans == [[0, len(chain) - 1], [0, 0]]  # the step itself is 0.6
+    chain = rising([0.9, 0.4, 0.7, 0.6, 0.3, 0.8])
+    for at, first, last in ((0, 0, 1), (3, 2, 4), (6, 5, 6)):
+        spans = cut_spans(built(chain, f"{at}/res/0", layers=7), 0.5)
+        assert spans[["first", "last"]].values.tolist() == [[first, last]] * 2
 
 
 @pytest.mark.parametrize(
@@ -340,7 +356,7 @@ def test_a_birth_is_by_the_module_whose_score_is_high():
     (born,) = graph.chain.to_dict("records")
     assert born["class"] == "newborn"
     assert born["s_mlp"] > born["s_att"]  # attention, though less near, is the one that is high
-    assert turns(graph)[["feature", "turned_by"]].values.tolist() == [["1/res/0", "att"]]
+    assert linear_circuits(graph)[["feature", "turned_by"]].values.tolist() == [["1/res/0", "att"]]
     shares = flow_by_layer(table).set_index("layer").loc[1]
     columns = ["born_att", "born_mlp", "processed", "unexplained"]
     assert shares[columns].tolist() == pytest.approx([1 / 3, 0, 1 / 3, 1 / 3])
