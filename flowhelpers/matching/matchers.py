@@ -131,11 +131,7 @@ def _rows(sae: "SAE", weights: str, folded: bool) -> Tensor:
 
 
 def read_codes(
-    suite: "Suite",
-    texts: Sequence[str],
-    sites: Collection[Site],
-    seed: int = 0,
-    max_tokens: int = MAX_TOKENS,
+    suite: "Suite", texts: Sequence[str], sites: Collection[Site], seed: int, max_tokens: int
 ) -> "tuple[dict[Site, csr_matrix], np.ndarray]":
     """Activations over texts for `by_pearson`, and for each token another one, by chance.
 
@@ -182,11 +178,15 @@ def by_pearson(
     features that are active once, on the same token, correlate perfectly (CHOICES 14).
     By chance: the best correlations with sources whose tokens are `shifted`.
 
-    Sums are sparse products in float64, some features at a time on each of torch's threads, and
-    both directions come from the same sums. TIMES
+    Both directions come from one set of sums: sparse products in float64, of some targets at a time
+    on each of torch's threads. At Gemma's size (100,000 tokens, 16,384 features on both sides, an
+    L0 of 80) a pair of SAEs takes 22 s of one core, half of it for chance, and 1 GB: the 36 pairs
+    of its even layers 13 minutes and all 77 of them 28, divided by the cores. Dense sums are 2·T·F²
+    = 5·10¹³ operations, 42,000 times as many; torch took 5 minutes for them on two
+    cores where sparse ones took 7 s on one. So they are on the CPU, whatever the device.
 
     Raises:
-        MemoryError: If the sums of `ROWS` features with all sources do not fit, once a thread.
+        MemoryError: If there is no room for all that is held at a time (some 0.2 GB a thread).
     """
     target, source = target.astype(float), source.astype(float)
     found = _most_correlated(target, source, k + 1, least_active)

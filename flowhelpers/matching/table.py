@@ -77,7 +77,7 @@ def match_table(
         texts: For `pearson`: the text sample.
         max_tokens: For `pearson`: where each text is cut, BOS included.
         layers: The layers whose residual features are matched; by default all.
-        device: Where to compute; by default where the SAEs are.
+        device: Where to compute; by default where the SAEs are. Correlations are on the CPU.
         cache: The folder of the tables on disk; by default `cache_folder()`.
 
     Returns:
