@@ -25,7 +25,7 @@ from judge_server import JudgeServer, scores
 from torch import Tensor
 
 from flowhelpers import activations
-from flowhelpers.activations.corpora import LOCAL_DATASETS, load_texts, passages
+from flowhelpers.activations.corpora import LOCAL_DATASETS, PAPER_DATASETS, load_texts, passages
 from flowhelpers.core.features import MODULES, FeatureId, Site, parse_feature
 from flowhelpers.paper import TABLE_5_MLP, TABLE_5_RES
 from flowhelpers.runs.parameters import inspect, plan
@@ -430,6 +430,28 @@ def test_pearson_is_the_highest_correlation_over_the_texts(matching: Executed) -
         row = own.loc[("pearson", site.module)]
         assert row["source"] == f"{site}/{found.argmax()}"
         assert row["score"] == pytest.approx(found.max(), abs=1e-4)
+
+
+def test_correlation_agrees_with_cosine_as_the_results_say(matching: Executed) -> None:
+    agreed = matching.table("agreement").set_index(["first", "second", "module"])["same"]
+    found = matching.results["pearson_as_cosine"]
+    assert found == pytest.approx(agreed["cosine", "pearson"].to_dict())
+    assert found["res"] > 2 * max(found["mlp"], found["att"])  # as in C.4, for another model
+
+
+def test_methods_are_compared_at_the_paper_s_layers_and_a_shipped_suite_needs_no_hub() -> None:
+    def asked(suite: str) -> dict[str, Any]:
+        (values,) = plan(["01_matching"], {"suite": suite}, "paper").values()
+        return values
+
+    for suite in ("gemma-2-2b", "gemma-2-2b@res+mlp"):
+        assert asked(suite)["layers"] == [*range(2, 25, 2)]
+        assert (asked(suite)["pearson_corpus"], asked(suite)["corpora"]) == ("fineweb", ["fineweb"])
+    assert asked("pythia-70m-deduped")["layers"] == [*range(6)]
+    assert asked("gpt2-small")["layers"] == [*range(12)]
+    for suite in ("flowlet", "flowlet-mini"):
+        assert asked(suite)["pearson_corpus"] is None
+        assert not set(asked(suite)["corpora"]) & set(PAPER_DATASETS)
 
 
 def test_a_sae_at_z_comes_back_by_both_steps_and_by_no_fewer(matching: Executed) -> None:

@@ -102,8 +102,9 @@ def transition(matches: TopK, width: int) -> Tensor:
     """The transition matrix T of the paper's 3.2, sparse `[rows, width]`: a one for each match.
 
     Rows are features of the side that chose, columns the `width` features of the other side. In
-    `backward` matches the targets choose (paper 3.2); in `forward` matches the sources choose
-    (appendix F, where ẑ = z·T). Top-k is by row (CHOICES 29).
+    `backward` matches the targets choose (paper 3.2); in `forward` matches the sources choose, so
+    that activations z of the sources become z·T. Top-k is by row. Appendix F, which applies T so,
+    prints no formula for it (CHOICES 29).
     """
     rows, ranks = torch.nonzero(matches.indices >= 0, as_tuple=True)
     places = torch.stack([rows, matches.indices[rows, ranks]])

@@ -6,6 +6,7 @@ where the source chose its best targets (paper 3.2 and 3.3).
 """
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from functools import cache as once
 from pathlib import Path
@@ -21,12 +22,14 @@ from flowhelpers.core.machine import check_device
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.matching.matchers import (
     LEAST_ACTIVE,
+    MAX_TOKENS,
     Null,
     PairMatch,
     Weights,
     by_cosine,
     by_pearson,
     by_permutation,
+    check_weights,
     random_of_top_k,
     read_codes,
 )
@@ -52,6 +55,7 @@ def match_table(
     weights: Weights = "decoder",
     folded: bool = False,
     texts: Sequence[str] | None = None,
+    max_tokens: int = MAX_TOKENS,
     layers: Sequence[int] | None = None,
     device: str | None = None,
     cache: Path | None = None,
@@ -71,8 +75,9 @@ def match_table(
             encoder's bias as well.
         folded: For `permutation`: fold thresholds into the weights first (CHOICES 16).
         texts: For `pearson`: the text sample.
+        max_tokens: For `pearson`: where each text is cut, BOS included.
         layers: The layers whose residual features are matched; by default all.
-        device: Where to compute; by default where the SAEs are.
+        device: Where to compute; by default where the SAEs are. Correlations are on the CPU.
         cache: The folder of the tables on disk; by default `cache_folder()`.
 
     Returns:
@@ -84,9 +89,13 @@ def match_table(
         pair of sites; CHOICES 27) and `null_quantile` (the share of best scores by chance that lie
         below).
 
+        Sites whose SAEs lack what a permutation compares (those at z all weights, those without
+        thresholds what is folded) have no rows, and a warning names them.
+
     Raises:
-        ValueError: If no residual SAE has an SAE before it, the method lacks its texts or gets an
-            argument it does not use, the device does not exist, or k exceeds an SAE's width.
+        ValueError: If no residual SAE has an SAE before it, or none can be permuted, the method
+            lacks its texts or gets an argument it does not use, the device does not exist, or k
+            exceeds an SAE's width.
 
     Example:
         >>> from flowhelpers import load_suite, match_table, matching
@@ -108,14 +117,16 @@ def match_table(
     choices: dict[str, Any] = {"method": method, "k": k, "seed": seed}
     choices["null"] = (NULL_QUANTILE, NULL_DRAWS)
     if method == "permutation":
+        sites = _with_weights(suite, sites, weights, folded)
         choices |= {"weights": weights, "folded": folded}
     if method == "pearson":
-        choices |= {"texts": list(texts or ()), "least_active": LEAST_ACTIVE}
-        choices |= {"model": suite.model.fingerprint}
+        choices |= {"texts": list(texts or ()), "max_tokens": max_tokens}
+        choices |= {"least_active": LEAST_ACTIVE, "model": suite.model.fingerprint}
 
     @once  # one pass of the model, when the first layer is not on disk
     def codes() -> Any:
-        return read_codes(suite, texts or (), {site for at in sites.values() for site in at}, seed)
+        needed = {site for at in sites.values() for site in at}
+        return read_codes(suite, texts or (), needed, seed, max_tokens)
 
     def match(target: "SAE", source: "SAE") -> tuple[PairMatch, Null]:
         if method == "pearson":
@@ -175,6 +186,26 @@ def _sites_by_layer(suite: "Suite", layers: Sequence[int] | None) -> dict[int, l
         there = ", ".join(map(str, by_layer))
         raise ValueError(f"layers={list(chosen)}: {suite.name} has matches at layers {there}")
     return {layer: by_layer[layer] for layer in sorted(chosen)}
+
+
+def _with_weights(
+    suite: "Suite", sites: dict[int, list[Site]], weights: Weights, folded: bool
+) -> dict[int, list[Site]]:
+    """By layer the sites that can be permuted by these weights; a warning names the others."""
+    refused: dict[Site, ValueError] = {}
+    for site in sorted({site for at in sites.values() for site in at}):
+        try:
+            check_weights(suite.sae(site), weights, folded)
+        except ValueError as error:
+            refused[site] = error
+    kept = {layer: [site for site in at if site not in refused] for layer, at in sites.items()}
+    kept = {layer: at for layer, at in kept.items() if at[:1] == sites[layer][:1] and at[1:]}
+    if not kept:
+        raise next(iter(refused.values()))
+    if refused:
+        names, why = ", ".join(map(str, refused)), next(iter(refused.values()))
+        warnings.warn(f"{suite.name}: not permuted are {names}, as {why}", stacklevel=3)
+    return kept
 
 
 def _both_sides(

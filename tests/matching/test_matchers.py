@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 import toys
+from scipy.sparse import csr_matrix
 from scipy.stats import beta
 from torch import Tensor
 
@@ -114,8 +115,8 @@ def test_a_folded_sae_at_z_is_compared_in_the_stream(d_z: int):
         assert torch.equal(match.backward.indices[:, 0], order)
     with pytest.raises(ValueError, match="1/att reads 1/z, in a space of its own"):
         by_permutation(later, at_z, "all")
-    with pytest.raises(ValueError, match="weights='encoder': expected 'decoder' or 'all'"):
-        matchers._rows(later, "encoder", False)
+    with pytest.raises(ValueError, match="unknown weights 'encoders'; did you mean 'encoder'"):
+        matchers.check_weights(later, "encoders", False)
 
 
 def test_a_permutation_that_does_not_fit_says_what_it_needs(monkeypatch: pytest.MonkeyPatch):
@@ -149,10 +150,10 @@ SITES = SECOND, FIRST, Site(1, "mlp")
 
 
 def correlated(
-    suite: Suite, source: Site = FIRST, texts: Sequence[str] = toys.TEXTS, **more: Any
+    suite: Suite, texts: Sequence[str] = toys.TEXTS, **more: Any
 ) -> tuple[PairMatch, Null]:
-    codes, shifted = read_codes(suite, texts, SITES)
-    return by_pearson(codes[SECOND], codes[source], shifted, 3, **more)
+    codes, shifted = read_codes(suite, texts, SITES, 0, 128)
+    return by_pearson(codes[SECOND], codes[FIRST], shifted, 3, **more)
 
 
 @pytest.fixture(scope="module")
@@ -160,30 +161,63 @@ def activations(planted: Suite) -> dict[Site, np.ndarray]:
     return {s: codes.toarray() for s, codes in collect(planted, toys.TEXTS).by_site.items()}
 
 
-@pytest.mark.parametrize("rows", [5, 1024])
-@pytest.mark.parametrize("source", SITES[1:])
-def test_correlations_are_those_of_the_activations(
-    planted: Suite,
-    activations: dict[Site, np.ndarray],
-    source: Site,
-    rows: int,
-    monkeypatch: pytest.MonkeyPatch,
-):
-    monkeypatch.setattr(matchers, "ROWS", rows)
-    a, b = activations[SECOND], activations[source]
+def drawn_codes(rng: np.random.Generator, tokens: int, width: int) -> np.ndarray:
+    """Activations of any sparsity, some large; a constant, one never active, ties by repetition."""
+    codes = rng.exponential(10.0 ** rng.uniform(-1, 1, width), (tokens, width))
+    codes += 50 * (rng.random(width) < 0.1)  # far from 0 where they are active
+    codes *= rng.random((tokens, width)) < rng.uniform(0.02, 1, width)
+    codes[:, 0], codes[:, width // 2] = 0.1 * rng.integers(1, 9), 0
+    codes[:, -2:] = codes[:, 1:3]
+    return codes.astype(np.float32).astype(float)
+
+
+@pytest.mark.parametrize("draw", range(50))
+def test_correlations_are_numpy_s_whatever_the_codes(draw: int, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(draw)
+    monkeypatch.setattr(matchers, "ROWS", int(rng.integers(1, 40)))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 + draw % 3)
+    tokens, k = int(rng.integers(20, 400)), int(rng.integers(1, 6))
+    a, b = (drawn_codes(rng, tokens, int(rng.integers(6, 70))) for _ in range(2))
+    b[:, 3] = 0.3 * b[:, 3] + a[:, 3]
     with np.errstate(invalid="ignore", divide="ignore"):
-        expected = np.nan_to_num(np.corrcoef(a.T, b.T)[: a.shape[1], a.shape[1] :])
-    match, _ = correlated(planted, source, least_active=1)
-    for exact, side in ((expected, match.backward), (expected.T, match.forward)):
-        indices, scores = side.indices.numpy(), side.scores.numpy()
-        best = -np.sort(-exact, axis=1)[:, : scores.shape[1]]
-        assert scores == pytest.approx(best.clip(0), abs=1e-5)
-        rows_there, ranks = np.nonzero(indices >= 0)
-        assert len(rows_there) >= 5
-        chosen = exact[rows_there, indices[rows_there, ranks]]
-        assert scores[rows_there, ranks] == pytest.approx(chosen, abs=1e-5)
-        assert (scores[indices < 0] == 0).all()
-        assert (scores[rows_there, ranks] > 0).all()
+        exact = np.corrcoef(a.T, b.T)[: a.shape[1], a.shape[1] :]
+    for side, codes in ((0, a), (1, b)):
+        few = ((codes > 0).sum(0) < 10) | (np.ptp(codes, axis=0) == 0)
+        exact[(few, slice(None)) if side == 0 else (slice(None), few)] = 0
+    shifted = rng.permutation(tokens)
+    match, null = by_pearson(csr_matrix(a), csr_matrix(b), shifted, k)
+    for values, found in ((exact, match.backward), (exact.T, match.forward)):
+        indices, scores = found.indices.numpy(), found.scores.numpy()
+        best = (-np.sort(-values, axis=1))[:, : k + 1].clip(0)
+        assert scores == pytest.approx(best, abs=1e-6)
+        chosen = np.take_along_axis(values, indices.clip(0), axis=1)
+        assert np.where(indices < 0, 0, chosen) == pytest.approx(best, abs=1e-6)
+        last = values.shape[1] - 1
+        for copy, first in ((last, 2), (last - 1, 1)):  # of a tie, the lowest index first
+            assert (indices[(indices == copy).any(1)] == first).any(1).all()
+    again, _ = by_pearson(csr_matrix(a), csr_matrix(b[shifted]), shifted, 1)
+    apart = again.backward.scores[(a > 0).sum(0) >= 10, 0]
+    assert torch.equal(null[0], apart.sort().values)
+
+
+def test_codes_are_those_of_the_texts_cut_where_one_says_and_stay_small(
+    planted: Suite, activations: dict[Site, np.ndarray]
+):
+    whole, shifted = read_codes(planted, toys.TEXTS, SITES, 0, 128)
+    assert all((codes.toarray() == activations[site]).all() for site, codes in whole.items())
+    assert (whole[FIRST].dtype, whole[FIRST].indices.dtype) == (np.float32, np.int32)
+    assert sorted(shifted) == [*range(whole[FIRST].shape[0])]
+    short, shifted = read_codes(planted, toys.TEXTS, SITES, 0, 3)
+    assert short[FIRST].shape[0] == len(shifted) == 2 * len(toys.TEXTS) < whole[FIRST].shape[0]
+
+
+def test_what_a_correlation_needs_is_said_before(planted: Suite, monkeypatch: pytest.MonkeyPatch):
+    codes, shifted = read_codes(planted, toys.TEXTS, SITES, 0, 128)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    with pytest.raises(MemoryError, match=r"16 with 16 features over \d+ tokens needs .* are free"):
+        by_pearson(codes[SECOND], codes[FIRST], shifted, 3)
+    with pytest.raises(MemoryError, match=r"\d+ tokens at 3 sites needs .* are free"):
+        read_codes(planted, toys.TEXTS, SITES, 0, 128)
 
 
 def test_a_correlation_of_few_tokens_is_none(planted: Suite, activations: dict[Site, np.ndarray]):

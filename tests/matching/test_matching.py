@@ -2,6 +2,7 @@
 
 import multiprocessing
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pandas as pd
 import pytest
 import torch
 import toys
+from hub import Hub
+from hub_families import write_gemma_scope_2
+from hub_files import shrink
 from torch import Tensor
 
 from flowhelpers.core.cache import CACHE
@@ -18,6 +22,7 @@ from flowhelpers.core.features import Site, predecessor_sites
 from flowhelpers.groups.occurrences import Occurrences, youden_thresholds
 from flowhelpers.matching import table as matching
 from flowhelpers.matching.cosine import TopK
+from flowhelpers.matching.matchers import by_permutation
 from flowhelpers.matching.null import null_cosines
 from flowhelpers.matching.scores import (
     agreement,
@@ -28,6 +33,7 @@ from flowhelpers.matching.scores import (
 )
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite, load_suite
+from flowhelpers.suites.saes import make_sae
 
 CODE = {"res": 0, "mlp": 1, "att": 2}
 
@@ -308,6 +314,66 @@ def test_a_permutation_of_the_layers_is_found_in_both_directions():
     for layer in (1, 2):
         assert backward(table, layer, "res")["source"].tolist() == toys.RES_FROM[layer]
     assert table["mutual"].sum() == (table["source"] >= 0).sum() - (table["feature"] < 0).sum()
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_where_attention_is_read_at_z_the_other_sites_are_permuted_by_all_weights(
+    folded: bool, hub_here: Hub, monkeypatch: pytest.MonkeyPatch
+):
+    write_gemma_scope_2(hub_here.root)
+    shrink(monkeypatch, "gemma-3-270m-pt", layers=2, d_model=64, d_att=128)
+    suite = load_suite("gemma-3-270m-pt")
+    options: dict[str, Any] = {"method": "permutation", "weights": "all", "folded": folded}
+    for _ in range(2):  # the second from disk
+        with pytest.warns(UserWarning, match="not permuted are 0/att, 1/att, as 0/att reads 0/z"):
+            table = match_table(suite, k=1, **options)
+        there = set(zip(table["layer"], table["module"], strict=True))
+        assert there == {(0, "mlp"), (1, "mlp"), (1, "res")}
+    for module, site in (("mlp", Site(1, "mlp")), ("res", Site(0, "res"))):
+        alone = by_permutation(suite.sae("1/res"), suite.sae(site), "all", folded)
+        found = backward(table, 1, module)["source"]
+        assert found.tolist() == alone.backward.indices[:, 0].tolist()
+    with pytest.raises(ValueError, match="1/att reads 1/z"):
+        by_permutation(suite.sae("1/res"), suite.sae("1/att"), "all", folded)
+    assert set(match_table(suite, k=1, method="permutation")["module"]) == set(CODE)
+
+
+def suite_to_fold(without: list[Site]) -> Suite:
+    """The planted directions as SAEs with thresholds, but for some."""
+    saes = {}
+    for site, rows in toys.planted_directions().items():
+        lens_sae = toys.write_lens_sae(rows, site, torch.linspace(0.5, 2, len(rows)))
+        if site in without:
+            del lens_sae.threshold
+        saes[site] = make_sae(site, lens_sae, rows.shape[1], "planted")
+    return replace(toys.bare_suite(), saes=saes)
+
+
+def test_what_has_nothing_to_fold_is_left_out_by_itself():
+    suite = suite_to_fold([Site(2, "mlp")])
+    fold: dict[str, Any] = {"method": "permutation", "folded": True}
+    with pytest.warns(UserWarning, match="not permuted are 2/mlp, as the SAE for 2/mlp"):
+        table = match_table(suite, k=1, **fold)
+    whole = match_table(suite_to_fold([]), k=1, **fold)
+    lost = (whole["layer"] == 2) & (whole["module"] == "mlp")
+    kept = whole[~lost].reset_index(drop=True)
+    pd.testing.assert_frame_equal(table, kept, check_categorical=False)
+    with pytest.warns(UserWarning, match="not permuted are 1/res"):  # a target, and a source
+        table = match_table(suite_to_fold([Site(1, "res")]), k=1, **fold)
+    kept = whole[(whole["layer"] != 1) & (whole["module"] != "res")].reset_index(drop=True)
+    pd.testing.assert_frame_equal(table, kept, check_categorical=False, check_dtype=False)
+    with pytest.raises(ValueError, match=r"the SAE for 0/att .* has no thresholds to fold"):
+        match_table(suite_to_fold([*toys.planted_directions()]), k=1, **fold)
+
+
+def test_texts_and_where_they_are_cut_make_another_table_of_correlations(planted: Suite):
+    def scores(texts: list[str], cut: int) -> list[float]:
+        table = match_table(planted, k=1, method="pearson", texts=texts, max_tokens=cut)
+        return table["score"].tolist()
+
+    texts = toys.TEXTS * 4
+    assert scores(texts, 128) != scores(texts, 6)
+    assert scores(texts, 128) != scores(texts[:-3], 128)
 
 
 def test_methods_agree_where_they_choose_the_same():
