@@ -6,6 +6,7 @@ from .sampling import datasets_for as datasets_for
 from .sampling import draw_sample as draw_sample
 from .sampling import sample_sizes as sample_sizes
 from .sampling import texts_of as texts_of
+from .sampling import unscored_texts as unscored_texts
 from .sparse import FeatureActivations as FeatureActivations
 from .sparse import collect as collect
 from .sparse import read_sample as read_sample

@@ -1,6 +1,6 @@
 """The sample of an experiment: texts of several datasets, and tokens chosen in each (paper A.1)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +41,26 @@ def texts_of(datasets: Sequence[str], n_texts: int, seed: int = 0) -> dict[str, 
     if isinstance(datasets, str) or not datasets or len(set(datasets)) < len(datasets):
         raise ValueError(f"datasets {datasets!r}: expected some of {', '.join(CORPORA)}, each once")
     return {name: load_texts(name, n_texts, seed, or_fewer=True) for name in datasets}
+
+
+def unscored_texts(corpus: str, n: int, scored: Iterable[str], seed: int = 0) -> list[str]:
+    """At most `n` texts of a corpus, none of them among those `scored`: for `pearson` (C.4).
+
+    A correlation chooses matches for being active together; on texts that it has read, it would be
+    judged by what chose it. Texts are the same where all their characters are.
+
+    Raises:
+        ValueError: If `n` is below 1, or all texts of the corpus are scored.
+    """
+    if n < 1:
+        raise ValueError(f"{n} texts of {corpus!r} for pearson: expected 1 or more")
+    known = set(scored)
+    there = load_texts(corpus, n + len(known), seed, or_fewer=True)
+    texts = [text for text in there if text not in known]
+    if not texts:
+        told = f"all {len(there)} texts of {corpus!r} are scored, and none is left for pearson"
+        raise ValueError(f"{told}: score fewer, or give another pearson_corpus")
+    return texts[:n]
 
 
 def draw_sample(

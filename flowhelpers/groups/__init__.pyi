@@ -2,6 +2,7 @@ from .coactivation import coactivation_by_cosine as coactivation_by_cosine
 from .coactivation import coactivation_of_matches as coactivation_of_matches
 from .coactivation import disagreements as disagreements
 from .occurrences import GROUPS as GROUPS
+from .occurrences import check_layers as check_layers
 from .occurrences import find_occurrences as find_occurrences
 from .occurrences import shuffled_tokens as shuffled_tokens
 from .occurrences import youden_thresholds as youden_thresholds
@@ -13,6 +14,7 @@ from .plots import pair_heatmaps as pair_heatmaps
 from .plots import score_densities as score_densities
 from .plots import together_by_cosine as together_by_cosine
 from .plots import transition_heatmap as transition_heatmap
+from .shares import dataset_gaps as dataset_gaps
 from .shares import group_profiles as group_profiles
 from .shares import group_shares as group_shares
 from .shares import score_histograms as score_histograms

@@ -4,7 +4,7 @@ Every active residual feature at every token falls into one of eight groups, by 
 predecessors (its matches in the stream before, the MLP and attention) are active at that token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,19 @@ class Occurrences:
     def __str__(self) -> str:
         n = len(complete_layers(self.table))
         return f"{self.sample} · {self.method} top-{self.top_n} · n = {n:,} occurrences"
+
+
+def check_layers(layers: Sequence[int], sites: Collection[Site]) -> list[int]:
+    """The layers, refused unless each has SAEs for its features and for all their predecessors.
+
+    Layer 0 has none for the stream before it (CHOICES 5). `sites` are those of the suite's SAEs.
+    """
+    modules = {site.module for site in sites}
+    residual = sorted(site.layer for site in sites if site.module == "res" and site.layer)
+    valid = [n for n in residual if {predecessor_site(n, m) for m in modules} <= {*sites}]
+    if not layers or sorted({*layers} & {*valid}) != sorted(layers):
+        raise ValueError(f"layers={list(layers)}: expected some of {valid}, each once")
+    return list(layers)
 
 
 def find_occurrences(

@@ -4,7 +4,7 @@ Tokens of one text are not independent, so whole texts are drawn, within their d
 replacement; the interval holds the middle 95 % of what the share then is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -59,6 +59,44 @@ def share_intervals(
     shares = shares.merge(ends, "left", on=[*by, "group"])
     shares[["low", "high"]] = shares[["low", "high"]].mask(shares["share"].isna())
     return shares
+
+
+def dataset_gaps(
+    by_method: Mapping[str, Occurrences], fitted: str, times: int = TIMES, seed: int = 0
+) -> "pd.DataFrame":
+    """Is there more "From nowhere" in other datasets than in the one that Pearson read (C.4)?
+
+    All methods are of one sample, and drawn anew together, so that `beyond` is paired.
+
+    Returns:
+        One row for each method and dataset but `fitted`: the share "From nowhere" `at_home`, in
+        `fitted`, and `away`, in the dataset; `difference`, away less at home, and `beyond`, that
+        less the first method's, both with intervals `…_low`, `…_high`.
+    """
+    import pandas as pd
+
+    rows, first = [], {}
+    for method, found in by_method.items():
+        table, drawn = complete_layers(found.table), resamples(found.tokens, times, seed)
+        drawn = np.vstack([np.ones_like(drawn[:1]), drawn])  # the sample itself first
+        nowhere = table[table["group"] == GROUPS[0]]
+        sums, counts = (
+            np.bincount(text_rows(found.tokens, some), minlength=drawn.shape[1])
+            for some in (nowhere, table)
+        )
+        of_text = found.tokens.drop_duplicates(["dataset", "text"])["dataset"].to_numpy()
+        own = {name: np.where(of_text == name, drawn, 0) for name in dict.fromkeys(of_text)}
+        shares = {name: (many @ sums) / (many @ counts) for name, many in own.items()}
+        for name in [name for name in shares if name != fitted]:
+            gap = shares[name] - shares[fitted]
+            both = np.stack([gap, gap - first.setdefault(name, gap)], axis=1)
+            (low, beyond_low), (high, beyond_high) = interval(both[1:])
+            row = {"method": method, "dataset": name}
+            row |= {"at_home": shares[fitted][0], "away": shares[name][0]}
+            row |= {"difference": both[0, 0], "difference_low": low, "difference_high": high}
+            row |= {"beyond": both[0, 1], "beyond_low": beyond_low, "beyond_high": beyond_high}
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def group_transition(table: "pd.DataFrame") -> np.ndarray:

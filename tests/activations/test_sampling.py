@@ -20,6 +20,7 @@ from flowhelpers.activations.sampling import (
     draw_sample,
     sample_sizes,
     texts_of,
+    unscored_texts,
 )
 from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import Site
@@ -86,6 +87,25 @@ def test_a_dataset_with_fewer_texts_gives_all_it_has_and_each_suite_has_its_own(
             texts_of(datasets, 5)
     with pytest.raises(ValueError, match="cannot load n=0 texts"):
         texts_of(["maths"], 0)
+
+
+def test_pearson_reads_no_text_that_is_scored_even_of_the_same_corpus(tmp_path: Path):
+    own, everything = tmp_path / "own.txt", load_texts("fiction", None)
+    for seed in (0, 3):  # drawn with the same seed or another
+        scored = [*load_texts("fiction", 150, seed), *load_texts("maths", 5)]
+        left = unscored_texts("fiction", 200, scored)
+        assert sorted(left) == sorted(set(everything) - set(scored))
+        few = unscored_texts("fiction", 12, scored)
+        assert few == left[:12] != unscored_texts("fiction", 12, scored, seed=1)
+    own.write_text("One.\n<|endoftext|>\nTwo.\n<|endoftext|>\nThree.", "utf-8")
+    assert unscored_texts(str(own), 5, ["Two.", "Four."]) in (
+        ["One.", "Three."],
+        ["Three.", "One."],
+    )
+    with pytest.raises(ValueError, match="all 3 texts of .*own.txt' are scored, and none is left"):
+        unscored_texts(str(own), 5, ["One.", "Two.", "Three."])
+    with pytest.raises(ValueError, match="0 texts of 'maths' for pearson: expected 1 or more"):
+        unscored_texts("maths", 0, [])
 
 
 def test_texts_without_a_token_to_choose_are_refused(planted: Suite):

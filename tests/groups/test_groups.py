@@ -1,6 +1,7 @@
 """Groups are what the planted activity says, and shares and profiles are counted by hand."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,14 +11,22 @@ from counted import BY_BITS, planted_occurrences, table_of
 from scipy.stats import entropy
 
 from flowhelpers.activations.sparse import FeatureActivations
+from flowhelpers.core.bootstrap import resamples
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.groups.occurrences import (
     GROUPS,
+    Occurrences,
+    check_layers,
     complete_layers,
     find_occurrences,
     shuffled_tokens,
 )
-from flowhelpers.groups.shares import group_profiles, group_shares, group_transition
+from flowhelpers.groups.shares import (
+    dataset_gaps,
+    group_profiles,
+    group_shares,
+    group_transition,
+)
 
 BITS = list(BY_BITS)
 
@@ -139,6 +148,53 @@ def test_shares_are_counted_by_hand_and_an_empty_group_has_none():
     by_layer = group_shares(found, ("layer",)).set_index(["layer", "group"])
     assert by_layer.loc[0, "From MLP"]["n"] > 0  # layer 0 is shown apart, and only here
     assert group_shares(found, ())["n"].sum() == len(expected)
+
+
+def test_datasets_are_held_against_the_one_that_was_read_and_methods_on_equal_resamples():
+    found, _ = planted_occurrences()
+    some = complete_layers(found.table).drop(columns="group")
+
+    def method(**rates: float) -> Occurrences:
+        draw = np.random.default_rng(1).random(len(some))
+        away = draw < some["dataset"].astype(str).map(rates)
+        return replace(found, table=some.assign(group=np.where(away, GROUPS[0], GROUPS[1])))
+
+    by_method = {"cosine": method(one=0.3, two=0.4), "pearson": method(one=0.1, two=0.9)}
+    by_method["same"] = by_method["cosine"]
+    gaps = dataset_gaps(by_method, "one", times=60).set_index("method")
+    assert gaps["dataset"].tolist() == ["two"] * 3
+    drawn = {}
+    for name, made in by_method.items():
+        nowhere = made.table["group"] == GROUPS[0]
+        shares = nowhere.groupby(made.table["dataset"].astype(str)).mean()
+        assert gaps.loc[name, ["at_home", "away"]].tolist() == pytest.approx(shares.tolist())
+        gap = shares["two"] - shares["one"]
+        assert gaps.loc[name, "difference"] == pytest.approx(gap)
+        draws = []
+        for times in resamples(found.tokens, 60):
+            rows = made.table.loc[made.table.index.repeat(times[made.table["text"]])]
+            means = (rows["group"] == GROUPS[0]).groupby(rows["dataset"].astype(str)).mean()
+            draws.append(means["two"] - means["one"])
+        drawn[name] = np.array(draws)
+        for column, values in (
+            ("difference", drawn[name]),
+            ("beyond", drawn[name] - drawn["cosine"]),
+        ):
+            ends = gaps.loc[name, [f"{column}_low", f"{column}_high"]].tolist()
+            assert ends == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=1e-9)
+    assert gaps.loc["pearson", "beyond_low"] > 0.2
+    assert (gaps.loc["same", ["beyond", "beyond_low", "beyond_high"]] == 0).all()
+
+
+def test_a_layer_without_predecessors_is_refused_with_those_that_have_them():
+    sites = {Site(layer, module) for layer in range(4) for module in MODULES}
+    assert check_layers([3, 1], sites) == [3, 1]
+    for layers in ([0], [4], [1, 1], [], [1, 9]):
+        with pytest.raises(ValueError, match=r"expected some of \[1, 2, 3\], each once"):
+            check_layers(layers, sites)
+    with pytest.raises(ValueError, match=r"layers=\[2\]: expected some of \[1\]"):
+        check_layers([2], sites - {Site(2, "att"), Site(3, "mlp")})
+    assert check_layers([2], {site for site in sites if site.module != "att"}) == [2]
 
 
 def test_the_transition_and_the_profiles_are_counted_by_hand():
