@@ -20,6 +20,9 @@ import torch
 import yaml
 from answers import NOTEBOOKS as FOLDER
 from answers import write_answered
+from hub import Hub
+from hub_families import write_gpt2
+from hub_files import shrink
 from judge_server import JudgeServer, scores
 from torch import Tensor
 
@@ -861,6 +864,30 @@ def test_removing_more_costs_more_and_at_equal_norm_the_norms_are_equal(
     assert others["norm"].to_numpy() == pytest.approx(others["theme"].map(best), rel=1e-3)
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS[5:7], ids=lambda path: path.stem)
+def test_saes_without_thresholds_are_steered_in_units_of_greatest_activations(
+    path: Path, hub_here: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gpt2(hub_here.root)
+    shrink(monkeypatch, "gpt2-small", layers=2, d_model=64, model_parameters=100_000)
+    monkeypatch.setenv("FLOWHELPERS_RUN_DIR", str(tmp_path))
+    given = {"suite": "gpt2-small", "n_samples": 2, "max_new_tokens": 3, "layers": "all"}
+    given |= {"strengths": [0.5], "candidates": 1, "r_values": [-2], "themes": ["sea"], "t_res": -1}
+    given |= {"advanced": {"random_draws": 1}}
+    names: dict[str, Any] = {"In": []}
+    for cell in code_cells(path):
+        exec(cell.source, names)
+        names |= given if "parameters" in cell.metadata.get("tags", []) else {}
+    texts = Executed(tmp_path).table("texts")
+    assert {*texts["layer"].dropna()} == {0, 1}
+    if path.stem[:2] == "06":
+        assert names["of_unit"]["unit"] == "max"
+        codes = names["on_passages"]
+        for step in names["cells"][-1].plan.steps:
+            feature = parse_feature(step.feature)
+            assert step.scale == pytest.approx(codes.of(feature).max())
+
+
 # A judge behind an endpoint.
 
 KEY = "sk-this-is-the-key-of-nobody-5f21"
@@ -891,6 +918,8 @@ def test_a_judge_behind_an_endpoint_serves_and_its_key_is_written_nowhere(tmp_pa
     for row in texts[texts["text"].str.strip() != ""].itertuples():
         coherence, behavioral = scores(str(row.text))
         assert (row.coherence, row.behavioral) == (coherence / 5, behavioral[1] / 5)
+        all_three = [row.behavioral_a, row.behavioral_b, row.behavioral_c]
+        assert all_three == [each / 5 for each in behavioral]
 
 
 def test_a_wrong_key_is_an_error_before_any_text_is_written(tmp_path: Path) -> None:
