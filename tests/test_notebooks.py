@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import nbformat
 import numpy as np
 import pandas as pd
@@ -21,6 +22,9 @@ import toys
 import yaml
 from answers import NOTEBOOKS as FOLDER
 from answers import write_answered
+from hub import Hub
+from hub_families import write_gpt2
+from hub_files import shrink
 from judge_server import JudgeServer, scores
 from torch import Tensor
 
@@ -936,6 +940,50 @@ def test_removing_more_costs_more_and_at_equal_norm_the_norms_are_equal(
     assert others["norm"].to_numpy() == pytest.approx(others["theme"].map(best), rel=1e-3)
 
 
+PICKED = ["0/mlp/5", "1/res/7"]
+
+
+@pytest.mark.parametrize(
+    ("number", "given"),
+    [
+        (5, {"r_values": [-2], "seeds": ["0/res/3"], "hand_picked": PICKED}),
+        (6, {}),
+        (6, {"seeds": {"sea": "0/res/3"}, "hand_picked": {"sea": PICKED}}),
+    ],
+)
+def test_saes_without_thresholds_and_features_picked_by_hand_are_steered(
+    number: int,
+    given: dict[str, Any],
+    hub_here: Hub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_gpt2(hub_here.root)
+    shrink(monkeypatch, "gpt2-small", layers=2, d_model=64, model_parameters=100_000)
+    monkeypatch.setenv("FLOWHELPERS_RUN_DIR", str(tmp_path))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    given = {"suite": "gpt2-small", "n_samples": 2, "max_new_tokens": 3, "layers": "all"} | given
+    given |= {"strengths": [0.5], "candidates": 1, "themes": ["sea"], "t_res": -1.0}
+    names: dict[str, Any] = {"In": []}
+    for cell in code_cells(NOTEBOOKS[number]):
+        exec(cell.source, names)
+        names |= given if "parameters" in cell.metadata.get("tags", []) else {}
+    ours = Executed(tmp_path)
+    assert {0, 1} <= {*ours.table("texts")["layer"]}
+    (alone,) = (cell.plan for cell in names["cells"] if cell.strategy == "seeds only")
+    (step,) = alone.steps
+    if number == 6:
+        assert names["of_unit"]["unit"] == "max"
+        greatest = names["on_passages"].of(parse_feature(step.feature)).max()
+        assert step.scale == pytest.approx(greatest)
+        assert (
+            ours.table("trial")["score"].isna().all() == ("seeds" in given) != bool(names["tries"])
+        )
+    if "seeds" in given:
+        assert step.feature == "0/res/3"
+        assert sorted(ours.table("features")["feature"]) == PICKED
+
+
 # A judge behind an endpoint.
 
 KEY = "sk-this-is-the-key-of-nobody-5f21"
@@ -966,6 +1014,8 @@ def test_a_judge_behind_an_endpoint_serves_and_its_key_is_written_nowhere(tmp_pa
     for row in texts[texts["text"].str.strip() != ""].itertuples():
         coherence, behavioral = scores(str(row.text))
         assert (row.coherence, row.behavioral) == (coherence / 5, behavioral[1] / 5)
+        all_three = [row.behavioral_a, row.behavioral_b, row.behavioral_c]
+        assert all_three == [each / 5 for each in behavioral]
 
 
 def test_a_wrong_key_is_an_error_before_any_text_is_written(tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def sample_tokens(
         raise ValueError(f"{given}: expected 0 < top_p <= 1 and more than 0 of the others")
     if len(seeds) != len(ids):  # one would be spread over all rows
         raise ValueError(f"{len(seeds)} seeds for {len(ids)} rows")
-    if unknown := {*phases} - {*PHASES}:
-        raise ValueError(f"phases={unknown}: expected some of {PHASES}")
+    if not phases or {*phases} - {*PHASES}:
+        raise ValueError(f"phases={phases}: expected some of {PHASES}")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = np.stack([torch.rand(max_new_tokens, generator=g).numpy() for g in generators])
     ended = torch.zeros(len(ids), dtype=torch.bool)

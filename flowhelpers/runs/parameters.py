@@ -133,6 +133,26 @@ def plan(
     return planned
 
 
+def merged(usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as usual but for those given; another name or type is a ValueError.
+
+    The usual value has the type; the first of a list has that of all of it.
+
+    Example:
+        >>> merged({"alpha": -0.05, "sites": ["res"]}, {"alpha": 0})
+        {'alpha': 0.0, 'sites': ['res']}
+    """
+    _check_names(given, usual)
+    settings = dict(usual)
+    for name, value in given.items():
+        kind: Any = type(usual[name])
+        if kind is list:
+            kind = list[type(usual[name][0])]
+        text = str(kind).removeprefix("<class '").removesuffix("'>")
+        settings[name] = Parameter(name, text, kind, usual[name], "").check(value)
+    return settings
+
+
 def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         check_choice("parameter", name, sorted(known))

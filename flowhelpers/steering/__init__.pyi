@@ -8,6 +8,7 @@ from .plans import load_plan as load_plan
 from .plans import make_plan as make_plan
 from .plans import save_plan as save_plan
 from .plans import schedule as schedule
+from .plans import unit_of as unit_of
 from .plots import best_by_layer as best_by_layer
 from .plots import dose_response as dose_response
 from .plots import features_by_layer as features_by_layer

@@ -10,6 +10,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
+import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from flowhelpers.core.cache import DiskCache, cache_folder, key_of
@@ -113,6 +114,9 @@ class EndpointJudge:
     def judge(self, texts: Sequence[str]) -> "pd.DataFrame":
         """Scores from 0 to 1, one row a text: `behavioral`, `coherence`; and `problem`.
 
+        To suppress, `behavioral` is that of the judge's subject, and `behavioral_a`, `behavioral_b`
+        and `behavioral_c` are those of all three of which the paper's prompt asks (B.1).
+
         A text without a readable reply has no scores (NaN, CHOICES 23), and `problem` says why. An
         empty text has 0 in both, unasked. No text is asked about again whose reply is kept: the
         same call goes on where one was stopped. Errors are those of the first request; it is a
@@ -124,16 +128,18 @@ class EndpointJudge:
         known = self.cache.get(keys.values())
         problems = self._ask_all([text for text, key in keys.items() if key not in known])
         answers = self.cache.get(keys.values())
+        letters = [f"behavioral_{letter}" for letter in SUBJECTS] if self.subject else []
         rows = []
         for text in texts:
-            behavioral = coherence = 0.0 if text not in keys else float("nan")
+            row = [0.0 if text not in keys else float("nan")] * (1 + len(letters or "b"))
             if answer := answers.get(keys.get(text, "")):
-                behavioral, coherence = answer["behavioral"], answer["coherence"]
-                if self.subject:
-                    behavioral = behavioral[SUBJECTS.index(self.subject)]
-            rows.append((behavioral / BEST, coherence / BEST, problems.get(text, "")))
-        table = pd.DataFrame(rows, columns=["behavioral", "coherence", "problem"])
-        return table.astype({"behavioral": float, "coherence": float, "problem": object})
+                row = [answer["coherence"], *np.atleast_1d(answer["behavioral"])]
+            rows.append(row)
+        table = pd.DataFrame(rows, columns=["coherence", *(letters or ["behavioral"])], dtype=float)
+        if letters:
+            table["behavioral"] = table[f"behavioral_{self.subject}"]
+        told = pd.Series([problems.get(text, "") for text in texts], dtype=object)
+        return (table[["behavioral", "coherence", *letters]] / BEST).assign(problem=told)
 
     def _ask_all(self, texts: Sequence[str]) -> dict[str, str]:
         """What is wrong with the texts that got no readable reply."""

@@ -14,6 +14,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from flowhelpers.activations.preflight import preflight_once
+from flowhelpers.activations.sparse import FeatureActivations
 from flowhelpers.core.features import FeatureId, Site, check_choice, parse_feature
 from flowhelpers.core.files import write_text
 from flowhelpers.flow.graph import FlowGraph
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
 
 STRATEGIES = ("single", "constant", "exponential", "linear")
+UNITS = ("theta", "max", "unit")  # of s
 SteeringVectors = Mapping[Site, Tensor]  # what is added to the stream, by hook point
 
 
@@ -127,7 +129,7 @@ def make_plan(
         [['3/res/10', 4.0], ['5/res/7', 1.0]]
     """
     check_choice("kind", kind, ("add", "rescale"))
-    check_choice("unit", unit, ("theta", "max", "unit"))
+    check_choice("unit", unit, UNITS)
     if not math.isfinite(strength):
         raise ValueError(f"strength={strength}: expected a finite number")
     is_add = kind == "add"
@@ -164,6 +166,25 @@ def _scale(suite: "Suite", feature: FeatureId, unit: str, maxima: Mapping[str, f
     if not size > 0:
         raise ValueError(f"the {unit} of {feature} is {size}: expected a number above zero")
     return size
+
+
+def unit_of(
+    suite: "Suite", activations: FeatureActivations, unit: str | None = None
+) -> dict[str, Any]:
+    """The `unit` of s in a suite and the `max_activation` that it needs, for `make_plan`.
+
+    Without a `unit` it is `theta` where all SAEs of the suite have thresholds, else `max`: the
+    greatest activation in a sample of text, in which a feature that is never active has none.
+    """
+    lacking = any(sae.thresholds is None for sae in suite.saes.values())
+    unit = unit or ("max" if lacking else "theta")
+    check_choice("unit", unit, UNITS)
+    found: dict[str, float] = {}
+    for site, codes in activations.by_site.items() if unit == "max" else ():
+        most = codes.max(axis=0).tocoo()
+        names = [f"{site}/{index}" for index in most.col]
+        found |= dict(zip(names, most.data.tolist(), strict=True))
+    return {"unit": unit, "max_activation": found}
 
 
 def save_plan(plan: Plan, path: str | Path) -> None:

@@ -15,10 +15,11 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from flowhelpers.core.figures import COLOURS, INK, NAMES, dress, legend_below
-from flowhelpers.steering.scores import SCORES
+from flowhelpers.steering.scores import SCORES, best_cells
 from flowhelpers.steering.sweeps import UNSTEERED
 
 SEEDS = "layer of the seed features"
+BEST = "best layer of each r"
 # The colour, marker and dash of each strategy. Controls are grey, hollow and dotted.
 LOOKS = {
     "single": ("#0072B2", "circle", "solid"),
@@ -37,6 +38,7 @@ COLOUR, SYMBOL, DASH = ({name: look[i] for name, look in LOOKS.items()} for i in
 MARKS: dict[str, Any] = {"color": "strategy", "symbol": "strategy"}
 MARKS |= {"color_discrete_map": COLOUR, "symbol_map": SYMBOL}
 AXES = {"value": "mean over samples"}
+AS_CHOSEN = {"score": "score on new samples", "chosen_on": "score it was chosen by (the paper's)"}
 ERRORS = {"error_y": "up", "error_y_minus": "down"}
 COSTS = {
     "norm": ("Does a larger edit steer better?", "total norm added"),
@@ -45,20 +47,27 @@ COSTS = {
 
 
 def suppression_by_layer(means: pd.DataFrame, subtitle: str) -> go.Figure:
-    """Behavioral, coherence and score by layer, a line for each r (Figure 9)."""
+    """Behavioral, coherence and score by layer, a line for each r (Figure 9).
+
+    As there, the layer of the highest score is marked for each r of the method `single`.
+    """
     long = _long(means, SCORES)
     cells = long.dropna(subset=["layer", "strength"]).sort_values("layer", kind="stable")
     plain = long[long["strategy"] == UNSTEERED].drop(columns=["strategy", "layer"])
     plain = plain.merge(cells[["strategy", "layer"]].drop_duplicates(), how="cross")
+    best = best_cells(means[means["strategy"] == "single"], ["strength"])
+    best = cells[cells.index.isin(best.index)]
     factors = sorted(cells["strength"].unique(), reverse=True)
     cells = cells.assign(r=cells["strength"].map("{:g}".format))
     figure = px.line(
-        pd.concat([cells, plain.assign(r=UNSTEERED)]), x="layer", y="value", color="r",
-        line_dash="r", markers=True, facet_row="measure", facet_col="strategy",
+        pd.concat([cells, plain.assign(r=UNSTEERED), best.assign(r=BEST)]), x="layer", y="value",
+        color="r", line_dash="r", markers=True, facet_row="measure", facet_col="strategy",
         category_orders={"r": [f"{r:g}" for r in factors], "measure": SCORES},
-        color_discrete_map={UNSTEERED: INK}, hover_data=_hover(long), labels=AXES,
-        color_discrete_sequence=sample_colorscale("Viridis_r", len(factors) + 1),
+        color_discrete_map={UNSTEERED: INK, BEST: "red"}, hover_data=_hover(long), labels=AXES,
+        color_discrete_sequence=sample_colorscale("Viridis_r", len(factors) + 2),
     )  # fmt: skip
+    look = {"symbol": "circle-open", "size": 11, "line": {"width": 2}}
+    figure.update_traces(mode="markers", marker=look, selector={"name": BEST})
     return _finished(figure, "Which layer suppresses the theme best?", subtitle, 900)
 
 
@@ -69,7 +78,7 @@ def strategies_by_theme(means: pd.DataFrame, subtitle: str) -> go.Figure:
         long, x="theme", y="value", facet_row="measure", barmode="group", color="strategy",
         color_discrete_map=COLOUR, pattern_shape="strategy", **ERRORS, hover_data=_hover(long),
         labels=AXES,
-        category_orders={"strategy": [UNSTEERED, *LOOKS]},
+        category_orders={"strategy": [UNSTEERED, "seeds only", *LOOKS]},
     )  # fmt: skip
     title = "How well does each strategy bring a theme into texts?"
     return _finished(figure, title, subtitle, 900)
@@ -104,8 +113,13 @@ def features_by_layer(features: pd.DataFrame, subtitle: str, seeds: Iterable[int
 
 
 def dose_response(means: pd.DataFrame, subtitle: str) -> go.Figure:
-    """Behavioral, coherence and score by strength, evenly spaced from 0 on (Figure 10)."""
-    figure = _lines(_long(means, SCORES), "strength", facet_row="theme", facet_col="measure")
+    """Behavioral, coherence and score by strength, evenly spaced from 0 on (Figure 10).
+
+    With a column `chosen_on`, the score by which a cell was chosen is drawn beside that on others.
+    """
+    named = AS_CHOSEN if "chosen_on" in means else {}
+    long = _long(means, [*SCORES[:2], *(named or ["score"])]).replace({"measure": named})
+    figure = _lines(long, "strength", facet_row="theme", facet_col="measure")
     strengths = sorted(means["strength"].dropna().unique(), key=abs)
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=strengths)
     height = 225 + 300 * means["theme"].nunique()

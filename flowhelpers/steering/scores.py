@@ -33,7 +33,8 @@ def score_texts(
     """Texts of `sweep` with scores by the judge of their theme: `behavioral`, `coherence`, `score`.
 
     The score of a text is B · C, or (1 - B) · C where the theme is to be suppressed (paper 5.3, B;
-    CHOICES 22); missing where the judge gave none (CHOICES 23).
+    CHOICES 22); missing where the judge gave none (CHOICES 23). What else a judge gives under a
+    name that begins with `behavioral_` follows.
     """
     import pandas as pd
 
@@ -42,13 +43,19 @@ def score_texts(
     parts = []
     for theme, of_theme in texts.reset_index(drop=True).groupby("theme", sort=False):
         different = list(dict.fromkeys(of_theme["text"]))
-        scores = judges[str(theme)].judge(different)[["behavioral", "coherence"]]
+        judged = judges[str(theme)].judge(different)
+        scores = judged[["behavioral", "coherence", *_of_subjects(judged)]]
         if outside := int(((scores < 0) | (scores > 1)).sum().sum()):
             raise ValueError(f"the judge of {theme!r} gave {outside} scores outside 0 to 1")
         parts.append(of_theme.join(scores.set_axis(different), on="text"))
     scored = pd.concat(parts).sort_index().set_axis(texts.index)
     present = 1 - scored["behavioral"] if suppress else scored["behavioral"]
-    return scored.assign(score=present * scored["coherence"])
+    more = {name: scored.pop(name) for name in _of_subjects(scored)}
+    return scored.assign(score=present * scored["coherence"], **more)
+
+
+def _of_subjects(scores: "pd.DataFrame") -> list[str]:
+    return [name for name in scores if name.startswith("behavioral_")]
 
 
 def cell_means(
@@ -58,7 +65,7 @@ def cell_means(
 
     The product is taken text by text, before the mean (CHOICES 22). The same samples are drawn for
     all cells. Columns: `by`, `n` (texts with scores), `missing` (texts without), and `behavioral`,
-    `coherence` and `score`, each with `_low` and `_high`.
+    `coherence` and `score`, each with `_low` and `_high`, and so what else the judge gave.
     """
     import pandas as pd
 
@@ -66,7 +73,8 @@ def cell_means(
     cell = scores.groupby(keys, sort=False, dropna=False).ngroup()
     table = scores.assign(group=cell, text=scores["sample"])  # the bootstrap draws samples
     samples = pd.DataFrame({"dataset": "samples", "text": np.sort(scores["sample"].unique())})
-    means = mean_intervals(table, SCORES, ["group"], samples, TIMES, seed)
+    measures = [*SCORES, *_of_subjects(scores)]
+    means = mean_intervals(table, measures, ["group"], samples, TIMES, seed)
     n = table["score"].notna().groupby(cell).sum().to_numpy()
     named = scores[keys].drop_duplicates().reset_index(drop=True)
     named = named.assign(n=n, missing=means["n"].to_numpy() - n)
@@ -130,13 +138,28 @@ def best_cells(means: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
     return known.loc[known.groupby(list(by), sort=False, dropna=False)["score"].idxmax()]
 
 
-def selection_bias(reported: "pd.DataFrame", strategies: Iterable[str]) -> float:
-    """By how much the strategies' cells score below `chosen_on`, beyond what unsteered text does.
+def selection_bias(
+    chosen_on: "pd.DataFrame", reported: "pd.DataFrame", strategies: Iterable[str]
+) -> tuple[float, float, float]:
+    """By how much the strategies' cells fall on new samples, beyond what unsteered text does.
 
-    `chosen_on` is the score by which each was chosen as the best, on other samples.
+    Args:
+        chosen_on: Scores by which the cells were chosen as the best, a text a row; others too.
+        reported: Those of the chosen cells on other samples.
+        strategies: Those whose cells were chosen.
+
+    Returns:
+        The difference of the mean scores, and the ends of its 95 % interval by the normal
+        approximation; samples are independent, cells are not.
     """
-    fall = (reported["chosen_on"] - reported["score"]).groupby(reported["strategy"]).mean()
-    return float(fall[fall.index.isin(list(strategies))].mean() - fall[UNSTEERED])
+    cells, gaps = reported[[*CELL]].drop_duplicates(), []
+    for texts in (chosen_on.merge(cells, on=[*CELL]), reported):
+        own, plain = texts["strategy"].isin([*strategies]), texts["strategy"] == UNSTEERED
+        means = (texts[rows].groupby("sample")["score"].mean() for rows in (own, plain))
+        gaps.append(next(means) - next(means))
+    fall = float(gaps[0].mean() - gaps[1].mean())
+    error = 1.96 * float(np.sqrt(sum(gap.var() / gap.count() for gap in gaps)))
+    return fall, fall - error, fall + error
 
 
 def verdicts(

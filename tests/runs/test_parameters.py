@@ -5,7 +5,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from flowhelpers.runs.parameters import NOTEBOOKS, find_notebooks, inspect, plan
+from flowhelpers.runs.parameters import NOTEBOOKS, find_notebooks, inspect, merged, plan
 
 CELL = """suite: str = "flowlet"  # which suite: é, # and "quotes" do not confuse
 k: int = 5
@@ -100,6 +100,22 @@ def test_wrong_types_are_refused_with_an_example(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         inspect(write("n"))[name].parse(text)
+
+
+def test_settings_are_merged_over_usual_ones_by_name_and_type() -> None:
+    usual = {"alpha": -0.05, "is_far": False, "phases": ["prompt", "generation"], "texts": 16}
+    found = merged(usual, {"alpha": -1, "phases": ["prompt"]})
+    assert found == usual | {"alpha": -1.0, "phases": ["prompt"]}
+    assert usual["alpha"] == -0.05
+    for given, message in (
+        ({"alhpa": 1.0}, "unknown parameter 'alhpa'; did you mean 'alpha'"),
+        ({"alpha": "big"}, "parameter 'alpha' is float, not 'big'; for example alpha=-0.05"),
+        ({"texts": 1.5}, "'texts' is int"),
+        ({"is_far": 1}, "'is_far' is bool"),
+        ({"phases": [1]}, r"'phases' is list\[str\], not \[1\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merged(usual, given)
 
 
 def test_parameters_go_to_every_notebook_that_has_them(write: Write) -> None:

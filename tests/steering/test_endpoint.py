@@ -155,6 +155,8 @@ def test_to_suppress_one_of_three_scores_counts_and_replies_are_shared(
         frame = judge.judge(texts)
         assert list(frame["behavioral"]) == [scores(text)[1][place] / 5 for text in texts]
         assert list(frame["coherence"]) == [scores(text)[0] / 5 for text in texts]
+        all_three = frame[["behavioral_a", "behavioral_b", "behavioral_c"]].to_numpy()
+        assert (5 * all_three).tolist() == [scores(text)[1] for text in texts]
         assert len(server.requests) == (12 if letter == "a" else 0)
         for reply in ("[1, 2]", "[1, 2, 6]", "3", "[1, 2, 3, 4]"):
             server.faults["One."] = [Fault(f'{{"coherence": 4, "behavioral": {reply}}}')] * ATTEMPTS

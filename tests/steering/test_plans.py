@@ -114,6 +114,26 @@ def test_strategies_choose_the_layers(world: SimpleNamespace):
     assert [step.strength for step in plan.steps] == [3, 2, 2, 2]
 
 
+def test_a_plan_counts_layers_from_0_and_in_thresholds_unless_asked(world: SimpleNamespace):
+    plan = make_plan(world.suite, ["1/res/3", "2/res/1"], 2.0, strategy="exponential")
+    strengths = [2 * math.exp(-0.05), 2 * math.exp(-0.1)]  # traps 18 and 19: not 2 at the first
+    assert [step.strength for step in plan.steps] == pytest.approx(strengths)
+    assert (plan.unit, [step.scale for step in plan.steps]) == ("theta", [0.5, 0.25])
+
+
+def test_the_unit_is_the_threshold_or_without_one_the_greatest_activation(world: SimpleNamespace):
+    suite, read = world.suite, world.activations
+    assert steering.unit_of(suite, read) == {"unit": "theta", "max_activation": {}}
+    codes = read.by_site[Site(1, "res")].toarray().max(axis=0)
+    bare = replace(suite, saes={**suite.saes, Site(1, "res"): SimpleNamespace(thresholds=None)})
+    for found in (steering.unit_of(bare, read), steering.unit_of(suite, read, "max")):
+        assert found["unit"] == "max"
+        of_site = {n: x for n, x in found["max_activation"].items() if n.startswith("1/res/")}
+        assert of_site == {f"1/res/{i}": x for i, x in enumerate(codes.tolist()) if x > 0} != {}
+    with pytest.raises(ValueError, match="unknown unit 'thta'; did you mean 'theta'"):
+        steering.unit_of(suite, read, "thta")
+
+
 STEP = {"feature": "1/res/2", "strength": -2, "scale": 1}
 BY_HAND = {"suite": "a", "kind": "rescale", "unit": "activation", "steps": [STEP]}
 

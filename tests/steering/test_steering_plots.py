@@ -62,7 +62,12 @@ def check_bars(trace: go.Scatter | go.Bar) -> None:
 
 def test_suppression_has_a_line_for_each_r():
     figure = suppression_by_layer(TABLE[TABLE["theme"] == "Gods"], CAPTION)
-    assert {trace.name for trace in figure.data} == {"2", "16", "unsteered"}
+    best = "best layer of each r"
+    assert {trace.name for trace in figure.data} == {"2", "16", "unsteered", best}
+    (marks,) = (t for t in series(figure, best) if "measure=score" in t.hovertemplate)
+    assert (marks.mode, "strategy=single" in marks.hovertemplate) == ("markers", True)
+    assert sorted(marks.y) == pytest.approx([0.07, 0.14])  # of r = 2 and 16, both at layer 12
+    assert set(marks.x) == {12}
     lines = series(figure, "16")
     assert len(lines) == 6  # two strategies, three measures
     assert all(list(line.x) == [4, 12] for line in lines)
@@ -115,6 +120,21 @@ def test_more_strength_brings_what_the_table_says_evenly_spaced_from_0_on():
     for line in scores:
         assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({-2: 0.12, -16: 0.19})
         check_bars(line)
+
+
+def test_the_score_that_a_cell_was_chosen_by_has_a_panel_of_its_own():
+    table = best("theme", "strategy", "strength")
+    was = {f"chosen_on{end}": table[f"score{end}"] + 0.5 for end in ("", "_low", "_high")}
+    figure = dose_response(table.assign(**was), CAPTION)
+    panels = [note.text for note in figure.layout.annotations]
+    assert panels[:4] == [
+        *("behavioral", "coherence", "score on new samples"),
+        "score it was chosen by (the paper's)",
+    ]
+    for line in series(figure, "linear"):
+        if "chosen by" in line.hovertemplate:
+            assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({2: 0.62, 16: 0.69})
+            check_bars(line)
 
 
 @pytest.mark.parametrize(("by", "unit"), [("norm", 10), ("kl", 1 / 1000)])

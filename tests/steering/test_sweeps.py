@@ -392,10 +392,22 @@ def test_the_cells_of_a_graph_are_where_it_has_features(planted: Suite):
 
 
 def test_what_chosen_cells_lose_is_luck_beyond_what_unsteered_text_loses():
-    rows = [("unsteered", 0.5, 0.4), ("single", 0.9, 0.6), ("linear", 0.8, 0.7), ("other", 1, 0)]
-    table = pd.DataFrame(rows, columns=["strategy", "chosen_on", "score"])
-    bias = steering.selection_bias(table, ["single", "linear", "absent"])
-    assert bias == pytest.approx(0.2 - 0.1)
+    def texts(**means: float) -> pd.DataFrame:
+        """Four texts of each strategy, about its mean; unsteered text has no spread."""
+        rows: dict[tuple[Any, ...], Sequence[tuple[float, float]]] = {
+            ("sea", name, *((NONE, NONE) if name == "unsteered" else (3, 2))): [
+                (mean + (name != "unsteered") * step, 1) for step in (-0.1, 0.1, -0.1, 0.1)
+            ]
+            for name, mean in means.items()
+        }
+        return scored(rows)
+
+    before = texts(unsteered=0.5, single=0.8, linear=0.7, other=0.9)
+    again = texts(unsteered=0.4, single=0.5, linear=0.6).assign(cell=9)  # other was not chosen
+    fall, low, high = steering.selection_bias(before, again, ["single", "linear", "absent"])
+    assert fall == pytest.approx(0.2 - 0.1)
+    error = 1.96 * (2 * 0.04 / 3 / 4) ** 0.5  # two means of four texts, each 0.1 off
+    assert (low, high) == pytest.approx((fall - error, fall + error))
 
 
 def test_a_verdict_needs_the_whole_interval():
