@@ -65,6 +65,7 @@ def compare_numbers(folder: Path) -> "pd.DataFrame":
         if path.exists():
             table = pd.read_parquet(path).rename(columns={"paper": "paper_feature"})
             table = printed.rows(table) if printed.rows else table
+            table = table.drop(columns=[] if column == "ours" else "ours", errors="ignore")
             ends = {f"{column}_{end}": end for end in ("low", "high")} | {column: "ours"}
             ours = table.rename(columns=ends).reindex(columns=ours.columns)
         part = printed.numbers.merge(ours, "left", on=keys)

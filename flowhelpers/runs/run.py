@@ -128,7 +128,7 @@ def start_run(
         "notebook": notebook,
         "parameters": parameters,
         "choices": {str(number): settled[number] for number in choices},
-        "suite": parameters.get("suite", parameters.get("suites")),
+        "suite": parameters.get("suite"),
         "device": (asked if asked != "auto" else None) or _device(),
         "seed": parameters.get("seed"),
         "versions": _versions(),
