@@ -38,7 +38,7 @@ COLOUR, SYMBOL, DASH = ({name: look[i] for name, look in LOOKS.items()} for i in
 MARKS: dict[str, Any] = {"color": "strategy", "symbol": "strategy"}
 MARKS |= {"color_discrete_map": COLOUR, "symbol_map": SYMBOL}
 AXES = {"value": "mean over samples"}
-AS_CHOSEN = {"score": "score on new samples", "chosen_on": "score it was chosen by (the paper's)"}
+AS_CHOSEN = {"score": "score on new samples", "chosen_on": "score as chosen (the paper's)"}
 ERRORS = {"error_y": "up", "error_y_minus": "down"}
 COSTS = {
     "norm": ("Does a larger edit steer better?", "total norm added"),

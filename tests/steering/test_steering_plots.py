@@ -129,10 +129,10 @@ def test_the_score_that_a_cell_was_chosen_by_has_a_panel_of_its_own():
     panels = [note.text for note in figure.layout.annotations]
     assert panels[:4] == [
         *("behavioral", "coherence", "score on new samples"),
-        "score it was chosen by (the paper's)",
+        "score as chosen (the paper's)",
     ]
     for line in series(figure, "linear"):
-        if "chosen by" in line.hovertemplate:
+        if "as chosen" in line.hovertemplate:
             assert dict(zip(line.x, line.y, strict=True)) == pytest.approx({2: 0.62, 16: 0.69})
             check_bars(line)
 
