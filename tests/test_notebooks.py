@@ -29,7 +29,7 @@ from flowhelpers.runs.parameters import inspect, plan
 
 FLOWLET = Path(__file__).parent.parent / "flowhelpers/data/flowlet"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-OF_OTHER_SUITES = {"table_5", "cosine_check"}  # tables that flowlet has no use for
+OF_OTHER_SUITES = {"table_5", "cosine_check", "transcoders"}  # tables that flowlet has no use for
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 Change = Callable[[Tensor], Tensor]
 

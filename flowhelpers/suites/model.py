@@ -23,6 +23,8 @@ HOOKS = {
     "mlp": "blocks.{layer}.hook_mlp_out",  # after the norm behind the MLP, where there is one
     "att": "blocks.{layer}.hook_attn_out",
     "z": "blocks.{layer}.attn.hook_z",  # the heads' outputs, side by side, before W_O
+    "normed": "blocks.{layer}.ln2.hook_normalized",  # before the MLP: normed, without the gain
+    "mlp_in": "blocks.{layer}.mlp.hook_in",  # and with it, as the MLP reads it
 }
 CACHE = "past_key_values"  # what keys and values are called; from transformers 5.24 on, "cache"
 
