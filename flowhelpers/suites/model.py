@@ -259,12 +259,14 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
     """Apply edits to every pass inside the block; one that was never reached is a RuntimeError."""
     missed = dict(enumerate(edits))
 
-    def hook_of(place: int, edit: Edit) -> Callable[..., Tensor]:
-        def hook(activations: Tensor, hook: Any = None) -> Tensor:
+    def hook_of(place: int, edit: Edit) -> Callable[..., Tensor | None]:
+        def hook(activations: Tensor, hook: Any = None) -> Tensor | None:
             missed.pop(place, None)
             # Where the heads stand on an axis of their own, they are laid side by side.
             flat = activations.flatten(2)
             changed = edit.change(flat)
+            if changed is flat:  # read alone: what follows is as without a hook, to the last bit
+                return None
             if changed.shape != flat.shape:
                 shapes = f"{tuple(changed.shape)}: expected {tuple(flat.shape)}"
                 raise ValueError(f"the edit at {edit.site} gave shape {shapes}")
