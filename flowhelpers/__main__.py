@@ -113,8 +113,9 @@ def train(arguments: argparse.Namespace) -> int:
     """Trains a suite, or SAEs for a model that is there already."""
     from flowhelpers.training.recipe import train_suite
 
+    sites = None if arguments.sites is None else arguments.sites.split(",")
     folder = train_suite(
-        arguments.folder, arguments.text, arguments.recipe, arguments.model, arguments.device
+        arguments.folder, arguments.text, arguments.recipe, arguments.model, arguments.device, sites
     )
     print(folder)
     return 0
@@ -186,6 +187,7 @@ def parser() -> argparse.ArgumentParser:
     add("--text", type=Path, metavar="FOLDER", help="where the recipe's text files lie")
     add("--recipe", type=Path, metavar="YAML", help="a recipe file (default: the one of flowlet)")
     add("--model", help="a Hugging Face folder or name: train SAEs for it alone")
+    add("--sites", metavar="att,12/res", help="modules or single sites: train SAEs for these alone")
     add("--device", default="auto", help="torch device (default: a GPU if there is one)")
 
     one = commands.add_parser(

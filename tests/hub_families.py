@@ -378,6 +378,39 @@ def model_weights(
     return tensors
 
 
+def write_transcoder(
+    root: Path, source: Any, features: int, d_model: int, reads: str = "", is_affine: bool = False
+) -> Arrays:
+    """A transcoder of Gemma Scope, or of Gemma Scope 2 if `reads` gives Hugging Face's hook point.
+
+    About a 50th of the features is active where what is read has coordinates of the size 1.
+    """
+    folder, name = sae_folder(root, source), f"transcoder {source['id']}"
+    arrays = _jumprelu(unit_rows(name, features, d_model), 1 / 50, 1.0, name)
+    arrays["W_dec"] = 0.3 * unit_rows(f"{name} writes", features, d_model)
+    if not reads:
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez(folder / "params.npz", allow_pickle=False, **arrays)
+        return arrays
+    if is_affine:
+        arrays["affine_skip_connection"] = _normal(_generator(name), (d_model, d_model), 0.02)
+    layer = int(folder.name.split("_")[1])
+    config = {
+        "hf_hook_point_in": reads,
+        "hf_hook_point_out": GEMMA_3_HOOKS["mlp"].format(layer=layer),
+        "width": features,
+        "model_name": "gemma-v3-270m-pt",
+        "architecture": "jump_relu",
+        "l0": 60,
+        "affine_connection": is_affine,
+        "type": "transcoder",
+    }
+    write_json(folder / "config.json", config)
+    tensors = {name.replace("W_", "w_"): array for name, array in arrays.items()}
+    write_tensors(folder / "params.safetensors", tensors)
+    return arrays
+
+
 def write_saes(
     root: Path,
     release: str,

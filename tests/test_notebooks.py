@@ -37,7 +37,8 @@ from flowhelpers.suites.registry import find_suite
 
 FLOWLET = Path(__file__).parent.parent / "flowhelpers/data/flowlet"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-OF_OTHER_SUITES = {"table_5", "named_nodes", "cosine_check"}  # tables that flowlet has no use for
+# Tables that flowlet has no use for.
+OF_OTHER_SUITES = {"table_5", "named_nodes", "cosine_check", "transcoders"}
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 Change = Callable[[Tensor], Tensor]
 
@@ -1107,3 +1108,61 @@ def test_pearson_reads_other_texts_than_those_that_are_scored() -> None:
         assert [bool(read & set(texts)) for texts in known] == [True] * len(of)
     with pytest.raises(ValueError, match="all texts of science are scored: give fewer n_texts"):
         exec(cells["texts"] + "\n" + cells["other-texts"], names | {"n_texts": 200})
+
+
+# Matches as bridges between layers, by plain hooks and what sae-lens loads.
+
+
+def explained_by_hand(bridge: np.ndarray, folded: bool) -> float:
+    """Of layer 4's stream from layer 3's features, over the notebook's own texts."""
+    first, last = lens_sae(Site(3, "res")), lens_sae(Site(4, "res"))
+    texts = [
+        text
+        for name in ("fiction", "science", "maths", "python")
+        for text in load_texts(name, 50, or_fewer=True)
+    ][::2]
+    x, y = (
+        np.concatenate([streams_of(site, text) for text in texts]).astype(float)
+        for site in (Site(3, "res"), Site(4, "res"))
+    )
+    codes = first.encode(torch.from_numpy(x).float()).detach().double().numpy()
+    rows = last.W_dec.detach().double().numpy()
+    if folded:
+        codes = codes / first.threshold.detach().double().numpy()
+        rows = rows * last.threshold.detach().double().numpy()[:, None]
+    else:  # what each feature writes has the norm of its row, which is 1 but for rounding
+        codes = codes * first.W_dec.detach().double().norm(dim=1).numpy()
+        rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    told = codes @ bridge @ rows + last.b_dec.detach().double().numpy()
+    return 1 - ((y - told) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
+
+
+@cache
+def streams_of(site: Site, text: str) -> np.ndarray:
+    ids = ids_of(text)[:, :128]
+    special = torch.isin(ids[0], torch.tensor(tokenizer().all_special_ids))
+    return plain_pass(ids, site)[1][~special].numpy()
+
+
+def test_a_bridge_explains_what_plain_hooks_and_its_permutation_give(bridges: Executed) -> None:
+    from scipy.optimize import linear_sum_assignment
+
+    best = np.zeros((1024, 1024))
+    best[np.arange(1024), best_on(3)[0]] = best_on(3)[1] > 0
+    one_pair = bridges.table("one_pair").set_index("prediction")["explained"]
+    assert one_pair["matches"] == pytest.approx(explained_by_hand(best, False), abs=1e-4)
+    near = bridges.table("neighbours").set_index("prediction")["explained"]
+    assert near["4 folded"] == pytest.approx(explained_by_hand(best, True), abs=1e-4)
+    paired = np.zeros((1024, 1024))
+    targets, sources = linear_sum_assignment(cosines(4, "res").numpy(), maximize=True)
+    paired[sources, targets] = 1
+    figure_23 = bridges.table("figure_23").set_index("prediction")["explained"]
+    assert figure_23["decoder no"] == pytest.approx(explained_by_hand(paired, False), abs=1e-3)
+    # Figure 24: the two highest virtual weights of each feature as they are.
+    reads = lens_sae(Site(4, "res")).W_enc.detach().double().T
+    virtual = (decoder(Site(3, "res")) @ (reads / reads.norm(dim=1, keepdim=True)).T).numpy()
+    low = np.sort(virtual, axis=1)[:, [-2]]
+    kept = np.where((virtual >= low) & (virtual > 0), virtual, 0)
+    raw = bridges.table("figure_24").set_index("prediction")["explained"]
+    by_hand = explained_by_hand(kept, False)
+    assert raw["decoder-encoder 2 False"] == pytest.approx(by_hand, abs=1e-4)

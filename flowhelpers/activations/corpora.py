@@ -29,7 +29,6 @@ Documents = Iterator[tuple[str, str]]  # keys and texts; the key decides what is
 Source = Callable[[], Documents]
 SEPARATOR = "<|endoftext|>"
 HELD_OUT_PERCENT = 2
-TRAINING_ROWS = 200_000  # of a hub dataset, at most
 
 
 # Hub id and configuration. The paper gives a configuration for FineWeb only. AutoMathText has
@@ -158,6 +157,21 @@ def take_documents(source: Source, seed: int, budget: int, held_out: bool = Fals
     return taken
 
 
+def stream_documents(
+    source: Source, seed: int, budget: int, held_out: bool = False
+) -> Iterator[str]:
+    """The same one by one: of a hub dataset, of any size, in its own order and never whole."""
+    if getattr(source, "func", None) is not hub_documents:
+        yield from take_documents(source, seed, budget, held_out)
+        return
+    for key, text in source():
+        if is_held_out(key) == held_out and budget > 0:
+            yield text[:budget]
+            budget -= len(text)
+        if budget <= 0:
+            return
+
+
 def load_source(name: str, folder: Path | None = None) -> Source:
     """A source by name: `stdlib`, `pydoc`, a text file or folder, or a hub dataset `owner/name`.
 
@@ -239,7 +253,7 @@ OWN = {"stdlib": stdlib_modules, "pydoc": pydoc_topics}
 
 
 def hub_documents(name: str, config: str | None = None, seed: int | None = None) -> Documents:
-    """Column `text` of a hub dataset, streamed: shuffled by a seed, or the first 200,000 rows.
+    """Column `text` of a hub dataset, streamed: shuffled by a seed, or in its own order.
 
     Raises:
         ValueError: If the dataset has no such column or configuration.
@@ -255,8 +269,7 @@ def hub_documents(name: str, config: str | None = None, seed: int | None = None)
         if not constants.is_offline_mode():
             HfApi().dataset_info(name, timeout=10, expand=["sha"])
         rows = load_dataset(name, config, split="train", streaming=True)
-        taken = rows.take(TRAINING_ROWS) if seed is None else rows.shuffle(seed, buffer_size=1_000)
-        for row in taken:
+        for row in rows if seed is None else rows.shuffle(seed, buffer_size=1_000):
             if "text" not in row:
                 raise ValueError(f"{name} has no column 'text': it has {', '.join(row)}")
             if text := (row["text"] or "").strip():

@@ -25,6 +25,7 @@ from .transcoding import explained_variance as explained_variance
 from .transcoding import linear_map as linear_map
 from .transcoding import own_reconstruction as own_reconstruction
 from .transcoding import shuffled as shuffled
+from .transcoding import through_mlp as through_mlp
 from .transcoding import top_transition as top_transition
 from .transcoding import virtual_weights as virtual_weights
 from .transcoding_plots import explained_by_k as explained_by_k

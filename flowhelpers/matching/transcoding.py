@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from flowhelpers.suites.load import Suite
     from flowhelpers.suites.saes import SAE
+    from flowhelpers.suites.transcoders import Transcoder
 
 Rows = Float[Tensor, "tokens d_model"]
 
@@ -96,6 +97,7 @@ class Prediction:
     source: Site
     target: Site
     predict: Callable[[Rows], Rows]
+    added: tuple[Site, ...] = ()  # sites whose true activations are added to it
 
 
 def bridge(source: "SAE", target: "SAE", transition: Tensor, folded: bool = False) -> Prediction:
@@ -104,18 +106,19 @@ def bridge(source: "SAE", target: "SAE", transition: Tensor, folded: bool = Fals
     `folded`: activations are in units of each feature's threshold on both sides (SAE Match, eq. 4),
     so that scales that differ between the layers are matched.
     """
-    sizes, writes = source.norms, target.directions
+    sizes, back = source.norms, torch.ones_like(target.norms)
     if folded:
         for sae in (source, target):
             if sae.thresholds is None:
                 raise ValueError(f"the SAE for {sae.site} has no thresholds to fold")
         theta, own = (s.weights().threshold.clamp(min=SMALLEST_THRESHOLD) for s in (target, source))
-        sizes, writes = 1 / own, writes * (target.norms * theta)[:, None]
-    writes = sizes[:, None] * (transition @ writes)  # what each source feature adds to the stream
+        sizes, back = 1 / own, target.norms * theta
 
     def predict(x: Rows) -> Rows:
-        none = torch.zeros(len(x), target.width, device=x.device)
-        return source.encode(x).float() @ writes + target.decode(none, x).float()
+        codes = source.encode(x).float() * sizes
+        carried = torch.sparse.mm(transition.t(), codes.T).T * back
+        none = torch.zeros_like(carried)
+        return carried @ target.directions + target.decode(none, x).float()
 
     return Prediction(source.input_site, target.input_site, predict)
 
@@ -130,17 +133,32 @@ def own_reconstruction(sae: "SAE") -> Prediction:
 @torch.no_grad()
 def linear_map(suite: "Suite", tokens: Tokens, source: Site, target: Site) -> Prediction:
     """The best linear map of the stream over texts, by least squares: a ceiling for bridges."""
-    both = [
-        torch.cat(parts) for parts in zip(*_streams(suite, tokens, [source, target]), strict=True)
-    ]
-    x, y = (part.double() for part in both)
-    means = x.mean(0), y.mean(0)
-    weights = torch.linalg.lstsq(x - means[0], y - means[1], driver="gelsd").solution
+    read = zip(*_streams(suite, tokens, [source, target]), strict=True)
+    x, y = (torch.cat(parts).double().cpu() for parts in read)  # a GPU has no driver gelsd
+    weights = torch.linalg.lstsq(x - x.mean(0), y - y.mean(0), driver="gelsd").solution
+    weights, bias = weights.to(tokens.ids.device), (y.mean(0) - x.mean(0) @ weights)
+    bias = bias.to(weights)
 
     def predict(x: Rows) -> Rows:
-        return ((x.double() - means[0]) @ weights + means[1]).float()
+        return (x.double() @ weights + bias).float()
 
     return Prediction(source, target, predict)
+
+
+def through_mlp(transcoder: "Transcoder") -> dict[str, Prediction]:
+    """What a trained transcoder (paper 2.2) predicts, so that bridges can be laid beside it.
+
+    `MLP` is what it was trained for. `stream` is the stream after the layer, like a bridge's: that
+    before it, what attention truly adds, and the transcoder in the MLP's place. `stream, no MLP`
+    leaves the MLP out: what this explains is no merit of the transcoder.
+    """
+    layer, source = transcoder.target.layer, transcoder.source
+    before, attention, after = (Site(layer, module) for module in ("pre", "att", "res"))
+    return {
+        "MLP": Prediction(source, transcoder.target, transcoder.predict),
+        "stream": Prediction(source, after, transcoder.predict, (before, attention)),
+        "stream, no MLP": Prediction(before, after, lambda x: x, (attention,)),
+    }
 
 
 def _streams(suite: "Suite", tokens: Tokens, sites: list[Site]) -> Iterator[list[Tensor]]:
@@ -166,7 +184,8 @@ def explained_variance(
     """
     import pandas as pd
 
-    sites = [*dict.fromkeys(s for p in predictions.values() for s in (p.source, p.target))]
+    needed = ((p.source, p.target, *p.added) for p in predictions.values())
+    sites = [*dict.fromkeys(site for each in needed for site in each)]
     n = tokens.is_text.sum(1).double().cpu()
     parts = torch.zeros(len(predictions), len(tokens.ids), dtype=torch.double)
     squares = {site: torch.zeros(len(tokens.ids), dtype=torch.double) for site in sites}
@@ -184,7 +203,8 @@ def explained_variance(
             of_texts = sums.setdefault(site, torch.zeros(len(n), x.shape[1], dtype=torch.double))
             of_texts.index_add_(0, of, x.double().cpu())
         for row, prediction in enumerate(predictions.values()):
-            error = read[prediction.target] - prediction.predict(read[prediction.source])
+            predicted = prediction.predict(read[prediction.source])
+            error = read[prediction.target] - sum((read[s] for s in prediction.added), predicted)
             parts[row].index_add_(0, of, error.double().square().sum(1).cpu())
     table = pd.DataFrame({"dataset": "texts", "text": np.arange(len(n))})
     drawn = torch.from_numpy(

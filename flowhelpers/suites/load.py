@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from flowhelpers.suites.attention import AttentionOutput
     from flowhelpers.suites.model import Model
     from flowhelpers.suites.saes import SAE
+    from flowhelpers.suites.transcoders import Transcoder
 
 KEPT = 4  # SAEs at a time where not all fit: a layer's three, and the stream before it
 LARGE = 1e8  # parameters of a model from which on it runs on a GPU where there is one
@@ -103,6 +104,12 @@ class Suite:
             )
         near = suggestion(str(site), [str(s) for s in self.saes])
         raise ValueError(f"no SAE at {site} in suite {self.name}{near}")
+
+    def transcoder(self, layer: int) -> "Transcoder":
+        """The trained transcoder of a layer's MLP; which there are the row's `transcoders` say."""
+        from flowhelpers.suites.transcoders import load_transcoder
+
+        return load_transcoder(self.row, layer, self.d_model, self.device, self.dtype)
 
 
 def memory_needed(row: SuiteRow, dtype: str = "float32", kept: int | None = None) -> int:
@@ -221,18 +228,22 @@ def _load_sae(
 def check_sources(row: SuiteRow) -> None:
     """The SAEs of a suite are of one model, as far as they say: a ValueError names two of them.
 
-    Warns if that is not the suite's, but such as the base of an instruction-tuned one.
+    It names a transcoder, too. Warns if the model is not the suite's, but such as the base of an
+    instruction-tuned one.
     """
     from flowhelpers.suites.sae_files import sae_config
+    from flowhelpers.suites.transcoders import refuse_transcoder
 
     trained_on: dict[str, Site] = {}
     for site, source in sorted(row.saes.items()):
+        model, said = None, ""
         if not isinstance(source, str):
-            model = listed_release(source["release"], source["id"]).model
+            listed = listed_release(source["release"], source["id"])
+            model, said = listed.model, f"{source['release']}/{listed.saes_map[source['id']]}"
         elif (path := Path(source) / "cfg.json").is_file():
-            model = sae_config(path).get("model_name")
-        else:
-            model = None
+            config = sae_config(path)
+            model, said = config.get("model_name"), str(config.get("architecture"))
+        refuse_transcoder(f"suite {row.name}: the SAE for {site} ({source})", said)
         if model:
             trained_on.setdefault(_short_name(model), site)
     if len(trained_on) > 1:

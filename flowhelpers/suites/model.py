@@ -23,6 +23,8 @@ HOOKS = {
     "mlp": "blocks.{layer}.hook_mlp_out",  # after the norm behind the MLP, where there is one
     "att": "blocks.{layer}.hook_attn_out",
     "z": "blocks.{layer}.attn.hook_z",  # the heads' outputs, side by side, before W_O
+    "normed": "blocks.{layer}.ln2.hook_normalized",  # before the MLP: normed, without the gain
+    "mlp_in": "blocks.{layer}.mlp.hook_in",  # and with it, as the MLP reads it
 }
 CACHE = "past_key_values"  # what keys and values are called; from transformers 5.24 on, "cache"
 
@@ -257,12 +259,14 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
     """Apply edits to every pass inside the block; one that was never reached is a RuntimeError."""
     missed = dict(enumerate(edits))
 
-    def hook_of(place: int, edit: Edit) -> Callable[..., Tensor]:
-        def hook(activations: Tensor, hook: Any = None) -> Tensor:
+    def hook_of(place: int, edit: Edit) -> Callable[..., Tensor | None]:
+        def hook(activations: Tensor, hook: Any = None) -> Tensor | None:
             missed.pop(place, None)
             # Where the heads stand on an axis of their own, they are laid side by side.
             flat = activations.flatten(2)
             changed = edit.change(flat)
+            if changed is flat:  # read alone: what follows is as without a hook, to the last bit
+                return None
             if changed.shape != flat.shape:
                 shapes = f"{tuple(changed.shape)}: expected {tuple(flat.shape)}"
                 raise ValueError(f"the edit at {edit.site} gave shape {shapes}")

@@ -28,9 +28,9 @@ Source = str | Release
 class SuiteRow:
     """What has to be known to load a suite.
 
-    `saes` are sae-lens folders, or `{release, id}` of sae-lens's list. In a file they and
-    `neuronpedia` may be one pattern for every layer of a module. `parameters` counts model and SAEs
-    together; `data/suites.yaml` says what the other keys are.
+    `saes` are sae-lens folders, or `{release, id}` of sae-lens's list, and so are `transcoders`, of
+    MLPs. In a file they and `neuronpedia` may be one pattern for every layer of a module.
+    `parameters` counts model and SAEs together; `data/suites.yaml` says what the other keys are.
     """
 
     name: str
@@ -51,6 +51,7 @@ class SuiteRow:
     )
     variants: Mapping[str, Mapping[str, Any]] = Field(default={})
     by_l0: Mapping[str, Mapping[str, str]] = Field(default={})
+    transcoders: Mapping[Site, Source] = Field(default={})
     notes: list[str] = Field(default=[])
 
     @property
@@ -125,9 +126,7 @@ def _of_mean_l0(row: SuiteRow, l0: int) -> SuiteRow:
     for site, canonical in row.saes.items():
         assert isinstance(canonical, Mapping)
         pattern = _filled(row.by_l0[site.module], {"layer": site.layer})
-        release = releases[pattern["release"]]
-        expression = re.escape(pattern["id"]).replace(re.escape("{l0}"), r"(\d+)")
-        found = [(int(m[1]), i) for i in release.saes_map if (m := re.fullmatch(expression, i))]
+        release, found = releases[pattern["release"]], ids_by_l0(**pattern)
         _, nearest = min(found, key=lambda each: (abs(each[0] - l0), each[0]))
         saes[site] = {"release": pattern["release"], "id": nearest}
         first = releases[canonical["release"]].saes_map[canonical["id"]]
@@ -136,6 +135,15 @@ def _of_mean_l0(row: SuiteRow, l0: int) -> SuiteRow:
         if names:
             neuronpedia[site] = names
     return replace(row, saes=saes, neuronpedia=neuronpedia)
+
+
+def ids_by_l0(release: str, id: str) -> list[tuple[int, str]]:
+    """The ids of a release of sae-lens's list that fit a pattern, each after its {l0}."""
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
+    expression = re.escape(id).replace(re.escape("{l0}"), r"(\d+)")
+    ids = get_pretrained_saes_directory()[release].saes_map
+    return [(int(match[1]), i) for i in ids if (match := re.fullmatch(expression, i))]
 
 
 def listed_release(release: str, sae_id: str) -> "PretrainedSAELookup":
@@ -197,9 +205,13 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
     variant = variant or next(iter(variants), None)
     words = {"variant": variant, **variants[variant]} if variant else {}
     layers = row.get("layers") or config.get("num_hidden_layers")
-    saes = _by_site(row["saes"], words, layers)
-    if folder:
-        saes = {at: str(folder / it) if isinstance(it, str) else it for at, it in saes.items()}
+    saes, transcoders = (
+        {
+            site: str(folder / source) if folder and isinstance(source, str) else source
+            for site, source in _by_site(row.get(key) or {}, words, layers).items()
+        }
+        for key in ("saes", "transcoders")
+    )
     found = SuiteRow(
         **{
             "name": name,
@@ -211,6 +223,7 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
             "folder": folder,
             "layers": config.get("num_hidden_layers") or layers,
             "saes": saes,
+            "transcoders": transcoders,
             "neuronpedia": _by_site(row.get("neuronpedia", {}), words, layers),
             "by_l0": _filled(row.get("by_l0", {}), words),
         }

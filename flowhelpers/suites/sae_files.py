@@ -16,6 +16,7 @@ from torch import Tensor
 from flowhelpers.core.files import fingerprint, read_json
 from flowhelpers.suites.hub import fetch, naming, replaced
 from flowhelpers.suites.registry import Source, listed_release
+from flowhelpers.suites.transcoders import refuse_transcoder
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
@@ -116,6 +117,7 @@ def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFil
 
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     about = sae_config(config)
+    refuse_transcoder(f"the SAE in {source}", str(about.get("architecture")))
     hook = about.get("hook_name") or about.get("hook_point") or ""
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
     return SaeFiles(source, weights, hook, _content(weights, config), revision)

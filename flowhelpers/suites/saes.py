@@ -16,6 +16,7 @@ from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.model import HOOKS
 from flowhelpers.suites.sae_files import SaeFiles, read_decoder
+from flowhelpers.suites.transcoders import refuse_transcoder
 
 SMALLEST_THRESHOLD = 1e-6
 Output = Callable[[], AttentionOutput | None]  # how a model brings z into the stream
@@ -180,6 +181,7 @@ def make_sae(
     site: Site, lens_sae: Any, d_model: int, source: str, output: Output = lambda: None
 ) -> SAE:
     """The SAE around one of sae-lens that is in memory, as `read_sae` around files."""
+    refuse_transcoder(f"the SAE for {site} ({source})", lens_sae.cfg.architecture())
     decoder = lens_sae.W_dec.detach().clone()
     hook = lens_sae.cfg.metadata.hook_name
     sae = _in_residual_basis(site, decoder, hook, d_model, source, output)

@@ -6,7 +6,9 @@ Muon for the weight matrices and AdamW for the rest, in the loop of `transformer
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,38 +78,87 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     return like.train_new_from_iterator(texts, vocab_size, show_progress=False)
 
 
-def token_rows(texts: list[str], tokenizer: Any, context: int) -> Int[np.ndarray, "rows context"]:
+def token_rows(
+    texts: Iterable[str], tokenizer: Any, context: int
+) -> Int[np.ndarray, "rows context"]:
     """Texts end to end, `<eos>` between them, cut into rows that each begin with `<bos>`.
 
     Both are the tokenizer's own; one without `<bos>` begins rows with `<eos>`.
     """
+    none = np.zeros((0, context), np.int32)
+    return np.concatenate([none, *_row_blocks(texts, tokenizer, context)])
+
+
+def _row_blocks(texts: Iterable[str], tokenizer: Any, context: int) -> Iterator[np.ndarray]:
     eos = tokenizer.eos_token_id
     bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    stream = [np.zeros(0, np.int32)]
-    for start in range(0, len(texts), 512):
-        batch = tokenizer(texts[start : start + 512], add_special_tokens=False)["input_ids"]
-        stream += [np.array([*ids, eos], dtype=np.int32) for ids in batch]
-    flat = np.concatenate(stream)
-    body = flat[: len(flat) // (context - 1) * (context - 1)].reshape(-1, context - 1)
-    return np.concatenate([np.full((len(body), 1), bos, np.int32), body], axis=1)
+    left, texts = np.zeros(0, np.int32), iter(texts)
+    while batch := list(islice(texts, 512)):
+        ids = tokenizer(batch, add_special_tokens=False)["input_ids"]
+        flat = np.concatenate([left, *(np.array([*row, eos], np.int32) for row in ids)])
+        end = len(flat) // (context - 1) * (context - 1)
+        body, left = flat[:end].reshape(-1, context - 1), flat[end:]
+        yield np.concatenate([np.full((len(body), 1), bos, np.int32), body], axis=1)
+
+
+def write_rows(path: Path, texts: Iterable[str], tokenizer: Any, context: int) -> int:
+    """The rows of `token_rows` as a `.npy` file, never whole in memory; returns how many."""
+    about: dict[str, Any] = {"descr": "<i4", "fortran_order": False}
+    count = 0
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, about | {"shape": (0, context)})
+        for block in _row_blocks(texts, tokenizer, context):
+            file.write(block.astype("<i4").tobytes())
+            count += len(block)
+        file.seek(0)  # numpy leaves room in the header for a longer first axis
+        np.lib.format.write_array_header_1_0(file, about | {"shape": (count, context)})
+    return count
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of several files in an order of their own; they stay on the disk until they are read."""
+
+    sources: list[np.ndarray]
+    places: Int[np.ndarray, "rows 2"]  # which source, and which of its rows
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.places)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of rows, and of tokens in each."""
+        return len(self), self.sources[0].shape[1]
+
+    def __getitem__(self, picked: Any) -> Int[np.ndarray, "picked context"]:
+        """Some rows, by their indices or as a slice."""
+        rows = [self.sources[source][row] for source, row in self.places[picked]]
+        return np.array(rows, np.int32).reshape(-1, self.shape[1])
+
+
+def mixed_rows(work: Path, total: int, seed: int, split: str = "train") -> Rows:
+    """Rows of a training folder: each source's share, every row once before any twice, shuffled."""
+    shares = read_json(work / "recipe.json")["recipe"]["sources"]
+    sources = [np.load(work / f"{split}-{i}.npy", mmap_mode="r") for i in range(len(shares))]
+    counts = {name: len(rows) for name, rows in zip(sorted(shares), sources, strict=True)}
+    weight = sum(shares[name] for name in shares if counts[name])
+    rng = np.random.default_rng(seed)
+    places = [np.zeros((0, 2), int)]
+    for number, (name, count) in enumerate(counts.items()):
+        if count:
+            wanted = math.ceil(total * shares[name] / weight)
+            passes = [rng.permutation(count) for _ in range(-(-wanted // count))]
+            picked = np.concatenate(passes)[:wanted]
+            places.append(np.stack([np.full(len(picked), number), picked], axis=1))
+    return Rows(sources, rng.permutation(np.concatenate(places))[:total])
 
 
 def read_rows(
     work: Path, total: int, seed: int, split: str = "train"
 ) -> Integer[np.ndarray, "rows context"]:
-    """Rows of a training folder: each source's share, every row once before any twice, shuffled."""
-    shares = read_json(work / "recipe.json")["recipe"]["sources"]
-    files = {name: work / f"{split}-{i}.npy" for i, name in enumerate(sorted(shares))}
-    rows = {name: np.load(file, mmap_mode="r") for name, file in files.items()}
-    weight = sum(shares[name] for name in shares if len(rows[name]))
-    rng = np.random.default_rng(seed)
-    mixed = [next(iter(rows.values()))[:0]]
-    for name, of_source in rows.items():
-        if len(of_source):
-            wanted = math.ceil(total * shares[name] / weight)
-            passes = [rng.permutation(len(of_source)) for _ in range(-(-wanted // len(of_source)))]
-            mixed.append(of_source[np.concatenate(passes)[:wanted]])
-    return rng.permutation(np.concatenate(mixed))[:total]
+    """The rows of `mixed_rows`, in memory."""
+    return mixed_rows(work, total, seed, split)[:]
 
 
 def new_model(recipe: ModelRecipe) -> Gemma3ForCausalLM:

@@ -1,30 +1,30 @@
 """The whole recipe of a suite: model, SAEs, and the folder that `load_suite` reads."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import yaml
 from pydantic import BaseModel, Field, PositiveFloat
 from transformers import AutoTokenizer
 
-from flowhelpers.activations.corpora import Source, digests, load_source, take_documents
-from flowhelpers.core.features import MODULES, Site
+from flowhelpers.activations.corpora import Source, digests, load_source, stream_documents
+from flowhelpers.core.features import MODULES, Site, suggestion
 from flowhelpers.core.files import DATA, fingerprint, read_json, write_json, write_text
 from flowhelpers.core.machine import check_device
 from flowhelpers.suites.bridge import load_model
 from flowhelpers.training.card import measured_bars, read_yaml
 from flowhelpers.training.language_model import (
     ModelRecipe,
+    mixed_rows,
     read_rows,
-    token_rows,
     train_model,
     train_tokenizer,
     write_folder,
+    write_rows,
 )
 from flowhelpers.training.saes import SAERecipe, train_saes
 
@@ -68,6 +68,7 @@ def train_suite(
     recipe: Path | None = None,
     model: str | None = None,
     device: str = "cpu",
+    sites: Iterable[str] | None = None,
 ) -> Path:
     """Train a suite, or SAEs for a model that is there already.
 
@@ -80,9 +81,11 @@ def train_suite(
         recipe: A recipe file; by default the one of `flowlet`.
         model: A Hugging Face folder or name; then only SAEs are trained, for it.
         device: A torch device; `auto` is a GPU if there is one.
+        sites: Train SAEs for these alone: modules, such as `att`, or sites, such as `12/att`.
 
     Raises:
         ValueError: If something given cannot be used, or `folder` was begun with something else.
+        MemoryError: If training a single SAE does not fit.
     """
     settings: SuiteRecipe = read_yaml(recipe or FLOWLET, SuiteRecipe)
     if device == "auto":
@@ -90,14 +93,23 @@ def train_suite(
     check_device(device)
     loaded = load_model(model, device) if model else None
     numbers, layers = settings.model, range(settings.model.layers)
-    sites = loaded.sites() if loaded else [Site(i, module) for i in layers for module in MODULES]
-    groups = settings.groups(sites)
+    there = loaded.sites() if loaded else [Site(i, module) for i in layers for module in MODULES]
+    asked = chosen_sites(sites, there)
+    groups = [([s for s in group if s in asked], how) for group, how in settings.groups(there)]
+    groups = [(group, how) for group, how in groups if group]
+    for group, how in groups:
+        width = loaded.d_model if loaded else numbers.d_model
+        count, each = (
+            how.at_once(width, numbers.context, device),
+            how.memory(width, numbers.context),
+        )
+        print(f"{len(group)} SAEs, {each / 2**30:.2f} GiB each: {min(count, len(group))} at a time")
     is_folder = model is not None and Path(model).is_dir()
     record = {
-        "recipe": settings.model_dump(exclude={"name", "about", "licences"}),
+        "recipe": settings.model_dump(exclude={"name", "about", "licences"}, exclude_none=True),
         "model": fingerprint(Path(model)) if model and is_folder else model or "new",
         "text": digests(settings.sources, text),
-    }
+    } | ({"sites": sorted(map(str, asked))} if sites is not None else {})
     work = folder / "training"
     if work.exists():
         check_begun(work, record)
@@ -116,18 +128,32 @@ def train_suite(
     on_hub = None if is_folder else model
     for group, how in groups:
         chunks = how.steps // how.steps_per_chunk(numbers.context) + 2
-        rows = read_rows(work, chunks * how.rows, how.seed + 1)
+        rows = mixed_rows(work, chunks * how.rows, how.seed + 1)
         train_saes(how, loaded, rows, folder / "saes", group, on_hub or settings.name)
+    whole = [m for m in MODULES if all(site in asked for site in there if site.module == m)]
+    saes = {module: f"saes/{{layer}}-{module}" for module in whole}
+    saes |= {str(s): f"saes/{s.layer}-{s.module}" for s in asked if s.module not in whole}
     row = {
         "name": settings.name,
         "about": settings.about,
         "model": on_hub or "model",
-        "layers": 1 + max(site.layer for site in sites),
-        "saes": {module: f"saes/{{layer}}-{module}" for module in MODULES},
+        "layers": 1 + max(site.layer for site in there),
+        "saes": saes,
     }
     write_text(folder / "suite.yaml", yaml.safe_dump(row, sort_keys=False))
     measured_bars(str(folder), work, write=True)
     return folder
+
+
+def chosen_sites(names: Iterable[str] | None, there: Sequence[Site]) -> list[Site]:
+    """The sites of a model that are named, by module or one by one; all if no names are given."""
+    if names is None:
+        return list(there)
+    known = {name for site in there for name in (str(site), site.module)}
+    for name in (names := list(names)):
+        if name not in known:
+            raise ValueError(f"the model has no site {name!r}{suggestion(name, known)}")
+    return [site for site in there if {str(site), site.module} & set(names)]
 
 
 def check_begun(work: Path, now: dict[str, Any]) -> None:
@@ -160,7 +186,7 @@ def cut_rows(
         sample = (
             document[start : start + 20_000]
             for name, source in sources.items()
-            for document in take_documents(
+            for document in stream_documents(
                 source, seed + 1, int(3e7 * settings.sources[name] / total)
             )
             for start in range(0, len(document), 20_000)
@@ -169,10 +195,9 @@ def cut_rows(
     tokenizer.save_pretrained(part)
     for i, (name, source) in enumerate(sorted(sources.items())):
         budget = int(7 * tokens * settings.sources[name] / total)
-        rows = token_rows(take_documents(source, seed, budget), tokenizer, context)
-        if not len(rows):
+        texts = stream_documents(source, seed, budget)
+        if not write_rows(part / f"train-{i}.npy", texts, tokenizer, context):
             raise ValueError(f"source {name!r} gives no row of {context} tokens")
-        np.save(part / f"train-{i}.npy", rows)
-        held_out = take_documents(source, seed, 2_000_000, held_out=True)
-        np.save(part / f"held_out-{i}.npy", token_rows(held_out, tokenizer, context))
+        held_out = stream_documents(source, seed, 2_000_000, held_out=True)
+        write_rows(part / f"held_out-{i}.npy", held_out, tokenizer, context)
     write_json(part / "recipe.json", record)

@@ -1,4 +1,4 @@
-"""Train an SAE for every site of a model, all sites in one pass over the text.
+"""Train an SAE for each of some sites of a model, together as far as memory allows.
 
 Every site starts from random weights of its own: a likeness between layers is then the model's
 doing and not the recipe's.
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,10 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowhelpers.core.features import Site
+from flowhelpers.core.machine import free_memory
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import Model, hook_name, run_model
-from flowhelpers.training.language_model import write_folder
+from flowhelpers.training.language_model import Rows, write_folder
 
+PASS = 32  # rows in one forward pass
 SPARE = 0.94  # share of a chunk's tokens that is used: the rest makes up for special tokens
 
 
@@ -30,11 +32,15 @@ class SAERecipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """Every number that decides how the SAEs of a model are trained."""
 
     sites: list[str] = []  # of an exception, those that it is for
+    architecture: Literal["batchtopk", "jumprelu"] = "batchtopk"
     features: PositiveInt = 1024
     k: PositiveInt = 14  # features active per token, on average over a batch
+    # Of JumpReLU: the weight of its L0 loss as in Gemma Scope (paper 4.1). Unless given, the
+    # loss is that of Gemma Scope 2, which leads to k active features.
+    l0_coefficient: PositiveFloat | None = None
     tokens: PositiveInt = 3_000_000
     batch: PositiveInt = 640  # tokens in one step: many small steps settle decoders faster
-    rows: PositiveInt = 32  # of text in one forward pass, whose tokens are then shuffled
+    rows: PositiveInt = 32  # of text whose tokens are shuffled together
     lr: PositiveFloat = 3e-3  # of Adam, at its peak
     warmup: NonNegativeInt = 100
     decay: float = Field(default=0.3, ge=0, le=1)  # share of the steps, at the end
@@ -53,14 +59,31 @@ class SAERecipe(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         return max(1, self.tokens // self.batch)
 
     def steps_per_chunk(self, context: int) -> int:
-        """Steps that one forward pass of the model feeds."""
+        """Steps that the tokens which are shuffled together feed."""
         return max(1, int(SPARE * self.rows * (context - 1)) // self.batch)
+
+    def memory(self, d_model: int, context: int) -> int:
+        """Bytes for training one SAE: weights, gradients, Adam's two moments, activations."""
+        weights = self.features * (2 * d_model + 2) + d_model
+        activations = self.rows * context * d_model + 2 * self.batch * self.features
+        return 4 * (4 * weights + activations)
+
+    def at_once(self, d_model: int, context: int, device: str) -> int:
+        """How many sites fit in memory together; a MemoryError if not one does."""
+        each, free = self.memory(d_model, context), free_memory(device)
+        if each > free:
+            raise MemoryError(
+                f"to train one SAE of {self.features:,} features at width {d_model} takes"
+                f" {each / 2**30:.1f} GiB on {device} (weights, gradients, Adam's two moments), and"
+                f" {free / 2**30:.1f} GiB are free: a recipe with fewer features or rows takes less"
+            )
+        return free // each
 
 
 def train_saes(
     recipe: SAERecipe,
     model: Model,
-    rows: Integer[np.ndarray, "rows context"],
+    rows: Rows | Integer[np.ndarray, "rows context"],
     folder: Path,
     sites: Sequence[Site],
     model_name: str,
@@ -68,7 +91,8 @@ def train_saes(
 ) -> None:
     """Train an SAE at every site and save each as a sae-lens folder: `folder/0-res` and so on.
 
-    A second call goes on from the last checkpoint in `folder`. `rows` are read in their order.
+    Sites that do not fit in memory together are trained part by part, each on the same text. A
+    second call goes on from the last checkpoint in `folder`. `rows` are read in their order.
     Raises a FloatingPointError if a loss is not finite.
     """
     from sae_lens.config import SAETrainerConfig
@@ -76,6 +100,12 @@ def train_saes(
 
     names = [f"{site.layer}-{site.module}" for site in sites]
     if all((folder / name).exists() for name in names):
+        return
+    count = recipe.at_once(model.d_model, rows.shape[1], str(model.device))
+    if count < len(sites):  # each part reads the same text again
+        for start in range(0, len(sites), count):
+            some = sites[start : start + count]
+            train_saes(recipe, model, rows, folder, some, model_name, checkpoint_every)
         return
     checkpoints = folder / f"{names[0]}.checkpoints"
     config = SAETrainerConfig(
@@ -95,8 +125,9 @@ def train_saes(
     saes = {n: new_sae(recipe, model, s, model_name) for n, s in zip(names, sites, strict=True)}
     hooks = {name: sae.cfg.metadata.hook_name for name, sae in saes.items()}
     trainer = MultiSAETrainer(config, saes, hooks, iter(()))
-    if whole := sorted(checkpoints.glob("*[0-9]"), key=lambda path: int(path.name)):
-        trainer.load_checkpoint(whole[-1])
+    for path in sorted(checkpoints.glob("*[0-9]"), key=lambda path: int(path.name))[-1:]:
+        if all((path / name).exists() for name in names):  # memory may have parted others before
+            trainer.load_checkpoint(path)
     done = trainer.n_training_steps
     # The first batch gives the norms alone.
     trainer.data_provider = batches(recipe, model, rows, sites, done and done + 1)
@@ -146,7 +177,7 @@ def use_one_thread() -> None:
 def batches(
     recipe: SAERecipe,
     model: Model,
-    rows: Integer[np.ndarray, "rows context"],
+    rows: Rows | Integer[np.ndarray, "rows context"],
     sites: Sequence[Site],
     start: int = 0,
 ) -> Iterator[dict[str, Float[Tensor, "batch d_model"]]]:
@@ -160,12 +191,16 @@ def batches(
     while True:
         picked = np.arange(chunk * recipe.rows, (chunk + 1) * recipe.rows) % len(rows)
         ids = torch.from_numpy(rows[picked].astype(np.int64))
-        _, read = run_model(model, ids.to(model.device), sites, stop_after=max(sites).layer)
+        parts = ids.to(model.device).split(PASS)
+        reads = [run_model(model, part, sites, stop_after=max(sites).layer)[1] for part in parts]
         usable = torch.nonzero(~torch.isin(ids.flatten(), special)).flatten()
         generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + chunk)
         order = usable[torch.randperm(len(usable), generator=generator)]
         order = torch.from_numpy(np.resize(order, per_chunk * recipe.batch)).to(model.device)
-        flat = {hook_name(model, site): x.flatten(0, 1).float() for site, x in read.items()}
+        flat = {
+            hook_name(model, site): torch.cat([read[site].flatten(0, 1) for read in reads]).float()
+            for site in sites
+        }
         for places in order.split(recipe.batch)[skipped:]:
             yield {hook: x[places] for hook, x in flat.items()}
         chunk, skipped = chunk + 1, 0
@@ -174,20 +209,29 @@ def batches(
 def new_sae(recipe: SAERecipe, model: Model, site: Site, model_name: str) -> Any:
     """An SAE with random weights of the site's own, whichever sites are trained beside it."""
     from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
+    from sae_lens.saes.jumprelu_sae import JumpReLUTrainingSAE, JumpReLUTrainingSAEConfig
     from sae_lens.saes.sae import SAEMetadata
 
     torch.manual_seed(recipe.seed * 1_000_003 + model.sites().index(site))
     hook = hook_name(model, site)
-    config = BatchTopKTrainingSAEConfig(
-        d_in=model.d_model,
-        d_sae=recipe.features,
-        k=recipe.k,
-        device=str(model.device),
-        normalize_activations="expected_average_only_in",  # norms differ tenfold between sites
-        decoder_init_norm=1.0,
-        metadata=SAEMetadata(model_name=model_name, hook_name=hook, prepend_bos=True),
+    shared: dict[str, Any] = {
+        "d_in": model.d_model,
+        "d_sae": recipe.features,
+        "device": str(model.device),
+        "normalize_activations": "expected_average_only_in",  # norms differ tenfold between sites
+        "decoder_init_norm": 1.0,
+        "metadata": SAEMetadata(model_name=model_name, hook_name=hook, prepend_bos=True),
+    }
+    if recipe.architecture == "batchtopk":
+        return BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(k=recipe.k, **shared))
+    config = JumpReLUTrainingSAEConfig(
+        jumprelu_sparsity_loss_mode="step" if recipe.l0_coefficient else "quadratic",
+        l0_coefficient=recipe.l0_coefficient or 1.0,
+        target_l0=None if recipe.l0_coefficient else recipe.k,
+        l0_warm_up_steps=recipe.steps // 10,
+        **shared,
     )
-    return BatchTopKTrainingSAE(config)
+    return JumpReLUTrainingSAE(config)
 
 
 def save_half(sae: Any, folder: Path) -> None:
@@ -195,6 +239,8 @@ def save_half(sae: Any, folder: Path) -> None:
 
     Decoder rows get unit norm. sae-lens computes in the type that `cfg.json` names, float32.
     """
+    if sae.cfg.architecture() == "jumprelu":  # of BatchTopK sae-lens does it by itself
+        sae.fold_W_dec_norm()
     path = Path(sae.save_inference_model(folder)[0])
     weights = {name: x.to(torch.float16).contiguous() for name, x in load_file(path).items()}
     save_file(weights, path)

@@ -1,10 +1,12 @@
 """Documents are held out by what they are, and never trained on."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub import Hub
 
+from flowhelpers.activations import corpora
 from flowhelpers.activations.corpora import (
     HELD_OUT_PERCENT,
     digests,
@@ -12,6 +14,7 @@ from flowhelpers.activations.corpora import (
     load_source,
     pydoc_topics,
     stdlib_modules,
+    stream_documents,
     take_documents,
 )
 
@@ -58,6 +61,24 @@ def test_a_source_is_looked_up_in_the_folder_first(tmp_path: Path, monkeypatch: 
 def test_a_dataset_of_the_hub_is_a_source(hub_here: Hub, paper_datasets: dict[str, list[str]]):
     source = load_source("roneneldan/TinyStories")
     assert {text for _, text in source()} == set(paper_datasets["tinystories"])
+
+
+def test_a_dataset_of_the_hub_is_read_no_further_than_the_budget(monkeypatch: pytest.MonkeyPatch):
+    read: list[str] = []
+
+    def documents(name: str) -> Iterator[tuple[str, str]]:
+        for i in range(10**9):  # more than any memory holds
+            read.append(f"document {i}")
+            yield read[-1], read[-1]
+
+    monkeypatch.setattr(corpora, "hub_documents", documents)
+    source = load_source("some/thing")
+    train, held = ("".join(stream_documents(source, 0, 5_000, held)) for held in (False, True))
+    assert len(train) == len(held) == 5_000
+    assert len(read) < 50 * 5_000 / 10
+    texts = list(stream_documents(source, 0, 5_000))
+    assert not any(map(is_held_out, texts[:-1]))
+    assert texts[0] == next(text for text in read if not is_held_out(text))
 
 
 def test_the_digest_of_a_source_hangs_on_its_content_alone(tmp_path: Path):

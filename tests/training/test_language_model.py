@@ -17,11 +17,13 @@ from flowhelpers.suites.model import logits_of, tokenize
 from flowhelpers.training import language_model
 from flowhelpers.training.language_model import (
     ModelRecipe,
+    mixed_rows,
     new_model,
     read_rows,
     token_rows,
     train_model,
     train_tokenizer,
+    write_rows,
 )
 
 EOS, BOS = 1, 2
@@ -63,6 +65,19 @@ def test_rows_are_the_documents_end_to_end(tokenizer: Any):
     assert (rows[:, 0] == BOS).all()
     assert rows[:, 1:].flatten().tolist() == stream[: len(stream) // 7 * 7]
     assert token_rows([], tokenizer, 8).shape == token_rows(["a"], tokenizer, 8).shape == (0, 8)
+
+
+def test_rows_on_the_disk_are_those_in_memory_and_stay_there(tokenizer: Any, tmp_path: Path):
+    documents = toys.TEXTS * 600
+    rows = token_rows(documents, tokenizer, 8)
+    assert write_rows(tmp_path / "train-0.npy", iter(documents), tokenizer, 8) == len(rows)
+    assert np.array_equal(np.load(tmp_path / "train-0.npy"), rows)
+    assert write_rows(tmp_path / "none.npy", [], tokenizer, 8) == 0
+    assert np.load(tmp_path / "none.npy").shape == (0, 8)
+    (tmp_path / "recipe.json").write_text(json.dumps({"recipe": {"sources": {"a": 1}}}))
+    mixed = mixed_rows(tmp_path, 100, 3)
+    assert isinstance(mixed.sources[0], np.memmap)
+    assert np.array_equal(mixed[np.array([5, 2])], read_rows(tmp_path, 100, 3)[[5, 2]])
 
 
 def test_rows_have_the_special_tokens_of_their_tokenizer():

@@ -14,6 +14,7 @@ from flowhelpers.__main__ import main
 from flowhelpers.activations.corpora import is_held_out
 from flowhelpers.core.features import MODULES, Site
 from flowhelpers.core.files import DATA
+from flowhelpers.matching.matchers import by_permutation
 from flowhelpers.suites.load import load_suite
 from flowhelpers.training import language_model, recipe
 from flowhelpers.training.card import read_yaml
@@ -214,3 +215,42 @@ def test_mistakes_in_training_are_a_line_and_leave_nothing(
     assert re.search(rf"^flowhelpers: .*{message}", said, re.MULTILINE)
     assert "Traceback" not in said
     assert not Path("suite/training").exists()
+
+
+def test_attention_alone_is_trained_for_a_model_and_matches_without_its_w_o(
+    text: Path, tmp_path: Path, toy_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    saes = TINY["saes"] | {"architecture": "jumprelu"}
+    exceptions = {"early": {"sites": ["0/res"], "k": 1}, "attention": {"sites": ["att"], "k": 3}}
+    path = write(tmp_path, {"saes": saes, "exceptions": exceptions})
+    given = ["train", "mine", "--text", str(text), "--recipe", str(path)]
+    given = [str(tmp_path / one) if one == "mine" else one for one in given]
+    given += ["--model", str(toy_folder), "--sites"]
+    assert main([*given, "att,1/mlp"]) == 0
+    assert re.search(r"SAEs, 0\.00 GiB each: \d at a time", capsys.readouterr().out)
+    suite = load_suite(tmp_path / "mine")
+    layers = suite.layers
+    attention = [Site(layer, "att") for layer in range(layers)]
+    assert set(suite.saes) == {*attention, Site(1, "mlp")}
+    kept = yaml.safe_load((tmp_path / "mine" / "suite.yaml").read_text())["saes"]
+    assert kept == {"att": "saes/{layer}-att", "1/mlp": "saes/1-mlp"}
+    for site in attention:
+        assert suite.sae(site).input_site == site
+        assert suite.sae(site).lens_sae.cfg.architecture() == "jumprelu"
+    pair = by_permutation(suite.sae("1/att"), suite.sae("0/att"))
+    assert (pair.backward.indices >= 0).all()
+    assert "model" not in vars(suite)  # no W_O was asked for
+    assert main([*given, "att"]) == 2
+    assert "was begun with another recipe: sites was" in capsys.readouterr().err
+    assert main([*given, "att,9/ress"]) == 2
+    assert "the model has no site '9/ress'; did you mean" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_refused_before_any_text_is_read(
+    text: Path, tmp_path: Path, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write(tmp_path, {"saes": TINY["saes"] | {"features": 2**20}})
+    monkeypatch.setattr("flowhelpers.training.saes.free_memory", lambda device: 2**20)
+    with pytest.raises(MemoryError, match=r"1,048,576 features at width 32 takes 1\.\d GiB on cpu"):
+        train_suite(tmp_path / "mine", text, path, str(toy_folder), sites=["att"])
+    assert not (tmp_path / "mine").exists()

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from flowhelpers.core.features import Site
 from flowhelpers.suites.model import Model, hook_name, run_model
+from flowhelpers.training import saes
 from flowhelpers.training.language_model import token_rows
 from flowhelpers.training.saes import SAERecipe, batches, new_sae, train_saes
 
@@ -184,3 +185,68 @@ def test_training_lowers_the_error(toy: Model, rows: np.ndarray, tmp_path: Path)
     left = (x - sae.decode(codes)).square().sum() / (x - x.mean(0)).square().sum()
     assert left < 0.5
     assert 1 < (codes > 0).sum(1).float().mean() < 20
+
+
+@pytest.mark.parametrize("how", [{}, {"l0_coefficient": 0.1}, {"l0_coefficient": 10.0}])
+def test_a_jumprelu_sae_of_attention_is_sparse_and_explains(
+    toy: Model, rows: np.ndarray, tmp_path: Path, how: dict[str, float]
+):
+    """By default it comes to k active features; a larger weight of the L0 loss leaves fewer."""
+    site = Site(0, "att")
+    change = {"features": 64, "k": 6, "tokens": 16 * 400, "warmup": 5, "architecture": "jumprelu"}
+    train_saes(RECIPE.model_copy(update=change | how), toy, rows, tmp_path, [site], "toy")
+    sae = toys.load_folder(tmp_path / "0-att", site, toys.D_MODEL)
+    assert sae.lens_sae.cfg.architecture() == "jumprelu"
+    assert sae.lens_sae.cfg.metadata.hook_name == "blocks.0.hook_attn_out"
+    assert sae.input_site == site  # behind W_O, where attention comes into the stream
+    assert sae.thresholds is not None
+    assert (sae.thresholds > 0).all()
+    assert torch.allclose(sae.norms, torch.ones(64), atol=1e-3)
+    _, read = run_model(toy, torch.from_numpy(rows[:2].astype(np.int64)), read=[site])
+    x = read[site][:, 1:].flatten(0, 1)
+    codes = sae.encode(x)
+    l0 = (codes > 0).sum(1).float().mean().item()
+    left = (x - sae.decode(codes)).square().sum() / (x - x.mean(0)).square().sum()
+    low, high = {None: (3, 12), 0.1: (6, 64), 10.0: (0, 6)}[how.get("l0_coefficient")]
+    assert low < l0 < high
+    assert left < 1
+
+
+def test_sites_that_do_not_fit_together_are_trained_in_parts_and_come_out_the_same(
+    toy: Model, rows: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The memory is that of weights, gradients and moments, and of the activations in hand."""
+    each = RECIPE.memory(toys.D_MODEL, CONTEXT)
+    weights = sum(p.numel() for p in new_sae(RECIPE, toy, SITES[0], "toy").parameters())
+    more = 4 * (4 * CONTEXT * toys.D_MODEL + 2 * 16 * 24)
+    assert each == pytest.approx(16 * weights + more, rel=0.05)
+    together, parted = tmp_path / "together", tmp_path / "parted"
+    train_saes(RECIPE, toy, rows, together, SITES, "toy")
+    calls: list[int] = []
+    true_new = saes.new_sae
+    monkeypatch.setattr(saes, "free_memory", lambda device: int(2.5 * each))
+    monkeypatch.setattr(saes, "new_sae", lambda *a: calls.append(len(calls)) or true_new(*a))
+    train_saes(RECIPE, toy, rows, parted, SITES, "toy")
+    assert len(calls) == 3
+    for name in ("0-att", "1-mlp", "1-res"):
+        one, two = (load_file(at / name / "sae_weights.safetensors") for at in (together, parted))
+        for key in one:
+            torch.testing.assert_close(one[key], two[key], rtol=2e-3, atol=1e-3)
+    monkeypatch.setattr(saes, "free_memory", lambda device: each - 1)
+    message = "one SAE of 24 features at width .* takes 0.0 GiB on cpu .* fewer features or rows"
+    with pytest.raises(MemoryError, match=message):
+        train_saes(RECIPE, toy, rows, tmp_path / "none", SITES, "toy")
+
+
+def test_tokens_are_mixed_over_more_rows_than_one_pass_reads(
+    toy: Model, rows: np.ndarray, monkeypatch: pytest.MonkeyPatch
+):
+    wide, hook = RECIPE.model_copy(update={"rows": 12}), hook_name(toy, SITES[2])
+    whole = list(islice(batches(wide, toy, rows, SITES), 9))
+    monkeypatch.setattr(saes, "PASS", 5)
+    for one, two in zip(whole, islice(batches(wide, toy, rows, SITES), 9), strict=True):
+        assert torch.allclose(one[hook], two[hook], atol=1e-5)
+    _, read = run_model(toy, torch.from_numpy(rows[:12].astype(np.int64)), read=[SITES[2]])
+    of_row = read[SITES[2]].flatten(0, 1)
+    near = torch.cdist(whole[0][hook], of_row).argmin(1) // CONTEXT
+    assert len(near.unique()) > 6  # one batch holds tokens of many rows
