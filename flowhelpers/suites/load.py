@@ -231,8 +231,8 @@ def check_sources(row: SuiteRow) -> None:
     It names a transcoder, too. Warns if the model is not the suite's, but such as the base of an
     instruction-tuned one.
     """
+    from flowhelpers.suites.registry import refuse_transcoder
     from flowhelpers.suites.sae_files import sae_config
-    from flowhelpers.suites.transcoders import refuse_transcoder
 
     trained_on: dict[str, Site] = {}
     for site, source in sorted(row.saes.items()):

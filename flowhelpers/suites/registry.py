@@ -170,6 +170,15 @@ def declared(source: Source) -> tuple[float | None, float | None]:
     return l0, None if variance == 1.0 else variance  # the list's word for what it lacks
 
 
+def refuse_transcoder(sae: str, said: str) -> None:
+    """A ValueError if what is said of an SAE, its architecture or its names, is of a transcoder."""
+    if re.search("transcoder|(^|[-_/])clt([-_/]|$)", said):
+        raise ValueError(
+            f"{sae} is a transcoder, which reads one place and predicts another: expected an SAE"
+            " (transcoders go under a suite's key `transcoders`)"
+        )
+
+
 def read_suite_folder(folder: Path) -> SuiteRow:
     """The suite of a folder, from its `suite.yaml`."""
     import yaml

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from flowhelpers.core.files import fingerprint, read_json
 from flowhelpers.suites.hub import fetch, naming, replaced
-from flowhelpers.suites.registry import Source, listed_release
-from flowhelpers.suites.transcoders import refuse_transcoder
+from flowhelpers.suites.registry import Source, listed_release, refuse_transcoder
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup

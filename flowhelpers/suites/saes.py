@@ -15,8 +15,8 @@ from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.model import HOOKS
+from flowhelpers.suites.registry import refuse_transcoder
 from flowhelpers.suites.sae_files import SaeFiles, read_decoder
-from flowhelpers.suites.transcoders import refuse_transcoder
 
 SMALLEST_THRESHOLD = 1e-6
 Output = Callable[[], AttentionOutput | None]  # how a model brings z into the stream

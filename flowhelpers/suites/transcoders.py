@@ -4,7 +4,6 @@ A transcoder is no SAE: what it reads is not what it writes. Among the `saes` of
 refused.
 """
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from flowhelpers.core.features import Site
 from flowhelpers.suites.model import HOOKS
 from flowhelpers.suites.registry import SuiteRow, ids_by_l0
+from flowhelpers.suites.sae_files import load_whole
 
 if TYPE_CHECKING:
     from flowhelpers.suites.registry import Source
@@ -48,8 +48,6 @@ def load_transcoder(row: SuiteRow, layer: int, d_model: int, device: str, dtype:
 
     The MLP's output is that behind Gemma's norm after it, as it comes into the stream.
     """
-    from flowhelpers.suites.sae_files import load_whole
-
     target = Site(layer, "mlp")
     if target not in row.transcoders:
         there = ", ".join(str(site.layer) for site in row.transcoders) or "no layer"
@@ -78,12 +76,3 @@ def the_one(source: "Source") -> "Source":
     if isinstance(source, str) or "{l0}" not in source["id"]:
         return source
     return {"release": source["release"], "id": min(ids_by_l0(**source))[1]}
-
-
-def refuse_transcoder(sae: str, said: str) -> None:
-    """A ValueError if what is said of an SAE, its architecture or its names, is of a transcoder."""
-    if re.search("transcoder|(^|[-_/])clt([-_/]|$)", said):
-        raise ValueError(
-            f"{sae} is a transcoder, which reads one place and predicts another: expected an SAE"
-            " (transcoders go under a suite's key `transcoders`)"
-        )
