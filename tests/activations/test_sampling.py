@@ -102,9 +102,9 @@ def test_pearson_reads_no_text_that_is_scored_even_of_the_same_corpus(tmp_path: 
         ["One.", "Three."],
         ["Three.", "One."],
     )
-    with pytest.raises(ValueError, match="all 3 texts of .*own.txt' are scored, and none is left"):
+    with pytest.raises(ValueError, match=r"all 3 texts of .*own\.txt' are scored, and none"):
         unscored_texts(str(own), 5, ["One.", "Two.", "Three."])
-    with pytest.raises(ValueError, match="0 texts of 'maths' for pearson: expected 1 or more"):
+    with pytest.raises(ValueError, match="0 texts of 'maths' for pearson"):
         unscored_texts("maths", 0, [])
 
 
