@@ -652,6 +652,69 @@ def test_groups_are_counted_right_and_active_in_one_is_above_in_neither(
         assert unit == {"s_res": True, "s_mlp": True, "s_att": True}
 
 
+def test_pearson_reads_other_texts_and_loses_more_than_cosine_on_python(
+    groups: Executed, sampled: tuple[pd.DataFrame, dict[str, np.ndarray]]
+) -> None:
+    from flowhelpers import load_suite, match_table
+
+    tokens, active = sampled
+    scored = {*load_texts("fiction", 100)}
+    other = [text for text in load_texts("fiction", None) if text not in scored]
+    by = {"method": "pearson", "k": 1, "texts": other, "layers": [4]}
+    matches = match_table(load_suite("flowlet"), **by)
+    matches = matches[matches["direction"] == "backward"].set_index(["module", "feature"])["source"]
+    token, feature = np.nonzero(active["4/res"][tokens["dataset"] == "fiction"])
+    there = np.zeros(len(token), bool)
+    for module in MODULES:
+        sources = matches[module].sort_index().to_numpy()[feature]
+        there |= active[str(site_before(4, module))][token, sources] & (sources >= 0)
+    shares = groups.table("figure_18").set_index(["method", "dataset", "layer", "group"])
+    assert [*shares[shares["pearson_read_it"]].index.unique("dataset")] == ["fiction"]
+    row = shares.loc[("pearson top-1", "fiction", 4, "From nowhere")]
+    assert (row["n"], row["share"]) == ((~there).sum(), pytest.approx(1 - there.mean()))
+    gaps = groups.table("dataset_gaps").set_index(["method", "dataset"])["beyond_low"]
+    assert gaps["pearson top-1"].idxmax() == "python"
+    assert gaps["pearson top-1", "python"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("book", "given", "message"),
+    [
+        ("03", "layers=[3, 8]", r"layers=\[3, 8\]: expected some of \[1, 2, .*, 7\], each once"),
+        ("03", "pearson_corpus=fictoin", "unknown corpus 'fictoin'; did you mean 'fiction'"),
+        ("04", "layers=[0]", r"layers=\[0\]: expected some of \[1, 2, .*, 7\], each once"),
+        ("04", "search_layers=[3]", r"search_layers=\[3\]: expected some of \[2, 4, 6\]"),
+        ("04", "max_tokens=1", "max_tokens of 2 or more, BOS included"),
+    ],
+)
+def test_what_fits_no_suite_is_refused_at_the_door(
+    tmp_path: Path, book: str, given: str, message: str
+) -> None:
+    done = execute(tmp_path, book, "-p", given)
+    assert done.returncode
+    assert re.search(message, done.stderr)
+    assert not [*tmp_path.rglob("sample.parquet"), *tmp_path.rglob("targets.parquet")]
+
+
+def test_the_paper_s_own_settings_are_those_of_its_suites_and_flowlet_needs_no_hub() -> None:
+    def of(notebook: str, suite: str) -> dict[str, Any]:
+        return next(iter(plan([notebook], {"suite": suite}, "paper").values()))
+
+    for name, layers, texts in (
+        ("gemma-2-2b@l0=70", [8, 18], 250),
+        ("llama-3.1-8b", [8, 16, 24], 250),
+        ("gpt2-small", None, 500),
+        ("pythia-70m-deduped", None, 500),
+    ):
+        given = of("03", name)
+        assert (given.get("layers"), given["n_texts"]) == (layers, texts)
+        assert given["pearson_corpus"] == of("04", name)["pearson_corpus"] == "fineweb"
+        assert given["pearson_texts"] * 127 == pytest.approx(100_000, rel=0.02)
+        assert of("04", name)["dtype"] == "float32"
+    assert len(of("04", "gemma-2-2b")["search_layers"]) == 2
+    assert all(of(book, "flowlet")["pearson_corpus"] == "fiction" for book in ("03", "04"))
+
+
 # Deactivation, by plain hooks over whole texts.
 
 
@@ -791,6 +854,24 @@ def test_the_search_is_no_worse_than_a_single_match(removed: Executed) -> None:
     assert everywhere["change"].to_dict() == pytest.approx(counted.to_dict())
     assert everywhere["paper_change"].tolist() == [0.75, 0.74, 0.83]
     assert everywhere["paper_success"].tolist() == [0.65, 0.65, 0.73]
+
+
+def test_the_search_is_of_the_layers_and_sites_that_are_asked_for(tmp_path: Path) -> None:
+    given = {"n_texts": 2, "layers": "[2,4]", "search_layers": "[4]", "all_sites": "true"}
+    given |= {"methods": "top-1", "r_values": "0,1", "sweep_targets": 5, "max_tokens": 40}
+    pairs = [text for name, value in given.items() for text in ("-p", f"{name}={value}")]
+    done = execute(tmp_path, "04", *pairs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = Executed(next((tmp_path / "o").glob("*/config.json")).parent)
+    targets, best = made.table("targets"), made.table("searched")
+    assert set(targets["layer"]) == {2, 4}
+    assert set(best["layer"]) == {4}
+    assert targets["position"].max() < 40
+    row = best[best["method"] == "exhaustive"].iloc[0]
+    own = targets.loc[row["target"]]
+    text, at = load_texts("fiction", 2)[own["text"]], int(own["position"]) - 1
+    sites = [site_before(4, module) for module in MODULES]
+    assert row["tried"] == sum((codes_of(site, text)[at] > 0).sum() for site in sites)
 
 
 # Themes suppressed and promoted.

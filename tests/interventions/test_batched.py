@@ -376,3 +376,27 @@ def test_a_model_whose_prefix_is_ignored_is_refused(
     monkeypatch.setattr(PromptCache, "cache", lambda self, batch, layers=None: empty())
     with pytest.raises(ValueError, match="goes on after a prefix gives other logits"):
         load_model(str(toy_folder))
+
+
+def test_the_loss_of_a_small_step_needs_float32(flowlet: SimpleNamespace):
+    # In bfloat16 a step of nothing is nothing too, but rounding is larger than a small step.
+    suite, path = flowlet.suite, flowlet.suite.row.model
+    cases, edits = random_cases(suite, flowlet.activations, 60, seed=4)
+    edits["amount"] /= edits.groupby("case")["amount"].transform(lambda a: 8 * a.abs().max())
+    reads = cases.assign(case=cases.index, module="res", feature=0)
+
+    def change(kind: str, size: float) -> np.ndarray:
+        model = load_model(path, dtype=getattr(torch, kind))
+        given = (replace(suite, source=model), flowlet.tokens, cases)
+        changed = edits.assign(amount=size * edits["amount"])
+        _, losses = intervene(*given, changed, reads, loss=True)
+        assert losses is not None
+        return (losses["loss_after"] / losses["loss_before"] - 1).to_numpy()
+
+    def apart(one: np.ndarray, other: np.ndarray) -> float:
+        return float(np.square(one - other).mean() ** 0.5)
+
+    assert (change("bfloat16", 0.0) == 0).all()
+    exact = change("float64", 1.0)
+    assert apart(change("float32", 1.0), exact) < 2e-6 < apart(exact, np.zeros(60)) / 10
+    assert apart(change("bfloat16", 1.0), exact) > 5e-5
