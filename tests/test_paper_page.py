@@ -109,6 +109,42 @@ def test_a_finding_holds_where_its_interval_lies_beyond_the_control(
     assert (found == "not run").sum() == len(found) - 2
 
 
+def test_findings_of_steering_and_of_bridges_are_told_from_their_controls(tmp_path: Path):
+    def verdicts(**tables: Any) -> dict[str, str]:
+        plant(tmp_path, "06_theme_activation", "flowlet", **tables)
+        plant(tmp_path, "08_transcoders", "flowlet", **tables)
+        found = findings(tmp_path)
+        return dict(zip(found["table"] + found["where"], found["verdict"], strict=True))
+
+    def means(score: float) -> dict[str, Any]:
+        steered = {
+            "theme": ["money", "war"] * 2,
+            "strategy": ["single"] * 2 + ["random features"] * 2,
+        }
+        scores = [score, score, 0.2, 0.2]
+        ends = {"score_low": [s - 0.1 for s in scores], "score_high": [s + 0.1 for s in scores]}
+        return steered | {"score": scores} | ends
+
+    def explained(matches: list[float]) -> dict[str, Any]:
+        ends = {"low": [*matches, -0.1, -0.1], "high": [*matches, 0.1, 0.1]}
+        kinds = ["matches"] * 2 + ["shuffled"] * 2
+        return {"layer": [1, 2] * 2, "kind": kinds, "explained": [*matches, 0, 0]} | ends
+
+    def spread(low: float) -> dict[str, Any]:
+        return {"theme": ["money", "war"], "difference": 0.1, "difference_low": [low, low]}
+
+    good = verdicts(
+        figure_11=means(0.5), neighbours=explained([0.5, 0.2]), equal_norm_differences=spread(0.01)
+    )
+    bad = verdicts(
+        figure_11=means(0.35),
+        neighbours=explained([0.5, 0.05]),
+        equal_norm_differences=spread(-0.1),
+    )
+    for finding in ("figure_11Figure 11", "neighboursappendix F", "equal_norm_differences5.3"):
+        assert (good[finding], bad[finding]) == ("holds", "not seen")
+
+
 def test_the_page_leads_to_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = plant(tmp_path, "04_deactivation", "gemma-2-2b", table_1=table_1(0.75, 0.65))
     page = write_page(tmp_path).read_text("utf-8")
