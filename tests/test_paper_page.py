@@ -107,6 +107,11 @@ def test_a_finding_holds_where_its_interval_lies_beyond_the_control(
     (norm,) = [v for f, v in found.items() if "of equal norm" in str(f)]
     assert (random, norm) == (verdict, "holds")
     assert (found == "not run").sum() == len(found) - 2
+    others = {
+        name: column[1:] if isinstance(column, list) else column for name, column in control.items()
+    }
+    plant(tmp_path, "04_deactivation", "flowlet", control=others)  # without top-1
+    assert set(findings(tmp_path)["verdict"]) == {"not run"}
 
 
 def test_findings_of_steering_and_of_bridges_are_told_from_their_controls(tmp_path: Path):
