@@ -69,7 +69,7 @@ def printed_numbers() -> list[Printed]:
         Printed("Appendix A.2", removal, "table_1", "n", _table_1("n")),
         _seeds("Table 2", suppression, "seeds", TABLE_2),
         _seeds("Table 3", activation, "features", TABLE_3.values()),
-        _seeds("Table 4", activation, "figure_17_features", TABLE_4),
+        _seeds("Table 4", activation, "figure_17_seeds", TABLE_4),
         Printed("Table 5", flows, "table_5", "ours", _table_5()),
         Printed("Appendix E", flows, "table_5", "our_score", _scores()),
         Printed(
