@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from flowhelpers.across.phases import PHASES
 from flowhelpers.groups.occurrences import GROUPS
+from flowhelpers.matching.matchers import WEIGHTS
 from flowhelpers.paper import (
     FIGURE_13,
     TABLE_1,
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 # Figure 23: of permutations, by where thresholds are folded; the lowest and highest printed value.
-FIGURE_23 = {"inference": (0.783, 0.786), "no": (0.747, 0.751)}
+# Which bar has which value is our reading: the paper's text does not say.
+FIGURE_23 = dict.fromkeys(("inference", "both"), (0.783, 0.786))
+FIGURE_23 |= dict.fromkeys(("no", "search"), (0.747, 0.751))
+FIGURE_23_BIAS = (0.631, 0.669)  # with the encoder's bias folded in the search
 FIGURE_23_COSINE = 0.791
 # What the axes of figures that print no numbers run from and to.
 AXES = [
@@ -150,8 +154,11 @@ def _cosine() -> "pd.DataFrame":
 def _figure_23() -> "pd.DataFrame":
     import pandas as pd
 
-    weights = ("decoder", "encoder", "both")
-    rows = [(w, folded, *ends) for folded, ends in FIGURE_23.items() for w in weights]
+    rows = [
+        (w, folded, *(FIGURE_23_BIAS if w == "all" and folded in ("search", "both") else ends))
+        for folded, ends in FIGURE_23.items()
+        for w in WEIGHTS
+    ]
     return pd.DataFrame(rows, columns=["weights", "folded", "paper", "most"])
 
 
