@@ -53,7 +53,8 @@ class Printed:
 
     `numbers` has the `paper`'s value, the highest (`most`) where it prints a range, and the columns
     by which a row of the notebook's table is found; ours are in its `column`. `rows` makes such
-    rows of a table that does not hold them.
+    rows of a table that does not hold them. `kind` is `printed`, `computed` of what is printed,
+    `printed, our reading` where the paper does not say what a number belongs to, or `axis`.
     """
 
     where: str
@@ -62,23 +63,23 @@ class Printed:
     column: str
     numbers: "pd.DataFrame"
     rows: "Callable[[pd.DataFrame], pd.DataFrame] | None" = None
+    kind: str = "printed"
 
 
 def printed_numbers() -> list[Printed]:
     """Every number that the paper prints, in the order of its tables and figures."""
     groups, removal = "03_group_statistics", "04_deactivation"
     flows, suppression, activation = "02_flow_graphs", "05_theme_suppression", "06_theme_activation"
+    figure_4 = paper_figure_4().assign(unit="occurrences")  # 87 % alone is printed, in its caption
     return [
         *(Printed("Table 1", removal, "table_1", c, _table_1(c)) for c in ("change", "success")),
-        Printed("Appendix A.2", removal, "table_1", "n", _table_1("n")),
+        Printed("5.2", removal, "table_1", "n", _table_1("n")),
         _seeds("Table 2", suppression, "seeds", TABLE_2),
         _seeds("Table 3", activation, "features", TABLE_3.values()),
         _seeds("Table 4", activation, "figure_17_seeds", TABLE_4),
         Printed("Table 5", flows, "table_5", "ours", _table_5()),
         Printed("Appendix E", flows, "table_5", "our_score", _scores()),
-        Printed(
-            "Figure 4", groups, "figure_4", "share", paper_figure_4().assign(unit="occurrences")
-        ),
+        Printed("Figure 4", groups, "figure_4", "share", figure_4, kind="computed"),
         Printed("Figure 13", groups, "figure_13", "share", _figure_13()),
         Printed("Figure 14", groups, "figure_14", "share", figure_14()),
         Printed("Figure 15", removal, "targets", "targets", _one("targets", TARGETS), _count),
@@ -88,9 +89,12 @@ def printed_numbers() -> list[Printed]:
             for end in ("first", "last")
         ),
         Printed("Figure 23", "08_transcoders", "one_pair", "explained", _cosine()),
-        Printed("Figure 23", "08_transcoders", "figure_23", "explained", _figure_23()),
+        Printed(
+            *("Figure 23", "08_transcoders", "figure_23", "explained", _figure_23()),
+            kind="printed, our reading",
+        ),
         *(
-            Printed(f"{where}, its axis", notebook, table, column, *_axis(column, low, high))
+            Printed(where, notebook, table, column, *_axis(column, low, high), kind="axis")
             for where, notebook, table, column, low, high in AXES
         ),
     ]

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from flowhelpers.core.files import read_json, write_text
 from flowhelpers.paper import is_of_paper
 from flowhelpers.paper_numbers import printed_numbers
+from flowhelpers.runs.parameters import plan
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ROUNDING = 0.005  # of what is printed with two digits
-COLUMNS = ["where", "what", "paper", "most", "ours", "low", "high", "difference", "verdict"]
+COLUMNS = ["where", "kind", "what", "paper", "most", "ours", "low", "high", "difference", "verdict"]
 COLUMNS += ["notebook", "table"]
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>The paper's numbers</title>
@@ -27,32 +27,51 @@ body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem } table { border-col
 td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #8884 }
 </style></head><body>
 <h1>The paper's numbers, and ours</h1>
-<p>Suites: {suites}. Of {total} printed numbers: {counts}.</p>
+<p>Of {total} numbers: {counts}. Compared is the latest finished run of each notebook:</p>
+{runs}
 <h2>What the paper finds, looked for in these runs</h2>
-<p>A finding holds where it stands out from its control, intervals included.</p>
+<p>A finding holds where it stands out from its control, intervals included; where it says
+<i>control</i>, the comparison is ours.</p>
 {findings}
 <h2>Every printed number</h2>
-<p>Where the paper prints a range, as on an axis, it runs from <i>paper</i> to <i>most</i>.
-<i>Low</i> and <i>high</i> are the ends of our 95&nbsp;% interval. Numbers of another model are
-not compared.</p>
+<p>Where the paper prints a range, it runs from <i>paper</i> to <i>most</i>; <i>low</i> and
+<i>high</i> are the ends of our 95&nbsp;% interval. What is <i>computed</i> is the mean of numbers
+that are printed. Numbers of another model are not compared.</p>
 {numbers}
+<h2>Axes of figures that print no numbers</h2>
+{axes}
 </body></html>
 """
 
 
 def latest_runs(folder: Path) -> dict[str, Path]:
-    """The folder of the latest run of each notebook; a FileNotFoundError if there is none."""
-    configs = sorted(folder.glob("*/config.json"))
+    """The folder of each notebook's latest run, of a finished one where there is one.
+
+    A FileNotFoundError if there is none.
+    """
+    configs = sorted(folder.glob("*/config.json"), key=lambda path: (_is_finished(path), path))
     if not configs:
         raise FileNotFoundError(f"{folder} holds no run: expected folders with a config.json")
     return {read_json(path)["notebook"]: path.parent for path in configs}
 
 
+def _is_finished(config: Path) -> bool:
+    return (config.parent / "results.json").exists()
+
+
+def unlike_preset(config: "dict[str, Any]") -> list[str]:
+    """The parameters of a run that are not what the preset `paper` has for its suite."""
+    suite, used = str(config.get("suite")), config.get("parameters", {})
+    (settings,) = plan([config["notebook"]], {"suite": suite}, "paper").values()
+    return sorted(name for name in settings.keys() & used.keys() if settings[name] != used[name])
+
+
 def compare_numbers(folder: Path) -> "pd.DataFrame":
     """Every printed number with ours: one row a number, columns `COLUMNS`.
 
-    Verdicts: `inside our interval` or `outside`; without an interval, to the two digits that are
-    printed; for a feature `same` or `other`; `not run`; and `another model` for another suite.
+    Verdicts: `inside our interval` or `outside`, where what is printed counts to half of its last
+    digit; for an axis `inside the axis` or `outside the axis`; for a feature `same` or `other`;
+    `not run`; and `another model` for another suite.
     """
     import pandas as pd
 
@@ -72,9 +91,9 @@ def compare_numbers(folder: Path) -> "pd.DataFrame":
         part["what"] = column + ": " + part[keys].astype(str).agg(", ".join, axis=1)
         is_run = printed.notebook in runs
         suite = str(read_json(run / "config.json").get("suite")) if is_run else ""
-        of_paper = part["ours"].notna() if "suite" in keys else is_of_paper(suite)
+        of_paper = is_of_paper(suite) | (part["ours"].notna() & ("suite" in keys))
         part = part.assign(is_run=is_run, of_paper=of_paper)
-        about = {"where": printed.where, "notebook": printed.notebook, "table": printed.table}
+        about = {name: getattr(printed, name) for name in ("where", "kind", "notebook", "table")}
         parts.append(part.assign(**about))
     numbers = pd.concat(parts, ignore_index=True)
     numbers["verdict"] = [_verdict(row) for row in numbers.to_dict("records")]
@@ -92,13 +111,21 @@ def _verdict(row: "dict[str, Any]") -> str:
         return "not run"
     if isinstance(row["paper"], str):
         return "same" if row["ours"] == row["paper"] else "other"
-    is_range = not pd.isna(row.get("most"))
-    least, most = row["paper"], row["most"] if is_range else row["paper"]
-    low, high = (row[end] for end in ("low", "high"))
-    if pd.isna(low):
-        digits = 0.0 if is_range else ROUNDING
-        low, high = row["ours"] - digits, row["ours"] + digits
-    return "inside our interval" if low <= most and least <= high else "outside"
+    least, most = row["paper"], row["paper"] if pd.isna(row["most"]) else row["most"]
+    low, high = (row["ours"] if pd.isna(row[end]) else row[end] for end in ("low", "high"))
+    is_axis = row["kind"] == "axis"
+    half = 0.0 if is_axis else _half_digit(least)
+    inside, outside = (
+        ("inside the axis", "outside the axis") if is_axis else ("inside our interval", "outside")
+    )
+    return inside if low <= most + half and least - half <= high else outside
+
+
+def _half_digit(printed: float) -> float:
+    """Half of the last digit of what is printed: shares have two or three, counts are exact."""
+    if printed >= 2:
+        return 0.0
+    return 0.0005 if len(f"{printed:g}") == len("0.123") else 0.005
 
 
 def _above_chance(summary: "pd.DataFrame") -> tuple[float, float, bool]:
@@ -151,20 +178,23 @@ def _promotion(means: "pd.DataFrame") -> tuple[float, float, bool]:
     return best["score"].mean(), random["score"].mean(), bool(above.mean() > 0.5)
 
 
-def _bridges(neighbours: "pd.DataFrame") -> tuple[float, float, bool]:
-    ours, shuffled = (
-        neighbours[neighbours["kind"] == kind].set_index("layer")
-        for kind in ("matches", "shuffled")
-    )
-    apart = bool((ours["low"] > shuffled["high"].reindex(ours.index)).all())
-    return ours["explained"].mean(), shuffled["explained"].mean(), apart
+def _bridges(control: str) -> Callable[["pd.DataFrame"], tuple[float, float, bool]]:
+    def found(neighbours: "pd.DataFrame") -> tuple[float, float, bool]:
+        ours, theirs = (
+            neighbours[neighbours["kind"] == kind].set_index("layer")
+            for kind in ("matches", control)
+        )
+        apart = ours["low"] > theirs["high"].reindex(ours.index)
+        return ours["explained"].mean(), theirs["explained"].mean(), bool(apart.all())
+
+    return found
 
 
 # What the paper finds: claim, where, and the notebook's table that shows it, with its control.
 FINDINGS: list[tuple[str, str, str, str, Callable[["pd.DataFrame"], tuple[float, float, bool]]]] = [
-    ("most features of a layer match one of the layer before, above chance", "3.3",
+    ("of the features of a layer, most have a match before it above 99.9 % of chance", "3.3",
      "01_matching", "summary", _above_chance),
-    ("fewer features come from nowhere than with predecessors at other tokens", "5.1",
+    ("fewer active features are 'From nowhere' than with predecessors read at other tokens", "5.1",
      "03_group_statistics", "shares_overall", _nowhere),
     ("groups differ in a module's score where it is active in one of them", "Figure 4",
      "03_group_statistics", "ao_against_ib", _ao_above_ib),
@@ -172,16 +202,18 @@ FINDINGS: list[tuple[str, str, str, str, Callable[["pd.DataFrame"], tuple[float,
      "03_group_statistics", "dataset_gaps", _out_of_distribution),
     ("removing the best match deactivates more than a random one of the five best", "Figure 6",
      "04_deactivation", "control", _ablation("random")),
-    ("and more than removing another active feature of equal norm", "beyond the paper",
+    ("removing the best match deactivates more than an active feature of equal norm", "control",
      "04_deactivation", "control", _ablation("equal norm, random")),
-    ("suppression by the flow graph beats that by random features", "beyond the paper",
+    ("suppression by the flow graph beats that by random features", "control",
      "05_theme_suppression", "random_features", _random_features),
     ("most themes are promoted more by their features than by random ones", "Figure 11",
      "06_theme_activation", "figure_11", _promotion),
     ("steering many layers beats one layer, at equal norm, for most themes", "5.3",
      "06_theme_activation", "equal_norm_differences", _spreading),
     ("matches carry activations to the next layer better than shuffled ones", "appendix F",
-     "08_transcoders", "neighbours", _bridges),
+     "08_transcoders", "neighbours", _bridges("shuffled")),
+    ("and better than the features' own directions do", "control",
+     "08_transcoders", "neighbours", _bridges("copied SAE")),
 ]  # fmt: skip
 
 
@@ -212,6 +244,8 @@ def _link(address: str, text: str) -> str:
 
 def write_page(folder: Path) -> Path:
     """Writes `paper.html` and `paper.csv` below a folder of runs; returns the page's path."""
+    import pandas as pd
+
     runs, numbers, found = latest_runs(folder), compare_numbers(folder), findings(folder)
     numbers.to_csv(folder / "paper.csv", index=False)
     for table in (numbers, found):
@@ -222,11 +256,21 @@ def write_page(folder: Path) -> Path:
         table["notebook"] = [
             _link(f"{runs[n].name}/notebook.html", n) if n in runs else n for n in table["notebook"]
         ]
+    configs = [read_json(run / "config.json") for run in runs.values()]
+    rows = [(c["notebook"], c.get("suite"), ", ".join(unlike_preset(c))) for c in configs]
+    about = pd.DataFrame(sorted(rows), columns=["run", "suite", "not as in the preset paper"])
+    axes = numbers["kind"] == "axis"
+    verdicts = numbers.loc[~axes, "verdict"].value_counts()
+    words = {
+        "runs": about, "findings": found, "numbers": numbers[~axes], "axes": numbers[axes],
+        "counts": ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items()),
+        "total": str((~axes).sum()),
+    }  # fmt: skip
     look = {"index": False, "na_rep": "", "escape": False, "border": 0}
-    shown = [table.to_html(**look, float_format="{:.3f}".format) for table in (found, numbers)]
-    suites = [f"{n[:2]} {read_json(r / 'config.json').get('suite')}" for n, r in runs.items()]
-    counts = ", ".join(f"{n} {verdict}" for verdict, n in numbers["verdict"].value_counts().items())
-    page = PAGE.replace("{suites}", ", ".join(sorted(suites))).replace("{total}", str(len(numbers)))
-    page = page.replace("{counts}", counts).replace("{findings}", shown[0])
-    write_text(folder / "paper.html", page.replace("{numbers}", shown[1]))
+    page = PAGE
+    for word, shown in words.items():
+        if isinstance(shown, pd.DataFrame):
+            shown = shown.to_html(**look, float_format="{:.3f}".format)
+        page = page.replace(f"{{{word}}}", shown)
+    write_text(folder / "paper.html", page)
     return folder / "paper.html"

@@ -10,7 +10,7 @@ import pytest
 
 from flowhelpers.__main__ import main
 from flowhelpers.paper_numbers import printed_numbers
-from flowhelpers.paper_page import compare_numbers, findings, write_page
+from flowhelpers.paper_page import compare_numbers, findings, unlike_preset, write_page
 
 
 def plant(root: Path, notebook: str, suite: str, **tables: Any) -> Path:
@@ -34,9 +34,9 @@ def table_1(change: float, success: float) -> dict[str, Any]:
 def test_every_number_of_the_paper_is_there_once():
     sizes = Counter[str]()
     for printed in printed_numbers():
-        sizes[printed.where.removesuffix(", its axis")] += len(printed.numbers)
+        sizes[printed.where] += len(printed.numbers)
     assert sizes == {
-        "Table 1": 6, "Appendix A.2": 1, "Table 2": 10, "Table 3": 4, "Table 4": 10, "Table 5": 35,
+        "Table 1": 6, "5.2": 1, "Table 2": 10, "Table 3": 4, "Table 4": 10, "Table 5": 35,
         "Appendix E": 4, "Figure 4": 27, "Figure 13": 56, "Figure 14": 84, "Figure 15": 1,
         "Figure 17 (b)": 1, "5.1, appendix D": 12, "Figure 23": 17, "Figure 6": 4, "Figure 7": 4,
         "Figure 9": 4, "Figure 10": 2, "Figure 11": 4, "Figure 24": 2,
@@ -61,6 +61,16 @@ def test_verdicts_go_by_our_interval_and_by_the_model(tmp_path: Path):
     assert by_what["ours: 24, res"]["verdict"] == "same"
     assert by_what["ours: 25, res"]["verdict"] == "other"
     assert by_what["ours: 23, res"]["verdict"] == "not run"
+    near = table_1(0.7251, 0.6)  # its interval ends at .7451, and .745 is printed as .75
+    plant(tmp_path, "04_deactivation", "gemma-2-2b", table_1=near)
+    change = compare_numbers(tmp_path).query("what == 'change: top-1 cosine, all of them'")
+    assert change["verdict"].item() == "inside our interval"
+    finished = plant(tmp_path, "04_deactivation", "gemma-2-2b", table_1=table_1(0.1, 0.1))
+    (finished / "results.json").write_text("{}")
+    plant(tmp_path, "04_deactivation", "gemma-2-2b", table_1=near)  # a later one that failed
+    change = compare_numbers(tmp_path).query("what == 'change: top-1 cosine, all of them'")
+    assert (change["verdict"].item(), change["ours"].item()) == ("outside", 0.1)
+    (finished / "results.json").unlink()
     plant(tmp_path, "04_deactivation", "flowlet", table_1=table_1(0.75, 0.65))
     other = compare_numbers(tmp_path)
     assert set(other.loc[other["where"] == "Table 1", "verdict"]) == {"another model"}
@@ -86,12 +96,12 @@ def test_rows_that_a_table_does_not_hold_are_made_of_it(tmp_path: Path):
     assert verdicts["Figure 15 targets: targets"] == "inside our interval"
     of_table_2 = numbers[numbers["where"] == "Table 2"]
     assert of_table_2["verdict"].value_counts().to_dict() == {"other": 8, "same": 2}
-    assert verdicts["Figure 10, its axis chosen_on: lowest"] == "inside our interval"
-    assert verdicts["Figure 10, its axis chosen_on: highest"] == "outside"
+    assert verdicts["Figure 10 chosen_on: lowest"] == "inside the axis"
+    assert verdicts["Figure 10 chosen_on: highest"] == "outside the axis"
     assert verdicts["Figure 17 (b) layer: best layer"] == "inside our interval"
     assert verdicts["5.1, appendix D last: llama-3.1-8b, 1"] == "inside our interval"
     assert verdicts["5.1, appendix D last: llama-3.1-8b, 2"] == "outside"
-    assert verdicts["5.1, appendix D last: gemma-2-2b, 1"] == "another model"
+    assert verdicts["5.1, appendix D last: gemma-2-2b, 1"] == "not run"
 
 
 @pytest.mark.parametrize(("ours", "verdict"), [(0.7, "holds"), (0.53, "not seen")])
@@ -148,6 +158,13 @@ def test_findings_of_steering_and_of_bridges_are_told_from_their_controls(tmp_pa
     )
     for finding in ("figure_11Figure 11", "neighboursappendix F", "equal_norm_differences5.3"):
         assert (good[finding], bad[finding]) == ("holds", "not seen")
+
+
+def test_the_page_says_what_a_run_set_otherwise_than_the_preset() -> None:
+    config = {"notebook": "03_group_statistics", "suite": "gemma-2-2b@16k"}
+    used = {"layers": [8, 18], "n_texts": 5, "seed": 1, "alpha": 0.001}
+    assert unlike_preset(config | {"parameters": used}) == ["n_texts"]
+    assert unlike_preset(config | {"parameters": used | {"layers": None}}) == ["layers", "n_texts"]
 
 
 def test_the_page_leads_to_the_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

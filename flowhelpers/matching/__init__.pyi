@@ -21,6 +21,7 @@ from .scores import transition as transition
 from .table import match_table as match_table
 from .transcoding import PRODUCTS as PRODUCTS
 from .transcoding import bridge as bridge
+from .transcoding import copied as copied
 from .transcoding import explained_variance as explained_variance
 from .transcoding import linear_map as linear_map
 from .transcoding import own_reconstruction as own_reconstruction

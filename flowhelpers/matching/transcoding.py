@@ -81,7 +81,7 @@ def _sparse(at: Tensor, entries: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def shuffled(transition: Tensor, seed: int = 0) -> Tensor:
-    """The transition with the targets drawn anew: as many ones, to features at random."""
+    """The transition with the targets exchanged among each other at random, its entries kept."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(transition.shape[1], generator=generator).to(transition.device)
     transition = transition.coalesce()
@@ -123,11 +123,18 @@ def bridge(source: "SAE", target: "SAE", transition: Tensor, folded: bool = Fals
     return Prediction(source.input_site, target.input_site, predict)
 
 
-def own_reconstruction(sae: "SAE") -> Prediction:
-    """What an SAE makes of the stream that it reads: a bridge into it can hardly do better."""
-    return Prediction(
-        sae.input_site, sae.input_site, lambda x: sae.decode(sae.encode(x), x).float()
-    )
+def own_reconstruction(sae: "SAE", target: Site | None = None) -> Prediction:
+    """What an SAE makes of the stream that it reads: a bridge into it can hardly do better.
+
+    With a `target` it is taken for the stream there: each feature keeps its own direction.
+    """
+    target = target or sae.input_site
+    return Prediction(sae.input_site, target, lambda x: sae.decode(sae.encode(x), x).float())
+
+
+def copied(source: Site, target: Site) -> Prediction:
+    """The stream at one site taken for that at another."""
+    return Prediction(source, target, lambda x: x)
 
 
 @torch.no_grad()
