@@ -5,6 +5,7 @@ line. Values are held against these types by pydantic, strictly, before anything
 """
 
 import ast
+import json
 import os
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -182,9 +183,12 @@ def _parameter(line: ast.stmt, source: str) -> Parameter:
 
 
 def _literal(text: str) -> Any:
-    """The number, word or list that a text writes in Python; the text itself where it is none."""
+    """The number, word, list or dict that a text writes in Python or JSON; else the text itself."""
     try:
         value = WORDS[text.lower()] if text.lower() in WORDS else ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text
+        try:
+            return json.loads(text) if text.strip().startswith("{") else text
+        except ValueError:
+            return text
     return text if isinstance(value, str) else value

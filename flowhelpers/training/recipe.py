@@ -152,7 +152,7 @@ def chosen_sites(names: Iterable[str] | None, there: Sequence[Site]) -> list[Sit
     known = {name for site in there for name in (str(site), site.module)}
     for name in (names := list(names)):
         if name not in known:
-            raise ValueError(f"the model has no site {name!r}{suggestion(name, known)}")
+            raise ValueError(f"the model has no site {name!r}{suggestion(name, sorted(known))}")
     return [site for site in there if {str(site), site.module} & set(names)]
 
 

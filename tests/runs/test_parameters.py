@@ -118,6 +118,14 @@ def test_settings_are_merged_over_usual_ones_by_name_and_type() -> None:
             merged(usual, given)
 
 
+def test_a_dict_may_be_written_in_python_or_in_json(write: Write) -> None:
+    advanced = inspect(write("n", "advanced: dict = {}"))["advanced"]
+    assert advanced.parse("{'skip_bos': True}") == {"skip_bos": True}
+    assert advanced.parse('{"skip_bos": true, "alpha": -0.1}') == {"skip_bos": True, "alpha": -0.1}
+    with pytest.raises(ValueError, match="'advanced' is dict, not"):
+        advanced.parse("{skip_bos: true}")
+
+
 def test_parameters_go_to_every_notebook_that_has_them(write: Write) -> None:
     one, two = write("01_one", "k: int = 1\nseed: int = 0"), write("02_two", "k: float = 1.0")
     assert plan(given={"k": "3", "seed": "4"}) == {one: {"k": 3, "seed": 4}, two: {"k": 3.0}}
