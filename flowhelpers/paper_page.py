@@ -212,7 +212,7 @@ FINDINGS: list[tuple[str, str, str, str, Callable[["pd.DataFrame"], tuple[float,
      "06_theme_activation", "equal_norm_differences", _spreading),
     ("matches carry activations to the next layer better than shuffled ones", "appendix F",
      "08_transcoders", "neighbours", _bridges("shuffled")),
-    ("and better than the features' own directions do", "control",
+    ("matches foretell the next layer better than the features' own directions do", "control",
      "08_transcoders", "neighbours", _bridges("copied SAE")),
 ]  # fmt: skip
 
