@@ -135,7 +135,7 @@ def _above_chance(summary: "pd.DataFrame") -> tuple[float, float, bool]:
 
 def _nowhere(shares: "pd.DataFrame") -> tuple[float, float, bool]:
     row = shares.set_index("group").loc["From nowhere"]
-    return row["share"], row["by_chance"], row["high"] < row["by_chance"]
+    return row["share"], row["by_chance"], bool(row["high"] < row["by_chance"])
 
 
 def _ao_above_ib(shares: "pd.DataFrame") -> tuple[float, float, bool]:
@@ -156,7 +156,7 @@ def _random_features(means: "pd.DataFrame") -> tuple[float, float, bool]:
     best = means[means["strategy"].isin(["single", "cumulative"])]["score_low"].max()
     rivals = means[means["strategy"].str.startswith("random")]
     ours = means[means["strategy"].isin(["single", "cumulative"])]["score"].max()
-    return ours, rivals["score"].max(), best > rivals["score_high"].max()
+    return ours, rivals["score"].max(), bool(best > rivals["score_high"].max())
 
 
 def _out_of_distribution(gaps: "pd.DataFrame") -> tuple[float, float, bool]:
