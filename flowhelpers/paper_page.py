@@ -143,13 +143,21 @@ def _ao_above_ib(shares: "pd.DataFrame") -> tuple[float, float, bool]:
     return once["AO"].mean(), once["IB"].mean(), bool((once["AO"] > once["IB"]).all())
 
 
-def _ablation(control: str) -> Callable[["pd.DataFrame"], tuple[float, float, bool]]:
-    def found(rates: "pd.DataFrame") -> tuple[float, float, bool]:
-        ours, theirs = (rates[rates["method"] == m].set_index("layer") for m in ("top-1", control))
-        apart = ours["success_low"] > theirs["success_high"].reindex(ours.index)
-        return ours["success"].mean(), theirs["success"].mean(), bool(apart.all())
+def _ahead(
+    names: str, ours: str, control: str, value: str, low: str, high: str
+) -> Callable[["pd.DataFrame"], tuple[float, float, bool]]:
+    """Whether one name's `value` is above the control's in every layer, intervals apart."""
+
+    def found(table: "pd.DataFrame") -> tuple[float, float, bool]:
+        first, second = (table[table[names] == n].set_index("layer") for n in (ours, control))
+        apart = first[low] > second[high].reindex(first.index)
+        return first[value].mean(), second[value].mean(), bool(apart.all())
 
     return found
+
+
+ABLATION = "success", "success_low", "success_high"
+BRIDGE = "explained", "low", "high"
 
 
 def _random_features(means: "pd.DataFrame") -> tuple[float, float, bool]:
@@ -178,18 +186,6 @@ def _promotion(means: "pd.DataFrame") -> tuple[float, float, bool]:
     return best["score"].mean(), random["score"].mean(), bool(above.mean() > 0.5)
 
 
-def _bridges(control: str) -> Callable[["pd.DataFrame"], tuple[float, float, bool]]:
-    def found(neighbours: "pd.DataFrame") -> tuple[float, float, bool]:
-        ours, theirs = (
-            neighbours[neighbours["kind"] == kind].set_index("layer")
-            for kind in ("matches", control)
-        )
-        apart = ours["low"] > theirs["high"].reindex(ours.index)
-        return ours["explained"].mean(), theirs["explained"].mean(), bool(apart.all())
-
-    return found
-
-
 # What the paper finds: claim, where, and the notebook's table that shows it, with its control.
 FINDINGS: list[tuple[str, str, str, str, Callable[["pd.DataFrame"], tuple[float, float, bool]]]] = [
     ("of the features of a layer, most have a match before it above 99.9 % of chance", "3.3",
@@ -201,9 +197,9 @@ FINDINGS: list[tuple[str, str, str, str, Callable[["pd.DataFrame"], tuple[float,
     ("on Python, which Pearson did not read, it loses more predecessors than cosine", "C.4",
      "03_group_statistics", "dataset_gaps", _out_of_distribution),
     ("removing the best match deactivates more than a random one of the five best", "Figure 6",
-     "04_deactivation", "control", _ablation("random")),
+     "04_deactivation", "control", _ahead("method", "top-1", "random", *ABLATION)),
     ("removing the best match deactivates more than an active feature of equal norm", "control",
-     "04_deactivation", "control", _ablation("equal norm, random")),
+     "04_deactivation", "control", _ahead("method", "top-1", "equal norm, random", *ABLATION)),
     ("suppression by the flow graph beats that by random features", "control",
      "05_theme_suppression", "random_features", _random_features),
     ("most themes are promoted more by their features than by random ones", "Figure 11",
@@ -211,9 +207,9 @@ FINDINGS: list[tuple[str, str, str, str, Callable[["pd.DataFrame"], tuple[float,
     ("steering many layers beats one layer, at equal norm, for most themes", "5.3",
      "06_theme_activation", "equal_norm_differences", _spreading),
     ("matches carry activations to the next layer better than shuffled ones", "appendix F",
-     "08_transcoders", "neighbours", _bridges("shuffled")),
+     "08_transcoders", "neighbours", _ahead("kind", "matches", "shuffled", *BRIDGE)),
     ("matches foretell the next layer better than the features' own directions do", "control",
-     "08_transcoders", "neighbours", _bridges("copied SAE")),
+     "08_transcoders", "neighbours", _ahead("kind", "matches", "copied SAE", *BRIDGE)),
 ]  # fmt: skip
 
 
