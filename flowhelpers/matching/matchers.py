@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowhelpers.core.features import Site, check_choice
 from flowhelpers.core.machine import check_memory, fitting_threads
-from flowhelpers.matching.cosine import TopK, top_k_cosine
+from flowhelpers.matching.cosine import Rows, TopK, top_k_both_ways
 from flowhelpers.suites.saes import SMALLEST_THRESHOLD
 
 if TYPE_CHECKING:
@@ -42,13 +42,9 @@ class PairMatch:
     forward: TopK
 
 
-def by_cosine(target: "SAE", source: "SAE", k: int, device: str | None = None) -> PairMatch:
+def by_cosine(target: Rows, source: Rows, k: int, device: str | None = None) -> PairMatch:
     """Top-k by cosine (paper 3.2), one match more than k where there is one, for the margin."""
-    later, earlier = target.decoder, source.decoder
-    return PairMatch(
-        top_k_cosine(later, earlier, min(k + 1, source.width), device=device),
-        top_k_cosine(earlier, later, min(k + 1, target.width), device=device),
-    )
+    return PairMatch(*top_k_both_ways(target, source, k + 1, device=device))
 
 
 def random_of_top_k(match: PairMatch, k: int, seed: int = 0) -> PairMatch:

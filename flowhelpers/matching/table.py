@@ -7,7 +7,8 @@ where the source chose its best targets (paper 3.2 and 3.3).
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache as once
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from flowhelpers.core.cache import cached_table
 from flowhelpers.core.directions import unit_rows
-from flowhelpers.core.features import Site, check_choice, predecessor_sites
-from flowhelpers.core.machine import check_device
+from flowhelpers.core.features import MODULES, Site, check_choice, predecessor_sites
+from flowhelpers.core.machine import check_device, free_memory
 from flowhelpers.core.progress_bar import progress
+from flowhelpers.matching.cosine import Rows, prepare
 from flowhelpers.matching.matchers import (
     LEAST_ACTIVE,
     MAX_TOKENS,
@@ -33,7 +35,8 @@ from flowhelpers.matching.matchers import (
     random_of_top_k,
     read_codes,
 )
-from flowhelpers.matching.null import NULL_DRAWS, NULL_QUANTILE, cached_null
+from flowhelpers.matching.null import NULL_DRAWS, NULL_QUANTILE, cached_null, null_error
+from flowhelpers.suites.load import KEPT
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +46,8 @@ if TYPE_CHECKING:
 
 Method = Literal["cosine", "random", "permutation", "pearson"]
 METHODS: tuple[Method, ...] = ("cosine", "random", "permutation", "pearson")
-TABLE_VERSION = 2  # of what a table on disk holds: raise it when that changes
+DIRECTIONS = ("backward", "forward")
+TABLE_VERSION = 3  # of what a table on disk holds: raise it when that changes
 
 
 def match_table(
@@ -85,9 +89,9 @@ def match_table(
         of the residual target, `module`, `source_layer` and `source` (-1 where there is none),
         `rank` (from 1) among the matches of the side that chose, `score` (what the method ranks
         by), `cosine`, `margin` (of the score, to the next rank; missing at the last), `mutual`
-        (each is the other's best), `null` (the 99.9 % quantile of the best score by chance, for the
-        pair of sites; CHOICES 27) and `null_quantile` (the share of best scores by chance that lie
-        below).
+        (each is the other's best), `null_quantile` (the share of best scores by chance that lie
+        below), `null` (the 99.9 % quantile of those scores; CHOICES 27) and `null_error` (its
+        standard error).
 
         Sites whose SAEs lack what a permutation compares (those at z all weights, those without
         thresholds what is folded) have no rows, and a warning names them.
@@ -128,15 +132,22 @@ def match_table(
         needed = {site for at in sites.values() for site in at}
         return read_codes(suite, texts or (), needed, seed, max_tokens)
 
+    rows: dict[Site, Rows] = {}  # of the layer at hand, normalised once
+    nulls: dict[Site, Tensor] = {}
+
     def match(target: "SAE", source: "SAE") -> tuple[PairMatch, Null]:
         if method == "pearson":
             by_site, shifted = codes()
             return by_pearson(by_site[target.site], by_site[source.site], shifted, k)
-        options = seed, device, cache
-        null = cached_null(target, source, *options), cached_null(source, target, *options)
+        for sae in (target, source):
+            if sae.site not in rows:
+                rows[sae.site] = _normalised(sae, device)
+            if sae.site not in nulls:
+                nulls[sae.site] = cached_null(sae, rows[sae.site], seed, device, cache)
+        null = nulls[source.site], nulls[target.site]  # a target chooses among sources
         if method == "permutation":
             return by_permutation(target, source, weights, folded, device), null
-        found = by_cosine(target, source, k, device)
+        found = by_cosine(rows[target.site], rows[source.site], k, device)
         if method == "random":
             # A seed for each pair of sites: what is drawn at one says nothing of another.
             text = f"{seed} {target.site} {source.site}".encode()
@@ -144,31 +155,54 @@ def match_table(
             found = random_of_top_k(found, k, own)
         return found, null
 
-    def matches_at(layer: int) -> "pd.DataFrame":
+    def matches_at(saes: "Sequence[SAE]") -> "pd.DataFrame":
         tables = []
-        for site in sites[layer][1:]:
-            target, source = suite.sae(sites[layer][0]), suite.sae(site)
-            tables += _both_sides(*match(target, source), target, source, k)
-        return pd.concat(tables, ignore_index=True).assign(method=method)
+        for site in set(rows) - {sae.site for sae in saes}:
+            del rows[site]
+        for source in saes[1:]:
+            tables += _both_sides(*match(saes[0], source), saes[0], source, k, method)
+            if source.site.module != "res":
+                rows.pop(source.site, None)
+        return pd.concat(tables, ignore_index=True)
 
-    # A few words over and over: as categories, all layers of a large suite fit into memory.
-    modules = sorted({site.module for some in sites.values() for site in some[1:]})
-    words = {"suite": [suite.name], "method": [method], "module": modules}
-    words["direction"] = ["backward", "forward"]
-    categories = {name: pd.CategoricalDtype(some) for name, some in words.items()}
     tables = []
-    for layer in progress(list(sites), "matching"):
+    for saes in progress(_read_ahead(suite, list(sites.values())), "matching", len(sites)):
         prints = {}
-        for site in sites[layer]:
-            sae = suite.sae(site)
+        for sae in saes:
             if not 1 <= k <= sae.width:
-                raise ValueError(f"k={k}: expected 1 to {sae.width}, the features of {site}")
-            prints[str(site)] = sae.fingerprint
+                raise ValueError(f"k={k}: expected 1 to {sae.width}, the features of {sae.site}")
+            prints[str(sae.site)] = sae.fingerprint
+        layer = saes[0].site.layer
         key = {"suite": suite.name, "layer": layer, "sites": prints} | choices
-        made = cached_table("matches", key, lambda at=layer: matches_at(at), cache, TABLE_VERSION)
-        made.insert(0, "suite", suite.name)
-        tables.append(made.astype(categories))
+        made = cached_table("matches", key, lambda at=saes: matches_at(at), cache, TABLE_VERSION)
+        made.insert(0, "suite", pd.Categorical.from_codes([0] * len(made), [suite.name]))
+        tables.append(made)
     return pd.concat(tables, ignore_index=True)
+
+
+def _read_ahead(suite: "Suite", groups: Sequence[Sequence[Site]]) -> "Iterator[list[SAE]]":
+    """The SAEs of each group of sites; those of the next group are read meanwhile."""
+
+    def read(sites: Sequence[Site]) -> "list[SAE]":
+        saes = [suite.sae(site) for site in reversed(sites)]  # what comes next needs the first
+        for sae in saes:
+            _ = sae.fingerprint
+        return saes[::-1]
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read, groups[0])
+        for following in (*groups[1:], None):
+            saes = coming.result()
+            if following:
+                coming = reader.submit(read, following)
+            yield saes
+
+
+def _normalised(sae: "SAE", device: str | None) -> Rows:
+    """Directions ready for all products of a layer; of the largest SAEs, block by block there."""
+    at = device or sae.decoder.device
+    needed = KEPT * 6 * sae.decoder.numel()
+    return prepare(sae.decoder, at) if needed < free_memory(str(at)) // 2 else sae.decoder
 
 
 def _sites_by_layer(suite: "Suite", layers: Sequence[int] | None) -> dict[int, list[Site]]:
@@ -209,11 +243,14 @@ def _with_weights(
 
 
 def _both_sides(
-    match: PairMatch, null: Null, target: "SAE", source: "SAE", k: int
+    match: PairMatch, null: Null, target: "SAE", source: "SAE", k: int, method: str
 ) -> "list[pd.DataFrame]":
     """The rows of a pair of sites: what each target chose, and what each source chose."""
     import numpy as np
     import pandas as pd
+
+    def word(one: str, words: Sequence[str], n: int) -> pd.Categorical:
+        return pd.Categorical.from_codes(np.full(n, words.index(one), np.int8), list(words))
 
     frames = []
     for direction, chosen, other, chance in (
@@ -228,24 +265,30 @@ def _both_sides(
         mutual = (best >= 0) & (other.indices[:, 0].cpu()[best] == chooser)
         mutual[:, 1:] = False  # of lower rank is not the chooser's best
         ends = (chooser, best) if direction == "backward" else (best, chooser)
+        cosines = scores
+        if method == "pearson":
+            cosines = _cosines(target, source, ends[0].flatten(), ends[1].flatten())
+        below = torch.searchsorted(chance, scores.contiguous()).float() / len(chance)
         columns = {
             "feature": ends[0].int(),
             "source": ends[1].int(),
             "rank": torch.arange(1, ranks + 1, dtype=torch.int16).expand(choosing, -1),
             "score": scores.float(),
-            "cosine": _cosines(target, source, ends[0].flatten(), ends[1].flatten()),
+            "cosine": cosines.float(),
             "margin": torch.nn.functional.pad(leads, (0, 1), value=torch.nan)[:, :ranks],
             "mutual": mutual,
-            "null_quantile": torch.searchsorted(chance, scores.contiguous()).float() / len(chance),
-        }
-        of_all = {
-            "direction": direction,
-            "layer": np.int16(target.site.layer),
-            "module": source.site.module,
-            "source_layer": np.int16(source.site.layer),
-            "null": np.float32(torch.quantile(chance, NULL_QUANTILE)),
+            "null_quantile": below,
         }
         frame = pd.DataFrame({name: column.flatten().numpy() for name, column in columns.items()})
+        of_all = {
+            "direction": word(direction, DIRECTIONS, len(frame)),
+            "layer": np.int16(target.site.layer),
+            "module": word(source.site.module, MODULES, len(frame)),
+            "source_layer": np.int16(source.site.layer),
+            "null": np.float32(torch.quantile(chance, NULL_QUANTILE)),
+            "null_error": np.float32(null_error(chance)),
+            "method": word(method, METHODS, len(frame)),
+        }
         frames.append(frame.assign(**of_all))
     return frames
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowhelpers.core.directions import unit_rows
 from flowhelpers.matching import cosine
-from flowhelpers.matching.cosine import TopK, quick_dtype, top_k_cosine
+from flowhelpers.matching.cosine import quick_dtype, top_k_both_ways, top_k_cosine
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], autouse=True)
@@ -92,7 +93,7 @@ def test_random_draws_with_duplicates_and_zero_rows_equal_brute_force(k: int, se
     assert not np.isin([4, 5], indices).any()
 
 
-@pytest.mark.parametrize("memory", [1, 10_000, 300_000, 10**9])
+@pytest.mark.parametrize("memory", [40_000, 80_000, 10**9])
 def test_blocks_do_not_matter_and_all_are_in_one_bar(memory: int, monkeypatch: pytest.MonkeyPatch):
     target, source = signs(45, 16), signs(333, 16, seed=1)
     whole, bars = top_k_cosine(target, source, 3), []
@@ -122,7 +123,18 @@ BAD = [normal(6, 3).index_fill(0, torch.tensor([4, 5]), bad) for bad in (torch.n
     ("target", "source", "options", "message"),
     [
         *[(normal(4, 3), normal(5, 3), {"k": k}, f"k={k}: expected 1 to 5") for k in (0, 6)],
-        *[(normal(4, 3), normal(5, 3), {"memory": m}, f"memory={m}: expec") for m in (0, -1)],
+        (
+            normal(4, 3),
+            normal(5, 3),
+            {"memory": 0},
+            r"memory=0: .* a block of 4 by 5 features of w",
+        ),
+        (
+            normal(999, 3),
+            normal(99, 3),
+            {"memory": 4},
+            r"memory=4: .* bytes or more, .* of 64 by 64",
+        ),
         (normal(4, 3), normal(5, 2), {}, r"target \(4, 3\) with source \(5, 2\): expected two mat"),
         (BAD[0], normal(4, 3), {}, "2 rows are not finite, the first is row 4"),
         (normal(4, 3), BAD[1], {}, "2 rows are not finite, the first is row 4"),
@@ -181,7 +193,7 @@ DRAWS = [pytest.param(DTYPES[seed % 2], seed, id=str(seed)) for seed in range(20
 def test_random_draws_equal_float64_wherever_it_tells_them_apart(seed: int):
     rng = np.random.default_rng(seed)
     target, source, k = draw(rng)
-    matches = top_k_cosine(target, source, k, int(rng.choice([10**5, 10**6, 10**9])))
+    matches = top_k_cosine(target, source, k, int(rng.choice([3 * 10**5, 10**6, 10**9])))
     sides = (side.double().numpy() for side in (target, source))
     units = [
         side / np.maximum(np.linalg.norm(side, axis=1, keepdims=True), 1e-300) for side in sides
@@ -204,25 +216,54 @@ def test_random_draws_equal_float64_wherever_it_tells_them_apart(seed: int):
         assert len(set(there)) == len(there)
 
 
-def test_a_short_list_that_may_miss_one_is_made_longer(
-    quick: torch.dtype, monkeypatch: pytest.MonkeyPatch
-):
-    # More sources than a list holds lie so near each other that bfloat16 cannot tell them apart;
-    # the best of them stands last. Without the certificate it would be missed.
+def test_what_bfloat16_cannot_tell_apart_is_told_apart(quick: torch.dtype):
+    # Many sources lie so near each other that bfloat16 has them equal; the best of them stands last
+    # and its rough cosine is no higher than theirs.
     axes = torch.eye(64)
     source = axes[1:].repeat(40, 1)
     source[:100] = axes[0] + 1e-3 * normal(100, 64)
     source[-1] = axes[0]
-    lengths = []
-    certified = cosine._certified
-
-    def counted(*args: Any) -> TopK:
-        lengths.append(args[-1])
-        return certified(*args)
-
-    monkeypatch.setattr(cosine, "_certified", counted)
+    rough = unit_rows(source[[*range(100), -1]]).to(torch.bfloat16) @ axes[0].to(torch.bfloat16)
+    assert (rough == 1).all()
     assert top_k_cosine(axes[:1], source).indices.item() == len(source) - 1
-    assert len(lengths) == (2 if quick is torch.bfloat16 else 1)
+
+
+@pytest.mark.parametrize("k", [1, 5, 40, 299])
+def test_both_ways_are_each_way_by_itself(k: int):
+    target, source = signs(300, 64), signs(700, 64, seed=1)
+    source[:50] = target[:50]
+    target[7] = source[9] = 0
+    backward, forward = top_k_both_ways(target, source, k, memory=300_000)
+    for found, sides in ((backward, (target, source)), (forward, (source, target))):
+        indices, cosines = by_brute_force(*sides, k)
+        assert np.array_equal(found.indices, indices)
+        assert np.array_equal(found.scores, cosines)
+    whole = top_k_both_ways(target, source, 301)
+    assert [side.indices.shape for side in whole] == [(300, 301), (700, 300)]
+
+
+def test_a_device_without_room_gets_smaller_blocks_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    target, source = signs(300, 64), signs(700, 64, seed=1)
+    expected, true = top_k_cosine(target, source, 3), cosine._product
+
+    def full(rows: Any, *more: Any) -> Any:
+        if len(rows) > 100:
+            raise torch.OutOfMemoryError
+        return true(rows, *more)
+
+    monkeypatch.setattr(cosine, "_product", full)
+    with pytest.warns(UserWarning, match="out of memory .* on cpu: it goes on with sm") as told:
+        found = top_k_cosine(target, source, 3, memory=10**6)
+    assert len(told) == 1
+    assert torch.equal(found.indices, expected.indices)
+    monkeypatch.setattr(cosine, "_product", lambda *_: full([0] * 101))
+    with (
+        pytest.warns(UserWarning, match="out of memory"),
+        pytest.raises(MemoryError, match=r"no room for \[64, 64\] features"),
+    ):
+        top_k_cosine(target, source, 3)
 
 
 def test_what_is_not_float32_precise_is_never_the_reference(monkeypatch: pytest.MonkeyPatch):

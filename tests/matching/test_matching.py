@@ -23,7 +23,7 @@ from flowhelpers.groups.occurrences import Occurrences, youden_thresholds
 from flowhelpers.matching import table as matching
 from flowhelpers.matching.cosine import TopK
 from flowhelpers.matching.matchers import by_permutation
-from flowhelpers.matching.null import null_cosines
+from flowhelpers.matching.null import null_cosines, null_error
 from flowhelpers.matching.scores import (
     agreement,
     best_matches,
@@ -120,10 +120,10 @@ def test_the_null_of_the_table_is_a_quantile_of_the_best_by_chance():
     suite = toys.bare_suite()
     table = match_table(suite, k=1, seed=7)
     for layer, module, source in ((1, "res", Site(0, "res")), (2, "att", Site(2, "att"))):
-        target = suite.sae(Site(layer, "res")).directions
-        chance = null_cosines(target, suite.sae(source).directions, 7).numpy()
+        chance = null_cosines(suite.sae(source).directions, 7).numpy()
         rows = backward(table, layer, module)
         assert rows["null"].to_numpy() == pytest.approx(np.quantile(chance, 0.999), abs=1e-6)
+        assert rows["null_error"].to_numpy() == pytest.approx(null_error(torch.tensor(chance)))
         below = [(chance < score).mean() for score in rows["score"]]
         assert rows["null_quantile"].to_numpy() == pytest.approx(below, abs=1e-6)
 
