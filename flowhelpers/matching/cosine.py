@@ -11,11 +11,9 @@ GPU that makes 4·10¹⁴ a second in bfloat16. They need not fit in its memory:
 some 30,000 features are multiplied, and each SAE is read 35 times.
 """
 
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from typing import Any
 
@@ -24,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from flowhelpers.core.directions import unit_rows
+from flowhelpers.core.machine import quick_dtype
 from flowhelpers.core.progress_bar import progress
 
 MEMORY = {"cpu": 2**30, "cuda": 4 * 2**30}
@@ -334,21 +333,3 @@ def _dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tensor:
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
         listed = torch.sparse_csr_tensor(starts, other, none, shape, check_invariants=False)
         return torch.sparse.sampled_addmm(listed, rows, others.T, beta=0).values()
-
-
-@cache
-def quick_dtype(device_type: str) -> torch.dtype:
-    """The type in which products are quickest here: on a CPU a trial of some milliseconds tells."""
-    if device_type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32
-    if device_type == "cuda" or torch.get_float32_matmul_precision() != "highest":
-        return torch.bfloat16
-    if device_type != "cpu":
-        return torch.float32
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16) * 2:
-        a, b = torch.ones(256, 1024, dtype=dtype), torch.ones(4096, 1024, dtype=dtype)
-        began = time.perf_counter()
-        torch.mm(a, b.T)
-        seconds[dtype] = time.perf_counter() - began
-    return min(seconds, key=seconds.__getitem__)

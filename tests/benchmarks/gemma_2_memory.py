@@ -24,7 +24,7 @@ import torch
 from clock import memory
 
 from flowhelpers.core.features import MODULES, Site, predecessor_sites
-from flowhelpers.matching.cosine import quick_dtype
+from flowhelpers.core.machine import quick_dtype
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.load import KEPT, OnDemand, Suite

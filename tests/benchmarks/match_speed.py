@@ -25,7 +25,8 @@ from torch import Tensor
 
 from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.features import MODULES, Site, predecessor_sites
-from flowhelpers.matching.cosine import quick_dtype, top_k_cosine
+from flowhelpers.core.machine import quick_dtype
+from flowhelpers.matching.cosine import top_k_cosine
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.registry import SuiteRow

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from flowhelpers.core.directions import unit_rows
+from flowhelpers.core.machine import quick_dtype
 from flowhelpers.matching import cosine
-from flowhelpers.matching.cosine import quick_dtype, top_k_both_ways, top_k_cosine
+from flowhelpers.matching.cosine import top_k_both_ways, top_k_cosine
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], autouse=True)

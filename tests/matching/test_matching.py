@@ -32,8 +32,8 @@ from flowhelpers.matching.scores import (
     transition,
 )
 from flowhelpers.matching.table import match_table
-from flowhelpers.suites.load import Suite, load_suite
-from flowhelpers.suites.saes import make_sae
+from flowhelpers.suites.load import KEPT, OnDemand, Suite, load_suite
+from flowhelpers.suites.saes import SAE, make_sae
 
 CODE = {"res": 0, "mlp": 1, "att": 2}
 
@@ -285,6 +285,27 @@ def test_some_layers_are_those_of_the_whole_table():
     for layers in ([], [3], [-1]):
         with pytest.raises(ValueError, match=r"layers=\[.*\]: bare has matches at layers 0, 1, 2"):
             match_table(toys.bare_suite(), k=3, layers=layers)
+
+
+def test_without_room_for_directions_blocks_are_normalised_as_they_come(
+    monkeypatch: pytest.MonkeyPatch, cache: Path
+):
+    expected = match_table(toys.bare_suite(), k=3)
+    monkeypatch.setattr(matching, "free_memory", lambda device: 0)
+    found = match_table(toys.bare_suite(), k=3, cache=cache / "other")
+    pd.testing.assert_frame_equal(found, expected)
+
+
+def test_every_sae_is_read_once_where_few_fit():
+    whole, reads = toys.bare_suite(), []
+
+    def read(site: Site) -> SAE:
+        reads.append(site)
+        return whole.saes[site]
+
+    few = replace(whole, saes=OnDemand(whole.saes, read, KEPT))
+    pd.testing.assert_frame_equal(match_table(few, k=3), match_table(whole, k=3))
+    assert sorted(reads) == sorted(whole.saes)
 
 
 # The other methods fill the same table.
