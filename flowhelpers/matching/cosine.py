@@ -206,13 +206,22 @@ def _in_blocks(
             columns_of = None  # before the next are made, so that there is never room for two
             columns_of = _prepared(source[column : column + blocks[1]], device, column)
         rows_of = _prepared(target[row : row + blocks[0]], device, row)
-        cosines, by_row, by_column = _product(rows_of, columns_of, k, both)
-        found = _best_of(cosines, by_row, rows_of, columns_of, k, memory)
-        _keep(backward, found, row, column)
-        if by_column is not None:
-            found = _best_of(cosines.T, by_column, columns_of, rows_of, k, memory)
-            _keep(forward, found, column, row)
+        found = _in_block(rows_of, columns_of, k, memory, both)
+        del rows_of
+        _keep(backward, found[0], row, column)
+        if found[1] is not None:
+            _keep(forward, found[1], column, row)
     return backward, forward
+
+
+def _in_block(
+    rows: Directions, columns: Directions, k: int, memory: int, both: bool
+) -> tuple[TopK, TopK | None]:
+    cosines, by_row, by_column = _product(rows, columns, k, both)
+    best = _best_of(cosines, by_row, rows, columns, k, memory)
+    if by_column is None:
+        return best, None
+    return best, _best_of(cosines.T, by_column, columns, rows, k, memory)
 
 
 def _keep(best: TopK, of_block: TopK, first: int, first_other: int) -> None:

@@ -165,6 +165,10 @@ def match_table(
                 rows.pop(source.site, None)
         return pd.concat(tables, ignore_index=True)
 
+    # A few words over and over: as categories, all layers of a large suite fit into memory.
+    modules = sorted({site.module for some in sites.values() for site in some[1:]})
+    words = {"suite": [suite.name], "method": [method], "module": modules}
+    categories = {name: pd.CategoricalDtype(some) for name, some in words.items()}
     tables = []
     for saes in progress(_read_ahead(suite, list(sites.values())), "matching", len(sites)):
         prints = {}
@@ -175,8 +179,8 @@ def match_table(
         layer = saes[0].site.layer
         key = {"suite": suite.name, "layer": layer, "sites": prints} | choices
         made = cached_table("matches", key, lambda at=saes: matches_at(at), cache, TABLE_VERSION)
-        made.insert(0, "suite", pd.Categorical.from_codes([0] * len(made), [suite.name]))
-        tables.append(made)
+        made.insert(0, "suite", suite.name)
+        tables.append(made.astype(categories))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -283,7 +287,7 @@ def _both_sides(
         of_all = {
             "direction": word(direction, DIRECTIONS, len(frame)),
             "layer": np.int16(target.site.layer),
-            "module": word(source.site.module, MODULES, len(frame)),
+            "module": word(source.site.module, sorted(MODULES), len(frame)),
             "source_layer": np.int16(source.site.layer),
             "null": np.float32(torch.quantile(chance, NULL_QUANTILE)),
             "null_error": np.float32(null_error(chance)),
