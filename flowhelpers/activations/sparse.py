@@ -97,7 +97,7 @@ def read_sample(suite: "Suite", sample: Sample, folder: Path) -> FeatureActivati
     of_token = suite.model.d_model * suite.model.unembedding.element_size()
     of_text = tokens.ids.shape[1] * of_token * (2 * len(suite.saes) + PASS_TENSORS)
     batch_size = int(np.clip(2**30 // of_text, 1, READ_TOGETHER))
-    widest = max(suite.sae(site).width for site in list(suite.saes)[:3])
+    widest = max(suite.about(site, "width") for site in list(suite.saes)[:3])
     result = 8 * len(suite.saes) * int(0.02 * widest * len(places))  # 2 % active
     needed = batch_size * of_text + 12 * ENCODED_TOGETHER * widest + result
     check_memory(needed, "reading the sample", str(suite.model.device))
@@ -209,9 +209,8 @@ def _load(path: Path, sites: Sequence[Site]) -> "dict[Site, csr_matrix] | None":
 
 
 def _digest(suite: "Suite", tokens: Tokens, batch_size: int, together: int) -> str:
-    saes = [
-        f"{s} {suite.about(s, 'input_site')} {suite.about(s, 'fingerprint')}" for s in suite.saes
-    ]
+    told = ("input_site", "fingerprint")  # both while an SAE is there
+    saes = [f"{site} {suite.about(site, name)}" for site in suite.saes for name in told]
     text = f"{suite.model.fingerprint} {batch_size} {together} {' '.join(saes)}".encode()
     arrays = (tokens.ids.cpu().numpy(), tokens.is_text.cpu().numpy())
     content = text + b"".join(array.tobytes() for array in arrays)
