@@ -104,9 +104,18 @@ def group_transition(table: "pd.DataFrame") -> np.ndarray:
 
     Features of all layers count together (CHOICES 8); a row is missing where a group is empty.
     """
+    return _transition(_feature_and_group(table))
+
+
+def _feature_and_group(table: "pd.DataFrame") -> np.ndarray:
+    """Of each row the place of its feature and group among all features' groups."""
     features = table.groupby(["layer", "feature"]).ngroup().to_numpy()
-    seen = np.zeros((features.max(initial=-1) + 1, len(GROUPS)))
-    seen[features, table["group"].cat.codes.to_numpy()] = 1
+    return features * len(GROUPS) + table["group"].cat.codes.to_numpy()
+
+
+def _transition(places: np.ndarray) -> np.ndarray:
+    seen = np.zeros((places.max(initial=-1) // len(GROUPS) + 1, len(GROUPS)))
+    seen.ravel()[places] = 1
     both = seen.T @ seen
     members = both.diagonal()[:, None]
     return np.divide(both, members, out=np.full_like(both, np.nan), where=members > 0)
@@ -124,8 +133,9 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     table = complete_layers(found.table)
     text = text_rows(found.tokens, table)
     drawn = progress(resamples(found.tokens, times, seed), "resamples")
-    values = np.stack([group_transition(table[counts[text] > 0]).ravel() for counts in drawn])
-    share = group_transition(table).ravel()
+    places = _feature_and_group(table)
+    values = np.stack([_transition(places[counts[text] > 0]).ravel() for counts in drawn])
+    share = _transition(places).ravel()
     pairs = pd.MultiIndex.from_product([GROUPS, GROUPS], names=["first", "second"])
     unique = table.drop_duplicates(["layer", "feature", "group"])["group"].value_counts(sort=False)
     rows = pd.DataFrame({"features": np.repeat(unique.to_numpy(), len(GROUPS))}, index=pairs)
