@@ -123,6 +123,8 @@ def match_table(
         choices |= {"texts": list(texts or ()), "max_tokens": max_tokens}
         choices |= {"least_active": LEAST_ACTIVE, "model": suite.model.fingerprint}
 
+    first = [sum(len(at) - 1 for at in sites.values())]  # pairs, told to the first assignment alone
+
     @once  # one pass of the model, when the first layer is not on disk
     def codes() -> Any:
         needed = {site for at in sites.values() for site in at}
@@ -135,7 +137,8 @@ def match_table(
         options = seed, device, cache
         null = cached_null(target, source, *options), cached_null(source, target, *options)
         if method == "permutation":
-            return by_permutation(target, source, weights, folded, device), null
+            pairs = first.pop() if first else 0
+            return by_permutation(target, source, weights, folded, device, pairs), null
         found = by_cosine(target, source, k, device)
         if method == "random":
             # A seed for each pair of sites: what is drawn at one says nothing of another.
