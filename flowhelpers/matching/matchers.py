@@ -97,10 +97,8 @@ def by_permutation(
     later, earlier = (_rows(side, weights, folded) for side in (target, source))
     products = (later.to(device) @ earlier.to(device).T).cpu().numpy()
     if pairs and (minutes := pairs * _assignment_time(products) / 60) > 1:
-        size = f"{target.width:,} × {source.width:,}"
-        print(
-            f"up to {pairs} assignments of {size} features: about {minutes:.0f} minutes on one core"
-        )
+        size = f"{target.width:,} × {source.width:,} features"
+        print(f"up to {pairs} assignments of {size}: about {minutes:.0f} minutes on one core")
     ends, starts = (torch.from_numpy(side) for side in linear_sum_assignment(products, True))
     directions = target.directions.cpu()[ends], source.directions.cpu()[starts]
     cosines = (directions[0] * directions[1]).sum(-1)
