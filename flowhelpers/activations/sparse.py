@@ -167,14 +167,13 @@ def _encoded(
         is_text = tokens.is_text[:, :length]
         _, stream = run_model(suite.model, tokens.ids[:, :length], list(read), stop_after=stop)
         for site, chunks in read.items():
-            kept = stream[site][is_text]
-            chunks.append(kept.cpu() if passes[1:] else kept)
+            chunks.append(stream[site][is_text].to("cpu" if passes[1:] else suite.device))
     codes = {}
     for site, at in inputs.items():
         sae = suite.sae(site)
         chunks = torch.cat(read[at]).split(ENCODED_TOGETHER)
-        encoded = (sae.encode(chunk.to(suite.device)).float().cpu() for chunk in chunks)
-        rows = [csr_matrix(part.numpy()) for part in encoded]
+        codes_of = (sae.encode(chunk.to(suite.device)).float().cpu() for chunk in chunks)
+        rows = [csr_matrix(part.numpy()) for part in codes_of]
         codes[site] = vstack(rows, format="csr")
     return codes
 

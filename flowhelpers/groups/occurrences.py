@@ -109,12 +109,11 @@ def find_occurrences(
             if (layer, module) not in matched:
                 part = part.assign(**{module: False, score: none, rate: none})
                 continue
-            chosen, scores = matched[layer, module]
-            active = _any_active(sources[predecessor_site(layer, module)], chosen)
+            by_rank, site = matched[layer, module], predecessor_site(layer, module)
+            active = _any_active(sources[site], by_rank["source"].to_numpy())
             part[module] = np.asarray(active[codes.row, codes.col]).ravel() > 0
-            part[score] = scores[codes.col]
-            rates = active.getnnz(axis=0) / active.shape[0]
-            part[rate] = rates[codes.col].astype(np.float32)
+            part[score] = by_rank["score", 1].to_numpy()[codes.col]
+            part[rate] = (active.getnnz(axis=0) / active.shape[0]).astype(np.float32)[codes.col]
         parts.append(part)
     table = pd.concat(parts, ignore_index=True)
     table["group"] = group_names(table)
@@ -129,21 +128,19 @@ def find_occurrences(
 
 def _best_sources(
     matches: "pd.DataFrame", top_n: int, incomplete: bool
-) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
-    """By layer and module the sources `[features, top_n]` and the best scores `[features]`."""
+) -> "dict[tuple[int, str], pd.DataFrame]":
+    """By layer and module the `source` and `score` of each feature (rows) at each rank."""
     ranks = int(matches["rank"].max())
     if not isinstance(top_n, int) or not 1 <= top_n <= ranks:
         raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
     best = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
-    by_place = dict(iter(best.groupby(["layer", "module"], observed=True)))
-    found = {}
-    for (layer, module), part in by_place.items():
-        if incomplete or all((layer, m) in by_place for m in MODULES):
-            sources, scores = (
-                part.pivot(index="feature", columns="rank", values=name)
-                for name in ("source", "score")
-            )
-            found[int(layer), str(module)] = sources.to_numpy(), scores[1].to_numpy()
+    by_place = best.groupby(["layer", "module"], observed=True)
+    by_place = dict(iter(by_place[["feature", "rank", "source", "score"]]))
+    found = {
+        (int(layer), str(module)): part.pivot(index="feature", columns="rank")
+        for (layer, module), part in by_place.items()
+        if incomplete or all((layer, m) in by_place for m in MODULES)
+    }
     if not found:
         raise ValueError("no layer has predecessors at all three of res, mlp and att")
     return found
@@ -220,15 +217,16 @@ def youden_thresholds(
 
     matched = _best_sources(matches, 1, incomplete=False)
     sites = {Site(layer, "res") for layer, _ in matched} | {predecessor_site(*at) for at in matched}
-    counts = {at: np.zeros((2, len(scores)), int) for at, (_, scores) in matched.items()}
+    counts = {at: np.zeros((2, len(by_rank)), int) for at, by_rank in matched.items()}
     for batch in read_batches(suite, tokenize(suite.model, texts, max_tokens), sorted(sites)):
-        for at, (sources, _) in matched.items():
-            codes = batch[Site(at[0], "res")]
+        for at, by_rank in matched.items():
+            codes, sources = batch[Site(at[0], "res")], by_rank["source"].to_numpy()
             both = codes.multiply(_any_active(batch[predecessor_site(*at)], sources))
             counts[at] += both.getnnz(axis=0), codes.getnnz(axis=0) - both.getnnz(axis=0)
     cuts = {}
-    for at, (_, scores) in matched.items():
+    for at, by_rank in matched.items():
         if counts[at].any(axis=1).all():
+            scores = by_rank["score", 1].to_numpy()
             active, weights = np.repeat([True, False], len(scores)), counts[at].ravel()
             false, true, limits = roc_curve(active, np.tile(scores, 2), sample_weight=weights)
             limit = min(limits[np.argmax(true - false)], 1.0)

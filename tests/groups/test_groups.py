@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import toys
-from counted import BY_BITS, planted_occurrences, table_of
+from counted import BY_BITS, planted_occurrences, table_of, transition_of
 from scipy.stats import entropy
 
 from flowhelpers.activations.sparse import FeatureActivations, collect, read_batches
@@ -30,7 +30,6 @@ from flowhelpers.groups.shares import (
     dataset_gaps,
     group_profiles,
     group_shares,
-    group_transition,
 )
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
@@ -247,7 +246,7 @@ def test_a_layer_without_predecessors_is_refused_with_those_that_have_them():
 def test_the_transition_and_the_profiles_are_counted_by_hand():
     found, expected = planted_occurrences()
     members = {g: {(a, b) for a, b, _, group in expected if group == g} for g in GROUPS}
-    matrix = group_transition(complete_layers(found.table))
+    matrix = transition_of(found)
     for i, first in enumerate(GROUPS):
         for j, second in enumerate(GROUPS):
             both, size = members[first] & members[second], len(members[first])
