@@ -5,7 +5,8 @@ import pandas as pd
 import toys
 
 from flowhelpers.core.features import MODULES, Site
-from flowhelpers.groups.occurrences import Occurrences, find_occurrences
+from flowhelpers.groups.occurrences import Occurrences, complete_layers, find_occurrences
+from flowhelpers.groups.shares import group_transition
 from flowhelpers.matching.table import match_table
 
 BY_BITS: dict[tuple[int, ...], str] = {
@@ -59,3 +60,10 @@ def planted_occurrences(tokens: int = 40) -> tuple[Occurrences, set[tuple[int, i
                 key = tuple(int(bits.get(m, 0) > 0) for m in MODULES)
                 expected.add((layer, feature, token, BY_BITS[key]))
     return found, expected
+
+
+def transition_of(found: Occurrences) -> np.ndarray:
+    """The transition between groups over all layers that have all three sites."""
+    table = complete_layers(found.table)
+    features = table.groupby(["layer", "feature"]).ngroup().to_numpy()
+    return group_transition(features, table["group"].cat.codes.to_numpy())

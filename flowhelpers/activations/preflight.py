@@ -68,7 +68,7 @@ def run_preflight(
     texts = load_texts("science", 6) if texts is None else texts
     chosen = preflight_sites(suite.saes) if sites is None else [parse_site(str(s)) for s in sites]
     tokens = tokenize(suite.model, texts, min(128, suite.model.bridge.cfg.n_ctx))
-    inputs = [suite.sae(site).input_site for site in chosen]
+    inputs = [suite.about(site, "input_site") for site in chosen]
     _, read = run_model(suite.model, tokens.ids, inputs, stop_after=max(s.layer for s in chosen))
     rows = []
     for site in progress(chosen, "preflight"):

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.activations.sparse import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations, read_batches
 from flowhelpers.core.features import MODULES, Site, predecessor_site
+from flowhelpers.suites.model import tokenize
 
 if TYPE_CHECKING:
     import pandas as pd
     from scipy.sparse import csr_matrix
+
+    from flowhelpers.suites.load import Suite
 
 _SOURCES = "nowhere", "RES", "MLP", "ATT", "RES & MLP", "RES & ATT", "MLP & ATT", "RES & MLP & ATT"
 GROUPS = tuple(f"From {sources}" for sources in _SOURCES)
@@ -90,47 +93,57 @@ def find_occurrences(
     """
     import pandas as pd
 
-    ranks = int(matches["rank"].max())
-    if not isinstance(top_n, int) or not 1 <= top_n <= ranks:
-        raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
-    best = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
-    by_place = dict(iter(best.groupby(["layer", "module"], observed=True)))
-    layers = sorted({layer for layer, _ in by_place})
-    if not incomplete:
-        layers = [layer for layer in layers if all((layer, m) in by_place for m in MODULES)]
-    if not layers:
-        raise ValueError("no layer has predecessors at all three of res, mlp and att")
+    matched = _best_sources(matches, top_n, incomplete)
+    layers = list(dict.fromkeys(layer for layer, _ in matched))
     sources = (predecessors or activations).by_site
-    sites = {Site(layer, "res") for layer in layers}
-    sites |= {predecessor_site(*place) for place in by_place if place[0] in layers}
+    sites = {Site(layer, "res") for layer in layers} | {predecessor_site(*at) for at in matched}
     if missing := ", ".join(map(str, sorted(sites - set(sources)))):
         raise ValueError(f"no activations at {missing}, of which the match table speaks")
-    parts = []
+    parts, none = [], np.float32(np.nan)
     for layer in layers:
         codes = activations.by_site[Site(layer, "res")].tocoo()
         places = {"layer": np.int16(layer), "feature": codes.col, "token_row": codes.row}
         part = pd.DataFrame(places | {"activation": codes.data})
         for module in MODULES:
             score, rate = f"s_{module}", f"rate_{module}"
-            if (layer, module) not in by_place:
-                part = part.assign(**{module: False, score: np.nan, rate: np.nan})
+            if (layer, module) not in matched:
+                part = part.assign(**{module: False, score: none, rate: none})
                 continue
-            by_rank = by_place[layer, module].pivot(index="feature", columns="rank")
-            active = _any_active(
-                sources[predecessor_site(layer, module)], by_rank["source"].to_numpy()
-            )
+            by_rank, site = matched[layer, module], predecessor_site(layer, module)
+            active = _any_active(sources[site], by_rank["source"].to_numpy())
             part[module] = np.asarray(active[codes.row, codes.col]).ravel() > 0
             part[score] = by_rank["score", 1].to_numpy()[codes.col]
-            part[rate] = active.getnnz(axis=0)[codes.col] / active.shape[0]
+            part[rate] = (active.getnnz(axis=0) / active.shape[0]).astype(np.float32)[codes.col]
         parts.append(part)
     table = pd.concat(parts, ignore_index=True)
     table["group"] = group_names(table)
     tokens = with_dataset(activations.tokens)
-    of_rows = tokens[["dataset", "text"]].iloc[table["token_row"]].reset_index(drop=True)
+    of_rows = tokens[["dataset", "text"]].astype({"text": np.int32})
     of_rows["dataset"] = pd.Categorical(of_rows["dataset"], tokens["dataset"].unique())
+    of_rows = of_rows.iloc[table["token_row"]].reset_index(drop=True)
     table = pd.concat([of_rows, table], axis=1)
     suite, method = (str(matches[column].iloc[0]) for column in ("suite", "method"))
     return Occurrences(suite, method, top_n, tokens, table)
+
+
+def _best_sources(
+    matches: "pd.DataFrame", top_n: int, incomplete: bool
+) -> "dict[tuple[int, str], pd.DataFrame]":
+    """By layer and module the `source` and `score` of each feature (rows) at each rank."""
+    ranks = int(matches["rank"].max())
+    if not isinstance(top_n, int) or not 1 <= top_n <= ranks:
+        raise ValueError(f"top_n={top_n}: expected 1 to {ranks}, the table's ranks")
+    best = matches[(matches["direction"] == "backward") & (matches["rank"] <= top_n)]
+    by_place = best.groupby(["layer", "module"], observed=True)
+    by_place = dict(iter(by_place[["feature", "rank", "source", "score"]]))
+    found = {
+        (int(layer), str(module)): part.pivot(index="feature", columns="rank")
+        for (layer, module), part in by_place.items()
+        if incomplete or all((layer, m) in by_place for m in MODULES)
+    }
+    if not found:
+        raise ValueError("no layer has predecessors at all three of res, mlp and att")
+    return found
 
 
 def _any_active(codes: "csr_matrix", sources: np.ndarray) -> "csr_matrix":
@@ -190,20 +203,33 @@ def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureAc
     return FeatureActivations(activations.tokens, by_site)
 
 
-def youden_thresholds(found: Occurrences) -> dict[tuple[int, str], float]:
+def youden_thresholds(
+    suite: "Suite", texts: Sequence[str], matches: "pd.DataFrame", max_tokens: int = 128
+) -> dict[tuple[int, str], float]:
     """The score that best separates active from inactive predecessors, by layer and site.
 
-    It has the highest Youden's J; there is none where predecessors are all active or all inactive.
+    It has the highest Youden's J over all occurrences in the texts, each cut to `max_tokens`; there
+    is none where predecessors are all active or all inactive. A score is its feature's, so that for
+    each feature two counts of tokens are enough: they are exact, and of the texts no more is held
+    than is read together.
     """
     from sklearn.metrics import roc_curve
 
+    matched = _best_sources(matches, 1, incomplete=False)
+    sites = {Site(layer, "res") for layer, _ in matched} | {predecessor_site(*at) for at in matched}
+    counts = {at: np.zeros((2, len(by_rank)), int) for at, by_rank in matched.items()}
+    for batch in read_batches(suite, tokenize(suite.model, texts, max_tokens), sorted(sites)):
+        for at, by_rank in matched.items():
+            codes, sources = batch[Site(at[0], "res")], by_rank["source"].to_numpy()
+            both = codes.multiply(_any_active(batch[predecessor_site(*at)], sources))
+            counts[at] += both.getnnz(axis=0), codes.getnnz(axis=0) - both.getnnz(axis=0)
     cuts = {}
-    for layer, part in found.table.groupby("layer"):
-        for module in MODULES:
-            active, score = part[module].to_numpy(), part[f"s_{module}"].to_numpy()
-            if active.any() and not active.all():
-                false, true, limits = roc_curve(active, score)
-                limit = min(limits[np.argmax(true - false)], 1.0)
-                # roc_curve counts scores equal to its limit as above; high is strictly above.
-                cuts[int(layer), module] = float(np.nextafter(limit, -1))
+    for at, by_rank in matched.items():
+        if counts[at].any(axis=1).all():
+            scores = by_rank["score", 1].to_numpy()
+            active, weights = np.repeat([True, False], len(scores)), counts[at].ravel()
+            false, true, limits = roc_curve(active, np.tile(scores, 2), sample_weight=weights)
+            limit = min(limits[np.argmax(true - false)], 1.0)
+            # roc_curve counts scores equal to its limit as above; high is strictly above.
+            cuts[at] = float(np.nextafter(limit, -1))
     return cuts

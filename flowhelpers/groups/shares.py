@@ -99,14 +99,14 @@ def dataset_gaps(
     return pd.DataFrame(rows)
 
 
-def group_transition(table: "pd.DataFrame") -> np.ndarray:
+def group_transition(features: np.ndarray, groups: np.ndarray) -> np.ndarray:
     """Of the features ever seen in one group (row), the share also seen in another (Figure 13).
 
-    Features of all layers count together (CHOICES 8); a row is missing where a group is empty.
+    Of each occurrence the number of its feature, which tells layers apart too (CHOICES 8), and that
+    of its group; a row is missing where a group is empty.
     """
-    features = table.groupby(["layer", "feature"]).ngroup().to_numpy()
     seen = np.zeros((features.max(initial=-1) + 1, len(GROUPS)))
-    seen[features, table["group"].cat.codes.to_numpy()] = 1
+    seen[features, groups] = 1
     both = seen.T @ seen
     members = both.diagonal()[:, None]
     return np.divide(both, members, out=np.full_like(both, np.nan), where=members > 0)
@@ -124,8 +124,11 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     table = complete_layers(found.table)
     text = text_rows(found.tokens, table)
     drawn = progress(resamples(found.tokens, times, seed), "resamples")
-    values = np.stack([group_transition(table[counts[text] > 0]).ravel() for counts in drawn])
-    share = group_transition(table).ravel()
+    features = table.groupby(["layer", "feature"]).ngroup().to_numpy()
+    groups = table["group"].cat.codes.to_numpy()
+    rows = (counts[text] > 0 for counts in drawn)
+    values = np.stack([group_transition(features[some], groups[some]).ravel() for some in rows])
+    share = group_transition(features, groups).ravel()
     pairs = pd.MultiIndex.from_product([GROUPS, GROUPS], names=["first", "second"])
     unique = table.drop_duplicates(["layer", "feature", "group"])["group"].value_counts(sort=False)
     rows = pd.DataFrame({"features": np.repeat(unique.to_numpy(), len(GROUPS))}, index=pairs)

@@ -7,9 +7,10 @@ where the source chose its best targets (paper 3.2 and 3.3).
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as once
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,6 +128,8 @@ def match_table(
         choices |= {"texts": list(texts or ()), "max_tokens": max_tokens}
         choices |= {"least_active": LEAST_ACTIVE, "model": suite.model.fingerprint}
 
+    first = [sum(len(at) - 1 for at in sites.values())]  # pairs, told to the first assignment alone
+
     @once  # one pass of the model, when the first layer is not on disk
     def codes() -> Any:
         needed = {site for at in sites.values() for site in at}
@@ -146,7 +149,8 @@ def match_table(
                 nulls[sae.site] = cached_null(sae, rows[sae.site], seed, device, cache)
         null = nulls[source.site], nulls[target.site]  # a target chooses among sources
         if method == "permutation":
-            return by_permutation(target, source, weights, folded, device), null
+            pairs = first.pop() if first else 0
+            return by_permutation(target, source, weights, folded, device, pairs), null
         found = by_cosine(rows[target.site], rows[source.site], k, device)
         if method == "random":
             # A seed for each pair of sites: what is drawn at one says nothing of another.
@@ -155,9 +159,17 @@ def match_table(
             found = random_of_top_k(found, k, own)
         return found, null
 
-    def matches_at(saes: "Sequence[SAE]") -> "pd.DataFrame":
+    groups, coming = list(sites.values()), {}
+
+    def read(place: int) -> "list[SAE]":
+        return [suite.sae(site) for site in reversed(groups[place])][::-1]  # the first is read on
+
+    def matches_at(place: int, reader: ThreadPoolExecutor) -> "pd.DataFrame":
+        saes = coming.pop(place).result() if place in coming else read(place)
+        if place + 1 < len(groups):  # while these are matched
+            coming[place + 1] = reader.submit(read, place + 1)
         tables = []
-        for site in set(rows) - {sae.site for sae in saes}:
+        for site in set(rows) - set(groups[place]):
             del rows[site]
         for source in saes[1:]:
             tables += _both_sides(*match(saes[0], source), saes[0], source, k, method)
@@ -170,36 +182,18 @@ def match_table(
     words = {"suite": [suite.name], "method": [method], "module": modules}
     categories = {name: pd.CategoricalDtype(some) for name, some in words.items()}
     tables = []
-    for saes in progress(_read_ahead(suite, list(sites.values())), "matching", len(sites)):
-        prints = {}
-        for sae in saes:
-            if not 1 <= k <= sae.width:
-                raise ValueError(f"k={k}: expected 1 to {sae.width}, the features of {sae.site}")
-            prints[str(sae.site)] = sae.fingerprint
-        layer = saes[0].site.layer
-        key = {"suite": suite.name, "layer": layer, "sites": prints} | choices
-        made = cached_table("matches", key, lambda at=saes: matches_at(at), cache, TABLE_VERSION)
-        made.insert(0, "suite", suite.name)
-        tables.append(made.astype(categories))
-    return pd.concat(tables, ignore_index=True)
-
-
-def _read_ahead(suite: "Suite", groups: Sequence[Sequence[Site]]) -> "Iterator[list[SAE]]":
-    """The SAEs of each group of sites; those of the next group are read meanwhile."""
-
-    def read(sites: Sequence[Site]) -> "list[SAE]":
-        saes = [suite.sae(site) for site in reversed(sites)]  # what comes next needs the first
-        for sae in saes:
-            _ = sae.fingerprint
-        return saes[::-1]
-
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(read, groups[0])
-        for following in (*groups[1:], None):
-            saes = coming.result()
-            if following:
-                coming = reader.submit(read, following)
-            yield saes
+        for place, at in enumerate(progress(groups, "matching")):
+            for site in at:
+                if not 1 <= k <= (width := suite.about(site, "width")):
+                    raise ValueError(f"k={k}: expected 1 to {width}, the features of {site}")
+            prints = {str(site): suite.about(site, "fingerprint") for site in reversed(at)}
+            key = {"suite": suite.name, "layer": at[0].layer, "sites": prints} | choices
+            make = partial(matches_at, place, reader)
+            made = cached_table("matches", key, make, cache, TABLE_VERSION)
+            made.insert(0, "suite", suite.name)
+            tables.append(made.astype(categories))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _normalised(sae: "SAE", device: str | None) -> Rows:

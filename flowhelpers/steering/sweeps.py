@@ -157,7 +157,7 @@ def _plan_key(suite: "Suite", cell: SweepCell, prompt: str) -> dict[str, Any]:
         vectors = {str(at): vector.tolist() for at, vector in (cell.plan or {}).items()}
         return {"prompt": prompt, "push": vectors}
     sites = {suite.feature(step.feature).site for step in cell.plan.steps}
-    prints = {str(site): suite.sae(site).fingerprint for site in sites}
+    prints = {str(site): suite.about(site, "fingerprint") for site in sites}
     return {"prompt": prompt, "saes": prints} | asdict(replace(cell.plan, about=""))
 
 

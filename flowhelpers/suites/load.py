@@ -33,6 +33,7 @@ class OnDemand(UserDict[Site, Any]):
     def __init__(self, sites: Iterable[Site], load: "Callable[[Site], SAE]", kept: int):
         super().__init__(dict.fromkeys(sites, lru_cache(maxsize=kept)(load)))
         self.all_fit = kept >= len(self.data)
+        self.about = cache(lambda site, name: getattr(self[site], name))
 
     def __getitem__(self, site: Site) -> "SAE":
         return self.data[site](site)
@@ -104,6 +105,12 @@ class Suite:
             )
         near = suggestion(str(site), [str(s) for s in self.saes])
         raise ValueError(f"no SAE at {site} in suite {self.name}{near}")
+
+    def about(self, site: Site, name: str) -> Any:
+        """An attribute of an SAE, such as its `fingerprint`, for which its files are read once."""
+        if isinstance(self.saes, OnDemand) and site in self.saes:
+            return self.saes.about(site, name)
+        return getattr(self.sae(site), name)
 
     def transcoder(self, layer: int) -> "Transcoder":
         """The trained transcoder of a layer's MLP; which there are the row's `transcoders` say."""

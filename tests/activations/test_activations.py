@@ -1,14 +1,20 @@
 """Collected activations are those of one text at a time, encoded by hand."""
 
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import toys
 
-from flowhelpers.activations.sparse import collect
+from flowhelpers.activations import sparse
+from flowhelpers.activations.sampling import draw_sample
+from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import FeatureId, Site
-from flowhelpers.suites.load import Suite
+from flowhelpers.suites.load import OnDemand, Suite
 from flowhelpers.suites.model import Tokens, run_model, tokenize
+from flowhelpers.suites.saes import SAE
 
 LAST = Site(2, "res")
 
@@ -76,6 +82,56 @@ def test_texts_without_a_token_are_no_hindrance(planted: Suite):
     assert np.allclose(found.by_site[LAST].toarray(), expected, atol=1e-4)
     with pytest.raises(ValueError, match="no token is left to read"):
         collect(planted, ["", "<eos>"], [LAST])
+
+
+def few_at_a_time(planted: Suite) -> tuple[Suite, Counter[Site]]:
+    """The suite with room for two SAEs, and how often each was loaded."""
+    loads: Counter[Site] = Counter()
+
+    def load(site: Site) -> SAE:
+        loads[site] += 1
+        return planted.saes[site]
+
+    return Suite(planted.row, planted.model, OnDemand(planted.saes, load, kept=2)), loads
+
+
+@pytest.mark.parametrize(("room", "batches"), [(10**9, 1), (3, 2), (2, 3), (0.5, 5)])
+def test_where_few_saes_fit_each_is_loaded_once_for_as_many_texts_as_memory_holds(
+    planted: Suite, monkeypatch: pytest.MonkeyPatch, room: float, batches: int
+):
+    few, loads = few_at_a_time(planted)
+    longest = int(tokenize(planted.model, toys.TEXTS).is_text.sum(1).max())
+    of_text = longest * toys.D_MODEL * 4 * len(planted.saes)
+    monkeypatch.setattr(sparse, "free_memory", lambda: int(2 * room * of_text))
+    found = collect(few, toys.TEXTS, batch_size=1)
+    assert loads == dict.fromkeys(planted.saes, batches + 1)  # before, for where it reads
+    whole = collect(planted, toys.TEXTS, batch_size=1)
+    for site in planted.saes:
+        assert np.allclose(found.by_site[site].toarray(), whole.by_site[site].toarray(), atol=1e-6)
+    collect(few, toys.TEXTS, batch_size=1)
+    assert loads == dict.fromkeys(planted.saes, 2 * batches + 1)
+    monkeypatch.setattr(sparse, "HELD", of_text)  # free or not
+    collect(few, toys.TEXTS, batch_size=1)
+    assert loads == dict.fromkeys(planted.saes, 2 * batches + 1 + len(toys.TEXTS))
+
+
+def test_a_sample_kept_with_other_room_is_not_mistaken_and_a_kept_one_loads_nothing(
+    planted: Suite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(sparse, "READ_TOGETHER", 1)
+    monkeypatch.setattr(sparse, "ENCODED_TOGETHER", 1)
+    sample = draw_sample(planted.model, {"own": toys.TEXTS})
+    expected = read_sample(planted, sample, tmp_path / "whole")
+    few, loads = few_at_a_time(planted)
+    for room in (10**6, 10**9, 10**6):
+        monkeypatch.setattr(sparse, "HELD", room // 1000)
+        found = read_sample(few, sample, tmp_path)
+        for site, codes in expected.by_site.items():
+            assert np.allclose(found.by_site[site].toarray(), codes.toarray(), atol=1e-6)
+        made = {site: loads[site] for site in planted.saes}
+        assert read_sample(few, sample, tmp_path).tokens is sample.tokens
+        assert loads == made
+    assert max(made.values()) <= 2 + 1 + len(toys.TEXTS)
 
 
 def test_chosen_sites_are_read_and_the_pass_stops_after_them(planted: Suite):

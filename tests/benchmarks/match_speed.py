@@ -56,7 +56,7 @@ def on_cpu(features: int, width: int, k: int, repeats: int) -> None:
     target, source = saes(features, width)
     units = unit_rows(target), unit_rows(source)
     rough = [side.to(quick_dtype("cpu")) for side in units]
-    ready = [prepare(side, "cpu") for side in (target, source)]
+    ready = prepare(target, "cpu"), prepare(source, "cpu")
 
     def bare() -> None:
         for part in rough[0].split(2048):

@@ -8,15 +8,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from counted import planted_occurrences
+from counted import planted_occurrences, transition_of
 from scipy.stats import mannwhitneyu
 
 from flowhelpers.core.bootstrap import resamples
 from flowhelpers.core.features import MODULES
-from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, complete_layers
+from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences
 from flowhelpers.groups.shares import (
     group_shares,
-    group_transition,
     share_intervals,
     transition_intervals,
 )
@@ -171,8 +170,8 @@ def test_shares_have_the_intervals_of_samples_made_one_by_one(by: tuple[str, ...
 def test_the_transition_has_intervals_around_its_shares():
     found, _ = planted_occurrences()
     rows = transition_intervals(found, times=50)
-    again = [group_transition(complete_layers(e.table)).ravel() for e in redrawn(found, 50)]
-    matrix = group_transition(complete_layers(found.table))
+    again = [transition_of(e).ravel() for e in redrawn(found, 50)]
+    matrix = transition_of(found)
     assert rows["share"].tolist() == pytest.approx(matrix.ravel(), nan_ok=True)
     seen = found.table.query("layer > 0").drop_duplicates(["layer", "feature", "group"])
     sizes = rows.drop_duplicates("first").set_index("first")["features"]

@@ -1,18 +1,22 @@
 """Groups are what the planted activity says, and shares and profiles are counted by hand."""
 
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import toys
-from counted import BY_BITS, planted_occurrences, table_of
+from counted import BY_BITS, planted_occurrences, table_of, transition_of
 from scipy.stats import entropy
 
-from flowhelpers.activations.sparse import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations, collect, read_batches
 from flowhelpers.core.bootstrap import resamples
 from flowhelpers.core.features import MODULES, Site
+from flowhelpers.groups import occurrences
 from flowhelpers.groups.occurrences import (
     GROUPS,
     Occurrences,
@@ -20,13 +24,15 @@ from flowhelpers.groups.occurrences import (
     complete_layers,
     find_occurrences,
     shuffled_tokens,
+    youden_thresholds,
 )
 from flowhelpers.groups.shares import (
     dataset_gaps,
     group_profiles,
     group_shares,
-    group_transition,
 )
+from flowhelpers.matching.table import match_table
+from flowhelpers.suites.load import Suite
 
 BITS = list(BY_BITS)
 
@@ -150,6 +156,46 @@ def test_shares_are_counted_by_hand_and_an_empty_group_has_none():
     assert group_shares(found, ())["n"].sum() == len(expected)
 
 
+def best_cut(score: np.ndarray, active: np.ndarray) -> float:
+    """Just below the highest score of highest J, from one row an occurrence."""
+
+    def j(cut: float) -> float:
+        return float((score[active] >= cut).mean() - (score[~active] >= cut).mean())
+
+    cut = max([np.inf, *np.sort(np.unique(score))[::-1]], key=j)  # of equals the first
+    return float(np.nextafter(min(cut, 1.0), -1))
+
+
+def test_youdens_cut_is_that_of_all_occurrences_but_only_one_batch_of_them_is_held(
+    planted: Suite, monkeypatch: pytest.MonkeyPatch
+):
+    matches = match_table(planted, k=2)
+    of_feature = matches.groupby(["layer", "module", "feature"], observed=True).ngroup()
+    rng = np.random.default_rng(0)  # some scores many times
+    matches["score"] = rng.choice([0.1, 0.35, 0.6, 0.8], of_feature.max() + 1)[of_feature]
+    matches.loc[(matches["layer"] == 2) & (matches["module"] == "att"), "source"] = -1
+    table = find_occurrences(matches, collect(planted, toys.TEXTS, max_tokens=20)).table
+    expected = {
+        (layer, module): best_cut(part[f"s_{module}"].to_numpy(), part[module].to_numpy())
+        for layer, part in table.groupby("layer")
+        for module in MODULES
+        if (layer, module) != (2, "att")  # never active
+    }
+    assert len(set(expected.values())) > 2
+    held: list[weakref.ref[Any]] = []
+
+    def watched(*given: Any) -> Iterator[dict[Site, Any]]:
+        for batch in read_batches(*given, batch_size=1):
+            assert sum(ref() is not None for ref in held) <= 1  # the one that was counted last
+            held.append(weakref.ref(batch[Site(1, "res")]))
+            yield batch
+
+    monkeypatch.setattr(occurrences, "read_batches", watched)
+    cuts = youden_thresholds(planted, toys.TEXTS, matches, max_tokens=20)
+    assert len(held) == len(toys.TEXTS)
+    assert cuts == expected
+
+
 def test_datasets_are_held_against_the_one_that_was_read_and_methods_on_equal_resamples():
     found, _ = planted_occurrences()
     some = complete_layers(found.table).drop(columns="group")
@@ -200,7 +246,7 @@ def test_a_layer_without_predecessors_is_refused_with_those_that_have_them():
 def test_the_transition_and_the_profiles_are_counted_by_hand():
     found, expected = planted_occurrences()
     members = {g: {(a, b) for a, b, _, group in expected if group == g} for g in GROUPS}
-    matrix = group_transition(complete_layers(found.table))
+    matrix = transition_of(found)
     for i, first in enumerate(GROUPS):
         for j, second in enumerate(GROUPS):
             both, size = members[first] & members[second], len(members[first])

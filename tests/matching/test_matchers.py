@@ -1,6 +1,7 @@
 """The ways to match find what was planted, and their nulls are what theory gives."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from flowhelpers.matching import matchers
 from flowhelpers.matching.cosine import top_k_cosine
 from flowhelpers.matching.matchers import Null, PairMatch, by_pearson, by_permutation, read_codes
 from flowhelpers.matching.null import NULL_QUANTILE, null_cosines, null_error, rotated
+from flowhelpers.matching.table import match_table
 from flowhelpers.suites.attention import AttentionOutput
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.saes import SAE, make_sae
@@ -112,6 +114,24 @@ def test_every_feature_has_one_however_poor_unless_there_are_too_few():
     assert sorted(found[found >= 0].tolist()) == list(range(12))
     assert (match.forward.indices >= 0).all()
     assert (match.backward.scores[found < 0] == 0).all()
+
+
+def test_the_time_of_many_assignments_is_said_before_the_first_of_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+):
+    monkeypatch.setattr(matchers, "repeat", lambda *given, **more: [12, 10])  # seconds of a part
+    monkeypatch.setattr(matchers, "TIMED", 4)
+    suite = toys.bare_suite()
+    match_table(suite, 1, method="permutation", cache=tmp_path)
+    told = capsys.readouterr().out  # two pairs at layer 0, three at each of the others
+    minutes = round(8 * 10 * (16 / 4) ** matchers.GROWTH / 60)
+    what = f"up to 8 assignments of 16 × 8 features: about {minutes} minutes on one core\n"
+    assert (told, minutes) == (what, 32)
+    match_table(suite, 1, method="permutation", cache=tmp_path)  # on disk
+    by_permutation(suite.sae("1/res"), suite.sae("0/res"))
+    monkeypatch.setattr(matchers, "repeat", lambda *given, **more: [0.2])
+    match_table(suite, 1, seed=1, method="permutation", cache=tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("d_z", [D, 48])

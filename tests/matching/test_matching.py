@@ -19,7 +19,6 @@ from torch import Tensor
 
 from flowhelpers.core.cache import CACHE
 from flowhelpers.core.features import Site, predecessor_sites
-from flowhelpers.groups.occurrences import Occurrences, youden_thresholds
 from flowhelpers.matching import table as matching
 from flowhelpers.matching.cosine import TopK
 from flowhelpers.matching.matchers import by_permutation
@@ -457,23 +456,6 @@ def test_a_threshold_that_is_no_cosine_or_of_no_place_is_refused():
     for place in ((9, "res"), (1, "MLP")):
         with pytest.raises(ValueError, match=r"expected \(layer, module\), a layer of 1 and"):
             classify(table, {place: 0.5})
-
-
-def test_youdens_cut_is_the_one_of_highest_j_and_high_means_above_it():
-    rng = np.random.default_rng(0)
-    s = rng.uniform(-0.2, 1, 400)
-    active = rng.uniform(size=400) < np.where(s > 0.6, 0.9, 0.2)
-    table = pd.DataFrame(
-        {"layer": 3, "res": active, "s_res": s, "mlp": True, "s_mlp": s, "att": active, "s_att": -s}
-    )
-    none = pd.DataFrame()
-    cuts = youden_thresholds(Occurrences("toy", "cosine", 1, none, table))
-    assert set(cuts) == {(3, "res"), (3, "att")}
-
-    def j(cut: float) -> float:
-        return (s[active] > cut).mean() - (s[~active] > cut).mean()
-
-    assert j(cuts[3, "res"]) == pytest.approx(max(j(cut) for cut in [*s, -1]))
 
 
 def test_the_table_of_flowlet_is_made_in_seconds_and_read_in_less():
