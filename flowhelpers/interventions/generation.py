@@ -1,6 +1,7 @@
 """Sampling text: many samples in one batch, each with a random stream of its own."""
 
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 
 import numpy as np
@@ -97,7 +98,7 @@ def sample_tokens(
         raise ValueError(f"phases={phases}: expected some of {PHASES}")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     uniform = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators])
-    device = ids.device if ids.is_cuda else torch.device("cpu")  # others may lack float64
+    device = ids.device if ids.is_cuda else torch.device("cpu")  # MPS has no float64
     uniform, ended = uniform.to(device), torch.zeros(len(ids), 1, dtype=torch.bool, device=device)
     # The first pass reads the prompt, each later one a single new token.
     prompt, inputs, key_values = ids, ids, DynamicCache()
@@ -119,17 +120,36 @@ def sample_tokens(
             ends = torch.stack([logits.amin(1), logits.amax(1)]).float() / temperature
             if not (finite := ends.isfinite().all(dim=0)).all():
                 raise NotFiniteError((~finite).nonzero().flatten().tolist(), step + 1)
-            parts = logits.split(max(1, TOGETHER[device.type] // logits.shape[1]))
-            shares = uniform[:, step].split(len(parts[0]))
-            chances = ((part.float() / temperature).softmax(-1) for part in parts)
-            drawn = (_drawn(*given, top_p) for given in zip(chances, shares, strict=True))
-            tokens = torch.cat([*drawn])
+            tokens = draw_tokens(logits, uniform[:, step], temperature, top_p)
             inputs = tokens.to(ids.device)
             ids = torch.cat([ids, inputs], dim=1)
             ended |= tokens == model.tokenizer.eos_token_id
             if ended.all():
                 break
     return ids
+
+
+def draw_tokens(
+    logits: Float[Tensor, "batch vocabulary"],
+    uniform: Float[Tensor, "batch"],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Int[Tensor, "batch 1"]:
+    """A token for each row, by a number from 0 to 1 of its own; on the logits' device."""
+
+    def draw(part: Tensor, numbers: Tensor) -> Tensor:
+        return _drawn((part.float() / temperature).softmax(-1), numbers, top_p)
+
+    rows = max(1, TOGETHER[logits.device.type] // logits.shape[1])
+    parts = logits.split(rows), uniform.split(rows)
+    if logits.is_cuda:
+        return torch.cat([*map(draw, *parts)])
+    # A thread for each part: threads that share its short steps would wait for each other.
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        drawn = [*pool.map(draw, *parts)]
+    torch.set_num_threads(threads)  # with which threads begin that come later
+    return torch.cat(drawn)
 
 
 def _drawn(
