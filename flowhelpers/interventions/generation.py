@@ -1,6 +1,7 @@
 """Sampling text: many samples in one batch, each with a random stream of its own."""
 
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 
 import numpy as np
@@ -12,6 +13,10 @@ from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import Activations, Edit, Model, editing, forward, tokenize
 
 PHASES = ("prompt", "generation")
+SHORT = 512  # likeliest tokens of a row that are looked at first; few nuclei are larger
+# Logits that are drawn from at a time: what a core's cache holds; on a GPU, what keeps it busy and
+# takes half a GiB at most.
+TOGETHER = {"cpu": 2**20, "cuda": 2**23}
 
 
 class NotFiniteError(FloatingPointError):
@@ -92,8 +97,9 @@ def sample_tokens(
     if not phases or {*phases} - {*PHASES}:
         raise ValueError(f"phases={phases}: expected some of {PHASES}")
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniform = np.stack([torch.rand(max_new_tokens, generator=g).numpy() for g in generators])
-    ended = torch.zeros(len(ids), dtype=torch.bool)
+    uniform = torch.stack([torch.rand(max_new_tokens, generator=g) for g in generators])
+    device = ids.device if ids.is_cuda else torch.device("cpu")  # MPS has no float64
+    uniform, ended = uniform.to(device), torch.zeros(len(ids), 1, dtype=torch.bool, device=device)
     # The first pass reads the prompt, each later one a single new token.
     prompt, inputs, key_values = ids, ids, DynamicCache()
     steps = range(max_new_tokens)
@@ -110,29 +116,82 @@ def sample_tokens(
 
     with editing(model, [in_phases(edit) for edit in edits]):  # once, for hooks take time to put on
         for step in progress(steps, "sampling") if show_progress else steps:
-            logits = forward(model, inputs, key_values)[:, -1].float().cpu()
-            if not (finite := torch.isfinite(logits).all(dim=1)).all():
+            logits = forward(model, inputs, key_values, last=True)[:, -1].to(device)
+            ends = torch.stack([logits.amin(1), logits.amax(1)]).float() / temperature
+            if not (finite := ends.isfinite().all(dim=0)).all():
                 raise NotFiniteError((~finite).nonzero().flatten().tolist(), step + 1)
-            drawn = _drawn(_nucleus(logits / temperature, top_p), uniform[:, step])
-            inputs = drawn.to(ids.device)
+            tokens = draw_tokens(logits, uniform[:, step], temperature, top_p)
+            inputs = tokens.to(ids.device)
             ids = torch.cat([ids, inputs], dim=1)
-            ended |= drawn[:, 0] == model.tokenizer.eos_token_id
+            ended |= tokens == model.tokenizer.eos_token_id
             if ended.all():
                 break
     return ids
 
 
-def _nucleus(logits: Float[Tensor, "batch vocabulary"], top_p: float) -> np.ndarray:
-    """The smallest set of likely tokens that reaches top_p, with ties; others at 0."""
-    chances = logits.softmax(-1).numpy()
-    falling = np.sort(chances, axis=-1)[:, ::-1]  # many times as fast as torch's
-    before = (falling.cumsum(axis=-1) < top_p).sum(axis=-1, keepdims=True)
-    least = np.take_along_axis(falling, before.clip(max=falling.shape[1] - 1), axis=-1)
-    return np.where(chances >= least, chances, 0)
+def draw_tokens(
+    logits: Float[Tensor, "batch vocabulary"],
+    uniform: Float[Tensor, "batch"],
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Int[Tensor, "batch 1"]:
+    """A token for each row, by a number from 0 to 1 of its own; on the logits' device."""
+
+    def draw(part: Tensor, numbers: Tensor) -> Tensor:
+        return _drawn((part.float() / temperature).softmax(-1), numbers, top_p)
+
+    rows = max(1, TOGETHER[logits.device.type] // logits.shape[1])
+    parts = logits.split(rows), uniform.split(rows)
+    if logits.is_cuda:
+        return torch.cat([*map(draw, *parts)])
+    # A thread for each part: threads that share its short steps would wait for each other.
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        drawn = [*pool.map(draw, *parts)]
+    torch.set_num_threads(threads)  # with which threads begin that come later
+    return torch.cat(drawn)
 
 
-def _drawn(chances: np.ndarray, uniform: np.ndarray) -> Int[Tensor, "batch 1"]:
-    """One token a row: the first whose cumulative chance exceeds that share of the sum."""
-    so_far = chances.cumsum(axis=-1, dtype=np.float64)
-    share = uniform.astype(np.float64)[:, None] * so_far[:, -1:]
-    return torch.from_numpy((so_far <= share).sum(axis=-1, keepdims=True))
+def _drawn(
+    chances: Float[Tensor, "batch vocabulary"], uniform: Float[Tensor, "batch"], top_p: float
+) -> Int[Tensor, "batch 1"]:
+    """One token a row, out of the smallest set of likely ones that reaches `top_p`, with ties.
+
+    It is the first, in vocabulary order, whose cumulative chance exceeds the share `uniform` of the
+    sum. Sums are in float64: in float32 those of a large vocabulary are off by as much as the
+    chance of a rare token, and on a GPU need not even grow, so that a token outside of the set
+    could be drawn. Where the `SHORT` likeliest hold the set, which they do if the last of them is
+    no longer in it, the others are not sorted.
+    """
+    drawn = torch.zeros(len(chances), 1, dtype=torch.int64, device=chances.device)
+    wide = torch.ones(len(chances), dtype=torch.bool, device=chances.device)
+    if chances.shape[1] > 64 * SHORT:  # else a sort of all takes no longer
+        likely, tokens = chances.topk(SHORT)
+        least = _least(likely, top_p)
+        tokens, order = tokens.sort()
+        drawn = tokens.gather(1, _first_beyond(likely.gather(1, order), least, uniform))
+        wide = likely[:, -1] >= least[:, 0]
+    if wide.any():
+        chances = chances[wide]
+        drawn[wide] = _first_beyond(chances, _least(_falling(chances), top_p), uniform[wide])
+    return drawn
+
+
+def _falling(chances: Float[Tensor, "batch vocabulary"]) -> Float[Tensor, "batch vocabulary"]:
+    if chances.is_cuda:
+        return chances.sort(descending=True).values
+    return torch.from_numpy(np.sort(chances.numpy())).flip(-1)  # many times as fast as torch's
+
+
+def _least(falling: Float[Tensor, "batch n"], top_p: float) -> Float[Tensor, "batch 1"]:
+    """The last chance that is needed to reach `top_p`, or the last of all."""
+    before = (falling.cumsum(-1, dtype=torch.float64) < top_p).sum(-1, keepdim=True)
+    return falling.gather(-1, before.clamp(max=falling.shape[1] - 1))
+
+
+def _first_beyond(
+    chances: Float[Tensor, "batch n"], least: Float[Tensor, "batch 1"], uniform: Tensor
+) -> Int[Tensor, "batch 1"]:
+    """The first place where the sum of chances not below `least` exceeds a share of the whole."""
+    so_far = chances.where(chances >= least, 0).cumsum(-1, dtype=torch.float64)
+    return (so_far <= uniform.double()[:, None] * so_far[:, -1:]).sum(-1, keepdim=True)

@@ -4,6 +4,7 @@ A cell is one way to steer for one theme: a strategy, a layer, a strength. The b
 looks better than it is: choose it on some samples and report it on others (CHOICES 39).
 """
 
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, product
@@ -11,8 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from flowhelpers.activations.sparse import PASS_TENSORS
 from flowhelpers.core.cache import DiskCache, key_of
+from flowhelpers.core.features import parse_feature
+from flowhelpers.core.machine import free_memory
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.flow.graph import FlowGraph
 from flowhelpers.interventions import generation
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
 
 UNSTEERED = "unsteered"
+LARGEST_BATCH = 512  # rows; beyond these a step only gets longer
 CELL = ("theme", "strategy", "layer", "strength")
 
 
@@ -50,7 +56,7 @@ def steer(
     seed: int = 0,
     phases: Collection[str] = generation.PHASES,
     skip_bos: bool = False,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     show_progress: bool = True,
 ) -> "pd.DataFrame":
     """Texts of several plans, or vectors to be added, many samples of each in one batch.
@@ -61,13 +67,16 @@ def steer(
 
     `samples` are so many, or those with these numbers; plans act in the `phases` (`prompt`,
     `generation` or both) and, with `skip_bos`, not at the first token (CHOICES 20); `batch_size` is
-    the most rows of a batch.
+    the most rows of a batch, by default as many as memory allows; halved, with a warning, where a
+    GPU runs out of it.
 
     Returns:
-        One row a text: `plan`, `sample`, `text` (without the prompt).
+        One row a text: `plan`, `sample`, `text` (without the prompt); `attrs["batch_size"]` is the
+        most rows that a batch had room for.
 
     Raises:
         FloatingPointError: If the logits that a plan makes are infinite or NaN; it names the plan.
+        MemoryError: If not even one row fits.
 
     Example:
         >>> from flowhelpers import load_suite, make_plan, steer
@@ -82,25 +91,57 @@ def steer(
     numbers = list(range(samples)) if isinstance(samples, int) else list(samples)
     if not plans or not numbers:
         raise ValueError(f"{len(plans)} plans and samples={samples}: expected 1 or more of each")
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     ids = generation.prompt_ids(suite.model, prompt, max_new_tokens)
     seeds = [generation.sample_seed(seed, number) for number in numbers]
     names, texts = list(plans), []
-    plans_per_batch = max(1, batch_size // len(numbers))
-    for start in range(0, len(names), plans_per_batch):
-        batch = names[start : start + plans_per_batch]
-        edits = plan_edits(suite, [plans[name] for name in batch])
+    most = batch_size or _fitting_rows(suite, plans.values(), ids.shape[1], max_new_tokens)
+    while len(texts) < len(names) * len(numbers):
+        done, first = divmod(len(texts), len(numbers))
+        batch = names[done : done + max(1, most // len(numbers))]
+        own = seeds[first : first + most]  # all, unless not even one plan's fit
+        rows = ids.expand(len(batch) * len(own), -1)
         try:
             tokens = generation.sample_tokens(
-                suite.model, ids.expand(len(numbers) * len(batch), -1), seeds * len(batch),
-                max_new_tokens, temperature, top_p, edits, phases, skip_bos,
+                suite.model, rows, own * len(batch), max_new_tokens, temperature, top_p,
+                plan_edits(suite, [plans[name] for name in batch]), phases, skip_bos,
                 show_progress=show_progress,
             )  # fmt: skip
         except generation.NotFiniteError as error:
-            name = batch[error.rows[0] // len(numbers)]
+            name = batch[error.rows[0] // len(own)]
             raise FloatingPointError(f"plan {name!r}: {error}") from error
+        except torch.OutOfMemoryError as error:
+            if len(rows) == 1:
+                raise MemoryError("the device has no room for one text") from error
+            most = len(rows) // 2
+            told = f"out of memory with {len(rows)} texts in a batch: it goes on with {most}"
+            warnings.warn(told, stacklevel=2)
+            continue
         texts += generation.continuations(suite.model, tokens[:, ids.shape[1] :])
     plan_of_row = np.repeat(names, len(numbers))
-    return pd.DataFrame({"plan": plan_of_row, "sample": numbers * len(names), "text": texts})
+    table = pd.DataFrame({"plan": plan_of_row, "sample": numbers * len(names), "text": texts})
+    table.attrs["batch_size"] = most
+    return table
+
+
+def _fitting_rows(
+    suite: "Suite", plans: Iterable[Plan | SteeringVectors | None], prompt: int, new: int
+) -> int:
+    """How many rows fit in half of the free memory, beside the SAEs that edits hold."""
+    model, cfg = suite.model, suite.model.bridge.cfg
+    live = [plan for plan in plans if isinstance(plan, Plan) and plan.kind == "rescale"]
+    sites = {parse_feature(step.feature).site for plan in live for step in plan.steps}
+    width = suite.sae(min(sites)).width if sites else 0
+    held = 2 * len(sites) * width * model.d_model
+    # Keys and values, half of them again while a layer joins and repeats its own; the logits
+    # and two copies, as of a model that caps them.
+    cached = 3 * model.layers * (cfg.n_key_value_heads or cfg.n_heads) * cfg.d_head
+    of_prompt = prompt * (PASS_TENSORS * model.d_model + 4 * width)
+    of_row = (prompt + new) * cached + of_prompt + 3 * model.unembedding.shape[1]
+    size = model.unembedding.element_size()
+    room = free_memory(str(model.device)) // 2 - held * size
+    return int(np.clip(room // (of_row * size), 1, LARGEST_BATCH))
 
 
 def sweep(
@@ -110,7 +151,7 @@ def sweep(
     samples: Sequence[int],
     cache: Path | None = None,
     seed: int = 0,
-    batch_size: int = 512,
+    batch_size: int | None = None,
     **settings: Any,
 ) -> "pd.DataFrame":
     """The texts of every cell, one row a text, as `steer` writes them with the same `settings`.
@@ -128,10 +169,13 @@ def sweep(
     for key, cell in zip(keys, cells, strict=True):
         if key not in texts:
             missing.setdefault(cell.prompt or prompt, {})[key] = cell
-    cells_per_batch = max(1, batch_size // max(1, len(numbers)))
     for start, new in missing.items():
-        for at in progress(range(0, len(new), cells_per_batch), "sweep"):
-            batch = dict(islice(new.items(), at, at + cells_per_batch))
+        for first in progress(new, "sweep"):
+            if first in texts:
+                continue
+            waiting = ((key, cell) for key, cell in new.items() if key not in texts)
+            together = (batch_size or LARGEST_BATCH) // max(1, len(numbers))
+            batch = dict(islice(waiting, max(1, together)))
             plans = {
                 f"{c.theme}: {c.strategy}, layer {c.layer}, strength {c.strength} [{key}]": c.plan
                 for key, c in batch.items()
@@ -140,6 +184,7 @@ def sweep(
                 suite, plans, start, numbers, seed=seed, batch_size=batch_size,
                 show_progress=False, **settings,
             )  # fmt: skip
+            batch_size = written.attrs["batch_size"]  # halved, it may be
             rows = written["text"].to_numpy().reshape(len(batch), -1).tolist()
             of_batch = dict(zip(batch, rows, strict=True))
             if cache:

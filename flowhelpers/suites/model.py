@@ -212,14 +212,18 @@ def cache_prompt(
 
 
 def forward(
-    model: Model, ids: Int[Tensor, "batch position"], cache: Any = None
-) -> Float[Tensor, "batch position vocabulary"]:
-    """The logits of one pass, which goes on after the keys and values of a cache and extends it."""
+    model: Model, ids: Int[Tensor, "batch position"], cache: Any = None, last: bool = False
+) -> Float[Tensor, "batch kept vocabulary"]:
+    """The logits of one pass, which goes on after the keys and values of a cache and extends it.
+
+    With `last` those of the last token alone, where the model can leave out the others.
+    """
     given: dict[str, Any] = {}
     expected = ids.shape[1]
     if cache is not None:
         accepted = signature(model.bridge.original_model.forward).parameters
         given = {"cache" if "cache" in accepted else CACHE: cache, "use_cache": True}
+        given |= {"logits_to_keep": 1} if last and "logits_to_keep" in accepted else {}
         expected += cache.get_seq_length()
     with fitting_threads(ids.numel(), model.d_model):
         logits = model.bridge(ids, return_type="logits", **given)

@@ -8,12 +8,13 @@ import pytest
 import torch
 import toys
 from torch import Tensor
+from transformers import DynamicCache
 
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.interventions import edits, generation
 from flowhelpers.interventions.generation import generate, sample_tokens
 from flowhelpers.suites.load import Suite
-from flowhelpers.suites.model import Edit, Model, logits_of, tokenize
+from flowhelpers.suites.model import Edit, Model, forward, logits_of, tokenize
 
 PROMPT = "The cat sat"
 
@@ -30,20 +31,102 @@ def test_a_small_nucleus_or_temperature_takes_the_likeliest_token(
 
 
 def test_the_nucleus_is_the_smallest_set_that_reaches_top_p():
-    chances = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2]])
-    for top_p, kept in ((0.39, [1]), (0.41, [1, 3]), (0.66, [1, 3, 4]), (1.0, [0, 1, 2, 3, 4])):
-        found = torch.from_numpy(generation._nucleus(chances.log(), top_p))
-        expected = torch.zeros(1, 5)
-        expected[:, kept] = chances[:, kept]
-        assert torch.allclose(found, expected, atol=1e-6), top_p
+    chances = torch.tensor([[0.1, 0.4, 0.05, 0.25, 0.2], [0.25, 0.25, 0.1, 0.25, 0.15]])
+    falling = chances.sort(descending=True).values
+    for top_p, *kept in (
+        (0.39, [1], [0, 1, 3]),  # with ties
+        (0.41, [1, 3], [0, 1, 3]),
+        (0.66, [1, 3, 4], [0, 1, 3]),
+        (0.84, [1, 3, 4], [0, 1, 3, 4]),
+        (1.0, [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
+    ):
+        found = chances >= generation._least(falling, top_p)
+        assert [row.nonzero().flatten().tolist() for row in found] == kept, top_p
 
 
 def test_tokens_are_drawn_as_often_as_their_chances_say():
-    chances = np.array([[0.0, 0.3, 0.0, 0.1, 0.2, 0.0]])
+    chances = torch.tensor([[0.0, 0.3, 0.05, 0.1, 0.2, 0.0]])
     known = {0.0: 1, 0.499: 1, 0.501: 3, 0.66: 3, 0.67: 4, 1 - 1e-7: 4}  # of a sum of 0.6
-    uniform = np.array([*known], dtype=np.float32)
-    drawn = generation._drawn(chances.repeat(len(known), axis=0), uniform)
+    chances, uniform = chances.expand(len(known), -1), torch.tensor([*known])
+    drawn = generation._first_beyond(chances, torch.full((len(known), 1), 0.1), uniform)
     assert drawn[:, 0].tolist() == [*known.values()]
+
+
+def plainly_drawn(chances: Tensor, uniform: Tensor, top_p: float) -> list[int]:
+    """Row by row, with all tokens sorted, in float64."""
+    drawn = []
+    for row, share in zip(chances.double().numpy(), uniform.double().numpy(), strict=True):
+        falling = np.sort(row)[::-1]
+        needed = min(int((falling.cumsum() < top_p).sum()), len(row) - 1)
+        so_far = np.where(row >= falling[needed], row, 0).cumsum()
+        drawn.append(int((so_far <= share * so_far[-1]).sum()))
+    return drawn
+
+
+def hard_logits() -> Tensor:
+    """Peaked and flat rows, rows with many ties, and what lies between, over 600 tokens."""
+    logits = torch.randn(400, 600, generator=torch.Generator().manual_seed(0))
+    logits *= torch.tensor([0.0, 0.1, 1.0, 4.0, 20.0]).repeat(80)[:, None]
+    logits[::2] = logits[::2].round()  # many tokens have equal chances
+    return logits
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.7, 0.95, 1.0])
+def test_the_likeliest_alone_or_all_give_the_token_of_a_plain_sort(
+    top_p: float, monkeypatch: pytest.MonkeyPatch
+):
+    chances = hard_logits().softmax(-1)
+    uniform = torch.rand(len(chances), generator=torch.Generator().manual_seed(1))
+    expected = plainly_drawn(chances, uniform, top_p)
+    sizes = []
+
+    def falling(chances: Tensor) -> Tensor:
+        sizes.append(len(chances))
+        return chances.sort(descending=True).values  # as on a GPU
+
+    assert generation._drawn(chances, uniform, top_p)[:, 0].tolist() == expected
+    monkeypatch.setattr(generation, "_falling", falling)
+    for short in (1, 8, 9):
+        monkeypatch.setattr(generation, "SHORT", short)
+        assert generation._drawn(chances, uniform, top_p)[:, 0].tolist() == expected
+    assert len({*sizes}) > 1 or top_p == 1
+    assert sizes[-1] < len(chances) or top_p == 1  # the others were not sorted
+
+
+def test_rows_are_drawn_in_parts_each_with_its_own_number(
+    toy: Model, monkeypatch: pytest.MonkeyPatch
+):
+    ids = tokenize(toy, PROMPT).ids.expand(7, -1)
+    seeds = [5, 1, 4, 1, 3, 9, 2]
+    whole = sample_tokens(toy, ids, seeds, 5, top_p=0.9)
+    vocabulary = toy.unembedding.shape[1]
+    for rows in (0, 1, 3):
+        monkeypatch.setattr(generation, "TOGETHER", {"cpu": rows * vocabulary + 1})
+        assert torch.equal(sample_tokens(toy, ids, seeds, 5, top_p=0.9), whole)
+    assert torch.equal(whole[1], whole[3])
+    assert len({*map(tuple, whole.tolist())}) == 6
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_rows_whose_logits_are_not_finite_are_named(
+    toy: Model, monkeypatch: pytest.MonkeyPatch, bad: float
+):
+    def broken(*args: Any, **given: Any) -> Tensor:
+        logits = forward(*args, **given)
+        logits[1::2, -1, 7] = bad
+        return logits
+
+    monkeypatch.setattr(generation, "forward", broken)
+    ids = tokenize(toy, PROMPT).ids.expand(4, -1)
+    with pytest.raises(generation.NotFiniteError, match=r"at new token 1 in rows \[1, 3\]"):
+        sample_tokens(toy, ids, [0, 1, 2, 3], 3, temperature=0.5)
+
+
+def test_of_a_prompt_only_the_logits_that_are_sampled_from_are_made(toy: Model):
+    ids = tokenize(toy, PROMPT).ids
+    last = forward(toy, ids, DynamicCache(), last=True)
+    assert last.shape[1] == 1
+    assert torch.allclose(last, forward(toy, ids, DynamicCache())[:, -1:], atol=1e-5)
 
 
 def test_a_text_ends_at_eos_and_nothing_is_sampled_after(
@@ -52,24 +135,24 @@ def test_a_text_ends_at_eos_and_nothing_is_sampled_after(
     eos = toy.tokenizer.eos_token_id
     planned = iter([(200, 210), (201, eos), (eos, 220)])
 
-    def fixed(logits: Tensor, top_p: float) -> np.ndarray:
-        chosen = torch.tensor(next(planned))
-        return torch.nn.functional.one_hot(chosen, logits.shape[1]).float().numpy()
+    def fixed(chances: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+        return torch.tensor(next(planned))[:, None]
 
-    monkeypatch.setattr(generation, "_nucleus", fixed)
+    monkeypatch.setattr(generation, "_drawn", fixed)
     expected = [toy.tokenizer.decode(ids) for ids in ([200, 201], [210])]
     assert generate(toy, PROMPT, 9, samples=2) == expected
 
 
 def plain_loop(suite: Suite, ids: Tensor, edits_at: Any, steps: int) -> Tensor:
     """Samples token by token, with a pass over the whole text each time."""
-    uniform = np.stack([torch.rand(steps, generator=torch.Generator().manual_seed(s)).numpy()
-                        for s in range(len(ids))])  # fmt: skip
+    uniform = torch.stack(
+        [torch.rand(steps, generator=torch.Generator().manual_seed(s)) for s in range(len(ids))]
+    )
     prompt = ids.shape[1]
     for step in range(steps):
         logits = logits_of(suite.model, ids, edits_at(prompt, ids.shape[1]))[:, -1]
-        drawn = generation._drawn(generation._nucleus(logits, 0.8), uniform[:, step])
-        ids = torch.cat([ids, drawn], dim=1)
+        drawn = plainly_drawn(logits.softmax(-1), uniform[:, step], 0.8)
+        ids = torch.cat([ids, torch.tensor(drawn)[:, None]], dim=1)
     return ids
 
 

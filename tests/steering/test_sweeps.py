@@ -9,17 +9,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import toys
 
 from flowhelpers import steering
 from flowhelpers.core.features import Site
 from flowhelpers.flow.graph import flow_graph, keep_nodes
+from flowhelpers.interventions import generation
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering import sweeps
 from flowhelpers.steering.controls import side_effects
-from flowhelpers.steering.plans import Plan, make_plan, steering_vectors
+from flowhelpers.steering.plans import Plan, make_plan, plan_edits, steering_vectors
 from flowhelpers.steering.sweeps import SweepCell, graph_cells, steer, sweep
 from flowhelpers.suites.load import Suite
+from flowhelpers.suites.model import cache_prompt
 
 PROMPT, OTHER = "The cat sat", "Rain fell"
 NONE = float("nan")
@@ -46,16 +49,33 @@ def cells(planted: Suite) -> list[SweepCell]:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
-    """The plans of every call of `steer`, by their names."""
-    made: list[list[str]] = []
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[Any]]:
+    """The plans of every batch."""
+    made: list[list[Any]] = []
 
-    def counted(suite: Suite, plans: Any, *args: Any, **given: Any) -> pd.DataFrame:
+    def counted(suite: Suite, plans: Sequence[Any]) -> Any:
         made.append(list(plans))
-        return steer(suite, plans, *args, **given)
+        return plan_edits(suite, plans)
 
-    monkeypatch.setattr(sweeps, "steer", counted)
+    monkeypatch.setattr(sweeps, "plan_edits", counted)
     return made
+
+
+@pytest.fixture
+def room(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """How many rows have room on a device, and how many were tried."""
+    room = SimpleNamespace(rows=10**9, tried=[])
+
+    def sample_tokens(model: Any, ids: Any, *args: Any, **given: Any) -> Any:
+        room.tried.append(len(ids))
+        sampled = generation.sample_tokens(model, ids, *args, **given)
+        if len(ids) > room.rows:  # as far as a real one would come
+            raise torch.OutOfMemoryError("planted")
+        return sampled
+
+    of_sweeps = SimpleNamespace(**vars(generation) | {"sample_tokens": sample_tokens})
+    monkeypatch.setattr(sweeps, "generation", of_sweeps)
+    return room
 
 
 def texts_of(table: pd.DataFrame, cell: int) -> list[str]:
@@ -78,12 +98,71 @@ def test_a_sample_of_a_cell_is_what_steering_alone_gives(planted: Suite, cells: 
         assert texts_of(table, number) == alone[numbers].tolist()
         seen.add(tuple(texts_of(table, number)))
     assert len(seen) == len(cells)  # else the cells were not told apart
-    small = sweep(planted, cells, PROMPT, numbers, seed=2, batch_size=1, **BRIEF, temperature=0.9)
-    assert small.equals(table)
+
+
+def test_texts_are_the_same_in_batches_of_any_size_and_where_memory_runs_out(
+    planted: Suite, cells: list[SweepCell], room: SimpleNamespace
+):
+    plans = {str(i): cell.plan for i, cell in enumerate(cells[:5])}
+    given: dict[str, Any] = {"samples": [4, 0, 7], "seed": 2} | BRIEF
+    table = steer(planted, plans, PROMPT, **given)
+    written = sweep(planted, cells, PROMPT, **given)
+    assert len(table["text"].unique()) == 15  # else rows could be mistaken for others
+    assert room.tried == [15, 15, 6]
+    for size, expected in ((1, [1] * 15), (2, [2, 1] * 5), (4, [3] * 5), (6, [6, 6, 3])):
+        room.tried.clear()
+        assert steer(planted, plans, PROMPT, **given, batch_size=size).equals(table)
+        assert room.tried == expected
+        assert sweep(planted, cells, PROMPT, **given, batch_size=size).equals(written)
+    # 7 rows leave room for two plans of three samples, 3 for one, 1 for one sample.
+    for rows, expected in ((7, [15, 6, 6, 3]), (5, [15, 6, *[3] * 5]), (2, [15, 6, 3, *[1] * 15])):
+        room.rows = rows
+        room.tried.clear()
+        with pytest.warns(UserWarning, match="out of memory with 15 texts in a batch: it goes on "):
+            found = steer(planted, plans, PROMPT, **given)
+        assert found.equals(table)
+        assert room.tried == expected
+        assert found.attrs["batch_size"] <= rows
+    # A sweep does not begin again with what had no room.
+    room.rows = 5
+    room.tried.clear()
+    with pytest.warns(UserWarning, match="it goes on with 3"):
+        assert sweep(planted, cells, PROMPT, **given, batch_size=6).equals(written)
+    assert room.tried == [6] + [3] * 7
+    room.rows = 0
+    with pytest.warns(match="goes on"), pytest.raises(MemoryError, match="no room for one text"):
+        steer(planted, plans, PROMPT, **given)
+    with pytest.raises(ValueError, match="batch_size=0: expected 1 or more"):
+        steer(planted, plans, PROMPT, **given, batch_size=0)
+
+
+def test_as_many_rows_as_fit_in_half_of_what_is_free(
+    planted: Suite, cells: list[SweepCell], monkeypatch: pytest.MonkeyPatch
+):
+    model, added, live = planted.model, cells[1].plan, cells[3].plan
+    _, prefix = cache_prompt(model, torch.ones(1, 10, dtype=torch.int64))
+    of_token = sum(tensor.nbytes for layer in prefix.layers for tensor in layer) // 10
+    logits = 4 * model.unembedding.shape[1]
+
+    def fitting(free: int, *plans: Any, prompt: int = 1, new: int = 10_000) -> int:
+        monkeypatch.setattr(sweeps, "free_memory", lambda device: free)
+        return sweeps._fitting_rows(planted, plans, prompt, new)
+
+    # Of a long text keys and values count, of heads that share them once, and half of them again.
+    assert fitting(2 * 300 * 10_000 * of_token, added, None) == pytest.approx(200, abs=2)
+    assert 25 <= fitting(2 * 100 * logits, None, prompt=0, new=1) <= 33
+    assert 1 < fitting(2**20, None, prompt=9, new=1) < fitting(2**20, None, prompt=1, new=9) / 2
+    sae = planted.sae("2/res").lens_sae
+    weights = sum(tensor.nbytes for tensor in (sae.W_enc, sae.W_dec))
+    free, short = 2 * 100 * logits, {"prompt": 0, "new": 1}
+    # An edit that rescales holds its SAE.
+    assert fitting(free + 2 * weights, live, **short) == fitting(free, added, **short)
+    assert fitting(weights, live) == 1
+    assert fitting(2**50, live) == sweeps.LARGEST_BATCH
 
 
 def test_what_texts_depend_on_makes_them_anew(
-    planted: Suite, calls: list[list[str]], tmp_path: Path
+    planted: Suite, calls: list[list[Any]], tmp_path: Path
 ):
     cache = tmp_path / "texts.sqlite"
     plan = single(planted, 9.0)
@@ -136,7 +215,7 @@ def test_what_texts_depend_on_makes_them_anew(
 
 
 def test_what_breaks_the_model_is_named_and_a_sweep_goes_on_from_where_it_stopped(
-    planted: Suite, cells: list[SweepCell], calls: list[list[str]], tmp_path: Path
+    planted: Suite, cells: list[SweepCell], calls: list[list[Any]], tmp_path: Path
 ):
     far = SweepCell("sea", "constant", toys.plans_that_break(planted)["far"], 1, 3e38)
     given: dict[str, Any] = {"cache": tmp_path / "new" / "texts.sqlite", "batch_size": 4} | BRIEF
