@@ -1,16 +1,19 @@
 """What this machine has: devices, memory that is free, and threads."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from flowhelpers.core.features import suggestion
 
 if TYPE_CHECKING:
     import torch
 
+A = TypeVar("A")
+B = TypeVar("B")
 SMALL = 2**24  # a product of fewer multiplications is done before a second thread would have begun
 FEW = 16  # rows of a product for which reading the matrix takes as long as multiplying
 
@@ -34,6 +37,20 @@ def fitting_threads(rows: int, width: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def in_threads(work: Callable[[A], B], parts: Iterable[A]) -> list[B]:
+    """What work gives of each part, on as many threads as torch has, each with one of torch's.
+
+    Threads that share every short step of one part would wait for each other at each.
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = [*pool.map(work, parts)]
+    torch.set_num_threads(threads)  # with which threads begin that come later
+    return found
 
 
 def check_device(name: str) -> None:

@@ -1,7 +1,6 @@
 """Sampling text: many samples in one batch, each with a random stream of its own."""
 
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from flowhelpers.core.machine import in_threads
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import Activations, Edit, Model, editing, forward, tokenize
 
@@ -137,19 +137,12 @@ def draw_tokens(
 ) -> Int[Tensor, "batch 1"]:
     """A token for each row, by a number from 0 to 1 of its own; on the logits' device."""
 
-    def draw(part: Tensor, numbers: Tensor) -> Tensor:
-        return _drawn((part.float() / temperature).softmax(-1), numbers, top_p)
+    def draw(part: tuple[Tensor, Tensor]) -> Tensor:
+        return _drawn((part[0].float() / temperature).softmax(-1), part[1], top_p)
 
     rows = max(1, TOGETHER[logits.device.type] // logits.shape[1])
-    parts = logits.split(rows), uniform.split(rows)
-    if logits.is_cuda:
-        return torch.cat([*map(draw, *parts)])
-    # A thread for each part: threads that share its short steps would wait for each other.
-    threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        drawn = [*pool.map(draw, *parts)]
-    torch.set_num_threads(threads)  # with which threads begin that come later
-    return torch.cat(drawn)
+    parts = zip(logits.split(rows), uniform.split(rows), strict=True)
+    return torch.cat([*map(draw, parts)] if logits.is_cuda else in_threads(draw, parts))
 
 
 def _drawn(

@@ -1,5 +1,4 @@
 from .cosine import top_k_cosine as top_k_cosine
-from .cosine import unit_rows as unit_rows
 from .matchers import WEIGHTS as WEIGHTS
 from .matchers import by_permutation as by_permutation
 from .null import NULL_QUANTILE as NULL_QUANTILE
@@ -20,6 +19,7 @@ from .scores import dominant_module as dominant_module
 from .scores import feature_scores as feature_scores
 from .scores import transition as transition
 from .table import match_table as match_table
+from .table import unit_rows as unit_rows
 from .transcoding import PRODUCTS as PRODUCTS
 from .transcoding import bridge as bridge
 from .transcoding import copied as copied

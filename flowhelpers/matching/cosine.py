@@ -14,21 +14,20 @@ some 30,000 features are multiplied, and each SAE is read 35 times.
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from flowhelpers.core.directions import unit_rows
-from flowhelpers.core.machine import quick_dtype
+from flowhelpers.core.directions import Directions, device_of, prepare
+from flowhelpers.core.machine import in_threads, quick_dtype
 from flowhelpers.core.progress_bar import progress
 
 MEMORY = {"cpu": 2**30, "cuda": 4 * 2**30}
 GROUP = 64  # entries of which the highest is taken first: far quicker than sorting out all
 STRIP = 512  # rows of a product that stay in a CPU's cache
-PART = 256  # and rows of an SAE
 LISTED = 64  # bytes of an entry that may be among the best
 FLOAT32_UNIT = 2.0**-24  # rounding of one operation, relative
 UNITS = {torch.float32: FLOAT32_UNIT, torch.bfloat16: 2.0**-8}
@@ -42,53 +41,7 @@ class TopK:
     scores: Float[Tensor, "targets k"]
 
 
-@dataclass(frozen=True)
-class Directions:
-    """Directions ready for products: in float32 (`units`) and in the quickest type (`rough`).
-
-    `errors` are the norms of what rounding took from each; `usable` is False for rows of zeros.
-    """
-
-    units: Float[Tensor, "rows d_model"]
-    rough: Float[Tensor, "rows d_model"]
-    errors: Float[Tensor, "rows"]
-    usable: Bool[Tensor, "rows"]
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-    def __getitem__(self, rows: slice) -> "Directions":
-        return Directions(self.units[rows], self.rough[rows], self.errors[rows], self.usable[rows])
-
-
 Rows = Tensor | Directions
-
-
-def prepare(matrix: Float[Tensor, "rows d_model"], device: str | torch.device) -> Directions:
-    """Normalises rows for products with many others; a ValueError if one is not finite."""
-    return _prepared(matrix, _device(device), 0)
-
-
-def _device(given: str | torch.device) -> torch.device:
-    return torch.device(given) if isinstance(given, str) else given
-
-
-def _prepared(matrix: Rows, device: torch.device, first: int) -> Directions:
-    if isinstance(matrix, Directions):
-        return matrix
-    quick = quick_dtype(device.type)
-    units = torch.empty(matrix.shape, device=device)
-    rough = units if quick is torch.float32 else units.new_empty(units.shape, dtype=quick)
-    errors, norms = units.new_zeros(len(units)), units.new_empty(len(units))
-    step = PART if device.type == "cpu" else max(1, len(units))
-    for start in range(0, len(units), step):
-        rows = slice(start, start + step)
-        units[rows] = part = unit_rows(matrix[rows].to(device), first + start)
-        norms[rows] = torch.linalg.vector_norm(part, dim=1)
-        if rough is not units:
-            rough[rows] = part
-            errors[rows] = torch.linalg.vector_norm(part - rough[rows], dim=1)
-    return Directions(units, rough, errors, norms > 0)
 
 
 def top_k_cosine(
@@ -141,7 +94,7 @@ def _matches(
             f"cannot compare target {tuple(shapes[0])} with source {tuple(shapes[1])}:"
             " expected two matrices of the same width"
         )
-    device = _device(device or _units_of(target).device)
+    device = device_of(device or _units_of(target).device)
     memory = MEMORY.get(device.type, MEMORY["cpu"]) if memory is None else memory
     blocks = _block_sizes(target, source, memory, device.type, both)
     told = f"out of memory while matching on {device}: it goes on with smaller blocks"
@@ -204,8 +157,8 @@ def _in_blocks(
     for column, row in progress([*product(columns, rows)], "cosines"):
         if row == 0:
             columns_of = None  # before the next are made, so that there is never room for two
-            columns_of = _prepared(source[column : column + blocks[1]], device, column)
-        rows_of = _prepared(target[row : row + blocks[0]], device, row)
+            columns_of = prepare(source[column : column + blocks[1]], device, column)
+        rows_of = prepare(target[row : row + blocks[0]], device, row)
         found = _in_block(rows_of, columns_of, k, memory, both)
         del rows_of
         _keep(backward, found[0], row, column)
@@ -251,18 +204,25 @@ def _product(
     cosines[n:], cosines[:, m:] = -torch.inf, -torch.inf
     by_row = cosines.new_empty(shape[0], shape[1] // of_row)
     by_column = cosines.new_empty(shape[0] // of_column, shape[1]) if both else None
-    for start in range(0, shape[0], shape[0] if on_gpu else STRIP):
-        strip = slice(start, shape[0] if on_gpu else start + STRIP)
-        real = slice(start, min(strip.stop, n))
+
+    def multiply(strip: slice) -> None:
+        real = slice(strip.start, min(strip.stop, n))
         if on_gpu and rows.rough.dtype is torch.bfloat16:  # no rounding on the way
             cosines[real, :m] = torch.mm(rows.rough[real], columns.rough.T, out_dtype=dtype)
         else:
             torch.mm(rows.rough[real], columns.rough.T, out=cosines[real, :m])
         torch.amax(cosines[strip].unflatten(1, (-1, of_row)), 2, out=by_row[strip])
         if by_column is not None:
-            groups = slice(start // of_column, -(-strip.stop // of_column))
+            groups = slice(strip.start // of_column, -(-strip.stop // of_column))
             grouped = cosines[strip].unflatten(0, (-1, of_column))
             torch.amax(grouped, 1, out=by_column[groups])
+
+    if on_gpu:
+        multiply(slice(0, shape[0]))
+    else:
+        in_threads(
+            multiply, [slice(i, min(i + STRIP, shape[0])) for i in range(0, shape[0], STRIP)]
+        )
     return cosines, by_row[:n], None if by_column is None else by_column.T[:m].contiguous()
 
 
@@ -302,17 +262,23 @@ def _best_of(
     low = low.masked_fill(~rows.usable, torch.inf).to(cosines.dtype)
     near = highest >= low[:, None]
     # So many rows at a time that all that may be among their best fits.
-    part = (near.sum(1) * size).cumsum(0) // max(1, memory // 8 // LISTED)
-    sizes = part.unique_consecutive(return_counts=True)[1].tolist()
-    for at in torch.arange(n, device=cosines.device).split(sizes) if n else ():
-        here = slice(int(at[0]), int(at[-1]) + 1)
+    room = max(1, memory // 8 // torch.get_num_threads() // LISTED)
+    part = (near.sum(1) * size).cumsum(0) // room
+    ends = part.unique_consecutive(return_counts=True)[1].cumsum(0).tolist()
+
+    def choose(here: slice) -> None:
         row, group = near[here].nonzero(as_tuple=True)
         entries = cosines[here].unflatten(1, (-1, size))[row, group]
         which, place = (entries >= low[here][row, None]).nonzero(as_tuple=True)
         row, other = row[which], group[which] * size + place
         exact = _dots(rows.units[here], others.units, row, other)
-        found = _sorted(row, other, exact, len(at), k)
+        found = _sorted(row, other, exact, here.stop - here.start, k)
         indices[here], scores[here] = found.indices, found.scores
+
+    parts = [slice(*ends_of) for ends_of in pairwise([0, *ends])]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
+        _ = [*map(choose, parts)] if rows.units.is_cuda else in_threads(choose, parts)
     return TopK(indices, scores)
 
 
@@ -338,7 +304,5 @@ def _dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tensor:
         return torch.cat([rows.new_zeros(0), *((rows[r] * others[o]).sum(-1) for r, o in parts)])
     starts = torch.nn.functional.pad(torch.bincount(row, minlength=n).cumsum(0), (1, 0))
     none, shape = torch.zeros(len(row)), (n, len(others))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-        listed = torch.sparse_csr_tensor(starts, other, none, shape, check_invariants=False)
-        return torch.sparse.sampled_addmm(listed, rows, others.T, beta=0).values()
+    listed = torch.sparse_csr_tensor(starts, other, none, shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(listed, rows, others.T, beta=0).values()

@@ -1,7 +1,6 @@
 """The ways to match two SAEs: by cosine, at random, by permutation, by correlation."""
 
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from timeit import repeat
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowhelpers.core.features import Site, check_choice
-from flowhelpers.core.machine import check_memory, fitting_threads
+from flowhelpers.core.machine import check_memory, in_threads
 from flowhelpers.matching.cosine import Rows, TopK, top_k_both_ways
 from flowhelpers.suites.saes import SMALLEST_THRESHOLD
 
@@ -234,8 +233,7 @@ def _most_correlated(target: "csr_matrix", source: "csr_matrix", k: int, least: 
         onward = _highest(found.T.contiguous(), k)
         return _highest(found, k), TopK(onward.indices + first, onward.scores)
 
-    with fitting_threads(1, 1), ThreadPoolExecutor(threads) as pool:  # one torch thread in each
-        backward, forward = zip(*pool.map(best_of, range(0, width, ROWS)), strict=True)
+    backward, forward = zip(*in_threads(best_of, range(0, width, ROWS)), strict=True)
     # Parts are in the order of targets and the sort is stable: of a tie the lowest index stays.
     values = torch.cat([part.scores for part in forward], dim=1)
     values, order = values.sort(dim=1, descending=True, stable=True)

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowhelpers.core.cache import cached_table
-from flowhelpers.matching.cosine import Directions, prepare, top_k_cosine
+from flowhelpers.core.directions import Directions, prepare
+from flowhelpers.matching.cosine import top_k_cosine
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from flowhelpers.core.cache import cached_table
-from flowhelpers.core.directions import unit_rows
+from flowhelpers.core.directions import prepare, unit_rows
 from flowhelpers.core.features import MODULES, Site, check_choice, predecessor_sites
 from flowhelpers.core.machine import check_device, free_memory
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.matching.cosine import Rows, prepare
+from flowhelpers.matching.cosine import Rows
 from flowhelpers.matching.matchers import (
     LEAST_ACTIVE,
     MAX_TOKENS,

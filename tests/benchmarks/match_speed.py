@@ -23,10 +23,10 @@ import torch
 from clock import memory, options, seconds
 from torch import Tensor
 
-from flowhelpers.core.directions import unit_rows
+from flowhelpers.core.directions import prepare, unit_rows
 from flowhelpers.core.features import MODULES, Site, predecessor_sites
 from flowhelpers.core.machine import quick_dtype
-from flowhelpers.matching.cosine import prepare, top_k_both_ways, top_k_cosine
+from flowhelpers.matching.cosine import top_k_both_ways, top_k_cosine
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.registry import SuiteRow

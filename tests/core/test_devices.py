@@ -20,7 +20,7 @@ from flowhelpers import deactivation, steering
 from flowhelpers.activations import preflight
 from flowhelpers.activations.sampling import draw_sample
 from flowhelpers.activations.sparse import collect, read_sample
-from flowhelpers.core import machine
+from flowhelpers.core import directions, machine
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.groups.occurrences import find_occurrences
 from flowhelpers.interventions import generation
@@ -161,7 +161,8 @@ def suite(request: pytest.FixtureRequest, planted_folder: Any) -> Iterator[Suite
             place(tensor)
     with pytest.MonkeyPatch.context() as patch, Marked():
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
-        patch.setattr(cosine, "quick_dtype", lambda device: torch.bfloat16)
+        for module in (cosine, directions):
+            patch.setattr(module, "quick_dtype", lambda device: torch.bfloat16)
         assert found.model.device == GPU
         yield replace(found, device="cuda")
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flowhelpers.core import directions
 from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.machine import quick_dtype
 from flowhelpers.matching import cosine
@@ -19,7 +20,8 @@ from flowhelpers.matching.cosine import top_k_both_ways, top_k_cosine
 @pytest.fixture(params=[torch.float32, torch.bfloat16], autouse=True)
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Every test here runs with the product in each type that may be the quickest."""
-    monkeypatch.setattr(cosine, "quick_dtype", lambda device: request.param)
+    for module in (cosine, directions):
+        monkeypatch.setattr(module, "quick_dtype", lambda device: request.param)
     return request.param
 
 
