@@ -3,23 +3,24 @@
 A step is one of the package's own functions on random numbers of a suite's shapes; of the model and
 its SAEs nothing is fetched but `config.json`. How often a preset's notebooks take it is counted
 from their parameters. Fetching files, a judge's answers, figures and tables are left out, and so
-are notebooks 00, 07 and 08.
+are notebooks 00, 07 and 08. `tests/test_forecast.py` holds every step within a factor of two of the
+real thing on `flowlet`.
 """
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from statistics import NormalDist, mean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from flowhelpers.core.features import MODULES, Site, predecessor_sites
+from flowhelpers.core.files import DATA
 from flowhelpers.core.machine import check_memory
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.matching.matchers import MAX_TOKENS, ROWS, by_pearson, by_permutation
@@ -29,21 +30,18 @@ from flowhelpers.suites.registry import BYTES, GEMMA, SuiteRow, declared, find_s
 
 if TYPE_CHECKING:
     import pandas as pd
-    from scipy.sparse import csr_matrix
 
+SECONDS, REPEATS = 4.0, 5  # of a measurement: the best of so many calls, or of those begun by then
 SMALL = 2e8  # parameters of a model that is made whole; of larger ones the first layer is made, and
 DEEP = 3  # so many: what these take more is that of each layer
-SECONDS, REPEATS = 4.0, 5  # of a measurement: the best of so many, or of those begun by then
 USUAL_L0 = 64  # of SAEs that declare none
-TEXTS = 512  # that are steered together
-LONGEST = 60.0  # seconds of an assignment that is still tried out
-PART, GROWTH = 2048, 2.3  # features of a smaller assignment; how time grows with them
-PER_TEXT = 16  # texts of a pass that reads
+TEXTS, PER_PASS = 512, 16  # that are steered, and that are read together
+LONGEST = 60.0  # seconds of an assignment that is still tried out, foretold from that of
+PART, GROWTH = 2048, 2.3  # so many features by how time grows with them
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step, how often it is taken, how that is counted, and what times it, in seconds."""
+class Step(NamedTuple):
+    """A step, how often it is taken, how that is counted, and what gives its seconds."""
 
     name: str
     count: float
@@ -56,52 +54,46 @@ def forecast(name: str, preset: str = "paper", device: str = "auto") -> "pd.Data
 
     Returns:
         One row a step: `step`, `seconds` of one, `count`, `counted` (the formula in words) and
-        `total` in seconds; in `attrs["left_out"]` why other steps have no row.
+        `total` in seconds; `attrs["left_out"]` says why others have no row.
     """
     import pandas as pd
 
     rows, left_out = [], {}
     for step in progress(steps_of(name, preset, device), "timing"):
         try:
-            seconds = step.time() if step.count else 0.0
-        except (OSError, MemoryError, TimeoutError, ValueError) as error:
+            seconds = step.time()
+        except (OSError, MemoryError, TimeoutError) as error:
             left_out[step.name] = str(error).splitlines()[0]
             continue
-        rows.append((step.name, seconds, step.count, step.counted, step.count * seconds))
+        rows.append((step.name, seconds, *step[1:3], step.count * seconds))
     table = pd.DataFrame(rows, columns=["step", "seconds", "count", "counted", "total"])
-    table = table[table["count"] > 0].reset_index(drop=True)
     table.attrs["left_out"] = left_out
     return table
 
 
 def steps_of(name: str, preset: str, device: str = "auto") -> list[Step]:
-    """The steps of notebooks 01 to 06 with their counts; nothing is timed yet."""
+    """The steps of notebooks 01 to 06 that the preset takes; nothing is timed yet."""
     from flowhelpers.activations.corpora import passages
     from flowhelpers.activations.sampling import datasets_for
     from flowhelpers.deactivation.targets import middle_layers
     from flowhelpers.runs.parameters import inspect, plan
 
     row = find_suite(name)
-    width, _, l0 = _shapes(row)
-    given = {"suite": name}
-    planned = plan([f"0{number}" for number in range(1, 7)], given, preset).items()
+    planned = plan([f"0{number}" for number in range(1, 7)], {"suite": name}, preset).items()
     p1, p2, p3, p4, p5, p6 = (
         {n: each.default for n, each in inspect(path).items()} | own for path, own in planned
     )
-    layers = row.layers or 1 + max(site.layer for site in row.saes)
-    size, where = (row.model_parameters or 0), {}
-    for dtype in {"auto", p4["dtype"]}:
-        where[dtype] = device_and_dtype(row, device, dtype)
+    (width, _, l0), layers = shapes(row), row.layers or 1 + max(row.saes).layer
+    of_depth = cache(partial(stand_in, row))
 
-    @cache
-    def suite(depth: int, dtype: str) -> Suite:
-        return stand_in(row, depth, *where[dtype])
+    def suite(depth: int = 1, dtype: str = "auto") -> Suite:
+        return of_depth(depth, *device_and_dtype(row, device, dtype))
 
-    def at_depth(measure: Callable[..., float], n: int, *given: Any, dtype: str = "auto") -> Any:
-        """What it takes through n layers; of large models by two depths, for it is linear."""
+    def through(n: int, measure: Callable[..., float], *given: Any, dtype: str = "auto") -> Any:
+        """What a step takes through n layers; of large models by two depths, for it is linear."""
 
         def seconds() -> float:
-            if size < SMALL:
+            if (row.model_parameters or 0) < SMALL:
                 return measure(suite(layers, dtype), n, *given)
             first, deep = (measure(suite(depth, dtype), depth, *given) for depth in (1, DEEP))
             return first + (n - 1) * max(0.0, deep - first) / (DEEP - 1)
@@ -109,71 +101,65 @@ def steps_of(name: str, preset: str, device: str = "auto") -> list[Step]:
         return seconds
 
     def pairs(at: Iterable[int]) -> int:
-        before = [predecessor_sites(site).values() for n in at if (site := Site(n, "res")) in row.saes]
-        return sum(site in row.saes for sites in before for site in sites)
+        ends = [site for site in (Site(n, "res") for n in at) if site in row.saes]
+        return sum(before in row.saes for end in ends for before in predecessor_sites(end).values())
 
-    every, compared = pairs(range(layers)), p1["layers"] or range(layers // 2 % 2, layers, 2)
-    ways = {*p3["compare"], p3["matcher"], *p4["methods"]}
+    compared = pairs(p1["layers"] or range(layers // 2 % 2, layers, 2))
+    every, ways = pairs(range(layers)), {p3["matcher"], *p3["compare"], *p4["methods"]}
     tables = len({p1["k"], p2["k"], 5, 1}) + ("random" in {*p1["methods"], *ways})
-    one_to_one = pairs(compared) * len({"folded", "all_weights", "all_folded"} & {*p1["methods"]})
-    one_to_one += every * ("permutation" in ways)
-    readers = [(p1, pairs(compared), p1["methods"]), (p3, every, [*p3["compare"], p3["matcher"]])]
-    readers += [(p4, every, p4["methods"])]
-    readers = [(p, n) for p, n, methods in readers if "pearson" in methods]
-    of_pearson = max((p["pearson_texts"] for p, _ in readers), default=0)
-    by_subject = passages().groupby("subject")
-    read = [len(by_subject.head(n)) for n in (p2["texts"], 12, 12)]
-    read += [p1["texts"], *(p["pearson_texts"] for p, _ in readers)]
-    sampled = len(p3["datasets"] or datasets_for(row)) * p3["n_texts"]
-    ends = [p["layers"] or n for p, n in ((p5, range(layers // 2 + 1)), (p6, range(3)))]
-    ends = [layers if n == "all" else len(n) for n in ends]
-    r, (s, plans) = len(p5["r_values"]), (len(p6["strengths"]), len(p6["strategies"]))
-    cells = 1 + r + 2 * ends[0] * r + (1 + 3 * r) + 6
-    many = layers if p6["layers_c3"] == "all" else len(p6["layers_c3"] or range(8))
-    themes = len(p6["themes"] or range(4))
-    cells_6 = themes * (plans * ends[1] * s + 2 * s + 3 + 2 * plans + 10) + 2 * many + 4
-    if not (p6["seeds"] or row.name.split("@")[0] == GEMMA):
-        cells_6 += themes * p6["candidates"] * 16 // p6["n_samples"]
-    chosen = p4["layers"] or middle_layers(layers)
-    searched = len(p4["search_layers"] or chosen) * p4["exhaustive"]
-    texts, tokens, targets = p4["n_texts"], p4["tokens_per_text"], p4["features_per_token"]
-    cases = len(p4["methods"]) + 3
-    mean_depth = 1 + round(mean(chosen))
-    once = texts * len(chosen)
+    more = len({*p1["methods"]} & {"folded", "all_weights", "all_folded"})
+    one_to_one = every * ("permutation" in ways) + compared * more
+    asked = (
+        (p1["methods"], compared),
+        ([p3["matcher"], *p3["compare"]], every),
+        (p4["methods"], every),
+    )
+    reads = [(p["pearson_texts"], n) for p, (methods, n) in zip((p1, p3, p4), asked, strict=True)
+             if "pearson" in methods]  # fmt: skip
+    unread = max((texts for texts, _ in reads), default=0)
+    whole = [len(passages().groupby("subject").head(n)) for n in (p2["texts"], 12, 12)]
+    whole = sum(whole) + p1["texts"] + sum(texts for texts, _ in reads)
+    n_texts, tokens, targets = p4["n_texts"], p4["tokens_per_text"], p4["features_per_token"]
+    sampled = len(p3["datasets"] or datasets_for(row)) * p3["n_texts"] + n_texts
+    at = p4["layers"] or middle_layers(layers)
+    cases, once = len(p4["methods"]) + 3, n_texts * len(at)
+    searched = n_texts * len(p4["search_layers"] or at) * p4["exhaustive"] * 3 * l0
     swept = min(p4["sweep_targets"] / (tokens * targets), once)
-
-    def sampling(kind: str, p: Mapping[str, Any]) -> Any:
-        return at_depth(time_sampling, layers, kind, p["max_new_tokens"], p["n_samples"])
-
-    def steered(count: int, p: Mapping[str, Any]) -> int:
-        return -(-count * p["n_samples"] // TEXTS) * p["max_new_tokens"]
-
-    return [
+    ends = [layers if p["layers"] == "all" else len(p["layers"] or usual)
+            for p, usual in ((p5, range(layers // 2 + 1)), (p6, range(3)))]  # fmt: skip
+    r, s, themes = len(p5["r_values"]), len(p6["strengths"]), len(p6["themes"] or range(4))
+    # With those that are reported, their controls, and 06's trial of candidates and C.3.
+    cells = {"05": r * (2 * ends[0] + 4) + 8}
+    each = len(p6["strategies"]) * (ends[1] * s + 2) + 2 * s + 13
+    if not (p6["seeds"] or row.name.split("@")[0] == GEMMA):
+        each += p6["candidates"] * 16 / p6["n_samples"]
+    c3 = layers if p6["layers_c3"] == "all" else len(p6["layers_c3"] or range(8))
+    cells["06"] = int(themes * each + 2 * c3 + 4)
+    steps = [
         Step("match a pair of SAEs", every * tables, f"{every} pairs x {tables} tables",
-             lambda: time_pair(suite(1, "auto"))),
-        Step("null of an SAE", len(row.saes), "SAEs", lambda: time_null(suite(1, "auto"))),
-        Step("permutation", one_to_one, "pairs: of all, and of 01's layers for each other way",
-             lambda: time_assignment(suite(1, "auto"))),
-        Step(f"Pearson, {of_pearson} texts", sum(n for _, n in readers), "pairs of 01, 03 and 04",
-             lambda: time_correlation(width, l0, of_pearson * (MAX_TOKENS - 1))),
-        Step("read 16 texts", sum(read) / 16, f"{sum(read):,} texts / 16",
-             at_depth(time_reading, layers)),
-        Step(f"read {p3['tokens_per_text']} tokens of each of 16 texts", (sampled + texts) / 16,
-             f"{sampled + texts:,} texts of 03 and 04 / 16",
-             at_depth(time_reading, layers, p3["tokens_per_text"])),
-        Step("05: a token of 512 texts", steered(cells, p5),
-             f"{cells} cells at most x {p5['n_samples']} / 512 x {p5['max_new_tokens']} tokens",
-             sampling("rescale", p5)),
-        Step("06: a token of 512 texts", steered(cells_6, p6),
-             f"{cells_6} cells at most x {p6['n_samples']} / 512 x {p6['max_new_tokens']} tokens",
-             sampling("add", p6)),
-        Step(f"04: edit {tokens} tokens of a text", once + searched * texts * 3 * l0 / (targets * cases),
-             f"{texts} texts x {len(chosen)} layers, and the search",
-             at_depth(time_edits, mean_depth, tokens, targets, cases, dtype=p4["dtype"])),
-        Step(f"04: loss of {tokens} tokens of a text", swept,
-             f"{texts} texts x {len(chosen)} layers",
-             at_depth(time_losses, layers, tokens, targets, len(p4["r_values"]), dtype=p4["dtype"])),
+             lambda: time_pair(suite())),
+        Step("null of an SAE", len(row.saes), "SAEs", lambda: time_null(suite())),
+        Step("permutation of a pair", one_to_one, f"all pairs, and {compared} x {more} of 01",
+             lambda: time_assignment(suite())),
+        Step(f"Pearson of a pair, {unread} texts", sum(n for _, n in reads), "pairs of 01, 03, 04",
+             lambda: time_correlation(width, l0, unread * (MAX_TOKENS - 1))),
+        Step("16 texts read", whole / PER_PASS, f"{whole:,} texts of 01 to 06 / 16",
+             through(layers, time_reading)),
+        Step("some tokens of 16 texts read", sampled / PER_PASS, f"{sampled:,} of 03 and 04 / 16",
+             through(layers, time_reading, tokens)),
+        Step("04: features of a text ablated", once + searched / targets / cases,
+             f"{n_texts} texts x {len(at)} layers, and as many rows as the search has",
+             through(1 + round(mean(at)), time_edits, tokens, targets, cases, dtype=p4["dtype"])),
+        Step("04: a text's loss at all r", swept, f"{n_texts} texts x {len(at)} layers, or fewer",
+             through(layers, time_losses, tokens, targets, len(p4["r_values"]), dtype=p4["dtype"])),
     ]  # fmt: skip
+    for number, kind, p in (("05", "rescale", p5), ("06", "add", p6)):
+        n, new = cells[number], p["max_new_tokens"]
+        counted = f"at most {n:,} cells x {p['n_samples']} / {TEXTS} x {new} tokens"
+        call = through(layers, time_sampling, kind, new, p["n_samples"])
+        times = -(-n * p["n_samples"] // TEXTS) * new
+        steps.append(Step(f"{number}: a token of {TEXTS} texts", times, counted, call))
+    return [step for step in steps if step.count]
 
 
 def best_time(call: Callable[[], Any]) -> float:
@@ -188,7 +174,17 @@ def best_time(call: Callable[[], Any]) -> float:
     return min(times)
 
 
-def stand_in(row: SuiteRow, layers: int, device: str, dtype: str, with_model: bool = True) -> Suite:
+def shapes(row: SuiteRow) -> tuple[int, int, float]:
+    """Features of an SAE, width of the stream, features active at a token: a suite's means."""
+    if not row.parameters or not row.d_model:
+        raise ValueError(f"{row.name}: the shapes of its SAEs are not known before they are loaded")
+    each = (row.parameters - (row.model_parameters or 0)) / len(row.saes)
+    known = [l0 for source in row.saes.values() if (l0 := declared(source)[0])]
+    width = row.features or round((each - row.d_model) / (2 * row.d_model + 2))
+    return width, row.d_model, mean(known or [USUAL_L0])
+
+
+def stand_in(row: SuiteRow, layers: int, device: str, dtype: str) -> Suite:
     """So many layers of a suite, of random numbers: its widths, and as many features active.
 
     Its SAEs have the mean width of the suite's, and the mean L0 that these declare, else 64. They
@@ -199,7 +195,7 @@ def stand_in(row: SuiteRow, layers: int, device: str, dtype: str, with_model: bo
 
     from flowhelpers.suites.saes import make_sae
 
-    width, d, l0 = _shapes(row)
+    width, d, l0 = shapes(row)
     check_memory(4 * (4 + 3 * layers) * width * d, "SAEs of random numbers", device)
     config = JumpReLUSAEConfig(
         d_in=d, d_sae=width, normalize_activations="layer_norm", device=device, dtype=dtype
@@ -220,51 +216,28 @@ def stand_in(row: SuiteRow, layers: int, device: str, dtype: str, with_model: bo
     sites = [Site(layer, module) for layer in range(layers) for module in MODULES]
     saes = OnDemand(sites, load, len(sites))
     few = SuiteRow(row.name, row.model, dict.fromkeys(sites, "random"), layers=layers, d_model=d)
-    model = cache(lambda: _model(row, layers, device, dtype))
-    return Suite(few, model if with_model else _no_model, saes, device, dtype)
-
-
-def _no_model() -> Model:
-    raise AssertionError("this step needs no model")
-
-
-def _shapes(row: SuiteRow) -> tuple[int, int, float]:
-    """Features of an SAE, width of the stream, features active at a token: the means of a suite."""
-    if not row.parameters or not row.d_model:
-        raise ValueError(f"{row.name}: the shapes of its SAEs are not known before they are loaded")
-    each = (row.parameters - (row.model_parameters or 0)) / len(row.saes)
-    known = [l0 for source in row.saes.values() if (l0 := declared(source)[0])]
-    width = row.features or round((each - row.d_model) / (2 * row.d_model + 2))
-    return width, row.d_model, mean(known or [USUAL_L0])
+    return Suite(few, partial(_model, row, layers, device, dtype), saes, device, dtype)
 
 
 def _model(row: SuiteRow, layers: int, device: str, dtype: str) -> Model:
-    """The first layers of a suite's model with random weights, and a tokenizer of a few words."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
+    """The first layers of a suite's model, with random weights and flowlet's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers import PreTrainedTokenizerFast
 
     from flowhelpers.suites.bridge import bridged
 
     config = AutoConfig.from_pretrained(row.model, revision=row.revision).get_text_config()
+    numbers = layers * (row.model_parameters or 0) // (row.layers or 1)
+    numbers += 2 * config.vocab_size * config.hidden_size
+    check_memory(BYTES[dtype] * numbers, f"{layers} layers of {row.model}", device, dtype)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
-    numbers = (row.model_parameters or 0) // (row.layers or 1)
-    numbers = layers * numbers + 2 * config.vocab_size * config.hidden_size
-    check_memory(BYTES[dtype] * numbers, f"{layers} layers of {row.model}", device, dtype)
     weights = AutoModelForCausalLM.from_config(
         config, dtype=getattr(torch, dtype), attn_implementation="eager"
     )
-    words = Tokenizer(WordLevel({"[PAD]": 0, "[EOS]": 1, "[BOS]": 2, "word": 3}, "word"))
-    words.pre_tokenizer = Whitespace()
-    special = {"pad_token": "[PAD]", "eos_token": "[EOS]", "bos_token": "[BOS]"}
-    with tempfile.TemporaryDirectory() as folder:  # TransformerLens looks for both in files
+    tokenizer = AutoTokenizer.from_pretrained(DATA / "flowlet" / "model")
+    with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         return bridged(row.model, folder, weights.to(device), tokenizer)
 
 
@@ -273,7 +246,7 @@ def time_pair(suite: Suite) -> float:
     from flowhelpers.matching.table import match_table
 
     sites = {Site(0, "res"), Site(0, "mlp")}
-    two = Suite(suite.row, _no_model, {site: suite.sae(site) for site in sites}, suite.device)
+    two = Suite(suite.row, suite.source, {site: suite.sae(site) for site in sites}, suite.device)
     with tempfile.TemporaryDirectory() as folder:
         match_table(two, k=2, device=suite.device, cache=Path(folder))
         k = count(3)  # of each another, for a table is kept
@@ -329,8 +302,8 @@ def time_reading(suite: Suite, _: int, per_text: int | None = None) -> float:
     """A pass of 16 texts, whose features are read at all tokens, or at so many of each."""
     from flowhelpers.activations.sparse import read_batches
 
-    tokens = _texts(suite, PER_TEXT)
-    tokens.is_text[:, 1 if per_text is None else 1 + per_text :] &= per_text is None
+    tokens = _texts(suite, PER_PASS)
+    tokens.is_text[:, 1 : -per_text if per_text else 1] = False
     return best_time(lambda: [*read_batches(suite, tokens)])
 
 
@@ -340,7 +313,9 @@ def _texts(suite: Suite, n: int) -> Tokens:
     return Tokens(ids, torch.arange(MAX_TOKENS).to(ids).expand_as(ids) > 0)
 
 
-def time_sampling(suite: Suite, _: int, kind: str, new: int, samples: int) -> float:
+def time_sampling(
+    suite: Suite, _: int, kind: Literal["rescale", "add"], new: int, samples: int
+) -> float:
     """A new token of 512 texts; each plan has a feature at every residual site."""
     from flowhelpers.steering.plans import make_plan
     from flowhelpers.steering.sweeps import steer
@@ -349,11 +324,13 @@ def time_sampling(suite: Suite, _: int, kind: str, new: int, samples: int) -> fl
     plan = make_plan(suite, features, -1.0, kind)
     plans = {str(number): plan for number in range(TEXTS // samples)}
 
-    def texts(length: int) -> Any:
-        return steer(suite, plans, "word", samples, length, batch_size=TEXTS, show_progress=False)
+    given = {"batch_size": TEXTS, "show_progress": False}
 
-    length = int(np.clip(SECONDS / best_time(lambda: texts(1)), 2, new))
-    return best_time(lambda: texts(length)) / length  # the prompt's pass among its steps
+    def seconds(length: int) -> float:
+        return best_time(lambda: steer(suite, plans, "I think", samples, length, **given))
+
+    length = int(np.clip(SECONDS / seconds(1), 2, new))
+    return seconds(length) / length  # the prompt's pass is among its steps
 
 
 def time_edits(
