@@ -86,6 +86,8 @@ def suites(arguments: argparse.Namespace) -> int:
     from flowhelpers.suites.load import check_sources, decoders_memory, memory_needed
     from flowhelpers.suites.registry import find_suite, registered
 
+    if arguments.time and not arguments.suite:
+        raise ValueError("--time takes the name of a suite")
     if not arguments.suite:
         for row in registered().values():
             where = "no network needed" if row.is_local else "from the hub, then cached"
@@ -106,6 +108,23 @@ def suites(arguments: argparse.Namespace) -> int:
     for site, source in sorted(row.saes.items()):
         named = source if isinstance(source, str) else f"{source['release']}/{source['id']}"
         print(f"  {site!s:<10}{named}", row.neuronpedia.get(site, ""), sep="  ")
+    return _print_forecast(arguments) if arguments.time else 0
+
+
+def _print_forecast(arguments: argparse.Namespace) -> int:
+    from flowhelpers.forecast import forecast
+
+    table = forecast(arguments.suite, arguments.preset, arguments.device)
+    print(
+        f"\nnotebooks 01 to 06 with the preset {arguments.preset}, each step timed here, in seconds:"
+    )
+    print(table.to_string(index=False, float_format="{:,.3g}".format))
+    for step, why in table.attrs["left_out"].items():
+        print(textwrap.fill(f"- not timed: {step}, as {why}", 90, subsequent_indent="  "))
+    print(
+        f"in all {table['total'].sum() / 3600:.2g} hours, beside fetching files, a judge's answers,"
+    )
+    print("figures, tables and what is not timed")
     return 0
 
 
@@ -178,7 +197,13 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("suites", help="list the suites, or show one")
     one.set_defaults(function=suites)
-    one.add_argument("suite", nargs="?", help="a registered name or a folder with a suite.yaml")
+    add = one.add_argument
+    add("suite", nargs="?", help="a registered name or a folder with a suite.yaml")
+    add(
+        "--time", action="store_true", help="measure single steps, and foretell what a preset takes"
+    )
+    add("--preset", default="paper", help="of which --time counts the steps (default: paper)")
+    add("--device", default="auto", help="where --time measures")
 
     one = commands.add_parser("train", help="train a suite, or SAEs for your own model")
     one.set_defaults(function=train)

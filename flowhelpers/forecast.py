@@ -23,7 +23,7 @@ from flowhelpers.core.features import MODULES, Site, predecessor_sites
 from flowhelpers.core.files import DATA
 from flowhelpers.core.machine import check_memory
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.matching.matchers import MAX_TOKENS, ROWS, by_pearson, by_permutation
+from flowhelpers.matching.matchers import MAX_TOKENS, by_pearson, by_permutation
 from flowhelpers.suites.load import OnDemand, Suite, device_and_dtype
 from flowhelpers.suites.model import Model, Tokens
 from flowhelpers.suites.registry import BYTES, GEMMA, SuiteRow, declared, find_suite
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SECONDS, REPEATS = 4.0, 5  # of a measurement: the best of so many calls, or of those begun by then
 SMALL = 2e8  # parameters of a model that is made whole; of larger ones the first layer is made, and
 DEEP = 3  # so many: what these take more is that of each layer
+WHOLE = 4096  # features of SAEs whose correlations are timed whole
 USUAL_L0 = 64  # of SAEs that declare none
 TEXTS, PER_PASS = 512, 16  # that are steered, and that are read together
 LONGEST = 60.0  # seconds of an assignment that is still tried out, foretold from that of
@@ -62,7 +63,7 @@ def forecast(name: str, preset: str = "paper", device: str = "auto") -> "pd.Data
     for step in progress(steps_of(name, preset, device), "timing"):
         try:
             seconds = step.time()
-        except (OSError, MemoryError, TimeoutError) as error:
+        except (OSError, MemoryError, TimeoutError, LookupError) as error:
             left_out[step.name] = str(error).splitlines()[0]
             continue
         rows.append((step.name, seconds, *step[1:3], step.count * seconds))
@@ -123,7 +124,7 @@ def steps_of(name: str, preset: str, device: str = "auto") -> list[Step]:
     sampled = len(p3["datasets"] or datasets_for(row)) * p3["n_texts"] + n_texts
     at = p4["layers"] or middle_layers(layers)
     cases, once = len(p4["methods"]) + 3, n_texts * len(at)
-    searched = n_texts * len(p4["search_layers"] or at) * p4["exhaustive"] * 3 * l0
+    searched = n_texts * len(p4["search_layers"] or at) * p4["exhaustive"] * 3 * (l0 or USUAL_L0)
     swept = min(p4["sweep_targets"] / (tokens * targets), once)
     ends = [layers if p["layers"] == "all" else len(p["layers"] or usual)
             for p, usual in ((p5, range(layers // 2 + 1)), (p6, range(3)))]  # fmt: skip
@@ -174,14 +175,14 @@ def best_time(call: Callable[[], Any]) -> float:
     return min(times)
 
 
-def shapes(row: SuiteRow) -> tuple[int, int, float]:
+def shapes(row: SuiteRow) -> tuple[int, int, float | None]:
     """Features of an SAE, width of the stream, features active at a token: a suite's means."""
     if not row.parameters or not row.d_model:
         raise ValueError(f"{row.name}: the shapes of its SAEs are not known before they are loaded")
     each = (row.parameters - (row.model_parameters or 0)) / len(row.saes)
     known = [l0 for source in row.saes.values() if (l0 := declared(source)[0])]
     width = row.features or round((each - row.d_model) / (2 * row.d_model + 2))
-    return width, row.d_model, mean(known or [USUAL_L0])
+    return width, row.d_model, mean(known) if known else None
 
 
 def stand_in(row: SuiteRow, layers: int, device: str, dtype: str) -> Suite:
@@ -207,7 +208,7 @@ def stand_in(row: SuiteRow, layers: int, device: str, dtype: str) -> Suite:
         with torch.no_grad():
             for weights in (lens_sae.W_dec, lens_sae.W_enc):
                 weights.normal_(0, d**-0.5)
-            lens_sae.threshold.fill_(NormalDist().inv_cdf(1 - min(l0 / width, 0.5)))
+            lens_sae.threshold.fill_(NormalDist().inv_cdf(1 - min((l0 or USUAL_L0) / width, 0.5)))
         return lens_sae
 
     def load(site: Site) -> Any:
@@ -277,10 +278,12 @@ def time_assignment(suite: Suite) -> float:
     return best_time(lambda: by_permutation(target, source, device=suite.device))
 
 
-def time_correlation(width: int, l0: float, tokens: int) -> float:
+def time_correlation(width: int, l0: float | None, tokens: int) -> float:
     """Pearson's correlations of a pair of SAEs; of wide ones by two parts, for it is linear."""
     from scipy.sparse import csr_matrix
 
+    if l0 is None:
+        raise LookupError("it grows with the square of L0, which its SAEs do not declare")
     rng, active = np.random.default_rng(0), max(1, round(l0))
 
     def codes(features: int) -> "csr_matrix":
@@ -291,8 +294,7 @@ def time_correlation(width: int, l0: float, tokens: int) -> float:
         return made[:, :features]
 
     source, shifted = codes(width), np.roll(np.arange(tokens), tokens // 2)
-    part = ROWS * torch.get_num_threads()
-    sizes = [width] if width <= 4 * part else [part, 2 * part]
+    sizes = [width] if width <= WHOLE else [width // 8, width // 4]
     targets = codes(sizes[-1])
     times = [best_time(lambda n=n: by_pearson(targets[:, :n], source, shifted, 5)) for n in sizes]
     return times[0] + (times[-1] - times[0]) * (width / sizes[0] - 1)
