@@ -37,6 +37,7 @@ DEEP = 3  # so many: what these take more is that of each layer
 WHOLE = 4096  # features of SAEs whose correlations are timed whole
 USUAL_L0 = 64  # of SAEs that declare none
 TEXTS, PER_PASS = 512, 16  # that are steered, and that are read together
+CASES = 3  # of a target, unlike ones, of all methods and controls: on flowlet 2.5
 LONGEST = 60.0  # seconds of an assignment that is still tried out, foretold from that of
 PART, GROWTH = 2048, 2.3  # so many features by how time grows with them
 
@@ -123,7 +124,7 @@ def steps_of(name: str, preset: str, device: str = "auto") -> list[Step]:
     n_texts, tokens, targets = p4["n_texts"], p4["tokens_per_text"], p4["features_per_token"]
     sampled = len(p3["datasets"] or datasets_for(row)) * p3["n_texts"] + n_texts
     at = p4["layers"] or middle_layers(layers)
-    cases, once = len(p4["methods"]) + 3, n_texts * len(at)
+    once = n_texts * len(at)
     searched = n_texts * len(p4["search_layers"] or at) * p4["exhaustive"] * 3 * (l0 or USUAL_L0)
     swept = min(p4["sweep_targets"] / (tokens * targets), once)
     ends = [layers if p["layers"] == "all" else len(p["layers"] or usual)
@@ -148,9 +149,9 @@ def steps_of(name: str, preset: str, device: str = "auto") -> list[Step]:
              through(layers, time_reading)),
         Step("some tokens of 16 texts read", sampled / PER_PASS, f"{sampled:,} of 03 and 04 / 16",
              through(layers, time_reading, tokens)),
-        Step("04: features of a text ablated", once + searched / targets / cases,
+        Step("04: features of a text ablated", once + searched / targets / CASES,
              f"{n_texts} texts x {len(at)} layers, and as many rows as the search has",
-             through(1 + round(mean(at)), time_edits, tokens, targets, cases, dtype=p4["dtype"])),
+             through(1 + round(mean(at)), time_edits, tokens, targets, CASES, dtype=p4["dtype"])),
         Step("04: a text's loss at all r", swept, f"{n_texts} texts x {len(at)} layers, or fewer",
              through(layers, time_losses, tokens, targets, len(p4["r_values"]), dtype=p4["dtype"])),
     ]  # fmt: skip
@@ -343,7 +344,7 @@ def time_edits(
 
     from flowhelpers.deactivation.ablation import deactivate
 
-    positions = np.linspace(MAX_TOKENS // 4, 3 * MAX_TOKENS // 4, tokens).astype(int)
+    positions = np.linspace(1, MAX_TOKENS - 1, tokens + 2)[1:-1].astype(int)
     at = [(depth - 1, n, "random", 0, place) for place in positions for n in range(targets)]
     table = pd.DataFrame(at, columns=["layer", "feature", "dataset", "text", "position"])
     case = np.arange(cases * len(table))
@@ -354,7 +355,8 @@ def time_edits(
 
 
 def time_losses(suite: Suite, depth: int, tokens: int, targets: int, cases: int) -> float:
-    """The same with the loss; of few targets where it takes long, for it is linear."""
-    few = time_edits(suite, depth, tokens, 1, cases, loss=True)
-    n = int(np.clip(SECONDS / few, 1, targets))
-    return time_edits(suite, depth, tokens, n, cases, loss=True) * targets / n
+    """The same with the loss; of one token, and few targets where it takes long: it is linear."""
+    of_one = time_edits(suite, depth, 1, 1, cases, loss=True)
+    n = int(np.clip(SECONDS / of_one, 1, targets))
+    some = of_one if n == 1 else time_edits(suite, depth, 1, n, cases, loss=True)
+    return some * tokens * targets / n

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from flowhelpers import forecast
+from flowhelpers.__main__ import main
 from flowhelpers.activations.corpora import load_texts
 from flowhelpers.activations.sampling import draw_sample
 from flowhelpers.activations.sparse import collect, read_batches
-from flowhelpers.deactivation.ablation import ablation_cases, concat_methods, deactivate
+from flowhelpers.deactivation.ablation import ablation_cases, deactivate
 from flowhelpers.deactivation.targets import active_predecessors, draw_targets, sources_of
 from flowhelpers.flow.graph import flow_graph
 from flowhelpers.forecast import Step, steps_of
@@ -131,28 +132,23 @@ def experiment(suite, matches) -> SimpleNamespace:
     active = collect(suite, sample.ids)
     targets = draw_targets(active, [2, 4, 6], per_token).merge(sample.tokens[["text", "position"]])
     targets["dataset"] = "fiction"
-    sources = {n: sources_of(targets, matches, active, n) for n in range(1, 5)}
-    predecessors = {n: active_predecessors(each) for n, each in sources.items()}
+    predecessors = active_predecessors(sources_of(targets, matches, active, 1))
     return SimpleNamespace(ids=sample.ids, targets=targets, predecessors=predecessors)
 
 
 def test_interventions_of_a_small_experiment(suite, steps, experiment):
-    by_matcher = {
-        str(n): ablation_cases(experiment.targets, found, (0.0, 0.5))
-        for n, found in experiment.predecessors.items()
-    }
-    cases, edits = concat_methods(
-        by_matcher
-    )  # eight a target, as of five methods and three controls
-    ablated = step(steps, "04: features").time
+    found = experiment.predecessors
+    having = experiment.targets.loc[found["target"].unique()]
+    cases, edits = ablation_cases(having, found, (0.0, 0.25, 0.5))  # as many as all methods have
+    share = len(having) / (TOKENS[1] * TOKENS[2])
     hold(
-        lambda: deactivate(suite, experiment.ids, experiment.targets, cases, edits),
-        lambda: 3 * TOKENS[0] * ablated(),
+        lambda: deactivate(suite, experiment.ids, having, cases, edits),
+        lambda: share * step(steps, "04: features").time(),
     )
 
 
 def test_losses_of_a_small_experiment(suite, steps, experiment):
-    found = experiment.predecessors[1]
+    found = experiment.predecessors
     having = experiment.targets.loc[found["target"].unique()]
     r = [-2, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3]
     cases, edits = ablation_cases(having, found, r)
@@ -163,23 +159,52 @@ def test_losses_of_a_small_experiment(suite, steps, experiment):
     )
 
 
-def test_pairs_and_nulls_are_as_many_as_a_table_makes(suite, steps, monkeypatch, tmp_path):
-    called = {"by_cosine": 0, "cached_null": 0}
-
-    def counted(name: str) -> Callable[..., Any]:
-        real = getattr(table, name)
-
-        def call(*given: Any) -> Any:
-            called[name] += 1
-            return real(*given)
-
-        return call
-
-    for name in called:
-        monkeypatch.setattr(table, name, counted(name))
-    for k, method in ((5, "cosine"), (1, "cosine"), (5, "random")):  # as of the quick notebooks
+def test_pairs_are_as_many_as_tables_make(suite, steps, monkeypatch, tmp_path):
+    called, by_cosine = [], table.by_cosine
+    monkeypatch.setattr(table, "by_cosine", lambda *given: called.append(1) or by_cosine(*given))
+    for k, method in ((5, "cosine"), (1, "cosine"), (5, "random")):  # of the quick notebooks
         table.match_table(suite, k, method=method, cache=tmp_path)
-    assert called["by_cosine"] == step(steps, "match").count
-    nulls = list((tmp_path / "nulls").glob("*")) if (tmp_path / "nulls").exists() else None
-    assert step(steps, "null").count == 24
-    assert nulls is None or len(nulls) >= 24
+    assert len(called) == step(steps, "match").count
+    assert len(list((tmp_path / "nulls").glob("*.parquet"))) == step(steps, "null").count
+
+
+def test_cells_are_as_many_as_an_answered_run_had_or_more():
+    quick = {each.name[:2]: each.counted for each in steps_of("flowlet", "quick")}
+    assert "at most 120 cells x 32 / 512 x 24 tokens" in quick["05"]
+    paper = {each.name: each for each in steps_of("gemma-2-2b", "paper")}
+    assert paper["match a pair of SAEs"].count == 3 * 77
+    assert paper["Pearson of a pair, 800 texts"].count == 12 * 3 + 2 * 77
+    assert paper["permutation of a pair"].count == 77 + 2 * 12 * 3
+
+
+def test_a_step_that_cannot_be_timed_is_left_out_with_a_word(monkeypatch, capsys):
+    def steps_here(*_: object) -> list[Step]:
+        def offline() -> float:
+            raise OSError("no config.json of the model")
+
+        return [Step("matching", 3, "pairs", lambda: 1200.0), Step("reading", 2, "texts", offline)]
+
+    monkeypatch.setattr(forecast, "steps_of", steps_here)
+    assert main(["suites", "flowlet", "--time"]) == 0
+    told = capsys.readouterr().out
+    assert "in all 1 hours" in told
+    assert "- not timed: reading, as no config.json of the model" in told
+
+
+def test_without_time_nothing_is_measured(monkeypatch, capsys):
+    monkeypatch.setattr(forecast, "forecast", None)  # called, it would be an error
+    assert main(["suites", "flowlet"]) == 0
+    assert "hours" not in capsys.readouterr().out
+    assert main(["suites", "--time"]) == 2
+
+
+def test_an_assignment_of_many_minutes_is_not_tried_out(monkeypatch):
+    monkeypatch.setattr(forecast, "LONGEST", 1e-6)
+    (permutation,) = (s for s in steps_of("flowlet", "quick") if s.name.startswith("permut"))
+    with pytest.raises(TimeoutError, match="too long to be tried out"):
+        permutation.time()
+
+
+def test_correlations_of_an_unknown_l0_are_not_told():
+    with pytest.raises(LookupError, match="L0"):
+        forecast.time_correlation(64, None, 100)
