@@ -115,9 +115,7 @@ def _print_forecast(arguments: argparse.Namespace) -> int:
     from flowhelpers.forecast import forecast
 
     table = forecast(arguments.suite, arguments.preset, arguments.device)
-    print(
-        f"\nnotebooks 01 to 06 with the preset {arguments.preset}, each step timed here, in seconds:"
-    )
+    print(f"\nnotebooks 01 to 06, preset {arguments.preset}; steps timed here, in seconds:")
     print(table.to_string(index=False, float_format="{:,.3g}".format))
     for step, why in table.attrs["left_out"].items():
         print(textwrap.fill(f"- not timed: {step}, as {why}", 90, subsequent_indent="  "))

@@ -349,7 +349,9 @@ def time_edits(
     table = pd.DataFrame(at, columns=["layer", "feature", "dataset", "text", "position"])
     case = np.arange(cases * len(table))
     feature = case % suite.sae(f"{depth - 1}/mlp").width
-    edits = pd.DataFrame({"case": case, "module": "mlp", "feature": feature, "amount": 1.0})
+    edits = pd.DataFrame({"case": case, "feature": feature, "amount": 1.0})
+    sites = pd.Series(("mlp", "att", "res")[: 2 + (depth > 1)], name="module")
+    edits = edits.merge(sites, how="cross")
     of_case, texts = pd.DataFrame({"target": case // cases}), _texts(suite, 1)
     return best_time(lambda: deactivate(suite, texts, table, of_case, edits, loss=loss))
 
@@ -357,6 +359,6 @@ def time_edits(
 def time_losses(suite: Suite, depth: int, tokens: int, targets: int, cases: int) -> float:
     """The same with the loss; of one token, and few targets where it takes long: it is linear."""
     of_one = time_edits(suite, depth, 1, 1, cases, loss=True)
-    n = int(np.clip(SECONDS / of_one, 1, targets))
-    some = of_one if n == 1 else time_edits(suite, depth, 1, n, cases, loss=True)
-    return some * tokens * targets / n
+    n = int(np.clip(SECONDS / of_one, 2, targets))
+    more = time_edits(suite, depth, 1, n, cases, loss=True) - of_one
+    return tokens * (of_one + max(0.0, more) * (targets - 1) / (n - 1))
