@@ -359,6 +359,6 @@ def time_edits(
 def time_losses(suite: Suite, depth: int, tokens: int, targets: int, cases: int) -> float:
     """The same with the loss; of one token, and few targets where it takes long: it is linear."""
     of_one = time_edits(suite, depth, 1, 1, cases, loss=True)
-    n = int(np.clip(SECONDS / of_one, 2, targets))
+    n = max(2, int(min(SECONDS / of_one, targets)))
     more = time_edits(suite, depth, 1, n, cases, loss=True) - of_one
     return tokens * (of_one + max(0.0, more) * (targets - 1) / (n - 1))
