@@ -14,22 +14,35 @@ from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from statistics import NormalDist, mean
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
+from scipy.optimize import linear_sum_assignment
+from scipy.sparse import csr_matrix
 
+from flowhelpers.activations.corpora import passages
+from flowhelpers.activations.sampling import datasets_for
+from flowhelpers.activations.sparse import read_batches
 from flowhelpers.core.features import MODULES, Site, predecessor_sites
 from flowhelpers.core.files import DATA
 from flowhelpers.core.machine import check_memory
 from flowhelpers.core.progress_bar import progress
+from flowhelpers.deactivation.ablation import deactivate
+from flowhelpers.deactivation.targets import middle_layers
+from flowhelpers.matching.cosine import prepare
 from flowhelpers.matching.matchers import MAX_TOKENS, by_pearson, by_permutation
+from flowhelpers.matching.null import null_cosines
+from flowhelpers.matching.table import match_table
+from flowhelpers.runs.parameters import inspect, plan
+from flowhelpers.steering.plans import make_plan
+from flowhelpers.steering.sweeps import steer
+from flowhelpers.suites.bridge import bridged
 from flowhelpers.suites.load import OnDemand, Suite, device_and_dtype
 from flowhelpers.suites.model import Model, Tokens
 from flowhelpers.suites.registry import BYTES, GEMMA, SuiteRow, declared, find_suite
-
-if TYPE_CHECKING:
-    import pandas as pd
+from flowhelpers.suites.saes import make_sae
 
 SECONDS, REPEATS = 4.0, 5  # of a measurement: the best of so many calls, or of those begun by then
 SMALL = 2e8  # parameters of a model that is made whole; of larger ones the first layer is made, and
@@ -51,15 +64,13 @@ class Step(NamedTuple):
     time: Callable[[], float]
 
 
-def forecast(name: str, preset: str = "paper", device: str = "auto") -> "pd.DataFrame":
+def forecast(name: str, preset: str = "paper", device: str = "auto") -> pd.DataFrame:
     """The steps of a preset's notebooks on a suite, each timed here, and how long all of each take.
 
     Returns:
         One row a step: `step`, `seconds` of one, `count`, `counted` (the formula in words) and
         `total` in seconds; `attrs["left_out"]` says why others have no row.
     """
-    import pandas as pd
-
     rows, left_out = [], {}
     for step in progress(steps_of(name, preset, device), "timing"):
         try:
@@ -75,11 +86,6 @@ def forecast(name: str, preset: str = "paper", device: str = "auto") -> "pd.Data
 
 def steps_of(name: str, preset: str, device: str = "auto") -> list[Step]:
     """The steps of notebooks 01 to 06 that the preset takes; nothing is timed yet."""
-    from flowhelpers.activations.corpora import passages
-    from flowhelpers.activations.sampling import datasets_for
-    from flowhelpers.deactivation.targets import middle_layers
-    from flowhelpers.runs.parameters import inspect, plan
-
     row = find_suite(name)
     planned = plan([f"0{number}" for number in range(1, 7)], {"suite": name}, preset).items()
     p1, p2, p3, p4, p5, p6 = (
@@ -195,8 +201,6 @@ def stand_in(row: SuiteRow, layers: int, device: str, dtype: str) -> Suite:
     """
     from sae_lens.saes.jumprelu_sae import JumpReLUSAE, JumpReLUSAEConfig
 
-    from flowhelpers.suites.saes import make_sae
-
     width, d, l0 = shapes(row)
     check_memory(4 * (4 + 3 * layers) * width * d, "SAEs of random numbers", device)
     config = JumpReLUSAEConfig(
@@ -225,8 +229,6 @@ def _model(row: SuiteRow, layers: int, device: str, dtype: str) -> Model:
     """The first layers of a suite's model, with random weights and flowlet's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from flowhelpers.suites.bridge import bridged
-
     config = AutoConfig.from_pretrained(row.model, revision=row.revision).get_text_config()
     numbers = layers * (row.model_parameters or 0) // (row.layers or 1)
     numbers += 2 * config.vocab_size * config.hidden_size
@@ -245,8 +247,6 @@ def _model(row: SuiteRow, layers: int, device: str, dtype: str) -> Model:
 
 def time_pair(suite: Suite) -> float:
     """Both ways between two SAEs, in a match table of theirs alone whose nulls are on disk."""
-    from flowhelpers.matching.table import match_table
-
     sites = {Site(0, "res"), Site(0, "mlp")}
     two = Suite(suite.row, suite.source, {site: suite.sae(site) for site in sites}, suite.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -259,17 +259,12 @@ def time_pair(suite: Suite) -> float:
 
 def time_null(suite: Suite) -> float:
     """The null of one SAE."""
-    from flowhelpers.matching.cosine import prepare
-    from flowhelpers.matching.null import null_cosines
-
     rows = prepare(suite.sae("0/res").decoder, suite.device)
     return best_time(lambda: null_cosines(rows, device=suite.device))
 
 
 def time_assignment(suite: Suite) -> float:
     """One permutation; a TimeoutError if by a part of it it would take over a minute."""
-    from scipy.optimize import linear_sum_assignment
-
     target, source = suite.sae("0/res"), suite.sae("0/mlp")
     products = target.directions[:PART].cpu() @ source.directions[:PART].cpu().T
     small = best_time(lambda: linear_sum_assignment(products.numpy(), True))
@@ -281,13 +276,11 @@ def time_assignment(suite: Suite) -> float:
 
 def time_correlation(width: int, l0: float | None, tokens: int) -> float:
     """Pearson's correlations of a pair of SAEs; of wide ones by two parts, for it is linear."""
-    from scipy.sparse import csr_matrix
-
     if l0 is None:
         raise LookupError("it grows with the square of L0, which its SAEs do not declare")
     rng, active = np.random.default_rng(0), max(1, round(l0))
 
-    def codes(features: int) -> "csr_matrix":
+    def codes(features: int) -> csr_matrix:
         at = rng.integers(0, width, (tokens, active))
         row = np.repeat(np.arange(tokens), active)
         values = rng.random(at.size, dtype=np.float32) + 0.1
@@ -303,8 +296,6 @@ def time_correlation(width: int, l0: float | None, tokens: int) -> float:
 
 def time_reading(suite: Suite, _: int, per_text: int | None = None) -> float:
     """A pass of 16 texts, whose features are read at all tokens, or at so many of each."""
-    from flowhelpers.activations.sparse import read_batches
-
     tokens = _texts(suite, PER_PASS)
     tokens.is_text[:, 1 : -per_text if per_text else 1] = False
     return best_time(lambda: [*read_batches(suite, tokens)])
@@ -320,9 +311,6 @@ def time_sampling(
     suite: Suite, _: int, kind: Literal["rescale", "add"], new: int, samples: int
 ) -> float:
     """A new token of 512 texts; each plan has a feature at every residual site."""
-    from flowhelpers.steering.plans import make_plan
-    from flowhelpers.steering.sweeps import steer
-
     features = [f"{layer}/res/0" for layer in range(suite.layers)]
     plan = make_plan(suite, features, -1.0, kind)
     plans = {str(number): plan for number in range(TEXTS // samples)}
@@ -340,10 +328,6 @@ def time_edits(
     suite: Suite, depth: int, tokens: int, targets: int, cases: int, loss: bool = False
 ) -> float:
     """The cases of so many targets of a layer at each of some tokens of a text."""
-    import pandas as pd
-
-    from flowhelpers.deactivation.ablation import deactivate
-
     positions = np.linspace(1, MAX_TOKENS - 1, tokens + 2)[1:-1].astype(int)
     at = [(depth - 1, n, "random", 0, place) for place in positions for n in range(targets)]
     table = pd.DataFrame(at, columns=["layer", "feature", "dataset", "text", "position"])
