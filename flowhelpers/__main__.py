@@ -86,6 +86,8 @@ def suites(arguments: argparse.Namespace) -> int:
     from flowhelpers.suites.load import check_sources, decoders_memory, memory_needed
     from flowhelpers.suites.registry import find_suite, registered
 
+    if arguments.time and not arguments.suite:
+        raise ValueError("--time takes the name of a suite")
     if not arguments.suite:
         for row in registered().values():
             where = "no network needed" if row.is_local else "from the hub, then cached"
@@ -106,6 +108,17 @@ def suites(arguments: argparse.Namespace) -> int:
     for site, source in sorted(row.saes.items()):
         named = source if isinstance(source, str) else f"{source['release']}/{source['id']}"
         print(f"  {site!s:<10}{named}", row.neuronpedia.get(site, ""), sep="  ")
+    return _print_forecast(arguments.suite, arguments.device) if arguments.time else 0
+
+
+def _print_forecast(name: str, device: str) -> int:
+    from flowhelpers.forecast import forecast
+
+    table = forecast(name, device)
+    print("\nwhat jobs take here, each step timed on random numbers of these shapes, in seconds:")
+    print(table.to_string(index=False, float_format="{:,.3g}".format))
+    for step, why in table.attrs["left_out"].items():
+        print(textwrap.fill(f"- not timed: {step}, as {why}", 90, subsequent_indent="  "))
     return 0
 
 
@@ -178,7 +191,10 @@ def parser() -> argparse.ArgumentParser:
 
     one = commands.add_parser("suites", help="list the suites, or show one")
     one.set_defaults(function=suites)
-    one.add_argument("suite", nargs="?", help="a registered name or a folder with a suite.yaml")
+    add = one.add_argument
+    add("suite", nargs="?", help="a registered name or a folder with a suite.yaml")
+    add("--time", action="store_true", help="time single steps, and foretell what jobs take here")
+    add("--device", default="auto", help="where --time runs them")
 
     one = commands.add_parser("train", help="train a suite, or SAEs for your own model")
     one.set_defaults(function=train)

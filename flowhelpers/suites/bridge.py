@@ -29,8 +29,6 @@ def load_model(
     revision: str | None = None,
 ) -> Model:
     """Load a Hugging Face model, by folder or by name, and check its hook points."""
-    from transformer_lens.model_bridge import TransformerBridge
-    from transformer_lens.model_bridge.generalized_components import AttentionBridge
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -40,7 +38,15 @@ def load_model(
             folder, dtype=dtype, revision=revision, attn_implementation="eager"
         )
     tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
-    weights = weights.to(device).eval()
+    return bridged(name, folder, weights.to(device), tokenizer)
+
+
+def bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
+    """The model around weights that are in memory, hook points checked; `folder` has its config."""
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.model_bridge.generalized_components import AttentionBridge
+
+    weights = weights.eval()
     # For multimodal models TransformerLens would pip install torchvision, and another torch.
     with warnings.catch_warnings(), replaced(subprocess, "check_call", _install_nothing):
         warnings.simplefilter("ignore")

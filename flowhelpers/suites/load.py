@@ -136,7 +136,7 @@ def decoders_memory(row: SuiteRow) -> int:
     return kept * numbers * BYTES[row.stored.get("saes", "float32")]
 
 
-def _device_and_dtype(row: SuiteRow, device: str, dtype: str) -> tuple[str, str]:
+def device_and_dtype(row: SuiteRow, device: str, dtype: str) -> tuple[str, str]:
     """`auto`: a GPU for a large model; bfloat16 for a very large one there, or to make it fit."""
     import torch
 
@@ -170,7 +170,7 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
     """
     warn_of_untried()
     row = find_suite(name)
-    device, dtype = _device_and_dtype(row, device, dtype)
+    device, dtype = device_and_dtype(row, device, dtype)
     size_is_known = row.is_local or row.parameters > 0
     all_fit = size_is_known and memory_needed(row, dtype) <= free_memory(device)
     if not all_fit:

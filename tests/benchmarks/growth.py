@@ -1,0 +1,89 @@
+"""How time and memory grow: matching with pairs of SAEs, reading and interventions with tokens.
+
+    python tests/benchmarks/growth.py [--features 2048] [--width 256] [--texts 16]
+
+The match table of random suites of 4, 8 and 16 layers, without its cache, is timed and its peak
+memory beside the suite's taken; then `flowlet` reads as many texts, twice and four times as many,
+and as many tokens of theirs have their features removed. What is printed is the time of a unit,
+the best of `--repeats`, all sizes by turns: with linear growth it stays the same.
+
+On two cores of an AMD EPYC: a pair of 2,048 features of width 256 takes 42.7, 41.8 and 41.0 ms in
+suites of 11, 23 and 47 pairs, and 31, 51 and 23 MiB are held beside the suite, as chance has it; a
+token read at all sites takes 0.23, 0.22 and 0.22 ms, a token of 100 interventions 39, 47 and 47 ms.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from clock import memory, options, seconds
+from match_speed import suite_of
+
+from flowhelpers.activations.corpora import load_texts
+from flowhelpers.activations.sampling import draw_sample
+from flowhelpers.activations.sparse import collect
+from flowhelpers.deactivation.ablation import deactivate
+from flowhelpers.matching.table import match_table
+from flowhelpers.suites.load import load_suite
+
+GROWING = (1, 2, 4)
+MIB = 2**20
+
+
+def print_growth(
+    what: str, units: Sequence[int], calls: Sequence[Callable[[], object]], repeats: int
+) -> None:
+    """Prints the time of a unit at each size, and how it compares with the first."""
+    times = [[seconds(call)[0] for call in calls] for _ in range(repeats)]
+    each = [took / n for took, n in zip(np.min(times, axis=0), units, strict=True)]
+    for n, one in zip(units, each, strict=True):
+        print(f"{what:<32}{n:>8,}{1000 * one:10.2f} ms each{one / each[0]:8.2f} ×")
+
+
+def matching(features: int, width: int, repeats: int) -> None:
+    """Of suites of 4, 8 and 16 layers: time a pair, and memory."""
+    suites = [suite_of(4 * n, features, width, "cpu") for n in GROWING]
+
+    def match(suite) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            match_table(suite, cache=Path(folder))
+
+    match(suites[0])
+    for suite in suites:  # before what is timed leaves memory that is used again
+        before, most = memory(lambda suite=suite: match(suite))
+        found = match_table(suite, layers=[1])
+        answer = found.memory_usage().sum() / 3 * (3 * suite.layers - 1) / MIB
+        peak = (most - before) / MIB
+        print(f"  {suite.layers} layers: {peak:.0f} MiB beside the suite, {answer:.0f} the answer")
+    calls = [lambda suite=suite: match(suite) for suite in suites]
+    print_growth("pairs of SAEs matched", [3 * 4 * n - 1 for n in GROWING], calls, repeats)
+
+
+def experiments(texts: int, repeats: int) -> None:
+    """Reading, and removing features at five tokens of each text."""
+    suite = load_suite("flowlet")
+    some = load_texts("fiction", texts * GROWING[-1])
+    samples = [draw_sample(suite.model, {"fiction": some[: texts * n]}) for n in GROWING]
+    calls = [lambda n=n: collect(suite, some[: texts * n]) for n in GROWING]
+    calls[0]()
+    read = [int(sample.ids.is_text.sum()) for sample in samples]
+    print_growth("tokens read at all sites", read, calls, repeats)
+
+    def remove(sample) -> None:
+        tokens = sample.tokens.loc[sample.tokens.index.repeat(100)].reset_index(drop=True)
+        feature = np.arange(len(tokens)) % 100
+        targets = tokens.assign(layer=4, feature=feature % 25)
+        edits = {"case": tokens.index, "module": "mlp", "feature": feature, "amount": -1.0}
+        cases = pd.DataFrame({"target": tokens.index})
+        deactivate(suite, sample.ids, targets, cases, pd.DataFrame(edits))
+
+    calls = [lambda sample=sample: remove(sample) for sample in samples]
+    print_growth("tokens of 100 interventions", [len(s.tokens) for s in samples], calls, repeats)
+
+
+if __name__ == "__main__":
+    given = options(__doc__, features=2_048, width=256, texts=16, repeats=3)
+    matching(given.features, given.width, given.repeats)
+    experiments(given.texts, given.repeats)
