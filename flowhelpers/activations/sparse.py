@@ -156,7 +156,7 @@ def _passes_held(suite: "Suite", tokens: Tokens, n_sites: int, batch_size: int) 
 def _encoded(
     suite: "Suite", passes: Sequence[Tokens], sites: Sequence[Site]
 ) -> "dict[Site, csr_matrix]":
-    from scipy.sparse import csr_matrix, vstack
+    from scipy.sparse import vstack
 
     preflight_once(suite, sites)
     inputs = {site: suite.about(site, "input_site") for site in sites}
@@ -172,10 +172,19 @@ def _encoded(
     for site, at in inputs.items():
         sae = suite.sae(site)
         chunks = torch.cat(read[at]).split(ENCODED_TOGETHER)
-        codes_of = (sae.encode(chunk.to(suite.device)).float().cpu() for chunk in chunks)
-        rows = [csr_matrix(part.numpy()) for part in codes_of]
+        rows = [_sparse(sae.encode(chunk.to(suite.device))) for chunk in chunks]
         codes[site] = vstack(rows, format="csr")
     return codes
+
+
+def _sparse(codes: torch.Tensor) -> "csr_matrix":
+    from scipy.sparse import csr_matrix
+
+    if not codes.is_cuda:
+        return csr_matrix(codes.float().cpu().numpy())
+    row, feature = codes.nonzero(as_tuple=True)  # what is zero stays on the GPU
+    active = codes[row, feature].float().cpu().numpy()
+    return csr_matrix((active, (row.cpu().numpy(), feature.cpu().numpy())), tuple(codes.shape))
 
 
 def _stacked(batches: "Iterable[dict[Site, csr_matrix]]") -> "dict[Site, csr_matrix]":

@@ -197,7 +197,7 @@ def _product(
     """
     n, m = len(rows), len(columns)
     of_row, of_column = _group_size(m, k), _group_size(n, k)
-    on_gpu = rows.rough.is_cuda
+    on_gpu = rows.rough.device.type != "cpu"
     dtype = torch.float32 if on_gpu else rows.rough.dtype
     shape = -(-n // of_column) * of_column, -(-m // of_row) * of_row
     cosines = torch.empty(shape, dtype=dtype, device=rows.rough.device)
@@ -278,7 +278,7 @@ def _best_of(
     parts = [slice(*ends_of) for ends_of in pairwise([0, *ends])]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-        _ = [*map(choose, parts)] if rows.units.is_cuda else in_threads(choose, parts)
+        _ = [*map(choose, parts)] if rows.units.device.type != "cpu" else in_threads(choose, parts)
     return TopK(indices, scores)
 
 
@@ -299,7 +299,7 @@ def _dots(rows: Tensor, others: Tensor, row: Tensor, other: Tensor) -> Tensor:
     if 16 * len(row) > n * len(others):  # so many that all are quicker; equal ones come out equal
         dense = torch.cat([rows.double() @ part.double().T for part in others.split(4096)], dim=1)
         return dense[row, other].float()
-    if rows.is_cuda:
+    if rows.device.type != "cpu":
         parts = zip(*(at.split(max(1, 2**26 // rows.shape[1])) for at in (row, other)), strict=True)
         return torch.cat([rows.new_zeros(0), *((rows[r] * others[o]).sum(-1) for r, o in parts)])
     starts = torch.nn.functional.pad(torch.bincount(row, minlength=n).cumsum(0), (1, 0))
