@@ -41,30 +41,36 @@ class Edit:
 
 @dataclass(frozen=True)
 class PromptCache:
-    """Keys and values of one text: for each layer both, `[1, heads, position, d_head]`."""
+    """Keys and values of texts: for each layer both, `[text, heads, position, d_head]`.
+
+    `rows` says for each row of a batch which text it goes on after; by default all after the first.
+    """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
+    rows: Int[Tensor, "batch"] | None = None
 
     def __len__(self) -> int:
         """Number of tokens."""
         return self.layers[0][0].shape[2]
 
-    def first(self, tokens: int) -> "PromptCache":
+    def first(self, tokens: int, rows: Int[Tensor, "batch"] | None = None) -> "PromptCache":
         """The same of fewer tokens."""
         if not 0 < tokens <= len(self):
             raise ValueError(f"{tokens} tokens of a prefix of {len(self)}")
         cut = ((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
-        return PromptCache(tuple(cut))
+        return PromptCache(tuple(cut), rows)
 
     def cache(self, batch: int, layers: int | None = None) -> Any:
-        """The cache of transformers in which every row of a batch has this prefix."""
+        """The cache of transformers in which every row of a batch has its prefix."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
+        rows = torch.zeros(batch, dtype=torch.long) if self.rows is None else self.rows
         # Of layers with a sliding window all is kept as well, and the mask leaves out what is far.
         for layer, (keys, values) in enumerate(self.layers[:layers]):
-            keys, values = (each.expand(batch, *each.shape[1:]) for each in (keys, values))
-            cache.update(keys, values, layer)
+            rows = rows.to(keys.device)
+            cache.update(keys[:, :, :1], values[:, :, :1], layer)  # which would copy all again
+            cache.layers[layer].keys, cache.layers[layer].values = keys[rows], values[rows]
         return cache
 
 
@@ -166,7 +172,7 @@ def run_model(
     """One forward pass: edits applied in order, sites read after their edits.
 
     It ends once the layer `stop_after` is done, without logits. `prefix` are the tokens before
-    `ids`, the same for every row; positions are counted after them. An edit or a reading that was
+    `ids`, as many for every row; positions are counted after them. An edit or a reading that was
     never reached is a RuntimeError.
     """
     kept: dict[Site, Activations] = {}
