@@ -2,8 +2,8 @@
 
 An edit at a token changes nothing before it. So the text before the token is read once, and a pass
 holds one row for each intervention: of that token where only activations are wanted, and of the
-rest of the text where the loss is. Tokens at the same place of different texts share passes, each
-with a row without edits; SAEs read once many passes are made.
+rest of the text where the loss is. Tokens share passes, each with a row without edits: with the
+loss those at the same place of their texts, else all. SAEs read once many passes are made.
 """
 
 import warnings
@@ -26,6 +26,7 @@ from flowhelpers.suites.model import (
     Tokens,
     cache_prompt,
     run_model,
+    takes_padding,
     token_losses,
 )
 
@@ -85,9 +86,10 @@ def intervene(
     fitting, texts_at_once = _fitting(suite, tokens.ids.shape[1], loss, reads)
     most, block = batch_size or fitting, -1
     rows["block"] = pd.factorize(rows["text"], sort=True)[0] // texts_at_once
-    # Layers share passes, unless their SAEs are not all in memory.
-    by = [*([] if getattr(suite.saes, "all_fit", True) else ["layer"]), "block", "position"]
-    rows["token"] = rows.groupby([*by, "text"]).ngroup()
+    # Layers share passes unless their SAEs are not all in memory, places where nothing follows.
+    by = [*([] if getattr(suite.saes, "all_fit", True) else ["layer"]), "block"]
+    rows["token"] = rows.groupby([*by, "position", "text"]).ngroup()
+    by += ["position"] if loss or not takes_padding(suite.model) else []
     rows = rows.sort_values("token", kind="stable").reset_index(names="was")
     row_of_case = rows["was"].to_numpy().argsort()[row_of_case]
     numbered = rows[["case", "layer"]].reset_index(names="row")
@@ -101,17 +103,19 @@ def intervene(
         if block != (block := int(rows_here["block"].iloc[0])):
             texts = np.unique(rows.loc[rows["block"] == block, "text"])
             early, prefix = _read_texts(suite.model, tokens.ids[texts, : int(ends[texts].max())])
-        start, position = 0, int(rows_here["position"].iloc[0])
+        start = 0
         while start < len(rows_here):
             token = rows_here["token"].to_numpy()[start:]
             place = np.arange(1, len(token) + 1) + token - token[0]  # after each token's clean row
             batch = rows_here.iloc[start:][place <= most]
             place = place[: len(batch)]
             is_clean = ~np.isin(np.arange(place[-1] + 1), place)
-            text = batch["text"].unique()[is_clean.cumsum() - 1]
-            clean = np.flatnonzero(is_clean)[is_clean.cumsum() - 1]
-            end = ends[text]
-            rest = tokens.ids[text, position : int(end.max()) if loss else position + 1]
+            of_token = batch.drop_duplicates("token")[["text", "position"]].to_numpy()
+            clean, (text, at) = (
+                each[..., is_clean.cumsum() - 1] for each in (np.flatnonzero(is_clean), of_token.T)
+            )
+            position, end, ids = int(at.max()), ends[text], tokens.ids[text]
+            rest = ids[:, position : end.max()] if loss else ids[range(len(at)), at][:, None]
             changed, read = (
                 table.iloc[slice(*table["row"].searchsorted(batch.index[[0, -1]] + [0, 1]))]
                 for table in (edits, of_row)
@@ -119,9 +123,9 @@ def intervene(
             changed, read = (
                 t.assign(place=place[t["row"] - batch.index[0]]) for t in (changed, read)
             )
-            own = torch.from_numpy(np.searchsorted(texts, text)).to(rest.device)
+            own, lengths = torch.from_numpy(np.stack([texts.searchsorted(text), at])).to(ids.device)
             try:
-                earlier = prefix.first(position, own)
+                earlier = prefix.of_rows(own, lengths)
                 logits, streams = _pass(suite, rest, earlier, clean, changed, read, loss)
                 later = None if logits is None else token_losses(logits[:, :-1], rest[:, 1:])
             except torch.OutOfMemoryError as error:
@@ -150,8 +154,10 @@ def intervene(
 def _fitting(suite: "Suite", length: int, loss: bool, reads: "pd.DataFrame") -> tuple[int, int]:
     """Rows of a pass in half of the free memory, texts in a quarter; on a CPU in a GiB at most."""
     model, device, own = suite.model, str(suite.model.device), length if loss else 1
-    sites = reads[["layer", "module"]].drop_duplicates().itertuples(index=False)
-    encoded = max(suite.about(Site(*site), "width") for site in sites)
+    encoded = 0
+    for site in reads[["layer", "module"]].drop_duplicates().itertuples(index=False):
+        encoded = max(encoded, suite.about(Site(*site), "width"))
+        suite.about(Site(*site), "input_site")  # asked for later, and known from the same reading
     encoded += own * model.unembedding.shape[1] if loss else 0
     size = model.d_model * model.unembedding.element_size()
     of_text = 2 * model.layers * length * size  # keys and values; of a row three times
