@@ -2,10 +2,12 @@
 
 An edit at a token changes nothing before it. So the text before the token is read once, and a pass
 holds one row for each intervention: of that token where only activations are wanted, and of the
-rest of the text where the loss is.
+rest of the text where the loss is. Tokens share passes, each with a row without edits: with the
+loss those at the same place of their texts, else all. SAEs read once many passes are made.
 """
 
 import warnings
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,7 +20,15 @@ from flowhelpers.core.features import Site, predecessor_site
 from flowhelpers.core.machine import free_memory
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.interventions.edits import add_per_row, rescale_per_row
-from flowhelpers.suites.model import PromptCache, Tokens, cache_prompt, run_model, token_losses
+from flowhelpers.suites.model import (
+    Model,
+    PromptCache,
+    Tokens,
+    cache_prompt,
+    run_model,
+    takes_padding,
+    token_losses,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,6 +37,8 @@ if TYPE_CHECKING:
 
 LARGEST_BATCH = 1024  # rows; beyond these a pass only gets longer
 CPU_BUDGET = 2**30
+KEPT_BYTES = 2**30  # of the stream at edited tokens, before it is encoded
+Kept = tuple[Site, Tensor, np.ndarray, np.ndarray, "pd.Index"]  # stream, its rows, features, reads
 LOSSES = ["loss_before", "token_loss_before", "loss_after", "token_loss_after"]
 
 
@@ -71,60 +83,108 @@ def intervene(
     if not tokens.is_text[at[:, 0], at[:, 1]].all():
         raise ValueError("a case is at BOS or a special token: expected tokens of the text")
     row_of_case, rows = _distinct(cases, edits)
-    # Layers share passes, unless their SAEs are not all in memory.
-    by = ["text"] if getattr(suite.saes, "all_fit", True) else ["layer", "text"]
-    most = batch_size or _fitting_rows(suite, tokens.ids.shape[1], loss, reads)
-    by_token = rows.groupby([*by, "position"])
-    rows = rows.assign(token=by_token.ngroup(), place=by_token.cumcount())
-    of_case = rows[["token", "place"]].iloc[row_of_case[reads["case"]]].reset_index(drop=True)
+    fitting, texts_at_once = _fitting(suite, tokens.ids.shape[1], loss, reads)
+    most, block = batch_size or fitting, -1
+    rows["block"] = pd.factorize(rows["text"], sort=True)[0] // texts_at_once
+    # Layers share passes unless their SAEs are not all in memory, places where nothing follows.
+    by = [*([] if getattr(suite.saes, "all_fit", True) else ["layer"]), "block"]
+    rows["token"] = rows.groupby([*by, "position", "text"]).ngroup()
+    by += ["position"] if loss or not takes_padding(suite.model) else []
+    rows = rows.sort_values("token", kind="stable").reset_index(names="was")
+    row_of_case = rows["was"].to_numpy().argsort()[row_of_case]
+    numbered = rows[["case", "layer"]].reset_index(names="row")
+    edits = edits.merge(numbered, on="case").sort_values("row", kind="stable")
     reads = reads.reset_index(drop=True)
-    tables = [t.groupby("token") for t in (edits.merge(rows, on="case"), reads.join(of_case))]
-    activations = np.zeros((2, len(reads)), np.float32)
+    of_row = reads.assign(row=row_of_case[reads["case"]]).sort_values("row", kind="stable")
+    activations, kept = np.zeros((2, len(reads)), np.float32), []
     losses = np.zeros((len(rows), len(LOSSES)), np.float32)
-    for _, rows_of_text in progress([*rows.groupby(by)], "interventions"):
-        text = int(rows_of_text["text"].iloc[0])
-        end = 1 + int(tokens.is_text[text].nonzero().max())
-        ids = tokens.ids[text : text + 1, :end]
-        logits, prefix = cache_prompt(suite.model, ids)
-        early = token_losses(logits[:, :-1], ids[:, 1:])
-        for (token, position), rows_at in rows_of_text.groupby(["token", "position"]):
-            start, own = 0, [table.get_group(token) for table in tables]
-            while start < len(rows_at):
-                batch = rows_at.iloc[start : start + most]
-                rest = ids[:, position : end if loss else position + 1].expand(len(batch) + 1, -1)
-                shifted = (table.assign(place=table["place"] + 1 - start) for table in own)
-                changed, read = (t[t["place"].between(1, len(batch))] for t in shifted)
-                try:
-                    logits, codes = _pass(suite, rest, prefix.first(position), changed, read, loss)
-                    later = None if logits is None else token_losses(logits[:, :-1], rest[:, 1:])
-                except torch.OutOfMemoryError as error:
-                    if len(batch) == 1:
-                        raise MemoryError("the device has no room for one intervention") from error
-                    most = len(batch) // 2
-                    told = f"out of memory with {len(batch)} interventions in a pass"
-                    warnings.warn(f"{told}: it goes on with {most}", stacklevel=2)
-                    continue
-                activations[:, read.index] = codes
-                if later is not None:
-                    whole = (early[0, :position].sum() + later.sum(1)) / (end - 1)
-                    token_loss = later[:, 0] if later.shape[1] else whole * torch.nan
-                    both = torch.stack([whole, token_loss], dim=1).cpu().numpy()
-                    losses[batch.index] = np.hstack([both[:1].repeat(len(batch), 0), both[1:]])
-                start += len(batch)
+    ends = tokens.is_text.int().cumsum(1).argmax(1) + 1
+    for _, rows_here in progress([*rows.groupby(by)], "interventions"):
+        if block != (block := int(rows_here["block"].iloc[0])):
+            texts = np.unique(rows.loc[rows["block"] == block, "text"])
+            early, prefix = _read_texts(suite.model, tokens.ids[texts, : int(ends[texts].max())])
+        start = 0
+        while start < len(rows_here):
+            token = rows_here["token"].to_numpy()[start:]
+            place = np.arange(1, len(token) + 1) + token - token[0]  # after each token's clean row
+            batch = rows_here.iloc[start:][place <= most]
+            place = place[: len(batch)]
+            is_clean = ~np.isin(np.arange(place[-1] + 1), place)
+            of_token = batch.drop_duplicates("token")[["text", "position"]].to_numpy()
+            clean, (text, at) = (
+                each[..., is_clean.cumsum() - 1] for each in (np.flatnonzero(is_clean), of_token.T)
+            )
+            position, end, ids = int(at.max()), ends[text], tokens.ids[text]
+            rest = ids[:, position : end.max()] if loss else ids[range(len(at)), at][:, None]
+            changed, read = (
+                table.iloc[slice(*table["row"].searchsorted(batch.index[[0, -1]] + [0, 1]))]
+                for table in (edits, of_row)
+            )
+            changed, read = (
+                t.assign(place=place[t["row"] - batch.index[0]]) for t in (changed, read)
+            )
+            own, lengths = torch.from_numpy(np.stack([texts.searchsorted(text), at])).to(ids.device)
+            try:
+                earlier = prefix.of_rows(own, lengths)
+                logits, streams = _pass(suite, rest, earlier, clean, changed, read, loss)
+                later = None if logits is None else token_losses(logits[:, :-1], rest[:, 1:])
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    raise MemoryError("the device has no room for one intervention") from error
+                most = len(batch) // 2
+                told = f"out of memory with {len(batch)} interventions in a pass"
+                warnings.warn(f"{told}: it goes on with {most}", stacklevel=2)
+                continue
+            kept += streams
+            if sum(stream.nbytes for _, stream, *_ in kept) > KEPT_BYTES:
+                _encode(suite, kept, activations)
+            if later is not None:
+                ahead = end - 1 - position  # tokens with a next one; what follows is padding
+                later = later * (torch.arange(later.shape[1], device=end.device) < ahead[:, None])
+                whole = (early[own, :position].sum(1) + later.sum(1)) / (end - 1)
+                first = later[:, 0] if later.shape[1] else whole
+                both = torch.stack([whole, first.where(ahead > 0, torch.nan)], 1).cpu().numpy()
+                losses[batch.index] = np.hstack([both[clean[place]], both[place]])
+            start += len(batch)
+    _encode(suite, kept, activations)
     reads = reads.assign(old=activations[0], new=activations[1])
     return reads, pd.DataFrame(losses[row_of_case], columns=LOSSES) if loss else None
 
 
-def _fitting_rows(suite: "Suite", length: int, loss: bool, reads: "pd.DataFrame") -> int:
-    """How many rows fit in half of the free memory, on a CPU in a GiB at most."""
+def _fitting(suite: "Suite", length: int, loss: bool, reads: "pd.DataFrame") -> tuple[int, int]:
+    """Rows of a pass in half of the free memory, texts in a quarter; on a CPU in a GiB at most."""
     model, device, own = suite.model, str(suite.model.device), length if loss else 1
-    sites = reads[["layer", "module"]].drop_duplicates().itertuples(index=False)
-    encoded = max(suite.sae(Site(*site)).width for site in sites)
+    encoded = 0
+    for site in reads[["layer", "module"]].drop_duplicates().itertuples(index=False):
+        encoded = max(encoded, suite.about(Site(*site), "width"))
+        suite.about(Site(*site), "input_site")  # asked for later, and known from the same reading
     encoded += own * model.unembedding.shape[1] if loss else 0
-    stream = 6 * model.layers * length + own * PASS_TENSORS  # keys and values, three times
-    of_row = stream * model.d_model * model.unembedding.element_size() + 16 * encoded
+    size = model.d_model * model.unembedding.element_size()
+    of_text = 2 * model.layers * length * size  # keys and values; of a row three times
+    of_row = 3 * of_text + own * PASS_TENSORS * size + 16 * encoded
     room = min(free_memory(device) // 2, np.inf if device.startswith("cuda") else CPU_BUDGET)
-    return int(np.clip(room // of_row, 1, LARGEST_BATCH))
+    return int(np.clip(room // of_row, 1, LARGEST_BATCH)), max(1, int(room // 2 // of_text))
+
+
+def _read_texts(model: Model, ids: Int[Tensor, "text position"]) -> tuple[Tensor, PromptCache]:
+    """Losses, and keys and values, of texts: read one by one, as their logits are large."""
+    losses, prefixes = [], []
+    for text in ids.split(1):
+        logits, prefix = cache_prompt(model, text)
+        losses.append(token_losses(logits[:, :-1], text[:, 1:]))
+        prefixes.append(prefix.layers)
+    layers = (zip(*layer, strict=True) for layer in zip(*prefixes, strict=True))
+    return torch.cat(losses), PromptCache(
+        tuple((torch.cat(keys), torch.cat(values)) for keys, values in layers)
+    )
+
+
+def _encode(suite: "Suite", kept: list[Kept], activations: np.ndarray) -> None:
+    """Fills in what the kept streams say, site by site, so that each SAE is loaded once."""
+    for site, stream, rows, features, at in sorted(kept, key=itemgetter(0)):
+        codes = suite.sae(site).encode(stream.to(suite.model.device))
+        activations[:, at] = codes[rows, features].float().cpu().numpy()
+    kept.clear()
 
 
 def _distinct(cases: "pd.DataFrame", edits: "pd.DataFrame") -> "tuple[np.ndarray, pd.DataFrame]":
@@ -146,11 +206,12 @@ def _pass(
     suite: "Suite",
     ids: Int[Tensor, "batch position"],
     prefix: PromptCache,
+    clean: np.ndarray,
     edits: "pd.DataFrame",
     reads: "pd.DataFrame",
     loss: bool,
-) -> tuple[Tensor | None, np.ndarray]:
-    """Logits of one forward pass, and `[2, reads]` what is read in row 0 and in its own row."""
+) -> tuple[Tensor | None, list[Kept]]:
+    """Logits of one forward pass, and what is to be encoded; `clean` is each row's unedited one."""
     changes, first_edit, live = [], np.full(len(ids), np.inf), "amount" not in edits
     for (layer, module), part in edits.groupby(["layer", "module"], sort=False, observed=True):
         sae = suite.sae(predecessor_site(int(layer), str(module)))
@@ -163,30 +224,31 @@ def _pass(
             vectors = size[:, None] * sae.decoder_rows(features).float()
             changes.append(add_per_row(sae.input_site, rows, vectors, [0]))
         np.minimum.at(first_edit, part["place"].to_numpy(), _order(sae.input_site))
-    reads_of_site = reads.groupby(["layer", "module"], observed=True).indices
-    saes = {site: suite.sae(Site(int(site[0]), str(site[1]))) for site in reads_of_site}
+    reads_of_site = {
+        Site(int(layer), str(module)): at
+        for (layer, module), at in reads.groupby(["layer", "module"], observed=True).indices.items()
+    }
+    inputs = {site: suite.about(site, "input_site") for site in reads_of_site}
     # What comes before an edit is read as well, to see that it stays as it was.
     layers = edits["layer"].unique().tolist()
     earlier = [Site(at, m) for layer in layers for at, m in ((layer - 1, "res"), (layer, "att"))]
-    wanted = {*(sae.input_site for sae in saes.values())}
-    wanted |= {site for site in earlier if site.layer >= 0}
+    wanted = {*inputs.values(), *(site for site in earlier if site.layer >= 0)}
     last = max(site.layer for site in (*wanted, *(change.site for change in changes)))
     logits, stream = run_model(suite.model, ids, wanted, changes, None if loss else last, prefix)
     for site, activations in stream.items():
-        unedited = torch.from_numpy(first_edit > _order(site)).to(ids.device)  # row 0 among them
-        clean = activations[0, 0]
-        moved = (activations[unedited, 0] - clean).abs().max() / clean.abs().max()
-        if not moved <= (1e-4 if clean.dtype == torch.float32 else 3e-2):
+        unedited = torch.from_numpy(first_edit > _order(site)).to(ids.device)  # clean ones too
+        here = activations[:, 0][clean]
+        off = (activations[:, 0] - here).abs().amax(1) / here.abs().amax(1)
+        moved = off[unedited].max()
+        if not moved <= (1e-4 if here.dtype == torch.float32 else 3e-2):
             raise RuntimeError(f"an edit changed {site}, which lies before it, by {moved:.1%}")
-    found = np.zeros((2, len(reads)), np.float32)
-    for site, sae in saes.items():
-        at = reads_of_site[site]
-        places, feature = reads[["place", "feature"]].to_numpy()[at].T
-        places, own = np.unique(places, return_inverse=True)
-        codes = sae.encode(stream[sae.input_site][[0, *places.tolist()], 0])
-        codes = codes.float().cpu().numpy()
-        found[:, at] = codes[0, feature], codes[1 + own, feature]
-    return logits, found
+    kept = []
+    for site, at in reads_of_site.items():
+        places, features = reads[["place", "feature"]].to_numpy()[at].T
+        rows, own = np.unique([clean[places], places], return_inverse=True)
+        here = stream[inputs[site]][rows, 0].cpu()
+        kept.append((site, here, own.reshape(2, -1), features, reads.index[at]))
+    return logits, kept
 
 
 def _order(site: Site) -> int:

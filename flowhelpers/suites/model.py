@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from inspect import signature
 from typing import Any
@@ -41,9 +41,15 @@ class Edit:
 
 @dataclass(frozen=True)
 class PromptCache:
-    """Keys and values of one text: for each layer both, `[1, heads, position, d_head]`."""
+    """Keys and values of texts: for each layer both, `[text, heads, position, d_head]`.
+
+    Each row of a batch goes on after so many tokens (`lengths`) of one text (`rows`); by default
+    all after all of the first.
+    """
 
     layers: tuple[tuple[Tensor, Tensor], ...]
+    rows: Int[Tensor, "batch"] | None = None
+    lengths: Int[Tensor, "batch"] | None = None
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -56,15 +62,40 @@ class PromptCache:
         cut = ((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
         return PromptCache(tuple(cut))
 
+    def of_rows(self, rows: Int[Tensor, "batch"], lengths: Int[Tensor, "batch"]) -> "PromptCache":
+        """For each row of a batch the first tokens of one of the texts."""
+        alike = bool((lengths == lengths[0]).all())
+        whole = self.first(int(lengths.max()))
+        return replace(whole, rows=rows, lengths=None if alike else lengths)
+
+    def padding(self, new: int) -> dict[str, Tensor]:
+        """Attention mask, and positions of `new` tokens, after prefixes padded on the left."""
+        if self.lengths is None:
+            return {}
+        lengths, at = self.lengths[:, None], torch.arange(len(self) + new).to(self.lengths)
+        mask = at >= len(self) - lengths
+        return {"attention_mask": mask.long(), "position_ids": lengths + at[:new]}
+
     def cache(self, batch: int, layers: int | None = None) -> Any:
-        """The cache of transformers in which every row of a batch has this prefix."""
+        """The cache of transformers in which every row of a batch has its prefix."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
+        rows = torch.zeros(batch, dtype=torch.long) if self.rows is None else self.rows
+        if self.lengths is not None:
+            at = torch.arange(len(self)).to(rows) - len(self) + self.lengths[:, None]
+            at = at.clamp(0)  # the mask leaves out what is before the text
         # Of layers with a sliding window all is kept as well, and the mask leaves out what is far.
         for layer, (keys, values) in enumerate(self.layers[:layers]):
-            keys, values = (each.expand(batch, *each.shape[1:]) for each in (keys, values))
-            cache.update(keys, values, layer)
+            cache.update(keys[:, :, :1], values[:, :, :1], layer)  # which would copy all again
+            held, rows = cache.layers[layer], rows.to(keys.device)
+            if self.lengths is None:
+                held.keys, held.values = keys[rows], values[rows]
+            else:
+                held.keys, held.values = (
+                    each.transpose(1, 2)[rows[:, None], at].transpose(1, 2)
+                    for each in (keys, values)
+                )
         return cache
 
 
@@ -166,8 +197,8 @@ def run_model(
     """One forward pass: edits applied in order, sites read after their edits.
 
     It ends once the layer `stop_after` is done, without logits. `prefix` are the tokens before
-    `ids`, the same for every row; positions are counted after them. An edit or a reading that was
-    never reached is a RuntimeError.
+    `ids`; positions are counted after them. An edit or a reading that was never reached is a
+    RuntimeError.
     """
     kept: dict[Site, Activations] = {}
 
@@ -185,9 +216,10 @@ def run_model(
             raise ValueError(f"{late[0]} lies after layer {stop_after}, where the pass stops")
         changes.append(Edit(Site(stop_after, "res"), _stop))
     cache = None if prefix is None else prefix.cache(len(ids), layers)
+    padding: dict[str, Any] = {} if prefix is None else prefix.padding(ids.shape[1])
     logits = None
     with editing(model, changes), suppress(_Stopped):
-        logits = forward(model, ids, cache)
+        logits = forward(model, ids, cache, **padding)
     return logits, kept
 
 
@@ -211,18 +243,36 @@ def cache_prompt(
     return logits, PromptCache(tuple((layer.keys, layer.values) for layer in cache.layers))
 
 
+def takes_padding(model: Model) -> bool:
+    """Whether rows that go on after unlike lengths give what whole texts give, on a few tokens."""
+    if "position_ids" not in signature(model.bridge.original_model.forward).parameters:
+        return False
+    ids = torch.arange(1, 9, device=model.device)[None] * (model.bridge.cfg.d_vocab // 10)
+    at = torch.tensor([2, 6, 4], device=model.device)
+    whole, prefix = cache_prompt(model, ids)
+    padded, _ = run_model(model, ids[0, at][:, None], prefix=prefix.of_rows(at * 0, at))
+    assert padded is not None
+    off, size = (padded[:, 0] - whole[0, at]).abs().max(), whole[0, at].abs().max()
+    return bool(off <= size * (1e-4 if whole.dtype == torch.float32 else 3e-2))
+
+
 def forward(
-    model: Model, ids: Int[Tensor, "batch position"], cache: Any = None, last: bool = False
+    model: Model,
+    ids: Int[Tensor, "batch position"],
+    cache: Any = None,
+    *,
+    last: bool = False,
+    **given: Any,
 ) -> Float[Tensor, "batch kept vocabulary"]:
     """The logits of one pass, which goes on after the keys and values of a cache and extends it.
 
-    With `last` those of the last token alone, where the model can leave out the others.
+    With `last` those of the last token alone, where the model can leave out the others; `given` is
+    handed on to the model.
     """
-    given: dict[str, Any] = {}
     expected = ids.shape[1]
     if cache is not None:
         accepted = signature(model.bridge.original_model.forward).parameters
-        given = {"cache" if "cache" in accepted else CACHE: cache, "use_cache": True}
+        given |= {"cache" if "cache" in accepted else CACHE: cache, "use_cache": True}
         given |= {"logits_to_keep": 1} if last and "logits_to_keep" in accepted else {}
         expected += cache.get_seq_length()
     with fitting_threads(ids.numel(), model.d_model):

@@ -1,5 +1,6 @@
 """Many edits in a batch give what one at a time gives, and bad input never gives a number."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -19,7 +20,7 @@ from flowhelpers.interventions import batched
 from flowhelpers.interventions.batched import intervene
 from flowhelpers.interventions.edits import add, add_per_row, rescale
 from flowhelpers.suites.bridge import load_model
-from flowhelpers.suites.load import Suite, load_suite
+from flowhelpers.suites.load import OnDemand, Suite, load_suite
 from flowhelpers.suites.model import (
     Edit,
     Model,
@@ -28,6 +29,7 @@ from flowhelpers.suites.model import (
     cache_prompt,
     logits_of,
     run_model,
+    takes_padding,
     tokenize,
 )
 
@@ -121,6 +123,9 @@ def checked(
         suite, tokens, cases, edits, every_feature(suite, cases, places), loss=True
     )
     assert losses is not None
+    reads = every_feature(suite, cases, places)
+    packed, _ = intervene(suite, tokens, cases, edits, reads)  # without the loss, all places share
+    pd.testing.assert_frame_equal(read, packed, atol=1e-5)
     for i, case in enumerate(cases.itertuples()):
         own = read[read["case"] == i]
         codes, loss = one_at_a_time(suite, tokens, case, edits[edits["case"] == i], places)
@@ -184,8 +189,9 @@ def test_what_is_asked_for_twice_is_done_once(world: SimpleNamespace, passes: li
         (2, "res", 1, -1.0), (3, "res", 1, -1.0), (4, "res", 1, -1.0),
     )  # fmt: skip
     checked(world.suite, world.tokens, cases, edits, HERE)
-    edited = [shape[0] - 1 for shape, _, _ in passes]
-    assert edited == [2, 1, 1]
+    # With the loss two rows and one at the same place, each text with a clean row, and then one;
+    # without it all at once.
+    assert [shape[0] for shape, _, _ in passes] == [5, 2, 7]
 
 
 def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, passes: list[tuple]):
@@ -194,7 +200,7 @@ def test_a_pass_is_as_short_as_it_can_be(flowlet: SimpleNamespace, passes: list[
     given = (flowlet.suite, flowlet.tokens, cases, edits)
     reads = every_feature(flowlet.suite, cases, HERE)
     intervene(*given, reads)
-    assert passes == [((3, 1), 2, 5), ((2, 1), 6, 8)]
+    assert passes == [((5, 1), 6, 8)]
     passes.clear()
     intervene(*given, reads, loss=True)
     length = int(flowlet.tokens.is_text[0].sum()) + 1
@@ -303,7 +309,7 @@ def test_the_size_of_a_batch_follows_memory(
 
     def rows(room: int, loss: bool = False) -> int:
         monkeypatch.setattr(batched, "free_memory", lambda device: room)
-        return batched._fitting_rows(suite, 14, loss, reads)
+        return batched._fitting(suite, 14, loss, reads)[0]
 
     assert (rows(2**20), rows(2**20, loss=True), rows(2**40)) == (1, 1, 1024)
     codes = 16 * suite.sae("4/res").width
@@ -365,8 +371,67 @@ def test_a_pass_after_a_prefix_is_a_whole_pass(family: str, toy_folder: Path, tm
             assert torch.allclose(read[site], here, atol=1e-5)
             if logits is not None:
                 assert torch.allclose(logits, whole[:, position:].expand(3, -1, -1), atol=1e-5)
+    texts = torch.cat([ids, ids.flip(1)])
+    both, prefixes = zip(*(cache_prompt(model, text) for text in texts.split(1)), strict=True)
+    all_layers = [each.layers for each in prefixes]
+    layers = [list(zip(*layer, strict=True)) for layer in zip(*all_layers, strict=True)]
+    stacked = PromptCache(tuple((torch.cat(k), torch.cat(v)) for k, v in layers))
+    rows, at = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([5, 9, 20, 36, 1])
+    rest = torch.stack([texts[row, p : p + 3] for row, p in zip(rows, at, strict=True)])
+    logits, _ = run_model(model, rest, prefix=stacked.of_rows(rows, at))
+    assert logits is not None
+    for row, p, own in zip(rows, at, logits, strict=True):
+        assert torch.allclose(own, both[row][0, p : p + 3], atol=1e-5)
+    assert takes_padding(model)
     with pytest.raises(ValueError, match="41 tokens of a prefix of 40"):
         prefix.first(41)
+
+
+@pytest.mark.parametrize("part", ["attention_mask", "position_ids"])
+def test_a_model_that_takes_no_padding_has_a_pass_for_each_place(
+    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, passes: list[tuple], part: str
+):
+    cases, edits = random_cases(flowlet.suite, flowlet.activations, 40, seed=5)
+    reads = every_feature(flowlet.suite, cases, HERE)
+    given = (flowlet.suite, flowlet.tokens, cases, edits, reads)
+    known, _ = intervene(*given)
+    assert len(passes) == 1
+    padding = PromptCache.padding
+
+    def wrong(self: PromptCache, new: int) -> dict[str, Tensor]:
+        given = padding(self, new)
+        return given | {part: given[part].clamp(min=1, max=1)} if given else {}
+
+    monkeypatch.setattr(PromptCache, "padding", wrong)
+    pd.testing.assert_frame_equal(known, intervene(*given)[0], atol=1e-5)
+    assert len(passes) == 1 + cases["position"].nunique()
+
+
+def test_each_sae_is_loaded_once_however_many_passes_there_are(
+    flowlet: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+):
+    cases, edits = random_cases(flowlet.suite, flowlet.activations, 120, seed=6)
+    reads = pd.concat(
+        cases.assign(case=cases.index, layer=layer, module="res", feature=feature)
+        for layer in range(8)
+        for feature in (3, 5)
+    )
+    reads = reads[reads["layer"] >= reads["case"].map(cases["layer"])].reset_index(drop=True)
+    given = (flowlet.tokens, cases, edits, reads)
+    known, _ = intervene(flowlet.suite, *given)
+    for room in (2**30, 2**16):
+        loads: Counter[Site] = Counter()
+
+        def load(site: Site, loads: Counter[Site] = loads) -> Any:
+            loads[site] += 1
+            return flowlet.suite.saes[site]
+
+        few = replace(flowlet.suite, saes=OnDemand(flowlet.suite.saes, load, kept=4))
+        monkeypatch.setattr(batched, "KEPT_BYTES", room)
+        found, _ = intervene(few, *given, batch_size=5)
+        pd.testing.assert_frame_equal(known, found, atol=1e-5)
+        # Once for what it is, once to edit the layer above and once to be read.
+        assert (max(loads.values()) <= 3) == (room == 2**30)
 
 
 def test_a_model_whose_prefix_is_ignored_is_refused(
