@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from flowhelpers.core.machine import in_threads, quick_dtype
@@ -38,47 +38,49 @@ def unit_rows(
 
 @dataclass(frozen=True)
 class Directions:
-    """Directions ready for products: in float32 (`units`) and in the quickest type (`rough`).
+    """Directions ready for products.
 
-    `errors` are the norms of what rounding took from each; `usable` is False for rows of zeros.
+    `rows` times `scale` are of unit norm, `rough` the same in the type whose products are quickest,
+    and `errors` the norms of what rounding took from each. The scale of a row of zeros is zero.
     """
 
-    units: Float[Tensor, "rows d_model"]
+    rows: Float[Tensor, "rows d_model"]
+    scale: Float[Tensor, "rows"]
     rough: Float[Tensor, "rows d_model"]
     errors: Float[Tensor, "rows"]
-    usable: Bool[Tensor, "rows"]
 
     def __len__(self) -> int:
-        return len(self.units)
+        return len(self.rows)
 
-    def __getitem__(self, rows: slice) -> "Directions":
-        return Directions(self.units[rows], self.rough[rows], self.errors[rows], self.usable[rows])
+    def __getitem__(self, some: slice) -> "Directions":
+        return Directions(self.rows[some], self.scale[some], self.rough[some], self.errors[some])
 
 
 def prepare(
     matrix: Float[Tensor, "rows d_model"] | Directions, device: str | torch.device, first: int = 0
 ) -> Directions:
-    """Normalises rows for products with many others, unless they are; errors as of `unit_rows`."""
+    """Makes rows ready for products with many others, unless they are; errors as of `unit_rows`."""
     if isinstance(matrix, Directions):
         return matrix
     device = device_of(device)
-    quick = quick_dtype(device.type)
-    units = torch.empty(matrix.shape, device=device)
-    rough = units if quick is torch.float32 else units.new_empty(units.shape, dtype=quick)
-    errors, norms = units.new_zeros(len(units)), units.new_empty(len(units))
+    rows = matrix.to(device).float()
+    norms = torch.linalg.vector_norm(rows, dim=1)
+    if not ((norms > 1 / FAR) & (norms < FAR)).all():
+        rows = unit_rows(rows, first)
+        norms = torch.linalg.vector_norm(rows, dim=1)
+    scale, errors = torch.where(norms > 0, 1 / norms, 0.0), torch.zeros_like(norms)
+    rough = torch.empty(rows.shape, dtype=quick_dtype(device.type), device=device)
 
-    def normalise(rows: slice) -> None:
-        units[rows] = part = unit_rows(matrix[rows].to(device), first + rows.start)
-        norms[rows] = torch.linalg.vector_norm(part, dim=1)
-        if rough is not units:
-            rough[rows] = part
-            errors[rows] = torch.linalg.vector_norm(part - rough[rows], dim=1)
+    def make_rough(some: slice) -> None:
+        units = rows[some] * scale[some, None]
+        rough[some] = units
+        errors[some] = torch.linalg.vector_norm(units.sub_(rough[some]), dim=1)
 
     if device.type == "cpu":
-        in_threads(normalise, [slice(i, i + PART) for i in range(0, len(units), PART)])
+        in_threads(make_rough, [slice(i, i + PART) for i in range(0, len(rows), PART)])
     else:
-        normalise(slice(0, len(units)))
-    return Directions(units, rough, errors, norms > 0)
+        make_rough(slice(0, len(rows)))
+    return Directions(rows, scale, rough, errors)
 
 
 def device_of(given: str | torch.device) -> torch.device:

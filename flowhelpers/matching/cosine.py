@@ -88,13 +88,13 @@ def top_k_both_ways(
 def _matches(
     target: Rows, source: Rows, k: int, memory: int | None, device: Any, both: bool
 ) -> tuple[TopK, TopK]:
-    shapes = _units_of(target).shape, _units_of(source).shape
+    shapes = _rows_of(target).shape, _rows_of(source).shape
     if [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][1]:
         raise ValueError(
             f"cannot compare target {tuple(shapes[0])} with source {tuple(shapes[1])}:"
             " expected two matrices of the same width"
         )
-    device = device_of(device or _units_of(target).device)
+    device = device_of(device or _rows_of(target).device)
     memory = MEMORY.get(device.type, MEMORY["cpu"]) if memory is None else memory
     blocks = _block_sizes(target, source, memory, device.type, both)
     told = f"out of memory while matching on {device}: it goes on with smaller blocks"
@@ -110,16 +110,16 @@ def _matches(
         memory //= 2
 
 
-def _units_of(side: Rows) -> Tensor:
-    return side.units if isinstance(side, Directions) else side
+def _rows_of(side: Rows) -> Tensor:
+    return side.rows if isinstance(side, Directions) else side
 
 
 def _block_sizes(
     target: Rows, source: Rows, memory: int, device_type: str, both: bool
 ) -> tuple[int, int]:
     """Targets and sources of a block that fits, with its product, in three quarters of memory."""
-    width, quick = _units_of(target).shape[1], quick_dtype(device_type)
-    of_row = width * (4 + quick.itemsize % 4)  # float32, and the quick type if it is another
+    width, quick = _rows_of(target).shape[1], quick_dtype(device_type)
+    of_row = width * (4 + quick.itemsize)  # float32, and the quick type
     raw = [of_row * (not isinstance(side, Directions)) for side in (target, source)]
     of_pair = 1.1 * (4 if device_type == "cuda" else quick.itemsize)
     rows, columns = len(target), len(source)
@@ -253,13 +253,13 @@ def _best_of(
     indices = torch.full((n, k), -1, device=cosines.device)
     scores = torch.zeros(n, k, device=cosines.device)
     error = rows.errors + (1 + rows.errors) * others.errors.amax()
-    error += 2 * rows.units.shape[1] * FLOAT32_UNIT + 1e-7
+    error += 2 * rows.rows.shape[1] * FLOAT32_UNIT + 1e-7
     unit, size = UNITS[cosines.dtype], cosines.shape[1] // highest.shape[1]
     kth = highest.topk(k, dim=1).values[:, -1].float()
     least = (kth - unit * kth.abs() - error).clamp(min=0)
     low = least - error
     low -= 2.02 * unit * low.abs()  # for the product's rounding, and for its own
-    low = low.masked_fill(~rows.usable, torch.inf).to(cosines.dtype)
+    low = low.masked_fill(rows.scale == 0, torch.inf).to(cosines.dtype)
     near = highest >= low[:, None]
     # So many rows at a time that all that may be among their best fits.
     room = max(1, memory // 8 // torch.get_num_threads() // LISTED)
@@ -271,14 +271,15 @@ def _best_of(
         entries = cosines[here].unflatten(1, (-1, size))[row, group]
         which, place = (entries >= low[here][row, None]).nonzero(as_tuple=True)
         row, other = row[which], group[which] * size + place
-        exact = _dots(rows.units[here], others.units, row, other)
+        exact = _dots(rows.rows[here], others.rows, row, other)
+        exact *= rows.scale[here][row] * others.scale[other]
         found = _sorted(row, other, exact, here.stop - here.start, k)
         indices[here], scores[here] = found.indices, found.scores
 
     parts = [slice(*ends_of) for ends_of in pairwise([0, *ends])]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-        _ = [*map(choose, parts)] if rows.units.device.type != "cpu" else in_threads(choose, parts)
+        _ = [*map(choose, parts)] if rows.rows.device.type != "cpu" else in_threads(choose, parts)
     return TopK(indices, scores)
 
 

@@ -41,7 +41,7 @@ def null_cosines(
     99.9 % quantile (`null_error`) falls with the root of `draws`: with 4,096 it is 2 % of the
     quantile at Gemma 2 2B's size, a fourth of a product of two SAEs.
     """
-    held = source.units if isinstance(source, Directions) else source
+    held = source.rows if isinstance(source, Directions) else source
     at = device or held.device
     return top_k_cosine(_random(held.shape[1], seed, draws, at), source, device=at).scores[:, 0]
 
