@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from scipy.optimize import linear_sum_assignment
 
 from flowhelpers.activations.sparse import read_batches
 from flowhelpers.core.features import MODULES, Site, predecessor_sites
 from flowhelpers.core.files import DATA
 from flowhelpers.core.machine import check_memory
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.matching.matchers import MAX_TOKENS, by_permutation
+from flowhelpers.matching.matchers import MAX_TOKENS, assignment_time, by_permutation
 from flowhelpers.matching.null import null_cosines
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import make_plan
@@ -40,8 +39,7 @@ DEEP = 3  # so many: what these take more is that of each layer
 USUAL_L0 = 64  # of SAEs that declare none
 TOKENS, PER_PASS = 100_000, 16  # that are read, and texts of a pass
 TEXTS, NEW = 512, 36  # that are steered together, and tokens of each
-LONGEST = 60.0  # seconds of an assignment that is still tried out, foretold from that of
-PART, GROWTH = 2048, 2.3  # so many features by how time grows with them
+LONGEST = 60.0  # seconds of an assignment that is still tried out
 
 
 class Step(NamedTuple):
@@ -195,9 +193,7 @@ def time_null(suite: Suite) -> float:
 def time_assignment(suite: Suite) -> float:
     """One permutation; a TimeoutError if by a part of it it would take over a minute."""
     target, source = suite.sae("0/res"), suite.sae("0/mlp")
-    products = target.directions[:PART].cpu() @ source.directions[:PART].cpu().T
-    small = best_time(lambda: linear_sum_assignment(products.numpy(), True))
-    foretold = small * (target.width / len(products)) ** GROWTH
+    foretold = assignment_time((target.directions @ source.directions.T).cpu().numpy())
     if foretold > LONGEST:
         raise TimeoutError(f"one takes some {foretold / 60:.0f} minutes, too long to be tried out")
     return best_time(lambda: by_permutation(target, source, device=suite.device))

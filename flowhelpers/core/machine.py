@@ -47,10 +47,11 @@ def in_threads(work: Callable[[A], B], parts: Iterable[A]) -> list[B]:
     import torch
 
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = [*pool.map(work, parts)]
-    torch.set_num_threads(threads)  # with which threads begin that come later
-    return found
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return [*pool.map(work, parts)]
+    finally:
+        torch.set_num_threads(threads)  # with which threads begin that come later
 
 
 def check_device(name: str) -> None:

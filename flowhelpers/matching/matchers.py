@@ -91,7 +91,7 @@ def by_permutation(
     check_memory(3 * 8 * target.width * source.width, what)
     later, earlier = (_rows(side, weights, folded) for side in (target, source))
     products = (later.to(device) @ earlier.to(device).T).cpu().numpy()
-    if pairs and (minutes := pairs * _assignment_time(products) / 60) > 1:
+    if pairs and (minutes := pairs * assignment_time(products) / 60) > 1:
         size = f"{target.width:,} × {source.width:,} features"
         print(f"up to {pairs} assignments of {size}: about {minutes:.0f} minutes on one core")
     ends, starts = (torch.from_numpy(side) for side in linear_sum_assignment(products, True))
@@ -105,7 +105,7 @@ def by_permutation(
     )
 
 
-def _assignment_time(products: np.ndarray) -> float:
+def assignment_time(products: np.ndarray) -> float:
     """Seconds that an assignment takes here, by that of its first rows and columns."""
     from scipy.optimize import linear_sum_assignment
 
