@@ -76,10 +76,9 @@ def prepare(
         rough[some] = units
         errors[some] = torch.linalg.vector_norm(units.sub_(rough[some]), dim=1)
 
-    if device.type == "cpu":
-        in_threads(make_rough, [slice(i, i + PART) for i in range(0, len(rows), PART)])
-    else:
-        make_rough(slice(0, len(rows)))
+    part = PART if device.type == "cpu" else max(1, len(rows))
+    parts = [slice(i, i + part) for i in range(0, len(rows), part)]
+    in_threads(make_rough, parts, device.type)
     return Directions(rows, scale, rough, errors)
 
 

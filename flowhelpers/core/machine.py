@@ -1,6 +1,7 @@
 """What this machine has: devices, memory that is free, and threads."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -39,13 +40,16 @@ def fitting_threads(rows: int, width: int) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def in_threads(work: Callable[[A], B], parts: Iterable[A]) -> list[B]:
+def in_threads(work: Callable[[A], B], parts: Iterable[A], device_type: str = "cpu") -> list[B]:
     """What work gives of each part, on as many threads as torch has, each with one of torch's.
 
-    Threads that share every short step of one part would wait for each other at each.
+    Threads that share every short step of one part would wait for each other at each. A GPU has
+    threads of its own: there one part comes after the other.
     """
     import torch
 
+    if device_type != "cpu":
+        return [*map(work, parts)]
     threads = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -63,6 +67,22 @@ def check_device(name: str) -> None:
     here += ["mps"] if torch.backends.mps.is_available() else []
     if name not in here:
         raise ValueError(f"torch finds no device {name!r} on this machine{suggestion(name, here)}")
+
+
+def halved(rows: int, what: str, error: Exception, said: bool) -> int:
+    """Half as many rows as a device had no memory for, with a warning unless one was given.
+
+    A MemoryError if there was one row alone, or `what` that is.
+    """
+    if rows == 1:
+        raise MemoryError(f"the device has no room for one {what}") from error
+    if not said:
+        warnings.warn(
+            f"out of memory with {rows} {what}s at a time: it goes on with half as many, and"
+            " fewer if need be",
+            stacklevel=3,
+        )
+    return rows // 2
 
 
 def free_memory(device: str = "cpu") -> int:

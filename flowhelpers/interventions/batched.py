@@ -6,7 +6,6 @@ rest of the text where the loss is. Tokens share passes, each with a row without
 loss those at the same place of their texts, else all. SAEs read once many passes are made.
 """
 
-import warnings
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from flowhelpers.activations.sparse import PASS_TENSORS
 from flowhelpers.core.features import Site, predecessor_site
-from flowhelpers.core.machine import free_memory
+from flowhelpers.core.machine import free_memory, halved
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.interventions.edits import add_per_row, rescale_per_row
 from flowhelpers.suites.model import (
@@ -85,6 +84,7 @@ def intervene(
     row_of_case, rows = _distinct(cases, edits)
     fitting, texts_at_once = _fitting(suite, tokens.ids.shape[1], loss, reads)
     most, block = batch_size or fitting, -1
+    at_first = most
     rows["block"] = pd.factorize(rows["text"], sort=True)[0] // texts_at_once
     # Layers share passes unless their SAEs are not all in memory, places where nothing follows.
     by = [*([] if getattr(suite.saes, "all_fit", True) else ["layer"]), "block"]
@@ -129,11 +129,7 @@ def intervene(
                 logits, streams = _pass(suite, rest, earlier, clean, changed, read, loss)
                 later = None if logits is None else token_losses(logits[:, :-1], rest[:, 1:])
             except torch.OutOfMemoryError as error:
-                if len(batch) == 1:
-                    raise MemoryError("the device has no room for one intervention") from error
-                most = len(batch) // 2
-                told = f"out of memory with {len(batch)} interventions in a pass"
-                warnings.warn(f"{told}: it goes on with {most}", stacklevel=2)
+                most = halved(len(batch), "intervention", error, said=most < at_first)
                 continue
             kept += streams
             if sum(stream.nbytes for _, stream, *_ in kept) > KEPT_BYTES:

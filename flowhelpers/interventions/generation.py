@@ -142,7 +142,7 @@ def draw_tokens(
 
     rows = max(1, TOGETHER[logits.device.type] // logits.shape[1])
     parts = zip(logits.split(rows), uniform.split(rows), strict=True)
-    return torch.cat([*map(draw, parts)] if logits.is_cuda else in_threads(draw, parts))
+    return torch.cat(in_threads(draw, parts, logits.device.type))
 
 
 def _drawn(

@@ -217,12 +217,9 @@ def _product(
             grouped = cosines[strip].unflatten(0, (-1, of_column))
             torch.amax(grouped, 1, out=by_column[groups])
 
-    if on_gpu:
-        multiply(slice(0, shape[0]))
-    else:
-        in_threads(
-            multiply, [slice(i, min(i + STRIP, shape[0])) for i in range(0, shape[0], STRIP)]
-        )
+    strip = shape[0] if on_gpu else STRIP
+    strips = [slice(i, min(i + strip, shape[0])) for i in range(0, shape[0], strip)]
+    in_threads(multiply, strips, rows.rough.device.type)
     return cosines, by_row[:n], None if by_column is None else by_column.T[:m].contiguous()
 
 
@@ -279,7 +276,7 @@ def _best_of(
     parts = [slice(*ends_of) for ends_of in pairwise([0, *ends])]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support")
-        _ = [*map(choose, parts)] if rows.rows.device.type != "cpu" else in_threads(choose, parts)
+        in_threads(choose, parts, rows.rows.device.type)
     return TopK(indices, scores)
 
 

@@ -4,7 +4,6 @@ A cell is one way to steer for one theme: a strategy, a layer, a strength. The b
 looks better than it is: choose it on some samples and report it on others (CHOICES 39).
 """
 
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice, product
@@ -17,7 +16,7 @@ import torch
 from flowhelpers.activations.sparse import PASS_TENSORS
 from flowhelpers.core.cache import DiskCache, key_of
 from flowhelpers.core.features import parse_feature
-from flowhelpers.core.machine import free_memory
+from flowhelpers.core.machine import free_memory, halved
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.flow.graph import FlowGraph
 from flowhelpers.interventions import generation
@@ -97,6 +96,7 @@ def steer(
     seeds = [generation.sample_seed(seed, number) for number in numbers]
     names, texts = list(plans), []
     most = batch_size or _fitting_rows(suite, plans.values(), ids.shape[1], max_new_tokens)
+    at_first = most
     while len(texts) < len(names) * len(numbers):
         done, first = divmod(len(texts), len(numbers))
         batch = names[done : done + max(1, most // len(numbers))]
@@ -112,11 +112,7 @@ def steer(
             name = batch[error.rows[0] // len(own)]
             raise FloatingPointError(f"plan {name!r}: {error}") from error
         except torch.OutOfMemoryError as error:
-            if len(rows) == 1:
-                raise MemoryError("the device has no room for one text") from error
-            most = len(rows) // 2
-            told = f"out of memory with {len(rows)} texts in a batch: it goes on with {most}"
-            warnings.warn(told, stacklevel=2)
+            most = halved(len(rows), "text", error, said=most < at_first)
             continue
         texts += generation.continuations(suite.model, tokens[:, ids.shape[1] :])
     plan_of_row = np.repeat(names, len(numbers))

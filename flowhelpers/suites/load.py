@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from flowhelpers.core.features import FeatureId, Site, parse_feature, parse_site, suggestion
 from flowhelpers.core.machine import check_device, check_memory, free_memory
@@ -106,8 +106,8 @@ class Suite:
         near = suggestion(str(site), [str(s) for s in self.saes])
         raise ValueError(f"no SAE at {site} in suite {self.name}{near}")
 
-    def about(self, site: Site, name: str) -> Any:
-        """An attribute of an SAE, such as its `fingerprint`, for which its files are read once."""
+    def about(self, site: Site, name: Literal["width", "input_site", "fingerprint"]) -> Any:
+        """What an SAE's attribute of this name says; its files are read for it once at most."""
         if isinstance(self.saes, OnDemand) and site in self.saes:
             return self.saes.about(site, name)
         return getattr(self.sae(site), name)

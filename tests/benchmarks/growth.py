@@ -14,6 +14,8 @@ token read at all sites takes 0.23, 0.22 and 0.22 ms, a token of 100 interventio
 
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from flowhelpers.activations.sampling import draw_sample
 from flowhelpers.activations.sparse import collect
 from flowhelpers.deactivation.ablation import deactivate
 from flowhelpers.matching.table import match_table
-from flowhelpers.suites.load import load_suite
+from flowhelpers.suites.load import Suite, load_suite
 
 GROWING = (1, 2, 4)
 MIB = 2**20
@@ -42,21 +44,30 @@ def print_growth(
         print(f"{what:<32}{n:>8,}{1000 * one:10.2f} ms each{one / each[0]:8.2f} ×")
 
 
+def match(suite: Suite) -> pd.DataFrame:
+    """The suite's match table, not from disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        return match_table(suite, cache=Path(folder))
+
+
+def beside_suite(layers: int, features: int, width: int) -> tuple[float, float]:
+    """MiB in use at most while a suite is matched, without the suite; and those of the answer."""
+    match(suite_of(2, 256, width, "cpu"))  # imports what is needed
+    suite, found = suite_of(layers, features, width, "cpu"), []
+    before, most = memory(lambda: found.append(match(suite)))
+    return (most - before) / MIB, found[0].memory_usage().sum() / MIB
+
+
 def matching(features: int, width: int, repeats: int) -> None:
-    """Of suites of 4, 8 and 16 layers: time a pair, and memory."""
+    """Of suites of 4, 8 and 16 layers: memory, each in a process of its own; and time a pair."""
+    new_process = get_context("spawn")
+    for layers in (4 * n for n in GROWING):  # what another has left would be used again
+        with ProcessPoolExecutor(1, new_process) as pool:
+            most, answer = pool.submit(beside_suite, layers, features, width).result()
+        told = f"{most:.0f} MiB beside the suite, {answer:.0f} of them the answer"
+        print(f"  {layers} layers: {told}")
     suites = [suite_of(4 * n, features, width, "cpu") for n in GROWING]
-
-    def match(suite) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            match_table(suite, cache=Path(folder))
-
     match(suites[0])
-    for suite in suites:  # before what is timed leaves memory that is used again
-        before, most = memory(lambda suite=suite: match(suite))
-        found = match_table(suite, layers=[1])
-        answer = found.memory_usage().sum() / 3 * (3 * suite.layers - 1) / MIB
-        peak = (most - before) / MIB
-        print(f"  {suite.layers} layers: {peak:.0f} MiB beside the suite, {answer:.0f} the answer")
     calls = [lambda suite=suite: match(suite) for suite in suites]
     print_growth("pairs of SAEs matched", [3 * 4 * n - 1 for n in GROWING], calls, repeats)
 

@@ -289,8 +289,9 @@ def test_memory_that_runs_out_halves_the_batch_and_goes_on(
         return whole(first, ids, *rest)
 
     monkeypatch.setattr(batched, where, small)
-    with pytest.warns(UserWarning, match="out of memory with 20 interventions .* with 10"):
+    with pytest.warns(UserWarning, match="out of memory with 40 interventions .* half") as told:
         found = intervene(*given)
+    assert len(told) == 1
     assert [size for size in sizes if size > 0] == [40, 20, 10, 10, 10, 10]
     for one, other in zip(known, found, strict=True):
         pd.testing.assert_frame_equal(one, other, atol=1e-5)
