@@ -21,13 +21,13 @@ from flowhelpers.core.progress_bar import progress
 from flowhelpers.interventions.edits import add_per_row, rescale_per_row
 from flowhelpers.suites.model import (
     Model,
-    PromptCache,
     Tokens,
     cache_prompt,
     run_model,
     takes_padding,
     token_losses,
 )
+from flowhelpers.suites.prompt_cache import PromptCache
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -201,7 +201,7 @@ def _distinct(cases: "pd.DataFrame", edits: "pd.DataFrame") -> "tuple[np.ndarray
 def _pass(
     suite: "Suite",
     ids: Int[Tensor, "batch position"],
-    prefix: PromptCache,
+    prefix: PromptCache | None,
     clean: np.ndarray,
     edits: "pd.DataFrame",
     reads: "pd.DataFrame",

@@ -5,18 +5,19 @@ The MLP needs no such step: its hook point (`HOOKS` in model.py) lies behind Gem
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
+from flowhelpers.core.features import Site
 from flowhelpers.core.files import read_json
 from flowhelpers.suites.hub import fetch, read_tensors
+from flowhelpers.suites.model import Edit, Model, few_tokens, run_model
 
-if TYPE_CHECKING:
-    from flowhelpers.suites.model import Model
-
+PUT = 100.0  # far more than what biases add
+SAME = 0.999  # a cosine; without a trained gain it is 0.7 to 0.9
 GEMMAS = ("gemma2", "gemma3", "gemma3_text")  # a norm follows attention, and holds its gain less 1
 PREFIXES = ("model.", "language_model.model.", "model.language_model.")
 
@@ -39,16 +40,35 @@ class AttentionOutput:
 
 
 @torch.no_grad()
-def attention_output(model: "Model", layer: int) -> AttentionOutput:
+def attention_output(model: Model, layer: int) -> AttentionOutput:
     """W_O of a layer, and the gain of the norm that follows where there is one.
 
-    The gain is what the norm makes of ones. Its weights do not tell: of some architectures they
-    hold the gain, of others the gain less 1.
+    Which norm follows is measured: a vector is put at z, and its opposite, and what arrives in the
+    stream has to be the vector's product with W_O, as it is or times the gain of one of the block's
+    norms. The gain is what a norm makes of ones. Its weights do not tell: of some architectures
+    they hold the gain, of others the gain less 1. A ValueError if no norm of the block fits.
     """
     block = model.bridge.blocks[layer]
-    norm, weights = getattr(block, "ln1_post", None), block.attn.W_O
+    weights = block.attn.W_O.flatten(0, 1)
+    vector = PUT * torch.randn(len(weights), generator=torch.Generator().manual_seed(layer))
+    vector = vector.to(weights)
+
+    def put(z: Tensor) -> Tensor:
+        return torch.stack([vector, -vector])[:, None].expand_as(z)
+
+    ids, site = few_tokens(model.bridge.W_E).expand(2, -1), Site(layer, "att")
+    _, read = run_model(model, ids, [site], [Edit(Site(layer, "z"), put)], layer)
+    arrived = (read[site][0, -1] - read[site][1, -1]).float()
+    norms = (part for name, part in block.named_children() if name.startswith("ln"))
     ones = torch.ones(1, 1, model.d_model, dtype=weights.dtype, device=weights.device)
-    return AttentionOutput(weights.flatten(0, 1), None if norm is None else norm(ones)[0, 0])
+    for gain in (None, *(norm(ones)[0, 0] for norm in norms)):
+        found = AttentionOutput(weights, gain)
+        if cosine_similarity(found.to_residual(vector[None])[0], arrived, dim=0) > SAME:
+            return found
+    raise ValueError(
+        f"{model.name}: at layer {layer} what is put at z does not reach the stream by W_O and the"
+        " gain of a norm: SAEs at z cannot be used there"
+    )
 
 
 def stored_attention_output(

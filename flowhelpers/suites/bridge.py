@@ -15,6 +15,7 @@ from flowhelpers.suites.model import (
     Edit,
     Model,
     cache_prompt,
+    few_tokens,
     hook_name,
     logits_of,
     run_model,
@@ -42,11 +43,26 @@ def load_model(
 
 
 def bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
-    """The model around weights that are in memory, hook points checked; `folder` has its config."""
+    """The model around weights that are in memory, hook points checked; `folder` has its config.
+
+    A ValueError says what fails of a model that TransformerLens or this package cannot take.
+    """
+    try:
+        return _bridged(name, folder, weights.eval(), tokenizer)
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        what = f"checking its sites gave {type(error).__name__}: {error}"
+        raise ValueError(f"{name} ({type(weights).__name__}) cannot be used: {what}") from error
+
+
+@torch.no_grad()
+def _bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
-    weights = weights.eval()
+    ids = few_tokens(weights.get_input_embeddings().weight)
+    own = weights(ids, output_hidden_states=True)  # before TransformerLens puts its parts into it
     # For multimodal models TransformerLens would pip install torchvision, and another torch.
     with warnings.catch_warnings(), replaced(subprocess, "check_call", _install_nothing):
         warnings.simplefilter("ignore")
@@ -62,7 +78,7 @@ def bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
     for parameter in bridge.parameters():
         parameter.requires_grad_(False)
     model = Model(name, bridge, bridge.cfg.n_layers, bridge.cfg.d_model)
-    check_sites(model)
+    check_sites(model, own)
     return model
 
 
@@ -75,9 +91,10 @@ def _hand_on_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return args, kwargs | ({CACHE: kwargs["cache"]} if "cache" in kwargs else {})
 
 
-def check_sites(model: Model) -> None:
+def check_sites(model: Model, own: Any = None) -> None:
     """Check on a few tokens that the sites are what they are called.
 
+    Logits and each layer's stream are those of the model's `own` pass by transformers,
     R_{L-1} + A_L + M_L = R_L at every layer, a vector added at any site changes the logits, a zero
     vector does not, and a pass that goes on after a prefix gives what a whole one does; all up to
     1e-4 of the largest activation in float32, 3e-2 in half precision. A ValueError names the layer
@@ -92,10 +109,15 @@ def check_sites(model: Model) -> None:
             raise ValueError(f"{model.name}: {what} by {off / size:.2%} {allowed}")
 
     tolerance = 3e-2 if is_half else 1e-4
-    ids = torch.arange(1, 9, device=model.device)[None] * (model.bridge.cfg.d_vocab // 10)
+    ids = few_tokens(model.bridge.W_E)
     sites = model.sites()
     clean, read = run_model(model, ids, read=[Site(0, "pre"), *sites])
     assert clean is not None
+    if own is not None:
+        check(own.logits, clean, "its logits differ from those of transformers", tolerance)
+        for layer, stream in enumerate(own.hidden_states[1:-1]):  # after the last comes its norm
+            what = f"the stream after layer {layer} differs from that of transformers"
+            check(stream, read[Site(layer, "res")], what, tolerance)
     before = read[Site(0, "pre")]
     for layer in range(model.layers):
         after = read[Site(layer, "res")]

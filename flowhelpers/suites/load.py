@@ -6,7 +6,7 @@ Decoders come first; the model and the encoders once an experiment asks for them
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flowhelpers.core.features import FeatureId, Site, parse_feature, parse_site, suggestion
 from flowhelpers.core.machine import check_device, check_memory, free_memory
 from flowhelpers.core.versions import warn_of_untried
-from flowhelpers.suites.registry import BYTES, SuiteRow, find_suite, listed_release
+from flowhelpers.suites.registry import BYTES, Source, SuiteRow, find_suite, listed_release
 
 if TYPE_CHECKING:
     from flowhelpers.suites.attention import AttentionOutput
@@ -177,15 +177,26 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
         check_memory(decoders_memory(row), f"matching in suite {row.name}", device)
     _check_layers(row, row.layers)
     check_sources(row)
-    load_model = cache(partial(_load_model, row, device, dtype, not all_fit))
     sites = sorted(row.saes)
-    load = partial(_load_sae, row, load_model, device, dtype)
+    begin = cache(partial(_begin_with_bos, row.saes[sites[0]]))
+    load_model = cache(partial(_load_model, row, device, dtype, not all_fit, begin))
+    load = partial(_load_sae, row, load_model, begin, device, dtype)
     saes = OnDemand(sites, load, len(sites) if all_fit else KEPT)
     saes[sites[0]]
     return Suite(row, load_model, saes, device, dtype)
 
 
-def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
+def _begin_with_bos(source: Source) -> bool:
+    """Whether the texts begin with BOS on which an SAE was trained."""
+    from flowhelpers.suites.sae_files import find_files
+
+    files = find_files(source)
+    return files is None or files.prepend_bos
+
+
+def _load_model(
+    row: SuiteRow, device: str, dtype: str, check: bool, begin: Callable[[], bool]
+) -> "Model":
     import torch
 
     from flowhelpers.suites.bridge import load_model
@@ -195,7 +206,7 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool) -> "Model":
         check_memory(memory_needed(row, dtype, KEPT), what, device, dtype)
     model = load_model(row.model, device, getattr(torch, dtype), row.revision)
     _check_layers(row, model.layers)
-    return model
+    return replace(model, prepend_bos=begin())
 
 
 def _check_layers(row: SuiteRow, layers: int | None) -> None:
@@ -207,7 +218,12 @@ def _check_layers(row: SuiteRow, layers: int | None) -> None:
 
 
 def _load_sae(
-    row: SuiteRow, load_model: "Callable[[], Model]", device: str, dtype: str, site: Site
+    row: SuiteRow,
+    load_model: "Callable[[], Model]",
+    begin: Callable[[], bool],
+    device: str,
+    dtype: str,
+    site: Site,
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
     from flowhelpers.suites.sae_files import find_files, load_whole
@@ -223,6 +239,12 @@ def _load_sae(
     load = partial(load_whole, source, files is not None, device, dtype)
     if files is None:
         return make_sae(site, load(), d_model, str(source), output)
+    if files.prepend_bos != begin():
+        raise ValueError(
+            f"suite {row.name}: the SAE for {site} ({files.source}) has `prepend_bos:"
+            f" {str(files.prepend_bos).lower()}`, that for {min(row.saes)} has not: expected one of"
+            " both for all, as texts begin alike"
+        )
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
     if files.revision is not None and at_issue and files.revision != row.revision:
         raise ValueError(

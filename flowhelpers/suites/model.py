@@ -3,8 +3,9 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from importlib.metadata import version
 from inspect import signature
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from flowhelpers.core.features import Site, check_choice
-from flowhelpers.core.machine import fitting_threads
+from flowhelpers.core.machine import fitting_threads, in_threads
+from flowhelpers.suites.prompt_cache import PromptCache
 
 HOOKS = {
     "pre": "blocks.{layer}.hook_resid_pre",
@@ -40,73 +42,17 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class PromptCache:
-    """Keys and values of texts: for each layer both, `[text, heads, position, d_head]`.
-
-    Each row of a batch goes on after so many tokens (`lengths`) of one text (`rows`); by default
-    all after all of the first.
-    """
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    rows: Int[Tensor, "batch"] | None = None
-    lengths: Int[Tensor, "batch"] | None = None
-
-    def __len__(self) -> int:
-        """Number of tokens."""
-        return self.layers[0][0].shape[2]
-
-    def first(self, tokens: int) -> "PromptCache":
-        """The same of fewer tokens."""
-        if not 0 < tokens <= len(self):
-            raise ValueError(f"{tokens} tokens of a prefix of {len(self)}")
-        cut = ((keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.layers)
-        return PromptCache(tuple(cut))
-
-    def of_rows(self, rows: Int[Tensor, "batch"], lengths: Int[Tensor, "batch"]) -> "PromptCache":
-        """For each row of a batch the first tokens of one of the texts."""
-        alike = bool((lengths == lengths[0]).all())
-        whole = self.first(int(lengths.max()))
-        return replace(whole, rows=rows, lengths=None if alike else lengths)
-
-    def padding(self, new: int) -> dict[str, Tensor]:
-        """Attention mask, and positions of `new` tokens, after prefixes padded on the left."""
-        if self.lengths is None:
-            return {}
-        lengths, at = self.lengths[:, None], torch.arange(len(self) + new).to(self.lengths)
-        mask = at >= len(self) - lengths
-        return {"attention_mask": mask.long(), "position_ids": lengths + at[:new]}
-
-    def cache(self, batch: int, layers: int | None = None) -> Any:
-        """The cache of transformers in which every row of a batch has its prefix."""
-        from transformers import DynamicCache
-
-        cache: Any = DynamicCache()
-        rows = torch.zeros(batch, dtype=torch.long) if self.rows is None else self.rows
-        if self.lengths is not None:
-            at = torch.arange(len(self)).to(rows) - len(self) + self.lengths[:, None]
-            at = at.clamp(0)  # the mask leaves out what is before the text
-        # Of layers with a sliding window all is kept as well, and the mask leaves out what is far.
-        for layer, (keys, values) in enumerate(self.layers[:layers]):
-            cache.update(keys[:, :, :1], values[:, :, :1], layer)  # which would copy all again
-            held, rows = cache.layers[layer], rows.to(keys.device)
-            if self.lengths is None:
-                held.keys, held.values = keys[rows], values[rows]
-            else:
-                held.keys, held.values = (
-                    each.transpose(1, 2)[rows[:, None], at].transpose(1, 2)
-                    for each in (keys, values)
-                )
-        return cache
-
-
-@dataclass(frozen=True)
 class Model:
-    """A language model behind named sites, of which `bridge` is TransformerLens's view."""
+    """A language model behind named sites, of which `bridge` is TransformerLens's view.
+
+    `prepend_bos` says whether its SAEs were trained on texts that begin with BOS.
+    """
 
     name: str
     bridge: Any
     layers: int
     d_model: int
+    prepend_bos: bool = True
 
     @property
     def tokenizer(self) -> Any:
@@ -120,13 +66,24 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of a few thousand weights of every parameter, evenly spread."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, weights in self.bridge.original_model.named_parameters():
-            flat = weights.detach().flatten()
-            some = flat[:: max(1, len(flat) // 4096)].cpu().float()
-            digest.update(f"{name} {tuple(weights.shape)} ".encode() + some.numpy().tobytes())
-        return digest.hexdigest()
+        """A digest of all that activations depend on.
+
+        That is every weight, the configuration, the tokenizer, and the versions of what computes.
+        """
+
+        def digest_of(named: tuple[str, Tensor]) -> str:
+            name, weights = named
+            held = weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            about = f"{name} {weights.dtype} {tuple(weights.shape)} ".encode()
+            return hashlib.blake2b(held, key=hashlib.blake2b(about).digest()).hexdigest()
+
+        computes = self.bridge.original_model
+        told = [version(name) for name in ("torch", "transformers", "transformer-lens")]
+        told += [str(self.prepend_bos), computes.config.to_json_string()]
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        told += [backend.to_str() if backend else repr(self.tokenizer)]
+        told += in_threads(digest_of, computes.named_parameters())
+        return hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
 
     @property
     def unembedding(self) -> Float[Tensor, "d_model vocabulary"]:
@@ -160,8 +117,12 @@ def hook_name(model: Model, site: Site) -> str:
 def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = None) -> Tokens:
     """Texts to token ids with exactly one BOS in front, padded on the right.
 
-    A text that begins with BOS gets no second; EOS serves where there is no BOS. Each is cut to
-    `max_tokens`, BOS included. No text at all is a ValueError, as is none left of it.
+    A text that begins with BOS gets no second; EOS serves where there is no BOS. Models whose SAEs
+    were trained without (`prepend_bos`) get none. Each text is cut to `max_tokens`, BOS included.
+
+    Raises:
+        ValueError: If there is no text, `max_tokens` leaves none of it, a text is longer than the
+            model's context, or the tokenizer is of another model.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     if not texts:
@@ -170,14 +131,37 @@ def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = 
         raise ValueError(f"max_tokens={max_tokens}: expected 1 or more, BOS included")
     tokenizer = model.tokenizer
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if bos is None and model.prepend_bos:
+        raise ValueError(
+            f"{model.name}: its tokenizer has neither BOS nor EOS for a text to begin with; SAEs"
+            " that were trained without say `prepend_bos: false` in their cfg.json"
+        )
     rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    rows = [[bos, *row[row[:1] == [bos] :]][:max_tokens] for row in rows]
-    pad = bos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if model.prepend_bos:
+        rows = [[bos, *row[row[:1] == [bos] :]] for row in rows]
+    rows = [row[:max_tokens] for row in rows]
+    longest, context = max(map(len, rows)), model.bridge.cfg.n_ctx
+    if longest > context:
+        told = f"a text of {longest} tokens: {model.name} has a context of {context}"
+        raise ValueError(f"{told}; give max_tokens={context} or fewer")
+    if not longest:
+        raise ValueError(f"no token in {texts[0]!r}: expected some text")
+    pad = next((i for i in (tokenizer.pad_token_id, bos) if i is not None), 0)
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    if (highest := int(ids.max())) >= (known := model.bridge.W_E.shape[0]):
+        told = f"token {highest} ({tokenizer.decode([highest])!r}), and {known} embeddings"
+        raise ValueError(f"{model.name}: {told}: the tokenizer is of another model")
     place, lengths = torch.arange(ids.shape[1]), torch.tensor([len(row) for row in rows])
-    is_special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-    is_text = (place > 0) & (place < lengths[:, None]) & ~is_special
+    is_text = (place >= model.prepend_bos) & (place < lengths[:, None])
+    is_text &= ~torch.isin(ids, special_ids(tokenizer))
     return Tokens(ids.to(model.device), is_text.to(model.device))
+
+
+def special_ids(tokenizer: Any) -> Int[Tensor, "special"]:
+    """The ids of special tokens, those too that have no name, such as the headers of a chat."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    unnamed = {i for i, token in added.items() if token.special}
+    return torch.tensor(sorted({*tokenizer.all_special_ids} | unnamed), dtype=torch.long)
 
 
 def token_strings(model: Model, ids: Iterable[int]) -> list[str]:
@@ -243,11 +227,16 @@ def cache_prompt(
     return logits, PromptCache(tuple((layer.keys, layer.values) for layer in cache.layers))
 
 
+def few_tokens(embeddings: Float[Tensor, "vocabulary d_model"]) -> Int[Tensor, "1 8"]:
+    """Eight tokens from all over the vocabulary, on which a model is tried."""
+    return torch.arange(1, 9, device=embeddings.device)[None] * (len(embeddings) // 10)
+
+
 def takes_padding(model: Model) -> bool:
     """Whether rows that go on after unlike lengths give what whole texts give, on a few tokens."""
     if "position_ids" not in signature(model.bridge.original_model.forward).parameters:
         return False
-    ids = torch.arange(1, 9, device=model.device)[None] * (model.bridge.cfg.d_vocab // 10)
+    ids = few_tokens(model.bridge.W_E)
     at = torch.tensor([2, 6, 4], device=model.device)
     whole, prefix = cache_prompt(model, ids)
     padded, _ = run_model(model, ids[0, at][:, None], prefix=prefix.of_rows(at * 0, at))

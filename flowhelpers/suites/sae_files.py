@@ -36,6 +36,7 @@ class SaeFiles:
         hook: TransformerLens's name of the hook point where the SAE was trained.
         content: A digest of the files.
         revision: Of the model it was trained on, if that is said.
+        prepend_bos: Whether it was trained on texts that begin with BOS.
         by_column: Whether each feature is a column of the decoder, and not a row.
         scale: How much larger activations are, as sae-lens gives them, than those that go with the
             file's numbers: decoder rows are smaller by that factor.
@@ -46,6 +47,7 @@ class SaeFiles:
     hook: str
     content: str
     revision: str | None = None
+    prepend_bos: bool = True
     decoder: str = "W_dec"
     by_column: bool = False
     scale: float = 1.0
@@ -119,7 +121,8 @@ def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     refuse_transcoder(f"the SAE in {source}", str(about.get("architecture")))
     hook = about.get("hook_name") or about.get("hook_point") or ""
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
-    return SaeFiles(source, weights, hook, _content(weights, config), revision)
+    begins = about.get("prepend_bos") is not False
+    return SaeFiles(source, weights, hook, _content(weights, config), revision, begins)
 
 
 def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:

@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter
 from flowhelpers.activations.corpora import DOMAINS, load_texts
 from flowhelpers.core.files import read_json, write_json
 from flowhelpers.suites.load import load_suite
-from flowhelpers.suites.model import Tokens, tokenize
+from flowhelpers.suites.model import Tokens, special_ids, tokenize
 from flowhelpers.suites.registry import find_suite
 from flowhelpers.training.language_model import read_rows
 from flowhelpers.training.measures import measure
@@ -62,7 +62,7 @@ def measured_bars(
     texts = {LOCAL: tokenize(loaded.model, local + load_texts("python", 150, 0), 128)}
     if training and len(rows := read_rows(training, 256, 0, "held_out")):
         ids = torch.from_numpy(rows.astype("int64")).to(loaded.model.device)
-        special = torch.tensor(loaded.model.tokenizer.all_special_ids, device=ids.device)
+        special = special_ids(loaded.model.tokenizer).to(ids.device)
         texts = {HELD_OUT: Tokens(ids, ~torch.isin(ids, special)), **texts}
     measured, record = {}, {}
     for name, tokens in texts.items():

@@ -21,7 +21,7 @@ from torch import Tensor
 from flowhelpers.core.features import Site
 from flowhelpers.core.machine import free_memory
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.suites.model import Model, hook_name, run_model
+from flowhelpers.suites.model import Model, hook_name, run_model, special_ids
 from flowhelpers.training.language_model import Rows, write_folder
 
 PASS = 32  # rows in one forward pass
@@ -185,7 +185,7 @@ def batches(
 
     BOS and other special tokens are left out. The text is read again from its start when it ends.
     """
-    special = torch.tensor(sorted(model.tokenizer.all_special_ids))
+    special = special_ids(model.tokenizer)
     per_chunk = recipe.steps_per_chunk(rows.shape[1])
     chunk, skipped = divmod(start, per_chunk)
     while True:
