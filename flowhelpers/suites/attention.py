@@ -54,7 +54,7 @@ def attention_output(model: Model, layer: int) -> AttentionOutput:
     vector = vector.to(weights)
 
     def put(z: Tensor) -> Tensor:
-        return torch.stack([vector, -vector])[:, None].expand_as(z)
+        return torch.stack([vector, -vector])[:, None].repeat(1, z.shape[1], 1)
 
     ids, site = few_tokens(model.bridge.W_E).expand(2, -1), Site(layer, "att")
     _, read = run_model(model, ids, [site], [Edit(Site(layer, "z"), put)], layer)

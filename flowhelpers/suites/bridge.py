@@ -2,6 +2,7 @@
 
 import subprocess
 import warnings
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -49,11 +50,12 @@ def bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
     """
     try:
         return _bridged(name, folder, weights.eval(), tokenizer)
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError):
+    except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        what = f"checking its sites gave {type(error).__name__}: {error}"
-        raise ValueError(f"{name} ({type(weights).__name__}) cannot be used: {what}") from error
+        told = "" if isinstance(error, ValueError) else f"{name}: {type(error).__name__}: "
+        kind = type(weights).__name__
+        raise ValueError(f"a {kind} that cannot be used here: {told}{error}") from error
 
 
 @torch.no_grad()
@@ -62,12 +64,12 @@ def _bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
     ids = few_tokens(weights.get_input_embeddings().weight)
-    own = weights(ids, output_hidden_states=True)  # before TransformerLens puts its parts into it
+    plain = weights(ids, output_hidden_states=True)  # before TransformerLens adds its parts
     # For multimodal models TransformerLens would pip install torchvision, and another torch.
     with warnings.catch_warnings(), replaced(subprocess, "check_call", _install_nothing):
         warnings.simplefilter("ignore")
         bridge = TransformerBridge.boot_transformers(
-            folder, hf_model=weights, tokenizer=tokenizer, device=weights.device
+            folder, hf_model=weights, tokenizer=deepcopy(tokenizer), device=weights.device
         )
         # Until compatibility mode is on, a hook on an alias such as hook_resid_post never fires.
         bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
@@ -77,8 +79,9 @@ def _bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
             module.register_forward_pre_hook(_hand_on_cache, with_kwargs=True)
     for parameter in bridge.parameters():
         parameter.requires_grad_(False)
-    model = Model(name, bridge, bridge.cfg.n_layers, bridge.cfg.d_model)
-    check_sites(model, own)
+    # TransformerLens names an EOS of its own where there is none: `tokenizer` is as it was given.
+    model = Model(name, bridge, tokenizer, bridge.cfg.n_layers, bridge.cfg.d_model)
+    check_sites(model, plain)
     return model
 
 

@@ -45,19 +45,16 @@ class Edit:
 class Model:
     """A language model behind named sites, of which `bridge` is TransformerLens's view.
 
-    `prepend_bos` says whether its SAEs were trained on texts that begin with BOS.
+    `tokenizer` is that of Hugging Face; `prepend_bos` says whether the texts begin with BOS on
+    which its SAEs were trained.
     """
 
     name: str
     bridge: Any
+    tokenizer: Any
     layers: int
     d_model: int
     prepend_bos: bool = True
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's Hugging Face tokenizer."""
-        return self.bridge.tokenizer
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +70,7 @@ class Model:
 
         def digest_of(named: tuple[str, Tensor]) -> str:
             name, weights = named
-            held = weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            held = weights.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
             about = f"{name} {weights.dtype} {tuple(weights.shape)} ".encode()
             return hashlib.blake2b(held, key=hashlib.blake2b(about).digest()).hexdigest()
 
@@ -267,7 +264,8 @@ def forward(
     with fitting_threads(ids.numel(), model.d_model):
         logits = model.bridge(ids, return_type="logits", **given)
     if cache is not None and (held := cache.get_seq_length()) != expected:
-        raise ValueError(f"{model.name}: {held} tokens in the cache after a pass, not {expected}")
+        told = f"{model.name} has {held} tokens in its cache after a pass, not {expected}"
+        raise ValueError(f"{told}: no pass can go on after a prompt")
     return logits
 
 
