@@ -65,22 +65,24 @@ PROMPTS = {
 def read_reply(reply: str, task: str) -> BaseModel:
     """The scores of a reply: its last JSON object that has them, whatever words stand around it.
 
-    What is thought aloud (up to `</think>`) does not count, nor a draft before an object that is
-    cut or has other values: that is a ValueError.
+    What is thought aloud, up to `</think>`, does not count, nor a draft before an object that is
+    cut. A ValueError if none is left, or if its values are no scores.
     """
     said, kind = reply.rpartition("</think>")[2], REPLIES[task]
-    if "<think>" in said:
-        raise ValueError("cut while it thinks")
-    for brace in [*re.finditer("{", said)][::-1]:
-        try:
-            found, _ = json.JSONDecoder().raw_decode(said, brace.start())
-        except ValueError:
-            if '"coherence"' in said[brace.start() :]:
-                break
-        else:
-            if set(kind.model_fields) <= set(found):
-                return kind.model_validate(found)
-    raise ValueError("no JSON object with the scores")
+    found: list[dict[str, Any]] = []
+    end = 0
+    decoder = json.JSONDecoder(object_hook=lambda each: found.append(each) or each)
+    for brace in re.finditer(r"""\{(\s*["'])?""", said):
+        if brace.start() >= end:  # not within another
+            try:
+                _, end = decoder.raw_decode(said, brace.start())
+            except ValueError:
+                if brace[1]:
+                    found.clear()
+    with_scores = [each for each in found if set(kind.model_fields) <= set(each)]
+    if "<think>" in said or not with_scores:
+        raise ValueError("no JSON object with the scores")
+    return kind.model_validate(with_scores[-1])
 
 
 class _RequestError(Exception):
@@ -194,7 +196,9 @@ class EndpointJudge:
                 some_read |= not problem
                 if not some_read and len(problems) == STOP_AFTER:
                     told = f"none of the first {STOP_AFTER} texts got scores: {problem}"
-                    asked = f"JSON with {' and '.join(REPLIES[self.task].model_fields)}, 0 to {BEST}"
+                    asked = (
+                        f"JSON with {' and '.join(REPLIES[self.task].model_fields)}, 0 to {BEST}"
+                    )
                     raise ValueError(f"{self.about}: {told}. Expected {asked}: try another model")
         finally:
             pool.shutdown(cancel_futures=True)
@@ -245,8 +249,8 @@ class EndpointJudge:
         if status in (401, 403):
             kind, hint = PermissionError, "It refuses the key: give another"
         elif status in (400, 422) and "temperature" in problem:
-            hint = "Leave it out: temperature=None (in notebooks advanced judge_temperature: null)"
-            kind = ValueError
+            left_out = "-p 'advanced={\"judge_temperature\": null}'"
+            kind, hint = ValueError, f"Leave it out: temperature=None, or of a notebook {left_out}"
         elif status in (200, 400, 404, 422):
             kind, hint = ValueError, f"Is {self.model!r} a model there? Ends base_url in /v1?"
         return kind(f"{self.address}: {problem}. {hint}")
