@@ -127,8 +127,8 @@ def match_table(
         from flowhelpers.activations.sampling import text_length
         from flowhelpers.activations.sparse import VERSION
 
-        max_tokens = text_length(suite.model, max_tokens)
-        choices |= {"texts": list(texts or ()), "max_tokens": max_tokens, "activations": VERSION}
+        length = text_length(suite.model, max_tokens)
+        choices |= {"texts": list(texts or ()), "max_tokens": length, "activations": VERSION}
         choices |= {"least_active": LEAST_ACTIVE, "model": suite.model.fingerprint}
 
     first = [sum(len(at) - 1 for at in sites.values())]  # pairs, told to the first assignment alone
@@ -136,7 +136,7 @@ def match_table(
     @once  # one pass of the model, when the first layer is not on disk
     def codes() -> Any:
         needed = {site for at in sites.values() for site in at}
-        return read_codes(suite, texts or (), needed, seed, max_tokens)
+        return read_codes(suite, texts or (), needed, seed, choices["max_tokens"])
 
     rows: dict[Site, Rows] = {}  # of the layer at hand, normalised once
     nulls: dict[Site, Tensor] = {}
