@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
+from flowhelpers.activations.sampling import MAX_TOKENS, text_length
 from flowhelpers.activations.sparse import read_batches
 from flowhelpers.core.features import MODULES, Site, predecessor_sites
 from flowhelpers.core.files import DATA
 from flowhelpers.core.machine import check_memory
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.matching.matchers import MAX_TOKENS, assignment_time, by_permutation
+from flowhelpers.matching.matchers import assignment_time, by_permutation
 from flowhelpers.matching.null import null_cosines
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import make_plan
@@ -202,8 +203,9 @@ def time_assignment(suite: Suite) -> float:
 def time_reading(suite: Suite) -> float:
     """A pass of 16 texts whose features are read at all tokens."""
     vocabulary = suite.model.unembedding.shape[1]
-    ids = torch.randint(4, vocabulary, (PER_PASS, MAX_TOKENS)).to(suite.model.device)
-    tokens = Tokens(ids, torch.arange(MAX_TOKENS).to(ids).expand_as(ids) > 0)
+    length = text_length(suite.model)
+    ids = torch.randint(4, vocabulary, (PER_PASS, length)).to(suite.model.device)
+    tokens = Tokens(ids, torch.arange(length).to(ids).expand_as(ids) > 0)
     return best_time(lambda: [*read_batches(suite, tokens)])
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowhelpers.core.features import suggestion
-from flowhelpers.core.files import DATA, fingerprint
+from flowhelpers.core.files import DATA, files_below, fingerprint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -51,7 +51,7 @@ def load_texts(
 
     Args:
         name_or_path: A name in `CORPORA`, or the path of UTF-8 text, a file (parted into texts by
-            `<|endoftext|>`) or a folder.
+            `<|endoftext|>`) or a folder, of which hidden files and folders are left out.
         n: How many; None for all of a corpus that is not on the hub.
         seed: Decides which texts are taken; a smaller `n` gives the first of them.
         or_fewer: Whether a corpus that has fewer may give all it has.
@@ -203,26 +203,25 @@ def digests(names: Iterable[str], folder: Path | None = None) -> dict[str, str]:
 
 
 def text_documents(path: Path) -> Documents:
-    """Documents of a UTF-8 text file (`.gz` too) or of every file below a folder but hidden ones.
+    """Documents of a UTF-8 text file (`.gz` too) or of the files below a folder (`files_below`).
 
     Lines `<|endoftext|>` part documents of one file. One that is empty or no text is an error.
     """
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("[!.]*") if file.is_file())
+    files = files_below(path)
     if not files:
-        raise ValueError(f"{path} is an empty folder: expected files of text")
+        raise ValueError(f"{path} is an empty folder, or all is hidden: expected files of text")
     for file in files:
         try:
             with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as f:
                 documents = f.read().replace("\ufeff", "").split(SEPARATOR)
         except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"{file} is not UTF-8 text, or is cut: {error}") from error
+            hint = "text of another encoding, such as UTF-16 or Latin-1, has to be saved as UTF-8"
+            raise ValueError(f"{file} is not UTF-8 text, or is cut: {error}; {hint}") from error
         documents = [document.strip() for document in documents if document.strip()]
         if not documents:
             raise ValueError(f"{file} is empty: expected text")
         if any("\0" in document for document in documents):
-            raise ValueError(f"{file} is not text: it holds zero bytes, expected UTF-8")
+            raise ValueError(f"{file} is not text, or is UTF-16: it holds zero bytes, not UTF-8")
         yield from zip(documents, documents, strict=True)
 
 

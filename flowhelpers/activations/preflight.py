@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flowhelpers.activations.corpora import load_texts
+from flowhelpers.activations.sampling import text_length
 from flowhelpers.core.features import Site, parse_site
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.suites.model import is_edited, run_model, tokenize
@@ -67,7 +68,7 @@ def run_preflight(
 
     texts = load_texts("science", 6) if texts is None else texts
     chosen = preflight_sites(suite.saes) if sites is None else [parse_site(str(s)) for s in sites]
-    tokens = tokenize(suite.model, texts, min(128, suite.model.bridge.cfg.n_ctx))
+    tokens = tokenize(suite.model, texts, text_length(suite.model))
     inputs = [suite.about(site, "input_site") for site in chosen]
     _, read = run_model(suite.model, tokens.ids, inputs, stop_after=max(s.layer for s in chosen))
     rows = []

@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 from flowhelpers.activations.preflight import preflight_once
-from flowhelpers.activations.sampling import Sample
+from flowhelpers.activations.sampling import Sample, text_length
 from flowhelpers.core.features import FeatureId, Site, parse_site
 from flowhelpers.core.files import writable_folder, write_whole
 from flowhelpers.core.machine import check_memory, free_memory
@@ -31,6 +31,7 @@ READ_TOGETHER = 16  # texts
 ENCODED_TOGETHER = 1024  # tokens
 CSR = ("data", "indices", "indptr", "shape")  # what is stored of a sparse matrix
 PASS_TENSORS = 48  # of the stream's width, that a pass holds beside the sites
+VERSION = 2  # of how activations are made, part of the key of what is kept
 HELD = 5 * 2**30  # bytes of the stream that wait in main memory for SAEs that do not all fit
 
 
@@ -56,14 +57,14 @@ def collect(
     suite: "Suite",
     texts: Sequence[str] | Tokens,
     sites: Iterable[Site | str] | None = None,
-    max_tokens: int = 128,
+    max_tokens: int | None = None,
     batch_size: int = 16,
 ) -> FeatureActivations:
     """Read the features of texts, at all sites unless some are given.
 
-    Each text is cut to `max_tokens`, BOS included; what is tokens already is read as it is. BOS and
-    other special tokens are left out; no token left is an error. SAEs from the hub get a
-    `run_preflight` first, once.
+    Each text is cut to `max_tokens`, BOS included (128, or the model's context if it is shorter);
+    what is tokens already is read as it is. BOS and other special tokens are left out; no token
+    left is an error. SAEs from the hub get a `run_preflight` first, once.
 
     Example:
         >>> from flowhelpers import collect, load_suite
@@ -74,7 +75,10 @@ def collect(
     """
     import pandas as pd
 
-    tokens = texts if isinstance(texts, Tokens) else tokenize(suite.model, texts, max_tokens)
+    if isinstance(texts, Tokens):
+        tokens = texts
+    else:
+        tokens = tokenize(suite.model, texts, text_length(suite.model, max_tokens))
     chosen = None if sites is None else [parse_site(str(site)) for site in sites]
     by_site = _stacked(read_batches(suite, tokens, chosen, batch_size))
     text, position = tokens.is_text.cpu().numpy().nonzero()
@@ -219,7 +223,8 @@ def _load(path: Path, sites: Sequence[Site]) -> "dict[Site, csr_matrix] | None":
 def _digest(suite: "Suite", tokens: Tokens, batch_size: int, together: int) -> str:
     told = ("input_site", "fingerprint")  # both while an SAE is there
     saes = [f"{site} {suite.about(site, name)}" for site in suite.saes for name in told]
-    text = f"{suite.model.fingerprint} {batch_size} {together} {' '.join(saes)}".encode()
+    parts = [VERSION, suite.model.fingerprint, batch_size, together, *tokens.ids.shape, *saes]
+    text = " ".join(map(str, parts)).encode()
     arrays = (tokens.ids.cpu().numpy(), tokens.is_text.cpu().numpy())
     content = text + b"".join(array.tobytes() for array in arrays)
     return hashlib.blake2b(content, digest_size=16).hexdigest()

@@ -73,12 +73,25 @@ def to_json(value: object) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=plain)
 
 
+def files_below(path: Path) -> list[Path]:
+    """The files below a folder in order, or the file that is given.
+
+    Hidden ones (`.git`, `.ipynb_checkpoints`, `.DS_Store`) and editors' backups (`a.txt~`) are no
+    content of a folder, unless they are what is given. Links are followed, once around a circle.
+    """
+    if not path.is_dir():
+        return [path]
+    if path.is_symlink() and any(path.samefile(parent) for parent in path.absolute().parents):
+        return []
+    inside = sorted(each for each in path.iterdir() if each.name[0] != "." and each.name[-1] != "~")
+    return [file for each in inside for file in files_below(each)]
+
+
 def fingerprint(path: Path) -> str:
-    """A digest of a file, or of all files below a folder with their names."""
+    """A digest of a file, or of the files below a folder (`files_below`) with their names."""
     digest = hashlib.blake2b(digest_size=8)
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        if file.is_file():
-            digest.update(file.relative_to(path).as_posix().encode())
-            with file.open("rb") as handle:
-                digest.update(hashlib.file_digest(handle, "blake2b").digest())
+    for file in files_below(path):
+        digest.update(file.relative_to(path).as_posix().encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "blake2b").digest())
     return digest.hexdigest()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flowhelpers.activations.sampling import text_length
 from flowhelpers.activations.sparse import FeatureActivations, read_batches
 from flowhelpers.core.features import MODULES, Site, predecessor_site
 from flowhelpers.suites.model import tokenize
@@ -204,7 +205,7 @@ def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureAc
 
 
 def youden_thresholds(
-    suite: "Suite", texts: Sequence[str], matches: "pd.DataFrame", max_tokens: int = 128
+    suite: "Suite", texts: Sequence[str], matches: "pd.DataFrame", max_tokens: int | None = None
 ) -> dict[tuple[int, str], float]:
     """The score that best separates active from inactive predecessors, by layer and site.
 
@@ -218,7 +219,8 @@ def youden_thresholds(
     matched = _best_sources(matches, 1, incomplete=False)
     sites = {Site(layer, "res") for layer, _ in matched} | {predecessor_site(*at) for at in matched}
     counts = {at: np.zeros((2, len(by_rank)), int) for at, by_rank in matched.items()}
-    for batch in read_batches(suite, tokenize(suite.model, texts, max_tokens), sorted(sites)):
+    tokens = tokenize(suite.model, texts, text_length(suite.model, max_tokens))
+    for batch in read_batches(suite, tokens, sorted(sites)):
         for at, by_rank in matched.items():
             codes, sources = batch[Site(at[0], "res")], by_rank["source"].to_numpy()
             both = codes.multiply(_any_active(batch[predecessor_site(*at)], sources))

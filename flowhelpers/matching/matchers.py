@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
     from flowhelpers.suites.saes import SAE
 
-MAX_TOKENS = 128  # of a text, BOS included
 LEAST_ACTIVE = 10  # tokens, for a correlation to say anything
 CONSTANT = 1e-12  # a variance of so small a share of the mean square is rounding
 ROWS = 256  # targets whose correlations with all sources are held at a time, on each thread

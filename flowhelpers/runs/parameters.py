@@ -21,7 +21,7 @@ BY_SUITE = "by_suite"  # in a preset
 NOTEBOOKS = "FLOWHELPERS_NOTEBOOKS"  # a folder of notebooks to use in place of the package's own
 TYPES = {kind.__name__: kind for kind in (int, float, str, bool, list, dict)}
 TYPES |= {"Literal": typing.Literal}
-WORDS = {"none": None, "true": True, "false": False}
+WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -134,10 +134,13 @@ def plan(
     return planned
 
 
-def merged(usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+def merged(
+    usual: Mapping[str, Any], given: Mapping[str, Any], or_none: Iterable[str] = ()
+) -> dict[str, Any]:
     """Settings as usual but for those given; another name or type is a ValueError.
 
-    The usual value has the type; the first of a list has that of all of it.
+    The usual value has the type; the first of a list has that of all of it. Those named in
+    `or_none` may be None.
 
     Example:
         >>> merged({"alpha": -0.05, "sites": ["res"]}, {"alpha": 0})
@@ -150,6 +153,8 @@ def merged(usual: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
         if kind is list:
             kind = list[type(usual[name][0])]
         text = str(kind).removeprefix("<class '").removesuffix("'>")
+        if name in or_none:
+            kind, text = kind | None, f"{text} | None"
         settings[name] = Parameter(name, text, kind, usual[name], "").check(value)
     return settings
 

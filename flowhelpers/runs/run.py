@@ -114,7 +114,7 @@ def start_run(
 
     Under `flowhelpers run` the folder is the one it made; elsewhere a new one, below `runs/` or
     what the environment variable FLOWHELPERS_RUNS names. To take a run up again with other settings
-    than it was started with is a ValueError.
+    or versions than it was started with is a ValueError.
 
     Args:
         namespace: `globals()`, of which what earlier cells gave with a type is recorded, such as
@@ -216,4 +216,6 @@ def _device() -> str | None:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    return {"notebook": config["notebook"]} | config["parameters"] | config["choices"]
+    # Tables that are kept and those that come are to be of the same versions.
+    versions = {f"version of {name}": version for name, version in config["versions"].items()}
+    return {"notebook": config["notebook"]} | config["parameters"] | config["choices"] | versions

@@ -1,5 +1,6 @@
 """A judge of texts behind any OpenAI-compatible endpoint, with the paper's prompts (B.1, B.2)."""
 
+import json
 import os
 import re
 import warnings
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field
 
 from flowhelpers.core.cache import DiskCache, cache_folder, key_of
 from flowhelpers.core.features import check_choice
@@ -28,28 +29,60 @@ BEST = 5  # the highest score
 CONCURRENCY = 8  # requests at a time
 ATTEMPTS, AGAIN = 3, 1.0  # at a readable reply; at temperature 0 the same one would come again
 RETRIES, TIMEOUT = 5, 60.0  # of one request; seconds
-STOP_AFTER = 8  # failed requests in a row
+STOP_AFTER = 8  # failed requests in a row, or unreadable replies to the first texts
 PROBE = "The sun rose over the quiet harbour, and the first boats went out to sea."
 
-Score = Annotated[int, Field(strict=True, ge=0, le=BEST)]
+
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"expected a number, not {value}")
+    return value
 
 
-class _Promotion(BaseModel, extra="forbid"):
+Score = Annotated[int, BeforeValidator(_no_truth), Field(ge=0, le=BEST)]  # 4, 4.0 or "4"
+
+
+class _Promotion(BaseModel):
     coherence: Score
     behavioral: Score
 
 
-class _Suppression(BaseModel, extra="forbid"):
+class _Suppression(BaseModel):
     coherence: Score
     behavioral: tuple[Score, Score, Score]  # of the subjects a, b and c
 
 
+# Where servers put a reply: those that part reasoning from it may put all of it there.
+PLACES = ("content", "reasoning_content", "reasoning", "refusal")
 REPLIES = {"promote": _Promotion, "suppress": _Suppression}  # what the prompts ask for
 SUBJECTS = "abc"
 PROMPTS = {
     task: [(DATA / "judge" / f"{task}-{x}.txt").read_text("utf-8") for x in ("system", "input")]
     for task in REPLIES
 }
+
+
+def read_reply(reply: str, task: str) -> BaseModel:
+    """The scores of a reply: its last JSON object that has them, whatever words stand around it.
+
+    What is thought aloud, up to `</think>`, does not count, nor a draft before an object that is
+    cut. A ValueError if none is left, or if its values are no scores.
+    """
+    said, kind = reply.rpartition("</think>")[2], REPLIES[task]
+    found: list[dict[str, Any]] = []
+    end = 0
+    decoder = json.JSONDecoder(object_hook=lambda each: found.append(each) or each)
+    for brace in re.finditer(r"""\{(\s*["'])?""", said):
+        if brace.start() >= end:  # not within another
+            try:
+                _, end = decoder.raw_decode(said, brace.start())
+            except ValueError:
+                if brace[1]:
+                    found.clear()
+    with_scores = [each for each in found if set(kind.model_fields) <= set(each)]
+    if "<think>" in said or not with_scores:
+        raise ValueError("no JSON object with the scores")
+    return kind.model_validate(with_scores[-1])
 
 
 class _RequestError(Exception):
@@ -67,7 +100,8 @@ class EndpointJudge:
         api_key: The key; that in OPENAI_API_KEY unless given. It is written nowhere.
         subject: To suppress, the letter of the subject whose score counts: a, b or c.
         cache: The file that keeps replies; `judge.sqlite` in `cache_folder()` unless given.
-        temperature: Of the first attempt; later ones have 1. None sends none.
+        temperature: Of the first attempt; later ones have 1. None sends none, as models ask for
+            that take their own alone.
     """
 
     def __init__(
@@ -120,13 +154,15 @@ class EndpointJudge:
         A text without a readable reply has no scores (NaN, CHOICES 23), and `problem` says why. An
         empty text has 0 in both, unasked. No text is asked about again whose reply is kept: the
         same call goes on where one was stopped. Errors are those of the first request; it is a
-        ConnectionError if `STOP_AFTER` requests in a row failed, or all.
+        ConnectionError if `STOP_AFTER` requests in a row failed, or all, and a ValueError with one
+        reply if none of the first `STOP_AFTER` texts has a readable one.
         """
         import pandas as pd
 
         keys = {text: self._key(text) for text in texts if text.strip()}
         known = self.cache.get(keys.values())
-        problems = self._ask_all([text for text, key in keys.items() if key not in known])
+        unknown = [text for text, key in keys.items() if key not in known]
+        problems = self._ask_all(unknown, some_read=bool(known))
         answers = self.cache.get(keys.values())
         letters = [f"behavioral_{letter}" for letter in SUBJECTS] if self.subject else []
         rows = []
@@ -141,8 +177,8 @@ class EndpointJudge:
         told = pd.Series([problems.get(text, "") for text in texts], dtype=object)
         return (table[["behavioral", "coherence", *letters]] / BEST).assign(problem=told)
 
-    def _ask_all(self, texts: Sequence[str]) -> dict[str, str]:
-        """What is wrong with the texts that got no readable reply."""
+    def _ask_all(self, texts: Sequence[str], some_read: bool = False) -> dict[str, str]:
+        """What is wrong with the texts that got no readable reply; an error if none can be read."""
         problems, failures = {}, 0
         pool = ThreadPoolExecutor(CONCURRENCY)
         futures = {pool.submit(self._ask, text): text for text in texts}
@@ -157,26 +193,33 @@ class EndpointJudge:
                         raise self._error(status, problem) from None
                 if problem:
                     problems[futures[future]] = problem
+                some_read |= not problem
+                if not some_read and len(problems) == STOP_AFTER:
+                    told = f"none of the first {STOP_AFTER} texts got scores: {problem}"
+                    asked = (
+                        f"JSON with {' and '.join(REPLIES[self.task].model_fields)}, 0 to {BEST}"
+                    )
+                    raise ValueError(f"{self.about}: {told}. Expected {asked}: try another model")
         finally:
             pool.shutdown(cancel_futures=True)
         return problems
 
     def _ask(self, text: str) -> str:
         """Asks until a reply can be read, and keeps it; what is wrong with the last, or ""."""
-        reply = ""
+        reply = cut = ""
         for attempt in range(ATTEMPTS):
-            reply = self._request(text, self.temperature if attempt == 0 else AGAIN)
-            fenced = re.fullmatch(r"\s*```(?:json)?\s(.*)```\s*", reply, re.DOTALL | re.IGNORECASE)
+            reply, end = self._request(text, self.temperature if attempt == 0 else AGAIN)
+            cut = " (the last cut at the server's limit of tokens)" if end == "length" else ""
             try:
-                answer = REPLIES[self.task].model_validate_json(fenced[1] if fenced else reply)
-            except ValidationError:
+                answer = read_reply("" if cut else reply, self.task)
+            except (ValueError, RecursionError):
                 continue
             self.cache.put({self._key(text): answer.model_dump(mode="json")})
             return ""
-        return f"no readable reply in {ATTEMPTS}: {self._quote(reply)!r}"
+        return f"no readable reply in {ATTEMPTS}{cut}: {self._quote(reply)!r}"
 
-    def _request(self, text: str, temperature: float | None) -> str:
-        """The text of one reply."""
+    def _request(self, text: str, temperature: float | None) -> tuple[str, str | None]:
+        """The text of one reply, and why it ends there."""
         import openai
 
         options = {} if self.temperature is None else {"temperature": temperature}
@@ -184,7 +227,12 @@ class EndpointJudge:
             reply = self.client.chat.completions.create(
                 model=self.model, messages=self._messages(text), **options
             )
-            return reply.choices[0].message.content or ""
+            choice = reply.choices[0]
+            told = [getattr(choice.message, name, None) for name in PLACES]
+            said = next(filter(None, told), "")
+            if isinstance(said, list):  # parts, of which reasoning is no text
+                said = "".join(part.get("text") or "" for part in said)
+            return said, choice.finish_reason
         except openai.APIStatusError as error:  # one that refuses a key may repeat a part of it
             status = error.status_code
             said = "" if status in (401, 403) else f": {self._quote(error.message)}"
@@ -200,6 +248,9 @@ class EndpointJudge:
         kind, hint = ConnectionError, f"Replies so far are kept in {self.cache.path}"
         if status in (401, 403):
             kind, hint = PermissionError, "It refuses the key: give another"
+        elif status in (400, 422) and "temperature" in problem:
+            left_out = "-p 'advanced={\"judge_temperature\": null}'"
+            kind, hint = ValueError, f"Leave it out: temperature=None, or of a notebook {left_out}"
         elif status in (200, 400, 404, 422):
             kind, hint = ValueError, f"Is {self.model!r} a model there? Ends base_url in /v1?"
         return kind(f"{self.address}: {problem}. {hint}")

@@ -1,5 +1,6 @@
 """Scores of texts: means over samples, differences, and the cells that do best."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -133,9 +134,20 @@ def beside_unsteered(steered: "pd.DataFrame", scores: "pd.DataFrame", kind: str)
 
 
 def best_cells(means: "pd.DataFrame", by: Sequence[str]) -> "pd.DataFrame":
-    """The rows of `cell_means` of highest score for each of `by`, the first of equals."""
+    """The rows of `cell_means` of highest score for each of `by`, the first of equals.
+
+    Where the judge gave no text a score, there is no best, and a warning names it; it is a
+    ValueError where the first of `by`, such as a theme, has no score at all.
+    """
+    for keys in (by[:1], by):
+        best = means.groupby([*keys], sort=False, dropna=False)["score"].max()
+        if none := [*map(str, best.index[best.isna()])]:
+            told = f"{', '.join(keys)} {', '.join(none)}: no text has a score, so none is the best"
+            if len(keys) == 1:
+                raise ValueError(f"{told} (a judge's `problem` says why)")
+            warnings.warn(told, stacklevel=2)
     known = means[means["score"].notna()]
-    return known.loc[known.groupby(list(by), sort=False, dropna=False)["score"].idxmax()]
+    return known.loc[known.groupby([*by], sort=False, dropna=False)["score"].idxmax()]
 
 
 def selection_bias(

@@ -226,7 +226,7 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
             "name": name,
             "d_model": config.get("hidden_size"),
             "features": words.get("features"),
-            "model_parameters": _count_parameters([model]) or None,
+            "model_parameters": _count_parameters([Path(model)]) or None,
             **row,
             "model": model,
             "folder": folder,
@@ -262,18 +262,25 @@ def _by_site(patterns: Mapping[str, Any], words: Mapping[str, Any], layers: Any)
 
 def _parameters(row: SuiteRow) -> int:
     if not (row.features and row.d_model and row.model_parameters):
-        return _count_parameters([row.model, *(s for s in row.saes.values() if isinstance(s, str))])
+        folders = [Path(source) for source in row.saes.values() if isinstance(source, str)]
+        in_saes = _count_parameters(folder / "sae_weights.safetensors" for folder in folders)
+        return (row.model_parameters or 0) + in_saes
     widths = [row.d_att or row.d_model if s.module == "att" else row.d_model for s in row.saes]
     return row.model_parameters + sum(row.features * (2 * d + 2) + d for d in widths)
 
 
-def _count_parameters(folders: Iterable[str]) -> int:
-    # From the files' headers; what lies on a hub counts for nothing unless the row declares it.
-    from huggingface_hub import parse_local_safetensors_file_metadata as header
-    from huggingface_hub.errors import SafetensorsParsingError
+def _count_parameters(paths: Iterable[Path]) -> int:
+    # From the headers of the files that transformers loads of a folder: copies of the weights under
+    # other names, adapters and states of optimizers are none. What is not here counts for nothing.
+    from huggingface_hub import get_local_safetensors_metadata
+    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-    paths = [path for folder in folders for path in Path(folder).glob("*.safetensors")]
-    try:
-        return sum(sum(header(path).parameter_count.values()) for path in paths)
-    except SafetensorsParsingError as error:
-        raise ValueError(error) from error
+    count = 0
+    for path in filter(Path.exists, paths):
+        try:
+            count += sum(get_local_safetensors_metadata(path).parameter_count.values())
+        except NotASafetensorsRepoError:  # pickled weights, whose sizes are not told
+            continue
+        except SafetensorsParsingError as error:
+            raise ValueError(error) from error
+    return count

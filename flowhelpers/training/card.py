@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, TypeAdapter
 
 from flowhelpers.activations.corpora import DOMAINS, load_texts
+from flowhelpers.activations.sampling import text_length
 from flowhelpers.core.files import read_json, write_json
 from flowhelpers.suites.load import load_suite
 from flowhelpers.suites.model import Tokens, special_ids, tokenize
@@ -59,8 +60,10 @@ def measured_bars(
     bars({}, folder)  # a mistake in what is asked shows before the work
     loaded = load_suite(suite)
     local = [text for name in DOMAINS for text in load_texts(name, None)]
-    texts = {LOCAL: tokenize(loaded.model, local + load_texts("python", 150, 0), 128)}
+    local, length = local + load_texts("python", 150, 0), text_length(loaded.model)
+    texts = {LOCAL: tokenize(loaded.model, local, length)}
     if training and len(rows := read_rows(training, 256, 0, "held_out")):
+        rows = rows[:, : loaded.model.bridge.cfg.n_ctx]
         ids = torch.from_numpy(rows.astype("int64")).to(loaded.model.device)
         special = special_ids(loaded.model.tokenizer).to(ids.device)
         texts = {HELD_OUT: Tokens(ids, ~torch.isin(ids, special)), **texts}

@@ -83,15 +83,17 @@ def token_rows(
 ) -> Int[np.ndarray, "rows context"]:
     """Texts end to end, `<eos>` between them, cut into rows that each begin with `<bos>`.
 
-    Both are the tokenizer's own; one without `<bos>` begins rows with `<eos>`.
+    Both are the tokenizer's own; where one is missing the other serves.
     """
     none = np.zeros((0, context), np.int32)
     return np.concatenate([none, *_row_blocks(texts, tokenizer, context)])
 
 
 def _row_blocks(texts: Iterable[str], tokenizer: Any, context: int) -> Iterator[np.ndarray]:
-    eos = tokenizer.eos_token_id
-    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is None and eos is None:
+        raise ValueError("the tokenizer has neither BOS nor EOS: rows of text need one of them")
+    bos, eos = eos if bos is None else bos, bos if eos is None else eos
     left, texts = np.zeros(0, np.int32), iter(texts)
     while batch := list(islice(texts, 512)):
         ids = tokenizer(batch, add_special_tokens=False)["input_ids"]

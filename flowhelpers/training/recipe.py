@@ -79,7 +79,8 @@ def train_suite(
         folder: Where the suite goes; tokens and what it was begun with lie in `folder/training`.
         text: Where the recipe's text files lie.
         recipe: A recipe file; by default the one of `flowlet`.
-        model: A Hugging Face folder or name; then only SAEs are trained, for it.
+        model: A Hugging Face folder or name; then only SAEs are trained, for it, on rows of the
+            recipe's length or of the model's context, if that is shorter.
         device: A torch device; `auto` is a GPU if there is one.
         sites: Train SAEs for these alone: modules, such as `att`, or sites, such as `12/att`.
 
@@ -92,6 +93,10 @@ def train_suite(
         device = "cuda" if torch.cuda.device_count() else "cpu"
     check_device(device)
     loaded = load_model(model, device) if model else None
+    if loaded and (context := loaded.bridge.cfg.n_ctx) < settings.model.context:
+        print(f"rows of {context} tokens, the context of {model}, not {settings.model.context}")
+        fitting = settings.model.model_copy(update={"context": context})
+        settings = settings.model_copy(update={"model": fitting})
     numbers, layers = settings.model, range(settings.model.layers)
     there = loaded.sites() if loaded else [Site(i, module) for i in layers for module in MODULES]
     asked = chosen_sites(sites, there)
@@ -124,7 +129,9 @@ def train_suite(
         train_model(numbers, tokenizer, rows, folder / "model", device)
         loaded = load_model(str(folder / "model"), device)
     elif is_folder:
-        write_folder(folder / "model", partial(shutil.copytree, str(model), dirs_exist_ok=True))
+        hidden = shutil.ignore_patterns(".*")
+        copy = partial(shutil.copytree, str(model), dirs_exist_ok=True, ignore=hidden)
+        write_folder(folder / "model", copy)
     on_hub = None if is_folder else model
     for group, how in groups:
         chunks = how.steps // how.steps_per_chunk(numbers.context) + 2

@@ -15,17 +15,19 @@ import toys
 from flowhelpers.activations import sparse as activations
 from flowhelpers.activations.corpora import LOCAL_DATASETS, PAPER_DATASETS, load_texts
 from flowhelpers.activations.sampling import (
+    MAX_TOKENS,
     Sample,
     datasets_for,
     draw_sample,
     sample_sizes,
+    text_length,
     texts_of,
     unscored_texts,
 )
 from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import Site
 from flowhelpers.suites.load import OnDemand, Suite
-from flowhelpers.suites.model import run_model
+from flowhelpers.suites.model import Tokens, run_model
 from flowhelpers.suites.registry import find_suite
 from flowhelpers.suites.saes import SAE, make_sae
 
@@ -108,6 +110,16 @@ def test_pearson_reads_no_text_that_is_scored_even_of_the_same_corpus(tmp_path: 
         unscored_texts("maths", 0, [])
 
 
+def test_texts_are_cut_where_a_short_context_ends_unless_told(planted: Suite):
+    long, model = "The cat sat on the mat. " * 40, planted.model
+    assert model.bridge.cfg.n_ctx == toys.CONTEXT < MAX_TOKENS
+    assert draw_sample(model, {"one": [long]}).ids.ids.shape == (1, toys.CONTEXT)
+    assert collect(planted, [long]).tokens["position"].max() == toys.CONTEXT - 1
+    assert collect(planted, [long], max_tokens=9).tokens["position"].max() == 8
+    assert (text_length(model), text_length(model, usual=20)) == (toys.CONTEXT, 20)
+    assert text_length(model, 99, usual=20) == 99
+
+
 def test_texts_without_a_token_to_choose_are_refused(planted: Suite):
     bos = planted.model.tokenizer.bos_token
     with pytest.raises(ValueError, match="'empty' has no text"):
@@ -176,6 +188,19 @@ def test_another_sample_model_or_sae_is_read_anew(planted: Suite, sample: Sample
     found = read_sample(replace(planted, saes=saes), sample, tmp_path)
     assert (found.by_site[site] != first.by_site[site]).nnz > 0
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_is_kept_is_kept_under_the_shape_of_the_texts_and_how_it_is_made(
+    planted: Suite, monkeypatch: pytest.MonkeyPatch
+):
+    ids = torch.arange(2, 26)
+    keys = [
+        activations._digest(planted, Tokens(ids.view(shape), ids.view(shape) > 0), 16, 1)
+        for shape in ((4, 6), (3, 8))
+    ]
+    monkeypatch.setattr(activations, "VERSION", activations.VERSION + 1)
+    tokens = Tokens(ids.view(4, 6), ids.view(4, 6) > 0)
+    assert len({*keys, activations._digest(planted, tokens, 16, 1)}) == 3
 
 
 def test_a_batch_on_disk_that_is_broken_is_made_again(

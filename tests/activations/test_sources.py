@@ -97,6 +97,21 @@ def test_the_digest_of_a_source_hangs_on_its_content_alone(tmp_path: Path):
     assert changed["a.txt"] != here["a.txt"]
 
 
+def test_training_and_digests_leave_out_what_is_hidden_as_evaluation_does(tmp_path: Path):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("\ufefftext\n", encoding="utf-8")
+    before = digests(["corpus"], tmp_path)
+    for name in (".DS_Store", ".git/index", ".ipynb_checkpoints/a-checkpoint.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"old\xff")
+    assert list(load_source("corpus", tmp_path)()) == [("text", "text")]
+    assert digests(["corpus"], tmp_path) == before
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "b.txt").write_text("given")
+    assert list(load_source(".hidden", tmp_path)()) == [("given", "given")]
+
+
 def test_the_interpreters_own_texts_have_keys_and_no_tests():
     modules = dict(stdlib_modules())
     assert "json/decoder.py" in modules

@@ -136,7 +136,9 @@ def test_a_file_is_parted_by_separators_and_a_folder_gives_the_texts_of_its_file
     ("name", "content", "message"),
     [
         ("blank.txt", b" \n\n", "is empty"),
-        ("latin.txt", "schön".encode("latin-1"), "is not UTF-8 text"),
+        ("latin.txt", "schön".encode("latin-1"), "is not UTF-8 text.*Latin-1, has to be saved as"),
+        ("wide.txt", "schön".encode("utf-16"), "is not UTF-8 text.*such as UTF-16"),
+        ("bare.txt", "plain".encode("utf-16-le"), "is UTF-16: it holds zero bytes"),
         ("zeros.bin", bytes(100), "holds zero bytes"),
         ("not.txt.gz", b"plain text", "is not UTF-8 text"),
         ("cut.txt.gz", gzip.compress(b"text" * 100)[:20], "is cut"),
@@ -147,6 +149,44 @@ def test_a_file_that_is_no_text_is_named(tmp_path: Path, name: str, content: byt
     for path in (tmp_path / name, tmp_path):
         with pytest.raises(ValueError, match=f"{name} .*{message}"):
             load_texts(path, 1)
+
+
+def test_what_is_hidden_in_a_folder_is_no_text_of_it_and_read_if_it_is_given(tmp_path: Path):
+    hidden = [
+        ".ipynb_checkpoints/a.txt",
+        "more/.git/HEAD",
+        ".DS_Store",
+        "__MACOSX/._a.txt",
+        "b.txt~",
+    ]
+    for name in ("a.txt", "more/b.txt", *hidden):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "more/.git/index").write_bytes(b"DIRC\xff\xfe")
+    assert sorted(load_texts(tmp_path, None)) == ["a.txt", "more/b.txt"]
+    assert load_texts(tmp_path / ".DS_Store", None) == [".DS_Store"]
+    given = tmp_path / ".ipynb_checkpoints"
+    assert load_texts(given, None) == [".ipynb_checkpoints/a.txt"]
+    (given / "inside" / ".cache").mkdir(parents=True)
+    (given / "inside" / "c.txt").write_text("c")
+    (given / "inside" / ".cache" / "d.txt").write_text("d")
+    assert load_texts(given / "inside", None) == ["c"]
+    with pytest.raises(ValueError, match="__MACOSX is an empty folder, or all is hidden"):
+        load_texts(tmp_path / "__MACOSX", None)
+
+
+def test_links_are_followed_and_circles_end(tmp_path: Path):
+    for name in ("here/a.txt", "there/b.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    for name, to in {"here/more": "there", "there/back": "here", "here/self": "here"}.items():
+        (tmp_path / name).symlink_to(tmp_path / to)
+    (tmp_path / "here/c.txt").symlink_to(tmp_path / "there/b.txt")
+    assert sorted(load_texts(tmp_path / "here", None)) == ["here/a.txt", "there/b.txt"]
+    assert sorted(load_texts(tmp_path / "there/back", None)) == ["here/a.txt", "there/b.txt"]
+    (tmp_path / "there/gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(FileNotFoundError, match=r"more/gone\.txt"):
+        load_texts(tmp_path / "here", None)
 
 
 def test_local_corpora_are_light_and_never_touch_the_network(run_python: Process):

@@ -116,12 +116,19 @@ def test_settings_are_merged_over_usual_ones_by_name_and_type() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             merged(usual, given)
+    assert merged(usual, {"alpha": None}, or_none=["alpha"]) == usual | {"alpha": None}
+    assert merged(usual, {"alpha": 1}, or_none=["alpha"])["alpha"] == 1.0
+    with pytest.raises(ValueError, match=r"'alpha' is float \| None, not 'big'"):
+        merged(usual, {"alpha": "big"}, or_none=["alpha"])
+    with pytest.raises(ValueError, match=r"'alpha' is float, not None"):
+        merged(usual, {"alpha": None}, or_none=["texts"])
 
 
 def test_a_dict_may_be_written_in_python_or_in_json(write: Write) -> None:
     advanced = inspect(write("n", "advanced: dict = {}"))["advanced"]
     assert advanced.parse("{'skip_bos': True}") == {"skip_bos": True}
     assert advanced.parse('{"skip_bos": true, "alpha": -0.1}') == {"skip_bos": True, "alpha": -0.1}
+    assert advanced.parse('{"judge_temperature": null}') == {"judge_temperature": None}
     with pytest.raises(ValueError, match="'advanced' is dict, not"):
         advanced.parse("{skip_bos: true}")
 

@@ -92,8 +92,12 @@ def test_table_stopped_midway_is_not_taken_for_finished(folder: Path) -> None:
     assert sorted(file.name for file in folder.glob("tables/*")) == ["t.csv", "t.parquet"]
 
 
-def test_other_settings_are_refused_by_name(folder: Path) -> None:
+def test_other_settings_are_refused_by_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     start_run("n", {"k": 3, "suite": "flowlet"})
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_versions", lambda: {"torch": "1.0"})
+        with pytest.raises(ValueError, match=r"version of torch was '2.* is now '1\.0'"):
+            start_run("n", {"k": 3, "suite": "flowlet"})
     with pytest.raises(ValueError, match=r"k was 3 and is now 4$"):
         start_run("n", {"k": 4, "suite": "flowlet"})
     assert json.loads((folder / "config.json").read_text())["parameters"]["k"] == 3

@@ -1,6 +1,7 @@
 """The endpoint judge asks in the paper's words, loses no reply and makes no score up."""
 
 import hashlib
+import json
 import logging
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from flowhelpers.steering.judge_endpoint import (
     PROMPTS,
     STOP_AFTER,
     EndpointJudge,
+    read_reply,
 )
 
 Make = Callable[..., EndpointJudge]
@@ -36,15 +38,36 @@ PAPER = {
         "6ea36bb6095279ef3f5443b4978ba7a036b43fc37a0f88c8534bdfb6a464f922",
     ],
 }
+DRAFT = '{"coherence": 1, "behavioral": 0}'
+READABLE = [
+    f"```json\n{GOOD}\n```",
+    f'Here it is, {{as asked}}:\n```JSON\n{GOOD}\n```\nThe "coherence" is that of a book {{x}}.',
+    f"<think>\nOf {{physics}}? Perhaps {DRAFT}.\n</think>\n\n{GOOD}",
+    f"It is.\n</think>\n{GOOD}",
+    f"The format is {{coherence: 0, behavioral: 0}}. First {DRAFT}, but no: {GOOD}",
+    '{"coherence": 4.0, "behavioral": "3"}',
+    '{"coherence": "4.0", "behavioral": 3, "is_sure": true}',
+    '{"reasoning": "the set {1} and {\\"coherence\\": 1}", "coherence": 4, "behavioral": 3}',
+    f'{{"scores": {GOOD}, "draft": {{"coherence": 2}}}}',
+]
 UNREADABLE = [
     "I would give it a 4.",
-    f"Here it is: {GOOD}",
+    " ",
+    "null",
+    "{" * 2000,
+    '{"a": ' * 9000,
+    f"<think>\nPerhaps {DRAFT}. The text",
+    f"<think>\nPerhaps {DRAFT}.\n</think>\n\nI cannot judge this.",
+    f'First {DRAFT}. On reflection: {{"coherence": 4, "beha',
+    f'First {DRAFT}. On reflection: {{"coherence": 4, "behavioral": 7}}',
+    f"First {DRAFT}. On reflection: {{'reasoning': 'it",
     '{"coherence": 4, "behaviour": 3}',
     '{"coherence": 4, "behavioral": 6}',
     '{"coherence": -1, "behavioral": 3}',
-    '{"coherence": "4", "behavioral": 3}',
+    '{"coherence": 4.5, "behavioral": 3}',
+    '{"coherence": "four", "behavioral": 3}',
+    '{"coherence": null, "behavioral": 3}',
     '{"coherence": true, "behavioral": 3}',
-    '{"coherence": 4, "behavioral": 3, "more": 1}',
     '{"coherence": 4, "behavioral": [3, 3, 3]}',
 ]
 TRANSPORT = [Fault(status=429, headers={"Retry-After": "0.05"}), Fault(status=500), Fault(cut=True)]
@@ -175,10 +198,72 @@ def test_an_empty_text_has_0_unasked_and_equal_texts_are_asked_about_once(
     assert judge.judge([]).dtypes.equals(frame.dtypes)
 
 
-def test_a_fence_and_spaces_around_a_reply_are_nothing(make: Make, server: JudgeServer):
-    for text, reply in (("One.", f"```json\n{GOOD}\n```"), ("Two.", f"\n {GOOD}\n")):
-        server.faults[text] = [Fault(content=reply)]
-    assert values(make().judge(["One.", "Two."])) == [[0.6, 0.8]] * 2
+@pytest.mark.parametrize("reply", [GOOD, *READABLE])
+def test_the_last_object_with_scores_counts_whatever_stands_around_it(reply: str):
+    assert read_reply(reply, "promote").model_dump() == {"coherence": 4, "behavioral": 3}
+    three = reply.replace(': "3"', ": 3").replace('"behavioral": 3', '"behavioral": ["3", 2, 1.0]')
+    expected = {"coherence": 4, "behavioral": (3, 2, 1)}
+    assert read_reply(three, "suppress").model_dump() == expected
+
+
+def completion(end: str | None = "stop", **message: Any) -> Fault:
+    """A whole completion, as servers give that part reasoning from the reply."""
+    choice = {"index": 0, "finish_reason": end, "message": {"role": "assistant", **message}}
+    return Fault(body=json.dumps({"id": "0", "object": "chat.completion", "choices": [choice]}))
+
+
+def test_replies_are_found_where_servers_put_them(make: Make, server: JudgeServer):
+    parts = [{"type": "thinking", "thinking": [{"text": DRAFT}]}, {"type": "text", "text": GOOD}]
+    told: list[dict[str, Any]] = [
+        {"content": GOOD, "reasoning_content": DRAFT},
+        {"content": None, "reasoning_content": f"Perhaps {DRAFT}. No: {GOOD}"},
+        {"content": "", "reasoning": GOOD},
+        {"content": parts},
+    ]
+    texts = some(len(told))
+    for text, message in zip(texts, told, strict=True):
+        server.faults[text] = [completion(**message)]
+    assert values(make().judge(texts)) == [[0.6, 0.8]] * len(texts)
+    assert len(server.requests) == len(texts)
+
+
+def test_refusals_and_replies_that_are_cut_are_missing(make: Make, server: JudgeServer):
+    refusal = completion(content=None, refusal="I cannot judge that.")
+    cut = completion("length", content=None, reasoning_content=f"The format is {DRAFT}, and")
+    server.faults = {"One.": [refusal] * ATTEMPTS, "Two.": [cut] * ATTEMPTS}
+    frame = make().judge(["One.", "Two.", "Three."])
+    assert frame["behavioral"].isna().tolist() == [True, True, False]
+    assert frame["problem"][0] == "no readable reply in 3: 'I cannot judge that.'"
+    assert frame["problem"][1].startswith("no readable reply in 3 (the last cut at the server's")
+
+
+def test_a_judge_none_of_whose_first_replies_can_be_read_is_stopped(
+    make: Make, server: JudgeServer
+):
+    judge, texts = make(), some(400)
+    texts[0] = "A fault of its own."
+    server.faults = {ALL: [Fault(content="It is fine.")] * 10_000, texts[0]: [Fault(status=400)]}
+    with pytest.raises(ValueError, match=r"theme 'space': none of the first 8 texts .* is fine\.'"):
+        judge.judge(texts)
+    assert len(server.requests) < 200
+    # Of texts that are left of an earlier call all may be such.
+    server.faults = {text: [Fault(content="No.")] * ATTEMPTS for text in texts[1:13]}
+    assert judge.judge(texts[:40])["behavioral"].isna().sum() == 12
+    server.faults = {ALL: [Fault(content="No.")] * 10_000}
+    assert judge.judge(texts[:40])["behavioral"].isna().sum() == 12
+
+
+def test_a_temperature_that_is_refused_can_be_left_out(make: Make, server: JudgeServer):
+    message = "Unsupported value: 'temperature' does not support 0.0 with this model."
+    server.faults[ALL] = [Fault(status=400, message=message)]
+    with pytest.raises(
+        ValueError, match=r"support 0\.0 .* Leave it out: temperature=None, or of a"
+    ):
+        make()
+    judge = make(temperature=None)
+    server.faults["One."] = [Fault(content="prose")]
+    assert values(judge.judge(["One."])) == expected(["One."])
+    assert [set(asked.body) for asked in server.requests] == [{"model", "messages"}] * 2
 
 
 @pytest.mark.parametrize("reply", UNREADABLE)

@@ -439,11 +439,18 @@ def test_the_best_cell_is_the_first_of_the_highest():
             "score": [0.2, NONE, 0.4, 0.6, 0.4, 0.1, 0.0, NONE],
         }
     )
-    assert steering.best_cells(means, ["theme", "strategy"])["cell"].tolist() == [3, 2, 6]
+    found = means[means["theme"] != "law"]
+    assert steering.best_cells(found, ["theme", "strategy"])["cell"].tolist() == [3, 2, 6]
     # A layer that is missing is a group of its own.
     assert steering.best_cells(means, ["layer"])["cell"].tolist() == [2, 3, 5]
-    best = steering.best_cells(means, ["theme"])
+    best = steering.best_cells(found, ["theme"])
     assert best.equals(means.loc[[3, 2]])
+    # Where no text has a score there is no best, in words.
+    with pytest.raises(ValueError, match=r"theme law: no text has a score, so none is the best"):
+        steering.best_cells(means, ["theme", "strategy"])
+    with pytest.warns(UserWarning, match=r"strategy, layer \('y', 1\.0\): no text has a score"):
+        best = steering.best_cells(means, ["strategy", "layer"])
+    assert best["cell"].tolist() == [2, 3, 5, 6]
 
 
 def test_the_cells_of_a_graph_are_where_it_has_features(planted: Suite):

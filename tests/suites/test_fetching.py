@@ -101,6 +101,26 @@ def test_files_that_are_on_this_machine_are_read_where_they_are(
         read_tensors(str(folder), [NAMES[1]])
 
 
+def test_of_a_model_whose_weights_lie_there_twice_those_are_read_that_transformers_loads(
+    toy_folder: Path, tmp_path: Path
+):
+    from transformers import Gemma3ForCausalLM
+
+    model = Gemma3ForCausalLM.from_pretrained(toy_folder)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.add_(1)
+    (tmp_path / "model.safetensors").rename(tmp_path / "kept")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    (tmp_path / "kept").rename(tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    loaded = Gemma3ForCausalLM.from_pretrained(tmp_path).state_dict()
+    found = read_tensors(str(tmp_path), [NAMES[0]])[NAMES[0]]
+    assert torch.equal(found, loaded[NAMES[0]])
+    assert not torch.equal(found, model.state_dict()[NAMES[0]])
+
+
 def test_a_model_is_fetched_whole_once(hub_here: Hub, pythia: str, monkeypatch: pytest.MonkeyPatch):
     fetch(pythia, "config.json")  # which alone makes no whole model
     folder = Path(model_folder(pythia))

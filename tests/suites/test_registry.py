@@ -1,11 +1,15 @@
 """The table of suites against sae-lens's own list, its variants, and how much each takes."""
 
 import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+from safetensors.torch import load_file, save_file
 
 from flowhelpers import __main__
 from flowhelpers.core.features import MODULES, Site
@@ -126,6 +130,49 @@ def test_what_a_suite_takes_follows_from_its_sizes():
     assert decoders_memory(stored) == decoders_memory(row) // 2
     unknown = replace(row, model_parameters=None)
     assert memory_needed(unknown, kept=KEPT) == memory_needed(unknown)
+
+
+def test_of_a_folder_only_what_transformers_and_sae_lens_load_counts(
+    planted_folder: Path, tmp_path: Path
+):
+    from transformers import Gemma3ForCausalLM
+
+    folder = Path(shutil.copytree(planted_folder, tmp_path / "suite"))
+    model = folder / "model"
+    whole = Gemma3ForCausalLM.from_pretrained(model)
+    loaded = sum(weights.numel() for weights in whole.parameters())
+    saes = [load_file(path) for path in folder.glob("*/sae_weights.safetensors")]
+    in_saes = sum(tensor.numel() for sae in saes for tensor in sae.values())
+
+    def counted() -> tuple[int | None, int]:
+        row = find_suite(folder)
+        return row.model_parameters, row.parameters
+
+    assert counted() == (loaded, loaded + in_saes)
+    beside = [
+        "consolidated",
+        "adapter_model",
+        "optimizer",
+        "model-00001-of-00002",
+        "original/model",
+    ]
+    (model / "original").mkdir()
+    for name in [*(f"model/{name}" for name in beside), "0-res/sparsity", "0-res/model"]:
+        save_file({"more": torch.zeros(12_345)}, folder / f"{name}.safetensors")
+    assert counted() == (loaded, loaded + in_saes)
+    # A single file comes before shards, as it does for transformers.
+    index = '{"weight_map": {"more": "model-00001-of-00002.safetensors"}}'
+    (model / "model.safetensors.index.json").write_text(index)
+    assert counted() == (loaded, loaded + in_saes)
+    for path in model.glob("model*"):
+        path.unlink()
+    whole.save_pretrained(model, max_shard_size="20KB")
+    assert len(list(model.glob("model-*.safetensors"))) > 2
+    assert counted() == (loaded, loaded + in_saes)
+    for path in model.glob("model*"):
+        path.unlink()
+    torch.save(whole.state_dict(), model / "pytorch_model.bin")  # whose size is not told
+    assert counted() == (None, in_saes)
 
 
 def test_the_command_tells_what_there_is_and_what_it_takes(capsys: pytest.CaptureFixture[str]):

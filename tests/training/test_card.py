@@ -216,6 +216,11 @@ def test_a_card_is_measured_on_held_out_rows_written_and_given_back(
     for name, table in stored_bars(str(folder)).items():
         pd.testing.assert_frame_equal(table, found[name])
 
+    # Texts and rows are read as far as the model can.
+    np.save(tmp_path / "held_out-0.npy", np.full((2, 200), 70))
+    measured_bars(str(folder), tmp_path)
+    assert [text.ids.shape[1] for text in measured[1:]] == [toys.CONTEXT] * 3
+
     # A bar that is missed is shown, and is no error.
     assert main(["card", str(folder)]) == 0
     *_, title, _, row = capsys.readouterr().out.splitlines()

@@ -87,6 +87,11 @@ def test_rows_have_the_special_tokens_of_their_tokenizer():
     assert (rows[:, 0] == other.eos_token_id).all()
     assert other.eos_token_id in rows[:, 1:]
     assert not np.isin(rows, [BOS, EOS]).any()
+    other.eos_token, other.bos_token = None, "<unk>"
+    assert np.array_equal(token_rows(toys.TEXTS * 9, other, 8), rows)
+    other.bos_token = None
+    with pytest.raises(ValueError, match="the tokenizer has neither BOS nor EOS"):
+        token_rows(toys.TEXTS, other, 8)
 
 
 def test_each_source_has_its_share_and_every_row_comes_once_before_any_twice(tmp_path: Path):

@@ -2,12 +2,14 @@
 
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import toys
 import yaml
 
 from flowhelpers.__main__ import main
@@ -244,6 +246,20 @@ def test_attention_alone_is_trained_for_a_model_and_matches_without_its_w_o(
     assert "was begun with another recipe: sites was" in capsys.readouterr().err
     assert main([*given, "att,9/ress"]) == 2
     assert "the model has no site '9/ress'; did you mean" in capsys.readouterr().err
+
+
+def test_rows_for_a_model_are_no_longer_than_its_context(
+    text: Path, tmp_path: Path, toy_folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = write(tmp_path, {"model": TINY["model"] | {"context": 200}})
+    model = Path(shutil.copytree(toy_folder, tmp_path / "model"))
+    (model / ".git").mkdir()
+    for _ in range(2):  # what was begun with rows that fit is taken up
+        train_suite(tmp_path / "mine", text, path, str(model), sites=["0/res"])
+        said = capsys.readouterr().out
+        assert said.startswith(f"rows of {toys.CONTEXT} tokens, the context of {model}, not 200")
+    assert read_rows(tmp_path / "mine" / "training", 3, 0).shape == (3, toys.CONTEXT)
+    assert not (tmp_path / "mine" / "model" / ".git").exists()
 
 
 def test_what_does_not_fit_is_refused_before_any_text_is_read(
