@@ -75,7 +75,7 @@ class Model:
             return hashlib.blake2b(held, key=hashlib.blake2b(about).digest()).hexdigest()
 
         computes = self.bridge.original_model
-        told = [version(name) for name in ("torch", "transformers", "transformer-lens")]
+        told = [version(name) for name in ("torch", "transformers", "transformer-lens", "sae-lens")]
         told += [str(self.prepend_bos), computes.config.to_json_string()]
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         told += [backend.to_str() if backend else repr(self.tokenizer)]

@@ -211,7 +211,7 @@ def test_what_is_kept_goes_by_all_that_activations_depend_on(copy: Path, toy: Mo
 def test_other_versions_of_what_computes_make_another_digest(
     copy: Path, toy: Model, monkeypatch: pytest.MonkeyPatch
 ):
-    for changed in ("torch", "transformers", "transformer-lens"):
+    for changed in ("torch", "transformers", "transformer-lens", "sae-lens"):
         monkeypatch.setattr(models, "version", lambda name, c=changed: "0" if name == c else "1")
         other = load_model(str(copy)).fingerprint
         monkeypatch.setattr(models, "version", lambda name: "1")
