@@ -1,6 +1,6 @@
 """Controls of steering: random features, equal norms, the difference of means, side effects."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -97,7 +97,7 @@ def scale_plan(plan: Plan | SteeringVectors, factor: float) -> Plan | SteeringVe
 def total_norm(suite: "Suite", plan: Plan | SteeringVectors) -> float:
     """Σ‖Δh‖ of a plan that adds, in the stream: at z through W_O and the gain."""
     vectors = steering_vectors(suite, plan) if isinstance(plan, Plan) else plan
-    return sum(float(_in_stream(suite.model, at, v[None])[0].norm()) for at, v in vectors.items())
+    return sum(float(_in_stream(suite.model, at)(v[None])[0].norm()) for at, v in vectors.items())
 
 
 def equal_norm_cells(suite: "Suite", cells: Sequence[SweepCell], measure: str) -> list[SweepCell]:
@@ -171,16 +171,16 @@ def side_effects(
 
 def _measured(model: Model, edit: Edit, norms: Float[Tensor, "plan text position"]) -> Edit:
     """The edit, which also adds the norm of its step at each token to `norms`."""
+    in_stream = _in_stream(model, edit.site)  # which may take a pass: not inside of another
 
     def change(activations: Activations) -> Activations:
         changed = edit.change(activations)
         step = (changed - activations).float().flatten(0, 1)
-        norms.add_(_in_stream(model, edit.site, step).norm(dim=-1).view(norms.shape))
+        norms.add_(in_stream(step).norm(dim=-1).view(norms.shape))
         return changed
 
     return Edit(edit.site, change)
 
 
-def _in_stream(model: Model, site: Site, steps: Float[Tensor, "n d_in"]) -> Tensor:
-    is_z = site.module == "z"
-    return attention_output(model, site.layer).to_residual(steps) if is_z else steps.float()
+def _in_stream(model: Model, site: Site) -> Callable[[Tensor], Tensor]:
+    return attention_output(model, site.layer).to_residual if site.module == "z" else Tensor.float

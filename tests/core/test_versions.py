@@ -150,7 +150,7 @@ def test_a_cache_that_stays_empty_is_an_error(toy: Model, monkeypatch: pytest.Mo
     from transformers import DynamicCache
 
     monkeypatch.setattr(DynamicCache, "update", lambda self, keys, values, *_, **__: (keys, values))
-    with pytest.raises(ValueError, match="0 tokens in the cache after a pass, not 10"):
+    with pytest.raises(ValueError, match="has 0 tokens in its cache after a pass, not 10"):
         cache_prompt(toy, IDS)
 
 
