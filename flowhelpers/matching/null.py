@@ -59,7 +59,7 @@ def null_threshold(chance: Float[Tensor, "draws"], share: float = NULL_QUANTILE)
     """
     rank = (len(chance) + 1) * share - 1
     at = min(max(rank / max(len(chance) - 1, 1), 0.0), 1.0)
-    return torch.quantile(chance.cpu().float(), at).item()
+    return torch.quantile(chance.cpu().double(), at).item()
 
 
 def null_error(chance: Float[Tensor, "draws"]) -> float:
