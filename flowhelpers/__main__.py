@@ -82,12 +82,15 @@ def notebooks(arguments: argparse.Namespace) -> int:
 
 
 def suites(arguments: argparse.Namespace) -> int:
-    """Lists the suites, or says of one what it holds and what each experiment needs."""
+    """Lists the suites, or says of one what it holds, what memory it takes and how long jobs do."""
+    from flowhelpers.core.machine import check_device
     from flowhelpers.suites.load import check_sources, decoders_memory, memory_needed
     from flowhelpers.suites.registry import find_suite, registered
 
     if arguments.time and not arguments.suite:
         raise ValueError("--time takes the name of a suite")
+    if arguments.device != "auto":
+        check_device(arguments.device)
     if not arguments.suite:
         for row in registered().values():
             where = "no network needed" if row.is_local else "from the hub, then cached"
@@ -112,11 +115,21 @@ def suites(arguments: argparse.Namespace) -> int:
 
 
 def _print_forecast(name: str, device: str) -> int:
+    from tqdm import tqdm
+
     from flowhelpers.forecast import forecast
 
+    def spoken(seconds: float) -> str:
+        return tqdm.format_interval(seconds) if seconds >= 60 else f"{seconds:.3g} s"
+
     table = forecast(name, device)
-    print("\nwhat jobs take here, each step timed on random numbers of these shapes, in seconds:")
-    print(table.to_string(index=False, float_format="{:,.3g}".format))
+    print("\nwhat jobs take here, each step timed on random numbers of these shapes (h:mm:ss):")
+    told = table.assign(seconds=table["seconds"].map(spoken), total=table["total"].map(spoken))
+    print(told.rename(columns={"seconds": "one"}).to_string(index=False))
+    print(
+        "Texts are of 128 tokens. Fetching SAEs, reading them from disk and Pearson's correlations"
+        "\nare not counted."
+    )
     for step, why in table.attrs["left_out"].items():
         print(textwrap.fill(f"- not timed: {step}, as {why}", 90, subsequent_indent="  "))
     return 0

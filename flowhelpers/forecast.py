@@ -1,13 +1,13 @@
 """How long a suite's jobs take on this machine, foretold from single steps that are timed.
 
 A step is one of the package's own functions on random numbers of the suite's shapes; of the model
-and its SAEs nothing is fetched but `config.json`. `tests/test_forecast.py` holds every job within a
-factor of two of the real thing on `flowlet`.
+and its SAEs nothing is fetched but `config.json`. `tests/test_forecast.py` holds small jobs of each
+kind within a factor of two of the real thing on `flowlet`.
 """
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from itertools import count
 from pathlib import Path
@@ -29,6 +29,7 @@ from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import make_plan
 from flowhelpers.steering.sweeps import steer
 from flowhelpers.suites.bridge import bridged
+from flowhelpers.suites.hub import fetch
 from flowhelpers.suites.load import OnDemand, Suite, device_and_dtype
 from flowhelpers.suites.model import Model, Tokens
 from flowhelpers.suites.registry import BYTES, SuiteRow, declared, find_suite
@@ -57,14 +58,15 @@ def forecast(name: str, device: str = "auto") -> pd.DataFrame:
 
     Returns:
         One row a step: `job`, `step`, `seconds` of one, `count` of them in the job, and `total` in
-        seconds; `attrs["left_out"]` says of other steps why they could not be timed.
+        seconds; `attrs["left_out"]` says of other steps, by job and step, why they could not be
+        timed. Jobs that the suite's sites leave out have no rows.
     """
     rows, left_out = [], {}
     for step in progress(steps_of(name, device), "timing"):
         try:
             seconds = step.time()
         except (OSError, MemoryError, TimeoutError) as error:
-            left_out[step.step] = str(error).splitlines()[0]
+            left_out[f"{step.job}, {step.step}"] = str(error).splitlines()[0]
             continue
         rows.append((step.job, step.step, seconds, step.count, step.count * seconds))
     table = pd.DataFrame(rows, columns=["job", "step", "seconds", "count", "total"])
@@ -76,7 +78,8 @@ def steps_of(name: str, device: str = "auto") -> list[Step]:
     """The steps of all jobs; nothing is timed yet."""
     row = find_suite(name)
     layers = row.layers or 1 + max(row.saes).layer
-    of_depth = cache(partial(stand_in, row))
+    modules = tuple(module for module in MODULES if any(s.module == module for s in row.saes))
+    of_depth = cache(partial(stand_in, row, modules))
     at = device_and_dtype(row, device, "auto")
 
     def through(measure: Callable[[Suite], float]) -> float:
@@ -88,17 +91,19 @@ def steps_of(name: str, device: str = "auto") -> list[Step]:
 
     ends = [site for site in row.saes if site.module == "res"]
     pairs = sum(site in row.saes for end in ends for site in predecessor_sites(end).values())
-    one = partial(of_depth, 1, *at)
+    one = cache(partial(stand_in, row, MODULES, 1, *at))
     passes = -(-TOKENS // (PER_PASS * (MAX_TOKENS - 1)))
-    return [
+    steps = [
         Step("the match table", "pair of SAEs", pairs, lambda: time_pair(one())),
-        Step("the match table", "null of an SAE", len(row.saes), lambda: time_null(one())),
+        Step("the match table", "null of an SAE", pairs and len(row.saes),
+             lambda: time_null(one())),
         Step("permutations", "pair of SAEs, one to one", pairs, lambda: time_assignment(one())),
         Step(f"{TOKENS:,} tokens read at all sites", f"{PER_PASS} texts", passes,
              lambda: through(time_reading)),
-        Step(f"{TEXTS} texts of {NEW} tokens steered", "token of all", NEW,
+        Step(f"{TEXTS} texts of {NEW} tokens steered", "token of all", NEW if ends else 0,
              lambda: through(time_sampling)),
     ]  # fmt: skip
+    return [step for step in steps if step.count]
 
 
 def best_time(call: Callable[[], Any]) -> float:
@@ -123,7 +128,7 @@ def shapes(row: SuiteRow) -> tuple[int, int, float | None]:
     return width, row.d_model, mean(known) if known else None
 
 
-def stand_in(row: SuiteRow, layers: int, device: str, dtype: str) -> Suite:
+def stand_in(row: SuiteRow, modules: Sequence[str], layers: int, device: str, dtype: str) -> Suite:
     """So many layers of a suite, of random numbers: its widths, and as many features active.
 
     Its SAEs have the mean width of the suite's, and the mean L0 that these declare, else 64. They
@@ -150,7 +155,7 @@ def stand_in(row: SuiteRow, layers: int, device: str, dtype: str) -> Suite:
     def load(site: Site) -> Any:
         return make_sae(site, of_kind(site.module == "res"), d, "random")
 
-    sites = [Site(layer, module) for layer in range(layers) for module in MODULES]
+    sites = [Site(layer, module) for layer in range(layers) for module in modules]
     saes = OnDemand(sites, load, len(sites))
     few = SuiteRow(row.name, row.model, dict.fromkeys(sites, "random"), layers=layers, d_model=d)
     return Suite(few, partial(_model, row, layers, device, dtype), saes, device, dtype)
@@ -160,7 +165,10 @@ def _model(row: SuiteRow, layers: int, device: str, dtype: str) -> Model:
     """The first layers of a suite's model, with random weights and flowlet's tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(row.model, revision=row.revision).get_text_config()
+    about = Path(row.model) / "config.json"
+    if not about.is_file():
+        about = fetch(row.model, "config.json", row.revision)
+    config = AutoConfig.from_pretrained(about).get_text_config()
     numbers = layers * (row.model_parameters or 0) // (row.layers or 1)
     numbers += 2 * config.vocab_size * config.hidden_size
     check_memory(BYTES[dtype] * numbers, f"{layers} layers of {row.model}", device, dtype)

@@ -309,7 +309,7 @@ def chance(layer: int, module: str, direction: str = "backward") -> np.ndarray:
 
 @cache
 def null(layer: int, module: str, direction: str = "backward") -> float:
-    return float(np.quantile(chance(layer, module, direction), 0.999))
+    return float(np.quantile(chance(layer, module, direction), 0.999, method="weibull"))
 
 
 @cache

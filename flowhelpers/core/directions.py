@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from flowhelpers.core.machine import in_threads, quick_dtype
+from flowhelpers.core.machine import check_device, in_threads, quick_dtype
 
 PART = 256  # rows that stay in a CPU's cache
 FAR = 1e15  # squares of what is larger, or smaller than its inverse, are lost in float32
@@ -28,7 +28,9 @@ def unit_rows(
         rows = matrix[odd]
         largest = torch.linalg.vector_norm(rows, ord=torch.inf, dim=1, keepdim=True)
         if len(bad := odd[~torch.isfinite(largest[:, 0])]):
-            raise ValueError(f"{len(bad)} rows are not finite, the first is row {first + bad[0]}")
+            raise ValueError(
+                f"{len(bad)} rows are not finite in float32, the first is row {first + bad[0]}"
+            )
         # Divided by the largest entry first, neither huge nor tiny rows are lost in their squares.
         rows /= largest.masked_fill(largest == 0, 1.0)
         sizes = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
@@ -60,10 +62,11 @@ def prepare(
     matrix: Float[Tensor, "rows d_model"] | Directions, device: str | torch.device, first: int = 0
 ) -> Directions:
     """Makes rows ready for products with many others, unless they are; errors as of `unit_rows`."""
-    if isinstance(matrix, Directions):
-        return matrix
     device = device_of(device)
-    rows = matrix.to(device).float()
+    if isinstance(matrix, Directions):
+        held = matrix.rows, matrix.scale, matrix.rough, matrix.errors
+        return Directions(*(each.to(device) for each in held))
+    rows = matrix.detach().to(device).float()
     norms = torch.linalg.vector_norm(rows, dim=1)
     if not ((norms > 1 / FAR) & (norms < FAR)).all():
         rows = unit_rows(rows, first)
@@ -83,5 +86,7 @@ def prepare(
 
 
 def device_of(given: str | torch.device) -> torch.device:
-    """A device by its name, or itself."""
+    """A device by its name, or itself; a ValueError if this machine has none of this name."""
+    if isinstance(given, str):
+        check_device(given)
     return torch.device(given) if isinstance(given, str) else given

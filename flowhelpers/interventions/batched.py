@@ -72,12 +72,14 @@ def intervene(
 
     Raises:
         ValueError: If a case has no edit or is at BOS or another special token, an amount is not
-            finite, or an edit is lost to rounding.
+            finite, an edit is lost to rounding, or `batch_size` is below 1.
         RuntimeError: If an edit changed what comes before it.
         MemoryError: If not even one row fits.
     """
     import pandas as pd
 
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     at = torch.tensor(cases[["text", "position"]].to_numpy(), device=tokens.is_text.device)
     if not tokens.is_text[at[:, 0], at[:, 1]].all():
         raise ValueError("a case is at BOS or a special token: expected tokens of the text")

@@ -1,9 +1,11 @@
+from .cosine import top_k_both_ways as top_k_both_ways
 from .cosine import top_k_cosine as top_k_cosine
 from .matchers import WEIGHTS as WEIGHTS
 from .matchers import by_permutation as by_permutation
 from .null import NULL_QUANTILE as NULL_QUANTILE
 from .null import null_cosines as null_cosines
 from .null import null_error as null_error
+from .null import null_threshold as null_threshold
 from .null import rotated as rotated
 from .plots import against_chance as against_chance
 from .plots import agreement_map as agreement_map

@@ -29,6 +29,7 @@ MEMORY = {"cpu": 2**30, "cuda": 4 * 2**30}
 GROUP = 64  # entries of which the highest is taken first: far quicker than sorting out all
 STRIP = 512  # rows of a product that stay in a CPU's cache
 FEW_STRIPS = 8
+LESS = 0.7  # of the memory that a GPU did not have
 LISTED = 64  # bytes of an entry that may be among the best
 FLOAT32_UNIT = 2.0**-24  # rounding of one operation, relative
 UNITS = {torch.float32: FLOAT32_UNIT, torch.bfloat16: 2.0**-8}
@@ -59,16 +60,16 @@ def top_k_cosine(
     (CHOICES 3).
 
     Args:
-        memory: Bytes to use besides input and result; by default 1 GiB on a CPU, 4 GiB on a GPU.
-            Where a GPU has less, it goes on with half of it, and says so.
+        memory: Bytes to use besides input and result, a little more where very many cosines are
+            among the best or nearly so; by default 1 GiB on a CPU, 4 GiB on a GPU. Where a GPU has
+            less, it begins again in smaller blocks, says so, and stays with them from then on.
         device: Where to compute; blocks are moved there. By default the device of `target`.
 
     Raises:
         ValueError: If the widths differ, k is out of range, a value is not finite, or memory is
             too small for a block of 64 features of each side.
+        MemoryError: If the device has no room for such a block.
     """
-    if not 1 <= k <= len(source):
-        raise ValueError(f"k={k}: expected 1 to {len(source)}, the number of source features")
     return _matches(target, source, k, memory, device, both=False)[0]
 
 
@@ -81,7 +82,7 @@ def top_k_both_ways(
 ) -> tuple[TopK, TopK]:
     """The best sources of each target, and the best targets of each source, from one product.
 
-    As `top_k_cosine` finds them; k or as many as there are.
+    As `top_k_cosine` finds them, with the same errors; k or as many as there are.
     """
     return _matches(target, source, k, memory, device, both=True)
 
@@ -90,25 +91,33 @@ def _matches(
     target: Rows, source: Rows, k: int, memory: int | None, device: Any, both: bool
 ) -> tuple[TopK, TopK]:
     shapes = _rows_of(target).shape, _rows_of(source).shape
+    if k < 1 or (not both and k > len(source)):
+        raise ValueError(f"k={k}: expected 1 to {len(source)}, the number of source features")
     if [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][1]:
         raise ValueError(
             f"cannot compare target {tuple(shapes[0])} with source {tuple(shapes[1])}:"
             " expected two matrices of the same width"
         )
     device = device_of(device or _rows_of(target).device)
+    usual, ran_out = memory is None, None
     memory = MEMORY.get(device.type, MEMORY["cpu"]) if memory is None else memory
-    blocks = _block_sizes(target, source, memory, device.type, both)
-    told = f"out of memory while matching on {device}: it goes on with smaller blocks"
     while True:
+        try:
+            *blocks, needed = _block_sizes(target, source, memory, device.type, both)
+        except ValueError:
+            if ran_out is None:
+                raise
+            told = f"{device} has no room for blocks of {GROUP} features"
+            raise MemoryError(told) from ran_out
         try:
             return _in_blocks(target, source, k, memory, device, both, blocks)
         except torch.OutOfMemoryError as error:
-            if max(blocks) <= GROUP:
-                raise MemoryError(f"{device} has no room for {blocks} features") from error
-        if told:
-            told = warnings.warn(told, stacklevel=4)
-        blocks = [max(GROUP, n // 2 // GROUP * GROUP) for n in blocks]
-        memory //= 2
+            if ran_out is None:
+                told = f"out of memory while matching on {device}: it begins again in smaller"
+                warnings.warn(f"{told} blocks", stacklevel=3)
+            ran_out, memory = error, int(LESS * needed)
+        if usual:  # what comes later finds no more room
+            MEMORY[device.type] = memory
 
 
 def _rows_of(side: Rows) -> Tensor:
@@ -117,8 +126,8 @@ def _rows_of(side: Rows) -> Tensor:
 
 def _block_sizes(
     target: Rows, source: Rows, memory: int, device_type: str, both: bool
-) -> tuple[int, int]:
-    """Targets and sources of a block that fits, with its product, in three quarters of memory."""
+) -> tuple[int, int, float]:
+    """Targets and sources of a block that fits, with its product, in memory; and what it takes."""
     width, quick = _rows_of(target).shape[1], quick_dtype(device_type)
     of_row = width * (4 + quick.itemsize)  # float32, and the quick type
     raw = [of_row * (not isinstance(side, Directions)) for side in (target, source)]
@@ -139,7 +148,7 @@ def _block_sizes(
         else:
             least = f"a block of {rows} by {columns} features of width {width}"
             raise ValueError(f"memory={memory}: expected {needed():.0f} bytes or more, for {least}")
-    return max(rows, 1), max(columns, 1)
+    return max(rows, 1), max(columns, 1), needed()
 
 
 def _in_blocks(

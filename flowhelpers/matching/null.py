@@ -37,9 +37,9 @@ def null_cosines(
 ) -> Float[Tensor, "draws"]:
     """The null distribution: best cosines of random directions with the rows of a matrix.
 
-    They are independent, and the same for all matrices of one width. The standard error of the
-    99.9 % quantile (`null_error`) falls with the root of `draws`: with 4,096 it is 2 % of the
-    quantile at Gemma 2 2B's size, a fourth of a product of two SAEs.
+    The directions are the same for all matrices of one width, so the nulls of a suite err alike.
+    The standard error of the 99.9 % quantile (`null_error`) falls with the root of `draws`. At
+    Gemma 2 2B's size 4,096 cost a fourth of a product of two SAEs, and leave 2 % of the quantile.
     """
     held = source.rows if isinstance(source, Directions) else source
     at = device or held.device
@@ -52,15 +52,24 @@ def _random(d: int, seed: int, draws: int, device: str | torch.device) -> Direct
     return prepare(torch.randn(draws, d, generator=generator), device)
 
 
+def null_threshold(chance: Float[Tensor, "draws"], share: float = NULL_QUANTILE) -> float:
+    """The quantile of the draws that a further one lies below with this probability (0.999).
+
+    Of n draws it has the rank share · (n + 1), counted from 1.
+    """
+    rank = (len(chance) + 1) * share - 1
+    at = min(max(rank / max(len(chance) - 1, 1), 0.0), 1.0)
+    return torch.quantile(chance.cpu().double(), at).item()
+
+
 def null_error(chance: Float[Tensor, "draws"]) -> float:
     """The standard error of the 99.9 % quantile of so many draws.
 
     It is half the distance of the quantiles that lie a standard deviation of the rank below and
-    above.
+    above. It rests on a few draws, and has an error of its own of about a half.
     """
     spread = (NULL_QUANTILE * (1 - NULL_QUANTILE) / len(chance)) ** 0.5
-    ends = torch.tensor([NULL_QUANTILE - spread, min(NULL_QUANTILE + spread, 1.0)])
-    low, high = torch.quantile(chance.cpu().float(), ends).tolist()
+    low, high = (null_threshold(chance, NULL_QUANTILE + by) for by in (-spread, spread))
     return (high - low) / 2
 
 

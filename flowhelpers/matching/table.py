@@ -35,7 +35,13 @@ from flowhelpers.matching.matchers import (
     random_of_top_k,
     read_codes,
 )
-from flowhelpers.matching.null import NULL_DRAWS, NULL_QUANTILE, cached_null, null_error
+from flowhelpers.matching.null import (
+    NULL_DRAWS,
+    NULL_QUANTILE,
+    cached_null,
+    null_error,
+    null_threshold,
+)
 from flowhelpers.suites.load import KEPT
 
 if TYPE_CHECKING:
@@ -47,7 +53,7 @@ if TYPE_CHECKING:
 Method = Literal["cosine", "random", "permutation", "pearson"]
 METHODS: tuple[Method, ...] = ("cosine", "random", "permutation", "pearson")
 DIRECTIONS = ("backward", "forward")
-TABLE_VERSION = 3  # of what a table on disk holds: raise it when that changes
+TABLE_VERSION = 4  # of what a table on disk holds: raise it when that changes
 
 
 def match_table(
@@ -164,8 +170,9 @@ def match_table(
 
     groups, coming = list(sites.values()), {}
 
+    # The last few that were read stay in memory: the target, which is needed again, comes last.
     def read(place: int) -> "list[SAE]":
-        return [suite.sae(site) for site in reversed(groups[place])][::-1]  # the first is read on
+        return [suite.sae(site) for site in reversed(groups[place])][::-1]
 
     def matches_at(place: int, reader: ThreadPoolExecutor) -> "pd.DataFrame":
         saes = coming.pop(place).result() if place in coming else read(place)
@@ -286,7 +293,7 @@ def _both_sides(
             "layer": np.int16(target.site.layer),
             "module": word(source.site.module, sorted(MODULES), len(frame)),
             "source_layer": np.int16(source.site.layer),
-            "null": np.float32(torch.quantile(chance, NULL_QUANTILE)),
+            "null": np.float32(null_threshold(chance)),
             "null_error": np.float32(null_error(chance)),
             "method": word(method, METHODS, len(frame)),
         }

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from typing import Any
 
 import jaxtyping
@@ -139,8 +140,8 @@ BAD = [normal(6, 3).index_fill(0, torch.tensor([4, 5]), bad) for bad in (torch.n
             r"memory=4: .* bytes or more, .* of 64 by 64",
         ),
         (normal(4, 3), normal(5, 2), {}, r"target \(4, 3\) with source \(5, 2\): expected two mat"),
-        (BAD[0], normal(4, 3), {}, "2 rows are not finite, the first is row 4"),
-        (normal(4, 3), BAD[1], {}, "2 rows are not finite, the first is row 4"),
+        (BAD[0], normal(4, 3), {}, "2 rows are not finite in float32, the first is row 4"),
+        (normal(4, 3), BAD[1], {}, "2 rows are not finite in float32, the first is row 4"),
     ],
 )
 def test_what_cannot_be_compared_is_named(
@@ -249,24 +250,37 @@ def test_a_device_without_room_gets_smaller_blocks_and_says_so_once(
     monkeypatch: pytest.MonkeyPatch,
 ):
     target, source = signs(300, 64), signs(700, 64, seed=1)
-    expected, true = top_k_cosine(target, source, 3), cosine._product
+    expected, true, tried = top_k_cosine(target, source, 3), cosine._product, []
 
     def full(rows: Any, *more: Any) -> Any:
+        tried.append(len(rows))
         if len(rows) > 100:
             raise torch.OutOfMemoryError
         return true(rows, *more)
 
+    monkeypatch.setattr(cosine, "MEMORY", {"cpu": 2**30})
     monkeypatch.setattr(cosine, "_product", full)
-    with pytest.warns(UserWarning, match="out of memory .* on cpu: it goes on with sm") as told:
-        found = top_k_cosine(target, source, 3, memory=10**6)
+    with pytest.warns(UserWarning, match="out of memory .* on cpu: it begins again in sm") as told:
+        found = top_k_cosine(target, source, 3)
     assert len(told) == 1
     assert torch.equal(found.indices, expected.indices)
+    tried.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(top_k_both_ways(target, source, 3)[0].indices, expected.indices)
+    assert max(tried) <= 100  # what had no room is not tried again
     monkeypatch.setattr(cosine, "_product", lambda *_: full([0] * 101))
     with (
         pytest.warns(UserWarning, match="out of memory"),
-        pytest.raises(MemoryError, match=r"no room for \[64, 64\] features"),
+        pytest.raises(MemoryError, match="cpu has no room for blocks of 64 features"),
     ):
-        top_k_cosine(target, source, 3)
+        top_k_cosine(target, source, 3, memory=10**6)
+
+
+def test_parameters_are_matched_as_their_values():
+    rows = torch.nn.Linear(16, 300).weight
+    assert rows.requires_grad
+    assert torch.equal(top_k_cosine(rows, rows).indices[:, 0], torch.arange(300))
 
 
 def test_what_is_not_float32_precise_is_never_the_reference(monkeypatch: pytest.MonkeyPatch):
