@@ -238,19 +238,20 @@ def check_sources(row: SuiteRow) -> None:
     It names a transcoder, too. Warns if the model is not the suite's, but such as the base of an
     instruction-tuned one.
     """
-    from flowhelpers.suites.registry import refuse_transcoder
+    from flowhelpers.suites.registry import check_is_sae
     from flowhelpers.suites.sae_files import sae_config
 
     trained_on: dict[str, Site] = {}
     for site, source in sorted(row.saes.items()):
-        model, said = None, ""
+        about: dict[str, Any] = {}
         if not isinstance(source, str):
             listed = listed_release(source["release"], source["id"])
-            model, said = listed.model, f"{source['release']}/{listed.saes_map[source['id']]}"
+            names = f"{source['release']}/{listed.saes_map[source['id']]}"
+            about = {"model_name": listed.model, "architecture": names}
         elif (path := Path(source) / "cfg.json").is_file():
-            config = sae_config(path)
-            model, said = config.get("model_name"), str(config.get("architecture"))
-        refuse_transcoder(f"suite {row.name}: the SAE for {site} ({source})", said)
+            about = sae_config(path)
+        check_is_sae(f"suite {row.name}: the SAE for {site} ({source})", about)
+        model = about.get("model_name")
         if model:
             trained_on.setdefault(_short_name(model), site)
     if len(trained_on) > 1:

@@ -170,12 +170,22 @@ def declared(source: Source) -> tuple[float | None, float | None]:
     return l0, None if variance == 1.0 else variance  # the list's word for what it lacks
 
 
-def refuse_transcoder(sae: str, said: str) -> None:
-    """A ValueError if what is said of an SAE, its architecture or its names, is of a transcoder."""
-    if re.search("transcoder|(^|[-_/])clt([-_/]|$)", said):
+def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
+    """A ValueError if what is said of an SAE is said of a transcoder, or of another basis."""
+    kind = str(about.get("architecture"))
+    ends = (("d_in", "d_out"), ("hook_name", "hook_name_out"), ("hook_point", "hook_point_out"))
+    elsewhere = [out for at, out in ends if about.get(out) not in (None, "", about.get(at))]
+    if elsewhere or re.search("transcoder|crosscoder|(^|[-_/])clt([-_/]|$)", kind):
+        said = ", ".join(f"{key}: {about[key]}" for key in elsewhere) or kind
         raise ValueError(
-            f"{sae} is a transcoder, which reads one place and predicts another: expected an SAE"
-            " (transcoders go under a suite's key `transcoders`)"
+            f"{sae} is a transcoder, which reads one place and predicts another ({said}): expected"
+            " an SAE (transcoders go under a suite's key `transcoders`)"
+        )
+    if about.get("normalize_activations") == "covariance_whitening":
+        raise ValueError(
+            f"{sae} has directions of whitened activations (normalize_activations:"
+            " covariance_whitening): fold the whitening by sae-lens's fold_activation_whitening,"
+            " and save it"
         )
 
 

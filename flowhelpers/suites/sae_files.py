@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flowhelpers.core.files import fingerprint, read_json
 from flowhelpers.suites.hub import fetch, naming, replaced
-from flowhelpers.suites.registry import Source, listed_release, refuse_transcoder
+from flowhelpers.suites.registry import Source, check_is_sae, listed_release
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
@@ -39,6 +39,7 @@ class SaeFiles:
         by_column: Whether each feature is a column of the decoder, and not a row.
         scale: How much larger activations are, as sae-lens gives them, than those that go with the
             file's numbers: decoder rows are smaller by that factor.
+        unit_rows: Whether sae-lens takes each decoder row for one of unit norm.
     """
 
     source: str
@@ -49,6 +50,7 @@ class SaeFiles:
     decoder: str = "W_dec"
     by_column: bool = False
     scale: float = 1.0
+    unit_rows: bool = False
 
 
 def read_decoder(files: SaeFiles) -> Tensor:
@@ -65,6 +67,8 @@ def read_decoder(files: SaeFiles) -> Tensor:
                 decoder = torch.from_numpy(arrays[files.decoder])
         else:
             with safe_open(files.weights, "pt") as tensors:
+                if files.decoder not in (names := tensors.keys()):
+                    raise ValueError(f"no tensor {files.decoder} among {', '.join(names)}")
                 decoder = tensors.get_tensor(files.decoder)
             decoder = decoder if _is_blob(files.weights) else decoder.clone()
     return decoder.T if files.by_column else decoder
@@ -84,6 +88,7 @@ def load_whole(source: Source, is_fetched: bool, device: str, dtype: str) -> Any
     from huggingface_hub import constants, parse_local_safetensors_file_metadata
     from sae_lens import SAE
     from sae_lens.loading import pretrained_sae_loaders
+    from sae_lens.registry import SAE_CLASS_REGISTRY
 
     def shapes(repository: str, file: str) -> dict[str, Any]:
         tensors = parse_local_safetensors_file_metadata(fetch(repository, file)).tensors
@@ -96,6 +101,12 @@ def load_whole(source: Source, is_fetched: bool, device: str, dtype: str) -> Any
         replaced(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes),
     ):
         if isinstance(source, str):
+            kind = sae_config(Path(source) / LENS_FILES[0]).get("architecture", "standard")
+            if kind not in SAE_CLASS_REGISTRY:
+                raise ValueError(
+                    f"its architecture {kind!r} is none that sae-lens loads, one in training is"
+                    f" saved by save_inference_model: expected {', '.join(SAE_CLASS_REGISTRY)}"
+                )
             return SAE.load_from_disk(source, device=device, dtype=dtype)
         return SAE.from_pretrained(source["release"], source["id"], device=device, dtype=dtype)
 
@@ -116,10 +127,12 @@ def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFil
 
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     about = sae_config(config)
-    refuse_transcoder(f"the SAE in {source}", str(about.get("architecture")))
+    check_is_sae(f"the SAE in {source}", about)
     hook = about.get("hook_name") or about.get("hook_point") or ""
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
-    return SaeFiles(source, weights, hook, _content(weights, config), revision)
+    unit = "topk" in str(about.get("architecture")) and about.get("rescale_acts_by_decoder_norm")
+    content = _content(weights, config)
+    return SaeFiles(source, weights, hook, content, revision, unit_rows=bool(unit))
 
 
 def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
