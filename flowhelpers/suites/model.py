@@ -26,11 +26,6 @@ HOOKS = {
     "normed": "blocks.{layer}.ln2.hook_normalized",  # before the MLP: normed, without the gain
     "mlp_in": "blocks.{layer}.mlp.hook_in",  # and with it, as the MLP reads it
 }
-# Other names of the same places, on every architecture.
-SAME = {
-    "res": ("blocks.{next}.hook_resid_pre", "blocks.{next}.hook_in", "blocks.{layer}.hook_out"),
-    "z": ("blocks.{layer}.attn.o.hook_in",),
-}
 CACHE = "past_key_values"  # what keys and values are called; from transformers 5.24 on, "cache"
 
 Activations = Float[Tensor, "batch position d_model"]
@@ -160,12 +155,6 @@ def hook_name(model: Model, site: Site) -> str:
     if not 0 <= site.layer < model.layers:
         raise ValueError(f"no layer {site.layer} in {model.name}: expected 0 to {model.layers - 1}")
     return HOOKS[site.module].format(layer=site.layer)
-
-
-def hook_names(site: Site) -> list[str]:
-    """The names of the hook point at a site, ours and others' of the same place."""
-    names = [HOOKS[site.module], *SAME.get(site.module, ())]
-    return [name.format(layer=site.layer, next=site.layer + 1) for name in names]
 
 
 def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = None) -> Tokens:

@@ -4,7 +4,7 @@ Whole SAEs are sae-lens's to load. It always reads both matrices, though matchin
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from flowhelpers.core.features import Site
 from flowhelpers.core.files import fingerprint, read_json
 from flowhelpers.suites.hub import fetch, naming, replaced
+from flowhelpers.suites.model import HOOKS
 from flowhelpers.suites.registry import Source, check_is_sae, listed_release
 
 if TYPE_CHECKING:
@@ -26,6 +28,12 @@ UNITS_AGREE = 0.01  # how far two statements of one scale may lie apart
 # Gemma Scope's hook points by the first letters of a site; attention SAEs read z, before o_proj,
 # whatever their folders are called.
 GEMMA_HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+
+# Other names of the same places, on every architecture.
+SAME = {
+    "res": ("blocks.{next}.hook_resid_pre", "blocks.{next}.hook_in", "blocks.{layer}.hook_out"),
+    "z": ("blocks.{layer}.attn.o.hook_in", "hook_z"),
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +127,18 @@ def sae_config(path: Path) -> dict[str, Any]:
     return {**about, **(about.get("metadata") or {})}
 
 
+def hook_names(site: Site) -> list[str]:
+    """The names of the hook point at a site: ours, and others of the same place."""
+    names = [HOOKS[site.module], *SAME.get(site.module, ())]
+    return [name.format(layer=site.layer, next=site.layer + 1) for name in names]
+
+
+def hook_of(about: Mapping[str, Any]) -> str:
+    """The hook point that a configuration names; one without a name that lays heads out is at z."""
+    at_z = "hook_z" if about.get("reshape_activations") == "hook_z" else ""
+    return about.get("hook_name") or about.get("hook_point") or at_z
+
+
 def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
     folder = listed.saes_map[sae_id]
     files = (fetch(listed.repo_id, f"{folder}/{file}") for file in LENS_FILES)
@@ -128,7 +148,7 @@ def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFil
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     about = sae_config(config)
     check_is_sae(f"the SAE in {source}", about)
-    hook = about.get("hook_name") or about.get("hook_point") or ""
+    hook = hook_of(about)
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
     unit = "topk" in str(about.get("architecture")) and about.get("rescale_acts_by_decoder_norm")
     content = _content(weights, config)

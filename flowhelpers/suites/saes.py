@@ -13,13 +13,14 @@ from torch import Tensor
 
 from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.suites import lens_saes
 from flowhelpers.suites.attention import AttentionOutput
-from flowhelpers.suites.model import hook_names
+from flowhelpers.suites.lens_saes import MATCH, kind_of, norms_of, scales_of
 from flowhelpers.suites.registry import check_is_sae
-from flowhelpers.suites.sae_files import SaeFiles, read_decoder
+from flowhelpers.suites.sae_files import SaeFiles, hook_names, hook_of, read_decoder
 
 SMALLEST_THRESHOLD = 1e-6
-PROBES = 4  # features that are taken out on random inputs, to see what each of them adds
+PROBES = 4  # features whose effect on a reconstruction is looked at
 Output = Callable[[], AttentionOutput | None]  # how a model brings z into the stream
 
 
@@ -70,9 +71,12 @@ class SAE:
         lens_sae = self.loader
         if not isinstance(lens_sae, torch.nn.Module):
             lens_sae = self.loader()
-            _fold_norms(lens_sae)
-            _silence_unusable(lens_sae, self.excluded, f"{self.site} ({self.source})")
-        _check_effects(self, lens_sae)
+            lens_saes.fold_norms(lens_sae)
+            lens_saes.silence(lens_sae, self.excluded, f"{self.site} ({self.source})")
+        some, rows = torch.nonzero(self.norms).flatten()[:PROBES], None
+        if self.files and self.input_site == self.site:
+            rows = self.norms[some, None] * unit_rows(self.decoder[some])
+        lens_saes.check_effects(str(self), lens_sae, some, rows)
         return lens_sae
 
     @cached_property
@@ -130,7 +134,7 @@ class SAE:
         """
         x = activations.to(self.lens_sae.dtype)
         codes = self.lens_sae.encode(x)
-        return codes * _scales(self.lens_sae, x).to(codes) if self.normalises_tokens else codes
+        return codes * scales_of(self.lens_sae, x).to(codes) if self.normalises_tokens else codes
 
     @torch.no_grad()
     def decode(
@@ -147,8 +151,8 @@ class SAE:
             if at is None:
                 raise ValueError(f"{self} normalises each token: decode needs `at`")
             at = at.to(lens_sae.dtype)
-            features = features / _scales(lens_sae, at).clamp(min=torch.finfo(torch.float32).tiny)
-        return _decoded(lens_sae, features.to(lens_sae.dtype), at)
+            features = features / scales_of(lens_sae, at)
+        return lens_saes.decoded(lens_sae, features.to(lens_sae.dtype), at)
 
     def decoder_rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
         """What features write for each unit of activation, at the input site, z included."""
@@ -167,19 +171,12 @@ class SAE:
 
     def check_encoder(self, folded: bool = False) -> None:
         """A ValueError if there is no encoder of a matrix and a bias, or no thresholds to fold."""
-        kind = self.lens_sae.cfg.architecture()
+        what = f"{self} ({kind_of(self.lens_sae)})"
         if folded and self.thresholds is None:
-            norm = self.lens_sae.cfg.normalize_activations
-            raise ValueError(
-                f"{self} has no thresholds to fold (architecture {kind}, normalize_activations"
-                f" {norm})"
-            )
-        parameters = dict(self.lens_sae.named_parameters())
-        if lacking := {"W_enc", "b_enc"} - set(parameters):
-            raise ValueError(
-                f"{self}, of architecture {kind}, has no {' and no '.join(sorted(lacking))}: it can"
-                " be matched by its decoder alone"
-            )
+            raise ValueError(f"{what} has no thresholds to fold")
+        there = dict(self.lens_sae.named_parameters())
+        if lacking := [name for name in ("W_enc", "b_enc") if name not in there]:
+            raise ValueError(f"{what} has no {' and no '.join(lacking)}: {MATCH}")
 
     def weights(self, folded: bool = False) -> Weights:
         """Its weights in float32; a ValueError if its encoder is not W_enc and b_enc.
@@ -188,13 +185,13 @@ class SAE:
         clamped away from 0: the output stays the same, and activations are in units of θ.
         """
         self.check_encoder(folded)
-        lens_sae, threshold = self.lens_sae, getattr(self.lens_sae, "threshold", None)
+        lens_sae = self.lens_sae
         encoder, bias, decoder = (
             w.detach().float() for w in (lens_sae.W_enc, lens_sae.b_enc, lens_sae.W_dec)
         )
         if lens_sae.cfg.apply_b_dec_to_input:
             bias = bias - lens_sae.b_dec.detach().float() @ encoder
-        at = torch.zeros_like(bias) if threshold is None else threshold.detach().float()
+        at = getattr(lens_sae, "threshold", torch.zeros_like(bias)).detach().float()
         if not folded:
             return Weights(encoder.T, bias, decoder, at)
         at = at.clamp(min=SMALLEST_THRESHOLD)
@@ -206,13 +203,12 @@ def make_sae(
     site: Site, lens_sae: Any, d_model: int, source: str, output: Output = lambda: None
 ) -> SAE:
     """The SAE around one of sae-lens that is in memory, as `read_sae` around files."""
-    about = lens_sae.cfg.to_dict()
-    check_is_sae(f"the SAE for {site} ({source})", {**about, **about["metadata"]})
-    _fold_norms(lens_sae)
+    about = lens_sae.cfg.to_dict() | lens_sae.cfg.metadata.to_dict()
+    check_is_sae(f"the SAE for {site} ({source})", about)
+    lens_saes.fold_norms(lens_sae)
     decoder = lens_sae.W_dec.detach().clone()
-    hook = lens_sae.cfg.metadata.hook_name
-    sae = _in_residual_basis(site, decoder, hook, d_model, source, output)
-    _silence_unusable(lens_sae, sae.excluded, f"{site} ({source})")
+    sae = _in_residual_basis(site, decoder, hook_of(about), d_model, source, output)
+    lens_saes.silence(lens_sae, sae.excluded, f"{site} ({source})")
     return replace(sae, loader=lens_sae)
 
 
@@ -233,12 +229,12 @@ def read_sae(
     """
     decoder = read_decoder(files).to(device)
     sae = _in_residual_basis(site, decoder, files.hook, d_model, files.source, output)
-    scale = _norms(decoder).masked_fill(sae.norms == 0, 1.0) if files.unit_rows else files.scale
+    scale = norms_of(decoder).masked_fill(sae.norms == 0, 1.0) if files.unit_rows else files.scale
     return replace(sae, norms=sae.norms / scale, loader=load, files=files, dtype=dtype)
 
 
 def _in_residual_basis(
-    site: Site, decoder: Tensor, hook: str | None, d_model: int, source: str, output: Output
+    site: Site, decoder: Tensor, hook: str, d_model: int, source: str, output: Output
 ) -> SAE:
     """Brings decoder rows to the residual basis, and leaves out those that are of no use.
 
@@ -248,7 +244,7 @@ def _in_residual_basis(
     """
     what = f"the SAE for {site} ({source})"
     expected, input_site, to_stream = hook_names(site), site, None
-    if hook not in (None, "", *expected):
+    if hook not in ("", *expected):
         input_site = Site(site.layer, "z")
         if site.module != "att" or hook not in hook_names(input_site):
             raise ValueError(f"{what} was trained at {hook}: expected {expected[0]}")
@@ -258,10 +254,10 @@ def _in_residual_basis(
             )
     width = len(to_stream.weights) if to_stream else d_model
     if decoder.ndim != 2 or decoder.shape[1] != width:
-        shape = " × ".join(map(str, decoder.shape))
-        raise ValueError(f"{what} has a decoder of {shape}: expected rows of {width}, as its model")
+        found = " × ".join(map(str, decoder.shape[1:]))
+        raise ValueError(f"{what} has width {found}: expected {width}, as its model")
     decoder = to_stream.to_residual(decoder) if to_stream else decoder
-    norms = _norms(decoder)
+    norms = norms_of(decoder)
     bad = torch.nonzero(~torch.isfinite(norms) | (norms == 0)).flatten()
     if len(bad) == len(norms):
         raise ValueError(f"{what} has no decoder row that is usable")
@@ -274,102 +270,3 @@ def _in_residual_basis(
     decoder = decoder.contiguous()
     decoder[bad] = norms[bad] = 0
     return SAE(site, decoder, norms, bad, source, None, input_site)
-
-
-def _norms(rows: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-
-
-def _fold_norms(lens_sae: Any) -> None:
-    """Makes decoder rows of unit norm where sae-lens takes them for such; the SAE is the same."""
-    if getattr(lens_sae.cfg, "rescale_acts_by_decoder_norm", False):
-        lens_sae.fold_W_dec_norm()
-        lens_sae.cfg.rescale_acts_by_decoder_norm = False
-
-
-@torch.no_grad()
-def _silence_unusable(lens_sae: Any, excluded: Tensor, what: str) -> None:
-    """Features without a finite encoder are never active, those excluded write nothing either."""
-    lens_sae.turn_off_forward_pass_hook_z_reshaping()  # the heads lie side by side already
-    width = lens_sae.cfg.d_sae
-    # Whatever there is besides the decoder, features lie along its last axis.
-    encoder = [
-        weights.movedim(-1, 0)
-        for name, weights in lens_sae.named_parameters()
-        if name not in ("W_dec", "b_dec") and weights.shape[-1] == width
-    ]
-    finite = [rows.isfinite().reshape(width, -1).all(dim=1) for rows in encoder]
-    deaf = torch.nonzero(~torch.stack(finite).all(dim=0)).flatten() if finite else excluded[:0]
-    excluded = excluded.to(lens_sae.W_dec.device)
-    if len(alone := deaf[~torch.isin(deaf, excluded)]):
-        warnings.warn(
-            f"{len(alone)} features at {what} have an encoder that is not finite; they are never"
-            f" active here: {alone[:10].tolist()}",
-            stacklevel=4,
-        )
-    for rows in encoder:
-        rows[deaf] = 0
-        rows[excluded] = 0
-    lens_sae.W_dec[excluded] = 0
-
-
-@torch.no_grad()
-def _scales(lens_sae: Any, at: Tensor) -> Tensor:
-    """How much larger each token is than what sae-lens made of it, by its own way out."""
-    lens_sae.run_time_activation_norm_fn_in(at)
-    unit = torch.tensor([1.0, 0.0], device=at.device).view(2, *[1] * at.ndim)
-    one, zero = lens_sae.run_time_activation_norm_fn_out(unit)
-    return one - zero
-
-
-@torch.no_grad()
-def _check_effects(sae: SAE, lens_sae: Any) -> None:
-    """A feature adds its activation times its row, by sae-lens's own decode, whatever its kind.
-
-    On a few random inputs, each with one feature less: a ValueError says by how much it is not so.
-    """
-    kind, norm = lens_sae.cfg.architecture(), lens_sae.cfg.normalize_activations
-    but = "; without activations it can be matched by its decoder"
-    if norm == "expected_average_only_in":
-        raise ValueError(
-            f"{sae} was trained on inputs scaled to an average norm (normalize_activations: {norm}),"
-            " by a factor that its files lack: fold it by sae-lens's"
-            f" fold_activation_norm_scaling_factor(factor), and save it{but}"
-        )
-    generator = torch.Generator().manual_seed(0)
-    usable = torch.nonzero(sae.norms > 0).flatten().cpu()
-    some = usable[torch.randperm(len(usable), generator=generator)[:PROBES]]
-    rows, row = lens_sae.W_dec[some].float(), torch.arange(len(some))
-    at = torch.randn(len(some), lens_sae.cfg.d_in, generator=generator).to(lens_sae.b_dec)
-    # As large as the bias, beside which anything smaller is lost to rounding.
-    sizes = (lens_sae.b_dec.float().norm().clamp(min=1) / _norms(rows)).clamp(max=1e4)
-    draws = 0.5 + torch.rand(len(some), len(some), generator=generator).to(sizes)
-    codes = lens_sae.W_dec.new_zeros(len(some), sae.width)
-    codes[:, some] = (draws * sizes).to(codes)
-    without = codes.clone()
-    without[row, some] = 0
-    try:
-        lens_sae.encode(at)
-        added = _decoded(lens_sae, codes, at).float() - _decoded(lens_sae, without, at).float()
-    except (ValueError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(
-            f"{sae}, of architecture {kind}, cannot encode tokens one by one: {error}{but}"
-        ) from error
-    taken = (codes[row, some, None] * _scales(lens_sae, at)).float()
-    given = [rows]
-    if sae.files and sae.input_site == sae.site:  # what the file gave, too
-        given.append((sae.norms[some, None] * unit_rows(sae.decoder[some])).to(rows))
-    off = max(float(_norms(added - taken * each).max() / _norms(added).max()) for each in given)
-    tolerance = 1e-4 if rows.dtype == lens_sae.dtype else 3e-2
-    if not off <= tolerance:
-        raise ValueError(
-            f"{sae}, of architecture {kind} and normalize_activations {norm}: a feature does not"
-            " add its activation times its decoder row, which by sae-lens's decode is off by"
-            f" {off:.2%} (allowed {tolerance:.2%}){but}"
-        )
-
-
-def _decoded(lens_sae: Any, codes: Tensor, at: Tensor | None) -> Tensor:
-    """What sae-lens makes of activations in its own units; it keeps of `at` what it needs."""
-    lens_sae.run_time_activation_norm_fn_in(at)
-    return lens_sae.decode(codes)
