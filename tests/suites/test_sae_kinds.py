@@ -1,6 +1,8 @@
 """Whatever kind of SAE sae-lens saves: what it encodes, writes and loses is what sae-lens says."""
 
+import json
 from contextlib import suppress
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,14 @@ import toys
 from sae_lens import SAE as LensSAE
 from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
+from safetensors.torch import load_file, save_file
 
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.interventions.edits import rescale
+from flowhelpers.suites.attention import attention_output
+from flowhelpers.suites.bridge import load_model
+from flowhelpers.suites.model import Model, run_model
+from flowhelpers.suites.sae_files import hook_names
 from flowhelpers.suites.saes import SAE, make_sae
 
 SITE, D, FEATURES, TOKENS = Site(1, "res"), toys.D_MODEL, 48, 12
@@ -112,7 +119,7 @@ def test_every_kind_is_as_sae_lens_has_it_or_refused(
     def load() -> SAE:
         if is_stored:
             return toys.load_folder(tmp_path, SITE)
-        return make_sae(SITE, LensSAE.load_from_disk(tmp_path), D, "planted")
+        return of_memory(tmp_path)
 
     if "transcoder" in kind or norm == "covariance_whitening":
         with pytest.raises(ValueError, match=r"is a transcoder|directions of whitened activations"):
@@ -173,3 +180,186 @@ def check_weights(
             plain.run_time_activation_norm_fn_out(codes @ weights.decoder + plain.b_dec), whole
         )
         assert near(codes * plain.threshold if folded else codes, in_own_units)
+
+
+def test_what_decodes_otherwise_is_refused_with_the_figure():
+    lens_sae = toys.write_lens_sae(torch.randn(6, D), SITE, b_dec=100.0)
+    sae, decode = make_sae(SITE, lens_sae, D, "planted"), lens_sae.decode
+    lens_sae.decode = lambda codes: 2 * decode(codes)
+    words = r"the SAE for 1/res \(planted\), architecture jumprelu, .* decode that is off by 50.00%"
+    with pytest.raises(ValueError, match=words):
+        sae.encode(torch.ones(D))
+    lens_sae.decode = decode
+    assert sae.encode(torch.ones(D)).shape == (6,)
+
+
+def test_a_decoder_of_the_file_that_sae_lens_does_not_have_is_refused(tmp_path: Path):
+    lens_sae = toys.write_lens_sae(torch.randn(6, D), SITE)
+    lens_sae.save_model(tmp_path)
+    sae = toys.load_folder(tmp_path, SITE)
+    with torch.no_grad():
+        lens_sae.W_dec[0] *= 1.25
+    with pytest.raises(ValueError, match=r"off by 20.00% \(allowed 0.01%\); it can be matched"):
+        replace(sae, loader=lambda: lens_sae).encode(torch.ones(D))
+
+
+@pytest.mark.parametrize("kind", ["gated", "topk", "matching_pursuit"])
+@pytest.mark.parametrize("width", [FEATURES, D])
+@torch.no_grad()
+def test_rows_that_are_not_finite_are_silent_in_every_kind(kind: str, width: int, tmp_path: Path):
+    sae_class, config_class = SAE_CLASS_REGISTRY[kind]
+    given = {"k": width, "rescale_acts_by_decoder_norm": True} if kind == "topk" else {}
+    config = config_class(d_in=D, d_sae=width, metadata=SAEMetadata(hook_name=HOOK), **given)
+    lens_sae = sae_class(config)
+    deaf = {"gated": "b_mag", "topk": "W_enc"}.get(kind)
+    lens_sae.W_dec[3, 5], lens_sae.W_dec[7], lens_sae.b_dec[:] = torch.nan, 0, 0.25
+    if deaf:
+        getattr(lens_sae, deaf)[..., 9] = torch.inf
+        getattr(lens_sae, "b_gate" if kind == "gated" else "b_enc").fill_(2.0)
+    lens_sae.save_model(tmp_path)
+    x = torch.randn(40, D, generator=torch.Generator().manual_seed(1))
+    with pytest.warns(UserWarning, match="not finite") as told:
+        codes = [sae.encode(x) for sae in (toys.load_folder(tmp_path, SITE), of_memory(tmp_path))]
+    assert len(told) == (4 if deaf else 2)
+    silent = {3, 7, 9} if deaf else {3, 7}
+    for found in codes:
+        assert torch.isfinite(found).all()
+        never = set((found == 0).all(dim=0).nonzero().flatten().tolist())
+        assert silent <= never
+        assert len(never) < width / 2
+    assert near(*codes)
+
+
+def of_memory(folder: Path) -> SAE:
+    return make_sae(SITE, LensSAE.load_from_disk(folder), D, "planted")
+
+
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale"])
+@torch.no_grad()
+def test_in_half_precision_a_feature_writes_what_it_should(norm: str, tmp_path: Path):
+    sae_class, config_class = SAE_CLASS_REGISTRY["topk"]
+    given = {"rescale_acts_by_decoder_norm": True, "normalize_activations": norm}
+    config = config_class(d_in=D, d_sae=FEATURES, k=6, **given)
+    config.metadata = SAEMetadata(hook_name=HOOK)
+    plain = save_random(sae_class, config, tmp_path)
+    x = 3 * torch.randn(TOKENS, D, generator=torch.Generator().manual_seed(1)) + 0.5
+    own = plain.encode(x)
+    f = int(own.sum(0).argmax())
+    without = own.index_fill(1, torch.tensor([f]), 0)
+    truth = rebuilt(plain, x, own) - rebuilt(plain, x, without)
+    for dtype in ("bfloat16", "float16"):
+        sae = toys.load_folder(tmp_path, SITE, dtype=dtype)
+        step = x - rescale(sae, [FeatureId(1, "res", f)], 0.0).change(x[None])[0]
+        both = (own[:, f] > 0) & (sae.encode(x)[:, f] > 0)
+        assert both.any()
+        assert (step - truth)[both].norm() <= 2e-2 * truth[both].norm()
+        assert sae.encode(x.to(sae.lens_sae.dtype)).dtype == sae.lens_sae.dtype
+
+
+# Files, and where an SAE reads.
+
+
+def folder_of(tmp_path: Path, **changed: Any) -> Path:
+    """A folder of a plain SAE, with other keys in its cfg.json."""
+    toys.write_lens_sae(torch.randn(6, D), SITE).save_model(tmp_path)
+    path = tmp_path / "cfg.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"d_out": D + 1}, rf"the SAE in .* is a transcoder, .* \(d_out: {D + 1}\)"),
+        ({"metadata": {"hook_name_out": HOOK}}, r"is a transcoder, .* \(hook_name_out: blocks.1"),
+        ({"architecture": "crosscoder"}, r"is a transcoder, .* \(crosscoder\)"),
+        ({"architecture": "batchtopk"}, r"'batchtopk' is none that sae-lens loads, .* save_inf"),
+        ({"d_sae": 7}, r"the SAE in .*size mismatch for W_dec"),
+        ({"architecture": "topk", "k": 7}, r"cannot encode tokens one by one: .* out of range"),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_told(
+    changed: dict[str, Any], words: str, tmp_path: Path
+):
+    folder = folder_of(tmp_path, **changed)
+    if "k" in changed:
+        weights = load_file(folder / "sae_weights.safetensors")
+        del weights["threshold"]
+        save_file(weights, folder / "sae_weights.safetensors")
+    with pytest.raises(ValueError, match=f"(?s){words}"):
+        toys.load_folder(folder, SITE).encode(torch.ones(D))
+
+
+def test_other_names_and_shapes_of_tensors_are_told(tmp_path: Path):
+    folder, rows = folder_of(tmp_path), torch.randn(6, D)
+    for tensors, words in (
+        (
+            {"decoder.weight": rows, "bias": torch.ones(D)},
+            "no tensor W_dec among bias, decoder.weight",
+        ),
+        ({"W_dec": rows.T.contiguous()}, f"has width 6: expected {D}, as its model"),
+        ({"W_dec": rows.expand(2, 6, D).clone()}, f"has width 6 × {D}: expected {D}, as its model"),
+    ):
+        save_file(tensors, folder / "sae_weights.safetensors")
+        with pytest.raises(ValueError, match=words):
+            toys.load_folder(folder, SITE)
+
+
+def test_an_sae_that_lays_heads_side_by_side_reads_z_without_a_name(toy: Model):
+    output = attention_output(toy, 1)
+    for reshape, width, words in (
+        ("none", D, None),
+        ("hook_z", D - 1, f"has width {D - 1}: expected {D}"),
+        ("hook_z", len(output.weights), None),
+    ):
+        config_class = SAE_CLASS_REGISTRY["standard"][1]
+        config = config_class(d_in=width, d_sae=6, reshape_activations=reshape)
+        lens_sae = SAE_CLASS_REGISTRY["standard"][0](config)
+        given = (Site(1, "att"), lens_sae, D, "planted", lambda: output)
+        if words:
+            with pytest.raises(ValueError, match=words):
+                make_sae(*given)
+        else:
+            assert make_sae(*given).input_site.module == ("z" if reshape == "hook_z" else "att")
+
+
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path) -> Model:
+    """A tiny Llama, without a norm after attention or MLP."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    config = LlamaConfig(
+        vocab_size=toys.VOCABULARY,
+        hidden_size=D,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(toy_folder).save_pretrained(folder)
+    return load_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["toy", "plain_model"])
+def test_other_names_of_a_hook_point_are_of_the_same_place(
+    name: str, request: pytest.FixtureRequest
+):
+    model: Model = request.getfixturevalue(name)
+    ids, read = torch.arange(5, 15)[None], {}
+    points = [Site(0, "res"), Site(1, "res"), Site(1, "z"), Site(2, "z")]
+    names = {site: [hook for hook in hook_names(site) if hook != "hook_z"] for site in points}
+    hooks = [
+        (hook, lambda x, hook: read.update({hook.name: x.flatten(2).clone()}))
+        for hooks in names.values()
+        for hook in hooks
+    ]
+    for hook, keep in hooks:  # one at a time: two names may be one point
+        read.clear()
+        with torch.no_grad(), model.bridge.hooks(fwd_hooks=[(hook, keep)]):
+            model.bridge(ids)
+        (found,) = read.values()
+        (site,) = [site for site in names if hook in names[site]]
+        assert torch.equal(found, run_model(model, ids, [site])[1][site]), hook
+    lens_sae = toys.write_lens_sae(torch.eye(3, D), SITE, hook="blocks.2.hook_resid_pre")
+    assert make_sae(SITE, lens_sae, D, "planted").input_site == SITE
