@@ -27,6 +27,27 @@ def fold_norms(lens_sae: Any) -> None:
         lens_sae.cfg.rescale_acts_by_decoder_norm = False
 
 
+def wants_means_off(lens_sae: Any) -> bool:
+    """Whether it was trained on a stream that TransformerLens had centred, as GPT-2's res-jb."""
+    about = lens_sae.cfg.metadata
+    is_centred = (about.model_from_pretrained_kwargs or {}).get("center_writing_weights")
+    return bool(is_centred) and ".attn." not in str(about.hook_name)  # z is as it was
+
+
+def take_means_off(lens_sae: Any) -> None:
+    """Each token's mean is taken off on the way in and given back on the way out."""
+    way_in = lens_sae.run_time_activation_norm_fn_in
+    way_out, mean = lens_sae.run_time_activation_norm_fn_out, {}
+
+    def without_mean(x: Tensor) -> Tensor:
+        mean["of"] = x.mean(dim=-1, keepdim=True)
+        return way_in(x - mean["of"])
+
+    lens_sae.run_time_activation_norm_fn_in = without_mean
+    lens_sae.run_time_activation_norm_fn_out = lambda x: way_out(x) + mean["of"]
+    lens_sae.cfg.normalize_activations += ", centred"
+
+
 @torch.no_grad()
 def silence(lens_sae: Any, excluded: Tensor, what: str) -> None:
     """Features without a finite encoder are never active, those excluded write nothing either."""

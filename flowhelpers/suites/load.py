@@ -210,6 +210,7 @@ def _load_sae(
     row: SuiteRow, load_model: "Callable[[], Model]", device: str, dtype: str, site: Site
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
+    from flowhelpers.suites.lens_saes import take_means_off, wants_means_off
     from flowhelpers.suites.sae_files import find_files, load_whole
     from flowhelpers.suites.saes import make_sae, read_sae
 
@@ -220,7 +221,13 @@ def _load_sae(
     source = row.saes[site]
     d_model = row.d_model or load_model().d_model
     files = find_files(source)
-    load = partial(load_whole, source, files is not None, device, dtype)
+
+    def load() -> Any:
+        lens_sae = load_whole(source, files is not None, device, dtype)
+        if wants_means_off(lens_sae) and load_model().bridge.cfg.normalization_type == "LN":
+            take_means_off(lens_sae)  # as LayerNorm does: other models are never centred
+        return lens_sae
+
     if files is None:
         return make_sae(site, load(), d_model, str(source), output)
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is

@@ -1,6 +1,7 @@
 """Whatever kind of SAE sae-lens saves: what it encodes, writes and loses is what sae-lens says."""
 
 import json
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -19,6 +20,7 @@ from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.interventions.edits import rescale
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.bridge import load_model
+from flowhelpers.suites.load import load_suite
 from flowhelpers.suites.model import Model, run_model
 from flowhelpers.suites.sae_files import hook_names
 from flowhelpers.suites.saes import SAE, make_sae
@@ -323,12 +325,18 @@ def test_an_sae_that_lays_heads_side_by_side_reads_z_without_a_name(toy: Model):
             assert make_sae(*given).input_site.module == ("z" if reshape == "hook_z" else "att")
 
 
-@pytest.fixture(scope="module")
-def plain_model(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path) -> Model:
-    """A tiny Llama, without a norm after attention or MLP."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+def write_plain(folder: Path, tokenizer: Path, model: Any) -> Path:
+    """The folder of a tiny model of another architecture, with the toy's tokenizer."""
+    from transformers import AutoTokenizer
 
-    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return folder
+
+
+def tiny_llama() -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     config = LlamaConfig(
         vocab_size=toys.VOCABULARY,
         hidden_size=D,
@@ -336,9 +344,49 @@ def plain_model(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path) -> M
         num_hidden_layers=3,
         num_attention_heads=2,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(toy_folder).save_pretrained(folder)
-    return load_model(str(folder))
+    return LlamaForCausalLM(config)
+
+
+def tiny_gpt2() -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=toys.VOCABULARY, n_embd=D, n_layer=2, n_head=2, bos_token_id=2, eos_token_id=1
+    )
+    return GPT2LMHeadModel(config)
+
+
+@pytest.fixture(scope="module")
+def plain_model(tmp_path_factory: pytest.TempPathFactory, toy_folder: Path) -> Model:
+    """A model without a norm after attention or MLP."""
+    folder = tmp_path_factory.mktemp("llama")
+    return load_model(str(write_plain(folder, toy_folder, tiny_llama())))
+
+
+@pytest.mark.filterwarnings("ignore:.*non-empty model_from_pretrained_kwargs")  # sae-lens's own
+@pytest.mark.parametrize(("make", "is_centred"), [(tiny_gpt2, True), (tiny_llama, False)])
+@torch.no_grad()
+def test_what_was_trained_on_a_centred_stream_gets_one(
+    make: Callable[[], Any], is_centred: bool, toy_folder: Path, tmp_path: Path
+):
+    """Of models with LayerNorm alone: TransformerLens centres no other."""
+    write_plain(tmp_path / "model", toy_folder, make())
+    site, rows = Site(0, "res"), torch.randn(6, D, generator=torch.Generator().manual_seed(0))
+    plain = toys.write_lens_sae(rows, site)
+    plain.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    suite = load_suite(toys.write_suite(tmp_path, {site: plain}))
+    sae, ids = suite.sae(site), torch.arange(5, 15)[None]
+    x = run_model(suite.model, ids, [site])[1][site][0]
+    codes = sae.encode(x)
+    centred = load_model(suite.row.model)
+    if is_centred:
+        centred.bridge.enable_compatibility_mode(
+            fold_ln=False, center_unembed=False, fold_value_biases=False, disable_warnings=True
+        )
+    seen = run_model(centred, ids, [site])[1][site][0]
+    assert torch.allclose(seen, x, atol=1e-4) is not is_centred
+    assert near(codes, plain.encode(seen))
+    assert near(sae.decode(codes, x) - x, plain.decode(plain.encode(seen)) - seen)
 
 
 @pytest.mark.parametrize("name", ["toy", "plain_model"])
