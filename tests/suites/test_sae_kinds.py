@@ -16,12 +16,14 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, SAE_TRAINING_CLASS_REGISTRY
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 
+from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.interventions.edits import rescale
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.bridge import load_model
-from flowhelpers.suites.load import load_suite
-from flowhelpers.suites.model import Model, run_model
+from flowhelpers.suites.load import Suite, load_suite
+from flowhelpers.suites.model import Model, run_model, tokenize
+from flowhelpers.suites.registry import SuiteRow
 from flowhelpers.suites.sae_files import hook_names
 from flowhelpers.suites.saes import SAE, make_sae
 
@@ -256,6 +258,21 @@ def test_in_half_precision_a_feature_writes_what_it_should(norm: str, tmp_path: 
         assert both.any()
         assert (step - truth)[both].norm() <= 2e-2 * truth[both].norm()
         assert sae.encode(x.to(sae.lens_sae.dtype)).dtype == sae.lens_sae.dtype
+
+
+@torch.no_grad()
+def test_a_negative_activation_is_written_and_not_active(toy: Model):
+    sae_class, config_class = SAE_CLASS_REGISTRY["abstopk"]
+    lens_sae = sae_class(config_class(d_in=D, d_sae=FEATURES, k=6))
+    saes = {SITE: make_sae(SITE, lens_sae, D, "planted")}
+    suite = Suite(SuiteRow("signed", "none", {SITE: ""}), toy, saes)
+    tokens = tokenize(toy, toys.TEXTS[:2])
+    x = run_model(toy, tokens.ids, [SITE])[1][SITE][tokens.is_text]
+    codes = lens_sae.encode(x)
+    assert (codes < 0).any()
+    found = collect(suite, tokens).by_site[SITE]
+    assert torch.equal(torch.from_numpy(found.toarray()), codes.relu())
+    assert found.nnz == int((codes > 0).sum())
 
 
 # Files, and where an SAE reads.
