@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowhelpers.suites.hub import naming
+
 MATCH = "it can be matched, by its decoder alone"
 
 
@@ -92,7 +94,7 @@ def decoded(lens_sae: Any, codes: Tensor, at: Tensor | None) -> Tensor:
 
 def check_scale(what: str, lens_sae: Any) -> None:
     """A ValueError if inputs have to be scaled by a factor that is in no file."""
-    if lens_sae.cfg.normalize_activations == "expected_average_only_in":
+    if "expected_average_only_in" in lens_sae.cfg.normalize_activations:
         raise ValueError(
             f"{what} was trained on inputs scaled to an average norm (normalize_activations:"
             " expected_average_only_in) by a factor that its files lack: fold it by sae-lens's"
@@ -107,7 +109,7 @@ def check_effects(what: str, lens_sae: Any, some: Tensor, stored: Tensor | None 
     Each of some features is taken out once; `stored` are their rows as read from the file alone.
     """
     check_scale(what, lens_sae)
-    what = f"{what}, {kind_of(lens_sae)},"
+    what = f"{what}, {kind_of(lens_sae)}"
     rows, token = lens_sae.W_dec[some].float(), torch.arange(len(some))
     at = torch.arange(len(some) * lens_sae.cfg.d_in).sin().view(len(some), -1).to(lens_sae.b_dec)
     # As large as the bias, beside which anything smaller is lost to rounding.
@@ -116,19 +118,15 @@ def check_effects(what: str, lens_sae: Any, some: Tensor, stored: Tensor | None 
     codes[:, some] = size.to(codes)
     without = codes.clone()
     without[token, some] = 0
-    try:
+    with naming(f"{what} ({MATCH})", "cannot encode tokens one by one"):
         lens_sae.encode(at)
         added = decoded(lens_sae, codes, at).float() - decoded(lens_sae, without, at).float()
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, RuntimeError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{what} cannot encode tokens one by one: {error}; {MATCH}") from error
     step = (size[:, None] * scales_of(lens_sae, at)).float()
     given = [rows] if stored is None else [rows, stored.to(rows)]
     off = max(float(norms_of(added - step * each).max() / norms_of(added).max()) for each in given)
     tolerance = 1e-4 if rows.dtype == lens_sae.dtype else 3e-2
     if not off <= tolerance:
         raise ValueError(
-            f"{what} adds something else than activation times decoder row: by sae-lens's decode"
+            f"{what}, adds something else than activation times decoder row: by sae-lens's decode"
             f" that is off by {off:.2%} (allowed {tolerance:.2%}); {MATCH}"
         )

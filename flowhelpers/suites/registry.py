@@ -181,11 +181,10 @@ def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
             f"{sae} is a transcoder, which reads one place and predicts another ({said}): expected"
             " an SAE (transcoders go under a suite's key `transcoders`)"
         )
-    if about.get("normalize_activations") == "covariance_whitening":
+    if (norm := about.get("normalize_activations")) == "covariance_whitening":
         raise ValueError(
-            f"{sae} has directions of whitened activations (normalize_activations:"
-            " covariance_whitening): fold the whitening by sae-lens's fold_activation_whitening,"
-            " and save it"
+            f"{sae} has directions of whitened activations (normalize_activations: {norm}): fold"
+            " the whitening by sae-lens's fold_activation_whitening, and save it"
         )
 
 

@@ -111,10 +111,8 @@ def load_whole(source: Source, is_fetched: bool, device: str, dtype: str) -> Any
         if isinstance(source, str):
             kind = sae_config(Path(source) / LENS_FILES[0]).get("architecture", "standard")
             if kind not in SAE_CLASS_REGISTRY:
-                raise ValueError(
-                    f"its architecture {kind!r} is none that sae-lens loads, one in training is"
-                    f" saved by save_inference_model: expected {', '.join(SAE_CLASS_REGISTRY)}"
-                )
+                told = "expected an SAE as save_inference_model saves it after training"
+                raise ValueError(f"sae-lens loads no architecture {kind!r}: {told}")
             return SAE.load_from_disk(source, device=device, dtype=dtype)
         return SAE.from_pretrained(source["release"], source["id"], device=device, dtype=dtype)
 
@@ -135,7 +133,7 @@ def hook_names(site: Site) -> list[str]:
 
 def hook_of(about: Mapping[str, Any]) -> str:
     """The hook point that a configuration names; one without a name that lays heads out is at z."""
-    at_z = "hook_z" if about.get("reshape_activations") == "hook_z" else ""
+    at_z = "hook_z" * (about.get("reshape_activations") == "hook_z")
     return about.get("hook_name") or about.get("hook_point") or at_z
 
 

@@ -68,14 +68,13 @@ class SAE:
         """sae-lens's SAE, loaded and checked the first time that it is asked for."""
         if self.loader is None:
             raise ValueError(f"the SAE for {self.site} has no weights, its directions are all")
-        lens_sae = self.loader
+        lens_sae, some, rows = self.loader, torch.nonzero(self.norms).flatten()[:PROBES], None
         if not isinstance(lens_sae, torch.nn.Module):
             lens_sae = self.loader()
             lens_saes.fold_norms(lens_sae)
             lens_saes.silence(lens_sae, self.excluded, f"{self.site} ({self.source})")
-        some, rows = torch.nonzero(self.norms).flatten()[:PROBES], None
-        if self.files and self.input_site == self.site:
-            rows = self.norms[some, None] * unit_rows(self.decoder[some])
+            if self.input_site == self.site:
+                rows = self.norms[some, None] * unit_rows(self.decoder[some])
         lens_saes.check_effects(str(self), lens_sae, some, rows)
         return lens_sae
 

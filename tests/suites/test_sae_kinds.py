@@ -292,7 +292,7 @@ def folder_of(tmp_path: Path, **changed: Any) -> Path:
         ({"d_out": D + 1}, rf"the SAE in .* is a transcoder, .* \(d_out: {D + 1}\)"),
         ({"metadata": {"hook_name_out": HOOK}}, r"is a transcoder, .* \(hook_name_out: blocks.1"),
         ({"architecture": "crosscoder"}, r"is a transcoder, .* \(crosscoder\)"),
-        ({"architecture": "batchtopk"}, r"'batchtopk' is none that sae-lens loads, .* save_inf"),
+        ({"architecture": "batchtopk"}, r"sae-lens loads no architecture 'batchtopk': .* save_inf"),
         ({"d_sae": 7}, r"the SAE in .*size mismatch for W_dec"),
         ({"architecture": "topk", "k": 7}, r"cannot encode tokens one by one: .* out of range"),
     ],
