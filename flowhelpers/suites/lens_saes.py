@@ -94,11 +94,11 @@ def decoded(lens_sae: Any, codes: Tensor, at: Tensor | None) -> Tensor:
 
 def check_scale(what: str, lens_sae: Any) -> None:
     """A ValueError if inputs have to be scaled by a factor that is in no file."""
-    if "expected_average_only_in" in lens_sae.cfg.normalize_activations:
+    if "expected_average_only_in" in (norm := lens_sae.cfg.normalize_activations):
         raise ValueError(
-            f"{what} was trained on inputs scaled to an average norm (normalize_activations:"
-            " expected_average_only_in) by a factor that its files lack: fold it by sae-lens's"
-            f" fold_activation_norm_scaling_factor(factor), and save it; {MATCH}"
+            f"{what} was trained on inputs times a factor that its files lack"
+            f" (normalize_activations: {norm}): fold it by sae-lens's"
+            f" fold_activation_norm_scaling_factor, and save it; {MATCH}"
         )
 
 
@@ -114,13 +114,12 @@ def check_effects(what: str, lens_sae: Any, some: Tensor, stored: Tensor | None 
     at = torch.arange(len(some) * lens_sae.cfg.d_in).sin().view(len(some), -1).to(lens_sae.b_dec)
     # As large as the bias, beside which anything smaller is lost to rounding.
     size = (lens_sae.b_dec.float().norm().clamp(min=1) / norms_of(rows)).clamp(max=1e4)
-    codes = lens_sae.W_dec.new_zeros(len(some), len(lens_sae.W_dec))
-    codes[:, some] = size.to(codes)
-    without = codes.clone()
-    without[token, some] = 0
+    codes = lens_sae.W_dec.new_zeros(2, len(some), len(lens_sae.W_dec))
+    codes[:, :, some] = size.to(codes)
+    codes[1, token, some] = 0
     with naming(f"{what} ({MATCH})", "cannot encode tokens one by one"):
         lens_sae.encode(at)
-        added = decoded(lens_sae, codes, at).float() - decoded(lens_sae, without, at).float()
+        added = torch.sub(*(decoded(lens_sae, each, at).float() for each in codes))
     step = (size[:, None] * scales_of(lens_sae, at)).float()
     given = [rows] if stored is None else [rows, stored.to(rows)]
     off = max(float(norms_of(added - step * each).max() / norms_of(added).max()) for each in given)

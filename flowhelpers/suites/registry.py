@@ -172,19 +172,19 @@ def declared(source: Source) -> tuple[float | None, float | None]:
 
 def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
     """A ValueError if what is said of an SAE is said of a transcoder, or of another basis."""
-    kind = str(about.get("architecture"))
+    kind, norm = str(about.get("architecture")), about.get("normalize_activations")
     ends = (("d_in", "d_out"), ("hook_name", "hook_name_out"), ("hook_point", "hook_point_out"))
-    elsewhere = [out for at, out in ends if about.get(out) not in (None, "", about.get(at))]
-    if elsewhere or re.search("transcoder|crosscoder|(^|[-_/])clt([-_/]|$)", kind):
-        said = ", ".join(f"{key}: {about[key]}" for key in elsewhere) or kind
+    said = [f"{o}: {about[o]}" for i, o in ends if about.get(o) not in (None, "", about.get(i))]
+    said += [kind] if re.search("transcoder|crosscoder|(^|[-_/])clt([-_/]|$)", kind) else []
+    if said:
         raise ValueError(
-            f"{sae} is a transcoder, which reads one place and predicts another ({said}): expected"
-            " an SAE (transcoders go under a suite's key `transcoders`)"
+            f"{sae} is a transcoder, which reads one place and predicts another ({said[0]}):"
+            " expected an SAE (transcoders go under a suite's key `transcoders`)"
         )
-    if (norm := about.get("normalize_activations")) == "covariance_whitening":
+    if norm == "covariance_whitening":
+        fold = "fold it by sae-lens's fold_activation_whitening, and save it"
         raise ValueError(
-            f"{sae} has directions of whitened activations (normalize_activations: {norm}): fold"
-            " the whitening by sae-lens's fold_activation_whitening, and save it"
+            f"{sae} is of whitened activations (normalize_activations: {norm}): {fold}"
         )
 
 

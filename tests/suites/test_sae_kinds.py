@@ -126,7 +126,7 @@ def test_every_kind_is_as_sae_lens_has_it_or_refused(
         return of_memory(tmp_path)
 
     if "transcoder" in kind or norm == "covariance_whitening":
-        with pytest.raises(ValueError, match=r"is a transcoder|directions of whitened activations"):
+        with pytest.raises(ValueError, match=r"is a transcoder|is of whitened activations"):
             load()
         return
     sae, rows = load(), plain.W_dec
