@@ -28,6 +28,7 @@ from flowhelpers.core.progress_bar import progress
 MEMORY = {"cpu": 2**30, "cuda": 4 * 2**30}
 GROUP = 64  # entries of which the highest is taken first: far quicker than sorting out all
 STRIP = 512  # rows of a product that stay in a CPU's cache
+FEW_STRIPS = 8
 LISTED = 64  # bytes of an entry that may be among the best
 FLOAT32_UNIT = 2.0**-24  # rounding of one operation, relative
 UNITS = {torch.float32: FLOAT32_UNIT, torch.bfloat16: 2.0**-8}
@@ -123,6 +124,8 @@ def _block_sizes(
     raw = [of_row * (not isinstance(side, Directions)) for side in (target, source)]
     of_pair = 1.1 * (4 if device_type == "cuda" else quick.itemsize)
     rows, columns = len(target), len(source)
+    if device_type == "cpu" and not both:  # new memory costs as much as a tenth of a product
+        rows = min(rows, FEW_STRIPS * STRIP)
 
     def needed() -> float:
         return 4 / 3 * (rows * raw[0] + columns * raw[1] + rows * columns * of_pair)
@@ -154,12 +157,15 @@ def _in_blocks(
     )
     rows, columns = (range(0, len(s), n) for s, n in zip((target, source), blocks, strict=True))
     columns_of: Any = None
+    dtype = torch.float32 if device.type != "cpu" else quick_dtype("cpu")
+    size = [min(len(s), n) + GROUP for s, n in zip((target, source), blocks, strict=True)]
+    room = torch.empty(size[0] * size[1], dtype=dtype, device=device)
     for column, row in progress([*product(columns, rows)], "cosines"):
         if row == 0:
             columns_of = None  # before the next are made, so that there is never room for two
             columns_of = prepare(source[column : column + blocks[1]], device, column)
         rows_of = prepare(target[row : row + blocks[0]], device, row)
-        found = _in_block(rows_of, columns_of, k, memory, both)
+        found = _in_block(rows_of, columns_of, k, memory, both, room)
         del rows_of
         _keep(backward, found[0], row, column)
         if found[1] is not None:
@@ -168,9 +174,9 @@ def _in_blocks(
 
 
 def _in_block(
-    rows: Directions, columns: Directions, k: int, memory: int, both: bool
+    rows: Directions, columns: Directions, k: int, memory: int, both: bool, room: Tensor
 ) -> tuple[TopK, TopK | None]:
-    cosines, by_row, by_column = _product(rows, columns, k, both)
+    cosines, by_row, by_column = _product(rows, columns, k, both, room)
     best = _best_of(cosines, by_row, rows, columns, k, memory)
     if by_column is None:
         return best, None
@@ -189,18 +195,17 @@ def _keep(best: TopK, of_block: TopK, first: int, first_other: int) -> None:
 
 
 def _product(
-    rows: Directions, columns: Directions, k: int, both: bool
+    rows: Directions, columns: Directions, k: int, both: bool, room: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rough cosines, and the highest of each group of `GROUP` or fewer, by row and by column.
+    """Rough cosines, in `room`, and the highest of each group of `GROUP` or fewer, both ways.
 
     All are padded with -inf to whole groups; the last is `[columns, groups of rows]`.
     """
     n, m = len(rows), len(columns)
     of_row, of_column = _group_size(m, k), _group_size(n, k)
     on_gpu = rows.rough.device.type != "cpu"
-    dtype = torch.float32 if on_gpu else rows.rough.dtype
     shape = -(-n // of_column) * of_column, -(-m // of_row) * of_row
-    cosines = torch.empty(shape, dtype=dtype, device=rows.rough.device)
+    cosines = room[: shape[0] * shape[1]].view(shape)
     cosines[n:], cosines[:, m:] = -torch.inf, -torch.inf
     by_row = cosines.new_empty(shape[0], shape[1] // of_row)
     by_column = cosines.new_empty(shape[0] // of_column, shape[1]) if both else None
@@ -208,7 +213,7 @@ def _product(
     def multiply(strip: slice) -> None:
         real = slice(strip.start, min(strip.stop, n))
         if on_gpu and rows.rough.dtype is torch.bfloat16:  # no rounding on the way
-            cosines[real, :m] = torch.mm(rows.rough[real], columns.rough.T, out_dtype=dtype)
+            cosines[real, :m] = torch.mm(rows.rough[real], columns.rough.T, out_dtype=room.dtype)
         else:
             torch.mm(rows.rough[real], columns.rough.T, out=cosines[real, :m])
         torch.amax(cosines[strip].unflatten(1, (-1, of_row)), 2, out=by_row[strip])

@@ -2,14 +2,16 @@
 
     python tests/benchmarks/growth.py [--features 2048] [--width 256] [--texts 16]
 
-The match table of random suites of 4, 8 and 16 layers, without its cache, is timed and its peak
-memory beside the suite's taken; then `flowlet` reads as many texts, twice and four times as many,
-and as many tokens of theirs have their features removed. What is printed is the time of a unit,
-the best of `--repeats`, all sizes by turns: with linear growth it stays the same.
+The match table of random suites of 4, 8 and 16 layers, without its cache, is timed, and its peak
+memory beside the suite's taken, each in a process of its own; then `flowlet` reads as many texts,
+twice and four times as many, and as many tokens of theirs have their features removed. What is
+printed is the time of a unit, the best of `--repeats`, all sizes by turns: with linear growth it
+stays the same.
 
-On two cores of an AMD EPYC: a pair of 2,048 features of width 256 takes 42.7, 41.8 and 41.0 ms in
-suites of 11, 23 and 47 pairs, and 31, 51 and 23 MiB are held beside the suite, as chance has it; a
-token read at all sites takes 0.23, 0.22 and 0.22 ms, a token of 100 interventions 39, 47 and 47 ms.
+On two cores of an Intel Xeon: a pair of 2,048 features of width 256 takes 71.3, 71.6 and 72.3 ms in
+suites of 11, 23 and 47 pairs, and 46, 52 and 52 MiB are in use beside suite and answer; a token
+read at all sites takes 0.25 ms at all three sizes, a token of 100 interventions 42.4, 40.9 and 41.1
+ms.
 """
 
 import tempfile
