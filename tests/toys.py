@@ -183,12 +183,12 @@ def write_lens_sae(
     return lens_sae
 
 
-def load_folder(folder: Path, site: Site, d_model: int = D_MODEL) -> SAE:
+def load_folder(folder: Path, site: Site, d_model: int = D_MODEL, dtype: str = "float32") -> SAE:
     """The SAE of a folder that sae-lens saved."""
     files = sae_files.find_files(str(folder))
     assert files is not None
-    load = partial(sae_files.load_whole, str(folder), True, "cpu", "float32")
-    return read_sae(site, files, load, d_model, "cpu", "float32")
+    load = partial(sae_files.load_whole, str(folder), True, "cpu", dtype)
+    return read_sae(site, files, load, d_model, "cpu", dtype)
 
 
 def sae_at_z(model: Model, layer: int = 1) -> SAE:

@@ -176,7 +176,7 @@ def _encoded(
     for site, at in inputs.items():
         sae = suite.sae(site)
         chunks = torch.cat(read[at]).split(ENCODED_TOGETHER)
-        rows = [_sparse(sae.encode(chunk.to(suite.device))) for chunk in chunks]
+        rows = [_sparse(sae.encode(chunk.to(suite.device)).relu_()) for chunk in chunks]
         codes[site] = vstack(rows, format="csr")
     return codes
 

@@ -124,13 +124,13 @@ def _one_to_one(chooser: Tensor, chosen: Tensor, cosines: Tensor, width: int) ->
 def check_weights(sae: "SAE", weights: str, folded: bool) -> None:
     """Raise a ValueError if `by_permutation` cannot compare an SAE by these weights."""
     check_choice("weights", weights, WEIGHTS)
-    if folded and sae.thresholds is None:
-        raise ValueError(f"the SAE for {sae.site} ({sae.source}) has no thresholds to fold")
     if weights != "decoder" and sae.input_site != sae.site:
         raise ValueError(
             f"{sae.site} reads {sae.input_site}, in a space of its own: SAEs that"
             " read other spaces can be matched by their decoders alone"
         )
+    if weights != "decoder" or folded:
+        sae.check_encoder(folded)
 
 
 def _rows(sae: "SAE", weights: str, folded: bool) -> Tensor:

@@ -63,14 +63,16 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def naming(what: str | Path) -> Iterator[None]:
+def naming(
+    what: str | Path, problem: str = "cannot be read, it may be truncated"
+) -> Iterator[None]:
     """Libraries' errors for files that are not what they should be, as a ValueError with a name."""
     from safetensors import SafetensorError
 
     try:
         yield
     except (SafetensorError, *BROKEN) as error:
-        raise ValueError(f"{what} cannot be read, it may be truncated: {error}") from error
+        raise ValueError(f"{what} {problem}: {error}") from error
 
 
 def read_tensors(model: str, names: Iterable[str], revision: str | None = None) -> dict[str, Any]:

@@ -226,6 +226,7 @@ def _load_sae(
     site: Site,
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
+    from flowhelpers.suites.lens_saes import take_means_off, wants_means_off
     from flowhelpers.suites.sae_files import find_files, load_whole
     from flowhelpers.suites.saes import make_sae, read_sae
 
@@ -236,7 +237,13 @@ def _load_sae(
     source = row.saes[site]
     d_model = row.d_model or load_model().d_model
     files = find_files(source)
-    load = partial(load_whole, source, files is not None, device, dtype)
+
+    def load() -> Any:
+        lens_sae = load_whole(source, files is not None, device, dtype)
+        if wants_means_off(lens_sae) and load_model().bridge.cfg.normalization_type == "LN":
+            take_means_off(lens_sae)  # as LayerNorm does: other models are never centred
+        return lens_sae
+
     if files is None:
         return make_sae(site, load(), d_model, str(source), output)
     if files.prepend_bos != begin():
@@ -260,19 +267,20 @@ def check_sources(row: SuiteRow) -> None:
     It names a transcoder, too. Warns if the model is not the suite's, but such as the base of an
     instruction-tuned one.
     """
-    from flowhelpers.suites.registry import refuse_transcoder
+    from flowhelpers.suites.registry import check_is_sae
     from flowhelpers.suites.sae_files import sae_config
 
     trained_on: dict[str, Site] = {}
     for site, source in sorted(row.saes.items()):
-        model, said = None, ""
+        about: dict[str, Any] = {}
         if not isinstance(source, str):
             listed = listed_release(source["release"], source["id"])
-            model, said = listed.model, f"{source['release']}/{listed.saes_map[source['id']]}"
+            names = f"{source['release']}/{listed.saes_map[source['id']]}"
+            about = {"model_name": listed.model, "architecture": names}
         elif (path := Path(source) / "cfg.json").is_file():
-            config = sae_config(path)
-            model, said = config.get("model_name"), str(config.get("architecture"))
-        refuse_transcoder(f"suite {row.name}: the SAE for {site} ({source})", said)
+            about = sae_config(path)
+        check_is_sae(f"suite {row.name}: the SAE for {site} ({source})", about)
+        model = about.get("model_name")
         if model:
             trained_on.setdefault(_short_name(model), site)
     if len(trained_on) > 1:

@@ -170,12 +170,21 @@ def declared(source: Source) -> tuple[float | None, float | None]:
     return l0, None if variance == 1.0 else variance  # the list's word for what it lacks
 
 
-def refuse_transcoder(sae: str, said: str) -> None:
-    """A ValueError if what is said of an SAE, its architecture or its names, is of a transcoder."""
-    if re.search("transcoder|(^|[-_/])clt([-_/]|$)", said):
+def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
+    """A ValueError if what is said of an SAE is said of a transcoder, or of another basis."""
+    kind, norm = str(about.get("architecture")), about.get("normalize_activations")
+    ends = (("d_in", "d_out"), ("hook_name", "hook_name_out"), ("hook_point", "hook_point_out"))
+    said = [f"{o}: {about[o]}" for i, o in ends if about.get(o) not in (None, "", about.get(i))]
+    said += [kind] if re.search("transcoder|crosscoder|(^|[-_/])clt([-_/]|$)", kind) else []
+    if said:
         raise ValueError(
-            f"{sae} is a transcoder, which reads one place and predicts another: expected an SAE"
-            " (transcoders go under a suite's key `transcoders`)"
+            f"{sae} is a transcoder, which reads one place and predicts another ({said[0]}):"
+            " expected an SAE (transcoders go under a suite's key `transcoders`)"
+        )
+    if norm == "covariance_whitening":
+        fold = "fold it by sae-lens's fold_activation_whitening, and save it"
+        raise ValueError(
+            f"{sae} is of whitened activations (normalize_activations: {norm}): {fold}"
         )
 
 

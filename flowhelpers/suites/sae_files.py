@@ -4,7 +4,7 @@ Whole SAEs are sae-lens's to load. It always reads both matrices, though matchin
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from flowhelpers.core.features import Site
 from flowhelpers.core.files import fingerprint, read_json
 from flowhelpers.suites.hub import fetch, naming, replaced
-from flowhelpers.suites.registry import Source, listed_release, refuse_transcoder
+from flowhelpers.suites.model import HOOKS
+from flowhelpers.suites.registry import Source, check_is_sae, listed_release
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
@@ -26,6 +28,12 @@ UNITS_AGREE = 0.01  # how far two statements of one scale may lie apart
 # Gemma Scope's hook points by the first letters of a site; attention SAEs read z, before o_proj,
 # whatever their folders are called.
 GEMMA_HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
+
+# Other names of the same places, on every architecture.
+SAME = {
+    "res": ("blocks.{next}.hook_resid_pre", "blocks.{next}.hook_in", "blocks.{layer}.hook_out"),
+    "z": ("blocks.{layer}.attn.o.hook_in", "hook_z"),
+}
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class SaeFiles:
         by_column: Whether each feature is a column of the decoder, and not a row.
         scale: How much larger activations are, as sae-lens gives them, than those that go with the
             file's numbers: decoder rows are smaller by that factor.
+        unit_rows: Whether sae-lens takes each decoder row for one of unit norm.
     """
 
     source: str
@@ -51,6 +60,7 @@ class SaeFiles:
     decoder: str = "W_dec"
     by_column: bool = False
     scale: float = 1.0
+    unit_rows: bool = False
 
 
 def read_decoder(files: SaeFiles) -> Tensor:
@@ -67,6 +77,8 @@ def read_decoder(files: SaeFiles) -> Tensor:
                 decoder = torch.from_numpy(arrays[files.decoder])
         else:
             with safe_open(files.weights, "pt") as tensors:
+                if files.decoder not in (names := tensors.keys()):
+                    raise ValueError(f"no tensor {files.decoder} among {', '.join(names)}")
                 decoder = tensors.get_tensor(files.decoder)
             decoder = decoder if _is_blob(files.weights) else decoder.clone()
     return decoder.T if files.by_column else decoder
@@ -86,6 +98,7 @@ def load_whole(source: Source, is_fetched: bool, device: str, dtype: str) -> Any
     from huggingface_hub import constants, parse_local_safetensors_file_metadata
     from sae_lens import SAE
     from sae_lens.loading import pretrained_sae_loaders
+    from sae_lens.registry import SAE_CLASS_REGISTRY
 
     def shapes(repository: str, file: str) -> dict[str, Any]:
         tensors = parse_local_safetensors_file_metadata(fetch(repository, file)).tensors
@@ -98,6 +111,10 @@ def load_whole(source: Source, is_fetched: bool, device: str, dtype: str) -> Any
         replaced(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes),
     ):
         if isinstance(source, str):
+            kind = sae_config(Path(source) / LENS_FILES[0]).get("architecture", "standard")
+            if kind not in SAE_CLASS_REGISTRY:
+                told = "expected an SAE as save_inference_model saves it after training"
+                raise ValueError(f"sae-lens loads no architecture {kind!r}: {told}")
             return SAE.load_from_disk(source, device=device, dtype=dtype)
         return SAE.from_pretrained(source["release"], source["id"], device=device, dtype=dtype)
 
@@ -110,6 +127,18 @@ def sae_config(path: Path) -> dict[str, Any]:
     return {**about, **(about.get("metadata") or {})}
 
 
+def hook_names(site: Site) -> list[str]:
+    """The names of the hook point at a site: ours, and others of the same place."""
+    names = [HOOKS[site.module], *SAME.get(site.module, ())]
+    return [name.format(layer=site.layer, next=site.layer + 1) for name in names]
+
+
+def hook_of(about: Mapping[str, Any]) -> str:
+    """The hook point that a configuration names; one without a name that lays heads out is at z."""
+    at_z = "hook_z" * (about.get("reshape_activations") == "hook_z")
+    return about.get("hook_name") or about.get("hook_point") or at_z
+
+
 def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
     folder = listed.saes_map[sae_id]
     files = (fetch(listed.repo_id, f"{folder}/{file}") for file in LENS_FILES)
@@ -118,11 +147,12 @@ def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFil
 
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     about = sae_config(config)
-    refuse_transcoder(f"the SAE in {source}", str(about.get("architecture")))
-    hook = about.get("hook_name") or about.get("hook_point") or ""
+    check_is_sae(f"the SAE in {source}", about)
+    hook = hook_of(about)
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
-    begins = about.get("prepend_bos") is not False
-    return SaeFiles(source, weights, hook, _content(weights, config), revision, begins)
+    unit = "topk" in str(about.get("architecture")) and about.get("rescale_acts_by_decoder_norm")
+    said = {"unit_rows": bool(unit), "prepend_bos": about.get("prepend_bos") is not False}
+    return SaeFiles(source, weights, hook, _content(weights, config), revision, **said)
 
 
 def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from flowhelpers.core.directions import unit_rows
 from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.suites import lens_saes
 from flowhelpers.suites.attention import AttentionOutput
-from flowhelpers.suites.model import HOOKS
-from flowhelpers.suites.registry import refuse_transcoder
-from flowhelpers.suites.sae_files import SaeFiles, read_decoder
+from flowhelpers.suites.lens_saes import MATCH, kind_of, norms_of, scales_of
+from flowhelpers.suites.registry import check_is_sae
+from flowhelpers.suites.sae_files import SaeFiles, hook_names, hook_of, read_decoder
 
 SMALLEST_THRESHOLD = 1e-6
+PROBES = 4  # features whose effect on a reconstruction is looked at
 Output = Callable[[], AttentionOutput | None]  # how a model brings z into the stream
 
 
@@ -40,7 +42,8 @@ class SAE:
         site: The site whose contribution to the stream it describes.
         decoder: Decoder rows in the residual basis, of any norm, in their stored type, and
             memory-mapped where the file allows it; zero for `excluded` rows, which match nothing.
-        norms: Norms of the decoder rows, in the scale of the activations.
+        norms: Norms of what features write for each unit of activation: those of the decoder
+            rows, or 1 where sae-lens divides by them.
         excluded: Indices of the rows that hold NaN or infinity or are all zero.
         loader: sae-lens's SAE, which encodes, or what loads it.
         input_site: Where it reads: its site, or the attention heads' outputs z before W_O, `12/z`.
@@ -57,15 +60,22 @@ class SAE:
     files: SaeFiles | None = field(default=None, repr=False)
     dtype: str = "float32"
 
+    def __str__(self) -> str:
+        return f"the SAE for {self.site} ({self.source})"
+
     @cached_property
     def lens_sae(self) -> Any:
-        """sae-lens's SAE, loaded the first time that it is asked for."""
-        if isinstance(self.loader, torch.nn.Module):
-            return self.loader
+        """sae-lens's SAE, loaded and checked the first time that it is asked for."""
         if self.loader is None:
             raise ValueError(f"the SAE for {self.site} has no weights, its directions are all")
-        lens_sae = self.loader()
-        _silence_unusable(lens_sae, self.excluded, f"{self.site} ({self.source})")
+        lens_sae, some, rows = self.loader, torch.nonzero(self.norms).flatten()[:PROBES], None
+        if not isinstance(lens_sae, torch.nn.Module):
+            lens_sae = self.loader()
+            lens_saes.fold_norms(lens_sae)
+            lens_saes.silence(lens_sae, self.excluded, f"{self.site} ({self.source})")
+            if self.input_site == self.site:
+                rows = self.norms[some, None] * unit_rows(self.decoder[some])
+        lens_saes.check_effects(str(self), lens_sae, some, rows)
         return lens_sae
 
     @cached_property
@@ -74,7 +84,7 @@ class SAE:
         digest = hashlib.blake2b(digest_size=16)
         tensors = [self.decoder]
         if isinstance(self.loader, torch.nn.Module):  # it may have been put in the files' place
-            tensors += self.lens_sae.state_dict().values()
+            tensors += self.loader.state_dict().values()
         elif self.files:
             digest.update(f"{self.files.content} {self.dtype}".encode())
             tensors = tensors if self.input_site != self.site else []  # the model's W_O decides too
@@ -84,14 +94,17 @@ class SAE:
 
     @property
     def thresholds(self) -> Float[Tensor, "features"] | None:
-        """Each feature's threshold, in units of its activation; None if it has none."""
-        threshold = getattr(self.lens_sae, "threshold", None)
+        """Each feature's threshold, in units of its activation.
+
+        None if it has none, or if tokens are scaled each by itself, and with them thresholds.
+        """
+        threshold = None if self.normalises_tokens else getattr(self.lens_sae, "threshold", None)
         return None if threshold is None else threshold.detach().float()
 
     @property
     def normalises_tokens(self) -> bool:
-        """Whether what is read is first brought to mean 0 and variance 1, token by token."""
-        return self.lens_sae.cfg.normalize_activations == "layer_norm"
+        """Whether what is read is first scaled token by token, to a variance or a norm."""
+        return self.lens_sae.cfg.normalize_activations != "none"
 
     @property
     def width(self) -> int:
@@ -116,11 +129,11 @@ class SAE:
         """Feature activations; a feature is active where its value is above zero (CHOICES 4).
 
         A feature adds its activation times its decoder row, at every token: activations of an SAE
-        that brings each token to variance 1 first are scaled back (CHOICES 43).
+        that scales each token first are scaled back (CHOICES 43).
         """
-        x = activations.to(self.lens_sae.W_enc.dtype)
+        x = activations.to(self.lens_sae.dtype)
         codes = self.lens_sae.encode(x)
-        return codes * x.std(dim=-1, keepdim=True) if self.normalises_tokens else codes
+        return codes * scales_of(self.lens_sae, x).to(codes) if self.normalises_tokens else codes
 
     @torch.no_grad()
     def decode(
@@ -132,13 +145,13 @@ class SAE:
 
         `at` is what was read; an SAE that normalises each token needs it.
         """
-        if not self.normalises_tokens:
-            return self.lens_sae.decode(features)
-        if at is None:
-            raise ValueError(f"the SAE for {self.site} normalises each token: decode needs `at`")
-        at = at.to(self.lens_sae.W_enc.dtype)
-        shift, scale = at.mean(dim=-1, keepdim=True), at.std(dim=-1, keepdim=True)
-        return features @ self.lens_sae.W_dec + self.lens_sae.b_dec * scale + shift
+        lens_sae = self.lens_sae
+        if self.normalises_tokens:
+            if at is None:
+                raise ValueError(f"{self} normalises each token: decode needs `at`")
+            at = at.to(lens_sae.dtype)
+            features = features / scales_of(lens_sae, at)
+        return lens_saes.decoded(lens_sae, features.to(lens_sae.dtype), at)
 
     def decoder_rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
         """What features write for each unit of activation, at the input site, z included."""
@@ -155,21 +168,29 @@ class SAE:
         size = activation[..., None].to(self.norms) * self.norms[feature.index]
         return size * self.direction(feature)
 
+    def check_encoder(self, folded: bool = False) -> None:
+        """A ValueError if there is no encoder of a matrix and a bias, or no thresholds to fold."""
+        what = f"{self} ({kind_of(self.lens_sae)})"
+        if folded and self.thresholds is None:
+            raise ValueError(f"{what} has no thresholds to fold")
+        there = dict(self.lens_sae.named_parameters())
+        if lacking := [name for name in ("W_enc", "b_enc") if name not in there]:
+            raise ValueError(f"{what} has no {' and no '.join(lacking)}: {MATCH}")
+
     def weights(self, folded: bool = False) -> Weights:
-        """Its weights in float32.
+        """Its weights in float32; a ValueError if its encoder is not W_enc and b_enc.
 
         Folded thresholds (SAE Match, eq. 4; CHOICES 16) give W_enc/θ, b_enc/θ and W_dec·θ, with θ
         clamped away from 0: the output stays the same, and activations are in units of θ.
         """
-        lens_sae, threshold = self.lens_sae, self.thresholds
-        if threshold is None and folded:
-            raise ValueError(f"the SAE for {self.site} ({self.source}) has no thresholds to fold")
+        self.check_encoder(folded)
+        lens_sae = self.lens_sae
         encoder, bias, decoder = (
             w.detach().float() for w in (lens_sae.W_enc, lens_sae.b_enc, lens_sae.W_dec)
         )
         if lens_sae.cfg.apply_b_dec_to_input:
             bias = bias - lens_sae.b_dec.detach().float() @ encoder
-        at = torch.zeros_like(bias) if threshold is None else threshold
+        at = getattr(lens_sae, "threshold", torch.zeros_like(bias)).detach().float()
         if not folded:
             return Weights(encoder.T, bias, decoder, at)
         at = at.clamp(min=SMALLEST_THRESHOLD)
@@ -181,11 +202,12 @@ def make_sae(
     site: Site, lens_sae: Any, d_model: int, source: str, output: Output = lambda: None
 ) -> SAE:
     """The SAE around one of sae-lens that is in memory, as `read_sae` around files."""
-    refuse_transcoder(f"the SAE for {site} ({source})", lens_sae.cfg.architecture())
+    about = lens_sae.cfg.to_dict() | lens_sae.cfg.metadata.to_dict()
+    check_is_sae(f"the SAE for {site} ({source})", about)
+    lens_saes.fold_norms(lens_sae)
     decoder = lens_sae.W_dec.detach().clone()
-    hook = lens_sae.cfg.metadata.hook_name
-    sae = _in_residual_basis(site, decoder, hook, d_model, source, output)
-    _silence_unusable(lens_sae, sae.excluded, f"{site} ({source})")
+    sae = _in_residual_basis(site, decoder, hook_of(about), d_model, source, output)
+    lens_saes.silence(lens_sae, sae.excluded, f"{site} ({source})")
     return replace(sae, loader=lens_sae)
 
 
@@ -206,11 +228,12 @@ def read_sae(
     """
     decoder = read_decoder(files).to(device)
     sae = _in_residual_basis(site, decoder, files.hook, d_model, files.source, output)
-    return replace(sae, norms=sae.norms / files.scale, loader=load, files=files, dtype=dtype)
+    scale = norms_of(decoder).masked_fill(sae.norms == 0, 1.0) if files.unit_rows else files.scale
+    return replace(sae, norms=sae.norms / scale, loader=load, files=files, dtype=dtype)
 
 
 def _in_residual_basis(
-    site: Site, decoder: Tensor, hook: str | None, d_model: int, source: str, output: Output
+    site: Site, decoder: Tensor, hook: str, d_model: int, source: str, output: Output
 ) -> SAE:
     """Brings decoder rows to the residual basis, and leaves out those that are of no use.
 
@@ -219,19 +242,21 @@ def _in_residual_basis(
     positive number: the direction is exact.
     """
     what = f"the SAE for {site} ({source})"
-    expected, input_site = HOOKS[site.module].format(layer=site.layer), site
-    if hook not in (None, "", expected):
-        if site.module != "att" or hook != HOOKS["z"].format(layer=site.layer):
-            raise ValueError(f"{what} was trained at {hook}: expected {expected}")
+    expected, input_site, to_stream = hook_names(site), site, None
+    if hook not in ("", *expected):
         input_site = Site(site.layer, "z")
+        if site.module != "att" or hook not in hook_names(input_site):
+            raise ValueError(f"{what} was trained at {hook}: expected {expected[0]}")
         if (to_stream := output()) is None:
             raise ValueError(
                 f"{what} reads z, before W_O: its model has to bring z into the stream"
             )
-        decoder = to_stream.to_residual(decoder)
-    if decoder.shape[1] != d_model:
-        raise ValueError(f"{what} has width {decoder.shape[1]}: expected {d_model}, as its model")
-    norms = torch.linalg.vector_norm(decoder, dim=1, dtype=torch.float32)
+    width = len(to_stream.weights) if to_stream else d_model
+    if decoder.ndim != 2 or decoder.shape[1] != width:
+        found = " × ".join(map(str, decoder.shape[1:]))
+        raise ValueError(f"{what} has width {found}: expected {width}, as its model")
+    decoder = to_stream.to_residual(decoder) if to_stream else decoder
+    norms = norms_of(decoder)
     bad = torch.nonzero(~torch.isfinite(norms) | (norms == 0)).flatten()
     if len(bad) == len(norms):
         raise ValueError(f"{what} has no decoder row that is usable")
@@ -244,24 +269,3 @@ def _in_residual_basis(
     decoder = decoder.contiguous()
     decoder[bad] = norms[bad] = 0
     return SAE(site, decoder, norms, bad, source, None, input_site)
-
-
-@torch.no_grad()
-def _silence_unusable(lens_sae: Any, excluded: Tensor, what: str) -> None:
-    """Features without a finite encoder are never active, those excluded write nothing either."""
-    lens_sae.turn_off_forward_pass_hook_z_reshaping()  # the heads lie side by side already
-    encoder = [lens_sae.W_enc.T, lens_sae.b_enc[:, None]]
-    encoder += [lens_sae.threshold[:, None]] if hasattr(lens_sae, "threshold") else []
-    finite = torch.stack([rows.isfinite().all(dim=1) for rows in encoder]).all(dim=0)
-    deaf = torch.nonzero(~finite).flatten()
-    excluded = excluded.to(deaf)
-    if len(alone := deaf[~torch.isin(deaf, excluded)]):
-        warnings.warn(
-            f"{len(alone)} features at {what} have an encoder that is not finite; they are never"
-            f" active here: {alone[:10].tolist()}",
-            stacklevel=4,
-        )
-    for rows in encoder:
-        rows[deaf] = 0
-        rows[excluded] = 0
-    lens_sae.W_dec[excluded] = 0

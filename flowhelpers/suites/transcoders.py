@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from flowhelpers.core.features import Site
+from flowhelpers.suites.lens_saes import check_scale
 from flowhelpers.suites.model import HOOKS
 from flowhelpers.suites.registry import SuiteRow, ids_by_l0
 from flowhelpers.suites.sae_files import load_whole
@@ -57,6 +58,7 @@ def load_transcoder(row: SuiteRow, layer: int, d_model: int, device: str, dtype:
     about, what = lens_transcoder.cfg, f"the transcoder of layer {layer} ({source})"
     if "transcoder" not in about.architecture():
         raise ValueError(f"{what} is an SAE ({about.architecture()}): expected a transcoder")
+    check_scale(what, lens_transcoder)
     # sae-lens calls the input of Gemma Scope 2's `hook_mlp_in`, which is not what they were
     # trained on: Hugging Face's name for it counts where there is one.
     reads = about.metadata.hf_hook_name or about.metadata.hook_name

@@ -15,6 +15,7 @@ import toys
 from hub import Hub
 from hub_families import write_gemma_scope_2
 from hub_files import shrink
+from sae_lens import StandardSAE, StandardSAEConfig
 from torch import Tensor
 
 from flowhelpers.core.cache import CACHE
@@ -366,7 +367,8 @@ def suite_to_fold(without: list[Site]) -> Suite:
     for site, rows in toys.planted_directions().items():
         lens_sae = toys.write_lens_sae(rows, site, torch.linspace(0.5, 2, len(rows)))
         if site in without:
-            del lens_sae.threshold
+            lens_sae = StandardSAE(StandardSAEConfig(rows.shape[1], len(rows)))
+            lens_sae.W_dec.data = rows
         saes[site] = make_sae(site, lens_sae, rows.shape[1], "planted")
     return replace(toys.bare_suite(), saes=saes)
 

@@ -142,7 +142,7 @@ def saved_transcoder(folder: Path, **about: Any) -> Path:
         d_in=D_MODEL, d_out=D_MODEL, d_sae=8, apply_b_dec_to_input=False
     )
     for name, value in about.items():
-        setattr(config.metadata, name, value)
+        setattr(config if hasattr(config, name) else config.metadata, name, value)
     JumpReLUTranscoder(config).save_model(folder)
     return folder
 
@@ -171,6 +171,7 @@ def test_a_transcoder_among_the_saes_is_refused_on_load(
         ),
         ({"hook_name": "blocks.0.mlp.hook_in"}, "reads blocks.0.mlp.hook_in: expected blocks.1"),
         ({"hook_name_out": "blocks.1.mlp.hook_out"}, "predicts blocks.1.mlp.hook_out: expected"),
+        ({"normalize_activations": "expected_average_only_in"}, "layer 1 .* that its files lack"),
     ],
 )
 def test_a_transcoder_of_another_place_is_refused(

@@ -1,0 +1,131 @@
+"""What has to be done to SAEs of sae-lens, and asked of them, whatever their kind."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowhelpers.suites.hub import naming
+
+MATCH = "it can be matched, by its decoder alone"
+
+
+def kind_of(lens_sae: Any) -> str:
+    """Its architecture and the way that it normalises, in words."""
+    cfg = lens_sae.cfg
+    return f"architecture {cfg.architecture()}, normalize_activations {cfg.normalize_activations}"
+
+
+def norms_of(rows: Tensor) -> Tensor:
+    """The norms of rows, in float32."""
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+
+
+def fold_norms(lens_sae: Any) -> None:
+    """Makes decoder rows of unit norm where sae-lens takes them for such; the SAE is the same."""
+    if getattr(lens_sae.cfg, "rescale_acts_by_decoder_norm", False):
+        lens_sae.fold_W_dec_norm()
+        lens_sae.cfg.rescale_acts_by_decoder_norm = False
+
+
+def wants_means_off(lens_sae: Any) -> bool:
+    """Whether it was trained on a stream that TransformerLens had centred, as GPT-2's res-jb."""
+    about = lens_sae.cfg.metadata
+    is_centred = (about.model_from_pretrained_kwargs or {}).get("center_writing_weights")
+    return bool(is_centred) and ".attn." not in str(about.hook_name)  # z is as it was
+
+
+def take_means_off(lens_sae: Any) -> None:
+    """Each token's mean is taken off on the way in and given back on the way out."""
+    way_in = lens_sae.run_time_activation_norm_fn_in
+    way_out, mean = lens_sae.run_time_activation_norm_fn_out, {}
+
+    def without_mean(x: Tensor) -> Tensor:
+        mean["of"] = x.mean(dim=-1, keepdim=True)
+        return way_in(x - mean["of"])
+
+    lens_sae.run_time_activation_norm_fn_in = without_mean
+    lens_sae.run_time_activation_norm_fn_out = lambda x: way_out(x) + mean["of"]
+    lens_sae.cfg.normalize_activations += ", centred"
+
+
+@torch.no_grad()
+def silence(lens_sae: Any, excluded: Tensor, what: str) -> None:
+    """Features without a finite encoder are never active, those excluded write nothing either."""
+    lens_sae.turn_off_forward_pass_hook_z_reshaping()  # the heads lie side by side already
+    width = len(lens_sae.W_dec)
+    # Whatever there is besides the decoder, features lie along its last axis.
+    encoder = [
+        weights.movedim(-1, 0)
+        for name, weights in lens_sae.named_parameters()
+        if name not in ("W_dec", "b_dec") and weights.shape[-1] == width
+    ]
+    is_deaf = torch.zeros(width, dtype=torch.bool, device=lens_sae.W_dec.device)
+    for rows in encoder:
+        is_deaf |= ~rows.isfinite().reshape(width, -1).all(dim=1)
+    deaf, excluded = torch.nonzero(is_deaf).flatten(), excluded.to(is_deaf.device)
+    if len(alone := deaf[~torch.isin(deaf, excluded)]):
+        warnings.warn(
+            f"{len(alone)} features at {what} have an encoder that is not finite; they are never"
+            f" active here: {alone[:10].tolist()}",
+            stacklevel=4,
+        )
+    for rows in encoder:
+        rows[deaf] = 0
+        rows[excluded] = 0
+    lens_sae.W_dec[excluded] = 0
+
+
+@torch.no_grad()
+def scales_of(lens_sae: Any, at: Tensor) -> Tensor:
+    """How much larger each token is than what sae-lens makes of it, by its own way out; not 0."""
+    lens_sae.run_time_activation_norm_fn_in(at)
+    unit = torch.tensor([1.0, 0.0], device=at.device).view(2, *[1] * at.ndim)
+    one, zero = lens_sae.run_time_activation_norm_fn_out(unit)
+    return (one - zero).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def decoded(lens_sae: Any, codes: Tensor, at: Tensor | None) -> Tensor:
+    """What sae-lens makes of activations in its own units; its way out is that of `at`."""
+    lens_sae.run_time_activation_norm_fn_in(at)
+    return lens_sae.decode(codes)
+
+
+def check_scale(what: str, lens_sae: Any) -> None:
+    """A ValueError if inputs have to be scaled by a factor that is in no file."""
+    if "expected_average_only_in" in (norm := lens_sae.cfg.normalize_activations):
+        raise ValueError(
+            f"{what} was trained on inputs times a factor that its files lack"
+            f" (normalize_activations: {norm}): fold it by sae-lens's"
+            f" fold_activation_norm_scaling_factor, and save it; {MATCH}"
+        )
+
+
+@torch.no_grad()
+def check_effects(what: str, lens_sae: Any, some: Tensor, stored: Tensor | None = None) -> None:
+    """A ValueError unless a feature adds its activation times its row, by sae-lens's own decode.
+
+    Each of some features is taken out once; `stored` are their rows as read from the file alone.
+    """
+    check_scale(what, lens_sae)
+    what = f"{what}, {kind_of(lens_sae)}"
+    rows, token = lens_sae.W_dec[some].float(), torch.arange(len(some))
+    at = torch.arange(len(some) * lens_sae.cfg.d_in).sin().view(len(some), -1).to(lens_sae.b_dec)
+    # As large as the bias, beside which anything smaller is lost to rounding.
+    size = (lens_sae.b_dec.float().norm().clamp(min=1) / norms_of(rows)).clamp(max=1e4)
+    codes = lens_sae.W_dec.new_zeros(2, len(some), len(lens_sae.W_dec))
+    codes[:, :, some] = size.to(codes)
+    codes[1, token, some] = 0
+    with naming(f"{what} ({MATCH})", "cannot encode tokens one by one"):
+        lens_sae.encode(at)
+        added = torch.sub(*(decoded(lens_sae, each, at).float() for each in codes))
+    step = (size[:, None] * scales_of(lens_sae, at)).float()
+    given = [rows] if stored is None else [rows, stored.to(rows)]
+    off = max(float(norms_of(added - step * each).max() / norms_of(added).max()) for each in given)
+    tolerance = 1e-4 if rows.dtype == lens_sae.dtype else 3e-2
+    if not off <= tolerance:
+        raise ValueError(
+            f"{what}, adds something else than activation times decoder row: by sae-lens's decode"
+            f" that is off by {off:.2%} (allowed {tolerance:.2%}); {MATCH}"
+        )
