@@ -151,8 +151,9 @@ def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     hook = hook_of(about)
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
     unit = "topk" in str(about.get("architecture")) and about.get("rescale_acts_by_decoder_norm")
-    said = {"unit_rows": bool(unit), "prepend_bos": about.get("prepend_bos") is not False}
-    return SaeFiles(source, weights, hook, _content(weights, config), revision, **said)
+    begins = about.get("prepend_bos") is not False
+    content = _content(weights, config)
+    return SaeFiles(source, weights, hook, content, revision, begins, unit_rows=bool(unit))
 
 
 def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
