@@ -232,7 +232,7 @@ class EndpointJudge:
             said = next(filter(None, told), "")
             if isinstance(said, list):  # parts, of which reasoning is no text
                 said = "".join(part.get("text") or "" for part in said)
-            return said, choice.finish_reason
+            return str(said), choice.finish_reason
         except openai.APIStatusError as error:  # one that refuses a key may repeat a part of it
             status = error.status_code
             said = "" if status in (401, 403) else f": {self._quote(error.message)}"

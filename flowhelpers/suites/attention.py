@@ -61,10 +61,13 @@ def attention_output(model: Model, layer: int) -> AttentionOutput:
     arrived = (read[site][0, -1] - read[site][1, -1]).float()
     norms = (part for name, part in block.named_children() if name.startswith("ln"))
     ones = torch.ones(1, 1, model.d_model, dtype=weights.dtype, device=weights.device)
+    fits = {}
     for gain in (None, *(norm(ones)[0, 0] for norm in norms)):
         found = AttentionOutput(weights, gain)
-        if cosine_similarity(found.to_residual(vector[None])[0], arrived, dim=0) > SAME:
-            return found
+        foretold = found.to_residual(vector[None])[0]
+        fits[float(cosine_similarity(foretold, arrived, dim=0).nan_to_num())] = found
+    if max(fits) > SAME:
+        return fits[max(fits)]
     raise ValueError(
         f"{model.name}: at layer {layer} what is put at z does not reach the stream by W_O and the"
         " gain of a norm: SAEs at z cannot be used there"

@@ -2,7 +2,10 @@
 
 import subprocess
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +37,35 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    folder = model_folder(name, revision)
-    with replaced(logging, "_tqdm_active", False):  # a bar would stand in every notebook
-        weights: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, revision=revision, attn_implementation="eager"
+    folder, given = model_folder(name, revision), {"revision": revision, "trust_remote_code": False}
+    if (Path(folder) / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name} holds an adapter, which is not applied: merge it into the weights"
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+    with _saying_what_fails(name), replaced(logging, "_tqdm_active", False):  # no bar in notebooks
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, **given
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+    weights, about = loaded
+    if missing := sorted(about["missing_keys"]):  # which transformers fills with random numbers
+        raise ValueError(f"{name}: its files lack {len(missing)} weights, such as {missing[0]}")
+    if left_over := sorted(about["unexpected_keys"]):
+        told = f"{len(left_over)} weights of its files are not used, such as {left_over[0]}"
+        warnings.warn(f"{name}: {told}", stacklevel=2)
     return bridged(name, folder, weights.to(device), tokenizer)
+
+
+@contextmanager
+def _saying_what_fails(name: str) -> Iterator[None]:
+    """What else is raised of a model is a ValueError that names it; memory and files stay so."""
+    try:
+        yield
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{name} cannot be used here: {kind}{error}") from error
 
 
 def bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
@@ -48,14 +73,8 @@ def bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
 
     A ValueError says what fails of a model that TransformerLens or this package cannot take.
     """
-    try:
+    with _saying_what_fails(f"{name} ({type(weights).__name__})"):
         return _bridged(name, folder, weights.eval(), tokenizer)
-    except (OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        told = "" if isinstance(error, ValueError) else f"{name}: {type(error).__name__}: "
-        kind = type(weights).__name__
-        raise ValueError(f"a {kind} that cannot be used here: {told}{error}") from error
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ def kind_of(lens_sae: Any) -> str:
 
 def norms_of(rows: Tensor) -> Tensor:
     """The norms of rows, in float32."""
+    rows = rows.float() if rows.dtype is torch.float64 else rows  # narrower ones as they are read
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
 
 

@@ -79,7 +79,7 @@ class Model:
         told += [str(self.prepend_bos), computes.config.to_json_string()]
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         told += [backend.to_str() if backend else repr(self.tokenizer)]
-        told += in_threads(digest_of, computes.named_parameters())
+        told += in_threads(digest_of, [*computes.named_parameters(), *computes.named_buffers()])
         return hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
 
     @property

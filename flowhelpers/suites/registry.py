@@ -203,7 +203,7 @@ def read_suite_folder(folder: Path) -> SuiteRow:
 def _row(name: str, row: Any, folder: Path | None = None, variant: str | None = None) -> SuiteRow:
     try:
         return _checked_row(name, row, folder, variant)
-    except ValueError as error:  # pydantic's too
+    except (ValueError, TypeError, AttributeError) as error:  # pydantic's too; of other shapes
         where = f" ({folder / 'suite.yaml'})" if folder else ""
         raise ValueError(f"suite {name}{where}: {error}") from error
 

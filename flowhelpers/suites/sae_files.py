@@ -87,6 +87,10 @@ def read_decoder(files: SaeFiles) -> Tensor:
 def find_files(source: Source) -> SaeFiles | None:
     """The files of an SAE, fetched; None for a format that sae-lens alone reads."""
     if isinstance(source, str):
+        if not (Path(source) / LENS_FILES[0]).is_file():
+            raise FileNotFoundError(
+                f"no SAE at {source}: expected {' and '.join(LENS_FILES)} there"
+            )
         return _of_sae_lens(source, *(Path(source) / file for file in LENS_FILES))
     listed = listed_release(source["release"], source["id"])
     name, kind = f"{source['release']}/{source['id']}", listed.conversion_func or "sae_lens"

@@ -172,7 +172,7 @@ def test_only_these_are_refused_and_each_in_words(both: Any):
     assert isinstance(found, str) == (name in REFUSED), found
     if isinstance(found, str):
         kind = type(plain.model).__name__
-        assert found.startswith(f"a {kind} that cannot be used here: FOLDER")
+        assert found.startswith(f"FOLDER ({kind}) cannot be used here: ")
         assert REFUSED[name] in found
 
 

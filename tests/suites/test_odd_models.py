@@ -224,3 +224,68 @@ def test_what_z_becomes_has_to_fit_a_norm_of_the_block(toy: Model, monkeypatch: 
     monkeypatch.setattr(type(block), "named_children", lambda self: iter(()))
     with pytest.raises(ValueError, match=re.escape(f"{toy.name}: at layer 1 what is put at z")):
         attention_output(toy, 1)
+
+
+def test_a_gain_that_is_nearly_constant_is_not_left_out(copy: Path):
+    weights = load_file(copy / "model.safetensors")
+    for name in weights:
+        if "post_attention_layernorm" in name:
+            noise = torch.randn(toys.D_MODEL, generator=torch.Generator().manual_seed(1))
+            weights[name] = 0.03 * noise  # Gemma's file holds the gain less 1
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    gain = attention_output(load_model(str(copy)), 1).gain
+    assert gain is not None
+    assert 0.01 < (gain - 1).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("change", ["lack", "other names", "left over"])
+def test_weights_that_are_not_in_the_files_are_no_random_numbers(copy: Path, change: str):
+    weights = load_file(copy / "model.safetensors")
+    if change == "lack":
+        del weights["model.layers.2.mlp.down_proj.weight"]
+    if change == "other names":
+        weights = {f"module.{name}": each for name, each in weights.items()}
+    if change == "left over":
+        weights["model.layers.3.mlp.down_proj.weight"] = torch.ones(2, 2)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    if change == "left over":
+        with pytest.warns(UserWarning, match=r"1 weights of its files are not used, such as mod"):
+            load_model(str(copy))
+        return
+    with pytest.raises(ValueError, match=r"model: its files lack \d+ weights, such as"):
+        load_model(str(copy))
+
+
+def test_an_adapter_beside_the_weights_is_not_left_out_in_silence(copy: Path):
+    (copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds an adapter, which is not applied: merge it"):
+        load_model(str(copy))
+
+
+@pytest.mark.parametrize("values", [{"hidden_activation": "foo"}, {"intermediate_size": 7}])
+def test_what_transformers_refuses_is_said_of_the_model(copy: Path, values: dict[str, Any]):
+    change_json(copy / "config.json", **values)
+    with pytest.raises(ValueError, match=re.escape(f"{copy} cannot be used here: ")):
+        load_model(str(copy))
+
+
+def test_buffers_are_part_of_the_digest(copy: Path):
+    model = load_model(str(copy))
+    other = load_model(str(copy))
+    next(other.bridge.original_model.buffers()).add_(0.5)
+    assert model.fingerprint != other.fingerprint
+
+
+@pytest.mark.parametrize("line", ["neuronpedia: [a]", "transcoders: [a]", "variants: ab"])
+def test_a_suite_file_of_other_shapes_is_named(copy: Path, line: str):
+    path = write_suite(copy.parent, {1: True}) / "suite.yaml"
+    path.write_text(f"{path.read_text()}{line}\n")
+    with pytest.raises(ValueError, match=re.escape(f"({path})")):
+        load_suite(copy.parent)
+
+
+def test_an_sae_that_is_not_there_is_named(copy: Path):
+    folder = write_suite(copy.parent, {0: True, 1: True})
+    shutil.rmtree(folder / "1-res")
+    with pytest.raises(FileNotFoundError, match=r"no SAE at .*1-res: expected cfg.json and sae_w"):
+        load_suite(folder).sae(AT)
