@@ -219,7 +219,7 @@ def time_reading(suite: Suite) -> float:
 
 def time_sampling(suite: Suite) -> float:
     """A new token of 512 texts under plans of a feature at every residual site."""
-    plan = make_plan(suite, [f"{layer}/res/0" for layer in range(suite.layers)], -1.0)
+    plan = make_plan(suite, [f"{layer}/res/0" for layer in range(suite.layers)], -1.0, unit="unit")
     plans = {str(number): plan for number in range(TEXTS // 32)}
 
     def seconds(new: int) -> float:

@@ -103,8 +103,8 @@ def check_memory(needed: int, what: str, device: str = "cpu", dtype: str = "") -
     if needed > free:
         as_type = f" in {dtype}" if dtype else ""
         raise MemoryError(
-            f"{what} needs {needed / 2**30:.3g} GiB{as_type} on {device},"
-            f" and {free / 2**30:.3g} GiB are free"
+            f"{what} needs {needed / 2**30:.1f} GiB{as_type} on {device},"
+            f" and {free / 2**30:.1f} GiB are free"
         )
 
 
