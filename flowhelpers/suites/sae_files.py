@@ -87,11 +87,11 @@ def read_decoder(files: SaeFiles) -> Tensor:
 def find_files(source: Source) -> SaeFiles | None:
     """The files of an SAE, fetched; None for a format that sae-lens alone reads."""
     if isinstance(source, str):
-        if not (Path(source) / LENS_FILES[0]).is_file():
-            raise FileNotFoundError(
-                f"no SAE at {source}: expected {' and '.join(LENS_FILES)} there"
-            )
-        return _of_sae_lens(source, *(Path(source) / file for file in LENS_FILES))
+        files = [Path(source) / file for file in LENS_FILES]
+        if missing := [path for path in files if not path.is_file()]:
+            told = f"no file {missing[0]}: an SAE of sae-lens has {' and '.join(LENS_FILES)}"
+            raise FileNotFoundError(told)
+        return _of_sae_lens(source, *files)
     listed = listed_release(source["release"], source["id"])
     name, kind = f"{source['release']}/{source['id']}", listed.conversion_func or "sae_lens"
     return FORMATS[kind](name, listed, source["id"]) if kind in FORMATS else None

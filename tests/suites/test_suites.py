@@ -93,7 +93,7 @@ def test_a_pattern_stands_for_every_layer(toy_folder: Path, planted_folder: Path
     write(tmp_path, {"model": str(toy_folder), "layers": 2, "saes": patterns})
     assert len(find_suite(tmp_path).saes) == 6
     write(tmp_path, {"model": str(toy_folder), "saes": {"res": "{level}-res"}})
-    with pytest.raises(FileNotFoundError, match=r"\{level\}-res: expected cfg\.json"):
+    with pytest.raises(FileNotFoundError, match=r"\{level\}-res/cfg\.json"):
         load_suite(tmp_path)
 
 
