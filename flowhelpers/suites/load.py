@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from flowhelpers.core.features import FeatureId, Site, parse_feature, parse_site, suggestion
 from flowhelpers.core.machine import check_device, check_memory, free_memory
 from flowhelpers.core.versions import warn_of_untried
-from flowhelpers.suites.registry import BYTES, Source, SuiteRow, find_suite, listed_release
+from flowhelpers.suites.registry import BYTES, SuiteRow, find_suite, listed_release
 
 if TYPE_CHECKING:
     from flowhelpers.suites.attention import AttentionOutput
     from flowhelpers.suites.model import Model
+    from flowhelpers.suites.sae_files import SaeFiles
     from flowhelpers.suites.saes import SAE
     from flowhelpers.suites.transcoders import Transcoder
 
@@ -168,6 +169,8 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
         >>> suite.layers, suite.d_model, suite.sae("4/res").width
         (8, 192, 1024)
     """
+    from flowhelpers.suites.sae_files import find_files
+
     warn_of_untried()
     row = find_suite(name)
     device, dtype = device_and_dtype(row, device, dtype)
@@ -178,20 +181,13 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
     _check_layers(row, row.layers)
     check_sources(row)
     sites = sorted(row.saes)
-    begin = cache(partial(_begin_with_bos, row.saes[sites[0]]))
+    files_of = cache(lambda site: find_files(row.saes[site]))  # their content is read for a digest
+    begin = cache(lambda: getattr(files_of(sites[0]), "prepend_bos", True))
     load_model = cache(partial(_load_model, row, device, dtype, not all_fit, begin))
-    load = partial(_load_sae, row, load_model, begin, device, dtype)
+    load = partial(_load_sae, row, load_model, files_of, begin, device, dtype)
     saes = OnDemand(sites, load, len(sites) if all_fit else KEPT)
     saes[sites[0]]
     return Suite(row, load_model, saes, device, dtype)
-
-
-def _begin_with_bos(source: Source) -> bool:
-    """Whether the texts begin with BOS on which an SAE was trained."""
-    from flowhelpers.suites.sae_files import find_files
-
-    files = find_files(source)
-    return files is None or files.prepend_bos
 
 
 def _load_model(
@@ -220,6 +216,7 @@ def _check_layers(row: SuiteRow, layers: int | None) -> None:
 def _load_sae(
     row: SuiteRow,
     load_model: "Callable[[], Model]",
+    files_of: "Callable[[Site], SaeFiles | None]",
     begin: Callable[[], bool],
     device: str,
     dtype: str,
@@ -227,7 +224,7 @@ def _load_sae(
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
     from flowhelpers.suites.lens_saes import take_means_off, wants_means_off
-    from flowhelpers.suites.sae_files import find_files, load_whole
+    from flowhelpers.suites.sae_files import load_whole
     from flowhelpers.suites.saes import make_sae, read_sae
 
     def output() -> "AttentionOutput":
@@ -236,7 +233,7 @@ def _load_sae(
 
     source = row.saes[site]
     d_model = row.d_model or load_model().d_model
-    files = find_files(source)
+    files = files_of(site)
 
     def load() -> Any:
         lens_sae = load_whole(source, files is not None, device, dtype)
