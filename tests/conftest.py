@@ -1,11 +1,13 @@
 """Fixtures that several tests share: the loopback hub and what lies on it, and the toy suite."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
+from browsers import Pages, open_browser
 from hub import Hub, Process
 from hub_files import write_datasets, write_pythia, write_saes
 from jaxtyping import install_import_hook
@@ -32,6 +34,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
     """A hub on the loopback interface, empty at first; write repositories below `hub.root`."""
     with Hub(tmp_path_factory.mktemp("hub")) as hub:
         yield hub
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
+    """A browser; its pictures lie in FLOWHELPERS_SHOTS, if that is set."""
+    with open_browser(
+        Path(os.environ.get("FLOWHELPERS_SHOTS") or tmp_path_factory.mktemp("shots"))
+    ) as pages:
+        yield pages
 
 
 @pytest.fixture

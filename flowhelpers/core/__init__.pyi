@@ -7,5 +7,6 @@ from .features import parse_site as parse_site
 from .features import predecessor_sites as predecessor_sites
 from .features import suggestion as suggestion
 from .files import write_json as write_json
+from .panel import panel as panel
 from .progress_bar import live as live
 from .progress_bar import progress as progress

@@ -1,4 +1,4 @@
-"""A progress bar wherever a notebook is read: widget in JupyterLab, text under papermill."""
+"""A progress bar wherever a notebook is read, as plain text, of which a saved one keeps nothing."""
 
 from __future__ import annotations
 
@@ -10,19 +10,14 @@ T = TypeVar("T")
 
 
 def progress(iterable: Iterable[T], desc: str, total: int | None = None) -> Iterable[T]:
-    """The iterable with a progress bar and the time left, shown once it takes over two seconds.
+    """The iterable with a progress bar and the time left, shown once it takes over two seconds."""
+    from tqdm import tqdm
 
-    The bar is a widget before a live front end, else plain text that is redrawn seldom.
-    """
     options: dict[str, Any] = {"desc": desc, "total": total, "delay": 2, "leave": False}
-    if live():
-        from tqdm.notebook import tqdm
-    else:
-        from tqdm import tqdm
-
-        # All on one line: a stored page would show the codes that move the cursor between lines.
-        options |= {"position": 0, "file": sys.stderr}
-        options["mininterval"] = 0.1 if sys.stderr.isatty() else 5
+    # All on one line: a stored page would show the codes that move the cursor between lines.
+    options |= {"position": 0, "file": sys.stdout if live() else sys.stderr}
+    # A page that is stored is redrawn seldom.
+    options["mininterval"] = 0.1 if live() or sys.stderr.isatty() else 5
     return tqdm(iterable, **options)
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import IPython
 import numpy as np
@@ -150,9 +151,9 @@ def test_live_is_where_a_person_could_answer(
 ) -> None:
     monkeypatch.setattr(IPython, "get_ipython", lambda: shell)
     assert live() is is_live
-    bar = progress(range(3), "planted")
-    assert type(bar).__module__ == ("tqdm.notebook" if is_live else "tqdm.std")
-    assert is_live or list(bar) == [0, 1, 2]
+    bar: Any = progress(range(3), "planted")
+    assert type(bar).__module__ == "tqdm.std"  # a widget would be broken in a saved notebook
+    assert list(bar) == [0, 1, 2]
 
 
 def test_results_are_merged_and_what_is_not_finite_is_null(tmp_path: Path):

@@ -1,0 +1,53 @@
+"""The system's chromium, driven by playwright: pages that fail in it fail the test."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+LOCAL = ("127.0.0.1", "localhost", "")
+
+
+@contextmanager
+def open_browser(shots: Path) -> Iterator["Pages"]:
+    """A browser without a network beyond this machine; skips where there is none."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine: install it to test pages in a browser")
+    shots.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield Pages(browser, shots)
+        browser.close()
+
+
+class Pages:
+    """Pages of one browser; `problems` are errors in their consoles and requests to elsewhere."""
+
+    def __init__(self, browser: Browser, shots: Path) -> None:
+        self.browser, self.shots = browser, shots
+        self.problems: list[str] = []
+
+    def new(self, **options: Any) -> Page:
+        """A page in a context of its own, watched."""
+        page = self.browser.new_context(**options).new_page()
+        page.on("console", lambda said: said.type == "error" and self.problems.append(said.text))
+        page.on("pageerror", lambda error: self.problems.append(str(error)))
+        page.on("request", lambda request: self._see(request.url))
+        return page
+
+    def shot(self, page: Page, name: str) -> Path:
+        """A picture of the page, kept for whoever reads the run."""
+        path = self.shots / f"{name}.png"
+        page.screenshot(path=path)
+        return path
+
+    def _see(self, url: str) -> None:
+        place = urlsplit(url)
+        if place.scheme not in ("data", "blob", "about") and place.hostname not in (*LOCAL, None):
+            self.problems.append(f"a request to {url}")
