@@ -65,22 +65,22 @@ def unscored_texts(corpus: str, n: int, scored: Iterable[str], seed: int = 0) ->
     return texts[:n]
 
 
-def text_length(model: Model, max_tokens: int | None = None, usual: int = MAX_TOKENS) -> int:
-    """Where texts are cut: as told, else as usual or where the model's context ends, if sooner."""
-    return min(usual, model.bridge.cfg.n_ctx) if max_tokens is None else max_tokens
+def text_length(model: Model, usual: int = MAX_TOKENS) -> int:
+    """Where texts of our own are cut: as usual, or where the model's context ends, if sooner."""
+    return min(usual, model.bridge.cfg.n_ctx)
 
 
 def draw_sample(
     model: Model,
     texts: Mapping[str, Sequence[str]],
     tokens_per_text: int = 5,
-    max_tokens: int | None = None,
+    max_tokens: int = MAX_TOKENS,
     seed: int = 0,
 ) -> Sample:
     """Chooses tokens at random in every text, none twice (paper A.1; CHOICES 6 and 31).
 
-    `texts` are by dataset, each cut to `max_tokens` (`text_length`), BOS included; the paper gives
-    no length. BOS and other special tokens are never chosen. A text with fewer tokens gives all.
+    `texts` are by dataset, each cut to `max_tokens`, BOS included; the paper gives no length. BOS
+    and other special tokens are never chosen. A text with fewer tokens gives all.
 
     Raises:
         ValueError: If `tokens_per_text` is below 1, or a dataset leaves no token to choose.
@@ -91,7 +91,7 @@ def draw_sample(
         raise ValueError(f"tokens_per_text={tokens_per_text}: expected 1 or more")
     named = [(dataset, text) for dataset, some in texts.items() for text in some]
     frame = pd.DataFrame(named, columns=["dataset", "text"])
-    ids = tokenize(model, frame["text"].tolist(), text_length(model, max_tokens))
+    ids = tokenize(model, frame["text"].tolist(), max_tokens)
     is_text = ids.is_text.cpu().numpy()
     rng = np.random.default_rng(seed)
     rows: list[tuple[int, int]] = []

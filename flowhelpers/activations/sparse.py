@@ -14,7 +14,7 @@ import torch
 from filelock import FileLock
 
 from flowhelpers.activations.preflight import preflight_once
-from flowhelpers.activations.sampling import Sample, text_length
+from flowhelpers.activations.sampling import MAX_TOKENS, Sample
 from flowhelpers.core.features import FeatureId, Site, parse_site
 from flowhelpers.core.files import writable_folder, write_whole
 from flowhelpers.core.machine import check_memory, free_memory
@@ -57,14 +57,14 @@ def collect(
     suite: "Suite",
     texts: Sequence[str] | Tokens,
     sites: Iterable[Site | str] | None = None,
-    max_tokens: int | None = None,
+    max_tokens: int = MAX_TOKENS,
     batch_size: int = 16,
 ) -> FeatureActivations:
     """Read the features of texts, at all sites unless some are given.
 
-    Each text is cut to `max_tokens`, BOS included (128, or the model's context if it is shorter);
-    what is tokens already is read as it is. BOS and other special tokens are left out; no token
-    left is an error. SAEs from the hub get a `run_preflight` first, once.
+    Each text is cut to `max_tokens`, BOS included; one that is then longer than the model's context
+    is an error. What is tokens already is read as it is. BOS and other special tokens are left out;
+    no token left is an error. SAEs from the hub get a `run_preflight` first, once.
 
     Example:
         >>> from flowhelpers import collect, load_suite
@@ -75,10 +75,7 @@ def collect(
     """
     import pandas as pd
 
-    if isinstance(texts, Tokens):
-        tokens = texts
-    else:
-        tokens = tokenize(suite.model, texts, text_length(suite.model, max_tokens))
+    tokens = texts if isinstance(texts, Tokens) else tokenize(suite.model, texts, max_tokens)
     chosen = None if sites is None else [parse_site(str(site)) for site in sites]
     by_site = _stacked(read_batches(suite, tokens, chosen, batch_size))
     text, position = tokens.is_text.cpu().numpy().nonzero()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.activations.sampling import text_length
+from flowhelpers.activations.sampling import MAX_TOKENS
 from flowhelpers.activations.sparse import FeatureActivations, read_batches
 from flowhelpers.core.features import MODULES, Site, predecessor_site
 from flowhelpers.suites.model import tokenize
@@ -205,7 +205,7 @@ def shuffled_tokens(activations: FeatureActivations, seed: int = 0) -> FeatureAc
 
 
 def youden_thresholds(
-    suite: "Suite", texts: Sequence[str], matches: "pd.DataFrame", max_tokens: int | None = None
+    suite: "Suite", texts: Sequence[str], matches: "pd.DataFrame", max_tokens: int = MAX_TOKENS
 ) -> dict[tuple[int, str], float]:
     """The score that best separates active from inactive predecessors, by layer and site.
 
@@ -219,7 +219,7 @@ def youden_thresholds(
     matched = _best_sources(matches, 1, incomplete=False)
     sites = {Site(layer, "res") for layer, _ in matched} | {predecessor_site(*at) for at in matched}
     counts = {at: np.zeros((2, len(by_rank)), int) for at, by_rank in matched.items()}
-    tokens = tokenize(suite.model, texts, text_length(suite.model, max_tokens))
+    tokens = tokenize(suite.model, texts, max_tokens)
     for batch in read_batches(suite, tokens, sorted(sites)):
         for at, by_rank in matched.items():
             codes, sources = batch[Site(at[0], "res")], by_rank["source"].to_numpy()

@@ -65,7 +65,7 @@ def match_table(
     weights: Weights = "decoder",
     folded: bool = False,
     texts: Sequence[str] | None = None,
-    max_tokens: int | None = None,
+    max_tokens: int = 128,
     layers: Sequence[int] | None = None,
     device: str | None = None,
     cache: Path | None = None,
@@ -85,7 +85,7 @@ def match_table(
             encoder's bias as well.
         folded: For `permutation`: fold thresholds into the weights first (CHOICES 16).
         texts: For `pearson`: the text sample.
-        max_tokens: For `pearson`: where each text is cut, BOS included; by default as `collect`.
+        max_tokens: For `pearson`: where each text is cut, BOS included.
         layers: The layers whose residual features are matched; by default all.
         device: Where to compute; by default where the SAEs are. Correlations are on the CPU.
         cache: The folder of the tables on disk; by default `cache_folder()`.
@@ -130,11 +130,9 @@ def match_table(
         sites = _with_weights(suite, sites, weights, folded)
         choices |= {"weights": weights, "folded": folded}
     if method == "pearson":
-        from flowhelpers.activations.sampling import text_length
         from flowhelpers.activations.sparse import VERSION
 
-        length = text_length(suite.model, max_tokens)
-        choices |= {"texts": list(texts or ()), "max_tokens": length, "activations": VERSION}
+        choices |= {"texts": list(texts or ()), "max_tokens": max_tokens, "activations": VERSION}
         choices |= {"least_active": LEAST_ACTIVE, "model": suite.model.fingerprint}
 
     first = [sum(len(at) - 1 for at in sites.values())]  # pairs, told to the first assignment alone
@@ -142,7 +140,7 @@ def match_table(
     @once  # one pass of the model, when the first layer is not on disk
     def codes() -> Any:
         needed = {site for at in sites.values() for site in at}
-        return read_codes(suite, texts or (), needed, seed, choices["max_tokens"])
+        return read_codes(suite, texts or (), needed, seed, max_tokens)
 
     rows: dict[Site, Rows] = {}  # of the layer at hand, normalised once
     nulls: dict[Site, Tensor] = {}

@@ -122,7 +122,7 @@ def difference_of_means(
     """The mean of the stream at the tokens of texts on a theme, less that of others (AxBench)."""
     means = []
     for group in (texts, others):
-        tokens = tokenize(model, group, text_length(model, usual=MAX_TOKENS))
+        tokens = tokenize(model, group, text_length(model, MAX_TOKENS))
         _, stream = run_model(model, tokens.ids, [site], stop_after=site.layer)
         means.append(stream[site][tokens.is_text].float().mean(0))  # NaN if there is no token
     difference = means[0] - means[1]
@@ -148,7 +148,7 @@ def side_effects(
     import pandas as pd
 
     model, names = suite.model, list(plans)
-    tokens = tokenize(model, texts, text_length(model, usual=MAX_TOKENS))
+    tokens = tokenize(model, texts, text_length(model, MAX_TOKENS))
     clean = logits_of(model, tokens.ids).float().log_softmax(-1)
     rows = min(ROWS, LOGITS // (MAX_TOKENS * clean.shape[-1]))
     plans_per_pass = max(1, rows // len(texts))

@@ -110,14 +110,14 @@ def test_pearson_reads_no_text_that_is_scored_even_of_the_same_corpus(tmp_path: 
         unscored_texts("maths", 0, [])
 
 
-def test_texts_are_cut_where_a_short_context_ends_unless_told(planted: Suite):
+def test_texts_longer_than_the_context_are_refused_unless_they_are_cut(planted: Suite):
     long, model = "The cat sat on the mat. " * 40, planted.model
     assert model.bridge.cfg.n_ctx == toys.CONTEXT < MAX_TOKENS
-    assert draw_sample(model, {"one": [long]}).ids.ids.shape == (1, toys.CONTEXT)
-    assert collect(planted, [long]).tokens["position"].max() == toys.CONTEXT - 1
+    for read in (lambda: collect(planted, [long]), lambda: draw_sample(model, {"one": [long]})):
+        with pytest.raises(ValueError, match="has a context of 64; give max_tokens=64 or fewer"):
+            read()
     assert collect(planted, [long], max_tokens=9).tokens["position"].max() == 8
-    assert (text_length(model), text_length(model, usual=20)) == (toys.CONTEXT, 20)
-    assert text_length(model, 99, usual=20) == 99
+    assert (text_length(model), text_length(model, 20)) == (toys.CONTEXT, 20)
 
 
 def test_texts_without_a_token_to_choose_are_refused(planted: Suite):
