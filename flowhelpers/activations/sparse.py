@@ -128,6 +128,8 @@ def read_batches(
         together: Passes whose tokens each SAE encodes together; by default one where all SAEs fit.
         folder: Where batches are kept, for tokens and SAEs that are always the same.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     if not tokens.is_text.any():
         raise ValueError("no token is left to read: the texts hold special tokens only")
     sites = list(sites or suite.saes)

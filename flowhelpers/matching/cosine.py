@@ -91,7 +91,7 @@ def _matches(
     target: Rows, source: Rows, k: int, memory: int | None, device: Any, both: bool
 ) -> tuple[TopK, TopK]:
     shapes = _rows_of(target).shape, _rows_of(source).shape
-    if k < 1 or (not both and k > len(source)):
+    if not (isinstance(k, int) and 1 <= k <= (k if both else len(source))):
         raise ValueError(f"k={k}: expected 1 to {len(source)}, the number of source features")
     if [len(shape) for shape in shapes] != [2, 2] or shapes[0][1] != shapes[1][1]:
         raise ValueError(

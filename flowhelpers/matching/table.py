@@ -193,7 +193,7 @@ def match_table(
     with ThreadPoolExecutor(1) as reader:
         for place, at in enumerate(progress(groups, "matching")):
             for site in at:
-                if not 1 <= k <= (width := suite.about(site, "width")):
+                if k not in range(1, (width := suite.about(site, "width")) + 1):
                     raise ValueError(f"k={k}: expected 1 to {width}, the features of {site}")
             prints = {str(site): suite.about(site, "fingerprint") for site in reversed(at)}
             key = {"suite": suite.name, "layer": at[0].layer, "sites": prints} | choices

@@ -141,6 +141,7 @@ def device_and_dtype(row: SuiteRow, device: str, dtype: str) -> tuple[str, str]:
     """`auto`: a GPU for a large model; bfloat16 for a very large one there, or to make it fit."""
     import torch
 
+    device, dtype = str(device), str(dtype).removeprefix("torch.")  # torch's own will do
     size = row.model_parameters or 0
     if device == "auto":
         device = "cuda" if size >= LARGE and torch.cuda.is_available() else "cpu"

@@ -52,6 +52,8 @@ def test_the_rows_are_the_tokens_of_the_texts_without_bos_and_padding(planted: S
     column = found.by_site[LAST].toarray()[:, 9]
     assert np.array_equal(found.of(FeatureId(2, "res", 9)), column)
     assert not set(found.tokens["token"]) & set(encode.all_special_ids)
+    with pytest.raises(ValueError, match="batch_size=0: expected 1 or more"):
+        collect(planted, toys.TEXTS, [LAST], batch_size=0)
     cut = collect(planted, toys.TEXTS, [LAST], max_tokens=4)
     kept = (found.tokens["position"] <= 3).to_numpy()
     assert cut.tokens.equals(found.tokens[kept].reset_index(drop=True))
