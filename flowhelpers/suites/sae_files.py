@@ -108,6 +108,11 @@ def load_whole(source: Source, is_fetched: bool, device: str, dtype: str) -> Any
         tensors = parse_local_safetensors_file_metadata(fetch(repository, file)).tensors
         return {name: tensor.shape for name, tensor in tensors.items()}
 
+    if isinstance(source, str):
+        kind = sae_config(Path(source) / LENS_FILES[0]).get("architecture", "standard")
+        if kind not in SAE_CLASS_REGISTRY:
+            told = "expected an SAE as save_inference_model saves it after training"
+            raise ValueError(f"{source}: sae-lens loads no architecture {kind!r}: {told}")
     with (
         naming(f"the SAE in {source}"),
         # sae-lens asks the hub whether files have changed, and for the shapes in them.
@@ -115,10 +120,6 @@ def load_whole(source: Source, is_fetched: bool, device: str, dtype: str) -> Any
         replaced(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes),
     ):
         if isinstance(source, str):
-            kind = sae_config(Path(source) / LENS_FILES[0]).get("architecture", "standard")
-            if kind not in SAE_CLASS_REGISTRY:
-                told = "expected an SAE as save_inference_model saves it after training"
-                raise ValueError(f"sae-lens loads no architecture {kind!r}: {told}")
             return SAE.load_from_disk(source, device=device, dtype=dtype)
         return SAE.from_pretrained(source["release"], source["id"], device=device, dtype=dtype)
 
