@@ -22,8 +22,15 @@ CLASS_COLOURS = {
     "newborn": "#CC79A7",
     "unexplained": GREY,
 }
+CLASS_MARKS = {
+    "translated": "circle",
+    "processed": "diamond",
+    "newborn": "triangle-up",
+    "unexplained": "x",
+}
+MODULE_MARKS = {"res": "circle", "mlp": "square", "att": "square"}
 MARGIN = {"l": 75, "r": 20, "t": 100, "b": 50}
-LINE, WRAPPED = 17, 105  # pixels of a subtitle's line, and its letters
+LINE, WRAPPED = 17, 120  # pixels of a subtitle's line, and its letters
 # of plotly.js: without its button that offers to upload the figure
 CONFIG = {"showSendToCloud": False, "displaylogo": False}
 for _name in pio.renderers:  # what displays figures in a notebook, those of others included
@@ -80,3 +87,11 @@ def legend_below(figure: go.Figure, room: int = 0) -> go.Figure:
     place = {"x": 0, "xanchor": "left", "yanchor": "top"}
     place["y"] = -(55 + room) / (height - top - bottom)
     return figure.update_layout(height=height, margin_t=top, margin_b=bottom, legend=place)
+
+
+def finish(figure: go.Figure, title: str, subtitle: str, height: int, room: int = 0) -> go.Figure:
+    """The look of all figures, for one of plotly express: panels bear values as titles."""
+    for panel in figure.layout.annotations:
+        panel.text = escape(panel.text.replace("layer=", "layer ").split("=", 1)[-1])
+    figure.update_layout(legend_title_text="")
+    return legend_below(dress(figure, title, subtitle, height), room)

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 import plotly.express as px
 import plotly.graph_objects as go
 
-from flowhelpers.core.figures import CLASS_COLOURS, COLOURS, GREY, INK, NAMES, SYMBOLS, dress, step
+from flowhelpers.core.figures import (
+    CLASS_COLOURS,
+    COLOURS,
+    GREY,
+    INK,
+    NAMES,
+    SYMBOLS,
+    dress,
+    grow,
+    step,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +47,7 @@ def scores_by_layer(scores: pd.DataFrame, subtitle: str) -> go.Figure:
         figure.add_box(x=table.index, **table, **look, row=1, col=column)
     figure.for_each_annotation(lambda title: title.update(text=title.text.split("=")[-1]))
     dress(figure, "Best cosine of every residual feature, by layer", subtitle, 420)
-    figure.update_layout(margin_t=125, legend_y=1.1)
+    grow(figure, 25).update_layout(legend_y=1.1)
     return figure.update_xaxes(title="layer", dtick=step(scores))
 
 
@@ -88,7 +98,7 @@ def agreement_map(table: pd.DataFrame, subtitle: str) -> go.Figure:
     for annotation, title in zip(figure.layout.annotations, squares, strict=True):
         annotation.text = title
     dress(figure, "How often two methods choose the same source", subtitle, 170 + 60 * len(names))
-    figure.update_layout(margin_t=125, coloraxis_colorbar_tickformat=".0%")
+    grow(figure, 25).update_layout(coloraxis_colorbar_tickformat=".0%")
     figure.update_xaxes(tickangle=-40, automargin=True)
     return figure.update_yaxes(showgrid=False, automargin=True)
 
