@@ -1,0 +1,67 @@
+"""JupyterLab as `flowhelpers lab` starts it, in a folder of its own, and what one does in it."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from playwright.sync_api import Locator, Page
+
+NOTEBOOK = ".jp-NotebookPanel:not(.lm-mod-hidden)"
+
+
+@contextmanager
+def open_lab(folder: Path) -> Iterator[str]:
+    """JupyterLab in a folder; the address of its first page, which asks for no token."""
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "JUPYTER_CONFIG_DIR": str(folder / ".jupyter")}
+    env |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / ".lab"), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "flowhelpers", "lab", "--no-browser", "--port", "0"]
+    command += ["--allow-root", "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True"]
+    with (folder / "lab.log").open("w+") as log:
+        lab = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+        try:
+            yield _address(folder / "lab.log", lab)
+        finally:
+            lab.terminate()
+            lab.wait(20)
+
+
+def _address(log: Path, lab: subprocess.Popen) -> str:
+    for _ in range(300):
+        if found := re.search(r"http://(?:localhost|127\.0\.0\.1):\d+/lab\S*", log.read_text()):
+            urllib.request.urlopen(found[0], timeout=30).close()
+            return found[0]
+        if lab.poll() is not None:
+            break
+        time.sleep(0.2)
+    raise RuntimeError(f"JupyterLab did not start: {log.read_text()[-2000:]}")
+
+
+def run_all(page: Page, seconds: float) -> None:
+    """Runs all cells and waits until none is waiting or running."""
+    page.locator(f"{NOTEBOOK} .jp-Cell").first.wait_for()
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
+    page.get_by_text("Run", exact=True).first.click()
+    page.get_by_text("Run All Cells", exact=True).click()
+    page.wait_for_timeout(1000)
+    page.wait_for_selector(
+        ".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=1000 * seconds
+    )
+
+
+def cell_of(page: Page, name: str) -> Locator:
+    """The cell with this name, scrolled into view, where JupyterLab draws it."""
+    cell = page.locator(f"{NOTEBOOK} .jp-CodeCell", has_text=f"papermill_description={name}")
+    cell.first.scroll_into_view_if_needed()
+    return cell.first
+
+
+def save(page: Page) -> None:
+    """Saves the notebook and waits until it is on disk."""
+    with page.expect_response(lambda r: r.request.method == "PUT" and "contents" in r.url):
+        page.keyboard.press("Control+s")

@@ -1,0 +1,105 @@
+"""JupyterLab as `flowhelpers lab` opens it, driven in a browser: controls, saving, no network."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import nbformat
+import pytest
+from browsers import Pages
+from lab_server import NOTEBOOK, cell_of, open_lab, run_all, save
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from playwright.sync_api import Page, expect
+
+from flowhelpers.runs.lab import COPIES
+from flowhelpers.runs.parameters import NOTEBOOKS
+
+PLANTED = """# papermill_description=Planted
+import time
+import plotly.graph_objects as go
+from ipywidgets import Dropdown, IntSlider
+from flowhelpers import core
+from flowhelpers.core.figures import dress
+
+def drawn(height, colour):
+    time.sleep(0.5)
+    if height == 7:
+        raise ValueError("7 is <no> height: expected another")
+    bars = go.Figure(go.Bar(y=[height], marker_color=colour))
+    return dress(bars, f"{height} in {colour}", "planted", 300)
+
+height = IntSlider(5, max=1023, description="height of the bar")
+colour = Dropdown(options={"as the sea": "blue", "as blood": "red"}, description="colour")
+core.panel(drawn, drawn(5, "blue"), height=height, colour=colour)"""
+COUNTED = """# papermill_description=Counted
+number = IntSlider(2, max=9, description="number")
+core.panel(lambda number: "ab" * number, "abab", number=number)"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A user's folder; the notebooks are one small one."""
+    folder = tmp_path_factory.mktemp("user")
+    cells = [new_markdown_cell("# Planted: a title"), *map(new_code_cell, [PLANTED, COUNTED])]
+    (folder / "package").mkdir()
+    nbformat.write(new_notebook(cells=cells), folder / "package/00_start_here.ipynb")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lab(folder: Path) -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(NOTEBOOKS, str(folder / "package"))
+        with open_lab(folder) as address:
+            yield address
+
+
+def titles(page: Page) -> list[str]:
+    return page.locator(f"{NOTEBOOK} .gtitle").all_inner_texts()
+
+
+def test_controls_redraw_one_picture_and_a_saved_notebook_shows_it(
+    folder: Path, lab: str, browser: Pages
+) -> None:
+    browser.problems.clear()
+    page = browser.new()
+    page.goto(lab)
+    run_all(page, 60)
+    assert page.title().startswith("00_start_he")
+    cell = cell_of(page, "Planted")
+    handle, said = cell.locator(".noUi-handle"), cell.get_by_role("status")
+    expect(cell.get_by_text("height of the bar")).to_be_visible()
+    expect(cell.locator(".gtitle")).to_have_text("5 in blue")
+    box = cell.locator(".widget-slider").bounding_box()
+    assert box is not None
+    assert box["width"] > 500  # of 1,024 values
+    handle.focus()
+    handle.press("ArrowRight")
+    expect(said).to_have_text("computing …")
+    expect(cell.locator(".gtitle")).to_have_text("6 in blue")
+    assert cell.locator(".js-plotly-plot").count() == 1
+    cell.locator("select").select_option("as blood")
+    expect(cell.locator(".gtitle")).to_have_text("6 in red")
+    handle.press("ArrowRight")
+    expect(cell.get_by_role("alert")).to_have_text("7 is <no> height: expected another")
+    assert cell.locator(".js-plotly-plot").count() == 0
+    handle.press("ArrowRight")
+    expect(cell.locator(".gtitle")).to_have_text("8 in red")
+    expect(cell.get_by_role("alert")).to_have_count(0)
+    expect(cell.locator(".modebar")).to_have_count(1)
+    assert cell.locator(".modebar [data-title*='Share']").count() == 0
+    browser.shot(page, "lab_controls")
+    save(page)
+    page.reload()
+    page.locator(f"{NOTEBOOK} .gtitle").first.wait_for(timeout=30_000)
+    browser.shot(page, "lab_reloaded")
+    shown = page.locator(NOTEBOOK).inner_text()
+    assert "Error displaying widget" not in shown
+    assert "model not found" not in shown
+    assert shown.count("Run this cell to use its controls.") == 2
+    assert titles(page) == ["5 in blue"]
+    assert "'abab'" in shown
+    assert browser.problems == []
+    saved = (folder / COPIES / "00_start_here.ipynb").read_text("utf-8")
+    assert "widget-view" not in saved
+    assert "widget-view" not in (folder / "package/00_start_here.ipynb").read_text("utf-8")
+    page.context.close()
