@@ -72,10 +72,12 @@ def paper_numbers(arguments: argparse.Namespace) -> int:
 
 def lab(arguments: argparse.Namespace) -> int:
     """Opens JupyterLab on a copy of the notebooks in the folder where this was called."""
-    from flowhelpers.runs.lab import lab_command
+    from flowhelpers.runs.lab import CONFIG, lab_command
     from flowhelpers.runs.run import RUNS
 
     os.environ.setdefault(RUNS, str(Path.cwd() / "runs"))
+    paths = [os.environ.get("JUPYTER_CONFIG_PATH"), str(CONFIG)]  # the user's own comes first
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, paths))
     command = lab_command(Path.cwd(), arguments.rest)
     sys.stdout.flush()
     os.execv(sys.executable, command)

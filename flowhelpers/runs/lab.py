@@ -15,7 +15,8 @@ COPIES = "flowhelpers-notebooks"
 FIRST = "00_start_here.ipynb"
 CHOICES = "CHOICES.md"
 WIDGET = "application/vnd.jupyter.widget-view+json"
-# It asks for no news, looks for no newer version of itself and lists no extensions of PyPI's.
+CONFIG = DATA / "jupyter"  # of JupyterLab: it does not ask whether it may fetch news
+# It looks for no newer version of itself and lists no extensions of PyPI's.
 QUIET = [
     "--LabApp.news_url=None",
     "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",

@@ -41,7 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     cells = [new_markdown_cell("# Planted: a title"), *map(new_code_cell, [PLANTED, COUNTED])]
     (folder / "package").mkdir()
-    nbformat.write(new_notebook(cells=cells), folder / "package/00_start_here.ipynb")
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    book = new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(book, folder / "package/00_start_here.ipynb")
     return folder
 
 
@@ -67,7 +69,7 @@ def test_controls_redraw_one_picture_and_a_saved_notebook_shows_it(
     assert page.title().startswith("00_start_he")
     cell = cell_of(page, "Planted")
     handle, said = cell.locator(".noUi-handle"), cell.get_by_role("status")
-    expect(cell.get_by_text("height of the bar")).to_be_visible()
+    expect(cell.locator(".widget-label").first).to_have_text("height of the bar")
     expect(cell.locator(".gtitle")).to_have_text("5 in blue")
     box = cell.locator(".widget-slider").bounding_box()
     assert box is not None
@@ -87,6 +89,7 @@ def test_controls_redraw_one_picture_and_a_saved_notebook_shows_it(
     expect(cell.get_by_role("alert")).to_have_count(0)
     expect(cell.locator(".modebar")).to_have_count(1)
     assert cell.locator(".modebar [data-title*='Share']").count() == 0
+    assert "news" not in page.locator("body").inner_text()
     browser.shot(page, "lab_controls")
     save(page)
     page.reload()
