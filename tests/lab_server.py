@@ -7,7 +7,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from playwright.sync_api import Locator, Page
@@ -20,6 +20,9 @@ def open_lab(folder: Path) -> Iterator[str]:
     """JupyterLab in a folder; the address of its first page, which asks for no token."""
     env = os.environ | {"HF_HUB_OFFLINE": "1", "JUPYTER_CONFIG_DIR": str(folder / ".jupyter")}
     env |= {"JUPYTERLAB_SETTINGS_DIR": str(folder / ".lab"), "PYTHONUNBUFFERED": "1"}
+    settings = folder / ".lab/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"windowingMode": "none"}')  # all cells are drawn, out of view as well
     command = [sys.executable, "-m", "flowhelpers", "lab", "--no-browser", "--port", "0"]
     command += ["--allow-root", "--IdentityProvider.token=", "--ServerApp.disable_check_xsrf=True"]
     with (folder / "lab.log").open("w+") as log:
@@ -34,8 +37,9 @@ def open_lab(folder: Path) -> Iterator[str]:
 def _address(log: Path, lab: subprocess.Popen) -> str:
     for _ in range(300):
         if found := re.search(r"http://(?:localhost|127\.0\.0\.1):\d+/lab\S*", log.read_text()):
-            urllib.request.urlopen(found[0], timeout=30).close()
-            return found[0]
+            with suppress(OSError):  # said before it listens
+                urllib.request.urlopen(found[0], timeout=30).close()
+                return found[0]
         if lab.poll() is not None:
             break
         time.sleep(0.2)
@@ -43,15 +47,14 @@ def _address(log: Path, lab: subprocess.Popen) -> str:
 
 
 def run_all(page: Page, seconds: float) -> None:
-    """Runs all cells and waits until none is waiting or running."""
+    """Runs all cells and waits until the kernel is idle again."""
+    idle = page.locator("#jp-main-statusbar").get_by_text(re.compile(r"Python 3.* \| Idle"))
+    idle.wait_for(timeout=60_000)
     page.locator(f"{NOTEBOOK} .jp-Cell").first.wait_for()
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=60_000)
     page.get_by_text("Run", exact=True).first.click()
     page.get_by_text("Run All Cells", exact=True).click()
-    page.wait_for_timeout(1000)
-    page.wait_for_selector(
-        ".jp-Notebook-ExecutionIndicator[data-status='idle']", timeout=1000 * seconds
-    )
+    page.wait_for_timeout(1500)  # until it is not
+    idle.wait_for(timeout=1000 * seconds)
 
 
 def cell_of(page: Page, name: str) -> Locator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ COPIES = "flowhelpers-notebooks"
 FIRST = "00_start_here.ipynb"
 CHOICES = "CHOICES.md"
 WIDGET = "application/vnd.jupyter.widget-view+json"
+WRITTEN = re.compile(r"\w+\(.*\)$", re.DOTALL)  # as a widget stands in text, `VBox(children=...)`
 CONFIG = DATA / "jupyter"  # of JupyterLab: it does not ask whether it may fetch news
 # It looks for no newer version of itself and lists no extensions of PyPI's.
 QUIET = [
@@ -64,7 +66,8 @@ def without_views(model: dict[str, Any], **_: Any) -> None:
         outputs = cell.get("outputs", [])
         for output in [each for each in outputs if WIDGET in each.get("data", {})]:
             del output["data"][WIDGET]
-            if {*output["data"]} <= {"text/plain"}:
+            text = "".join(output["data"].get("text/plain", "none()"))
+            if {*output["data"]} <= {"text/plain"} and WRITTEN.match(text):
                 outputs.remove(output)
             note = {"text/markdown": "*Run this cell to use its controls.*"}
             outputs.insert(0, {"output_type": "display_data", "data": note, "metadata": {}})

@@ -193,7 +193,8 @@ def _markdown(source: str, pages: Mapping[str, str] | None = None) -> str:
     class Renderer(IPythonRenderer):
         def link(self, text: str, url: str, title: str | None = None) -> str:
             if url.endswith(CHOICES):
-                return re.sub(r"(?:CHOICES )?(\d+)", choice, text)
+                linked = re.sub(r"(?:CHOICES )?(\d+)", choice, text)
+                return f'<a href="#choices">{text}</a>' if linked == text else linked
             name, _, place = url.rpartition("/")[2].partition("#")
             if name.endswith(".ipynb") and (known := (pages or {}).get(name[:-6])):
                 return super().link(text, known + ("#" + place if place else ""), title)

@@ -8,7 +8,7 @@ import pytest
 from browsers import Pages
 from lab_server import NOTEBOOK, cell_of, open_lab, run_all, save
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from flowhelpers.runs.lab import COPIES
 from flowhelpers.runs.parameters import NOTEBOOKS
@@ -34,6 +34,15 @@ COUNTED = """# papermill_description=Counted
 number = IntSlider(2, max=9, description="number")
 core.panel(lambda number: "ab" * number, "abab", number=number)"""
 
+OURS = Path(__file__).parents[2] / "notebooks"
+SMALL = {  # parameters that make a notebook short
+    "06_theme_activation": {
+        **{"candidates": 2, "strategies": ["single", "constant"], "strengths": [4.0]},
+        **{"n_samples": 2, "max_new_tokens": 6},
+    }
+}
+DRIVEN = ["00_start_here", "01_matching", "02_flow_graphs", "06_theme_activation"]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -56,7 +65,7 @@ def lab(folder: Path) -> Iterator[str]:
 
 
 def titles(page: Page) -> list[str]:
-    return page.locator(f"{NOTEBOOK} .gtitle").all_inner_texts()
+    return page.locator(f"{NOTEBOOK} .gtitle").all_text_contents()
 
 
 def test_controls_redraw_one_picture_and_a_saved_notebook_shows_it(
@@ -105,4 +114,76 @@ def test_controls_redraw_one_picture_and_a_saved_notebook_shows_it(
     saved = (folder / COPIES / "00_start_here.ipynb").read_text("utf-8")
     assert "widget-view" not in saved
     assert "widget-view" not in (folder / "package/00_start_here.ipynb").read_text("utf-8")
+    page.context.close()
+
+
+def has_panel(name: str) -> bool:
+    return "core.panel(" in (OURS / f"{name}.ipynb").read_text("utf-8")
+
+
+def shorten(path: Path, parameters: dict[str, object]) -> None:
+    """Leaves out what comes after the last controls, and sets parameters."""
+    book = nbformat.read(path, as_version=4)
+    last = max(at for at, cell in enumerate(book.cells) if "core.panel(" in cell.source)
+    book.cells = book.cells[: last + 1]
+    for cell in book.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source += "".join(f"\n{name} = {value!r}" for name, value in parameters.items())
+    nbformat.write(book, path)
+
+
+@pytest.fixture(scope="module")
+def lab_of_ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """The folder of a user, and JupyterLab there with the notebooks of this package."""
+    folder = tmp_path_factory.mktemp("ours")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(NOTEBOOKS, str(OURS))
+        with open_lab(folder) as address:
+            yield folder / COPIES, address
+
+
+def move(panel: Locator) -> None:
+    """Moves the first control of a panel to another value."""
+    control = panel.locator("select, .noUi-handle, input[type=text], textarea").first
+    kind = control.evaluate("each => each.tagName")
+    if kind == "SELECT":
+        control.select_option(index=(control.evaluate("each => each.selectedIndex") + 1) % 2)
+    elif kind == "DIV":
+        control.focus()
+        control.press("ArrowRight")
+        control.press("ArrowRight")
+    else:
+        control.fill("Doctors said that the wound was infected by bacteria.")
+        control.press("Tab")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRIVEN)
+def test_each_control_of_the_notebooks_changes_what_is_shown(
+    name: str, lab_of_ours: tuple[Path, str], browser: Pages
+) -> None:
+    if not has_panel(name):
+        pytest.skip("its controls are not those of core.panel yet")
+    copies, address = lab_of_ours
+    shorten(copies / f"{name}.ipynb", SMALL.get(name, {}))
+    browser.problems.clear()
+    page = browser.new(viewport={"width": 1280, "height": 1000})
+    page.goto(address.replace("00_start_here", name))
+    run_all(page, 240)
+    assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
+    panels = page.locator(f"{NOTEBOOK} .widget-vbox")
+    assert panels.count() > 0
+    for number in range(panels.count()):
+        panel = panels.nth(number)
+        panel.scroll_into_view_if_needed()
+        output = panel.locator(".jp-OutputArea").first
+        before = output.inner_html()
+        assert "" not in panel.locator(".widget-label").all_inner_texts()
+        move(panel)
+        page.wait_for_function("([each, was]) => each.innerHTML !== was",
+                               arg=[output.element_handle(), before], timeout=30_000)  # fmt: skip
+        expect(panel.get_by_role("status")).to_have_count(0, timeout=30_000)
+        expect(panel.get_by_role("alert")).to_have_count(0)
+    browser.shot(page, f"lab_{name}")
+    assert browser.problems == []
     page.context.close()
