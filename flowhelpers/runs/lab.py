@@ -64,10 +64,12 @@ def without_views(model: dict[str, Any], **_: Any) -> None:
     model["content"].get("metadata", {}).pop("widgets", None)
     for cell in model["content"].get("cells", []):
         outputs = cell.get("outputs", [])
-        for output in [each for each in outputs if WIDGET in each.get("data", {})]:
+        if not (views := [each for each in outputs if WIDGET in each.get("data", {})]):
+            continue
+        for output in views:
             del output["data"][WIDGET]
             text = "".join(output["data"].get("text/plain", "none()"))
             if {*output["data"]} <= {"text/plain"} and WRITTEN.match(text):
                 outputs.remove(output)
-            note = {"text/markdown": "*Run this cell to use its controls.*"}
-            outputs.insert(0, {"output_type": "display_data", "data": note, "metadata": {}})
+        note = {"text/markdown": "*Run this cell to use its controls.*"}
+        outputs.insert(0, {"output_type": "display_data", "data": note, "metadata": {}})

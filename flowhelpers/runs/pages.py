@@ -87,7 +87,7 @@ def _contents(text: str) -> str:
     """The contents of a page, from its headings."""
     headings = re.findall(r'<h2 id="([^"]*)">(.*?)<a class="anchor-link"', text)
     items = "".join(f'<li><a href="#{at}">{name}</a></li>' for at, name in headings)
-    return f'<details class="contents"><summary>Contents</summary><ul>{items}</ul></details>'
+    return f'<details class="contents" open><summary>Contents</summary><ul>{items}</ul></details>'
 
 
 def _cited(text: str) -> list[int]:
