@@ -58,6 +58,11 @@ def with_errors(shares: pd.DataFrame) -> pd.DataFrame:
     return shares.assign(above=above, below=below)
 
 
+def _present(table: pd.DataFrame) -> dict[str, Any]:
+    """The groups that have a panel: those that there are."""
+    return {"category_orders": {"group": [name for name in GROUPS if name in {*table["group"]}]}}
+
+
 def group_scatter(points: pd.DataFrame, subtitle: str) -> go.Figure:
     """Figure 3: s(R) against s(M) and s(A) of the features in `single_source_points`, by group.
 
@@ -66,11 +71,10 @@ def group_scatter(points: pd.DataFrame, subtitle: str) -> go.Figure:
     named = points.rename(columns=SCORE_NAMES)
     long = named.melt(["layer", "feature", "group", "s(R)"], ["s(M)", "s(A)"], "score")
     long["row"] = "layer " + long["layer"].astype(str) + ", " + long["score"]
-    present = {"group": [group for group in GROUPS if group in {*long["group"]}]}
     figure = px.scatter(
         long, x="s(R)", y="value", facet_row="row", facet_col="group", opacity=0.6,
         facet_row_spacing=0.05, hover_data=["feature"], labels={"value": "score"},
-        **MARKED | {"category_orders": present},
+        **MARKED | _present(long),
     )  # fmt: skip
     figure.update_traces(marker_size=5).update_layout(showlegend=False)
     figure.update_yaxes(title_text="score at the module", col=1)
@@ -167,7 +171,7 @@ def score_densities(table: pd.DataFrame, subtitle: str) -> go.Figure:
     figure = px.line(
         table.replace({"score": SCORE_NAMES}), x="at", y="density", facet_row="group",
         facet_col="score", line_dash="layer", facet_row_spacing=0.02, labels={"at": "score"},
-        **BY_GROUP,
+        **BY_GROUP | _present(table),
     )  # fmt: skip
     first: set[str] = set()  # of each dash, for the legend
     figure.for_each_trace(lambda line: _name_by_dash(line, first))
