@@ -107,7 +107,9 @@ def flow_picture(
     )  # fmt: skip
     if values is None:
         for kind, part in nodes.groupby("kind"):
-            _add_nodes(figure, part, NAMES.get(kind, kind), color=part["colour"].iloc[0])
+            _add_nodes(
+                figure, part, NAMES.get(str(kind)) or str(kind), color=part["colour"].iloc[0]
+            )
     else:
         value = nodes["feature"].map(dict(values)).astype(float)
         if value.isna().all():

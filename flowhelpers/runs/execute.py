@@ -125,10 +125,10 @@ def _execute(manifest: Manifest, path: Path, timeout: int | None) -> int:
                 continue
             stem, began = job.notebook.stem, time.monotonic()
             if job.status == "waiting":
-                job.folder = new_folder(out, job.folder or "").name
+                job.folder = new_folder(out, str(job.folder)).name
             job.status, job.error = "running", None
             manifest.save(path)
-            _say(f"[{number}/{total}] {stem}: {out / job.folder}")
+            _say(f"[{number}/{total}] {stem}: {out / str(job.folder)}")
             try:
                 job.error = _execute_one(job, out, manifest.working_folder, timeout, links)
                 job.status = "failed" if job.error else "finished"

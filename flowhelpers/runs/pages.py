@@ -76,8 +76,8 @@ def _around(notebook: Path, pages: Mapping[str, str], index: str | None) -> list
     names, own = [*pages], [f"../{notebook.parent.name}/" in address for address in pages.values()]
     place = own.index(True) if True in own else None
     links = [("All notebooks", index, "")] if index else []
-    for word, at in (("← ", -1), ("→ ", 1)) if place is not None else ():
-        if 0 <= place + at < len(names):
+    for word, at in (("← ", -1), ("→ ", 1)):
+        if place is not None and 0 <= place + at < len(names):
             name = names[place + at]
             links.append((word, pages[name], name.replace("_", " ")))
     return links
