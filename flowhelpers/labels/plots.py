@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def token_text(tokens: pd.DataFrame, title: str, subtitle: str, columns: int = 10) -> go.Figure:
+def token_text(tokens: pd.DataFrame, title: str, subtitle: str, columns: int = 14) -> go.Figure:
     """A text, `columns` tokens a line, coloured by their `activation` from 0 (white) up."""
     rows = -(-len(tokens) // columns)
     cells = tokens[["token", "activation"]].reset_index(drop=True).reindex(range(rows * columns))
