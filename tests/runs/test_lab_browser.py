@@ -118,13 +118,13 @@ def test_controls_redraw_one_picture_and_a_saved_notebook_shows_it(
 
 
 def has_panel(name: str) -> bool:
-    return "core.panel(" in (OURS / f"{name}.ipynb").read_text("utf-8")
+    return "panel(" in (OURS / f"{name}.ipynb").read_text("utf-8")
 
 
 def shorten(path: Path, parameters: dict[str, object]) -> None:
     """Leaves out what comes after the last controls, and sets parameters."""
     book = nbformat.read(path, as_version=4)
-    last = max(at for at, cell in enumerate(book.cells) if "core.panel(" in cell.source)
+    last = max(at for at, cell in enumerate(book.cells) if "panel(" in cell.source)
     book.cells = book.cells[: last + 1]
     for cell in book.cells:
         if "parameters" in cell.metadata.get("tags", []):
@@ -178,7 +178,7 @@ def test_each_control_of_the_notebooks_changes_what_is_shown(
         panel.scroll_into_view_if_needed()
         output = panel.locator(".jp-OutputArea").first
         before = output.inner_html()
-        assert "" not in panel.locator(".widget-label").all_inner_texts()
+        assert "" not in panel.locator(".widget-label:visible").all_inner_texts()
         move(panel)
         page.wait_for_function("([each, was]) => each.innerHTML !== was",
                                arg=[output.element_handle(), before], timeout=30_000)  # fmt: skip
