@@ -13,6 +13,13 @@ from pathlib import Path
 from playwright.sync_api import Locator, Page
 
 NOTEBOOK = ".jp-NotebookPanel:not(.lm-mod-hidden)"
+# Whether all cells with code have run, or one has failed.
+DONE = """notebook => {
+  const cells = [...document.querySelectorAll(`${notebook} .jp-CodeCell`)];
+  const prompts = cells.map(cell => cell.querySelector('.jp-InputPrompt').textContent);
+  const failed = document.querySelector(`${notebook} [data-mime-type$="jupyter.error"]`);
+  return failed || prompts.every(each => /[0-9]/.test(each));
+}"""
 
 
 @contextmanager
@@ -47,14 +54,13 @@ def _address(log: Path, lab: subprocess.Popen) -> str:
 
 
 def run_all(page: Page, seconds: float) -> None:
-    """Runs all cells and waits until the kernel is idle again."""
+    """Runs all cells and waits until all have run or one has failed."""
     idle = page.locator("#jp-main-statusbar").get_by_text(re.compile(r"Python 3.* \| Idle"))
     idle.wait_for(timeout=60_000)
     page.locator(f"{NOTEBOOK} .jp-Cell").first.wait_for()
     page.get_by_text("Run", exact=True).first.click()
     page.get_by_text("Run All Cells", exact=True).click()
-    page.wait_for_timeout(1500)  # until it is not
-    idle.wait_for(timeout=1000 * seconds)
+    page.wait_for_function(DONE, arg=NOTEBOOK, timeout=1000 * seconds)
 
 
 def cell_of(page: Page, name: str) -> Locator:

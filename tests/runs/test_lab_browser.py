@@ -144,10 +144,13 @@ def lab_of_ours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path
 
 def move(panel: Locator) -> None:
     """Moves the first control of a panel to another value."""
-    control = panel.locator("select, .noUi-handle, input[type=text], textarea").first
-    kind = control.evaluate("each => each.tagName")
+    control = panel.locator("select, .noUi-handle, input, textarea").first
+    kind = control.evaluate("each => each.type === 'number' ? each.type : each.tagName")
     if kind == "SELECT":
         control.select_option(index=(control.evaluate("each => each.selectedIndex") + 1) % 2)
+    elif kind == "number":
+        control.fill(str(int(control.input_value()) + 1))
+        control.press("Enter")
     elif kind == "DIV":
         control.focus()
         control.press("ArrowRight")
@@ -168,7 +171,7 @@ def test_each_control_of_the_notebooks_changes_what_is_shown(
     shorten(copies / f"{name}.ipynb", SMALL.get(name, {}))
     browser.problems.clear()
     page = browser.new(viewport={"width": 1280, "height": 1000})
-    page.goto(address.replace("00_start_here", name))
+    page.goto(address.replace("00_start_here", name) + "?reset")
     run_all(page, 240)
     assert page.locator("[data-mime-type='application/vnd.jupyter.error']").count() == 0
     panels = page.locator(f"{NOTEBOOK} .widget-vbox")
