@@ -55,8 +55,8 @@ def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
     """Shares by layer (`layer`, `above_res`, `above_mlp`, `above_att`) of scores above chance."""
     table = summary.rename(columns={f"above_{module}": name for module, name in SCORES.items()})
     figure = px.line(
-        table, x="layer", y=[name for name in SCORE_COLOURS if name in table], markers=True,
-        color_discrete_map=SCORE_COLOURS,
+        table, x="layer", y=[name for name in SCORE_COLOURS if name in table],
+        symbol="variable", line_dash="variable", color_discrete_map=SCORE_COLOURS,
     )  # fmt: skip
     figure.add_hline(0.001, line={"dash": "dot", "color": INK}, annotation_text="by chance 0.1 %")
     figure.update_traces(marker_size=9)
@@ -66,7 +66,8 @@ def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
 
 def classes_by_layer(table: pd.DataFrame, subtitle: str) -> go.Figure:
     """The shares of the four classes by layer (a column each, beside `layer`), as bars."""
-    figure = px.bar(table, x="layer", y=[*CLASS_COLOURS], color_discrete_map=CLASS_COLOURS)
+    looks = {"color_discrete_map": CLASS_COLOURS, "pattern_shape": "variable"}
+    figure = px.bar(table, x="layer", y=[*CLASS_COLOURS], **looks)
     figure.update_layout(bargap=0.15, legend_traceorder="normal")
     return _shares(figure, table, "What features are, by layer", subtitle, [0, 1])
 
