@@ -168,6 +168,8 @@ def score_against(means: pd.DataFrame, subtitle: str, by: str = "norm") -> go.Fi
         drawn, x=by, y="value", log_x=True, **MARKS, facet_col="theme", facet_col_wrap=2,
         hover_data=_hover(long), labels=AXES | {by: axis},
     )  # fmt: skip
+    ticks = [digit * 10.0**power for power in range(-9, 9) for digit in (1, 2, 5)]
+    figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_traces(mode="lines", line_dash="dash", selector={"name": UNSTEERED})
     return _finished(figure, title, subtitle, 225 + 300 * -(-means["theme"].nunique() // 2))
 
