@@ -19,6 +19,16 @@ RUN_NOTES = """examples:
   flowhelpers run --preset quick --out /tmp/r   the quick settings
   flowhelpers run --resume                      take up what was stopped last
 """
+LAB_NOTES = """
+The notebooks are copied to ./flowhelpers-notebooks, where you may change them: what lies there
+already stays as it is, and runs go to ./runs. Any other option goes on to JupyterLab, whose own
+are listed by `jupyter lab --help`.
+
+examples:
+  flowhelpers lab                              in this folder, with a browser
+  flowhelpers lab --no-browser --port 8890     on a machine that you reach by ssh
+  flowhelpers lab --ip 0.0.0.0                 for other machines too
+"""
 SUITES_NOTES = """
 `flowhelpers suites NAME` says what one needs. A variant is asked for as in gemma-2-2b@65k; of
 Gemma 2, SAEs by their mean L0 as in gemma-2-2b@l0=70; of any suite, some modules alone as in
@@ -61,12 +71,15 @@ def paper_numbers(arguments: argparse.Namespace) -> int:
 
 
 def lab(arguments: argparse.Namespace) -> int:
-    """Opens JupyterLab on the notebooks; runs go below the folder where this was called."""
-    from flowhelpers.runs.parameters import notebooks_folder
+    """Opens JupyterLab on a copy of the notebooks in the folder where this was called."""
+    from flowhelpers.runs.lab import CONFIG, lab_command
     from flowhelpers.runs.run import RUNS
 
     os.environ.setdefault(RUNS, str(Path.cwd() / "runs"))
-    command = [sys.executable, "-m", "jupyterlab", str(notebooks_folder()), *arguments.rest]
+    paths = [os.environ.get("JUPYTER_CONFIG_PATH"), str(CONFIG)]  # the user's own comes first
+    os.environ["JUPYTER_CONFIG_PATH"] = os.pathsep.join(filter(None, paths))
+    command = lab_command(Path.cwd(), arguments.rest)
+    sys.stdout.flush()
     os.execv(sys.executable, command)
 
 
@@ -195,7 +208,13 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("runs", type=Path, nargs="?", default=Path("runs"), metavar="RUNS",
                      help="the folder of the runs, of each notebook the latest")  # fmt: skip
 
-    one = commands.add_parser("lab", help="open JupyterLab on the notebooks")
+    one = commands.add_parser(
+        "lab",
+        help="open JupyterLab on a copy of the notebooks",
+        usage="flowhelpers lab [-h] [options of JupyterLab ...]",
+        epilog=LAB_NOTES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     one.set_defaults(function=lab)
 
     one = commands.add_parser("notebooks", help="list the notebooks and their parameters")

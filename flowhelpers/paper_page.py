@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowhelpers.core.files import read_json, write_text
+from flowhelpers.core.pages import page
 from flowhelpers.paper import is_of_paper
 from flowhelpers.paper_numbers import printed_numbers
 from flowhelpers.runs.parameters import plan
@@ -19,14 +20,7 @@ if TYPE_CHECKING:
 
 COLUMNS = ["where", "kind", "what", "paper", "most", "ours", "low", "high", "difference", "verdict"]
 COLUMNS += ["notebook", "table"]
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>The paper's numbers</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root { color-scheme: light dark; font: 15px/1.5 system-ui, sans-serif }
-body { max-width: 75rem; margin: 2rem auto; padding: 0 1rem } table { border-collapse: collapse }
-td, th { padding: .15rem .7rem; text-align: left; border-bottom: 1px solid #8884 }
-</style></head><body>
-<h1>The paper's numbers, and ours</h1>
+PAGE = """<h1>The paper's numbers, and ours</h1>
 <p>Of {total} numbers: {counts}. Compared is the latest finished run of each notebook:</p>
 {runs}
 <h2>What the paper finds, looked for in these runs</h2>
@@ -40,7 +34,6 @@ that are printed. Numbers of another model are not compared.</p>
 {numbers}
 <h2>Axes of figures that print no numbers</h2>
 {axes}
-</body></html>
 """
 
 
@@ -263,10 +256,10 @@ def write_page(folder: Path) -> Path:
         "total": str((~axes).sum()),
     }  # fmt: skip
     look = {"index": False, "na_rep": "", "escape": False, "border": 0}
-    page = PAGE
+    body = PAGE
     for word, shown in words.items():
         if isinstance(shown, pd.DataFrame):
             shown = shown.to_html(**look, float_format="{:.3f}".format)
-        page = page.replace(f"{{{word}}}", shown)
-    write_text(folder / "paper.html", page)
+        body = body.replace(f"{{{word}}}", shown)
+    write_text(folder / "paper.html", page("The paper's numbers", body))
     return folder / "paper.html"

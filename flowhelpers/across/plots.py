@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import plotly.express as px
 
-from flowhelpers.core.figures import GREY, INK
+from flowhelpers.core.figures import GREY, INK, finish
 from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.groups.plots import (
     ERRORS,
     OTHERS,
     TICKS,
-    finish,
     group_bars,
     group_lines,
     with_errors,

@@ -1,4 +1,5 @@
 from .cache import cache_folder as cache_folder
+from .controls import panel as panel
 from .features import MODULES as MODULES
 from .features import FeatureId as FeatureId
 from .features import Site as Site
@@ -7,6 +8,5 @@ from .features import parse_site as parse_site
 from .features import predecessor_sites as predecessor_sites
 from .features import suggestion as suggestion
 from .files import write_json as write_json
-from .panel import panel as panel
 from .progress_bar import live as live
 from .progress_bar import progress as progress

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import html
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
+import plotly.io as pio
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,14 +22,30 @@ CLASS_COLOURS = {
     "newborn": "#CC79A7",
     "unexplained": GREY,
 }
+CLASS_MARKS = {
+    "translated": "circle",
+    "processed": "diamond",
+    "newborn": "triangle-up",
+    "unexplained": "x",
+}
+MODULE_MARKS = {"res": "circle", "mlp": "square", "att": "square"}
 MARGIN = {"l": 75, "r": 20, "t": 100, "b": 50}
+LINE, WRAPPED = 17, 120  # pixels of a subtitle's line, and its letters
+# of plotly.js: without its button that offers to upload the figure
+CONFIG = {"showSendToCloud": False, "displaylogo": False}
+for _name in pio.renderers:  # what displays figures in a notebook, those of others included
+    if hasattr(pio.renderers[_name], "config"):
+        pio.renderers[_name].config = (pio.renderers[_name].config or {}) | CONFIG
 AXIS = {"showgrid": False, "zeroline": False, "linecolor": "#BBBBBB", "ticks": "outside"}
 TEMPLATE = go.layout.Template(
     layout={
         "font": {"family": "system-ui, -apple-system, 'Segoe UI', sans-serif", "color": INK},
         "paper_bgcolor": "white",
         "plot_bgcolor": "white",
-        "title": {"x": 0.01, "xanchor": "left", "subtitle": {"font": {"size": 12, "color": GREY}}},
+        "title": {
+            **{"x": 0.01, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"t": 14}},
+            "subtitle": {"font": {"size": 12, "color": "#595959"}},
+        },
         "margin": MARGIN,
         "legend": {"orientation": "h", "x": 1, "xanchor": "right", "y": 1.02, "yanchor": "bottom"},
         "hoverlabel": {"bgcolor": "white", "align": "left", "font": {"color": INK}},
@@ -43,9 +61,18 @@ def escape(text: str) -> str:
 
 
 def dress(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
-    """The figure with the look that all have, its title and its subtitle."""
-    heading = {"text": escape(title), "subtitle": {"text": escape(subtitle)}}
-    return figure.update_layout(template=TEMPLATE, title=heading, height=height)
+    """The figure with the look that all have, its title and its subtitle, wrapped."""
+    lines = wrap(subtitle.replace(" · ", "; "), WRAPPED) or [""]
+    more = LINE * (len(lines) - 1)
+    heading = {"text": escape(title), "subtitle": {"text": escape("\n".join(lines))}}
+    look = {"template": TEMPLATE, "margin": MARGIN | {"t": MARGIN["t"] + more}}
+    return figure.update_layout(**look, title=heading, height=height + more)
+
+
+def grow(figure: go.Figure, top: int) -> go.Figure:
+    """The figure with more room between its subtitle and its panels."""
+    layout = figure.layout
+    return figure.update_layout(height=layout.height + top, margin_t=layout.margin.t + top)
 
 
 def step(table: pd.DataFrame) -> int:
@@ -54,8 +81,17 @@ def step(table: pd.DataFrame) -> int:
 
 
 def legend_below(figure: go.Figure, room: int = 0) -> go.Figure:
-    """The legend under the axis titles, and `room` more: above, long subtitles run into it."""
-    margin = {"t": 110, "b": 115 + room}
-    height = figure.layout.height
-    place = {"x": 0, "xanchor": "left", "y": -(55 + room) / (height - 225), "yanchor": "top"}
-    return figure.update_layout(margin=margin, legend=place, height=height + room)
+    """The legend under the axis titles, and `room` more: above, panels have their titles."""
+    layout = figure.layout
+    top, bottom, height = layout.margin.t + 10, 115 + room, layout.height + room
+    place = {"x": 0, "xanchor": "left", "yanchor": "top"}
+    place["y"] = -(55 + room) / (height - top - bottom)
+    return figure.update_layout(height=height, margin_t=top, margin_b=bottom, legend=place)
+
+
+def finish(figure: go.Figure, title: str, subtitle: str, height: int, room: int = 0) -> go.Figure:
+    """The look of all figures, for one of plotly express: panels bear values as titles."""
+    for panel in figure.layout.annotations:
+        panel.text = escape(panel.text.replace("layer=", "layer ").split("=", 1)[-1])
+    figure.update_layout(legend_title_text="")
+    return legend_below(dress(figure, title, subtitle, height), room)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import plotly.express as px
 
-from flowhelpers.core.figures import GREY, INK
+from flowhelpers.core.figures import GREY, INK, finish, grow
 from flowhelpers.deactivation.ablation import OFF
 from flowhelpers.deactivation.targets import CONTROL
 from flowhelpers.groups.occurrences import GROUPS
-from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS, TICKS, finish
+from flowhelpers.groups.plots import GROUP_COLOURS, GROUP_MARKS, TICKS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,8 +31,11 @@ NAMES = {
 } | dict.fromkeys(["value", "removed"], "")
 METHODS = ("random", "permutation", "top-1", "top-5", "pearson", CONTROL)
 METHOD_COLOURS = (GREY, "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", INK)
+AT = {group: group.replace("From", "removed at") for group in GROUPS}
 COLOUR_OF = GROUP_COLOURS | {OFF: "#882255"} | dict(zip(METHODS, METHOD_COLOURS, strict=True))
-ORDER = [OFF, *GROUPS, *METHODS]  # of series
+COLOUR_OF |= {AT[group]: GROUP_COLOURS[group] for group in GROUPS}
+MARK_OF = GROUP_MARKS | {AT[group]: GROUP_MARKS[group] for group in GROUPS}
+ORDER = [OFF, *GROUPS, *AT.values(), *METHODS]  # of series
 LEAST, MOST = -0.55, 1.55  # of changes that are drawn case by case
 MOST_POINTS = 4000
 
@@ -54,6 +57,8 @@ def rate_panels(
     """
     import pandas as pd
 
+    if series == "removed":
+        rates = rates.assign(removed=rates["removed"].astype(str).replace(AT))
     ends = f"\n{facet}: " + rates[facet].astype(str) if facet else pd.Series("", rates.index)
     parts = []
     for column in columns:
@@ -70,7 +75,7 @@ def rate_panels(
         error_y="up", error_y_minus="down", facet_col="panel", facet_col_wrap=across,
         facet_row_spacing=0.15, facet_col_spacing=0.07, labels=NAMES,
         category_orders={x: places, series: ORDER, "panel": panels},
-        color_discrete_map=COLOUR_OF, symbol_map=GROUP_MARKS,
+        color_discrete_map=COLOUR_OF, symbol_map=MARK_OF,
         hover_data={"panel": False, "n": ":,", "value": ":.2%"},
     )  # fmt: skip
     if not lines:
@@ -84,23 +89,25 @@ def rate_panels(
     figure.update_yaxes(tickformat=".2~%", rangemode="tozero", zeroline=True, zerolinecolor=GREY)
     height = 265 + 335 * -(-len(panels) // across)
     finish(figure, title, subtitle, height, 30 if x == "group" else 0)
-    return figure.update_layout(margin_t=130)  # for panel titles of two lines
+    return grow(figure, 20)  # for panel titles of two lines
 
 
 def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:
     """Figure 15 b: groups of targets once some of their predecessors are removed."""
     shares = shares.query("n > 0").astype({"group": str, "after": str})
     groups = _groups_in(shares["group"])
+    shares = shares.assign(removed=shares["removed"].astype(str).replace(AT))
     figure = px.bar(
         shares, x="share", y="removed", color="after", orientation="h",
-        facet_col="group", facet_col_wrap=2, facet_row_spacing=0.08, facet_col_spacing=0.25,
+        facet_col="group", facet_col_wrap=2, facet_row_spacing=0.08, facet_col_spacing=0.3,
+        pattern_shape="after",
         hover_data=["n"], labels=NAMES, color_discrete_map=COLOUR_OF,
         category_orders={"group": groups, "after": ORDER},
     )  # fmt: skip
     figure.update_yaxes(matches=None, showticklabels=True, categoryorder="category descending")
     figure.update_xaxes(tickformat=".0%", range=[0, 1])
     title = "What becomes of a feature whose predecessors are removed"
-    return finish(figure, title, subtitle, 345 + 100 * len(groups)).update_layout(margin_l=160)
+    return finish(figure, title, subtitle, 345 + 100 * len(groups)).update_layout(margin_l=190)
 
 
 def written_against_change(table: pd.DataFrame, subtitle: str) -> go.Figure:

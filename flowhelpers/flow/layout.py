@@ -1,16 +1,26 @@
 """Where the nodes and edges of a flow graph stand in its picture and how they look."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
+from textwrap import wrap
 from typing import TYPE_CHECKING
 
 import networkx
 import numpy as np
 
-from flowhelpers.core.figures import CLASS_COLOURS, COLOURS, GREY, INK
-from flowhelpers.flow.graph import LANES, NODE_COLUMNS
+from flowhelpers.core.figures import (
+    CLASS_COLOURS,
+    CLASS_MARKS,
+    COLOURS,
+    GREY,
+    INK,
+    MODULE_MARKS,
+)
+from flowhelpers.flow.graph import LANES, NODE_COLUMNS, keep_nodes
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import pandas as pd
 
     from flowhelpers.flow.graph import FlowGraph
@@ -18,6 +28,8 @@ if TYPE_CHECKING:
 BEFORE = 0.4  # a module stands so far before its layer's output
 MARK = 0.62  # of the way along an edge; not in the middle, where edges that cross would share it
 NARROWEST, TALLEST = 880, 1500  # pixels; rows that would stand higher move together
+FONT, LETTER = 12, 6.7  # pixels: size of the captions, and the width of a letter
+MANY = 5  # seeds whose graph shows what is above chance alone
 NODE_HOVER = [name for name in NODE_COLUMNS[4:] if name != "link" and not name.startswith("null")]
 EDGE_HOVER = ["score", "cosine", "null", "null_quantile", "rank", "direction", "mutual", "margin"]
 
@@ -28,13 +40,13 @@ class Layout:
 
     Attributes:
         nodes: The graph's nodes with `x`, `y`, `size`, `kind` (the class, or the module of what has
-            none), its `colour`, that of the `ring`, a short `caption` or none, and `hover`.
+            none), its `colour` and `mark`, the colour of the `ring`, a short `caption` or none, and
+            `hover`.
         edges: The graph's edges with their ends `x0`, `y0`, `x1`, `y1`, a place `x`, `y` between
             for a mark, `width`, `colour`, `hover` and `dash`, which is `dot` for what is no higher
             than chance.
         layers: The x of each layer's output.
         lanes: The y of the middle of each module's lane.
-        font: Size of the captions.
     """
 
     title: str
@@ -44,14 +56,33 @@ class Layout:
     lanes: dict[str, float]
     width: float
     height: float
-    font: float
 
 
-def flow_layout(graph: "FlowGraph") -> Layout:
+def above_chance(graph: "FlowGraph", kept: "Iterable[str]" = ()) -> "FlowGraph":
+    """The graph without matches no higher than chance, and what they alone joined if not `kept`."""
+    edges = graph.edges[graph.edges["score"] > graph.edges["null"]]
+    joined = keep_nodes(graph, {*edges["source"], *edges["target"], *kept})
+    return replace(joined, edges=edges.reset_index(drop=True))
+
+
+def flow_layout(
+    graph: "FlowGraph",
+    title: str | None = None,
+    by_chance: bool | None = None,
+    kept: "Iterable[str]" = (),
+) -> Layout:
     """Places a graph's nodes, so that no two touch, near those that they are joined to.
 
-    Where there are many rows or layers, everything is smaller and captions are left out.
+    Where there are many rows, everything is smaller and captions are left out.
+
+    Args:
+        title: In place of one that names the seeds.
+        by_chance: Whether matches no higher than chance are drawn; by default they are, but for a
+            graph of five seeds or more.
+        kept: Features that stay though nothing else joins them.
     """
+    if not (len(graph.seeds) < MANY if by_chance is None else by_chance):
+        graph = above_chance(graph, kept)
     nodes, edges = graph.nodes.copy(), graph.edges.copy()
     module, layer = nodes["module"], nodes["layer"] - nodes["layer"].min()
     rows = nodes.groupby(["module", "layer"]).size().groupby("module").max()
@@ -60,8 +91,8 @@ def flow_layout(graph: "FlowGraph") -> Layout:
         lanes[name] = total + (rows.get(name, 1) + 1) / 2
         total += rows.get(name, 1) + 1
     count, digits = int(layer.max()) + 1, len(str(nodes["index"].max()))
-    row_height = float(np.clip(TALLEST / total, 3, 50))
-    layer_width = max(NARROWEST / (count + 1.2), 5.0 * digits)
+    row_height = float(np.clip(TALLEST / total, 3, 68))
+    layer_width = max(NARROWEST / (count + 1.2), LETTER * (digits + 1))
     size = min(14, 0.55 * row_height, 0.45 * layer_width)
 
     nodes["x"] = layer_width * (layer + 1.3 - BEFORE * (module != "res"))
@@ -69,11 +100,14 @@ def flow_layout(graph: "FlowGraph") -> Layout:
     nodes["size"] = np.where(nodes["is_seed"], 1.6, 1) * size
     nodes["kind"] = nodes["class"].where(nodes["class"].notna(), module)
     nodes["colour"] = nodes["kind"].map(CLASS_COLOURS | COLOURS)
+    nodes["mark"] = nodes["kind"].map(CLASS_MARKS | MODULE_MARKS)
     nodes["ring"] = nodes["is_seed"].map({True: INK, False: "white"})
-    nodes["caption"] = nodes["index"].astype(str) if row_height > 24 else ""
-    if row_height > 40 and count <= 10:
+    nodes["caption"] = nodes["index"].astype(str) if row_height > 30 else ""
+    letters = int(layer_width / LETTER)
+    if row_height > 64 and letters >= 10:
         label = nodes["label"].str.split("\n").str[0].str.removeprefix("writes ")
-        nodes["caption"] = (nodes["caption"] + "\n" + label.str[: 104 // count]).str.rstrip()
+        lines = label.map(lambda text: "\n".join(wrap(text, letters, max_lines=2, placeholder="…")))
+        nodes["caption"] = (nodes["caption"] + "\n" + lines).str.rstrip()
     nodes["hover"] = _hovers(nodes["feature"], nodes[NODE_HOVER])
 
     places = nodes.set_index("feature")
@@ -90,14 +124,13 @@ def flow_layout(graph: "FlowGraph") -> Layout:
     first = int(nodes["layer"].min())
     more = f" and {len(graph.seeds) - 4} more" if len(graph.seeds) > 4 else ""
     return Layout(
-        title="The flow through " + ", ".join(graph.seeds[:4]) + more,
+        title=title or "The flow through " + ", ".join(graph.seeds[:4]) + more,
         nodes=nodes,
         edges=edges,
         layers={first + i: layer_width * (i + 1.3) for i in range(count)},
         lanes={name: row_height * lane for name, lane in lanes.items()},
         width=layer_width * (count + 1.2),
         height=row_height * total,
-        font=min(10.0, 1.5 * layer_width / digits),
     )
 
 

@@ -21,7 +21,7 @@ from flowhelpers.core.figures import (
     escape,
     step,
 )
-from flowhelpers.flow.layout import flow_layout
+from flowhelpers.flow.layout import FONT, flow_layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,17 +66,31 @@ def _add_box(figure: go.Figure, x: float, y: float, module: str, feature: str, t
 
 
 def flow_picture(
-    graph: FlowGraph, subtitle: str, values: Mapping[str, float] | None = None, named: str = "value"
+    graph: FlowGraph,
+    subtitle: str,
+    values: Mapping[str, float] | None = None,
+    named: str = "value",
+    *,
+    title: str | None = None,
+    by_chance: bool | None = None,
 ) -> go.Figure:
     """A flow graph through the layers, a lane for each module (the paper's Figures 2, 20 and 21).
 
     A line is thicker if its cosine is higher, and dotted if its score is not above chance. A
-    forward edge, which the earlier feature chose, has an open arrow. A node has the colour of its
-    class, and its caption links to its page. With `values` of features, called `named` in the
-    legend, nodes have the colour of their value, and those without a value are empty.
+    forward edge, which the earlier feature chose, has an open arrow. A node has the colour and the
+    mark of its class, and its caption links to its page.
+
+    Args:
+        values: Of features, called `named` in the legend: nodes have the colour of their value, and
+            those without a value are empty.
+        title: In place of one that names the seeds.
+        by_chance: Whether what is no higher than chance is drawn; by default it is, but for a graph
+            of five seeds or more.
     """
-    layout = flow_layout(graph)
+    layout = flow_layout(graph, title, by_chance, values or ())
     nodes, edges = layout.nodes, layout.edges
+    if left := len(graph.edges) - len(edges):
+        subtitle += f" · {left} of {len(graph.edges)} matches, no higher than chance, are left out"
     figure = dress(go.Figure(), layout.title, subtitle, round(layout.height) + MARGIN["t"] + 100)
     ends = edges[["x0", "x1", "y0", "y1"]].to_dict("records")
     lines = edges.rename(columns={"colour": "color"})[["width", "color", "dash"]].to_dict("records")
@@ -93,7 +107,9 @@ def flow_picture(
     )  # fmt: skip
     if values is None:
         for kind, part in nodes.groupby("kind"):
-            _add_nodes(figure, part, kind, color=part["colour"].iloc[0])
+            _add_nodes(
+                figure, part, NAMES.get(str(kind)) or str(kind), color=part["colour"].iloc[0]
+            )
     else:
         value = nodes["feature"].map(dict(values)).astype(float)
         if value.isna().all():
@@ -105,7 +121,7 @@ def flow_picture(
         scale = {"colorscale": "RdBu", "cmid": 0, "colorbar": bar}  # red is negative
         valued = nodes[value.notna()].assign(ring=INK)
         _add_nodes(figure, valued, named, color=value.dropna(), **scale)
-    caption = {"size": layout.font, "shadow": HALO}
+    caption = {"size": FONT, "shadow": HALO}
     figure.update_traces(textfont=caption, selector={"mode": "markers+text"})
     ticks = {"tickvals": [*layout.layers.values()], "ticktext": [*layout.layers]}
     figure.update_xaxes(title="layer", range=[0, layout.width], **ticks)
@@ -122,7 +138,7 @@ def _add_nodes(figure: go.Figure, part: pd.DataFrame, name: str, **marker: Any) 
     ring = {"color": part["ring"], "width": part["is_seed"].map({True: 2.5, False: 1.0})}
     figure.add_scatter(
         x=part["x"], y=part["y"], name=name, mode="markers+text",
-        marker={"size": part["size"], "line": ring, "opacity": 1} | marker,
+        marker={"size": part["size"], "symbol": part["mark"], "line": ring, "opacity": 1} | marker,
         text=caption.mask(has_page, links + caption + "</a>"),
         textposition=part["module"].map({"att": "top center"}).fillna("bottom center"),
         hovertext=part["hover"].map(escape), hoverinfo="text",

@@ -12,7 +12,7 @@ import numpy as np
 import plotly.express as px
 
 from flowhelpers.core.features import MODULES
-from flowhelpers.core.figures import COLOURS, GREY, INK, NAMES, dress, escape, legend_below, step
+from flowhelpers.core.figures import COLOURS, GREY, INK, NAMES, escape, finish, step
 from flowhelpers.groups.coactivation import MEASURES
 from flowhelpers.groups.occurrences import GROUPS
 
@@ -36,6 +36,7 @@ PAIR_NAMES = {
 }
 ERRORS = {"error_y": "above", "error_y_minus": "below"}
 SHORT = {group: group.removeprefix("From ").replace(" & ", " &<br>") for group in GROUPS}
+SHORTER = {group.removeprefix("From "): short for group, short in SHORT.items()}
 TICKS: Any = {
     "tickangle": 0,
     "labelalias": SHORT,
@@ -49,14 +50,6 @@ BY_GROUP: Any = {
 MARKED: Any = BY_GROUP | {"symbol": "group", "symbol_map": GROUP_MARKS}
 
 
-def finish(figure: go.Figure, title: str, subtitle: str, height: int, room: int = 0) -> go.Figure:
-    """The look of all figures, for one of plotly express: panels bear values as titles."""
-    for panel in figure.layout.annotations:
-        panel.text = escape(panel.text.replace("layer=", "layer ").split("=", 1)[-1])
-    figure.update_layout(legend_title_text="")
-    return legend_below(dress(figure, title, subtitle, height), room)
-
-
 def with_errors(shares: pd.DataFrame) -> pd.DataFrame:
     """Rows that have a share, with what its interval reaches `above` and `below` it."""
     shares = shares.dropna(subset="share")
@@ -65,16 +58,28 @@ def with_errors(shares: pd.DataFrame) -> pd.DataFrame:
     return shares.assign(above=above, below=below)
 
 
+def _present(table: pd.DataFrame) -> dict[str, Any]:
+    """The groups that have a panel: those that there are."""
+    return {"category_orders": {"group": [name for name in GROUPS if name in {*table["group"]}]}}
+
+
 def group_scatter(points: pd.DataFrame, subtitle: str) -> go.Figure:
-    """Figure 3: s(R) against s(M) and s(A) of the features in `single_source_points`, by group."""
+    """Figure 3: s(R) against s(M) and s(A) of the features in `single_source_points`, by group.
+
+    Each group has a column of panels, each layer and score a row.
+    """
     named = points.rename(columns=SCORE_NAMES)
     long = named.melt(["layer", "feature", "group", "s(R)"], ["s(M)", "s(A)"], "score")
+    long["row"] = "layer " + long["layer"].astype(str) + ", " + long["score"]
     figure = px.scatter(
-        long, x="s(R)", y="value", facet_row="layer", facet_col="score", opacity=0.7,
-        hover_data=["feature"], labels={"value": "score at the module"}, **MARKED,
+        long, x="s(R)", y="value", facet_row="row", facet_col="group", opacity=0.6,
+        facet_row_spacing=0.05, hover_data=["feature"], labels={"value": "score"},
+        **MARKED | _present(long),
     )  # fmt: skip
+    figure.update_traces(marker_size=5).update_layout(showlegend=False)
+    figure.update_yaxes(title_text="score at the module", col=1)
     title = "Scores of features by the group they are found in"
-    return finish(figure, title, subtitle, 130 + 330 * points["layer"].nunique())
+    return finish(figure, title, subtitle, 200 + 190 * long["row"].nunique())
 
 
 def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -129,34 +134,60 @@ def group_bars(
 ) -> go.Figure:
     """Figure 12 a: how the occurrences of each dataset are spread over the groups.
 
-    `base`, the shares with predecessors at other tokens (`shuffled_tokens`), is drawn as lines.
+    `base`, the shares with predecessors at other tokens (`shuffled_tokens`), is drawn as lines;
+    where it lies far above all bars, as a number at the upper edge.
     """
     looks = ERRORS | {"x": "group", "y": "share", "color": "dataset"}
     looks |= {"category_orders": {"group": GROUPS}}
     looks |= {"hover_data": ["n"], "labels": {"share": "share of occurrences"}}
-    bars = with_errors(shares)
+    bars, base = with_errors(shares), with_errors(base)
+    top = 1.25 * (bars["share"] + bars["above"]).max()
     figure = px.bar(bars, barmode="group", color_discrete_sequence=[*colours], **looks)
-    marks = px.scatter(with_errors(base), color_discrete_sequence=[INK], **looks)
+    marks = px.scatter(base[base["share"] <= top], color_discrete_sequence=[INK], **looks)
     marks.for_each_trace(lambda trace: trace.update(offsetgroup=trace.name, showlegend=False))
-    line = {"symbol": "line-ew", "size": 80 / len(marks.data), "line": {"width": 3, "color": INK}}
+    line = {"symbol": "line-ew", "size": 80 / max(len(marks.data), 1)}
+    line |= {"line": {"width": 3, "color": INK}}
     chance = "by chance: the same predecessors at other tokens"
     marks.update_traces(name=chance, legendgroup=chance, marker=line)
-    marks.data[0].showlegend = True
+    for trace in marks.data[:1]:
+        trace.showlegend = True
     figure.add_traces(marks.data)
     figure.update_layout(scattermode="group", scattergap=0.2, bargap=0.2)
-    figure.update_xaxes(TICKS, title="").update_yaxes(tickformat=".0%", rangemode="tozero")
-    return finish(figure, "Where active features come from", subtitle, 470)
+    figure.update_xaxes(TICKS, title="").update_yaxes(tickformat=".0%", range=[0, top])
+    finish(figure, "Where active features come from", subtitle, 470)
+    for group, part in base[base["share"] > top].groupby("group", observed=True)["share"]:
+        ends = " to ".join(dict.fromkeys(f"{end:.0%}" for end in (part.min(), part.max())))
+        note = {"x": group, "y": top, "yanchor": "top", "showarrow": False}
+        figure.add_annotation(text=f"↑ by chance<br>{ends}", **note)
+    return figure
 
 
 def score_densities(table: pd.DataFrame, subtitle: str) -> go.Figure:
-    """Figure 12 b: how the scores of each group are distributed, as `score_histograms` gives."""
+    """Figure 12 b: how the scores of each group are distributed, as `score_histograms` gives.
+
+    Each group has a row of panels, each score a column, each layer a line.
+    """
+    table = table.assign(layer="layer " + table["layer"].astype(str))
     figure = px.line(
-        table.replace({"score": SCORE_NAMES}), x="at", y="density", facet_row="layer",
-        facet_col="score", labels={"at": "score"}, **BY_GROUP,
+        table.replace({"score": SCORE_NAMES}), x="at", y="density", facet_row="group",
+        facet_col="score", line_dash="layer", facet_row_spacing=0.02, labels={"at": "score"},
+        **BY_GROUP | _present(table),
     )  # fmt: skip
-    figure.update_yaxes(rangemode="tozero")
-    height = 150 + 260 * table["layer"].nunique()
-    return finish(figure, "How scores are distributed in each group", subtitle, height)
+    first: set[str] = set()  # of each dash, for the legend
+    figure.for_each_trace(lambda line: _name_by_dash(line, first))
+    figure.update_yaxes(rangemode="tozero", title_text="", showticklabels=False, nticks=3)
+    title = "How scores are distributed in each group"
+    finish(figure, title, subtitle, 230 + 65 * table["group"].nunique())
+    for note in figure.layout.annotations:
+        if note.text in (names := {escape(group): short for group, short in SHORT.items()}):
+            note.update(text=names[note.text], textangle=0)
+    return figure.update_layout(margin_r=80)
+
+
+def _name_by_dash(line: go.Scatter, first: set[str]) -> None:
+    layer = str(line.name).rpartition(", ")[2]
+    line.update(name=layer, legendgroup=layer, showlegend=layer not in first, fill="tozeroy")
+    first.add(layer)
 
 
 def _heatmaps(
@@ -170,11 +201,13 @@ def _heatmaps(
     values = (wide[c].reindex(columns=second).to_numpy(float) for c in ("share", "low", "high"))
     share, low, high = (value.reshape(shape) for value in values)
     figure = px.imshow(
-        share, x=second, y=first, facet_col=0, text_auto=digits, zmin=0, zmax=1, aspect="auto",
+        share, x=second, y=first, facet_col=0, facet_col_wrap=2, facet_row_spacing=0.2,
+        text_auto=digits, zmin=0, zmax=1, aspect="auto",
         color_continuous_scale=["white", COLOURS["res"]], labels={"x": "", "y": "", **labels},
     )  # fmt: skip
-    for i, panel in enumerate(panels):
-        figure.layout.annotations[i].text = panel
+    for note in figure.layout.annotations:
+        note.text = panels[int(note.text.partition("=")[2])]
+    for i in range(len(panels)):
         figure.data[i].customdata = np.dstack([low[i], high[i]])
     hover = "%{y}, %{x}: %{z:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})"
     return figure.update_traces(hovertemplate=hover, hoverongaps=False)
@@ -196,7 +229,8 @@ def pair_heatmaps(pairs: pd.DataFrame, subtitle: str) -> go.Figure:
     first, *others, last = short.values()
     rows = rows.rename(columns={"score": "panel"})
     figure = _heatmaps(rows, [first, *others], [*others, last], ".2f", color="share of tests")
-    return finish(figure, "Which groups differ in which score", subtitle, 480)
+    figure.update_xaxes(TICKS | {"labelalias": SHORTER}, showticklabels=True)
+    return finish(figure, "Which groups differ in which score", subtitle, 840)
 
 
 def together_by_cosine(table: pd.DataFrame, subtitle: str) -> go.Figure:

@@ -24,7 +24,9 @@ def token_text(tokens: pd.DataFrame, title: str, subtitle: str, columns: int = 1
         values, zmin=0, zmax=max(np.nanmax(values), 1e-9), aspect="auto",
         color_continuous_scale=["white", COLOURS["res"]], labels={"color": "activation"},
     )  # fmt: skip
-    figure.update_traces(text=words.reshape(rows, columns), texttemplate="%{text}", ygap=5)
+    shown = {"texttemplate": "%{text}", "textfont": {"size": 12}, "ygap": 5}
+    figure.update_traces(text=words.reshape(rows, columns), **shown)
     figure.update_traces(hovertemplate="%{text}: %{z:.3g}<extra></extra>", hoverongaps=False)
     figure.update_xaxes(visible=False).update_yaxes(visible=False)
-    return dress(figure, title, subtitle, 150 + 30 * rows)
+    figure.update_layout(coloraxis_colorbar_thickness=12)
+    return dress(figure, title, subtitle, 150 + 30 * rows).update_layout(margin_l=10, margin_r=10)

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 import plotly.express as px
 import plotly.graph_objects as go
 
-from flowhelpers.core.figures import CLASS_COLOURS, COLOURS, GREY, INK, NAMES, SYMBOLS, dress, step
+from flowhelpers.core.figures import (
+    CLASS_COLOURS,
+    COLOURS,
+    GREY,
+    INK,
+    NAMES,
+    SYMBOLS,
+    dress,
+    grow,
+    step,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +47,7 @@ def scores_by_layer(scores: pd.DataFrame, subtitle: str) -> go.Figure:
         figure.add_box(x=table.index, **table, **look, row=1, col=column)
     figure.for_each_annotation(lambda title: title.update(text=title.text.split("=")[-1]))
     dress(figure, "Best cosine of every residual feature, by layer", subtitle, 420)
-    figure.update_layout(margin_t=125, legend_y=1.1)
+    grow(figure, 25).update_layout(legend_y=1.1)
     return figure.update_xaxes(title="layer", dtick=step(scores))
 
 
@@ -45,8 +55,8 @@ def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
     """Shares by layer (`layer`, `above_res`, `above_mlp`, `above_att`) of scores above chance."""
     table = summary.rename(columns={f"above_{module}": name for module, name in SCORES.items()})
     figure = px.line(
-        table, x="layer", y=[name for name in SCORE_COLOURS if name in table], markers=True,
-        color_discrete_map=SCORE_COLOURS,
+        table, x="layer", y=[name for name in SCORE_COLOURS if name in table],
+        symbol="variable", line_dash="variable", color_discrete_map=SCORE_COLOURS,
     )  # fmt: skip
     figure.add_hline(0.001, line={"dash": "dot", "color": INK}, annotation_text="by chance 0.1 %")
     figure.update_traces(marker_size=9)
@@ -56,7 +66,8 @@ def share_above_null(summary: pd.DataFrame, subtitle: str) -> go.Figure:
 
 def classes_by_layer(table: pd.DataFrame, subtitle: str) -> go.Figure:
     """The shares of the four classes by layer (a column each, beside `layer`), as bars."""
-    figure = px.bar(table, x="layer", y=[*CLASS_COLOURS], color_discrete_map=CLASS_COLOURS)
+    looks = {"color_discrete_map": CLASS_COLOURS, "pattern_shape": "variable"}
+    figure = px.bar(table, x="layer", y=[*CLASS_COLOURS], **looks)
     figure.update_layout(bargap=0.15, legend_traceorder="normal")
     return _shares(figure, table, "What features are, by layer", subtitle, [0, 1])
 
@@ -88,7 +99,7 @@ def agreement_map(table: pd.DataFrame, subtitle: str) -> go.Figure:
     for annotation, title in zip(figure.layout.annotations, squares, strict=True):
         annotation.text = title
     dress(figure, "How often two methods choose the same source", subtitle, 170 + 60 * len(names))
-    figure.update_layout(margin_t=125, coloraxis_colorbar_tickformat=".0%")
+    grow(figure, 25).update_layout(coloraxis_colorbar_tickformat=".0%")
     figure.update_xaxes(tickangle=-40, automargin=True)
     return figure.update_yaxes(showgrid=False, automargin=True)
 

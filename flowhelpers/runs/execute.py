@@ -40,7 +40,7 @@ class Job(BaseModel):
     notebook: Path
     parameters: dict[str, Any]
     status: str = "waiting"  # then running, and finished, failed or stopped
-    folder: str | None = None  # the name of its run's folder, once it has one
+    folder: str | None = None  # the name of its run's folder, made once it is not waiting
     seconds: float | None = None
     error: str | None = None
 
@@ -112,6 +112,10 @@ def _execute(manifest: Manifest, path: Path, timeout: int | None) -> int:
     out, total = path.parent, len(manifest.jobs)
     papermill_io.register(str(out), _WholeFiles())
     logging.getLogger("papermill").setLevel(logging.ERROR)  # it cannot read all of our types
+    for job in manifest.jobs:  # named at once, so that their pages can lead to each other
+        job.folder = job.folder or folder_name(job.notebook.stem, manifest.name)
+    pages = {job.notebook.stem: f"../{job.folder}/notebook.html" for job in manifest.jobs}
+    links = pages, f"../{path.stem}.html"
     # A process started in the background inherits that Ctrl-C is ignored: here it stops the run.
     stops = (signal.SIGINT, signal.SIGTERM)
     before = [signal.signal(stop, signal.default_int_handler) for stop in stops]
@@ -120,12 +124,13 @@ def _execute(manifest: Manifest, path: Path, timeout: int | None) -> int:
             if job.status == "finished":
                 continue
             stem, began = job.notebook.stem, time.monotonic()
-            job.folder = job.folder or new_folder(out, folder_name(stem, manifest.name)).name
+            if job.status == "waiting":
+                job.folder = new_folder(out, str(job.folder)).name
             job.status, job.error = "running", None
             manifest.save(path)
-            _say(f"[{number}/{total}] {stem}: {out / job.folder}")
+            _say(f"[{number}/{total}] {stem}: {out / str(job.folder)}")
             try:
-                job.error = _execute_one(job, out, manifest.working_folder, timeout)
+                job.error = _execute_one(job, out, manifest.working_folder, timeout, links)
                 job.status = "failed" if job.error else "finished"
             except KeyboardInterrupt:
                 job.status = "stopped"
@@ -143,7 +148,13 @@ def _execute(manifest: Manifest, path: Path, timeout: int | None) -> int:
     return 1 if manifest.unfinished else 0
 
 
-def _execute_one(job: Job, out: Path, working_folder: Path, timeout: int | None) -> str | None:
+def _execute_one(
+    job: Job,
+    out: Path,
+    working_folder: Path,
+    timeout: int | None,
+    links: tuple[dict[str, str], str],
+) -> str | None:
     """Executes a notebook and writes its page; returns what went wrong, if anything did."""
     folder, errors = out / str(job.folder), []
     os.environ[RUN_DIR] = str(folder)
@@ -162,7 +173,7 @@ def _execute_one(job: Job, out: Path, working_folder: Path, timeout: int | None)
     finally:
         del os.environ[RUN_DIR]
     try:
-        notebook_page(notebook)
+        notebook_page(notebook, *links)
     except Exception as error:
         errors.append(f"no notebook.html, for {type(error).__name__}: {error}")
     return "\n".join(errors) or None

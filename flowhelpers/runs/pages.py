@@ -9,99 +9,163 @@ from pathlib import Path
 from typing import Any
 
 from flowhelpers.core.files import read_json, write_text
+from flowhelpers.core.pages import figure_html, figure_title, page, page_file
+from flowhelpers.runs.lab import CHOICES, WIDGET
+from flowhelpers.runs.run import settled_choices
 
 PLOTLY = "application/vnd.plotly.v1+json"
-WIDGET = "application/vnd.jupyter.widget-view+json"
-# nbconvert's page without the scripts that it fetches (require.js, MathJax, Mermaid, widgets)
-TEMPLATE = """
-{%- extends 'lab/index.html.j2' -%}
-{%- block html_head_js -%}
-{%- if resources.plotly_js -%}<script>{{ resources.plotly_js }}</script>{%- endif -%}
-{%- endblock -%}
-{%- block jupyter_widgets -%}{%- endblock -%}
-{%- block html_head_js_mathjax -%}{%- endblock -%}
-{%- block html_head_js_mermaidjs -%}{%- endblock -%}
-"""
-MADE = {"Notebook": "notebook.*", "Figures": "figures/*.html", "Tables": "tables/*.csv"}
-INDEX = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Run {{ name }}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 60rem; margin: 2.5rem auto; padding: 0 1.25rem; overflow-wrap: anywhere }
-section { border: 1px solid #888; border-radius: .6rem; padding: 1rem 1.25rem; margin: 1.25rem 0 }
-th, td { text-align: left; vertical-align: top } th { white-space: nowrap; font-weight: normal }
-.finished { color: #15803d } .failed { color: #b91c1c } .stopped { color: #b45309 }
-</style></head><body>
-<h1>Run {{ name }}</h1>
-<p>{{ summary }}</p>
-{%- for entry in entries %}
-<section><h2>{{ entry.name }}</h2>
-<p><strong class="status {{ entry.status }}">{{ entry.status }}</strong> {{ entry.took }}
-{%- for key, value in entry.parameters.items() %} · {{ key }}={{ value }}{% endfor %}</p>
-{%- if entry.error %}<pre>{{ entry.error }}</pre>{% endif %}
-<table>
-{%- for key, value in entry.results.items() %}
-<tr><th>{{ key }}</th><td>{{ "%.4g" | format(value) if value is float else value }}</td></tr>
-{%- endfor %}
-{%- for kind, files in entry.made.items() if files %}
-<tr><th>{{ kind }}</th><td>
-{%- for file in files %}
-<a href="{{ file.relative_to(root).as_posix() | urlencode }}">{{ file.name }}</a>
-{%- endfor %}
-</td></tr>
-{%- endfor %}
-</table></section>
-{%- endfor %}
-</body></html>
-"""
+CITED = r"CHOICES (\d+(?:(?:,| and|–|-) ?\d+)*)"
+NAMED = re.compile(r"# papermill_description=(\w+)")
+LARGEST = 400_000  # bytes of a figure that the index shows
 
 
-def notebook_page(notebook: Path) -> None:
+def notebook_page(
+    notebook: Path, pages: Mapping[str, str] | None = None, index: str | None = None
+) -> None:
     """Writes an executed notebook as a page beside it, its figures alive and its formulae drawn.
 
-    Widgets are left out, for they are dead without a kernel, and links to files are plain text.
+    Widgets are left out, for they are dead without a kernel. Links to other notebooks lead to their
+    pages, those to CHOICES.md to the rows at the end; links to other files are plain text.
+
+    Args:
+        pages: The addresses of the pages of a run, from this one, by the notebooks' names in order.
+        index: The address of the page that leads to them all.
     """
     import nbformat
     from nbconvert.exporters.html import HTMLExporter
     from plotly.offline import get_plotlyjs
 
-    book = nbformat.read(notebook, as_version=4)
+    book, pages = nbformat.read(notebook, as_version=4), pages or {}
     book.metadata.pop("widgets", None)
-    resources = {"metadata": {"name": notebook.parent.name}, "plotly_js": ""}
+    title = _title(book.cells) or notebook.parent.name
+    resources = {"metadata": {"name": title}, "plotly_js": "", "around": []}
+    resources["style"] = page_file("style.css") + page_file("notebook.css")
+    resources["around"] = _around(notebook, pages, index)
+    cited = "".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
     for cell in book.cells:
         if cell.cell_type != "code":
             continue
+        if named := NAMED.match(cell.source):
+            cell.metadata["named"] = named[1].replace("_", " ")
         cell.outputs = [output for output in cell.outputs if not _is_dead(output)]
-        for output in cell.outputs:
-            if PLOTLY in output.get("data", {}):
-                output.data["text/html"] = _figure(output.data.pop(PLOTLY))
+        for data in (output.data for output in cell.outputs if "data" in output):
+            cited += data.get("text/markdown", "")
+            if PLOTLY in data:
+                data["text/html"] = figure_html(data.pop(PLOTLY))
                 resources["plotly_js"] = get_plotlyjs()
-    exporter = HTMLExporter(raw_template=TEMPLATE)
-    exporter.register_filter("markdown2html", _markdown)
-    write_text(notebook.with_suffix(".html"), exporter.from_notebook_node(book, resources)[0])
+            elif "text/html" in data:  # text stands at the left of its cell, numbers at the right
+                data["text/html"] = re.sub(r"<td>(?=[^<]*[^\W\d_])", '<td class="text">',
+                                           data["text/html"])  # fmt: skip
+    resources["choices"] = {n: _markdown(settled_choices()[n]) for n in _cited(cited)}
+    exporter = HTMLExporter(raw_template=page_file("notebook.html.j2"))
+    exporter.exclude_input_prompt = exporter.exclude_output_prompt = True
+    exporter.register_filter("markdown2html", lambda source: _markdown(source, pages))
+    text = exporter.from_notebook_node(book, resources)[0]
+    write_text(notebook.with_suffix(".html"), text.replace("<!--contents-->", _contents(text)))
+
+
+def _title(cells: Iterable[Any]) -> str | None:
+    """The heading of a notebook, as text."""
+    sources = ("".join(each["source"]) for each in cells if each["cell_type"] == "markdown")
+    found = re.search(r"^# (.+)", next(iter(sources), ""), re.MULTILINE)
+    return re.sub(r"[*`$\\]", "", found[1]).strip() if found else None
+
+
+def _around(notebook: Path, pages: Mapping[str, str], index: str | None) -> list[tuple]:
+    """Links to the index of a run and to the notebooks before and after: word, address, name."""
+    names, own = [*pages], [f"../{notebook.parent.name}/" in address for address in pages.values()]
+    place = own.index(True) if True in own else None
+    links = [("All notebooks", index, "")] if index else []
+    for word, at in (("← ", -1), ("→ ", 1)):
+        if place is not None and 0 <= place + at < len(names):
+            name = names[place + at]
+            links.append((word, pages[name], name.replace("_", " ")))
+    return links
+
+
+def _contents(text: str) -> str:
+    """The contents of a page, from its headings."""
+    headings = re.findall(r'<h2 id="([^"]*)">(.*?)<a class="anchor-link"', text)
+    items = "".join(f'<li><a href="#{at}">{name}</a></li>' for at, name in headings)
+    return f'<details class="contents" open><summary>Contents</summary><ul>{items}</ul></details>'
+
+
+def _cited(text: str) -> list[int]:
+    """The rows of CHOICES.md that a text names; `9–11` are three."""
+    numbers: set[int] = set()
+    for found in re.findall(CITED, text):
+        for first, last in re.findall(r"(\d+)(?: ?[–-] ?(\d+))?", found):
+            numbers |= {*range(int(first), int(last or first) + 1)}
+    return sorted(numbers & settled_choices().keys())
 
 
 def index_page(path: Path, summary: str, entries: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the page that leads to all that a run made.
+    """Writes the page that tells what a run found, and leads to all that it made.
 
-    The folders of the entries lie beside it. An entry has the `name`, `status`, `seconds`,
-    `parameters`, `folder` and `error` of a notebook.
+    The folders of the entries lie beside it. An entry has the `name`, the path `notebook`,
+    `status`, `seconds`, `parameters`, `folder` and `error` of a notebook. Its findings are those of
+    `results.json`, its picture the figure that this names as `picture`, else a flow graph, else its
+    first figure.
     """
-    import pandas as pd
     from jinja2 import Template
 
-    shown = []
-    for entry in entries:
-        folder = path.parent / (entry["folder"] or "none yet")
-        numbers = folder / "results.json"
-        found = read_json(numbers) if numbers.exists() else {}
-        made = {kind: sorted(folder.glob(files)) for kind, files in MADE.items()}
-        took = "" if entry["seconds"] is None else duration(entry["seconds"])
-        (results,) = pd.json_normalize([found]).to_dict("records")
-        shown.append({**entry, "took": took, "made": made, "results": results})
-    page = Template(INDEX, autoescape=True)
-    write_text(path, page.render(root=path.parent, name=path.stem, summary=summary, entries=shown))
+    shown = [_entry(path.parent, entry) for entry in entries]
+    title = f"What {'these notebooks' if len(shown) != 1 else 'this notebook'} found"
+    template = Template(page_file("index.html.j2"), autoescape=True)
+    body = template.render(title=title, summary=summary, entries=shown)
+    scripts = [each["picture"]["script"] for each in shown if "html" in each["picture"]]
+    head = f'\n<script src="{escape(scripts[0])}"></script>' if scripts else ""
+    write_text(path, page(f"{title}: {path.stem}", body, head))
+
+
+def _entry(root: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """What the index shows of a notebook; addresses are relative to the index."""
+    folder = root / (entry["folder"] or "none yet")
+    results, book = folder / "results.json", Path(entry["notebook"])
+    found = read_json(results) if results.exists() else {}
+    title = _title(read_json(book)["cells"]) if book.is_file() else None
+    made, files = sorted(folder.glob("figures/*.json"), key=lambda file: file.stat().st_mtime), {}
+    figures = [(file, read_json(file)) for file in made if file.stat().st_size < 50 * LARGEST]
+    for kind in ("tables/*.csv", "results.json", "config.json", "notebook.ipynb"):
+        files |= {file.name: _at(root, file) for file in sorted(folder.glob(kind))}
+    page_of = folder / "notebook.html"
+    return {
+        **entry,
+        "title": title or entry["name"],
+        "took": "" if entry["seconds"] is None else duration(entry["seconds"]),
+        "page": _at(root, page_of) if page_of.exists() else None,
+        "findings": found.get("findings", []),
+        "picture": _picture(root, figures, found.get("picture")),
+        "figures": [
+            {"page": _at(root, file.with_suffix(".html")), "title": figure_title(figure)}
+            for file, figure in figures
+        ],
+        "files": files,
+    }
+
+
+def _picture(
+    root: Path, figures: list[tuple[Path, dict[str, Any]]], named: str | None
+) -> dict[str, Any]:
+    """The figure that stands for a notebook in the index, which does not move; none if too large.
+
+    Flow graphs have a light one that was drawn without a browser.
+    """
+    small = [each for each in figures if each[0].stat().st_size < LARGEST]
+    chosen = [each for each in figures if each[0].stem == named]
+    chosen += [each for each in figures if each[0].with_suffix(".svg").exists()] + small
+    if not chosen:
+        return {}
+    file, figure = chosen[0]
+    about = {"title": figure_title(figure), "page": _at(root, file.with_suffix(".html"))}
+    if (svg := file.with_suffix(".svg")).exists():
+        return about | {"svg": _at(root, svg)}
+    script = _at(root, file.with_name("plotly.min.js"))
+    return about | {"html": figure_html(figure, staticPlot=True), "script": script}
+
+
+def _at(root: Path, file: Path) -> str:
+    return file.relative_to(root).as_posix()
 
 
 def duration(seconds: float) -> str:
@@ -115,20 +179,25 @@ def _is_dead(output: Any) -> bool:
     return wiped or WIDGET in output.get("data", {})
 
 
-def _figure(data: dict[str, Any]) -> str:
-    import plotly.io
+def _markdown(source: str, pages: Mapping[str, str] | None = None) -> str:
+    """Markdown as HTML, with TeX as MathML, which browsers draw by themselves.
 
-    figure = {key: data[key] for key in ("data", "layout", "frames") if key in data}
-    options = {"include_plotlyjs": False, "full_html": False, "validate": False}
-    return plotly.io.to_html(figure, data.get("config"), default_height="450px", **options)
-
-
-def _markdown(source: str) -> str:
-    """Markdown as HTML, with TeX as MathML, which browsers draw by themselves."""
+    Links to notebooks lead to their `pages`; CHOICES that are named, to the rows of the page.
+    """
     from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    def choice(found: re.Match[str]) -> str:
+        about = settled_choices().get(int(found[1]), "")
+        return f'<a href="#choice-{found[1]}" title="{escape(about)}">{found[0]}</a>'
 
     class Renderer(IPythonRenderer):
         def link(self, text: str, url: str, title: str | None = None) -> str:
+            if url.endswith(CHOICES):
+                linked = re.sub(r"(?:CHOICES )?(\d+)", choice, text)
+                return f'<a href="#choices">{text}</a>' if linked == text else linked
+            name, _, place = url.rpartition("/")[2].partition("#")
+            if name.endswith(".ipynb") and (known := (pages or {}).get(name[:-6])):
+                return super().link(text, known + ("#" + place if place else ""), title)
             return super().link(text, url, title) if re.match(r"#|\w+:", url) else text
 
         def inline_math(self, body: str) -> str:
@@ -137,7 +206,8 @@ def _markdown(source: str) -> str:
         def block_math(self, body: str) -> str:
             return _mathml(body.replace(r"\max_", r"\max\limits_"), "block")
 
-    return MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
+    drawn = MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
+    return re.sub(CITED, lambda all: re.sub(r"(?:CHOICES )?(\d+)", choice, all[0]), drawn)
 
 
 def _mathml(tex: str, display: str) -> str:

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata
 from itertools import takewhile
 from pathlib import Path
@@ -78,12 +79,15 @@ class Run:
         """
         from plotly.offline import get_plotlyjs
 
+        from flowhelpers.core.pages import figure_html, figure_title, page
+
         path = self._path("figures", name, ".html")
         script = path.with_name("plotly.min.js")
         if not script.exists():
             write_text(script, get_plotlyjs())
         write_text(path.with_suffix(".json"), str(figure.to_json()))
-        write_text(path, figure.to_html(include_plotlyjs="directory"))
+        title = figure_title(figure.to_plotly_json()) or name
+        write_text(path, page(title, figure_html(figure, "directory")))
         if svg is not None:
             write_text(path.with_suffix(".svg"), svg)
         return figure
@@ -151,9 +155,14 @@ def start_run(
         for unfinished in folder.rglob(".*.partial"):
             unfinished.unlink()
     write_json(path, config)
+    if "In" in namespace:  # a notebook, which shows texts in its tables whole
+        import pandas as pd
+
+        pd.set_option("display.max_colwidth", None)
     return Run(folder, frozenset(file.stem for file in folder.glob("tables/*.parquet")))
 
 
+@cache
 def settled_choices() -> dict[int, str]:
     """What the paper leaves open and how it is settled here, by the row's number in CHOICES.md."""
     text = (DATA.parent / "CHOICES.md").read_text(encoding="utf-8")

@@ -7,14 +7,16 @@ line across.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.express as px
 import plotly.graph_objects as go
-from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
 
-from flowhelpers.core.figures import COLOURS, INK, NAMES, dress, legend_below
+from flowhelpers.core.figures import COLOURS, INK, NAMES, finish
 from flowhelpers.steering.scores import SCORES, best_cells
 from flowhelpers.steering.sweeps import UNSTEERED
 
@@ -47,28 +49,52 @@ COSTS = {
 
 
 def suppression_by_layer(means: pd.DataFrame, subtitle: str) -> go.Figure:
-    """Behavioral, coherence and score by layer, a line for each r (Figure 9).
+    """Behavioral, coherence and score of every r (rows) and layer (columns), as maps (Figure 9).
 
-    As there, the layer of the highest score is marked for each r of the method `single`.
+    As there, the layer of the highest score is marked for each r of the method `single`. Each
+    measure has a row of panels and a scale of its own, each strategy a column.
     """
-    long = _long(means, SCORES)
-    cells = long.dropna(subset=["layer", "strength"]).sort_values("layer", kind="stable")
-    plain = long[long["strategy"] == UNSTEERED].drop(columns=["strategy", "layer"])
-    plain = plain.merge(cells[["strategy", "layer"]].drop_duplicates(), how="cross")
+    cells = means.dropna(subset=["layer", "strength"])
+    plain = means[means["strategy"] == UNSTEERED].iloc[:1]
     best = best_cells(means[means["strategy"] == "single"], ["strength"])
-    best = cells[cells.index.isin(best.index)]
-    factors = sorted(cells["strength"].unique(), reverse=True)
-    cells = cells.assign(r=cells["strength"].map("{:g}".format))
-    figure = px.line(
-        pd.concat([cells, plain.assign(r=UNSTEERED), best.assign(r=BEST)]), x="layer", y="value",
-        color="r", line_dash="r", markers=True, facet_row="measure", facet_col="strategy",
-        category_orders={"r": [f"{r:g}" for r in factors], "measure": SCORES},
-        color_discrete_map={UNSTEERED: INK, BEST: "red"}, hover_data=_hover(long), labels=AXES,
-        color_discrete_sequence=sample_colorscale("Viridis_r", len(factors) + 2),
-    )  # fmt: skip
-    look = {"symbol": "circle-open", "size": 11, "line": {"width": 2}}
-    figure.update_traces(mode="markers", marker=look, selector={"name": BEST})
-    return _finished(figure, "Which layer suppresses the theme best?", subtitle, 900)
+    ways, layers = [*cells["strategy"].unique()], sorted(cells["layer"].unique())
+    strengths = sorted(cells["strength"].unique(), key=abs, reverse=True)
+    rows, names = [f"{r:g}" for r in strengths], [f"{layer:g}" for layer in layers]
+    titles = [f"{way}: {measure}" for measure in SCORES for way in ways]
+    for measure in SCORES if len(plain) else ():
+        titles[SCORES.index(measure) * len(ways)] += f" (unsteered {plain[measure].item():.2f})"
+    spaces = {"horizontal_spacing": 0.06, "vertical_spacing": 0.09}
+    figure = make_subplots(len(SCORES), len(ways), subplot_titles=titles, **spaces)
+    for number, (measure, way) in enumerate(product(SCORES, ways)):
+        part = cells[cells["strategy"] == way]
+        tables = [
+            part.pivot(index="strength", columns="layer", values=f"{measure}{end}")
+            for end in ("", "_low", "_high")
+        ]
+        value, low, high = (table.reindex(index=strengths, columns=layers) for table in tables)
+        place = {"row": number // len(ways) + 1, "col": number % len(ways) + 1}
+        figure.add_heatmap(
+            z=value.to_numpy(float), x=names, y=rows, customdata=np.dstack([low, high]),
+            name=f"{way}: {measure}", zmin=0, zmax=cells[measure].max(), showscale=False,
+            colorscale=["white", COLOURS["res"]], xgap=2, ygap=2,
+            texttemplate="%{z:.2f}" if len(layers) <= 12 else None,
+            hovertemplate="layer %{x}, r = %{y}: %{z:.3f} (%{customdata[0]:.3f} to"
+            " %{customdata[1]:.3f})<extra></extra>", **place,
+        )  # fmt: skip
+        if way == "single":
+            figure.add_scatter(
+                x=best["layer"].map("{:g}".format), y=best["strength"].map("{:g}".format),
+                mode="markers", name=BEST, hoverinfo="skip", showlegend=not place["row"] > 1,
+                legendgroup=BEST, **place,
+                marker={"symbol": "square-open", "size": 24, "color": INK, "line": {"width": 2}},
+            )  # fmt: skip
+    figure.update_annotations(font_size=13)
+    edges = {"type": "category", "showgrid": False}
+    figure.update_xaxes(edges, range=[-0.5, len(names) - 0.5])
+    figure.update_yaxes(edges, range=[-0.5, len(rows) - 0.5])
+    figure.update_xaxes(title_text="layer", row=len(SCORES)).update_yaxes(title_text="r", col=1)
+    height = 300 + 3 * 32 * (len(rows) + 1)
+    return finish(figure, "Which layer suppresses the theme best?", subtitle, height)
 
 
 def strategies_by_theme(means: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -142,6 +168,8 @@ def score_against(means: pd.DataFrame, subtitle: str, by: str = "norm") -> go.Fi
         drawn, x=by, y="value", log_x=True, **MARKS, facet_col="theme", facet_col_wrap=2,
         hover_data=_hover(long), labels=AXES | {by: axis},
     )  # fmt: skip
+    ticks = [digit * 10.0**power for power in range(-9, 9) for digit in (1, 2, 5)]
+    figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_traces(mode="lines", line_dash="dash", selector={"name": UNSTEERED})
     return _finished(figure, title, subtitle, 225 + 300 * -(-means["theme"].nunique() // 2))
 
@@ -175,7 +203,5 @@ def _hover(long: pd.DataFrame) -> list[str]:
 
 
 def _finished(figure: go.Figure, title: str, subtitle: str, height: int) -> go.Figure:
-    """Facet titles without the column's name, 0 on the y axes, and the look of all figures."""
-    figure.for_each_annotation(lambda note: note.update(text=note.text.partition("=")[2]))
-    figure.update_yaxes(rangemode="tozero")
-    return legend_below(dress(figure, title, subtitle, height))
+    """0 on the y axes, and the look of all figures."""
+    return finish(figure.update_yaxes(rangemode="tozero"), title, subtitle, height)

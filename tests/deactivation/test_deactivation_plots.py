@@ -84,6 +84,15 @@ def test_shares_without_an_interval_are_one_panel():
     assert marks == {"pearson": {"From RES": 0.8, "From nowhere": 0.2}, "top-1": {"From ATT": 1}}
 
 
+def test_what_is_removed_is_not_called_what_a_target_is_from():
+    rows = [("From RES & MLP", "From RES", 9, 0.8), ("From RES & MLP", "From MLP", 9, 0.1)]
+    table = pd.DataFrame(rows, columns=["group", "removed", "n", "share"])
+    figure = rate_panels(table, "group", "removed", "", "", columns=["share"])
+    assert [trace.name for trace in figure.data] == ["removed at RES", "removed at MLP"]
+    assert [{*trace.x} for trace in figure.data] == [{"From RES & MLP"}] * 2
+    assert len({trace.marker.symbol for trace in figure.data}) == 2
+
+
 def test_groups_after_are_stacked_for_each_removal():
     rows = [
         ("From RES & MLP", "From RES & MLP", OFF, 3, 0.75),
@@ -101,7 +110,8 @@ def test_groups_after_are_stacked_for_each_removal():
         for after, trace in traces.items()
         for removed, share in zip(trace.y, trace.x, strict=True)
     }
-    assert shares == {row[:3]: row[4] for row in rows if row[3]}
+    expected = {(row[0], row[1].replace("From", "removed at"), row[2]): row[4] for row in rows}
+    assert shares == {key: share for key, share in expected.items() if not np.isnan(share)}
     assert figure.layout.barmode == "relative"
 
 

@@ -14,7 +14,7 @@ import toys
 from torch.nn.functional import normalize
 
 from flowhelpers.core.features import Site
-from flowhelpers.core.figures import CLASS_COLOURS, COLOURS, GREY, INK
+from flowhelpers.core.figures import CLASS_COLOURS, CLASS_MARKS, COLOURS, GREY, INK, MODULE_MARKS
 from flowhelpers.flow.files import load_graph, save_graph
 from flowhelpers.flow.graph import FlowGraph, flow_graph, labelled
 from flowhelpers.flow.layout import flow_layout
@@ -78,6 +78,7 @@ def nodes(figure: go.Figure) -> pd.DataFrame:
             "size": trace.marker.size[number],
             "ring": trace.marker.line.color[number],
             "colour": trace.marker.color,
+            "mark": trace.marker.symbol[number],
             "text": trace.text[number],
             "hover": hover,
         }
@@ -195,6 +196,29 @@ def test_flow_picture_rings_seeds_and_colours_classes(web: FlowGraph) -> None:
     assert (drawn["ring"] == is_seed.map({True: INK, False: "white"})).all()
     kind = known["class"].fillna(known["module"]).reindex(drawn.index)
     assert (drawn["colour"] == kind.map(CLASS_COLOURS | COLOURS)).all()
+    assert (drawn["mark"] == kind.map(CLASS_MARKS | MODULE_MARKS)).all()
+    assert len({*CLASS_MARKS.values()}) == len(CLASS_MARKS)
+
+
+def test_many_seeds_leave_out_what_is_no_higher_than_chance_unless_asked(web: FlowGraph) -> None:
+    above = web.edges[web.edges["score"] > web.edges["null"]]
+    joined = {*above["source"], *above["target"], *web.seeds}
+    assert joined < {*web.nodes["feature"]}
+    alone = next(name for name in web.nodes["feature"] if name not in joined)
+    many = replace(web, seeds=(*web.seeds, *["1/res/5"] * 3))
+    figure = flow_picture(many, "toy")
+    assert {*nodes(figure)["feature"]} == joined
+    assert len(figure.layout.shapes) == len(above) < len(web.edges)
+    said = f"{len(web.edges) - len(above)} of {len(web.edges)} matches, no higher than chance,"
+    assert said in figure.layout.title.subtitle.text
+    assert {*nodes(flow_picture(many, "toy", by_chance=True))["feature"]} == {*web.nodes["feature"]}
+    assert {*nodes(flow_picture(web, "toy", by_chance=False))["feature"]} == joined
+    valued = flow_picture(many, "toy", {alone: 1.0}, "strength")
+    assert {trace.name: len(trace.x) for trace in valued.data}["strength"] == 1
+    assert flow_svg(many, "toy").count('<a id="') == len(joined)
+    named = flow_picture(web, "toy", title="Cut at 0.5")
+    assert named.layout.title.text == "Cut at 0.5"
+    assert "Cut at 0.5" in flow_svg(web, "toy", title="Cut at 0.5")
 
 
 def test_captions_hold_labels_in_a_few_layers_and_numbers_in_many(
@@ -208,8 +232,16 @@ def test_captions_hold_labels_in_a_few_layers_and_numbers_in_many(
     many = nodes(flow_picture(deep, "toy"))["text"]
     assert {*many} <= {"131000", "131001", "131002"}
     layout = flow_layout(deep)
-    assert layout.font > 7
-    assert 0.6 * layout.font * 6 < layout.layers[1] - layout.layers[0]
+    assert layout.layers[1] - layout.layers[0] > 0.55 * 12 * 6
+    drawn = flow_picture(deep, "toy").data
+    fonts = [trace.textfont.size for trace in drawn if trace.mode == "markers+text"]
+    assert {*fonts} == {12}
+    # A long label has two lines of whole words, as wide as a layer.
+    long = chain.nodes.assign(label="writes " + ", ".join(["telescope"] * 90))
+    caption = nodes(flow_picture(replace(chain, nodes=long), "toy"))["text"].iloc[0].split("<br>")
+    assert len(caption) == 3
+    assert {word.strip(",…") for line in caption[1:] for word in line.split()} == {"telescope"}
+    assert caption[2].endswith("…")
     # Where they are too high there are none.
     named = chain.nodes["feature"]
     rows = pd.concat([chain.nodes.assign(feature=named + f"/{n}") for n in range(200)])

@@ -9,7 +9,7 @@ import toys
 from flowhelpers.core.figures import GREY
 from flowhelpers.flow.graph import FlowGraph, flow_graph
 from flowhelpers.flow.layout import flow_layout
-from flowhelpers.flow.svg import flow_svg
+from flowhelpers.flow.svg import MARKS, flow_svg
 from flowhelpers.matching.table import match_table
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -41,16 +41,17 @@ def test_nodes_and_edges_are_there_once_as_in_the_interactive_picture(
     layout = flow_layout(graph)
     assert len(drawn) == len(layout.nodes) + len(layout.edges)
     for node in layout.nodes.itertuples():
-        (circle,) = drawn[str(node.feature)]
-        assert circle.findtext(f"{SVG}title") == str(node.hover).replace("\x00", "�")
-        assert (circle.attrib["fill"], circle.attrib["stroke"]) == (node.colour, node.ring)
+        (mark,) = drawn[str(node.feature)]
+        assert mark.findtext(f"{SVG}title") == str(node.hover).replace("\x00", "�")
+        assert (mark.attrib["fill"], mark.attrib["stroke"]) == (node.colour, node.ring)
+        assert mark.attrib["d"] == MARKS[str(node.mark)]
     for edge in layout.edges.itertuples():
         line = drawn[f"{edge.source}-{edge.target}"]
         assert line.findtext(f"{SVG}title") == edge.hover
         assert float(line.attrib["stroke-width"]) == pytest.approx(edge.width)
         assert ("stroke-dasharray" in line.attrib) == (edge.source == "1/mlp/2")
         assert (line.attrib["stroke"] == GREY) == (edge.source == "1/mlp/2")
-    arrows = [*root.iter(f"{SVG}path")]
+    arrows = [path for path in root.iter(f"{SVG}path") if path.attrib["fill"] == "white"]
     assert len(arrows) == (graph.edges["direction"] == "forward").sum() > 0
 
 

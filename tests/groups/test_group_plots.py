@@ -52,6 +52,14 @@ def test_bars_are_the_shares_with_their_intervals_and_an_empty_group_has_none():
     marks = [t for t in figure.data if t.type == "scatter"]
     assert [t.offsetgroup for t in marks] == [bar.offsetgroup for bar in bars] == ["one", "two"]
     assert all(set(t.y) == {0.1} for t in marks)
+    # Chance far above all bars is a number, and does not flatten them.
+    top = figure.layout.yaxis.range[1]
+    assert bars[0].y[0] < top < 1.5 * shares["high"].max()
+    far = base.assign(share=base["share"].where(base["group"] != "From nowhere", 5.0))
+    figure = plots.group_bars(shares, far.assign(low=far["share"], high=far["share"]), CAPTION)
+    assert figure.layout.yaxis.range[1] == top
+    (note,) = figure.layout.annotations
+    assert (note.x, note.text) == ("From nowhere", "↑ by chance<br>500%")
 
 
 def test_layer_0_stands_apart():
@@ -76,8 +84,12 @@ def test_points_and_densities_are_those_of_the_scores():
         assert row.s_res == table.loc[(row.layer, row.feature), "s_res"]
     figure = plots.group_scatter(points, CAPTION)
     part = points[(points["layer"] == 1) & (points["group"] == "From RES")]
-    for axis, module in (("x3", "mlp"), ("x4", "att")):  # the upper row
-        trace = panel(figure, "From RES", axis)
+    rows = [note.text for note in figure.layout.annotations if note.text.startswith("layer")]
+    assert sorted(rows) == [f"layer {layer}, {s}" for layer in (1, 2) for s in ("s(A)", "s(M)")]
+    for module, name in (("mlp", "s(M)"), ("att", "s(A)")):
+        (trace,) = [
+            t for t in figure.data if t.name == "From RES" and f"1, {name}" in t.hovertemplate
+        ]
         assert list(trace.x) == part["s_res"].tolist()
         assert list(trace.y) == part[f"s_{module}"].tolist()
     with pytest.raises(ValueError, match=r"layers \[0\]: expected some of 1, 2"):
@@ -89,8 +101,12 @@ def test_points_and_densities_are_those_of_the_scores():
     width = part["at"].diff().iloc[1]
     assert (part["density"] * width).sum() == pytest.approx(1)
     assert abs(part.loc[part["density"].idxmax(), "at"] - scores.mode()[0]) <= width
-    trace = panel(plots.score_densities(table, CAPTION), "From RES", "x")
+    figure = plots.score_densities(table, CAPTION)
+    trace = next(trace for trace in figure.data if "group=From RES<" in trace.hovertemplate)
+    rows = [note.text for note in figure.layout.annotations if note.textangle == 0]
+    assert {*rows} == {plots.SHORT[group] for group in table["group"]}
     assert list(trace.y) == part["density"].tolist()
+    assert trace.name == "layer 2"
     assert score_histograms(FOUND, [2], smallest=10**6).empty
 
 

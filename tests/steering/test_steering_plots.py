@@ -60,21 +60,21 @@ def check_bars(trace: go.Scatter | go.Bar) -> None:
     assert list(trace.error_y.arrayminus) == pytest.approx([0.01] * len(trace.x))
 
 
-def test_suppression_has_a_line_for_each_r():
+def test_suppression_has_a_map_for_each_strategy_and_measure():
     figure = suppression_by_layer(TABLE[TABLE["theme"] == "Gods"], CAPTION)
-    best = "best layer of each r"
-    assert {trace.name for trace in figure.data} == {"2", "16", "unsteered", best}
-    (marks,) = (t for t in series(figure, best) if "measure=score" in t.hovertemplate)
-    assert (marks.mode, "strategy=single" in marks.hovertemplate) == ("markers", True)
-    assert sorted(marks.y) == pytest.approx([0.07, 0.14])  # of r = 2 and 16, both at layer 12
-    assert set(marks.x) == {12}
-    lines = series(figure, "16")
-    assert len(lines) == 6  # two strategies, three measures
-    assert all(list(line.x) == [4, 12] for line in lines)
-    scores = [list(line.y) for line in lines if "measure=score" in line.hovertemplate]
-    assert sorted(scores) == [pytest.approx([0.1, 0.14]), pytest.approx([0.15, 0.19])]
-    for line in series(figure, "unsteered"):
-        assert len(set(line.y)) == 1
+    maps = {trace.name: trace for trace in figure.data if trace.type == "heatmap"}
+    ways, measures = ("single", "linear", "exponential"), ("behavioral", "coherence", "score")
+    assert {*maps} == {f"{way}: {measure}" for way in ways for measure in measures}
+    score = maps["linear: score"]
+    assert ([*score.x], [*score.y]) == (["4", "12"], ["16", "2"])
+    assert score.z.tolist() == [pytest.approx([0.15, 0.19]), pytest.approx([0.08, 0.12])]
+    ends = score.customdata[0][1]
+    assert ends == pytest.approx([0.18, 0.21])
+    marks = series(figure, "best layer of each r")
+    assert len(marks) == 3  # a panel of `single` for each measure
+    assert {(*mark.x, *sorted(mark.y)) for mark in marks} == {("12", "12", "16", "2")}
+    titles = [note.text for note in figure.layout.annotations]
+    assert "single: score (unsteered 0.40)" in titles
 
 
 def test_strategies_stand_side_by_side_at_each_theme():
