@@ -1,4 +1,4 @@
-"""The command line: `flowhelpers run`, `paper`, `lab`, `notebooks`, `suites`, `train`, `card`.
+"""The command line: `flowhelpers run`, `paper`, `lab`, `notebooks`, `explore` and so on.
 
 A subcommand is a function of its arguments that returns an exit status. It imports what it needs
 itself, so that `flowhelpers --help` answers at once.
@@ -78,6 +78,14 @@ def notebooks(arguments: argparse.Namespace) -> int:
         print(notebook.stem)
         for each in inspect(notebook).values():
             print(f"  {each.name}: {each.type} = {each.default!r}".ljust(48), each.help)
+    return 0
+
+
+def explore(arguments: argparse.Namespace) -> int:
+    """Writes the explorer of a suite as one page."""
+    from flowhelpers.explorer import write_page
+
+    print(write_page(arguments.suite, arguments.features, arguments.html, arguments.labels))
     return 0
 
 
@@ -201,6 +209,15 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("notebooks", help="list the notebooks and their parameters")
     one.set_defaults(function=notebooks)
     one.add_argument("notebooks", nargs="*", metavar="notebook")
+
+    one = commands.add_parser("explore", help="write the explorer of a suite as one page")
+    one.set_defaults(function=explore)
+    add = one.add_argument
+    add("suite", help="a registered name or a folder with a suite.yaml")
+    add("features", nargs="*", metavar="feature", help="where it starts, such as 4/res/44; of a"
+        " large suite, what it holds the neighbourhood of")  # fmt: skip
+    add("--html", type=Path, required=True, metavar="FILE", help="the page, of at most 15 MB")
+    add("--labels", type=Path, metavar="CSV", help="your own labels: columns feature and label")
 
     one = commands.add_parser("suites", help="list the suites, or show one")
     one.set_defaults(function=suites)

@@ -1,0 +1,601 @@
+// The explorer of a model's flow: one view, for JupyterLab (the default export, by anywidget) and
+// for a page on disk (`openPage`). Whatever comes from a suite or a file is shown as text.
+
+const NAMES = { res: "stream", mlp: "MLP", att: "attention" };
+const LOOKS = {
+  translated: ["●", "circle", "#56B4E9"], processed: ["■", "square", "#E69F00"],
+  newborn: ["▲", "triangle-up", "#CC79A7"], unexplained: ["✖", "x", "#8C8C8C"],
+  mlp: ["◆", "diamond", "#D55E00"], att: ["★", "star", "#009E73"],
+  res: ["○", "circle-open", "#0072B2"],
+  alternative: ["○", "circle-open", "#8C8C8C"], direct: ["◇", "diamond-open", "#0072B2"],
+};
+const READINGS = {
+  translated: "passed on: only s(R) is above chance",
+  processed: "passed on and changed: s(R) is above chance, and s(M) or s(A)",
+  newborn: "born here: s(M) or s(A) is above chance, s(R) is not",
+  unexplained: "no score is above chance",
+};
+const SCORES = { res: "s(R)", mlp: "s(M)", att: "s(A)" };
+const SET = "flowhelpers feature set, version 1";
+
+function el(tag, given = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(given)) {
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (key in node && key !== "list") node[key] = value;
+    else node.setAttribute(key, value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  return node;
+}
+const parse = (name) => {
+  const [layer, module, index] = name.split("/");
+  return { layer: Number(layer), module, index: Number(index) };
+};
+const shown = (token) => token.trim() ? token.trim() : JSON.stringify(token).slice(1, -1) || "␣";
+const inPlotly = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+const two = (x) => (x === null || x === undefined ? "–" : x.toFixed(2));
+const percent = (x) => (x === 0 ? "0 %" : `${(100 * x).toPrecision(2)} %`);
+
+// What is known of the features: all of them in a page or of a small suite, else what was asked for.
+class Records {
+  constructor(about, ask) {
+    this.about = about;
+    this.ask = ask; // of a kernel: (what, given) → reply; undefined in a page
+    this.known = new Map();
+  }
+  add(records) {
+    for (const [name, record] of Object.entries(records)) {
+      if (!this.known.get(name)?.on) this.known.set(name, record);
+    }
+  }
+  get(name) { return this.known.get(name) ?? {}; }
+  label(name) {
+    const record = this.get(name);
+    return record.label ?? (record.writes ? `writes ${record.writes.slice(0, 4).map(shown).join(", ")}` : "");
+  }
+  labelFrom(name) { return this.get(name).from ?? (this.get(name).writes ? "logit lens" : ""); }
+  null(direction, layer, module) { return this.about.blocks[`${direction} ${layer} ${module}`]?.null ?? null; }
+  check(text) {
+    const name = text.replaceAll(/\s/g, "");
+    const { layer, module, index } = parse(name);
+    const width = this.about.sites[`${layer}/${module}`];
+    if (width === undefined) return [null, `No SAE at ${layer}/${module}: there are ${Object.keys(this.about.sites).join(", ")}.`];
+    if (index >= width) return [null, `No feature ${name}: ${layer}/${module} has features 0 to ${width - 1}.`];
+    return [`${layer}/${module}/${index}`, null];
+  }
+  async fetch(name) {
+    if (this.get(name).on) return;
+    if (this.about.whole || !this.ask) {
+      throw new Error(`${name} is not in this page, which holds what is near ${this.about.seeds.join(", ")}. To have it: flowhelpers explore ${this.about.suite} ${name} --html FILE`);
+    }
+    this.add((await this.ask("near", { feature: name })).records);
+  }
+  async search(text) {
+    const wanted = text.trim().toLowerCase();
+    if (!this.about.whole && this.ask) {
+      const reply = await this.ask("search", { text });
+      this.add(reply.records);
+      return Object.keys(reply.records).map((name) => [name, "by label or subject"]);
+    }
+    const found = [];
+    for (const [name, record] of this.known) {
+      const at = (record.writes ?? []).findIndex((token) => token.trim().toLowerCase() === wanted);
+      const peaks = (record.contexts ?? []).map(([row]) => this.about.tokens[row].trim().toLowerCase());
+      if (record.label?.toLowerCase().includes(wanted)) found.push([0, name, "label"]);
+      else if (at >= 0) found.push([1 + at / 100, name, `writes it, ${at + 1}. of ${record.writes.length}`]);
+      else if (peaks.includes(wanted)) found.push([2, name, "most active at it"]);
+      else if (record.subject === wanted) found.push([4 - record.auc, name, `subject, AUC ${two(record.auc)}`]);
+    }
+    return found.sort((a, b) => a[0] - b[0]).slice(0, 60).map(([, name, why]) => [name, why]);
+  }
+  async listed(view, layer, value) {
+    if (!this.about.whole && this.ask) {
+      const reply = await this.ask("listed", { view, layer, value });
+      this.add(reply.records);
+      return Object.keys(reply.records);
+    }
+    const test = {
+      class: (r) => r.class === value, born: (r) => r.born === value,
+      life: (r) => r.life && Math.floor(Math.log2(r.life[1] - r.life[0] + 1)) === Math.floor(Math.log2(parseInt(value))),
+    }[view];
+    return [...this.known].filter(([name, r]) => name.startsWith(`${layer}/res/`) && test(r)).map(([name]) => name);
+  }
+  // The flow of a feature: its chain back and on by best matches, the modules' best, and with more
+  // `ranks` what else each node chose. A chain ends where s(R) is below `cut.res` (CHOICES 26).
+  flow(center, cut, ranks, aboveOnly) {
+    const nodes = new Map(), edges = [];
+    const node = (name, role) => { if (!nodes.has(name)) nodes.set(name, { name, role, ...parse(name) }); };
+    const edge = (source, target, kind, score, nullAt, rank, mutual) => {
+      if (aboveOnly && rank > 1 && !(score > nullAt)) return false;
+      edges.push({ source, target, kind, score, null: nullAt, rank, mutual });
+      return true;
+    };
+    let start = center;
+    node(center, "chain");
+    if (parse(center).module !== "res") {
+      const { layer, module } = parse(center), on = this.get(center).on ?? {};
+      (on.to ?? []).slice(0, ranks).forEach((index, i) => {
+        const name = `${layer}/res/${index}`;
+        if (on.score[i] < cut[module]) return;
+        if (edge(center, name, module, on.score[i], this.null("forward", layer, module), i + 1, i === 0 && on.mutual)) node(name, i ? "alternative" : "chain");
+        if (i === 0) start = name;
+      });
+      if (start === center) return { nodes, edges, cutAt: [] };
+    }
+    const chain = [start], cutAt = [];
+    for (let name = start; ;) { // back
+      const { layer } = parse(name), back = this.get(name).back?.res;
+      if (!back?.to.length) break;
+      if (back.score[0] < cut.res) { cutAt.push(`before layer ${layer}`); break; }
+      const before = `${layer - 1}/res/${back.to[0]}`;
+      node(before, "chain");
+      edge(before, name, "res", back.score[0], this.null("backward", layer, "res"), 1, back.mutual);
+      chain.unshift(name = before);
+    }
+    for (let name = start; ;) { // on
+      const { layer } = parse(name), on = this.get(name).on;
+      if (!on?.to.length) break;
+      const next = `${layer + 1}/res/${on.to[0]}`, own = this.get(next).back?.res;
+      if (own && own.score[0] < cut.res) { cutAt.push(`after layer ${layer}`); break; }
+      node(next, "chain");
+      edge(name, next, "res", on.score[0], this.null("forward", layer + 1, "res"), 1, on.mutual);
+      chain.push(name = next);
+    }
+    for (const name of chain) {
+      const { layer } = parse(name), record = this.get(name), middle = parse(start).layer;
+      for (const [module, back] of Object.entries(record.back ?? {})) {
+        if (module === "res" && layer > middle) continue;
+        back.to.slice(0, ranks).forEach((index, i) => {
+          const source = `${layer - (module === "res")}/${module}/${index}`;
+          if (back.score[i] < cut[module] || (module === "res" && i === 0)) return;
+          if (edge(source, name, module, back.score[i], this.null("backward", layer, module), i + 1, i === 0 && back.mutual)) node(source, i ? "alternative" : "module");
+        });
+      }
+      if (layer >= middle) (record.on?.to ?? []).slice(1, ranks).forEach((index, i) => {
+        const target = `${layer + 1}/res/${index}`, score = record.on.score[i + 1];
+        if (score >= cut.res && edge(name, target, "res", score, this.null("forward", layer + 1, "res"), i + 2, false)) node(target, "alternative");
+      });
+    }
+    return { nodes, edges, chain, cutAt };
+  }
+}
+
+class Explorer {
+  constructor(root, records, Plotly, hooks = {}) {
+    Object.assign(this, { root, records, Plotly, hooks });
+    this.past = []; this.future = []; this.center = null;
+    this.cut = { res: 0, mlp: 0, att: 0 }; this.ranks = 1; this.direct = false; this.aboveOnly = false;
+    this.pins = new Map(); this.setName = "";
+    this.view = "class";
+    this.build();
+    try { this.readSet(JSON.parse(sessionStorage.getItem(this.storeKey) ?? "null")); } catch { /* none kept */ }
+  }
+  get about() { return this.records.about; }
+  get storeKey() { return `flowhelpers ${this.about.suite} ${this.hooks.key ?? ""}`; }
+  build() {
+    const about = this.about;
+    this.say = el("p", { className: "fx-say", role: "status" });
+    this.found = el("ul", { className: "fx-found" });
+    this.query = el("input", { type: "search", placeholder: "label, token, subject or 12/res/4230" });
+    const form = el("form", { onsubmit: (event) => { event.preventDefault(); this.attempt(() => this.search()); } },
+      el("label", {}, "Search", this.query), el("button", { type: "submit" }, "Find"));
+    this.back = el("button", { onclick: () => this.travel(this.past, this.future) }, "← Back");
+    this.forward = el("button", { onclick: () => this.travel(this.future, this.past) }, "Forward →");
+    const home = el("button", { onclick: () => this.attempt(() => this.go(null)) }, "Whole model");
+    this.plot = el("div", { className: "fx-plot", role: "img" });
+    this.controls = el("div", { className: "fx-row" },
+      ...["res", "mlp", "att"].map((module) => this.slider(`cut ${SCORES[module]} below`, 0, 1, 0.01, (x) => { this.cut[module] = x; })),
+      this.slider("ranks shown", 1, 5, 1, (x) => { this.ranks = x; }),
+      this.tick("direct matches of far layers", (on) => { this.direct = on; return on ? this.askDirect() : null; }),
+      this.tick("alternatives above chance only", (on) => { this.aboveOnly = on; }));
+    this.table = el("div", { className: "fx-scroll" });
+    this.card = el("aside", { className: "fx-card", "aria-label": "the feature" });
+    this.pinBox = el("section", { className: "fx-pins", "aria-label": "pinned features" });
+    const part = about.whole ? "" : about.seeds ? `This page holds what is near ${about.seeds.slice(0, 8).join(", ")}${about.seeds.length > 8 ? ", …" : ""}, not the whole suite.` : "";
+    this.root.classList.add("fx");
+    this.root.replaceChildren(
+      el("h2", {}, `The flow of ${about.suite}`), el("p", { className: "fx-quiet" }, part),
+      el("div", { className: "fx-row" }, form, this.back, this.forward, home), this.say, this.found,
+      el("div", { className: "fx-body" }, el("section", {}, this.controls, this.plot, this.table), this.card),
+      this.pinBox);
+    new ResizeObserver(() => { if (this.tall !== undefined && this.tall !== this.plot.clientWidth < 560) this.draw(); }).observe(this.plot);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+  }
+  slider(name, min, max, step, set) {
+    const out = el("output", {}, String(min));
+    const input = el("input", { type: "range", min, max, step, value: min, oninput: () => {
+      out.textContent = input.value; set(Number(input.value)); this.draw();
+    } });
+    return el("label", {}, name, input, out);
+  }
+  tick(name, set) {
+    const input = el("input", { type: "checkbox", onchange: () => this.attempt(async () => { await set(input.checked); this.draw(); }) });
+    return el("label", {}, input, name);
+  }
+  tell(text, wrong = false) {
+    this.say.textContent = text;
+    this.say.classList.toggle("fx-wrong", wrong);
+  }
+  async attempt(work) {
+    try { this.tell(""); await work(); } catch (error) { this.tell(error.message, true); }
+  }
+  button(name, text = name) {
+    return el("button", { className: "fx-link", onclick: () => this.attempt(() => this.go(name)) }, text);
+  }
+  async search() {
+    const text = this.query.value.trim();
+    this.found.replaceChildren();
+    if (!text) throw new Error("Nothing to search for: type a label, a token, a subject or a feature such as 12/res/4230.");
+    if (/^\d+\s*\/\s*(res|mlp|att)\s*\/\s*\d+$/.test(text)) {
+      const [name, wrong] = this.records.check(text);
+      if (wrong) throw new Error(wrong);
+      return this.go(name);
+    }
+    const found = await this.records.search(text);
+    if (!found.length) {
+      const subjects = this.about.subjects?.length ? ` Subjects are: ${this.about.subjects.join(", ")}.` : "";
+      throw new Error(`No feature has “${text}” as label, token or subject.${subjects}`);
+    }
+    this.tell(`${found.length === 60 ? "the first 60" : found.length} found`);
+    this.list(found);
+  }
+  list(found) {
+    this.found.replaceChildren(...found.map(([name, why]) => el("li", {}, this.button(name), ` ${this.records.label(name)} `, el("span", { className: "fx-quiet" }, why))));
+  }
+  travel(from, to) {
+    if (!from.length) return;
+    to.push(this.center);
+    this.attempt(() => this.go(from.pop(), false));
+  }
+  async go(name, remember = true) {
+    if (name) await this.records.fetch(name);
+    if (remember && this.center !== undefined && name !== this.center && this.drawn) {
+      this.past.push(this.center);
+      this.future = [];
+    }
+    this.center = name;
+    this.drawn = true;
+    this.hooks.moved?.(name);
+    if (name && this.direct) await this.askDirect();
+    if (name) await this.askMore();
+    this.draw();
+  }
+  async askDirect() {
+    const record = this.records.get(this.center);
+    if (!this.center || record.direct || !this.records.ask || parse(this.center).module !== "res") return;
+    this.tell("computing the direct matches …");
+    record.direct = (await this.records.ask("direct", { feature: this.center })).direct;
+    this.tell("");
+  }
+  async askMore() {
+    const record = this.records.get(this.center);
+    if (record.writes || !this.records.ask) return;
+    this.records.ask("writes", { feature: this.center }).then((reply) => { record.writes = reply.writes; this.draw(); }, () => {});
+  }
+
+  // ---- the graph and the overview
+  draw() {
+    this.back.disabled = !this.past.length;
+    this.forward.disabled = !this.future.length;
+    this.controls.hidden = !this.center;
+    this.tall = this.plot.clientWidth < 560;
+    if (this.center) { this.drawFlow(); this.drawCard(); } else this.drawOverview();
+    this.drawPins();
+  }
+  paint(traces, layout, label, clicked) {
+    const style = getComputedStyle(this.root), ink = style.color, bg = style.backgroundColor;
+    const grid = { gridcolor: "rgba(128,128,128,.25)", zeroline: false };
+    const whole = {
+      font: { color: ink, size: 12, family: style.fontFamily }, paper_bgcolor: bg, plot_bgcolor: bg,
+      margin: { l: 62, r: 12, t: 12, b: 40 }, hoverlabel: { bgcolor: bg, font: { color: ink, size: 13 }, align: "left" },
+      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } }, ...layout,
+      xaxis: { ...grid, ...layout.xaxis }, yaxis: { ...grid, ...layout.yaxis },
+    };
+    this.plot.setAttribute("aria-label", label);
+    this.Plotly.react(this.plot, traces, whole, { displayModeBar: false, responsive: true });
+    this.plot.removeAllListeners?.("plotly_click");
+    this.plot.on("plotly_click", (event) => clicked(event.points[0]));
+  }
+  drawFlow() {
+    const { nodes, edges, cutAt } = this.records.flow(this.center, this.cut, this.ranks, this.aboveOnly);
+    const tall = this.tall, style = getComputedStyle(this.root), ink = style.color, bg = style.backgroundColor;
+    if (this.direct) for (const [layer, index, score] of this.records.get(this.center).direct ?? []) {
+      const name = `${layer}/res/${index}`;
+      nodes.set(`direct ${name}`, { name, layer, module: "res", index, role: "direct", score, same: nodes.get(name)?.role === "chain" });
+    }
+    const more = this.ranks - 1, step = 0.42;
+    const lane = { res: 0, att: 1, mlp: -1 - step * more, direct: -2 - 2 * step * more };
+    const ranksOf = new Map(edges.map((e) => [nodes.get(e.source)?.role === "alternative" ? e.source : e.target, e.rank]));
+    const layers = [...nodes.values()].map((n) => n.layer), low = Math.min(...layers), high = Math.max(...layers);
+    const room = (tall ? 90 : this.plot.clientWidth / (high - low + 2));
+    for (const n of nodes.values()) {
+      const down = n.role === "alternative" ? step * ((ranksOf.get(n.name) ?? 2) - 1) * (n.module === "att" ? 1 : -1) : 0;
+      n.along = n.layer - (n.module === "res" ? 0 : 0.4);
+      n.across = (n.role === "direct" ? lane.direct : lane[n.module]) + down;
+      n.kind = n.role === "direct" || n.role === "alternative" ? n.role : this.records.get(n.name).class ?? n.module;
+      const label = this.records.label(n.name).split("\n")[0].replace(/^writes /, "");
+      const most = Math.floor((tall ? 105 : room) / 7);
+      const cutLabel = label.length > most ? `${label.slice(0, most - 1)}…` : label;
+      n.text = room < 38 || n.role === "alternative" ? "" : room < 80 ? String(n.index) : `${n.index}<br>${inPlotly(cutLabel)}`;
+      n.hover = [n.name, this.records.label(n.name), n.kind, n.role === "direct" ? `direct match of ${this.center}: ${two(n.score)}, chance ${two(this.about.chance[n.layer])}${n.same ? ", the chain's own node" : ""}` : ""].filter(Boolean).map(inPlotly).join("<br>").replaceAll("\n", "<br>");
+    }
+    const at = (n) => (tall ? [n.across, n.along] : [n.along, n.across]);
+    const shapes = edges.map((e) => {
+      const [x0, y0] = at(nodes.get(e.source)), [x1, y1] = at(nodes.get(e.target)), above = e.score > e.null;
+      return { type: "line", layer: "below", x0, y0, x1, y1, line: { width: e.rank > 1 ? 1 : 1 + 6 * Math.max(e.score, 0), color: above ? LOOKS[e.kind][2] : "#8C8C8C", dash: above ? "solid" : "dot" }, opacity: e.rank > 1 ? 0.7 : 1 };
+    });
+    const kinds = Map.groupBy ? Map.groupBy(nodes.values(), (n) => n.kind) : [...nodes.values()].reduce((all, n) => all.set(n.kind, [...(all.get(n.kind) ?? []), n]), new Map());
+    const traces = [...kinds].map(([kind, some]) => ({
+      type: "scatter", mode: "markers+text", name: kind in NAMES ? NAMES[kind] : kind,
+      x: some.map((n) => at(n)[0]), y: some.map((n) => at(n)[1]), customdata: some.map((n) => n.name),
+      text: some.map((n) => n.text), textposition: tall ? "bottom center" : "bottom center", textfont: { size: 12, color: ink }, cliponaxis: false,
+      hovertext: some.map((n) => n.hover), hoverinfo: "text",
+      marker: { symbol: LOOKS[kind][1], color: LOOKS[kind][2], opacity: 1, size: some.map((n) => (n.name === this.center && n.role !== "direct" ? 20 : n.role === "alternative" ? 9 : 13)),
+        line: { color: some.map((n) => (this.pins.has(n.name) || n.name === this.center ? ink : kind === "alternative" || kind === "direct" ? LOOKS[kind][2] : bg)), width: some.map((n) => (this.pins.has(n.name) || n.name === this.center ? 3 : 1.5)) } },
+    }));
+    const steps = [...new Set(layers)].sort((a, b) => a - b);
+    const alongAxis = { title: { text: "layer" }, tickvals: steps, ticktext: steps.map(String), range: tall ? [high + 0.6, low - 0.7] : [low - 0.9, high + 0.6], showgrid: true };
+    const lanes = ["att", "res", "mlp", ...(this.direct ? ["direct"] : [])];
+    const acrossAxis = { tickvals: lanes.map((l) => lane[l]), ticktext: lanes.map((l) => NAMES[l] ?? "direct"), range: [(this.direct ? lane.direct : lane.mlp - step * more) - 0.7, 1.5 + step * more], showgrid: false };
+    const height = tall ? 140 + 92 * (high - low + 1) : 250 + 85 * (lanes.length - 1 + 2 * more * step);
+    this.paint(traces, { shapes, height, hovermode: "closest", showlegend: true, xaxis: tall ? { ...acrossAxis, side: "top" } : alongAxis, yaxis: tall ? alongAxis : acrossAxis, ...(tall ? { margin: { l: 40, r: 8, t: 40, b: 40 }, legend: { orientation: "h", y: -0.02, yanchor: "top" } } : {}) },
+      `the flow graph of ${this.center}, ${nodes.size} features; the table below lists them`, (point) => this.attempt(() => this.go(point.customdata)));
+    const rows = [...nodes.values()].sort((a, b) => a.layer - b.layer || (a.role > b.role) - (a.role < b.role));
+    const incoming = new Map(edges.map((e) => [`${e.source} ${e.target}`, e]));
+    const scoreOf = (n) => n.role === "direct" ? `${two(n.score)} (chance ${two(this.about.chance[n.layer])})` : [...incoming.values()].filter((e) => e.source === n.name || (e.target === n.name && nodes.get(e.source).role === "chain" && n.role === "alternative")).slice(0, 1).map((e) => `${two(e.score)} to ${e.source === n.name ? e.target : n.name} (chance ${two(e.null)}${e.rank > 1 ? `, rank ${e.rank}` : ""}${e.mutual ? ", mutual" : ""})`).join("");
+    this.table.replaceChildren(
+      el("p", { className: "fx-quiet" }, `Lines are thicker where the cosine is higher, dotted where it is not above chance.${cutAt.length ? ` The chain is cut ${cutAt.join(" and ")}.` : ""}`),
+      el("details", { open: this.tableOpen ?? false, ontoggle: (event) => { this.tableOpen = event.target.open; } }, el("summary", {}, `These ${nodes.size} features as a table`),
+        el("table", {}, el("tr", {}, ...["feature", "what", "match", "label"].map((h) => el("th", { scope: "col" }, h))),
+          ...rows.map((n) => el("tr", {}, el("td", {}, this.button(n.name)), el("td", {}, `${LOOKS[n.kind][0]} ${NAMES[n.kind] ?? n.kind}`), el("td", {}, scoreOf(n)), el("td", {}, this.records.label(n.name)))))));
+  }
+  drawOverview() {
+    const { overview, layers } = this.about, bars = Object.entries(overview[this.view]).filter(([, counts]) => counts.some(Boolean));
+    const patterns = ["", "/", "x", ".", "\\", "-", "+", "|"], colours = ["#56B4E9", "#E69F00", "#CC79A7", "#8C8C8C", "#009E73", "#D55E00", "#0072B2", "#F0E442"];
+    const named = (value) => (this.view === "born" ? `by ${NAMES[value]}` : this.view === "life" ? `${value} layers` : value);
+    const traces = bars.map(([value, counts], i) => ({
+      type: "bar", name: named(value), x: layers, y: counts, customdata: layers.map((layer) => [layer, value]),
+      marker: { color: LOOKS[value]?.[2] ?? colours[i], pattern: { shape: patterns[i] }, line: { width: 0.5 } }, hovertemplate: `layer %{x}, ${named(value)}: %{y} features<extra></extra>`,
+    }));
+    const list = (layer, value) => this.attempt(async () => {
+      const names = await this.records.listed(this.view, layer, value), all = overview[this.view][value][layers.indexOf(layer)];
+      this.tell(`${all} features of layer ${layer}: ${named(value)}${names.length < all ? `; ${names.length} of them are listed` : ""}`);
+      this.list(names.slice(0, 60).map((name) => [name, ""]));
+      if (names.length > 60) this.found.append(el("li", { className: "fx-quiet" }, `… and ${names.length - 60} more: search to find them`));
+    });
+    this.paint(traces, { barmode: "stack", height: 380, showlegend: true, xaxis: { title: { text: "layer" }, dtick: layers.length > 16 ? 4 : 1 }, yaxis: { title: { text: "features" } } },
+      "bars by layer; the table below has the same numbers", (point) => list(...point.customdata));
+    const views = { class: "classes", born: "births", life: "life spans: layers lived" };
+    const choose = el("select", { "aria-label": "what the bars count", onchange: () => { this.view = choose.value; this.draw(); } }, ...Object.entries(views).map(([value, text]) => el("option", { value, selected: value === this.view }, text)));
+    this.table.replaceChildren(el("div", { className: "fx-row" }, el("label", {}, "bars count", choose), el("span", { className: "fx-quiet" }, "click a bar, or a number of the table, to list its features")),
+      el("table", {}, el("tr", {}, el("th", { scope: "col" }, "layer"), ...bars.map(([value]) => el("th", { scope: "col" }, named(value)))),
+        ...layers.map((layer, i) => el("tr", {}, el("th", { scope: "row" }, String(layer)), ...bars.map(([value, counts]) => el("td", {}, counts[i] ? el("button", { className: "fx-link", "aria-label": `${counts[i]} features of layer ${layer}: ${named(value)}`, onclick: () => list(layer, value) }, String(counts[i])) : "0"))))));
+    this.card.replaceChildren(el("h2", {}, "The whole model"), el("p", {}, `${Object.values(this.about.sites).reduce((a, b) => a + b, 0).toLocaleString("en")} features at ${Object.keys(this.about.sites).length} sites. Every match is the cosine of two decoder directions, held against the best of random directions: above 99.9 % of these it is above chance.`),
+      ...Object.entries(READINGS).map(([kind, text]) => el("p", {}, `${LOOKS[kind][0]} ${kind}: ${text}`)),
+      this.about.subjects?.length ? el("p", {}, "Subjects to search for: ", ...this.about.subjects.flatMap((s) => [el("button", { className: "fx-link", onclick: () => { this.query.value = s; this.attempt(() => this.search()); } }, s), " "])) : "");
+  }
+
+  // ---- the card
+  drawCard() {
+    const name = this.center, record = this.records.get(name), { layer, module, index } = parse(name), link = this.about.links[`${layer}/${module}`];
+    const parts = [el("h2", {}, `${LOOKS[record.class ?? module][0]} ${name}`)];
+    const add = (heading, ...children) => parts.push(el("h3", {}, heading), ...children);
+    parts.push(el("p", {}, this.records.label(name)), el("p", { className: "fx-quiet" }, record.from || record.writes ? `label: ${this.records.labelFrom(name)}` : "no label"));
+    parts.push(el("div", { className: "fx-row" }, el("button", { onclick: () => this.pin(name) }, this.pins.has(name) ? "Unpin" : "Pin"), link ? el("a", { href: `${link}${index}`, target: "_blank", rel: "noopener" }, "on Neuronpedia") : ""));
+    if (record.class) add("Class", el("p", {}, `${record.class}: ${READINGS[record.class]}`));
+    if (record.back) add("Scores against chance", el("table", {}, ...Object.entries(record.back).map(([m, back]) => {
+      const score = back.score[0], line = this.records.null("backward", layer, m);
+      if (score === undefined) return el("tr", {}, el("th", { scope: "row" }, SCORES[m]), el("td", {}, "no match"));
+      const bar = el("div", { className: "fx-bar" }, el("i", { style: `width:${100 * Math.max(score, 0)}%` }), el("b", { style: `left:${100 * line}%` }));
+      const lead = back.score.length > 1 ? `, leads by ${two(score - back.score[1])}` : "";
+      return el("tr", {}, el("th", { scope: "row" }, SCORES[m]), el("td", {}, bar), el("td", {}, `${two(score)}, ${score > line ? "above" : "not above"} chance ${two(line)}${lead}${back.mutual ? ", mutual" : ""}`));
+    })));
+    if (record.life) add("Life", el("p", {}, `lives from layer ${record.life[0]} to ${record.life[1]}: ${record.life[1] - record.life[0] + 1} of ${this.about.layers.length} layers, by steps above chance`));
+    if (record.rate !== undefined) add("How often", el("p", {}, record.rate ? `active at ${percent(record.rate)} of the tokens read${record.subject ? `; tells passages on ${record.subject} best (AUC ${two(record.auc)})` : ""}` : "not active at any token read"));
+    if (record.writes) add("Writes (logit lens)", el("p", {}, record.writes.map(shown).join(" · ")));
+    if (record.contexts?.length) add("Where it is most active", ...record.contexts.map((context) => this.context(context)));
+    if (record.groups) add("Its predecessors, when it is active", el("table", {}, ...record.groups.map((share, i) => [share, this.about.groups[i]]).filter(([share]) => share > 0).sort((a, b) => b[0] - a[0]).map(([share, group]) => el("tr", {}, el("td", {}, group), el("td", {}, percent(share))))));
+    if (this.direct && record.direct?.length) add("Direct matches", el("table", {}, ...record.direct.map(([at, i, score]) => el("tr", {}, el("td", {}, this.button(`${at}/res/${i}`)), el("td", {}, `${two(score)}, chance ${two(this.about.chance[at])}`), el("td", {}, this.records.label(`${at}/res/${i}`))))));
+    if (this.records.ask && this.hooks.live !== false) {
+      if (this.trialFor !== name) { this.trialFor = name; this.trials = this.buildTrials(name); }
+      parts.push(this.trials);
+    }
+    this.card.replaceChildren(...parts);
+  }
+  context([peak, active, near]) {
+    const { tokens, texts } = this.about, next = texts.find((start) => start > peak) ?? tokens.length;
+    const first = Math.max(texts.findLast((start) => start <= peak), peak - 8), last = Math.min(next, peak + 9);
+    const shares = new Map();
+    for (let i = 0; i < near.length; i += 2) shares.set(peak + near[i], near[i + 1] / 100);
+    return el("p", { className: "fx-context", title: `activation ${active} at the underlined token` }, ...tokens.slice(first, last).map((token, i) => {
+      const share = shares.get(first + i) ?? 0;
+      return el("span", { className: first + i === peak ? "fx-peak" : "", style: share ? `background:rgba(230,159,0,${(0.15 + 0.55 * share).toFixed(2)})` : "", title: share ? `${Math.round(100 * share)} % of ${active}` : "" }, token.replaceAll("\n", "⏎"));
+    }));
+  }
+  buildTrials(name) {
+    const text = el("input", { className: "fx-text", value: "The ship sailed home after the war." }), what = el("select", {}, el("option", { value: "own" }, "this feature"), el("option", { value: "before" }, "its predecessors"), el("option", { value: "pins" }, "the pinned set"));
+    const factor = el("input", { type: "number", value: 3, step: 0.5, min: 0, style: "width:5rem" }), seen = el("div");
+    const { layer } = parse(name), record = this.records.get(name), flow = this.records.flow(name, { res: 0, mlp: 0, att: 0 }, 1, false);
+    const change = (r) => this.attempt(async () => {
+      const before = flow.edges.filter((e) => e.target === name).map((e) => e.source);
+      const edited = { own: [name], before, pins: [...this.pins.keys()] }[what.value];
+      const later = flow.edges.filter((e) => e.source === name).map((e) => e.target);
+      seen.replaceChildren(el("p", {}, "computing …"));
+      const reply = await this.records.ask("change", { features: edited, r, text: text.value, watched: [name, ...later] }).catch((error) => { seen.replaceChildren(); throw error; });
+      seen.replaceChildren(...reply.watched.map((w) => {
+        const most = Math.max(...w.before, ...w.after, 1e-9);
+        const strip = (values) => el("div", { className: "fx-tokens" }, ...reply.tokens.map((token, i) => el("span", { style: values[i] > 0 ? `background:rgba(230,159,0,${(0.15 + 0.55 * values[i] / most).toFixed(2)})` : "" }, shown(token), el("small", {}, values[i] > 0 ? values[i].toPrecision(2) : ""))));
+        return el("div", {}, el("p", {}, el("b", {}, w.feature), ` at most ${Math.max(...w.before).toPrecision(3)} before, ${Math.max(...w.after).toPrecision(3)} after`), strip(w.before), strip(w.after));
+      }));
+    });
+    const prompt = el("input", { className: "fx-text", value: "I think" }), seed = el("input", { type: "number", value: 0, style: "width:5rem" });
+    const which = el("select", {}, el("option", { value: "chain" }, "its chain"), el("option", { value: "own" }, "this feature alone"), el("option", { value: "pins" }, "the pinned set"));
+    const strategy = el("select", {}, ...["single", "constant", "exponential", "linear"].map((s) => el("option", { value: s, selected: s === "exponential" }, s)));
+    const strength = el("input", { type: "number", value: 1, step: 0.25, style: "width:5rem" }), wrote = el("div");
+    const steer = () => this.attempt(async () => {
+      wrote.replaceChildren(el("p", {}, "writing …"));
+      const features = { chain: flow.chain ?? [name], own: [name], pins: [...this.pins.keys()] }[which.value];
+      const reply = await this.records.ask("steer", { features, prompt: prompt.value, strategy: strategy.value, strength: Number(strength.value), seed: Number(seed.value) }).catch((error) => { wrote.replaceChildren(); throw error; });
+      const column = (title, texts) => el("div", {}, el("b", {}, title), ...texts.map((t) => el("p", {}, prompt.value + t)));
+      wrote.replaceChildren(el("p", { className: "fx-quiet" }, reply.about), el("div", { className: "fx-texts" }, column("unsteered", reply.unsteered), column("steered", reply.steered)));
+    });
+    return el("div", {}, el("h3", {}, "Switch off, turn up"), el("label", {}, "sentence", text), el("div", { className: "fx-row" }, el("label", {}, "change", what), el("button", { onclick: () => change(0) }, "Switch off"), el("button", { onclick: () => change(Number(factor.value)) }, "Turn up"), el("label", {}, "times", factor)), seen,
+      el("h3", {}, "Steer"), el("label", {}, "prompt", prompt), el("div", { className: "fx-row" }, el("label", {}, "by", which), el("label", {}, "strategy", strategy), el("label", {}, "strength", strength), el("label", {}, "seed", seed), el("button", { onclick: steer }, "Write")), wrote);
+  }
+
+  // ---- the pinned set
+  pin(name) {
+    if (!this.pins.delete(name)) this.pins.set(name, this.records.label(name).split("\n")[0]);
+    this.keep();
+    this.draw();
+  }
+  keep() {
+    this.hooks.pinned?.([...this.pins.keys()]);
+    try { sessionStorage.setItem(this.storeKey, JSON.stringify(this.set())); } catch { /* a reload forgets it */ }
+  }
+  set() { return { format: SET, suite: this.about.suite, name: this.setName, features: [...this.pins].map(([feature, label]) => ({ feature, label })) }; }
+  readSet(read) {
+    if (read === null) return;
+    const features = read.format === SET ? read.features : read.steps;
+    if (!Array.isArray(features) || typeof read.suite !== "string") throw new Error("This file holds no set and no plan: expected a file that the explorer or save_plan wrote.");
+    if (read.suite !== this.about.suite) throw new Error(`This set is of suite ${read.suite}: expected one of ${this.about.suite}.`);
+    const pins = new Map();
+    for (const { feature, label } of features) {
+      const [name, wrong] = /^\d+\/(res|mlp|att)\/\d+$/.test(feature) ? this.records.check(feature) : [null, `${feature} is no feature.`];
+      if (wrong) throw new Error(wrong);
+      pins.set(name, String(label ?? this.records.label(name)));
+    }
+    this.pins = pins;
+    this.setName = String(read.name ?? read.about ?? "");
+    this.keep();
+  }
+  drawPins() {
+    const name = el("input", { value: this.setName, placeholder: "name of the set", onchange: () => { this.setName = name.value; this.keep(); } });
+    const file = el("input", { type: "file", accept: ".json", onchange: () => this.attempt(async () => {
+      const text = await file.files[0].text();
+      let read;
+      try { read = JSON.parse(text); } catch { throw new Error(`${file.files[0].name} is not JSON.`); }
+      this.readSet(read);
+      this.draw();
+      this.tell(`${this.pins.size} features loaded`);
+    }) });
+    const kind = el("select", {}, el("option", { value: "add" }, "add, s ="), el("option", { value: "rescale" }, "rescale, r =")), strength = el("input", { type: "number", value: 1, step: 0.25, style: "width:5rem" });
+    const save = (what, make) => el("button", { disabled: !this.pins.size, onclick: () => this.attempt(() => this.download(...make())) }, what);
+    const slug = () => this.setName.replaceAll(/[^A-Za-z0-9]+/g, "-").replaceAll(/^-|-$/g, "") || "set";
+    this.pinBox.replaceChildren(el("h2", {}, `Pinned features (${this.pins.size})`),
+      el("div", { className: "fx-row" }, el("label", {}, "name", name), el("label", { className: "fx-file" }, "load a set or plan", file)),
+      el("ul", {}, ...[...this.pins].map(([feature, label]) => el("li", { className: "fx-row" }, this.button(feature), el("input", { className: "fx-text", value: label, "aria-label": `label of ${feature}`, onchange: (event) => { this.pins.set(feature, event.target.value); this.keep(); } }), el("button", { "aria-label": `unpin ${feature}`, onclick: () => this.pin(feature) }, "Unpin")))),
+      el("div", { className: "fx-row" }, save("Save set", () => [`${slug()}.json`, this.set()]), save("Save as plan", () => [`${slug()}-plan.json`, this.plan(kind.value, Number(strength.value))]), kind, strength,
+        save("Save labels", () => [`${slug()}-labels.csv`, this.labels()]), save("Save for circuit-tracer and Neuronpedia", () => [`${slug()}-graph.json`, this.attributionGraph(slug())])));
+  }
+  plan(kind, strength) {
+    const theta = (name) => this.records.get(name).theta;
+    const lacking = [...this.pins.keys()].find((name) => !theta(name));
+    if (!Number.isFinite(strength)) throw new Error("The strength of a plan is a number.");
+    if (kind === "add" && lacking) throw new Error(`The threshold of ${lacking} is not known here: choose to rescale, or use make_plan in Python.`);
+    const steps = [...this.pins.keys()].map((feature) => ({ feature, strength, scale: kind === "add" ? theta(feature) : 1 }));
+    return { suite: this.about.suite, kind, unit: kind === "add" ? "theta" : "activation", steps, about: this.setName };
+  }
+  labels() {
+    const quote = (text) => `"${text.replaceAll('"', '""')}"`;
+    const rows = [...this.pins].filter(([, label]) => label.trim());
+    if (!rows.length) throw new Error("No pinned feature has a label: type one.");
+    return ["feature,label", ...rows.map(([feature, label]) => `${feature},${quote(label)}`)].join("\n") + "\n";
+  }
+  attributionGraph(slug) { // as flow.to_attribution_graph
+    const lanes = ["att", "res", "mlp"], names = [...this.pins.keys()];
+    const id = (name) => { const { layer, module, index } = parse(name); return `${layer}_${index}_${lanes.indexOf(module)}`; };
+    const nodes = names.map((name) => {
+      const { layer, module, index } = parse(name), lane = lanes.indexOf(module), sum = layer + { res: 0, mlp: 1000, att: 2000 }[module] + index;
+      return { node_id: id(name), jsNodeId: `${layer}_${index}-${lane}`, feature: (sum * (sum + 1)) / 2 + index, layer: String(layer), ctx_idx: lane, feature_type: "cross layer transcoder", clerp: this.pins.get(name) || name };
+    });
+    const links = [];
+    for (const name of names) {
+      const { layer, index } = parse(name), record = this.records.get(name), seen = new Set();
+      for (const [module, back] of Object.entries(record.back ?? {})) back.to.forEach((i, rank) => {
+        const source = `${layer - (module === "res")}/${module}/${i}`;
+        if (this.pins.has(source)) { seen.add(source); links.push({ source: id(source), target: id(name), weight: back.score[rank] }); }
+      });
+      for (const source of names) {
+        const on = this.records.get(source).on, at = parse(source);
+        const rank = name.includes("/res/") && at.layer + (at.module === "res") === layer ? on?.to?.indexOf(index) ?? -1 : -1;
+        if (rank >= 0 && !seen.has(source)) links.push({ source: id(source), target: id(name), weight: on.score[rank] });
+      }
+    }
+    const metadata = { slug, scan: this.about.suite, schema_version: 1, prompt: `feature flow of ${this.setName || names.join(", ")}`, transcoder_list: [], prompt_tokens: lanes };
+    const qParams = { pinnedIds: names.map(id), supernodes: [[this.setName || names[0], ...names.map(id)]], linkType: "both", clickedId: "", sg_pos: "" };
+    return { metadata, qParams, nodes, links };
+  }
+  download(name, content) {
+    const text = typeof content === "string" ? content : JSON.stringify(content, null, 1);
+    const url = URL.createObjectURL(new Blob([text], { type: "application/octet-stream" }));
+    const link = el("a", { href: url, download: name });
+    this.root.append(link);
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+    this.tell(`saved as ${name}`);
+  }
+}
+
+async function unpacked(bytes) {
+  return JSON.parse(await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text());
+}
+
+/* The page on disk: the records lie in it, packed; the feature in view is in its address. */
+export async function openPage(root, packed) {
+  const { about, records } = await unpacked(Uint8Array.from(atob(packed), (c) => c.charCodeAt(0)));
+  const held = new Records(about);
+  held.add(records);
+  const moved = (name) => history.replaceState(null, "", name ? `#${name}` : "#");
+  const explorer = new Explorer(root, held, globalThis.Plotly, { moved });
+  const asked = decodeURIComponent(location.hash.slice(1)) || about.start;
+  await explorer.attempt(async () => {
+    const [name, wrong] = asked ? held.check(asked) : [null, null];
+    if (!wrong) return explorer.go(name);
+    await explorer.go(null);
+    throw new Error(wrong);
+  });
+}
+
+/* The widget: records and live answers come from the kernel, by messages that no notebook keeps. */
+async function render({ model, el: root }) {
+  const waiting = new Map();
+  let last = 0;
+  const onMessage = (content, buffers) => {
+    const [resolve, reject] = waiting.get(content.id) ?? [];
+    waiting.delete(content.id);
+    if (content.error) reject?.(new Error(content.error));
+    else resolve?.({ ...content, buffers });
+  };
+  model.on("msg:custom", onMessage);
+  const own = `${Date.now()}-${Math.random()}`; // two views of one widget do not take each other's answers
+  const ask = (what, given = {}, patience = 0) => new Promise((resolve, reject) => {
+    const id = `${own}-${last += 1}`;
+    waiting.set(id, [resolve, reject]);
+    model.send({ id, ask: what, given });
+    if (patience) setTimeout(() => reject(new Error("The explorer has no answer from the kernel: run its cell again.")), patience);
+  });
+  root.replaceChildren(el("p", {}, "The explorer is loading …"));
+  try {
+    const start = await ask("start", {}, 60000);
+    const { about, records } = await unpacked(start.buffers[0].buffer ?? start.buffers[0]);
+    let Plotly = globalThis.Plotly;
+    if (!Plotly) {
+      const code = new TextDecoder().decode((await ask("plotly", {}, 60000)).buffers[0]);
+      const module = { exports: {} };
+      new Function("module", "exports", "define", code)(module, module.exports, undefined);
+      Plotly = globalThis.Plotly ??= module.exports;
+    }
+    const held = new Records(about, ask);
+    held.add(records);
+    const push = (trait, value) => { model.set(trait, value); model.save_changes(); };
+    const explorer = new Explorer(root, held, Plotly, { key: model.model_id ?? "", moved: (name) => push("feature", name ?? ""), pinned: (names) => push("pinned", names) });
+    await explorer.attempt(() => explorer.go(model.get("feature") || null));
+  } catch (error) {
+    root.replaceChildren(el("p", {}, error.message));
+  }
+  return () => model.off("msg:custom", onMessage);
+}
+export default { render };
