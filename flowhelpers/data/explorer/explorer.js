@@ -50,11 +50,16 @@ class Records {
     }
   }
   get(name) { return this.known.get(name) ?? {}; }
+  peaks(name) { return [...new Set((this.get(name).contexts ?? []).map(([row]) => shown(this.about.tokens[row])))]; }
   label(name) {
-    const record = this.get(name);
-    return record.label ?? (record.writes ? `writes ${record.writes.slice(0, 4).map(shown).join(", ")}` : "");
+    const { label, writes } = this.get(name), peaks = this.peaks(name);
+    return label ?? [peaks.length ? `active at ${peaks.join(", ")}` : "", writes ? `writes ${writes.slice(0, 4).map(shown).join(", ")}` : ""].filter(Boolean).join("; ");
   }
-  labelFrom(name) { return this.get(name).from ?? (this.get(name).writes ? "logit lens" : ""); }
+  caption(name) { return this.get(name).label?.split("\n")[0] ?? (this.peaks(name).join(", ") || (this.get(name).writes ?? []).slice(0, 3).map(shown).join(", ")); }
+  labelFrom(name) {
+    const { from, contexts, writes } = this.get(name);
+    return from ?? [contexts?.length ? "top contexts" : "", writes ? "logit lens" : ""].filter(Boolean).join(" and ");
+  }
   null(direction, layer, module) { return this.about.blocks[`${direction} ${layer} ${module}`]?.null ?? null; }
   check(text) {
     const name = text.replaceAll(/\s/g, "");
@@ -83,11 +88,12 @@ class Records {
       const at = (record.writes ?? []).findIndex((token) => token.trim().toLowerCase() === wanted);
       const peaks = (record.contexts ?? []).map(([row]) => this.about.tokens[row].trim().toLowerCase());
       if (record.label?.toLowerCase().includes(wanted)) found.push([0, name, "label"]);
-      else if (at >= 0) found.push([1 + at / 100, name, `writes it, ${at + 1}. of ${record.writes.length}`]);
-      else if (peaks.includes(wanted)) found.push([2, name, "most active at it"]);
-      else if (record.subject === wanted) found.push([4 - record.auc, name, `subject, AUC ${two(record.auc)}`]);
+      else if (record.subject === wanted) found.push([-record.auc, name, `tells passages on ${wanted}, AUC ${two(record.auc)}`]);
+      else if (peaks.includes(wanted)) found.push([1, name, "most active at it"]);
+      else if (at >= 0) found.push([2 + at / 100, name, `writes it, ${at + 1}. of ${record.writes.length}`]);
     }
-    return found.sort((a, b) => a[0] - b[0]).slice(0, 60).map(([, name, why]) => [name, why]);
+    const best = found.sort((a, b) => a[0] - b[0]), ofSubject = best.filter(([order]) => order < 0).slice(0, 30);
+    return [...ofSubject, ...best.filter(([order]) => order >= 0)].slice(0, 60).map(([, name, why]) => [name, why]);
   }
   async listed(view, layer, value) {
     if (!this.about.whole && this.ask) {
@@ -126,7 +132,7 @@ class Records {
     const chain = [start], cutAt = [];
     for (let name = start; ;) { // back
       const { layer } = parse(name), back = this.get(name).back?.res;
-      if (!back?.to.length) break;
+      if (!back?.to?.length) break;
       if (back.score[0] < cut.res) { cutAt.push(`before layer ${layer}`); break; }
       const before = `${layer - 1}/res/${back.to[0]}`;
       node(before, "chain");
@@ -135,7 +141,7 @@ class Records {
     }
     for (let name = start; ;) { // on
       const { layer } = parse(name), on = this.get(name).on;
-      if (!on?.to.length) break;
+      if (!on?.to?.length) break;
       const next = `${layer + 1}/res/${on.to[0]}`, own = this.get(next).back?.res;
       if (own && own.score[0] < cut.res) { cutAt.push(`after layer ${layer}`); break; }
       node(next, "chain");
@@ -304,17 +310,18 @@ class Explorer {
       const name = `${layer}/res/${index}`;
       nodes.set(`direct ${name}`, { name, layer, module: "res", index, role: "direct", score, same: nodes.get(name)?.role === "chain" });
     }
-    const more = this.ranks - 1, step = 0.42;
+    const more = this.ranks - 1 + (parse(this.center).module !== "res"), step = 0.42;
     const lane = { res: 0, att: 1, mlp: -1 - step * more, direct: -2 - 2 * step * more };
     const ranksOf = new Map(edges.map((e) => [nodes.get(e.source)?.role === "alternative" ? e.source : e.target, e.rank]));
     const layers = [...nodes.values()].map((n) => n.layer), low = Math.min(...layers), high = Math.max(...layers);
     const room = (tall ? 90 : this.plot.clientWidth / (high - low + 2));
     for (const n of nodes.values()) {
-      const down = n.role === "alternative" ? step * ((ranksOf.get(n.name) ?? 2) - 1) * (n.module === "att" ? 1 : -1) : 0;
+      const apart = n.name === this.center && n.module !== "res" ? this.ranks : 0; // not on what its target chose
+      const down = apart ? step * apart * (n.module === "att" ? 1 : -1) : n.role === "alternative" ? step * ((ranksOf.get(n.name) ?? 2) - 1) * (n.module === "att" ? 1 : -1) : 0;
       n.along = n.layer - (n.module === "res" ? 0 : 0.4);
       n.across = (n.role === "direct" ? lane.direct : lane[n.module]) + down;
       n.kind = n.role === "direct" || n.role === "alternative" ? n.role : this.records.get(n.name).class ?? n.module;
-      const label = this.records.label(n.name).split("\n")[0].replace(/^writes /, "");
+      const label = this.records.caption(n.name);
       const most = Math.floor((tall ? 105 : room) / 7);
       const cutLabel = label.length > most ? `${label.slice(0, most - 1)}…` : label;
       n.text = room < 38 || n.role === "alternative" ? "" : room < 80 ? String(n.index) : `${n.index}<br>${inPlotly(cutLabel)}`;
@@ -336,8 +343,9 @@ class Explorer {
     }));
     const steps = [...new Set(layers)].sort((a, b) => a - b);
     const alongAxis = { title: { text: "layer" }, tickvals: steps, ticktext: steps.map(String), range: tall ? [high + 0.6, low - 0.7] : [low - 0.9, high + 0.6], showgrid: true };
-    const lanes = ["att", "res", "mlp", ...(this.direct ? ["direct"] : [])];
-    const acrossAxis = { tickvals: lanes.map((l) => lane[l]), ticktext: lanes.map((l) => NAMES[l] ?? "direct"), range: [(this.direct ? lane.direct : lane.mlp - step * more) - 0.7, 1.5 + step * more], showgrid: false };
+    const far = [...nodes.values()].some((n) => n.role === "direct");
+    const lanes = ["att", "res", "mlp", ...(far ? ["direct"] : [])];
+    const acrossAxis = { tickvals: lanes.map((l) => lane[l]), ticktext: lanes.map((l) => NAMES[l] ?? "direct"), range: [(far ? lane.direct : lane.mlp - step * more) - 0.7, 1.5 + step * more], showgrid: false };
     const height = tall ? 140 + 92 * (high - low + 1) : 250 + 85 * (lanes.length - 1 + 2 * more * step);
     this.paint(traces, { shapes, height, hovermode: "closest", showlegend: true, xaxis: tall ? { ...acrossAxis, side: "top" } : alongAxis, yaxis: tall ? alongAxis : acrossAxis, ...(tall ? { margin: { l: 40, r: 8, t: 40, b: 40 }, legend: { orientation: "h", y: -0.02, yanchor: "top" } } : {}) },
       `the flow graph of ${this.center}, ${nodes.size} features; the table below lists them`, (point) => this.attempt(() => this.go(point.customdata)));
@@ -383,6 +391,8 @@ class Explorer {
     const add = (heading, ...children) => parts.push(el("h3", {}, heading), ...children);
     parts.push(el("p", {}, this.records.label(name)), el("p", { className: "fx-quiet" }, record.from || record.writes ? `label: ${this.records.labelFrom(name)}` : "no label"));
     parts.push(el("div", { className: "fx-row" }, el("button", { onclick: () => this.pin(name) }, this.pins.has(name) ? "Unpin" : "Pin"), link ? el("a", { href: `${link}${index}`, target: "_blank", rel: "noopener" }, "on Neuronpedia") : ""));
+    if (record.contexts?.length) add("Where it is most active", ...record.contexts.map((context) => this.context(context)));
+    if (record.writes) add("Writes (logit lens)", el("p", {}, record.writes.map(shown).join(" · ")));
     if (record.class) add("Class", el("p", {}, `${record.class}: ${READINGS[record.class]}`));
     if (record.back) add("Scores against chance", el("table", {}, ...Object.entries(record.back).map(([m, back]) => {
       const score = back.score[0], line = this.records.null("backward", layer, m);
@@ -393,9 +403,7 @@ class Explorer {
     })));
     if (record.life) add("Life", el("p", {}, `lives from layer ${record.life[0]} to ${record.life[1]}: ${record.life[1] - record.life[0] + 1} of ${this.about.layers.length} layers, by steps above chance`));
     if (record.rate !== undefined) add("How often", el("p", {}, record.rate ? `active at ${percent(record.rate)} of the tokens read${record.subject ? `; tells passages on ${record.subject} best (AUC ${two(record.auc)})` : ""}` : "not active at any token read"));
-    if (record.writes) add("Writes (logit lens)", el("p", {}, record.writes.map(shown).join(" · ")));
-    if (record.contexts?.length) add("Where it is most active", ...record.contexts.map((context) => this.context(context)));
-    if (record.groups) add("Its predecessors, when it is active", el("table", {}, ...record.groups.map((share, i) => [share, this.about.groups[i]]).filter(([share]) => share > 0).sort((a, b) => b[0] - a[0]).map(([share, group]) => el("tr", {}, el("td", {}, group), el("td", {}, percent(share))))));
+    if (record.groups) add("Which predecessors are active with it", el("table", {}, ...record.groups.map((share, i) => [share, this.about.groups[i]]).filter(([share]) => share > 0).sort((a, b) => b[0] - a[0]).map(([share, group]) => el("tr", {}, el("td", {}, group), el("td", {}, percent(share))))));
     if (this.direct && record.direct?.length) add("Direct matches", el("table", {}, ...record.direct.map(([at, i, score]) => el("tr", {}, el("td", {}, this.button(`${at}/res/${i}`)), el("td", {}, `${two(score)}, chance ${two(this.about.chance[at])}`), el("td", {}, this.records.label(`${at}/res/${i}`))))));
     if (this.records.ask && this.hooks.live !== false) {
       if (this.trialFor !== name) { this.trialFor = name; this.trials = this.buildTrials(name); }
