@@ -14,8 +14,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+import toys
 from browsers import Pages
 from playwright.sync_api import Page, expect
 
@@ -24,7 +26,7 @@ from flowhelpers.__main__ import main
 from flowhelpers.explorer import Explorer, explore
 from flowhelpers.flow.files import to_attribution_graph
 from flowhelpers.flow.graph import flow_graph, keep_nodes
-from flowhelpers.flow.index import FlowIndex, flow_index
+from flowhelpers.flow.index import FlowIndex, flow_index, index_matches
 from flowhelpers.flow.page import LARGEST, explorer_page
 from flowhelpers.labels.describe import read_labels
 from flowhelpers.matching.table import match_table
@@ -69,8 +71,9 @@ def drawn(page: Page) -> dict[str, tuple[float, float]]:
     """Where each feature stands in the graph, in the page's pixels."""
     places = page.evaluate(
         """() => { const plot = document.querySelector(".fx-plot"),
-        at = plot.getBoundingClientRect(), {xaxis: x, yaxis: y} = plot._fullLayout; return plot.data.flatMap((trace) =>
-        trace.customdata.map((name, i) => [name, at.left + x._offset + x.d2p(trace.x[i]),
+        at = plot.getBoundingClientRect(), {xaxis: x, yaxis: y} = plot._fullLayout;
+        return plot.data.flatMap((trace) => trace.customdata.map((name, i) =>
+        [name, at.left + x._offset + x.d2p(trace.x[i]),
         at.top + y._offset + y.d2p(trace.y[i])])) }"""
     )
     return {name: (x, y) for name, x, y in places}
@@ -154,20 +157,46 @@ def test_what_is_not_there_is_said_in_words(page: Page, text: str, said: str):
     assert centre(page) == SEED
 
 
-def test_sliders_cut_and_widen_the_graph(page: Page, planted: Suite):
-    whole = drawn(page)
-    cut = flow_graph(planted, SEED, match_table(planted, 5), t_res=0.9, t_mlp=0.9, t_att=0.9)
-    for name in ("cut s(R)", "cut s(M)", "cut s(A)"):
-        page.get_by_label(name).fill("0.9")
-    assert {*drawn(page)} == {*cut.nodes["feature"]}
-    assert len(cut.nodes) < len(whole)
+def test_sliders_cut_and_widen_the_graph(browser: Pages, tmp_path: Path):
+    suite, seed = toys.related_suite(), "2/res/12"
+    table, widths = match_table(suite, 5), {site: 40 for site in sorted(suite.saes)}
+    bare = FlowIndex(*index_matches(table, widths))  # of no texts, and without labels
+    bare.about["links"] = {site: f"https://example.com/{site}/" for site in bare.about["sites"]}
+    (tmp_path / "bare.html").write_text(explorer_page(bare, [seed]), encoding="utf-8")
+    page = browser.new(viewport={"width": 1280, "height": 1000})
+    page.goto((tmp_path / "bare.html").as_uri())
+    expect(page.locator(".fx-card h2")).to_contain_text(seed)
+    link = page.get_by_role("link", name="on Neuronpedia")
+    assert link.get_attribute("href") == "https://example.com/2/res/12"
+    whole = {*flow_graph(suite, seed, table).nodes["feature"]}
+    assert {*drawn(page)} == whole
+    for limit in (0.3, 0.6, 0.8):
+        limits = dict.fromkeys(["t_res", "t_mlp", "t_att"], limit)
+        cut = {*flow_graph(suite, seed, table, **limits).nodes["feature"]}
+        for name in ("cut s(R)", "cut s(M)", "cut s(A)"):
+            page.get_by_label(name).fill(str(limit))
+        assert {*drawn(page)} == cut
+    assert len(cut) < len(whole)
     expect(page.get_by_text("The chain is cut")).to_be_visible()
     for name in ("cut s(R)", "cut s(M)", "cut s(A)"):
         page.get_by_label(name).fill("0")
     page.get_by_label("ranks shown").fill("3")
-    assert {*drawn(page)} > {*whole}
+    own = table[(table["layer"] == 2) & (table["feature"] == 12) & (table["rank"] <= 3)]
+    own = own[(own["direction"] == "backward") & (own["module"] == "mlp")]
+    assert {*drawn(page)} > whole | {f"2/mlp/{index}" for index in own["source"]}
+    page.get_by_label("above chance only").check()
+    assert len(drawn(page)) < len(whole) + 10
+    browser.shot(page, "explorer-ranks")
+    page.context.close()
+    assert browser.problems == []
+
+
+def test_direct_matches_stand_beside_the_chain(page: Page, index: FlowIndex):
     page.get_by_label("direct matches").check()
     expect(page.get_by_text("Direct matches", exact=True)).to_be_visible()
+    for layer, i, score in index.record(index.feature(SEED))["direct"]:
+        row = page.locator(".fx-card tr", has_text=f"{layer}/res/{i}")
+        expect(row.first).to_contain_text(f"{score:.2f}, chance")
 
 
 def test_bars_of_the_whole_model_list_their_features(page: Page, index: FlowIndex):
@@ -176,11 +205,12 @@ def test_bars_of_the_whole_model_list_their_features(page: Page, index: FlowInde
     for view, shown in views.items():
         page.get_by_label("bars count").select_option(shown)
         for value, counts in index.about["overview"][view].items():
+            named = {"mlp": "MLP", "att": "attention"}.get(value, value)
             for layer, count in enumerate(counts):
                 if not count:
                     continue
                 page.get_by_role(
-                    "button", name=re.compile(rf"^{count} features of layer {layer}: .*{value}")
+                    "button", name=re.compile(rf"^{count} features of layer {layer}: .*{named}")
                 ).first.click()
                 names = page.locator(".fx-found button").all_text_contents()
                 assert names == index.listed(view, layer, value)
@@ -383,7 +413,9 @@ def test_of_a_large_suite_the_kernel_answers_click_by_click(
     listed = asked(view, "listed", view="class", layer=1, value="translated")["records"]
     assert len(listed) == bars[1]
     direct = index.record(index.feature(SEED))["direct"]
-    assert asked(view, "direct", feature=SEED)["direct"] == pytest.approx(direct)
+    assert np.array(asked(view, "direct", feature=SEED)["direct"]) == pytest.approx(
+        np.array(direct), abs=1e-4
+    )
     writes = index.record(index.feature(SEED))["writes"]
     assert asked(view, "writes", feature=SEED)["writes"] == writes
     assert "no feature 1/res/99" in asked(view, "near", feature="1/res/99")["error"]

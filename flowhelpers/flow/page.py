@@ -20,8 +20,8 @@ PAGE = """<!doctype html>
  style-src 'unsafe-inline'; img-src data: blob:; connect-src data: blob:; base-uri 'none'">
 <style>:root {{ color-scheme: light dark }} body {{ margin: 0 auto; max-width: 90rem }}
 {css}</style></head><body>
-<main id="explorer"><p>The explorer opens. If this stays: this page needs JavaScript, which is switched
-off or too old here. It asks nothing of the network.</p></main>
+<main id="explorer"><p>The explorer opens. If this stays: this page needs JavaScript,
+which is switched off or too old here. It asks nothing of the network.</p></main>
 <script>{plotly}</script>
 <script type="text/plain" id="records">{records}</script>
 <script type="module">{js}

@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import toys
 
 from flowhelpers.activations.corpora import passages
 from flowhelpers.activations.sparse import collect
-from flowhelpers.core.features import MODULES, FeatureId, Site
+from flowhelpers.core.features import FeatureId
 from flowhelpers.flow import index as index_module
 from flowhelpers.flow.graph import flow_graph
 from flowhelpers.flow.index import FlowIndex, flow_index, index_matches, open_index, write_index
@@ -27,19 +26,12 @@ from flowhelpers.matching.scores import classify, feature_scores
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 
-WIDTH, LAYERS = 40, 5
+WIDTH, LAYERS = toys.RELATED
 
 
 @pytest.fixture(scope="module")
 def random_suite() -> Suite:
-    """Five layers of random directions, with no attention at layer 2; some come from others."""
-    generator = torch.Generator().manual_seed(0)
-    sites = [Site(at, m) for at in range(LAYERS) for m in MODULES if (at, m) != (2, "att")]
-    rows = {site: torch.randn(WIDTH, 16, generator=generator) for site in sites}
-    for layer in range(1, LAYERS):
-        rows[Site(layer, "res")][:10] += 4 * rows[Site(layer, "mlp")][5:15]
-        rows[Site(layer, "res")][8:30] += 4 * rows[Site(layer - 1, "res")][:22]
-    return toys.bare_suite(rows, LAYERS)
+    return toys.related_suite()
 
 
 @pytest.fixture(scope="module")
