@@ -14,14 +14,13 @@ from flowhelpers.core.features import FeatureId
 from flowhelpers.core.files import write_text
 from flowhelpers.core.progress_bar import live
 from flowhelpers.flow.graph import flow_graph, labelled
-from flowhelpers.flow.index import FlowIndex, flow_index
+from flowhelpers.flow.index import FlowIndex, best_five, flow_index
 from flowhelpers.flow.lifespans import flow_by_layer
 from flowhelpers.flow.page import FILES, explorer_page, pack
 from flowhelpers.flow.plots import births_and_deaths, flow_picture
 from flowhelpers.flow.reading import WRITTEN, direct_matches
 from flowhelpers.interventions.edits import rescale
 from flowhelpers.labels.describe import describe_features, read_labels, top_logit_tokens
-from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import make_plan
 from flowhelpers.steering.sweeps import steer
 from flowhelpers.suites.load import load_suite
@@ -56,7 +55,7 @@ def explore(
     if live():
         index = flow_index(suite, activations, labels)
         return Explorer(suite, index, "" if feature is None else str(index.feature(feature)))
-    table = match_table(suite, 1)
+    table = best_five(suite)
     note = f"suite {suite.name} · a still picture: run this cell in JupyterLab to click through it"
     if feature is None:
         return births_and_deaths(flow_by_layer(table), note)

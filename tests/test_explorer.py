@@ -160,8 +160,9 @@ def test_what_is_not_there_is_said_in_words(page: Page, text: str, said: str):
 def test_sliders_cut_and_widen_the_graph(browser: Pages, tmp_path: Path):
     suite, seed = toys.related_suite(), "2/res/12"
     table, widths = match_table(suite, 5), {site: 40 for site in sorted(suite.saes)}
-    bare = FlowIndex(*index_matches(table, widths))  # of no texts, and without labels
-    bare.about["links"] = {site: f"https://example.com/{site}/" for site in bare.about["sites"]}
+    about, arrays = index_matches(table, widths)
+    links = {site: f"https://example.com/{site}/" for site in about["sites"]}
+    bare = FlowIndex(about | {"links": links}, arrays)  # of no texts, and without labels
     (tmp_path / "bare.html").write_text(explorer_page(bare, [seed]), encoding="utf-8")
     page = browser.new(viewport={"width": 1280, "height": 1000})
     page.goto((tmp_path / "bare.html").as_uri())
@@ -171,8 +172,8 @@ def test_sliders_cut_and_widen_the_graph(browser: Pages, tmp_path: Path):
     whole = {*flow_graph(suite, seed, table).nodes["feature"]}
     assert {*drawn(page)} == whole
     for limit in (0.3, 0.6, 0.8):
-        limits = dict.fromkeys(["t_res", "t_mlp", "t_att"], limit)
-        cut = {*flow_graph(suite, seed, table, **limits).nodes["feature"]}
+        less = flow_graph(suite, seed, table, t_res=limit, t_mlp=limit, t_att=limit)
+        cut = {*less.nodes["feature"]}
         for name in ("cut s(R)", "cut s(M)", "cut s(A)"):
             page.get_by_label(name).fill(str(limit))
         assert {*drawn(page)} == cut

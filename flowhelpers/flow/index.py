@@ -219,6 +219,7 @@ def flow_index(
     widths = {site: suite.about(site, "width") for site in sites}
     prints = {str(site): suite.about(site, "fingerprint") for site in sites}
     small = sum(widths.values()) <= SMALL
+    activations = None if small else activations
     key: dict[str, Any] = {"suite": suite.name, "saes": prints, "version": VERSION}
     key |= {"table": TABLE_VERSION, "draws": NULL_DRAWS, "model": ""}
     if small or activations is not None:
@@ -231,7 +232,7 @@ def flow_index(
     path = Path(cache or cache_folder()) / "explorer" / f"{key_of(key)}.arrow"
     if not path.exists():
         writable_folder(path.parent)
-        table = match_table(suite, min(RANKS, *widths.values()), cache=cache)
+        table = best_five(suite, cache)
         about, arrays = index_matches(table, widths)
         about["links"] = {str(at): (feature_page(suite, f"{at}/0") or "")[:-1] for at in sites}
         if small or activations is not None:
@@ -243,6 +244,13 @@ def flow_index(
         return index
     rows = labels[["feature", "label", "label_from"]].itertuples(index=False)
     return replace(index, labels={name: (label, source) for name, label, source in rows})
+
+
+def best_five(suite: "Suite", cache: Path | None = None) -> "pd.DataFrame":
+    """The matches that the explorer shows: five, or as many as the narrowest SAE has features."""
+    return match_table(
+        suite, min(RANKS, *(suite.about(site, "width") for site in suite.saes)), cache=cache
+    )
 
 
 def index_matches(

@@ -167,10 +167,9 @@ def test_what_was_read_is_what_labels_says(planted: Suite, read: FlowIndex):
                 assert record["auc"] == pytest.approx(max(column), abs=1e-3)
                 assert record["subject"] == names[int(np.argmax(column))]
             assert record["writes"] == top_logit_tokens(planted, feature, 8)["token"].tolist()
-            assert record["theta"] == pytest.approx(
-                float(planted.sae(site).thresholds[i]),
-                rel=1e-4,  # type: ignore[index]
-            )
+            thresholds = planted.sae(site).thresholds
+            assert thresholds is not None
+            assert record["theta"] == pytest.approx(float(thresholds[i]), rel=1e-4)
             if "groups" in record:
                 assert sum(record["groups"]) == pytest.approx(1, abs=0.01)
     assert checked > 100

@@ -196,6 +196,7 @@ class Explorer {
       this.tick("direct matches of far layers", (on) => { this.direct = on; return on ? this.askDirect() : null; }),
       this.tick("alternatives above chance only", (on) => { this.aboveOnly = on; }));
     this.table = el("div", { className: "fx-scroll" });
+    this.trial = el("section", { className: "fx-pins", "aria-label": "try the feature in the model", hidden: true });
     this.card = el("aside", { className: "fx-card", "aria-label": "the feature" });
     this.pinBox = el("section", { className: "fx-pins", "aria-label": "pinned features" });
     const part = about.whole ? "" : about.seeds ? `This page holds what is near ${about.seeds.slice(0, 8).join(", ")}${about.seeds.length > 8 ? ", …" : ""}, not the whole suite.` : "";
@@ -203,7 +204,7 @@ class Explorer {
     this.root.replaceChildren(
       el("h2", {}, `The flow of ${about.suite}`), el("p", { className: "fx-quiet" }, part),
       el("div", { className: "fx-row" }, form, this.back, this.forward, home), this.say, this.found,
-      el("div", { className: "fx-body" }, el("section", {}, this.controls, this.plot, this.table), this.card),
+      el("div", { className: "fx-body" }, el("section", {}, this.controls, this.plot, this.table, this.trial), this.card),
       this.pinBox);
     new ResizeObserver(() => { if (this.tall !== undefined && this.tall !== this.plot.clientWidth < 560) this.draw(); }).observe(this.plot);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
@@ -285,6 +286,7 @@ class Explorer {
     this.back.disabled = !this.past.length;
     this.forward.disabled = !this.future.length;
     this.controls.hidden = !this.center;
+    this.trial.hidden = !this.center || !this.records.ask;
     this.tall = this.plot.clientWidth < 560;
     if (this.center) { this.drawFlow(); this.drawCard(); } else this.drawOverview();
     this.drawPins();
@@ -405,9 +407,9 @@ class Explorer {
     if (record.rate !== undefined) add("How often", el("p", {}, record.rate ? `active at ${percent(record.rate)} of the tokens read${record.subject ? `; tells passages on ${record.subject} best (AUC ${two(record.auc)})` : ""}` : "not active at any token read"));
     if (record.groups) add("Which predecessors are active with it", el("table", {}, ...record.groups.map((share, i) => [share, this.about.groups[i]]).filter(([share]) => share > 0).sort((a, b) => b[0] - a[0]).map(([share, group]) => el("tr", {}, el("td", {}, group), el("td", {}, percent(share))))));
     if (this.direct && record.direct?.length) add("Direct matches", el("table", {}, ...record.direct.map(([at, i, score]) => el("tr", {}, el("td", {}, this.button(`${at}/res/${i}`)), el("td", {}, `${two(score)}, chance ${two(this.about.chance[at])}`), el("td", {}, this.records.label(`${at}/res/${i}`))))));
-    if (this.records.ask && this.hooks.live !== false) {
-      if (this.trialFor !== name) { this.trialFor = name; this.trials = this.buildTrials(name); }
-      parts.push(this.trials);
+    if (this.records.ask && this.trialFor !== name) {
+      this.trialFor = name;
+      this.trial.replaceChildren(this.buildTrials(name));
     }
     this.card.replaceChildren(...parts);
   }
@@ -448,7 +450,7 @@ class Explorer {
       const column = (title, texts) => el("div", {}, el("b", {}, title), ...texts.map((t) => el("p", {}, prompt.value + t)));
       wrote.replaceChildren(el("p", { className: "fx-quiet" }, reply.about), el("div", { className: "fx-texts" }, column("unsteered", reply.unsteered), column("steered", reply.steered)));
     });
-    return el("div", {}, el("h3", {}, "Switch off, turn up"), el("label", {}, "sentence", text), el("div", { className: "fx-row" }, el("label", {}, "change", what), el("button", { onclick: () => change(0) }, "Switch off"), el("button", { onclick: () => change(Number(factor.value)) }, "Turn up"), el("label", {}, "times", factor)), seen,
+    return el("div", {}, el("h2", {}, `Try ${name} in the model`), el("h3", {}, "Switch off, turn up"), el("label", {}, "sentence", text), el("div", { className: "fx-row" }, el("label", {}, "change", what), el("button", { onclick: () => change(0) }, "Switch off"), el("button", { onclick: () => change(Number(factor.value)) }, "Turn up"), el("label", {}, "times", factor)), seen,
       el("h3", {}, "Steer"), el("label", {}, "prompt", prompt), el("div", { className: "fx-row" }, el("label", {}, "by", which), el("label", {}, "strategy", strategy), el("label", {}, "strength", strength), el("label", {}, "seed", seed), el("button", { onclick: steer }, "Write")), wrote);
   }
 
