@@ -83,9 +83,18 @@ def notebooks(arguments: argparse.Namespace) -> int:
 
 def explore(arguments: argparse.Namespace) -> int:
     """Writes the explorer of a suite as one page."""
-    from flowhelpers.explorer import write_page
+    import pandas as pd
 
-    print(write_page(arguments.suite, arguments.features, arguments.html, arguments.labels))
+    from flowhelpers.explorer import write_page
+    from flowhelpers.labels.describe import read_labels
+    from flowhelpers.labels.neuronpedia import neuronpedia_labels
+    from flowhelpers.suites.load import load_suite
+
+    suite = load_suite(arguments.suite)
+    labels = [neuronpedia_labels(suite)] if arguments.fetch_labels else []
+    labels += [read_labels(arguments.labels, suite)] if arguments.labels else []
+    known = pd.concat(labels) if labels else None  # of several of a feature, the last
+    print(write_page(suite, arguments.features, arguments.html, known, arguments.writes))
     return 0
 
 
@@ -218,6 +227,9 @@ def parser() -> argparse.ArgumentParser:
         " large suite, what it holds the neighbourhood of")  # fmt: skip
     add("--html", type=Path, required=True, metavar="FILE", help="the page, of at most 15 MB")
     add("--labels", type=Path, metavar="CSV", help="your own labels: columns feature and label")
+    add("--fetch-labels", action="store_true", help="fetch Neuronpedia's labels, which are kept")
+    add("--writes", action="store_true", help="of a large suite: load the model, and add what"
+        " features write; of a small one it is there")  # fmt: skip
 
     one = commands.add_parser("suites", help="list the suites, or show one")
     one.set_defaults(function=suites)

@@ -7,23 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
-import traitlets
 
 from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import FeatureId
 from flowhelpers.core.files import write_text
 from flowhelpers.core.progress_bar import live
+from flowhelpers.explorer_index import FlowIndex, best_five, flow_index
+from flowhelpers.explorer_page import FILES, explorer_page, pack
+from flowhelpers.explorer_reading import direct_matches, written
 from flowhelpers.flow.graph import flow_graph, labelled
-from flowhelpers.flow.index import FlowIndex, best_five, flow_index
 from flowhelpers.flow.lifespans import flow_by_layer
-from flowhelpers.flow.page import FILES, explorer_page, pack
 from flowhelpers.flow.plots import births_and_deaths, flow_picture
-from flowhelpers.flow.reading import WRITTEN, direct_matches
 from flowhelpers.interventions.edits import rescale
-from flowhelpers.labels.describe import describe_features, read_labels, top_logit_tokens
+from flowhelpers.labels.describe import describe_features
 from flowhelpers.steering.plans import make_plan
 from flowhelpers.steering.sweeps import steer
-from flowhelpers.suites.load import load_suite
 from flowhelpers.suites.model import editing, token_strings
 
 if TYPE_CHECKING:
@@ -65,15 +63,40 @@ def explore(
 
 
 def write_page(
-    name: str, features: Sequence[str], path: Path, label_file: Path | None = None
+    suite: Suite,
+    features: Sequence[FeatureId | str],
+    path: Path,
+    labels: pd.DataFrame | None = None,
+    writes: bool = False,
 ) -> str:
-    """Writes the explorer of a suite as a page, and says what it holds."""
-    suite = load_suite(name)
-    own = None if label_file is None else read_labels(label_file, suite)
-    index = flow_index(suite, labels=own)
-    page = explorer_page(index, features)
+    """Writes the explorer of a suite as a page, and says what it holds.
+
+    A suite of at most 100,000 features is held whole. Of a larger one there is what is near the
+    `features`, with what these write only if `writes` says so, for it takes the model.
+
+    Raises:
+        ValueError: If a large suite is without features, one does not exist, or the page would be
+            over 15 MB.
+    """
+    index = flow_index(suite, labels=labels)
+    named = [*map(index.feature, features)]
+    if not index.is_small and not named:
+        raise ValueError(
+            f"{suite.name} is too large for one page: name the features whose neighbourhood it"
+            " shall hold, such as 12/res/4230"
+        )
+    records = index.records(named)
+    for feature in [] if index.is_small else named:
+        if feature.module == "res":
+            far = records[str(feature)]["direct"] = direct_matches(suite, feature)
+            others = [FeatureId(layer, "res", i) for layer, i, _ in far]
+            records = {str(each): index.record(each, False) for each in others} | records
+    if writes and not index.is_small:
+        for name, tokens in written(suite, map(index.feature, records)).items():
+            records[name]["writes"] = tokens
+    page = explorer_page(index, records, named)
     write_text(path, page)
-    held = "all features" if index.is_small else f"what is near {', '.join(features)}, not all"
+    held = "all" if index.is_small else f"what is near {', '.join(map(str, named))}, not all,"
     return f"{path}: {held} of {suite.name}, {len(page.encode()) / 1e6:.1f} MB"
 
 
@@ -82,12 +105,11 @@ class Explorer(anywidget.AnyWidget):
 
     _esm = FILES / "explorer.js"
     _css = FILES / "explorer.css"
-    feature = traitlets.Unicode().tag(sync=True)
-    pinned = traitlets.List(traitlets.Unicode()).tag(sync=True)
 
     def __init__(self, suite: Suite, index: FlowIndex, feature: str = "") -> None:
-        super().__init__(feature=feature)
+        super().__init__()
         self.suite, self.index = suite, index
+        self.feature, self.pinned, self.records = feature, [], {}
         self.on_msg(self._answer)
 
     def _answer(self, _: Any, message: dict[str, Any], __: list[Any]) -> None:
@@ -96,6 +118,7 @@ class Explorer(anywidget.AnyWidget):
             ask = {"start": self._start, "plotly": self._plotly, "near": self._near}
             ask |= {"search": self._search, "listed": self._listed, "direct": self._direct}
             ask |= {"writes": self._writes, "change": self._change, "steer": self._steer}
+            ask |= {"keep": self._keep}
             reply = ask[message["ask"]](**message["given"])
         except (ValueError, OSError, MemoryError, FloatingPointError) as error:
             reply = {"error": str(error)}
@@ -104,14 +127,18 @@ class Explorer(anywidget.AnyWidget):
 
     def _start(self) -> dict[str, Any]:
         asked = [self.index.feature(self.feature)] if self.feature else []
-        whole = self.index.is_small
-        records = self.index.everything() if whole else self.index.neighbourhood(asked)
-        return {"bytes": pack(self.index, records, asked)}
+        if not self.records or not self.index.is_small:
+            self.records = self.index.records(asked)
+        return {"bytes": pack(self.index, self.records, asked), "key": self.model_id}
 
     def _plotly(self) -> dict[str, Any]:
         from plotly.offline import get_plotlyjs
 
         return {"bytes": get_plotlyjs().encode()}
+
+    def _keep(self, feature: str, pinned: list[str]) -> dict[str, Any]:
+        self.feature, self.pinned = feature, pinned
+        return {}
 
     def _near(self, feature: str) -> dict[str, Any]:
         return {"records": self.index.neighbourhood([self.index.feature(feature)])}
@@ -127,11 +154,12 @@ class Explorer(anywidget.AnyWidget):
         return {"records": {str(each): self.index.record(each, False) for each in features}}
 
     def _direct(self, feature: str) -> dict[str, Any]:
-        asked = self.index.feature(feature)
-        return {"direct": direct_matches(self.suite, asked.site, asked.index)}
+        return {"direct": direct_matches(self.suite, self.index.feature(feature))}
 
-    def _writes(self, feature: str) -> dict[str, Any]:
-        return {"writes": top_logit_tokens(self.suite, feature, WRITTEN)["token"].tolist()}
+    def _writes(self, features: Sequence[str]) -> dict[str, Any]:
+        """What features write, if the model is at hand: a large one takes minutes to load."""
+        at_hand = not callable(self.suite.source) or "model" in vars(self.suite)
+        return {"writes": written(self.suite, map(self.index.feature, features)) if at_hand else {}}
 
     def _change(
         self, features: Sequence[str], r: float, text: str, watched: Sequence[str]

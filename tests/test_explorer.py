@@ -19,15 +19,15 @@ import pandas as pd
 import pytest
 import toys
 from browsers import Pages
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Locator, Page, expect
 
 from flowhelpers import explorer
 from flowhelpers.__main__ import main
 from flowhelpers.explorer import Explorer, explore
+from flowhelpers.explorer_index import FlowIndex, flow_index, index_matches
+from flowhelpers.explorer_page import LARGEST, explorer_page
 from flowhelpers.flow.files import to_attribution_graph
 from flowhelpers.flow.graph import flow_graph, keep_nodes
-from flowhelpers.flow.index import FlowIndex, flow_index, index_matches
-from flowhelpers.flow.page import LARGEST, explorer_page
 from flowhelpers.labels.describe import read_labels
 from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import load_plan, make_plan
@@ -45,10 +45,15 @@ def index(planted: Suite) -> FlowIndex:
     )
 
 
+def page_of(index: FlowIndex, seed: str) -> str:
+    named = [index.feature(seed)]
+    return explorer_page(index, index.records(named), named)
+
+
 @pytest.fixture(scope="module")
 def page_file(index: FlowIndex, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "explorer.html"
-    path.write_text(explorer_page(index, [SEED]), encoding="utf-8")
+    path.write_text(page_of(index, SEED), encoding="utf-8")
     return path
 
 
@@ -67,10 +72,10 @@ def centre(page: Page) -> str:
     return (page.locator(".fx-card h2").text_content() or "").split(" ")[-1]
 
 
-def drawn(page: Page) -> dict[str, tuple[float, float]]:
+def drawn(page: Page | Locator) -> dict[str, tuple[float, float]]:
     """Where each feature stands in the graph, in the page's pixels."""
-    places = page.evaluate(
-        """() => { const plot = document.querySelector(".fx-plot"),
+    places = page.locator(".fx-plot").evaluate(
+        """(plot) => { const
         at = plot.getBoundingClientRect(), {xaxis: x, yaxis: y} = plot._fullLayout;
         return plot.data.flatMap((trace) => trace.customdata.map((name, i) =>
         [name, at.left + x._offset + x.d2p(trace.x[i]),
@@ -79,7 +84,7 @@ def drawn(page: Page) -> dict[str, tuple[float, float]]:
     return {name: (x, y) for name, x, y in places}
 
 
-def find(page: Page, text: str) -> None:
+def find(page: Page | Locator, text: str) -> None:
     page.get_by_label("Search").fill(text)
     page.get_by_label("Search").press("Enter")
 
@@ -163,7 +168,7 @@ def test_sliders_cut_and_widen_the_graph(browser: Pages, tmp_path: Path):
     about, arrays = index_matches(table, widths)
     links = {site: f"https://example.com/{site}/" for site in about["sites"]}
     bare = FlowIndex(about | {"links": links}, arrays)  # of no texts, and without labels
-    (tmp_path / "bare.html").write_text(explorer_page(bare, [seed]), encoding="utf-8")
+    (tmp_path / "bare.html").write_text(page_of(bare, seed), encoding="utf-8")
     page = browser.new(viewport={"width": 1280, "height": 1000})
     page.goto((tmp_path / "bare.html").as_uri())
     expect(page.locator(".fx-card h2")).to_contain_text(seed)
@@ -336,8 +341,8 @@ def test_without_javascript_the_page_says_so(page_file: Path, browser: Pages):
 def test_a_page_of_some_features_says_what_it_lacks(
     index: FlowIndex, browser: Pages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("flowhelpers.flow.index.SMALL", 10)
-    (tmp_path / "part.html").write_text(explorer_page(index, [SEED]), encoding="utf-8")
+    monkeypatch.setattr("flowhelpers.explorer_index.SMALL", 10)
+    (tmp_path / "part.html").write_text(page_of(index, SEED), encoding="utf-8")
     part = browser.new(viewport={"width": 1280, "height": 900})
     part.goto((tmp_path / "part.html").as_uri())
     expect(part.get_by_text(f"This page holds what is near {SEED}")).to_be_visible()
@@ -406,7 +411,7 @@ def test_steered_texts_stand_beside_unsteered_of_the_same_seed(view: Explorer):
 def test_of_a_large_suite_the_kernel_answers_click_by_click(
     view: Explorer, index: FlowIndex, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("flowhelpers.flow.index.SMALL", 10)
+    monkeypatch.setattr("flowhelpers.explorer_index.SMALL", 10)
     near = asked(view, "near", feature=SEED)["records"]
     assert near == index.neighbourhood([index.feature(SEED)])
     assert [*asked(view, "search", text="rain")["records"]] == [SEED]
@@ -418,7 +423,10 @@ def test_of_a_large_suite_the_kernel_answers_click_by_click(
         np.array(direct), abs=1e-4
     )
     writes = index.record(index.feature(SEED))["writes"]
-    assert asked(view, "writes", feature=SEED)["writes"] == writes
+    assert asked(view, "writes", features=[SEED])["writes"] == {SEED: writes}
+    asked(view, "keep", feature="2/res/1", pinned=["2/res/1", SEED])
+    assert make_plan(view.suite, view.pinned, 1.0).table()["feature"].tolist() == view.pinned
+    assert view.feature == "2/res/1"
     assert "no feature 1/res/99" in asked(view, "near", feature="1/res/99")["error"]
 
 
@@ -436,7 +444,7 @@ def test_the_command_writes_a_page(
 ):
     path = tmp_path / "page.html"
     assert main(["explore", str(planted_folder), SEED, "--html", str(path)]) == 0
-    assert re.search(r"page\.html: all features of .*, [\d.]+ MB", capsys.readouterr().out)
+    assert re.search(r"page\.html: all of .*, [\d.]+ MB", capsys.readouterr().out)
     assert path.stat().st_size < LARGEST
     assert main(["explore", str(planted_folder), "1/res/99", "--html", str(path)]) == 2
     assert "1/res has features 0 to 15" in capsys.readouterr().err
@@ -447,10 +455,13 @@ def test_the_command_writes_a_page(
 
 @pytest.fixture
 def lab(planted_folder: Path, tmp_path: Path) -> Iterator[SimpleNamespace]:
-    """JupyterLab on a notebook whose one cell explores the planted suite."""
-    code = "from flowhelpers import explore, load_suite\n"
-    code += f"explore(load_suite({str(planted_folder)!r}), {SEED!r})"
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    """JupyterLab on a notebook that explores the planted suite, and then as if it were large."""
+    cells = [
+        f"from flowhelpers import explore, explorer_index, load_suite\n"
+        f"suite = load_suite({str(planted_folder)!r})\nexplore(suite, {SEED!r})",
+        f"explorer_index.SMALL = 10\nlarge = explore(suite, {SEED!r})\nlarge",
+    ]
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(book, tmp_path / "explore.ipynb")
     with socket.socket() as free:
@@ -480,30 +491,39 @@ def lab(planted_folder: Path, tmp_path: Path) -> Iterator[SimpleNamespace]:
             server.wait(30)
 
 
-def test_the_widget_answers_in_jupyterlab(
-    lab: SimpleNamespace, browser: Pages, planted: Suite, index: FlowIndex
-):
+def test_the_widget_answers_in_jupyterlab(lab: SimpleNamespace, browser: Pages, planted: Suite):
     browser.problems.clear()
     page = browser.new(viewport={"width": 1400, "height": 1000})
     page.goto(f"{lab.address}/tree/explore.ipynb?reset")
     page.locator(".jp-Notebook .jp-Cell").first.click(timeout=120_000)
     page.get_by_text("Python 3", exact=False).first.wait_for(timeout=60_000)
-    page.keyboard.press("Shift+Enter")
-    card = page.locator(".fx-card h2")
-    expect(card).to_contain_text(SEED, timeout=120_000)
-    (other,) = (
-        name
-        for name in flow_graph(planted, SEED, match_table(planted, 5)).chain["feature"]
-        if name.startswith("2/")
-    )
-    page.locator(".fx-plot").scroll_into_view_if_needed()
-    page.mouse.click(*drawn(page)[other])
-    expect(card).to_contain_text(other)
-    page.get_by_role("button", name="Switch off").click()
-    expect(page.get_by_text("at most").first).to_be_visible(timeout=60_000)
-    page.get_by_role("button", name="Write", exact=True).click()
-    expect(page.get_by_text("unsteered", exact=True)).to_be_visible(timeout=60_000)
-    browser.shot(page, "explorer-lab")
+    chain = flow_graph(planted, SEED, match_table(planted, 5)).chain["feature"]
+    (other,) = (name for name in chain if name.startswith("2/"))
+    for place in range(2):  # the first has all records at once, the second asks for each click
+        page.keyboard.press("Shift+Enter")
+        view = page.locator(".fx").nth(place)
+        card = view.locator(".fx-card h2")
+        expect(card).to_contain_text(SEED, timeout=120_000)
+        view.locator(".fx-plot").scroll_into_view_if_needed()
+        page.mouse.click(*drawn(view)[other])
+        expect(card).to_contain_text(other)
+        expect(view.get_by_text("Writes (logit lens)")).to_be_visible(timeout=60_000)
+        view.get_by_label("direct matches").check()
+        expect(view.get_by_text("Direct matches", exact=True)).to_be_visible(timeout=60_000)
+        view.get_by_role("button", name="Pin", exact=True).click()
+        view.get_by_role("button", name="Switch off").click()
+        expect(view.get_by_text("at most").first).to_be_visible(timeout=60_000)
+        view.get_by_role("button", name="Write", exact=True).click()
+        expect(view.get_by_text("unsteered", exact=True)).to_be_visible(timeout=60_000)
+        view.get_by_role("button", name="Whole model").click()
+        view.locator("section table button").first.click()
+        view.locator(".fx-found button").first.click()
+        view.get_by_role("button", name="Back").click()
+        expect(card).to_contain_text("The whole model")
+        view.locator(".fx-plot").scroll_into_view_if_needed()
+        browser.shot(page, f"explorer-lab-{place}")
+    find(view, "1/res/99")
+    expect(view.locator(".fx-say")).to_contain_text("No feature 1/res/99")
     page.keyboard.press("Control+s")
     page.wait_for_timeout(1500)
     assert lab.notebook.stat().st_size < 100_000  # no records, no plotly.js

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from browsers import CHROMIUM, open_browser
 
 from flowhelpers.core.features import MODULES, FeatureId, Site
-from flowhelpers.flow.index import RANKS, FlowIndex, open_index, write_index
-from flowhelpers.flow.page import explorer_page
+from flowhelpers.explorer_index import RANKS, FlowIndex, open_index, write_index
+from flowhelpers.explorer_page import explorer_page
 
 
 def random_index(layers: int, features: int) -> FlowIndex:
@@ -60,7 +60,8 @@ def random_index(layers: int, features: int) -> FlowIndex:
 
 def in_a_browser(index: FlowIndex, folder: Path, clicks: list[FeatureId]) -> None:
     """The same from the page: until it stands, and from a click until the graph is drawn anew."""
-    (folder / "page.html").write_text(explorer_page(index, clicks[:20]), encoding="utf-8")
+    page_text = explorer_page(index, index.neighbourhood(clicks[:20]), clicks[:20])
+    (folder / "page.html").write_text(page_text, encoding="utf-8")
     print(f"page of 20 neighbourhoods: {(folder / 'page.html').stat().st_size / 1e6:.1f} MB")
     with open_browser(folder) as browser:
         page = browser.new(viewport={"width": 1300, "height": 900})

@@ -263,10 +263,10 @@ class Explorer {
     }
     this.center = name;
     this.drawn = true;
-    this.hooks.moved?.(name);
+    this.hooks.keep?.(name, [...this.pins.keys()]);
     if (name && this.direct) await this.askDirect();
-    if (name) await this.askMore();
     this.draw();
+    this.askMore().catch(() => {});
   }
   async askDirect() {
     const record = this.records.get(this.center);
@@ -275,10 +275,13 @@ class Explorer {
     record.direct = (await this.records.ask("direct", { feature: this.center })).direct;
     this.tell("");
   }
-  async askMore() {
-    const record = this.records.get(this.center);
-    if (record.writes || !this.records.ask) return;
-    this.records.ask("writes", { feature: this.center }).then((reply) => { record.writes = reply.writes; this.draw(); }, () => {});
+  async askMore() { // of a large suite: what the features of the graph write, once they are drawn
+    if (this.about.whole || !this.records.ask || !this.center) return;
+    const drawn = this.records.flow(this.center, { res: 0, mlp: 0, att: 0 }, 1, false).nodes.keys();
+    const features = [...drawn].filter((name) => !this.records.get(name).writes);
+    const { writes } = await this.records.ask("writes", { features });
+    for (const [name, tokens] of Object.entries(writes)) this.records.get(name).writes = tokens;
+    if (Object.keys(writes).length) this.draw();
   }
 
   // ---- the graph and the overview
@@ -461,7 +464,7 @@ class Explorer {
     this.draw();
   }
   keep() {
-    this.hooks.pinned?.([...this.pins.keys()]);
+    this.hooks.keep?.(this.center, [...this.pins.keys()]);
     try { sessionStorage.setItem(this.storeKey, JSON.stringify(this.set())); } catch { /* a reload forgets it */ }
   }
   set() { return { format: SET, suite: this.about.suite, name: this.setName, features: [...this.pins].map(([feature, label]) => ({ feature, label })) }; }
@@ -558,8 +561,8 @@ export async function openPage(root, packed) {
   const { about, records } = await unpacked(Uint8Array.from(atob(packed), (c) => c.charCodeAt(0)));
   const held = new Records(about);
   held.add(records);
-  const moved = (name) => history.replaceState(null, "", name ? `#${name}` : "#");
-  const explorer = new Explorer(root, held, globalThis.Plotly, { moved });
+  const keep = (name) => history.replaceState(null, "", name ? `#${name}` : "#");
+  const explorer = new Explorer(root, held, globalThis.Plotly, { keep });
   const asked = decodeURIComponent(location.hash.slice(1)) || about.start;
   await explorer.attempt(async () => {
     const [name, wrong] = asked ? held.check(asked) : [null, null];
@@ -600,9 +603,9 @@ async function render({ model, el: root }) {
     }
     const held = new Records(about, ask);
     held.add(records);
-    const push = (trait, value) => { model.set(trait, value); model.save_changes(); };
-    const explorer = new Explorer(root, held, Plotly, { key: model.model_id ?? "", moved: (name) => push("feature", name ?? ""), pinned: (names) => push("pinned", names) });
-    await explorer.attempt(() => explorer.go(model.get("feature") || null));
+    const keep = (feature, pinned) => ask("keep", { feature: feature ?? "", pinned });
+    const explorer = new Explorer(root, held, Plotly, { key: start.key, keep });
+    await explorer.attempt(() => explorer.go(about.start || null));
   } catch (error) {
     root.replaceChildren(el("p", {}, error.message));
   }

@@ -1,6 +1,6 @@
 """What the explorer shows of features beyond matches: what they write, where they are active."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 
 from flowhelpers.activations.corpora import passages
 from flowhelpers.activations.sparse import FeatureActivations, collect
-from flowhelpers.core.features import Site
+from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import GROUPS, find_occurrences
 from flowhelpers.labels.describe import logit_lens
@@ -161,12 +161,26 @@ def _with_weights(
     return about, arrays
 
 
-def direct_matches(suite: "Suite", site: Site, index: int) -> list[tuple[int, int, float]]:
+def written(suite: "Suite", features: Iterable[FeatureId]) -> dict[str, list[str]]:
+    """The tokens that features write, by the logit lens; those without a direction are left out."""
+    by_site: dict[Site, list[int]] = {}
+    for feature in features:
+        by_site.setdefault(feature.site, []).append(feature.index)
+    found = {}
+    for site, indices in by_site.items():
+        some = torch.tensor([i for i in indices if i not in suite.sae(site).excluded])
+        best = logit_lens(suite, site, some).topk(WRITTEN).indices if len(some) else []
+        for index, ids in zip(some.tolist(), best, strict=True):
+            found[f"{site}/{index}"] = token_strings(suite.model, ids.tolist())
+    return found
+
+
+def direct_matches(suite: "Suite", feature: FeatureId) -> list[tuple[int, int, float]]:
     """The best match of a residual feature at every other layer: `layer`, `index`, `cosine`."""
-    own = suite.sae(site).directions[index][None]
+    own = suite.sae(feature.site).direction(feature)[None]
     found = []
     for other in sorted(suite.saes):
-        if other.module == "res" and other != site:
+        if other.module == "res" and other != feature.site:
             best = top_k_cosine(own, suite.sae(other).directions, 1)
             found.append((other.layer, int(best.indices[0, 0]), round(float(best.scores[0, 0]), 4)))
     return found

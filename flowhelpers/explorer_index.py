@@ -15,8 +15,8 @@ import numpy as np
 from flowhelpers.core.cache import cache_folder, key_of
 from flowhelpers.core.features import MODULES, FeatureId, Site, parse_feature, parse_site
 from flowhelpers.core.files import writable_folder, write_whole
+from flowhelpers.explorer_reading import NEAR, read_features
 from flowhelpers.flow.lifespans import feature_lifespans
-from flowhelpers.flow.reading import NEAR, read_features
 from flowhelpers.labels.neuronpedia import feature_page
 from flowhelpers.matching.null import NULL_DRAWS
 from flowhelpers.matching.scores import CLASSES, classify, dominant_module, feature_scores
@@ -173,6 +173,10 @@ class FlowIndex:
             others |= {FeatureId(at, m, i): None for at, m, some in ends for i in some}
         brief = {str(node): self.record(node, False) for node in others if node not in whole}
         return {str(node): made for node, made in whole.items()} | brief
+
+    def records(self, features: Iterable[FeatureId]) -> dict[str, Any]:
+        """The records of all features of a small suite, else the neighbourhood of some."""
+        return self.everything() if self.is_small else self.neighbourhood(features)
 
     def everything(self) -> dict[str, Any]:
         """The records of all features."""

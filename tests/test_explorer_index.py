@@ -13,14 +13,15 @@ import pandas as pd
 import pytest
 import toys
 
+from flowhelpers import explorer_index as index_module
 from flowhelpers.activations.corpora import passages
 from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import FeatureId
-from flowhelpers.flow import index as index_module
+from flowhelpers.explorer import write_page
+from flowhelpers.explorer_index import FlowIndex, flow_index, index_matches, open_index, write_index
+from flowhelpers.explorer_page import explorer_page
 from flowhelpers.flow.graph import flow_graph
-from flowhelpers.flow.index import FlowIndex, flow_index, index_matches, open_index, write_index
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
-from flowhelpers.flow.page import explorer_page
 from flowhelpers.labels.describe import subject_scores, top_contexts, top_logit_tokens
 from flowhelpers.matching.scores import classify, feature_scores
 from flowhelpers.matching.table import match_table
@@ -194,7 +195,7 @@ def unpacked(page: str) -> dict[str, Any]:
 
 
 def test_a_page_holds_all_of_a_small_suite_and_asks_nothing_of_the_network(read: FlowIndex):
-    page = explorer_page(read)
+    page = explorer_page(read, read.everything(), [])
     held = unpacked(page)
     assert held["about"]["whole"]
     assert held["records"] == json.loads(json.dumps(read.everything()))
@@ -203,18 +204,30 @@ def test_a_page_holds_all_of_a_small_suite_and_asks_nothing_of_the_network(read:
 
 
 def test_a_page_of_a_large_suite_holds_what_is_near_and_says_so(
-    read: FlowIndex, monkeypatch: pytest.MonkeyPatch
+    planted: Suite, read: FlowIndex, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setattr(index_module, "SMALL", 10)
+    path, seeds = tmp_path / "page.html", ["1/res/3", "2/mlp/4"]
     with pytest.raises(ValueError, match="too large for one page: name the features"):
-        explorer_page(read)
-    held = unpacked(explorer_page(read, ["1/res/3", "2/res/4"]))
-    assert held["about"]["seeds"] == ["1/res/3", "2/res/4"]
+        write_page(planted, [], path)
+    assert f"what is near {', '.join(seeds)}, not all" in write_page(planted, seeds, path)
+    held = unpacked(path.read_text("utf-8"))
+    assert held["about"]["seeds"] == seeds
     assert not held["about"]["whole"]
-    assert {*held["records"]} == {*read.neighbourhood(map(read.feature, ["1/res/3", "2/res/4"]))}
-    monkeypatch.setattr("flowhelpers.flow.page.LARGEST", 1_000_000)
+    near = read.neighbourhood(map(read.feature, seeds))
+    assert {*held["records"]} >= {*near}
+    assert [*map(tuple, held["records"]["1/res/3"]["direct"])] == near["1/res/3"]["direct"]
+    assert "writes" not in held["records"]["1/res/3"]
+    write_page(planted, seeds, path, writes=True)
+    assert all(
+        record["writes"] == read.record(read.feature(name))["writes"]
+        for name, record in unpacked(path.read_text("utf-8"))["records"].items()
+    )
+    monkeypatch.setattr("flowhelpers.explorer_page.LARGEST", 1_000_000)
+    path.unlink()
     with pytest.raises(ValueError, match="more than 1: name fewer"):
-        explorer_page(read, ["1/res/3"])
+        write_page(planted, seeds, path)
+    assert not path.exists()
 
 
 def test_matches_out_of_order_are_refused(table: pd.DataFrame, random_suite: Suite):

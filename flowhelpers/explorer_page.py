@@ -9,7 +9,7 @@ from typing import Any
 
 from flowhelpers.core.features import FeatureId
 from flowhelpers.core.files import DATA
-from flowhelpers.flow.index import FlowIndex
+from flowhelpers.explorer_index import FlowIndex
 
 LARGEST = 15_000_000  # bytes of a page
 FILES = DATA / "explorer"
@@ -30,22 +30,13 @@ openPage(document.getElementById("explorer"), document.getElementById("records")
 """
 
 
-def explorer_page(index: FlowIndex, features: Sequence[FeatureId | str] = ()) -> str:
-    """The explorer of a suite as a page: all features of a small one, else what is near some.
+def explorer_page(index: FlowIndex, records: dict[str, Any], named: Sequence[FeatureId]) -> str:
+    """The explorer as a page that holds these records, and starts at the first feature named.
 
-    Raises:
-        ValueError: If the suite has over 100,000 features and none is named, a feature does not
-            exist, or the page would be over 15 MB.
+    A ValueError if it would be over 15 MB.
     """
     from plotly.offline import get_plotlyjs
 
-    named = [index.feature(feature) for feature in features]
-    if not index.is_small and not named:
-        raise ValueError(
-            f"{index.about['suite']} is too large for one page: name the features whose"
-            " neighbourhood it shall hold, such as 12/res/4230"
-        )
-    records = index.everything() if index.is_small else index.neighbourhood(named)
     page = PAGE.format(
         title=escape(f"The flow of {index.about['suite']}"),
         css=(FILES / "explorer.css").read_text("utf-8"),
@@ -70,4 +61,4 @@ def pack(index: FlowIndex, records: dict[str, Any], named: Sequence[FeatureId] =
         "start": str(named[0]) if named else "",
     }
     text = json.dumps({"about": about, "records": records}, separators=(",", ":"))
-    return gzip.compress(text.encode(), 9, mtime=0)
+    return gzip.compress(text.encode(), 6, mtime=0)
