@@ -201,6 +201,7 @@ class Explorer {
     this.pinBox = el("section", { className: "fx-pins", "aria-label": "pinned features" });
     const part = about.whole ? "" : about.seeds ? `This page holds what is near ${about.seeds.slice(0, 8).join(", ")}${about.seeds.length > 8 ? ", …" : ""}, not the whole suite.` : "";
     this.root.classList.add("fx");
+    this.root.dataset.lmSuppressShortcuts = "true"; // keys typed here are not JupyterLab's
     this.root.replaceChildren(
       el("h2", {}, `The flow of ${about.suite}`), el("p", { className: "fx-quiet" }, part),
       el("div", { className: "fx-row" }, form, this.back, this.forward, home), this.say, this.found,
