@@ -17,6 +17,10 @@ const READINGS = {
 };
 const SCORES = { res: "s(R)", mlp: "s(M)", att: "s(A)" };
 const SET = "flowhelpers feature set, version 1";
+const UNCUT = { res: 0, mlp: 0, att: 0 };
+const CHANCE = "Every match is the cosine of two decoder directions, held against the best of random directions: above 99.9 % of these it is above chance.";
+const COLOURS = ["#56B4E9", "#E69F00", "#CC79A7", "#8C8C8C", "#009E73", "#D55E00", "#0072B2", "#F0E442"];
+const PATTERNS = ["", "/", "x", ".", "\\", "-", "+", "|"];
 
 function el(tag, given = {}, ...children) {
   const node = document.createElement(tag);
@@ -28,6 +32,15 @@ function el(tag, given = {}, ...children) {
   node.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
   return node;
 }
+const quiet = (text) => el("p", { className: "fx-quiet" }, text);
+const row = (...children) => el("div", { className: "fx-row" }, ...children);
+const number = (value, step = 0.25) => el("input", { type: "number", value, step, style: "width:5rem" });
+const choice = (texts, selected, onchange = () => {}) => el("select", { onchange }, ...Object.entries(texts).map(
+  ([value, text]) => el("option", { value, selected: value === selected }, text)));
+const table = (rows, heads) => el("table", {},
+  heads ? el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head))) : "",
+  ...rows.map(([first, ...cells]) => el("tr", {}, el("th", { scope: "row" }, first), ...cells.map((cell) => el("td", {}, cell)))));
+const shade = (share) => (share > 0 ? `background:rgba(230,159,0,${(0.15 + 0.55 * share).toFixed(2)})` : "");
 const parse = (name) => {
   const [layer, module, index] = name.split("/");
   return { layer: Number(layer), module, index: Number(index) };
@@ -53,9 +66,14 @@ class Records {
   peaks(name) { return [...new Set((this.get(name).contexts ?? []).map(([row]) => shown(this.about.tokens[row])))]; }
   label(name) {
     const { label, writes } = this.get(name), peaks = this.peaks(name);
-    return label ?? [peaks.length ? `active at ${peaks.join(", ")}` : "", writes ? `writes ${writes.slice(0, 4).map(shown).join(", ")}` : ""].filter(Boolean).join("; ");
+    const active = peaks.length ? `active at ${peaks.join(", ")}` : "";
+    const written = writes ? `writes ${writes.slice(0, 4).map(shown).join(", ")}` : "";
+    return label ?? [active, written].filter(Boolean).join("; ");
   }
-  caption(name) { return this.get(name).label?.split("\n")[0] ?? (this.peaks(name).join(", ") || (this.get(name).writes ?? []).slice(0, 3).map(shown).join(", ")); }
+  caption(name) {
+    const { label, writes } = this.get(name), peaks = this.peaks(name);
+    return label?.split("\n")[0] ?? (peaks.length ? peaks : (writes ?? []).slice(0, 3).map(shown)).join(", ");
+  }
   labelFrom(name) {
     const { from, contexts, writes } = this.get(name);
     return from ?? [contexts?.length ? "top contexts" : "", writes ? "logit lens" : ""].filter(Boolean).join(" and ");
@@ -72,7 +90,8 @@ class Records {
   async fetch(name) {
     if (this.get(name).on) return;
     if (this.about.whole || !this.ask) {
-      throw new Error(`${name} is not in this page, which holds what is near ${this.about.seeds.join(", ")}. To have it: flowhelpers explore ${this.about.suite} ${name} --html FILE`);
+      const { seeds, suite } = this.about, command = `flowhelpers explore ${suite} ${name} --html FILE`;
+      throw new Error(`${name} is not in this page, which holds what is near ${seeds.join(", ")}. To have it: ${command}`);
     }
     this.add((await this.ask("near", { feature: name })).records);
   }
@@ -124,7 +143,8 @@ class Records {
       (on.to ?? []).slice(0, ranks).forEach((index, i) => {
         const name = `${layer}/res/${index}`;
         if (on.score[i] < cut[module]) return;
-        if (edge(center, name, module, on.score[i], this.null("forward", layer, module), i + 1, i === 0 && on.mutual)) node(name, i ? "alternative" : "chain");
+        const line = this.null("forward", layer, module);
+        if (edge(center, name, module, on.score[i], line, i + 1, i === 0 && on.mutual)) node(name, i ? "alternative" : "chain");
         if (i === 0) start = name;
       });
       if (start === center) return { nodes, edges, cutAt: [] };
@@ -155,7 +175,8 @@ class Records {
         back.to.slice(0, ranks).forEach((index, i) => {
           const source = `${layer - (module === "res")}/${module}/${index}`;
           if (back.score[i] < cut[module] || (module === "res" && i === 0)) return;
-          if (edge(source, name, module, back.score[i], this.null("backward", layer, module), i + 1, i === 0 && back.mutual)) node(source, i ? "alternative" : "module");
+          const line = this.null("backward", layer, module), mutual = i === 0 && back.mutual;
+          if (edge(source, name, module, back.score[i], line, i + 1, mutual)) node(source, i ? "alternative" : "module");
         });
       }
       if (layer >= middle) (record.on?.to ?? []).slice(1, ranks).forEach((index, i) => {
@@ -171,7 +192,7 @@ class Explorer {
   constructor(root, records, Plotly, hooks = {}) {
     Object.assign(this, { root, records, Plotly, hooks });
     this.past = []; this.future = []; this.center = null;
-    this.cut = { res: 0, mlp: 0, att: 0 }; this.ranks = 1; this.direct = false; this.aboveOnly = false;
+    this.cut = { ...UNCUT }; this.ranks = 1; this.direct = false; this.aboveOnly = false;
     this.pins = new Map(); this.setName = "";
     this.view = "class";
     this.build();
@@ -199,15 +220,16 @@ class Explorer {
     this.trial = el("section", { className: "fx-pins", "aria-label": "try the feature in the model", hidden: true });
     this.card = el("aside", { className: "fx-card", "aria-label": "the feature" });
     this.pinBox = el("section", { className: "fx-pins", "aria-label": "pinned features" });
-    const part = about.whole ? "" : about.seeds ? `This page holds what is near ${about.seeds.slice(0, 8).join(", ")}${about.seeds.length > 8 ? ", …" : ""}, not the whole suite.` : "";
+    const seeds = about.seeds.slice(0, 8).join(", ") + (about.seeds.length > 8 ? ", …" : "");
+    const part = about.whole || this.records.ask ? "" : `This page holds what is near ${seeds}, not the whole suite.`;
     this.root.classList.add("fx");
     this.root.dataset.lmSuppressShortcuts = "true"; // keys typed here are not JupyterLab's
     this.root.replaceChildren(
-      el("h2", {}, `The flow of ${about.suite}`), el("p", { className: "fx-quiet" }, part),
+      el("h2", {}, `The flow of ${about.suite}`), quiet(part),
       el("div", { className: "fx-row" }, form, this.back, this.forward, home), this.say, this.found,
       el("div", { className: "fx-body" }, el("section", {}, this.controls, this.plot, this.table, this.trial), this.card),
       this.pinBox);
-    new ResizeObserver(() => { if (this.tall !== undefined && this.tall !== this.plot.clientWidth < 560) this.draw(); }).observe(this.plot);
+    new ResizeObserver(() => { if (this.drawn && this.tall !== this.plot.clientWidth < 560) this.draw(); }).observe(this.plot);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
   }
   slider(name, min, max, step, set) {
@@ -249,7 +271,8 @@ class Explorer {
     this.list(found);
   }
   list(found) {
-    this.found.replaceChildren(...found.map(([name, why]) => el("li", {}, this.button(name), ` ${this.records.label(name)} `, el("span", { className: "fx-quiet" }, why))));
+    this.found.replaceChildren(...found.map(([name, why]) => el("li", {},
+      this.button(name), ` ${this.records.label(name)} `, el("span", { className: "fx-quiet" }, why))));
   }
   travel(from, to) {
     if (!from.length) return;
@@ -278,7 +301,7 @@ class Explorer {
   }
   async askMore() { // of a large suite: what the features of the graph write, once they are drawn
     if (this.about.whole || !this.records.ask || !this.center) return;
-    const drawn = this.records.flow(this.center, { res: 0, mlp: 0, att: 0 }, 1, false).nodes.keys();
+    const drawn = this.records.flow(this.center, UNCUT, 1, false).nodes.keys();
     const features = [...drawn].filter((name) => !this.records.get(name).writes);
     const { writes } = await this.records.ask("writes", { features });
     for (const [name, tokens] of Object.entries(writes)) this.records.get(name).writes = tokens;
@@ -296,13 +319,14 @@ class Explorer {
     this.drawPins();
   }
   paint(traces, layout, label, clicked) {
-    const style = getComputedStyle(this.root), ink = style.color, bg = style.backgroundColor;
+    const { color: ink, backgroundColor: bg, fontFamily: family } = getComputedStyle(this.root);
     const grid = { gridcolor: "rgba(128,128,128,.25)", zeroline: false };
     const whole = {
-      font: { color: ink, size: 12, family: style.fontFamily }, paper_bgcolor: bg, plot_bgcolor: bg,
-      margin: { l: 62, r: 12, t: 12, b: 40 }, hoverlabel: { bgcolor: bg, font: { color: ink, size: 13 }, align: "left" },
-      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } }, ...layout,
-      xaxis: { ...grid, ...layout.xaxis }, yaxis: { ...grid, ...layout.yaxis },
+      font: { color: ink, size: 12, family }, paper_bgcolor: bg, plot_bgcolor: bg,
+      margin: { l: 62, r: 12, t: 12, b: 40 }, showlegend: true,
+      hoverlabel: { bgcolor: bg, font: { color: ink, size: 13 }, align: "left" },
+      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
+      ...layout, xaxis: { ...grid, ...layout.xaxis }, yaxis: { ...grid, ...layout.yaxis },
     };
     this.plot.setAttribute("aria-label", label);
     this.Plotly.react(this.plot, traces, whole, { displayModeBar: false, responsive: true });
@@ -311,151 +335,225 @@ class Explorer {
   }
   drawFlow() {
     const { nodes, edges, cutAt } = this.records.flow(this.center, this.cut, this.ranks, this.aboveOnly);
-    const tall = this.tall, style = getComputedStyle(this.root), ink = style.color, bg = style.backgroundColor;
+    const chance = (layer) => two(this.about.chance[layer]);
     if (this.direct) for (const [layer, index, score] of this.records.get(this.center).direct ?? []) {
-      const name = `${layer}/res/${index}`;
-      nodes.set(`direct ${name}`, { name, layer, module: "res", index, role: "direct", score, same: nodes.get(name)?.role === "chain" });
+      const name = `${layer}/res/${index}`, own = nodes.get(name)?.role === "chain" ? ", the chain's own node" : "";
+      const told = `direct match of ${this.center}: ${two(score)}, chance ${chance(layer)}${own}`;
+      nodes.set(`direct ${name}`, { name, layer, module: "res", index, role: "direct", told });
     }
+    for (const e of edges) {
+      const source = nodes.get(e.source), target = nodes.get(e.target);
+      const rank = e.rank > 1 ? `, rank ${e.rank}` : "", mutual = e.mutual ? ", mutual" : "";
+      const told = `${two(e.score)}, chance ${two(e.null)}${rank}${mutual}`;
+      if (target.role === "alternative") Object.assign(target, { rank: e.rank, told: `${told}, from ${e.source}` });
+      else Object.assign(source, { rank: e.rank, told: source.told ?? `${told}, to ${e.target}` });
+    }
+    const all = [...nodes.values()], layers = [...new Set(all.map((n) => n.layer))].sort((a, b) => a - b);
+    const bounds = this.place(all, layers);
+    this.paint(this.markers(all), { shapes: this.lines(nodes, edges), hovermode: "closest", ...bounds },
+      `the flow graph of ${this.center}, ${all.length} features; the table below lists them`,
+      (point) => this.attempt(() => this.go(point.customdata)));
+    const cut = cutAt.length ? ` The chain is cut ${cutAt.join(" and ")}.` : "";
+    const rows = all.sort((a, b) => a.layer - b.layer).map((n) => [
+      this.button(n.name), `${LOOKS[n.kind][0]} ${NAMES[n.kind] ?? n.kind}`, n.told ?? "", this.records.label(n.name)]);
+    this.table.replaceChildren(
+      quiet(`Lines are thicker where the cosine is higher, dotted where it is not above chance.${cut}`),
+      el("details", { open: this.tableOpen ?? false, ontoggle: (event) => { this.tableOpen = event.target.open; } },
+        el("summary", {}, `These ${all.length} features as a table`),
+        table(rows, ["feature", "what", "match", "label"])));
+  }
+  // Gives the nodes their places and texts: layers along, modules across; upright where it is narrow.
+  place(nodes, layers) {
+    const tall = this.tall, low = layers[0], high = layers.at(-1), far = nodes.some((n) => n.role === "direct");
     const more = this.ranks - 1 + (parse(this.center).module !== "res"), step = 0.42;
     const lane = { res: 0, att: 1, mlp: -1 - step * more, direct: -2 - 2 * step * more };
-    const ranksOf = new Map(edges.map((e) => [nodes.get(e.source)?.role === "alternative" ? e.source : e.target, e.rank]));
-    const layers = [...nodes.values()].map((n) => n.layer), low = Math.min(...layers), high = Math.max(...layers);
-    const room = (tall ? 90 : this.plot.clientWidth / (high - low + 2));
-    for (const n of nodes.values()) {
-      const apart = n.name === this.center && n.module !== "res" ? this.ranks : 0; // not on what its target chose
-      const down = apart ? step * apart * (n.module === "att" ? 1 : -1) : n.role === "alternative" ? step * ((ranksOf.get(n.name) ?? 2) - 1) * (n.module === "att" ? 1 : -1) : 0;
-      n.along = n.layer - (n.module === "res" ? 0 : 0.4);
-      n.across = (n.role === "direct" ? lane.direct : lane[n.module]) + down;
-      n.kind = n.role === "direct" || n.role === "alternative" ? n.role : this.records.get(n.name).class ?? n.module;
-      const label = this.records.caption(n.name);
-      const most = Math.floor((tall ? 105 : room) / 7);
-      const cutLabel = label.length > most ? `${label.slice(0, most - 1)}…` : label;
-      n.text = room < 38 || n.role === "alternative" ? "" : room < 80 ? String(n.index) : `${n.index}<br>${inPlotly(cutLabel)}`;
-      n.hover = [n.name, this.records.label(n.name), n.kind, n.role === "direct" ? `direct match of ${this.center}: ${two(n.score)}, chance ${two(this.about.chance[n.layer])}${n.same ? ", the chain's own node" : ""}` : ""].filter(Boolean).map(inPlotly).join("<br>").replaceAll("\n", "<br>");
+    const room = tall ? 90 : this.plot.clientWidth / (high - low + 2), most = Math.floor((tall ? 105 : room) / 7);
+    for (const n of nodes) {
+      const isSeed = n.name === this.center && n.module !== "res"; // apart from what its target chose
+      const away = step * (isSeed ? this.ranks : n.role === "alternative" ? n.rank - 1 : 0);
+      const along = n.layer - (n.module === "res" ? 0 : 0.4);
+      const across = lane[n.role === "direct" ? "direct" : n.module] + (n.module === "att" ? away : -away);
+      [n.x, n.y] = tall ? [across, along] : [along, across];
+      n.kind = ["direct", "alternative"].includes(n.role) ? n.role : this.records.get(n.name).class ?? n.module;
+      const caption = this.records.caption(n.name), short = caption.length > most ? `${caption.slice(0, most - 1)}…` : caption;
+      n.text = n.role === "alternative" || room < 38 ? "" : room < 80 ? `${n.index}` : `${n.index}<br>${inPlotly(short)}`;
+      const hover = [n.name, this.records.label(n.name), n.kind, n.told ?? ""].filter(Boolean);
+      n.hover = hover.map(inPlotly).join("<br>").replaceAll("\n", "<br>");
     }
-    const at = (n) => (tall ? [n.across, n.along] : [n.along, n.across]);
-    const shapes = edges.map((e) => {
-      const [x0, y0] = at(nodes.get(e.source)), [x1, y1] = at(nodes.get(e.target)), above = e.score > e.null;
-      return { type: "line", layer: "below", x0, y0, x1, y1, line: { width: e.rank > 1 ? 1 : 1 + 6 * Math.max(e.score, 0), color: above ? LOOKS[e.kind][2] : "#8C8C8C", dash: above ? "solid" : "dot" }, opacity: e.rank > 1 ? 0.7 : 1 };
+    const lanes = ["att", "res", "mlp", ...(far ? ["direct"] : [])], end = far ? lane.direct : lane.mlp - step * more;
+    const across = {
+      tickvals: lanes.map((l) => lane[l]), ticktext: lanes.map((l) => NAMES[l] ?? "direct"), showgrid: false,
+      range: [end - 0.7, 1.5 + step * more], side: tall ? "top" : "left",
+    };
+    const along = {
+      title: { text: "layer" }, tickvals: layers, ticktext: layers.map(String),
+      range: tall ? [high + 0.6, low - 0.7] : [low - 0.9, high + 0.6],
+    };
+    if (!tall) return { xaxis: along, yaxis: across, height: 250 + 85 * (lanes.length - 1 + 2 * more * step) };
+    const below = { margin: { l: 40, r: 8, t: 40, b: 40 }, legend: { orientation: "h", y: -0.02, yanchor: "top" } };
+    return { xaxis: across, yaxis: along, height: 140 + 92 * (high - low + 1), ...below };
+  }
+  lines(nodes, edges) {
+    return edges.map((e) => {
+      const { x: x0, y: y0 } = nodes.get(e.source), { x: x1, y: y1 } = nodes.get(e.target), above = e.score > e.null;
+      const line = {
+        width: e.rank > 1 ? 1 : 1 + 6 * Math.max(e.score, 0),
+        color: above ? LOOKS[e.kind][2] : "#8C8C8C", dash: above ? "solid" : "dot",
+      };
+      return { type: "line", layer: "below", x0, y0, x1, y1, line, opacity: e.rank > 1 ? 0.7 : 1 };
     });
-    const kinds = Map.groupBy ? Map.groupBy(nodes.values(), (n) => n.kind) : [...nodes.values()].reduce((all, n) => all.set(n.kind, [...(all.get(n.kind) ?? []), n]), new Map());
-    const traces = [...kinds].map(([kind, some]) => ({
-      type: "scatter", mode: "markers+text", name: kind in NAMES ? NAMES[kind] : kind,
-      x: some.map((n) => at(n)[0]), y: some.map((n) => at(n)[1]), customdata: some.map((n) => n.name),
-      text: some.map((n) => n.text), textposition: tall ? "bottom center" : "bottom center", textfont: { size: 12, color: ink }, cliponaxis: false,
-      hovertext: some.map((n) => n.hover), hoverinfo: "text",
-      marker: { symbol: LOOKS[kind][1], color: LOOKS[kind][2], opacity: 1, size: some.map((n) => (n.name === this.center && n.role !== "direct" ? 20 : n.role === "alternative" ? 9 : 13)),
-        line: { color: some.map((n) => (this.pins.has(n.name) || n.name === this.center ? ink : kind === "alternative" || kind === "direct" ? LOOKS[kind][2] : bg)), width: some.map((n) => (this.pins.has(n.name) || n.name === this.center ? 3 : 1.5)) } },
-    }));
-    const steps = [...new Set(layers)].sort((a, b) => a - b);
-    const alongAxis = { title: { text: "layer" }, tickvals: steps, ticktext: steps.map(String), range: tall ? [high + 0.6, low - 0.7] : [low - 0.9, high + 0.6], showgrid: true };
-    const far = [...nodes.values()].some((n) => n.role === "direct");
-    const lanes = ["att", "res", "mlp", ...(far ? ["direct"] : [])];
-    const acrossAxis = { tickvals: lanes.map((l) => lane[l]), ticktext: lanes.map((l) => NAMES[l] ?? "direct"), range: [(far ? lane.direct : lane.mlp - step * more) - 0.7, 1.5 + step * more], showgrid: false };
-    const height = tall ? 140 + 92 * (high - low + 1) : 250 + 85 * (lanes.length - 1 + 2 * more * step);
-    this.paint(traces, { shapes, height, hovermode: "closest", showlegend: true, xaxis: tall ? { ...acrossAxis, side: "top" } : alongAxis, yaxis: tall ? alongAxis : acrossAxis, ...(tall ? { margin: { l: 40, r: 8, t: 40, b: 40 }, legend: { orientation: "h", y: -0.02, yanchor: "top" } } : {}) },
-      `the flow graph of ${this.center}, ${nodes.size} features; the table below lists them`, (point) => this.attempt(() => this.go(point.customdata)));
-    const rows = [...nodes.values()].sort((a, b) => a.layer - b.layer || (a.role > b.role) - (a.role < b.role));
-    const incoming = new Map(edges.map((e) => [`${e.source} ${e.target}`, e]));
-    const scoreOf = (n) => n.role === "direct" ? `${two(n.score)} (chance ${two(this.about.chance[n.layer])})` : [...incoming.values()].filter((e) => e.source === n.name || (e.target === n.name && nodes.get(e.source).role === "chain" && n.role === "alternative")).slice(0, 1).map((e) => `${two(e.score)} to ${e.source === n.name ? e.target : n.name} (chance ${two(e.null)}${e.rank > 1 ? `, rank ${e.rank}` : ""}${e.mutual ? ", mutual" : ""})`).join("");
-    this.table.replaceChildren(
-      el("p", { className: "fx-quiet" }, `Lines are thicker where the cosine is higher, dotted where it is not above chance.${cutAt.length ? ` The chain is cut ${cutAt.join(" and ")}.` : ""}`),
-      el("details", { open: this.tableOpen ?? false, ontoggle: (event) => { this.tableOpen = event.target.open; } }, el("summary", {}, `These ${nodes.size} features as a table`),
-        el("table", {}, el("tr", {}, ...["feature", "what", "match", "label"].map((h) => el("th", { scope: "col" }, h))),
-          ...rows.map((n) => el("tr", {}, el("td", {}, this.button(n.name)), el("td", {}, `${LOOKS[n.kind][0]} ${NAMES[n.kind] ?? n.kind}`), el("td", {}, scoreOf(n)), el("td", {}, this.records.label(n.name)))))));
+  }
+  markers(nodes) {
+    const { color: ink, backgroundColor: bg } = getComputedStyle(this.root);
+    return [...new Set(nodes.map((n) => n.kind))].map((kind) => {
+      const some = nodes.filter((n) => n.kind === kind), [, symbol, color] = LOOKS[kind];
+      const isMarked = (n) => this.pins.has(n.name) || n.name === this.center;
+      const ring = symbol.endsWith("open") ? color : bg;
+      const size = some.map((n) => (n.name === this.center ? 20 : n.role === "alternative" ? 9 : 13));
+      const line = { color: some.map((n) => (isMarked(n) ? ink : ring)), width: some.map((n) => (isMarked(n) ? 3 : 1.5)) };
+      return {
+        type: "scatter", mode: "markers+text", name: NAMES[kind] ?? kind, cliponaxis: false,
+        x: some.map((n) => n.x), y: some.map((n) => n.y), customdata: some.map((n) => n.name),
+        text: some.map((n) => n.text), textposition: "bottom center", textfont: { size: 12, color: ink },
+        hovertext: some.map((n) => n.hover), hoverinfo: "text", marker: { symbol, color, opacity: 1, size, line },
+      };
+    });
   }
   drawOverview() {
-    const { overview, layers } = this.about, bars = Object.entries(overview[this.view]).filter(([, counts]) => counts.some(Boolean));
-    const patterns = ["", "/", "x", ".", "\\", "-", "+", "|"], colours = ["#56B4E9", "#E69F00", "#CC79A7", "#8C8C8C", "#009E73", "#D55E00", "#0072B2", "#F0E442"];
-    const named = (value) => (this.view === "born" ? `by ${NAMES[value]}` : this.view === "life" ? `${value} layers` : value);
+    const { overview, layers, sites, subjects } = this.about;
+    const bars = Object.entries(overview[this.view]).filter(([, counts]) => counts.some(Boolean));
+    const named = (value) => ({ born: `by ${NAMES[value]}`, life: `${value} layers` })[this.view] ?? value;
     const traces = bars.map(([value, counts], i) => ({
       type: "bar", name: named(value), x: layers, y: counts, customdata: layers.map((layer) => [layer, value]),
-      marker: { color: LOOKS[value]?.[2] ?? colours[i], pattern: { shape: patterns[i] }, line: { width: 0.5 } }, hovertemplate: `layer %{x}, ${named(value)}: %{y} features<extra></extra>`,
+      marker: { color: LOOKS[value]?.[2] ?? COLOURS[i], pattern: { shape: PATTERNS[i] }, line: { width: 0.5 } },
+      hovertemplate: `layer %{x}, ${named(value)}: %{y} features<extra></extra>`,
     }));
     const list = (layer, value) => this.attempt(async () => {
-      const names = await this.records.listed(this.view, layer, value), all = overview[this.view][value][layers.indexOf(layer)];
-      this.tell(`${all} features of layer ${layer}: ${named(value)}${names.length < all ? `; ${names.length} of them are listed` : ""}`);
-      this.list(names.slice(0, 60).map((name) => [name, ""]));
-      if (names.length > 60) this.found.append(el("li", { className: "fx-quiet" }, `… and ${names.length - 60} more: search to find them`));
+      const names = await this.records.listed(this.view, layer, value), first = names.slice(0, 60);
+      const count = overview[this.view][value][layers.indexOf(layer)];
+      const some = first.length < count ? `; ${first.length} of them are listed` : "";
+      this.list(first.map((name) => [name, ""]));
+      this.tell(`${count} features of layer ${layer}: ${named(value)}${some}`);
     });
-    this.paint(traces, { barmode: "stack", height: 380, showlegend: true, xaxis: { title: { text: "layer" }, dtick: layers.length > 16 ? 4 : 1 }, yaxis: { title: { text: "features" } } },
+    const axes = { xaxis: { title: { text: "layer" }, dtick: layers.length > 16 ? 4 : 1 }, yaxis: { title: { text: "features" } } };
+    this.paint(traces, { barmode: "stack", height: 380, ...axes },
       "bars by layer; the table below has the same numbers", (point) => list(...point.customdata));
     const views = { class: "classes", born: "births", life: "life spans: layers lived" };
-    const choose = el("select", { "aria-label": "what the bars count", onchange: () => { this.view = choose.value; this.draw(); } }, ...Object.entries(views).map(([value, text]) => el("option", { value, selected: value === this.view }, text)));
-    this.table.replaceChildren(el("div", { className: "fx-row" }, el("label", {}, "bars count", choose), el("span", { className: "fx-quiet" }, "click a bar, or a number of the table, to list its features")),
-      el("table", {}, el("tr", {}, el("th", { scope: "col" }, "layer"), ...bars.map(([value]) => el("th", { scope: "col" }, named(value)))),
-        ...layers.map((layer, i) => el("tr", {}, el("th", { scope: "row" }, String(layer)), ...bars.map(([value, counts]) => el("td", {}, counts[i] ? el("button", { className: "fx-link", "aria-label": `${counts[i]} features of layer ${layer}: ${named(value)}`, onclick: () => list(layer, value) }, String(counts[i])) : "0"))))));
-    this.card.replaceChildren(el("h2", {}, "The whole model"), el("p", {}, `${Object.values(this.about.sites).reduce((a, b) => a + b, 0).toLocaleString("en")} features at ${Object.keys(this.about.sites).length} sites. Every match is the cosine of two decoder directions, held against the best of random directions: above 99.9 % of these it is above chance.`),
+    const view = choice(views, this.view, () => { this.view = view.value; this.draw(); });
+    const number = (layer, value, count) => (count ? el("button", {
+      className: "fx-link", "aria-label": `${count} features of layer ${layer}: ${named(value)}`, onclick: () => list(layer, value),
+    }, `${count}`) : "0");
+    const rows = layers.map((layer, i) => [`${layer}`, ...bars.map(([value, counts]) => number(layer, value, counts[i]))]);
+    this.table.replaceChildren(
+      row(el("label", {}, "bars count", view), quiet("click a bar, or a number of the table, to list its features")),
+      table(rows, ["layer", ...bars.map(([value]) => named(value))]));
+    const count = Object.values(sites).reduce((a, b) => a + b, 0).toLocaleString("en");
+    const ask = (subject) => { this.query.value = subject; this.attempt(() => this.search()); };
+    this.card.replaceChildren(
+      el("h2", {}, "The whole model"), el("p", {}, `${count} features at ${Object.keys(sites).length} sites. ${CHANCE}`),
       ...Object.entries(READINGS).map(([kind, text]) => el("p", {}, `${LOOKS[kind][0]} ${kind}: ${text}`)),
-      this.about.subjects?.length ? el("p", {}, "Subjects to search for: ", ...this.about.subjects.flatMap((s) => [el("button", { className: "fx-link", onclick: () => { this.query.value = s; this.attempt(() => this.search()); } }, s), " "])) : "");
+      subjects?.length ? el("p", {}, "Subjects to search for: ", ...subjects.flatMap((subject) => [
+        el("button", { className: "fx-link", onclick: () => ask(subject) }, subject), " "])) : "");
   }
 
   // ---- the card
   drawCard() {
-    const name = this.center, record = this.records.get(name), { layer, module, index } = parse(name), link = this.about.links[`${layer}/${module}`];
-    const parts = [el("h2", {}, `${LOOKS[record.class ?? module][0]} ${name}`)];
+    const name = this.center, record = this.records.get(name), { layer, module, index } = parse(name);
+    const link = this.about.links[`${layer}/${module}`], from = this.records.labelFrom(name), parts = [];
     const add = (heading, ...children) => parts.push(el("h3", {}, heading), ...children);
-    parts.push(el("p", {}, this.records.label(name)), el("p", { className: "fx-quiet" }, record.from || record.writes ? `label: ${this.records.labelFrom(name)}` : "no label"));
-    parts.push(el("div", { className: "fx-row" }, el("button", { onclick: () => this.pin(name) }, this.pins.has(name) ? "Unpin" : "Pin"), link ? el("a", { href: `${link}${index}`, target: "_blank", rel: "noopener" }, "on Neuronpedia") : ""));
-    if (record.contexts?.length) add("Where it is most active", ...record.contexts.map((context) => this.context(context)));
+    parts.push(
+      el("h2", {}, `${LOOKS[record.class ?? module][0]} ${name}`), el("p", {}, this.records.label(name)),
+      quiet(from ? `label: ${from}` : "no label"),
+      row(el("button", { onclick: () => this.pin(name) }, this.pins.has(name) ? "Unpin" : "Pin"),
+        link ? el("a", { href: `${link}${index}`, target: "_blank", rel: "noopener" }, "on Neuronpedia") : ""));
+    if (record.contexts?.length) add("Where it is most active", ...record.contexts.map((one) => this.context(one)));
     if (record.writes) add("Writes (logit lens)", el("p", {}, record.writes.map(shown).join(" · ")));
     if (record.class) add("Class", el("p", {}, `${record.class}: ${READINGS[record.class]}`));
-    if (record.back) add("Scores against chance", el("table", {}, ...Object.entries(record.back).map(([m, back]) => {
-      const score = back.score[0], line = this.records.null("backward", layer, m);
-      if (score === undefined) return el("tr", {}, el("th", { scope: "row" }, SCORES[m]), el("td", {}, "no match"));
-      const bar = el("div", { className: "fx-bar" }, el("i", { style: `width:${100 * Math.max(score, 0)}%` }), el("b", { style: `left:${100 * line}%` }));
-      const lead = back.score.length > 1 ? `, leads by ${two(score - back.score[1])}` : "";
-      return el("tr", {}, el("th", { scope: "row" }, SCORES[m]), el("td", {}, bar), el("td", {}, `${two(score)}, ${score > line ? "above" : "not above"} chance ${two(line)}${lead}${back.mutual ? ", mutual" : ""}`));
-    })));
-    if (record.life) add("Life", el("p", {}, `lives from layer ${record.life[0]} to ${record.life[1]}: ${record.life[1] - record.life[0] + 1} of ${this.about.layers.length} layers, by steps above chance`));
-    if (record.rate !== undefined) add("How often", el("p", {}, record.rate ? `active at ${percent(record.rate)} of the tokens read${record.subject ? `; tells passages on ${record.subject} best (AUC ${two(record.auc)})` : ""}` : "not active at any token read"));
-    if (record.groups) add("Which predecessors are active with it", el("table", {}, ...record.groups.map((share, i) => [share, this.about.groups[i]]).filter(([share]) => share > 0).sort((a, b) => b[0] - a[0]).map(([share, group]) => el("tr", {}, el("td", {}, group), el("td", {}, percent(share))))));
-    if (this.direct && record.direct?.length) add("Direct matches", el("table", {}, ...record.direct.map(([at, i, score]) => el("tr", {}, el("td", {}, this.button(`${at}/res/${i}`)), el("td", {}, `${two(score)}, chance ${two(this.about.chance[at])}`), el("td", {}, this.records.label(`${at}/res/${i}`))))));
+    if (record.back) add("Scores against chance", table(Object.entries(record.back).map(([m, back]) => this.score(layer, m, back))));
+    if (record.life) {
+      const [first, last] = record.life, lived = `${last - first + 1} of ${this.about.layers.length} layers`;
+      add("Life", el("p", {}, `lives from layer ${first} to ${last}: ${lived}, by steps above chance`));
+    }
+    if (record.rate !== undefined) {
+      const subject = record.subject ? `; tells passages on ${record.subject} best (AUC ${two(record.auc)})` : "";
+      const often = `active at ${percent(record.rate)} of the tokens read${subject}`;
+      add("How often", el("p", {}, record.rate ? often : "not active at any token read"));
+    }
+    if (record.groups) {
+      const shares = record.groups.map((share, i) => [share, this.about.groups[i]]).filter(([share]) => share > 0);
+      const rows = shares.sort((a, b) => b[0] - a[0]).map(([share, group]) => [group, percent(share)]);
+      add("Which predecessors are active with it", table(rows));
+    }
+    if (this.direct && record.direct?.length) add("Direct matches", table(record.direct.map(([at, i, score]) => [
+      this.button(`${at}/res/${i}`), `${two(score)}, chance ${two(this.about.chance[at])}`, this.records.label(`${at}/res/${i}`)])));
+    this.card.replaceChildren(...parts);
     if (this.records.ask && this.trialFor !== name) {
       this.trialFor = name;
-      this.trial.replaceChildren(this.buildTrials(name));
+      this.trial.replaceChildren(el("h2", {}, `Try ${name} in the model`), ...this.switching(name), ...this.steering(name));
     }
-    this.card.replaceChildren(...parts);
+  }
+  score(layer, module, back) {
+    const score = back.score[0], line = this.records.null("backward", layer, module);
+    if (score === undefined) return [SCORES[module], "no match"];
+    const bar = el("div", { className: "fx-bar" },
+      el("i", { style: `width:${100 * Math.max(score, 0)}%` }), el("b", { style: `left:${100 * line}%` }));
+    const lead = back.score.length > 1 ? `, leads by ${two(score - back.score[1])}` : "";
+    const told = `${two(score)}, ${score > line ? "above" : "not above"} chance ${two(line)}`;
+    return [SCORES[module], bar, `${told}${lead}${back.mutual ? ", mutual" : ""}`];
   }
   context([peak, active, near]) {
     const { tokens, texts } = this.about, next = texts.find((start) => start > peak) ?? tokens.length;
-    const first = Math.max(texts.findLast((start) => start <= peak), peak - 8), last = Math.min(next, peak + 9);
-    const shares = new Map();
+    const first = Math.max(texts.findLast((start) => start <= peak), peak - 8), shares = new Map();
     for (let i = 0; i < near.length; i += 2) shares.set(peak + near[i], near[i + 1] / 100);
-    return el("p", { className: "fx-context", title: `activation ${active} at the underlined token` }, ...tokens.slice(first, last).map((token, i) => {
-      const share = shares.get(first + i) ?? 0;
-      return el("span", { className: first + i === peak ? "fx-peak" : "", style: share ? `background:rgba(230,159,0,${(0.15 + 0.55 * share).toFixed(2)})` : "", title: share ? `${Math.round(100 * share)} % of ${active}` : "" }, token.replaceAll("\n", "⏎"));
-    }));
+    const spans = tokens.slice(first, Math.min(next, peak + 9)).map((token, i) => {
+      const share = shares.get(first + i) ?? 0, className = first + i === peak ? "fx-peak" : "";
+      const title = share ? `${Math.round(100 * share)} % of ${active}` : "";
+      return el("span", { className, title, style: shade(share) }, token.replaceAll("\n", "⏎"));
+    });
+    return el("p", { className: "fx-context", title: `activation ${active} at the underlined token` }, ...spans);
   }
-  buildTrials(name) {
-    const text = el("input", { className: "fx-text", value: "The ship sailed home after the war." }), what = el("select", {}, el("option", { value: "own" }, "this feature"), el("option", { value: "before" }, "its predecessors"), el("option", { value: "pins" }, "the pinned set"));
-    const factor = el("input", { type: "number", value: 3, step: 0.5, min: 0, style: "width:5rem" }), seen = el("div");
-    const { layer } = parse(name), record = this.records.get(name), flow = this.records.flow(name, { res: 0, mlp: 0, att: 0 }, 1, false);
+
+  // ---- the model, where a kernel has it
+  switching(name) {
+    const edges = this.records.flow(name, UNCUT, 1, false).edges, seen = el("div");
+    const text = el("input", { className: "fx-text", value: "The ship sailed home after the war." }), factor = number(3);
+    const what = choice({ own: "this feature", before: "its predecessors", pins: "the pinned set" }, "own");
+    const later = edges.filter((e) => e.source === name).map((e) => e.target);
     const change = (r) => this.attempt(async () => {
-      const before = flow.edges.filter((e) => e.target === name).map((e) => e.source);
-      const edited = { own: [name], before, pins: [...this.pins.keys()] }[what.value];
-      const later = flow.edges.filter((e) => e.source === name).map((e) => e.target);
+      const before = edges.filter((e) => e.target === name).map((e) => e.source);
+      const features = { own: [name], before, pins: [...this.pins.keys()] }[what.value];
       seen.replaceChildren(el("p", {}, "computing …"));
-      const reply = await this.records.ask("change", { features: edited, r, text: text.value, watched: [name, ...later] }).catch((error) => { seen.replaceChildren(); throw error; });
+      const given = { features, r, text: text.value, watched: [name, ...later] };
+      const reply = await this.records.ask("change", given).finally(() => seen.replaceChildren());
       seen.replaceChildren(...reply.watched.map((w) => {
-        const most = Math.max(...w.before, ...w.after, 1e-9);
-        const strip = (values) => el("div", { className: "fx-tokens" }, ...reply.tokens.map((token, i) => el("span", { style: values[i] > 0 ? `background:rgba(230,159,0,${(0.15 + 0.55 * values[i] / most).toFixed(2)})` : "" }, shown(token), el("small", {}, values[i] > 0 ? values[i].toPrecision(2) : ""))));
-        return el("div", {}, el("p", {}, el("b", {}, w.feature), ` at most ${Math.max(...w.before).toPrecision(3)} before, ${Math.max(...w.after).toPrecision(3)} after`), strip(w.before), strip(w.after));
+        const [before, after] = [w.before, w.after].map((values) => Math.max(...values)), most = Math.max(before, after, 1e-9);
+        const strip = (values) => el("div", { className: "fx-tokens" }, ...reply.tokens.map((token, i) =>
+          el("span", { style: shade(values[i] / most) }, shown(token), el("small", {}, values[i] > 0 ? values[i].toPrecision(2) : ""))));
+        const told = ` at most ${before.toPrecision(3)} before, ${after.toPrecision(3)} after`;
+        return el("div", {}, el("p", {}, el("b", {}, w.feature), told), strip(w.before), strip(w.after));
       }));
     });
-    const prompt = el("input", { className: "fx-text", value: "I think" }), seed = el("input", { type: "number", value: 0, style: "width:5rem" });
-    const which = el("select", {}, el("option", { value: "chain" }, "its chain"), el("option", { value: "own" }, "this feature alone"), el("option", { value: "pins" }, "the pinned set"));
-    const strategy = el("select", {}, ...["single", "constant", "exponential", "linear"].map((s) => el("option", { value: s, selected: s === "exponential" }, s)));
-    const strength = el("input", { type: "number", value: 1, step: 0.25, style: "width:5rem" }), wrote = el("div");
+    return [el("h3", {}, "Switch off, turn up"), el("label", {}, "sentence", text), row(
+      el("label", {}, "change", what), el("button", { onclick: () => change(0) }, "Switch off"),
+      el("button", { onclick: () => change(Number(factor.value)) }, "Turn up"), el("label", {}, "times", factor)), seen];
+  }
+  steering(name) {
+    const chain = this.records.flow(name, UNCUT, 1, false).chain ?? [name], wrote = el("div");
+    const prompt = el("input", { className: "fx-text", value: "I think" }), strength = number(1), seed = number(0, 1);
+    const which = choice({ chain: "its chain", own: "this feature alone", pins: "the pinned set" }, "chain");
+    const strategies = ["single", "constant", "exponential", "linear"];
+    const strategy = choice(Object.fromEntries(strategies.map((s) => [s, s])), "exponential");
     const steer = () => this.attempt(async () => {
+      const features = { chain, own: [name], pins: [...this.pins.keys()] }[which.value];
+      const given = { features, prompt: prompt.value, strategy: strategy.value, strength: Number(strength.value), seed: Number(seed.value) };
       wrote.replaceChildren(el("p", {}, "writing …"));
-      const features = { chain: flow.chain ?? [name], own: [name], pins: [...this.pins.keys()] }[which.value];
-      const reply = await this.records.ask("steer", { features, prompt: prompt.value, strategy: strategy.value, strength: Number(strength.value), seed: Number(seed.value) }).catch((error) => { wrote.replaceChildren(); throw error; });
-      const column = (title, texts) => el("div", {}, el("b", {}, title), ...texts.map((t) => el("p", {}, prompt.value + t)));
-      wrote.replaceChildren(el("p", { className: "fx-quiet" }, reply.about), el("div", { className: "fx-texts" }, column("unsteered", reply.unsteered), column("steered", reply.steered)));
+      const reply = await this.records.ask("steer", given).finally(() => wrote.replaceChildren());
+      const column = (title) => el("div", {}, el("b", {}, title), ...reply[title].map((t) => el("p", {}, given.prompt + t)));
+      wrote.replaceChildren(quiet(reply.about), el("div", { className: "fx-texts" }, column("unsteered"), column("steered")));
     });
-    return el("div", {}, el("h2", {}, `Try ${name} in the model`), el("h3", {}, "Switch off, turn up"), el("label", {}, "sentence", text), el("div", { className: "fx-row" }, el("label", {}, "change", what), el("button", { onclick: () => change(0) }, "Switch off"), el("button", { onclick: () => change(Number(factor.value)) }, "Turn up"), el("label", {}, "times", factor)), seen,
-      el("h3", {}, "Steer"), el("label", {}, "prompt", prompt), el("div", { className: "fx-row" }, el("label", {}, "by", which), el("label", {}, "strategy", strategy), el("label", {}, "strength", strength), el("label", {}, "seed", seed), el("button", { onclick: steer }, "Write")), wrote);
+    return [el("h3", {}, "Steer"), el("label", {}, "prompt", prompt), row(
+      el("label", {}, "by", which), el("label", {}, "strategy", strategy), el("label", {}, "strength", strength),
+      el("label", {}, "seed", seed), el("button", { onclick: steer }, "Write")), wrote];
   }
 
   // ---- the pinned set
@@ -468,11 +566,16 @@ class Explorer {
     this.hooks.keep?.(this.center, [...this.pins.keys()]);
     try { sessionStorage.setItem(this.storeKey, JSON.stringify(this.set())); } catch { /* a reload forgets it */ }
   }
-  set() { return { format: SET, suite: this.about.suite, name: this.setName, features: [...this.pins].map(([feature, label]) => ({ feature, label })) }; }
+  set() {
+    const features = [...this.pins].map(([feature, label]) => ({ feature, label }));
+    return { format: SET, suite: this.about.suite, name: this.setName, features };
+  }
   readSet(read) {
     if (read === null) return;
     const features = read.format === SET ? read.features : read.steps;
-    if (!Array.isArray(features) || typeof read.suite !== "string") throw new Error("This file holds no set and no plan: expected a file that the explorer or save_plan wrote.");
+    if (!Array.isArray(features) || typeof read.suite !== "string") {
+      throw new Error("This file holds no set and no plan: expected a file that the explorer or save_plan wrote.");
+    }
     if (read.suite !== this.about.suite) throw new Error(`This set is of suite ${read.suite}: expected one of ${this.about.suite}.`);
     const pins = new Map();
     for (const { feature, label } of features) {
@@ -487,21 +590,27 @@ class Explorer {
   drawPins() {
     const name = el("input", { value: this.setName, placeholder: "name of the set", onchange: () => { this.setName = name.value; this.keep(); } });
     const file = el("input", { type: "file", accept: ".json", onchange: () => this.attempt(async () => {
-      const text = await file.files[0].text();
       let read;
-      try { read = JSON.parse(text); } catch { throw new Error(`${file.files[0].name} is not JSON.`); }
+      try { read = JSON.parse(await file.files[0].text()); } catch { throw new Error(`${file.files[0].name} is not JSON.`); }
       this.readSet(read);
       this.draw();
       this.tell(`${this.pins.size} features loaded`);
     }) });
-    const kind = el("select", {}, el("option", { value: "add" }, "add, s ="), el("option", { value: "rescale" }, "rescale, r =")), strength = el("input", { type: "number", value: 1, step: 0.25, style: "width:5rem" });
-    const save = (what, make) => el("button", { disabled: !this.pins.size, onclick: () => this.attempt(() => this.download(...make())) }, what);
-    const slug = () => this.setName.replaceAll(/[^A-Za-z0-9]+/g, "-").replaceAll(/^-|-$/g, "") || "set";
-    this.pinBox.replaceChildren(el("h2", {}, `Pinned features (${this.pins.size})`),
-      el("div", { className: "fx-row" }, el("label", {}, "name", name), el("label", { className: "fx-file" }, "load a set or plan", file)),
-      el("ul", {}, ...[...this.pins].map(([feature, label]) => el("li", { className: "fx-row" }, this.button(feature), el("input", { className: "fx-text", value: label, "aria-label": `label of ${feature}`, onchange: (event) => { this.pins.set(feature, event.target.value); this.keep(); } }), el("button", { "aria-label": `unpin ${feature}`, onclick: () => this.pin(feature) }, "Unpin")))),
-      el("div", { className: "fx-row" }, save("Save set", () => [`${slug()}.json`, this.set()]), save("Save as plan", () => [`${slug()}-plan.json`, this.plan(kind.value, Number(strength.value))]), kind, strength,
-        save("Save labels", () => [`${slug()}-labels.csv`, this.labels()]), save("Save for circuit-tracer and Neuronpedia", () => [`${slug()}-graph.json`, this.attributionGraph(slug())])));
+    const kind = choice({ add: "add, s =", rescale: "rescale, r =" }, "add"), strength = number(1);
+    const slug = this.setName.replaceAll(/[^A-Za-z0-9]+/g, "-").replaceAll(/^-|-$/g, "") || "set";
+    const save = (what, end, make) => el("button", {
+      disabled: !this.pins.size, onclick: () => this.attempt(() => this.download(`${slug}${end}`, make())),
+    }, what);
+    const relabel = (feature) => (event) => { this.pins.set(feature, event.target.value); this.keep(); };
+    const items = [...this.pins].map(([feature, value]) => el("li", { className: "fx-row" }, this.button(feature),
+      el("input", { className: "fx-text", value, "aria-label": `label of ${feature}`, onchange: relabel(feature) }),
+      el("button", { "aria-label": `unpin ${feature}`, onclick: () => this.pin(feature) }, "Unpin")));
+    this.pinBox.replaceChildren(
+      el("h2", {}, `Pinned features (${this.pins.size})`),
+      row(el("label", {}, "name", name), el("label", { className: "fx-file" }, "load a set or plan", file)), el("ul", {}, ...items),
+      row(save("Save set", ".json", () => this.set()), save("Save labels", "-labels.csv", () => this.labels()),
+        save("Save for circuit-tracer and Neuronpedia", "-graph.json", () => this.attributionGraph(slug)),
+        save("Save as plan", "-plan.json", () => this.plan(kind.value, Number(strength.value))), kind, strength));
   }
   plan(kind, strength) {
     const theta = (name) => this.records.get(name).theta;
@@ -522,7 +631,9 @@ class Explorer {
     const id = (name) => { const { layer, module, index } = parse(name); return `${layer}_${index}_${lanes.indexOf(module)}`; };
     const nodes = names.map((name) => {
       const { layer, module, index } = parse(name), lane = lanes.indexOf(module), sum = layer + { res: 0, mlp: 1000, att: 2000 }[module] + index;
-      return { node_id: id(name), jsNodeId: `${layer}_${index}-${lane}`, feature: (sum * (sum + 1)) / 2 + index, layer: String(layer), ctx_idx: lane, feature_type: "cross layer transcoder", clerp: this.pins.get(name) || name };
+      const node = { node_id: id(name), jsNodeId: `${layer}_${index}-${lane}`, feature: (sum * (sum + 1)) / 2 + index };
+      Object.assign(node, { layer: `${layer}`, ctx_idx: lane, feature_type: "cross layer transcoder" });
+      return { ...node, clerp: this.pins.get(name) || name };
     });
     const links = [];
     for (const name of names) {
@@ -537,8 +648,9 @@ class Explorer {
         if (rank >= 0 && !seen.has(source)) links.push({ source: id(source), target: id(name), weight: on.score[rank] });
       }
     }
-    const metadata = { slug, scan: this.about.suite, schema_version: 1, prompt: `feature flow of ${this.setName || names.join(", ")}`, transcoder_list: [], prompt_tokens: lanes };
-    const qParams = { pinnedIds: names.map(id), supernodes: [[this.setName || names[0], ...names.map(id)]], linkType: "both", clickedId: "", sg_pos: "" };
+    const prompt = `feature flow of ${this.setName || names.join(", ")}`, supernode = [this.setName || names[0], ...names.map(id)];
+    const metadata = { slug, scan: this.about.suite, schema_version: 1, prompt, transcoder_list: [], prompt_tokens: lanes };
+    const qParams = { pinnedIds: names.map(id), supernodes: [supernode], linkType: "both", clickedId: "", sg_pos: "" };
     return { metadata, qParams, nodes, links };
   }
   download(name, content) {
