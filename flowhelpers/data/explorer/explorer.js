@@ -204,9 +204,10 @@ class Explorer {
     const about = this.about;
     this.say = el("p", { className: "fx-say", role: "status" });
     this.found = el("ul", { className: "fx-found" });
-    this.query = el("input", { type: "search", placeholder: "label, token, subject or 12/res/4230" });
-    const form = el("form", { onsubmit: (event) => { event.preventDefault(); this.attempt(() => this.search()); } },
-      el("label", {}, "Search", this.query), el("button", { type: "submit" }, "Find"));
+    const find = (event) => { event.preventDefault(); this.attempt(() => this.search()); };
+    const onkeydown = (event) => { if (event.key === "Enter") find(event); }; // JupyterLab submits no form
+    this.query = el("input", { type: "search", placeholder: "label, token, subject or 12/res/4230", onkeydown });
+    const form = el("form", { onsubmit: find }, el("label", {}, "Search", this.query), el("button", {}, "Find"));
     this.back = el("button", { onclick: () => this.travel(this.past, this.future) }, "← Back");
     this.forward = el("button", { onclick: () => this.travel(this.future, this.past) }, "Forward →");
     const home = el("button", { onclick: () => this.attempt(() => this.go(null)) }, "Whole model");
@@ -414,7 +415,8 @@ class Explorer {
       return {
         type: "scatter", mode: "markers+text", name: NAMES[kind] ?? kind, cliponaxis: false,
         x: some.map((n) => n.x), y: some.map((n) => n.y), customdata: some.map((n) => n.name),
-        text: some.map((n) => n.text), textposition: "bottom center", textfont: { size: 12, color: ink },
+        text: some.map((n) => n.text), textfont: { size: 12, color: ink },
+        textposition: some.map((n) => (this.tall && n.module === "res" ? "middle right" : "bottom center")),
         hovertext: some.map((n) => n.hover), hoverinfo: "text", marker: { symbol, color, opacity: 1, size, line },
       };
     });
@@ -501,11 +503,16 @@ class Explorer {
     const told = `${two(score)}, ${score > line ? "above" : "not above"} chance ${two(line)}`;
     return [SCORES[module], bar, `${told}${lead}${back.mutual ? ", mutual" : ""}`];
   }
-  context([peak, active, near]) {
+  window(peak) { // the tokens around a row, of its own text
     const { tokens, texts } = this.about, next = texts.find((start) => start > peak) ?? tokens.length;
-    const first = Math.max(texts.findLast((start) => start <= peak), peak - 8), shares = new Map();
+    const first = Math.max(texts.findLast((start) => start <= peak), peak - 8);
+    const some = tokens.slice(first, Math.min(next, peak + 9));
+    return { first, tokens: some, text: some.join("") };
+  }
+  context([peak, active, near]) {
+    const { first, tokens } = this.window(peak), shares = new Map();
     for (let i = 0; i < near.length; i += 2) shares.set(peak + near[i], near[i + 1] / 100);
-    const spans = tokens.slice(first, Math.min(next, peak + 9)).map((token, i) => {
+    const spans = tokens.map((token, i) => {
       const share = shares.get(first + i) ?? 0, className = first + i === peak ? "fx-peak" : "";
       const title = share ? `${Math.round(100 * share)} % of ${active}` : "";
       return el("span", { className, title, style: shade(share) }, token.replaceAll("\n", "⏎"));
@@ -516,7 +523,8 @@ class Explorer {
   // ---- the model, where a kernel has it
   switching(name) {
     const edges = this.records.flow(name, UNCUT, 1, false).edges, seen = el("div");
-    const text = el("input", { className: "fx-text", value: "The ship sailed home after the war." }), factor = number(3);
+    const best = this.records.get(name).contexts?.[0], factor = number(3);
+    const text = el("input", { className: "fx-text", value: best ? this.window(best[0]).text.trim() : "The ship sailed home." });
     const what = choice({ own: "this feature", before: "its predecessors", pins: "the pinned set" }, "own");
     const later = edges.filter((e) => e.source === name).map((e) => e.target);
     const change = (r) => this.attempt(async () => {
