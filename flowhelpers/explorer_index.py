@@ -4,7 +4,6 @@ Every feature has as many matches as every other of its SAE, so its own begin at
 computed. The file is memory-mapped: opening it reads nothing but what is asked for.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowhelpers.core.cache import cache_folder, key_of
+from flowhelpers.core.cache import cached_arrays
 from flowhelpers.core.features import MODULES, FeatureId, Site, parse_feature, parse_site
-from flowhelpers.core.files import writable_folder, write_whole
 from flowhelpers.explorer_reading import NEAR, read_features
 from flowhelpers.flow.lifespans import feature_lifespans
 from flowhelpers.labels.neuronpedia import feature_page
@@ -114,11 +112,8 @@ class FlowIndex:
         if not whole:
             return made
         if feature.module == "res":
-            made["back"] = {
-                m: made_of
-                for m in MODULES
-                if (made_of := self.choices("backward", layer, m, feature.index))
-            }
+            back = {m: self.choices("backward", layer, m, feature.index) for m in MODULES}
+            made["back"] = {module: chosen for module, chosen in back.items() if chosen}
             if "direct" in arrays:
                 to, score = arrays["direct"][at].tolist(), arrays["direct_score"][at].astype(float)
                 pairs = zip(self.about["layers"], to, score.round(4).tolist(), strict=True)
@@ -224,7 +219,7 @@ def flow_index(
     prints = {str(site): suite.about(site, "fingerprint") for site in sites}
     small = sum(widths.values()) <= SMALL
     activations = None if small else activations
-    key: dict[str, Any] = {"suite": suite.name, "saes": prints, "version": VERSION}
+    key: dict[str, Any] = {"suite": suite.name, "saes": prints}
     key |= {"table": TABLE_VERSION, "draws": NULL_DRAWS, "model": ""}
     if small or activations is not None:
         key["model"] = suite.model.fingerprint
@@ -233,17 +228,17 @@ def flow_index(
 
         of_tokens = hash_pandas_object(activations.tokens, index=False)
         key["tokens"] = int(of_tokens.sum()), sorted(map(str, activations.by_site))
-    path = Path(cache or cache_folder()) / "explorer" / f"{key_of(key)}.arrow"
-    if not path.exists():
-        writable_folder(path.parent)
+
+    def make() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         table = best_five(suite, cache)
         about, arrays = index_matches(table, widths)
         about["links"] = {str(at): (feature_page(suite, f"{at}/0") or "")[:-1] for at in sites}
         if small or activations is not None:
             read, made = read_features(suite, table, activations, small)
             about, arrays = about | read, arrays | made
-        write_whole(path, lambda file: write_index(file, about, arrays))
-    index = open_index(path)
+        return about, arrays
+
+    index = FlowIndex(*cached_arrays("explorer", key, make, cache, VERSION))
     if labels is None:
         return index
     rows = labels[["feature", "label", "label_from"]].itertuples(index=False)
@@ -252,9 +247,8 @@ def flow_index(
 
 def best_five(suite: "Suite", cache: Path | None = None) -> "pd.DataFrame":
     """The matches that the explorer shows: five, or as many as the narrowest SAE has features."""
-    return match_table(
-        suite, min(RANKS, *(suite.about(site, "width") for site in suite.saes)), cache=cache
-    )
+    widths = (suite.about(site, "width") for site in suite.saes)
+    return match_table(suite, min(RANKS, *widths), cache=cache)
 
 
 def index_matches(
@@ -321,33 +315,3 @@ def _viewed(arrays: Mapping[str, np.ndarray], some: slice) -> dict[str, Any]:
         "born": (born, [*MODULES[1:]]),
         "life": (octave, spans),
     }
-
-
-def write_index(file: Path, about: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
-    """One row whose columns are the arrays, as lists; their shapes and `about` are metadata."""
-    import pyarrow as pa
-
-    columns = {
-        name: pa.LargeListArray.from_arrays(
-            pa.array([0, array.size], pa.int64()), pa.array(array.reshape(-1))
-        )
-        for name, array in arrays.items()
-    }
-    shapes = {name: array.shape for name, array in arrays.items()}
-    told = {"about": json.dumps(about), "shapes": json.dumps(shapes)}
-    table = pa.table(columns).replace_schema_metadata(told)
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
-
-
-def open_index(path: Path) -> FlowIndex:
-    """The index in a file, its arrays memory-mapped."""
-    import pyarrow as pa
-
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-    told = {name.decode(): json.loads(text) for name, text in (table.schema.metadata or {}).items()}
-    arrays = {
-        name: table[name].chunk(0).values.to_numpy(zero_copy_only=True).reshape(shape)
-        for name, shape in told["shapes"].items()
-    }
-    return FlowIndex(told["about"], arrays)

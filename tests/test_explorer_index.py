@@ -16,9 +16,10 @@ import toys
 from flowhelpers import explorer_index as index_module
 from flowhelpers.activations.corpora import passages
 from flowhelpers.activations.sparse import collect
+from flowhelpers.core.cache import read_arrays, write_arrays
 from flowhelpers.core.features import FeatureId
 from flowhelpers.explorer import write_page
-from flowhelpers.explorer_index import FlowIndex, flow_index, index_matches, open_index, write_index
+from flowhelpers.explorer_index import FlowIndex, flow_index, index_matches
 from flowhelpers.explorer_page import explorer_page
 from flowhelpers.flow.graph import flow_graph
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
@@ -44,8 +45,8 @@ def table(random_suite: Suite) -> pd.DataFrame:
 def found(random_suite: Suite, table: pd.DataFrame, tmp_path_factory: Any) -> FlowIndex:
     widths = {site: WIDTH for site in sorted(random_suite.saes)}
     path = tmp_path_factory.mktemp("index") / "some.arrow"
-    write_index(path, *index_matches(table, widths))
-    return open_index(path)
+    write_arrays(path, *index_matches(table, widths))
+    return FlowIndex(*read_arrays(path))
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +249,13 @@ def test_a_larger_suite_has_contexts_from_what_is_given(
     assert "rate" not in some.record(FeatureId(1, "mlp", 0))
     assert "writes" not in some.arrays
     assert replace(some, labels={}).search("war") == []
+
+
+def test_a_truncated_file_is_made_again(planted: Suite, read: FlowIndex, tmp_path: Path):
+    made = flow_index(planted, cache=tmp_path)
+    (file,) = (tmp_path / "explorer").iterdir()
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.warns(UserWarning, match="is made again"):
+        again = flow_index(planted, cache=tmp_path)
+    assert again.about == made.about == read.about
+    assert again.everything() == read.everything()

@@ -23,8 +23,9 @@ from clock import options, seconds
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from browsers import CHROMIUM, open_browser
 
+from flowhelpers.core.cache import read_arrays, write_arrays
 from flowhelpers.core.features import MODULES, FeatureId, Site
-from flowhelpers.explorer_index import RANKS, FlowIndex, open_index, write_index
+from flowhelpers.explorer_index import RANKS, FlowIndex
 from flowhelpers.explorer_page import explorer_page
 
 
@@ -90,11 +91,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "random.arrow"
         made = random_index(given.layers, given.features)
-        took, _ = seconds(lambda: write_index(file, made.about, made.arrays))
+        took, _ = seconds(lambda: write_arrays(file, made.about, made.arrays))
         size, matches = file.stat().st_size / 1e6, len(made.arrays["other"])
         print(f"{len(made.arrays['class']):,} features, {matches:,} matches: {size:.0f} MB")
-        print(f"written in {took:.2f} s, opened in {seconds(lambda: open_index(file))[0]:.3f} s")
-        index = open_index(file)
+        print(f"written in {took:.2f} s, opened in {seconds(lambda: read_arrays(file))[0]:.3f} s")
+        index = FlowIndex(*read_arrays(file))
         drawn = rng.integers(0, [given.layers, given.features], (given.clicks, 2)).tolist()
         clicks = [FeatureId(layer, "res", i) for layer, i in drawn]
         took = [

@@ -367,11 +367,12 @@ class Explorer {
   place(nodes, layers) {
     const tall = this.tall, low = layers[0], high = layers.at(-1), far = nodes.some((n) => n.role === "direct");
     const more = this.ranks - 1 + (parse(this.center).module !== "res"), step = 0.42;
-    const lane = { res: 0, att: 1, mlp: -1 - step * more, direct: -2 - 2 * step * more };
+    const gap = more ? step * more + 0.3 : 0, lane = { res: 0, att: 1, mlp: -1 - gap, direct: -2 - 2 * gap };
     const room = tall ? 90 : this.plot.clientWidth / (high - low + 2), most = Math.floor((tall ? 105 : room) / 7);
     for (const n of nodes) {
       const isSeed = n.name === this.center && n.module !== "res"; // apart from what its target chose
-      const away = step * (isSeed ? this.ranks : n.role === "alternative" ? n.rank - 1 : 0);
+      const beyond = isSeed ? this.ranks : n.role === "alternative" ? n.rank - 1 : 0;
+      const away = beyond ? 0.3 + step * beyond : 0; // below the texts of what was chosen first
       const along = n.layer - (n.module === "res" ? 0 : 0.4);
       const across = lane[n.role === "direct" ? "direct" : n.module] + (n.module === "att" ? away : -away);
       [n.x, n.y] = tall ? [across, along] : [along, across];
@@ -381,16 +382,16 @@ class Explorer {
       const hover = [n.name, this.records.label(n.name), n.kind, n.told ?? ""].filter(Boolean);
       n.hover = hover.map(inPlotly).join("<br>").replaceAll("\n", "<br>");
     }
-    const lanes = ["att", "res", "mlp", ...(far ? ["direct"] : [])], end = far ? lane.direct : lane.mlp - step * more;
+    const lanes = ["att", "res", "mlp", ...(far ? ["direct"] : [])], end = far ? lane.direct : lane.mlp - gap;
     const across = {
       tickvals: lanes.map((l) => lane[l]), ticktext: lanes.map((l) => NAMES[l] ?? "direct"), showgrid: false,
-      range: [end - 0.7, 1.5 + step * more], side: tall ? "top" : "left",
+      range: [end - 0.7, 1.5 + gap], side: tall ? "top" : "left",
     };
     const along = {
       title: { text: "layer" }, tickvals: layers, ticktext: layers.map(String),
       range: tall ? [high + 0.6, low - 0.7] : [low - 0.9, high + 0.6],
     };
-    if (!tall) return { xaxis: along, yaxis: across, height: 250 + 85 * (lanes.length - 1 + 2 * more * step) };
+    if (!tall) return { xaxis: along, yaxis: across, height: 250 + 85 * (lanes.length - 1 + 2 * gap) };
     const below = { margin: { l: 40, r: 8, t: 40, b: 40 }, legend: { orientation: "h", y: -0.02, yanchor: "top" } };
     return { xaxis: across, yaxis: along, height: 140 + 92 * (high - low + 1), ...below };
   }
@@ -416,7 +417,7 @@ class Explorer {
         type: "scatter", mode: "markers+text", name: NAMES[kind] ?? kind, cliponaxis: false,
         x: some.map((n) => n.x), y: some.map((n) => n.y), customdata: some.map((n) => n.name),
         text: some.map((n) => n.text), textfont: { size: 12, color: ink },
-        textposition: some.map((n) => (this.tall && n.module === "res" ? "middle right" : "bottom center")),
+        textposition: some.map((n) => (this.tall && n.module === "res" ? "bottom right" : "bottom center")),
         hovertext: some.map((n) => n.hover), hoverinfo: "text", marker: { symbol, color, opacity: 1, size, line },
       };
     });
