@@ -13,6 +13,7 @@ from . import steering as steering
 from . import suites as suites
 from . import training as training
 from .activations import collect as collect
+from .explorer import explore as explore
 from .flow import flow_graph as flow_graph
 from .matching import match_table as match_table
 from .steering import make_plan as make_plan

@@ -1,4 +1,4 @@
-"""The command line: `flowhelpers run`, `paper`, `lab`, `notebooks`, `suites`, `train`, `card`.
+"""The command line: `flowhelpers run`, `paper`, `lab`, `notebooks`, `explore` and so on.
 
 A subcommand is a function of its arguments that returns an exit status. It imports what it needs
 itself, so that `flowhelpers --help` answers at once.
@@ -91,6 +91,23 @@ def notebooks(arguments: argparse.Namespace) -> int:
         print(notebook.stem)
         for each in inspect(notebook).values():
             print(f"  {each.name}: {each.type} = {each.default!r}".ljust(48), each.help)
+    return 0
+
+
+def explore(arguments: argparse.Namespace) -> int:
+    """Writes the explorer of a suite as one page."""
+    import pandas as pd
+
+    from flowhelpers.explorer import write_page
+    from flowhelpers.labels.describe import read_labels
+    from flowhelpers.labels.neuronpedia import neuronpedia_labels
+    from flowhelpers.suites.load import load_suite
+
+    suite = load_suite(arguments.suite)
+    labels = [neuronpedia_labels(suite)] if arguments.fetch_labels else []
+    labels += [read_labels(arguments.labels, suite)] if arguments.labels else []
+    known = pd.concat(labels) if labels else None  # of several of a feature, the last
+    print(write_page(suite, arguments.features, arguments.html, known, arguments.writes))
     return 0
 
 
@@ -220,6 +237,18 @@ def parser() -> argparse.ArgumentParser:
     one = commands.add_parser("notebooks", help="list the notebooks and their parameters")
     one.set_defaults(function=notebooks)
     one.add_argument("notebooks", nargs="*", metavar="notebook")
+
+    one = commands.add_parser("explore", help="write the explorer of a suite as one page")
+    one.set_defaults(function=explore)
+    add = one.add_argument
+    add("suite", help="a registered name or a folder with a suite.yaml")
+    add("features", nargs="*", metavar="feature", help="where it starts, such as 4/res/44; of a"
+        " large suite, what it holds the neighbourhood of")  # fmt: skip
+    add("--html", type=Path, required=True, metavar="FILE", help="the page, of at most 15 MB")
+    add("--labels", type=Path, metavar="CSV", help="your own labels: columns feature and label")
+    add("--fetch-labels", action="store_true", help="fetch Neuronpedia's labels, which are kept")
+    add("--writes", action="store_true", help="of a large suite: load the model, and add what"
+        " features write; of a small one it is there")  # fmt: skip
 
     one = commands.add_parser("suites", help="list the suites, or show one")
     one.set_defaults(function=suites)

@@ -85,6 +85,20 @@ def bare_suite(directions: Mapping[Site, Tensor] | None = None, layers: int = LA
     return Suite(row, model, {s: bare_sae(s, v) for s, v in directions.items()})
 
 
+RELATED = 40, 5  # features of a site, layers
+
+
+def related_suite() -> Suite:
+    """Random directions, some of which come from others; no attention at layer 2, no model."""
+    (width, layers), generator = RELATED, torch.Generator().manual_seed(0)
+    sites = [Site(at, m) for at in range(layers) for m in HOOK_ENDS if (at, m) != (2, "att")]
+    rows = {site: torch.randn(width, 16, generator=generator) for site in sites}
+    for layer in range(1, layers):
+        rows[Site(layer, "res")][:10] += 4 * rows[Site(layer, "mlp")][5:15]
+        rows[Site(layer, "res")][8:30] += 4 * rows[Site(layer - 1, "res")][:22]
+    return bare_suite(rows, layers)
+
+
 def planted_activations(codes: Mapping[Site, Sequence[Sequence[float]]]) -> FeatureActivations:
     """Activations from one row of feature activations for each token; eight tokens to a text."""
     import pandas as pd

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from flowhelpers.core.files import writable_folder, write_whole
 
 if TYPE_CHECKING:
+    import numpy as np
     import pandas as pd
 
 CACHE = "FLOWHELPERS_CACHE"  # where tables are kept; the user's cache folder unless set
@@ -58,6 +59,60 @@ def cached_table(
     table = table.replace_schema_metadata((table.schema.metadata or {}) | {"key": name})
     write_whole(path, lambda file: parquet.write_table(table, file, write_page_checksum=True))
     return table.to_pandas()
+
+
+Arrays = tuple[dict[str, Any], "dict[str, np.ndarray]"]  # and what is told of them, as JSON
+
+
+def cached_arrays(
+    kind: str,
+    key: Mapping[str, Any],
+    compute: Callable[[], Arrays],
+    folder: Path | None = None,
+    version: int = 1,
+) -> Arrays:
+    """Arrays of any shapes from one file, memory-mapped; otherwise as `cached_table`."""
+    from pyarrow import ArrowException
+
+    name = f"{key_of({'key': key, 'version': version})}.arrow"
+    path = Path(folder or cache_folder()) / kind / name
+    if path.exists():
+        try:
+            return read_arrays(path)
+        except (ArrowException, OSError, LookupError, ValueError) as error:
+            warnings.warn(f"{path} is made again: {error}", stacklevel=2)
+    writable_folder(path.parent)
+    about, arrays = compute()
+    write_whole(path, lambda file: write_arrays(file, about, arrays))
+    return read_arrays(path)
+
+
+def write_arrays(file: Path, about: Mapping[str, Any], arrays: "Mapping[str, np.ndarray]") -> None:
+    """One row of an Arrow table whose columns are the arrays; shapes and `about` are metadata."""
+    import pyarrow as pa
+
+    columns = {}
+    for name, array in arrays.items():
+        ends = pa.array([0, array.size], pa.int64())
+        columns[name] = pa.LargeListArray.from_arrays(ends, pa.array(array.reshape(-1)))
+    shapes = {name: array.shape for name, array in arrays.items()}
+    told = {"about": json.dumps(about), "shapes": json.dumps(shapes)}
+    table = pa.table(columns).replace_schema_metadata(told)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_arrays(path: Path) -> Arrays:
+    """What `write_arrays` wrote, the arrays memory-mapped: nothing is read but what is used."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    told = {name.decode(): json.loads(text) for name, text in (table.schema.metadata or {}).items()}
+    arrays = {
+        name: table[name].chunk(0).values.to_numpy(zero_copy_only=True).reshape(shape)
+        for name, shape in told["shapes"].items()
+    }
+    return told["about"], arrays
 
 
 PATIENCE = 60.0  # seconds to wait while another process writes

@@ -1,0 +1,736 @@
+// The explorer of a model's flow: one view, for JupyterLab (the default export, by anywidget) and
+// for a page on disk (`openPage`). Whatever comes from a suite or a file is shown as text.
+
+const NAMES = { res: "stream", mlp: "MLP", att: "attention" };
+const LOOKS = {
+  translated: ["●", "circle", "#56B4E9"], processed: ["■", "square", "#E69F00"],
+  newborn: ["▲", "triangle-up", "#CC79A7"], unexplained: ["✖", "x", "#8C8C8C"],
+  mlp: ["◆", "diamond", "#D55E00"], att: ["★", "star", "#009E73"],
+  res: ["○", "circle-open", "#0072B2"],
+  alternative: ["○", "circle-open", "#8C8C8C"], direct: ["◇", "diamond-open", "#0072B2"],
+};
+const READINGS = {
+  translated: "passed on: only s(R) is above chance",
+  processed: "passed on and changed: s(R) is above chance, and s(M) or s(A)",
+  newborn: "born here: s(M) or s(A) is above chance, s(R) is not",
+  unexplained: "no score is above chance",
+};
+const SCORES = { res: "s(R)", mlp: "s(M)", att: "s(A)" };
+const SET = "flowhelpers feature set, version 1";
+const UNCUT = { res: 0, mlp: 0, att: 0 };
+const CHANCE = "Every match is the cosine of two decoder directions, held against the best of random directions: above 99.9 % of these it is above chance.";
+const COLOURS = ["#56B4E9", "#E69F00", "#CC79A7", "#8C8C8C", "#009E73", "#D55E00", "#0072B2", "#F0E442"];
+const PATTERNS = ["", "/", "x", ".", "\\", "-", "+", "|"];
+
+function el(tag, given = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [key, value] of Object.entries(given)) {
+    if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
+    else if (key in node && key !== "list") node[key] = value;
+    else node.setAttribute(key, value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  return node;
+}
+const quiet = (text) => el("p", { className: "fx-quiet" }, text);
+const row = (...children) => el("div", { className: "fx-row" }, ...children);
+const number = (value, step = 0.25) => el("input", { type: "number", value, step, style: "width:5rem" });
+const choice = (texts, selected, onchange = () => {}) => el("select", { onchange }, ...Object.entries(texts).map(
+  ([value, text]) => el("option", { value, selected: value === selected }, text)));
+const table = (rows, heads) => el("table", {},
+  heads ? el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head))) : "",
+  ...rows.map(([first, ...cells]) => el("tr", {}, el("th", { scope: "row" }, first), ...cells.map((cell) => el("td", {}, cell)))));
+const shade = (share) => (share > 0 ? `background:rgba(230,159,0,${(0.15 + 0.55 * share).toFixed(2)})` : "");
+const parse = (name) => {
+  const [layer, module, index] = name.split("/");
+  return { layer: Number(layer), module, index: Number(index) };
+};
+const shown = (token) => token.trim() ? token.trim() : JSON.stringify(token).slice(1, -1) || "␣";
+const inPlotly = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
+const two = (x) => (x === null || x === undefined ? "–" : x.toFixed(2));
+const percent = (x) => (x === 0 ? "0 %" : `${(100 * x).toPrecision(2)} %`);
+
+// What is known of the features: all of them in a page or of a small suite, else what was asked for.
+class Records {
+  constructor(about, ask) {
+    this.about = about;
+    this.ask = ask; // of a kernel: (what, given) → reply; undefined in a page
+    this.known = new Map();
+  }
+  add(records) {
+    for (const [name, record] of Object.entries(records)) {
+      if (!this.known.get(name)?.on) this.known.set(name, record);
+    }
+  }
+  get(name) { return this.known.get(name) ?? {}; }
+  peaks(name) { return [...new Set((this.get(name).contexts ?? []).map(([row]) => shown(this.about.tokens[row])))]; }
+  label(name) {
+    const { label, writes } = this.get(name), peaks = this.peaks(name);
+    const active = peaks.length ? `active at ${peaks.join(", ")}` : "";
+    const written = writes ? `writes ${writes.slice(0, 4).map(shown).join(", ")}` : "";
+    return label ?? [active, written].filter(Boolean).join("; ");
+  }
+  caption(name) {
+    const { label, writes } = this.get(name), peaks = this.peaks(name);
+    return label?.split("\n")[0] ?? (peaks.length ? peaks : (writes ?? []).slice(0, 3).map(shown)).join(", ");
+  }
+  labelFrom(name) {
+    const { from, contexts, writes } = this.get(name);
+    return from ?? [contexts?.length ? "top contexts" : "", writes ? "logit lens" : ""].filter(Boolean).join(" and ");
+  }
+  null(direction, layer, module) { return this.about.blocks[`${direction} ${layer} ${module}`]?.null ?? null; }
+  check(text) {
+    const name = text.replaceAll(/\s/g, "");
+    const { layer, module, index } = parse(name);
+    const width = this.about.sites[`${layer}/${module}`];
+    if (width === undefined) return [null, `No SAE at ${layer}/${module}: there are ${Object.keys(this.about.sites).join(", ")}.`];
+    if (index >= width) return [null, `No feature ${name}: ${layer}/${module} has features 0 to ${width - 1}.`];
+    return [`${layer}/${module}/${index}`, null];
+  }
+  async fetch(name) {
+    if (this.get(name).on) return;
+    if (this.about.whole || !this.ask) {
+      const { seeds, suite } = this.about, command = `flowhelpers explore ${suite} ${name} --html FILE`;
+      throw new Error(`${name} is not in this page, which holds what is near ${seeds.join(", ")}. To have it: ${command}`);
+    }
+    this.add((await this.ask("near", { feature: name })).records);
+  }
+  async search(text) {
+    const wanted = text.trim().toLowerCase();
+    if (!this.about.whole && this.ask) {
+      const reply = await this.ask("search", { text });
+      this.add(reply.records);
+      return Object.keys(reply.records).map((name) => [name, "by label or subject"]);
+    }
+    const found = [];
+    for (const [name, record] of this.known) {
+      const at = (record.writes ?? []).findIndex((token) => token.trim().toLowerCase() === wanted);
+      const peaks = (record.contexts ?? []).map(([row]) => this.about.tokens[row].trim().toLowerCase());
+      if (record.label?.toLowerCase().includes(wanted)) found.push([0, name, "label"]);
+      else if (record.subject === wanted) found.push([-record.auc, name, `tells passages on ${wanted}, AUC ${two(record.auc)}`]);
+      else if (peaks.includes(wanted)) found.push([1, name, "most active at it"]);
+      else if (at >= 0) found.push([2 + at / 100, name, `writes it, ${at + 1}. of ${record.writes.length}`]);
+    }
+    const best = found.sort((a, b) => a[0] - b[0]), ofSubject = best.filter(([order]) => order < 0).slice(0, 30);
+    return [...ofSubject, ...best.filter(([order]) => order >= 0)].slice(0, 60).map(([, name, why]) => [name, why]);
+  }
+  async listed(view, layer, value) {
+    if (!this.about.whole && this.ask) {
+      const reply = await this.ask("listed", { view, layer, value });
+      this.add(reply.records);
+      return Object.keys(reply.records);
+    }
+    const test = {
+      class: (r) => r.class === value, born: (r) => r.born === value,
+      life: (r) => r.life && Math.floor(Math.log2(r.life[1] - r.life[0] + 1)) === Math.floor(Math.log2(parseInt(value))),
+    }[view];
+    return [...this.known].filter(([name, r]) => name.startsWith(`${layer}/res/`) && test(r)).map(([name]) => name);
+  }
+  // The flow of a feature: its chain back and on by best matches, the modules' best, and with more
+  // `ranks` what else each node chose. A chain ends where s(R) is below `cut.res` (CHOICES 26).
+  flow(center, cut, ranks, aboveOnly) {
+    const nodes = new Map(), edges = [];
+    const node = (name, role) => { if (!nodes.has(name)) nodes.set(name, { name, role, ...parse(name) }); };
+    const edge = (source, target, kind, score, nullAt, rank, mutual) => {
+      if (aboveOnly && rank > 1 && !(score > nullAt)) return false;
+      edges.push({ source, target, kind, score, null: nullAt, rank, mutual });
+      return true;
+    };
+    let start = center;
+    node(center, "chain");
+    if (parse(center).module !== "res") {
+      const { layer, module } = parse(center), on = this.get(center).on ?? {};
+      (on.to ?? []).slice(0, ranks).forEach((index, i) => {
+        const name = `${layer}/res/${index}`;
+        if (on.score[i] < cut[module]) return;
+        const line = this.null("forward", layer, module);
+        if (edge(center, name, module, on.score[i], line, i + 1, i === 0 && on.mutual)) node(name, i ? "alternative" : "chain");
+        if (i === 0) start = name;
+      });
+      if (start === center) return { nodes, edges, cutAt: [] };
+    }
+    const chain = [start], cutAt = [];
+    for (let name = start; ;) { // back
+      const { layer } = parse(name), back = this.get(name).back?.res;
+      if (!back?.to?.length) break;
+      if (back.score[0] < cut.res) { cutAt.push(`before layer ${layer}`); break; }
+      const before = `${layer - 1}/res/${back.to[0]}`;
+      node(before, "chain");
+      edge(before, name, "res", back.score[0], this.null("backward", layer, "res"), 1, back.mutual);
+      chain.unshift(name = before);
+    }
+    for (let name = start; ;) { // on
+      const { layer } = parse(name), on = this.get(name).on;
+      if (!on?.to?.length) break;
+      const next = `${layer + 1}/res/${on.to[0]}`, own = this.get(next).back?.res;
+      if (own && own.score[0] < cut.res) { cutAt.push(`after layer ${layer}`); break; }
+      node(next, "chain");
+      edge(name, next, "res", on.score[0], this.null("forward", layer + 1, "res"), 1, on.mutual);
+      chain.push(name = next);
+    }
+    for (const name of chain) {
+      const { layer } = parse(name), record = this.get(name), middle = parse(start).layer;
+      for (const [module, back] of Object.entries(record.back ?? {})) {
+        if (module === "res" && layer > middle) continue;
+        back.to.slice(0, ranks).forEach((index, i) => {
+          const source = `${layer - (module === "res")}/${module}/${index}`;
+          if (back.score[i] < cut[module] || (module === "res" && i === 0)) return;
+          const line = this.null("backward", layer, module), mutual = i === 0 && back.mutual;
+          if (edge(source, name, module, back.score[i], line, i + 1, mutual)) node(source, i ? "alternative" : "module");
+        });
+      }
+      if (layer >= middle) (record.on?.to ?? []).slice(1, ranks).forEach((index, i) => {
+        const target = `${layer + 1}/res/${index}`, score = record.on.score[i + 1];
+        if (score >= cut.res && edge(name, target, "res", score, this.null("forward", layer + 1, "res"), i + 2, false)) node(target, "alternative");
+      });
+    }
+    return { nodes, edges, chain, cutAt };
+  }
+}
+
+class Explorer {
+  constructor(root, records, Plotly, hooks = {}) {
+    Object.assign(this, { root, records, Plotly, hooks });
+    this.past = []; this.future = []; this.center = null;
+    this.cut = { ...UNCUT }; this.ranks = 1; this.direct = false; this.aboveOnly = false;
+    this.pins = new Map(); this.setName = "";
+    this.view = "class";
+    this.build();
+    try { this.readSet(JSON.parse(sessionStorage.getItem(this.storeKey) ?? "null")); } catch { /* none kept */ }
+  }
+  get about() { return this.records.about; }
+  get storeKey() { return `flowhelpers ${this.about.suite} ${this.hooks.key ?? ""}`; }
+  build() {
+    const about = this.about;
+    this.say = el("p", { className: "fx-say", role: "status" });
+    this.found = el("ul", { className: "fx-found" });
+    const find = (event) => { event.preventDefault(); this.attempt(() => this.search()); };
+    const onkeydown = (event) => { if (event.key === "Enter") find(event); }; // JupyterLab submits no form
+    this.query = el("input", { type: "search", placeholder: "label, token, subject or 12/res/4230", onkeydown });
+    const form = el("form", { onsubmit: find }, el("label", {}, "Search", this.query), el("button", {}, "Find"));
+    this.back = el("button", { onclick: () => this.travel(this.past, this.future) }, "← Back");
+    this.forward = el("button", { onclick: () => this.travel(this.future, this.past) }, "Forward →");
+    const home = el("button", { onclick: () => this.attempt(() => this.go(null)) }, "Whole model");
+    this.plot = el("div", { className: "fx-plot", role: "img" });
+    this.controls = el("div", { className: "fx-row" },
+      ...["res", "mlp", "att"].map((module) => this.slider(`cut ${SCORES[module]} below`, 0, 1, 0.01, (x) => { this.cut[module] = x; })),
+      this.slider("ranks shown", 1, 5, 1, (x) => { this.ranks = x; }),
+      this.tick("direct matches of far layers", (on) => { this.direct = on; return on ? this.askDirect() : null; }),
+      this.tick("alternatives above chance only", (on) => { this.aboveOnly = on; }));
+    this.table = el("div", { className: "fx-scroll" });
+    this.trial = el("section", { className: "fx-pins", "aria-label": "try the feature in the model", hidden: true });
+    this.card = el("aside", { className: "fx-card", "aria-label": "the feature" });
+    this.pinBox = el("section", { className: "fx-pins", "aria-label": "pinned features" });
+    const seeds = about.seeds.slice(0, 8).join(", ") + (about.seeds.length > 8 ? ", …" : "");
+    const part = about.whole || this.records.ask ? "" : `This page holds what is near ${seeds}, not the whole suite.`;
+    this.root.classList.add("fx");
+    this.root.dataset.lmSuppressShortcuts = "true"; // keys typed here are not JupyterLab's
+    this.root.replaceChildren(
+      el("h2", {}, `The flow of ${about.suite}`), quiet(part),
+      el("div", { className: "fx-row" }, form, this.back, this.forward, home), this.say, this.found,
+      el("div", { className: "fx-body" }, el("section", {}, this.controls, this.plot, this.table, this.trial), this.card),
+      this.pinBox);
+    new ResizeObserver(() => { if (this.drawn && this.tall !== this.plot.clientWidth < 560) this.draw(); }).observe(this.plot);
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+  }
+  slider(name, min, max, step, set) {
+    const out = el("output", {}, String(min));
+    const input = el("input", { type: "range", min, max, step, value: min, oninput: () => {
+      out.textContent = input.value; set(Number(input.value)); this.draw();
+    } });
+    return el("label", {}, name, input, out);
+  }
+  tick(name, set) {
+    const input = el("input", { type: "checkbox", onchange: () => this.attempt(async () => { await set(input.checked); this.draw(); }) });
+    return el("label", {}, input, name);
+  }
+  tell(text, wrong = false) {
+    this.say.textContent = text;
+    this.say.classList.toggle("fx-wrong", wrong);
+  }
+  async attempt(work) {
+    try { this.tell(""); await work(); } catch (error) { this.tell(error.message, true); }
+  }
+  button(name, text = name) {
+    return el("button", { className: "fx-link", onclick: () => this.attempt(() => this.go(name)) }, text);
+  }
+  async search() {
+    const text = this.query.value.trim();
+    this.found.replaceChildren();
+    if (!text) throw new Error("Nothing to search for: type a label, a token, a subject or a feature such as 12/res/4230.");
+    if (/^\d+\s*\/\s*(res|mlp|att)\s*\/\s*\d+$/.test(text)) {
+      const [name, wrong] = this.records.check(text);
+      if (wrong) throw new Error(wrong);
+      return this.go(name);
+    }
+    const found = await this.records.search(text);
+    if (!found.length) {
+      const subjects = this.about.subjects?.length ? ` Subjects are: ${this.about.subjects.join(", ")}.` : "";
+      throw new Error(`No feature has “${text}” as label, token or subject.${subjects}`);
+    }
+    this.tell(`${found.length === 60 ? "the first 60" : found.length} found`);
+    this.list(found);
+  }
+  list(found) {
+    this.found.replaceChildren(...found.map(([name, why]) => el("li", {},
+      this.button(name), ` ${this.records.label(name)} `, el("span", { className: "fx-quiet" }, why))));
+  }
+  travel(from, to) {
+    if (!from.length) return;
+    to.push(this.center);
+    this.attempt(() => this.go(from.pop(), false));
+  }
+  async go(name, remember = true) {
+    if (name) await this.records.fetch(name);
+    if (remember && this.center !== undefined && name !== this.center && this.drawn) {
+      this.past.push(this.center);
+      this.future = [];
+    }
+    this.center = name;
+    this.drawn = true;
+    this.hooks.keep?.(name, [...this.pins.keys()]);
+    if (name && this.direct) await this.askDirect();
+    this.draw();
+    this.askMore().catch(() => {});
+  }
+  async askDirect() {
+    const record = this.records.get(this.center);
+    if (!this.center || record.direct || !this.records.ask || parse(this.center).module !== "res") return;
+    this.tell("computing the direct matches …");
+    record.direct = (await this.records.ask("direct", { feature: this.center })).direct;
+    this.tell("");
+  }
+  async askMore() { // of a large suite: what the features of the graph write, once they are drawn
+    if (this.about.whole || !this.records.ask || !this.center) return;
+    const drawn = this.records.flow(this.center, UNCUT, 1, false).nodes.keys();
+    const features = [...drawn].filter((name) => !this.records.get(name).writes);
+    const { writes } = await this.records.ask("writes", { features });
+    for (const [name, tokens] of Object.entries(writes)) this.records.get(name).writes = tokens;
+    if (Object.keys(writes).length) this.draw();
+  }
+
+  // ---- the graph and the overview
+  draw() {
+    this.back.disabled = !this.past.length;
+    this.forward.disabled = !this.future.length;
+    this.controls.hidden = !this.center;
+    this.trial.hidden = !this.center || !this.records.ask;
+    this.tall = this.plot.clientWidth < 560;
+    if (this.center) { this.drawFlow(); this.drawCard(); } else this.drawOverview();
+    this.drawPins();
+  }
+  paint(traces, layout, label, clicked) {
+    const { color: ink, backgroundColor: bg, fontFamily: family } = getComputedStyle(this.root);
+    const grid = { gridcolor: "rgba(128,128,128,.25)", zeroline: false };
+    const whole = {
+      font: { color: ink, size: 12, family }, paper_bgcolor: bg, plot_bgcolor: bg,
+      margin: { l: 62, r: 12, t: 12, b: 40 }, showlegend: true,
+      hoverlabel: { bgcolor: bg, font: { color: ink, size: 13 }, align: "left" },
+      legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
+      ...layout, xaxis: { ...grid, ...layout.xaxis }, yaxis: { ...grid, ...layout.yaxis },
+    };
+    this.plot.setAttribute("aria-label", label);
+    this.Plotly.react(this.plot, traces, whole, { displayModeBar: false, responsive: true });
+    this.plot.removeAllListeners?.("plotly_click");
+    this.plot.on("plotly_click", (event) => clicked(event.points[0]));
+  }
+  drawFlow() {
+    const { nodes, edges, cutAt } = this.records.flow(this.center, this.cut, this.ranks, this.aboveOnly);
+    const chance = (layer) => two(this.about.chance[layer]);
+    if (this.direct) for (const [layer, index, score] of this.records.get(this.center).direct ?? []) {
+      const name = `${layer}/res/${index}`, own = nodes.get(name)?.role === "chain" ? ", the chain's own node" : "";
+      const told = `direct match of ${this.center}: ${two(score)}, chance ${chance(layer)}${own}`;
+      nodes.set(`direct ${name}`, { name, layer, module: "res", index, role: "direct", told });
+    }
+    for (const e of edges) {
+      const source = nodes.get(e.source), target = nodes.get(e.target);
+      const rank = e.rank > 1 ? `, rank ${e.rank}` : "", mutual = e.mutual ? ", mutual" : "";
+      const told = `${two(e.score)}, chance ${two(e.null)}${rank}${mutual}`;
+      if (target.role === "alternative") Object.assign(target, { rank: e.rank, told: `${told}, from ${e.source}` });
+      else Object.assign(source, { rank: e.rank, told: source.told ?? `${told}, to ${e.target}` });
+    }
+    const all = [...nodes.values()], layers = [...new Set(all.map((n) => n.layer))].sort((a, b) => a - b);
+    const bounds = this.place(all, layers);
+    this.paint(this.markers(all), { shapes: this.lines(nodes, edges), hovermode: "closest", ...bounds },
+      `the flow graph of ${this.center}, ${all.length} features; the table below lists them`,
+      (point) => this.attempt(() => this.go(point.customdata)));
+    const cut = cutAt.length ? ` The chain is cut ${cutAt.join(" and ")}.` : "";
+    const rows = all.sort((a, b) => a.layer - b.layer).map((n) => [
+      this.button(n.name), `${LOOKS[n.kind][0]} ${NAMES[n.kind] ?? n.kind}`, n.told ?? "", this.records.label(n.name)]);
+    this.table.replaceChildren(
+      quiet(`Lines are thicker where the cosine is higher, dotted where it is not above chance.${cut}`),
+      el("details", { open: this.tableOpen ?? false, ontoggle: (event) => { this.tableOpen = event.target.open; } },
+        el("summary", {}, `These ${all.length} features as a table`),
+        table(rows, ["feature", "what", "match", "label"])));
+  }
+  // Gives the nodes their places and texts: layers along, modules across; upright where it is narrow.
+  place(nodes, layers) {
+    const tall = this.tall, low = layers[0], high = layers.at(-1), far = nodes.some((n) => n.role === "direct");
+    const more = this.ranks - 1 + (parse(this.center).module !== "res"), step = 0.42;
+    const gap = more ? step * more + 0.3 : 0, lane = { res: 0, att: 1, mlp: -1 - gap, direct: -2 - 2 * gap };
+    const room = tall ? 90 : this.plot.clientWidth / (high - low + 2), most = Math.floor((tall ? 105 : room) / 7);
+    for (const n of nodes) {
+      const isSeed = n.name === this.center && n.module !== "res"; // apart from what its target chose
+      const beyond = isSeed ? this.ranks : n.role === "alternative" ? n.rank - 1 : 0;
+      const away = beyond ? 0.3 + step * beyond : 0; // below the texts of what was chosen first
+      const along = n.layer - (n.module === "res" ? 0 : 0.4);
+      const across = lane[n.role === "direct" ? "direct" : n.module] + (n.module === "att" ? away : -away);
+      [n.x, n.y] = tall ? [across, along] : [along, across];
+      n.kind = ["direct", "alternative"].includes(n.role) ? n.role : this.records.get(n.name).class ?? n.module;
+      const caption = this.records.caption(n.name), short = caption.length > most ? `${caption.slice(0, most - 1)}…` : caption;
+      n.text = n.role === "alternative" || room < 38 ? "" : room < 80 ? `${n.index}` : `${n.index}<br>${inPlotly(short)}`;
+      const hover = [n.name, this.records.label(n.name), n.kind, n.told ?? ""].filter(Boolean);
+      n.hover = hover.map(inPlotly).join("<br>").replaceAll("\n", "<br>");
+    }
+    const lanes = ["att", "res", "mlp", ...(far ? ["direct"] : [])], end = far ? lane.direct : lane.mlp - gap;
+    const across = {
+      tickvals: lanes.map((l) => lane[l]), ticktext: lanes.map((l) => NAMES[l] ?? "direct"), showgrid: false,
+      range: [end - 0.7, 1.5 + gap], side: tall ? "top" : "left",
+    };
+    const along = {
+      title: { text: "layer" }, tickvals: layers, ticktext: layers.map(String),
+      range: tall ? [high + 0.6, low - 0.7] : [low - 0.9, high + 0.6],
+    };
+    if (!tall) return { xaxis: along, yaxis: across, height: 250 + 85 * (lanes.length - 1 + 2 * gap) };
+    const below = { margin: { l: 40, r: 8, t: 40, b: 40 }, legend: { orientation: "h", y: -0.02, yanchor: "top" } };
+    return { xaxis: across, yaxis: along, height: 140 + 92 * (high - low + 1), ...below };
+  }
+  lines(nodes, edges) {
+    return edges.map((e) => {
+      const { x: x0, y: y0 } = nodes.get(e.source), { x: x1, y: y1 } = nodes.get(e.target), above = e.score > e.null;
+      const line = {
+        width: e.rank > 1 ? 1 : 1 + 6 * Math.max(e.score, 0),
+        color: above ? LOOKS[e.kind][2] : "#8C8C8C", dash: above ? "solid" : "dot",
+      };
+      return { type: "line", layer: "below", x0, y0, x1, y1, line, opacity: e.rank > 1 ? 0.7 : 1 };
+    });
+  }
+  markers(nodes) {
+    const { color: ink, backgroundColor: bg } = getComputedStyle(this.root);
+    return [...new Set(nodes.map((n) => n.kind))].map((kind) => {
+      const some = nodes.filter((n) => n.kind === kind), [, symbol, color] = LOOKS[kind];
+      const isMarked = (n) => this.pins.has(n.name) || n.name === this.center;
+      const ring = symbol.endsWith("open") ? color : bg;
+      const size = some.map((n) => (n.name === this.center ? 20 : n.role === "alternative" ? 9 : 13));
+      const line = { color: some.map((n) => (isMarked(n) ? ink : ring)), width: some.map((n) => (isMarked(n) ? 3 : 1.5)) };
+      return {
+        type: "scatter", mode: "markers+text", name: NAMES[kind] ?? kind, cliponaxis: false,
+        x: some.map((n) => n.x), y: some.map((n) => n.y), customdata: some.map((n) => n.name),
+        text: some.map((n) => n.text), textfont: { size: 12, color: ink },
+        textposition: some.map((n) => (this.tall && n.module === "res" ? "bottom right" : "bottom center")),
+        hovertext: some.map((n) => n.hover), hoverinfo: "text", marker: { symbol, color, opacity: 1, size, line },
+      };
+    });
+  }
+  drawOverview() {
+    const { overview, layers, sites, subjects } = this.about;
+    const bars = Object.entries(overview[this.view]).filter(([, counts]) => counts.some(Boolean));
+    const named = (value) => ({ born: `by ${NAMES[value]}`, life: `${value} layers` })[this.view] ?? value;
+    const traces = bars.map(([value, counts], i) => ({
+      type: "bar", name: named(value), x: layers, y: counts, customdata: layers.map((layer) => [layer, value]),
+      marker: { color: LOOKS[value]?.[2] ?? COLOURS[i], pattern: { shape: PATTERNS[i] }, line: { width: 0.5 } },
+      hovertemplate: `layer %{x}, ${named(value)}: %{y} features<extra></extra>`,
+    }));
+    const list = (layer, value) => this.attempt(async () => {
+      const names = await this.records.listed(this.view, layer, value), first = names.slice(0, 60);
+      const count = overview[this.view][value][layers.indexOf(layer)];
+      const some = first.length < count ? `; ${first.length} of them are listed` : "";
+      this.list(first.map((name) => [name, ""]));
+      this.tell(`${count} features of layer ${layer}: ${named(value)}${some}`);
+    });
+    const axes = { xaxis: { title: { text: "layer" }, dtick: layers.length > 16 ? 4 : 1 }, yaxis: { title: { text: "features" } } };
+    this.paint(traces, { barmode: "stack", height: 380, ...axes },
+      "bars by layer; the table below has the same numbers", (point) => list(...point.customdata));
+    const views = { class: "classes", born: "births", life: "life spans: layers lived" };
+    const view = choice(views, this.view, () => { this.view = view.value; this.draw(); });
+    const number = (layer, value, count) => (count ? el("button", {
+      className: "fx-link", "aria-label": `${count} features of layer ${layer}: ${named(value)}`, onclick: () => list(layer, value),
+    }, `${count}`) : "0");
+    const rows = layers.map((layer, i) => [`${layer}`, ...bars.map(([value, counts]) => number(layer, value, counts[i]))]);
+    this.table.replaceChildren(
+      row(el("label", {}, "bars count", view), quiet("click a bar, or a number of the table, to list its features")),
+      table(rows, ["layer", ...bars.map(([value]) => named(value))]));
+    const count = Object.values(sites).reduce((a, b) => a + b, 0).toLocaleString("en");
+    const ask = (subject) => { this.query.value = subject; this.attempt(() => this.search()); };
+    this.card.replaceChildren(
+      el("h2", {}, "The whole model"), el("p", {}, `${count} features at ${Object.keys(sites).length} sites. ${CHANCE}`),
+      ...Object.entries(READINGS).map(([kind, text]) => el("p", {}, `${LOOKS[kind][0]} ${kind}: ${text}`)),
+      subjects?.length ? el("p", {}, "Subjects to search for: ", ...subjects.flatMap((subject) => [
+        el("button", { className: "fx-link", onclick: () => ask(subject) }, subject), " "])) : "");
+  }
+
+  // ---- the card
+  drawCard() {
+    const name = this.center, record = this.records.get(name), { layer, module, index } = parse(name);
+    const link = this.about.links[`${layer}/${module}`], from = this.records.labelFrom(name), parts = [];
+    const add = (heading, ...children) => parts.push(el("h3", {}, heading), ...children);
+    parts.push(
+      el("h2", {}, `${LOOKS[record.class ?? module][0]} ${name}`), el("p", {}, this.records.label(name)),
+      quiet(from ? `label: ${from}` : "no label"),
+      row(el("button", { onclick: () => this.pin(name) }, this.pins.has(name) ? "Unpin" : "Pin"),
+        link ? el("a", { href: `${link}${index}`, target: "_blank", rel: "noopener" }, "on Neuronpedia") : ""));
+    if (record.contexts?.length) add("Where it is most active", ...record.contexts.map((one) => this.context(one)));
+    if (record.writes) add("Writes (logit lens)", el("p", {}, record.writes.map(shown).join(" · ")));
+    if (record.class) add("Class", el("p", {}, `${record.class}: ${READINGS[record.class]}`));
+    if (record.back) add("Scores against chance", table(Object.entries(record.back).map(([m, back]) => this.score(layer, m, back))));
+    if (record.life) {
+      const [first, last] = record.life, lived = `${last - first + 1} of ${this.about.layers.length} layers`;
+      add("Life", el("p", {}, `lives from layer ${first} to ${last}: ${lived}, by steps above chance`));
+    }
+    if (record.rate !== undefined) {
+      const subject = record.subject ? `; tells passages on ${record.subject} best (AUC ${two(record.auc)})` : "";
+      const often = `active at ${percent(record.rate)} of the tokens read${subject}`;
+      add("How often", el("p", {}, record.rate ? often : "not active at any token read"));
+    }
+    if (record.groups) {
+      const shares = record.groups.map((share, i) => [share, this.about.groups[i]]).filter(([share]) => share > 0);
+      const rows = shares.sort((a, b) => b[0] - a[0]).map(([share, group]) => [group, percent(share)]);
+      add("Which predecessors are active with it", table(rows));
+    }
+    if (this.direct && record.direct?.length) add("Direct matches", table(record.direct.map(([at, i, score]) => [
+      this.button(`${at}/res/${i}`), `${two(score)}, chance ${two(this.about.chance[at])}`, this.records.label(`${at}/res/${i}`)])));
+    this.card.replaceChildren(...parts);
+    if (this.records.ask && this.trialFor !== name) {
+      this.trialFor = name;
+      this.trial.replaceChildren(el("h2", {}, `Try ${name} in the model`), ...this.switching(name), ...this.steering(name));
+    }
+  }
+  score(layer, module, back) {
+    const score = back.score[0], line = this.records.null("backward", layer, module);
+    if (score === undefined) return [SCORES[module], "no match"];
+    const bar = el("div", { className: "fx-bar" },
+      el("i", { style: `width:${100 * Math.max(score, 0)}%` }), el("b", { style: `left:${100 * line}%` }));
+    const lead = back.score.length > 1 ? `, leads by ${two(score - back.score[1])}` : "";
+    const told = `${two(score)}, ${score > line ? "above" : "not above"} chance ${two(line)}`;
+    return [SCORES[module], bar, `${told}${lead}${back.mutual ? ", mutual" : ""}`];
+  }
+  window(peak) { // the tokens around a row, of its own text
+    const { tokens, texts } = this.about, next = texts.find((start) => start > peak) ?? tokens.length;
+    const first = Math.max(texts.findLast((start) => start <= peak), peak - 8);
+    const some = tokens.slice(first, Math.min(next, peak + 9));
+    return { first, tokens: some, text: some.join("") };
+  }
+  context([peak, active, near]) {
+    const { first, tokens } = this.window(peak), shares = new Map();
+    for (let i = 0; i < near.length; i += 2) shares.set(peak + near[i], near[i + 1] / 100);
+    const spans = tokens.map((token, i) => {
+      const share = shares.get(first + i) ?? 0, className = first + i === peak ? "fx-peak" : "";
+      const title = share ? `${Math.round(100 * share)} % of ${active}` : "";
+      return el("span", { className, title, style: shade(share) }, token.replaceAll("\n", "⏎"));
+    });
+    return el("p", { className: "fx-context", title: `activation ${active} at the underlined token` }, ...spans);
+  }
+
+  // ---- the model, where a kernel has it
+  switching(name) {
+    const edges = this.records.flow(name, UNCUT, 1, false).edges, seen = el("div");
+    const best = this.records.get(name).contexts?.[0], factor = number(3);
+    const text = el("input", { className: "fx-text", value: best ? this.window(best[0]).text.trim() : "The ship sailed home." });
+    const what = choice({ own: "this feature", before: "its predecessors", pins: "the pinned set" }, "own");
+    const later = edges.filter((e) => e.source === name).map((e) => e.target);
+    const change = (r) => this.attempt(async () => {
+      const before = edges.filter((e) => e.target === name).map((e) => e.source);
+      const features = { own: [name], before, pins: [...this.pins.keys()] }[what.value];
+      seen.replaceChildren(el("p", {}, "computing …"));
+      const given = { features, r, text: text.value, watched: [name, ...later] };
+      const reply = await this.records.ask("change", given).finally(() => seen.replaceChildren());
+      seen.replaceChildren(...reply.watched.map((w) => {
+        const [before, after] = [w.before, w.after].map((values) => Math.max(...values)), most = Math.max(before, after, 1e-9);
+        const strip = (values) => el("div", { className: "fx-tokens" }, ...reply.tokens.map((token, i) =>
+          el("span", { style: shade(values[i] / most) }, shown(token), el("small", {}, values[i] > 0 ? values[i].toPrecision(2) : ""))));
+        const told = ` at most ${before.toPrecision(3)} before, ${after.toPrecision(3)} after`;
+        return el("div", {}, el("p", {}, el("b", {}, w.feature), told), strip(w.before), strip(w.after));
+      }));
+    });
+    return [el("h3", {}, "Switch off, turn up"), el("label", {}, "sentence", text), row(
+      el("label", {}, "change", what), el("button", { onclick: () => change(0) }, "Switch off"),
+      el("button", { onclick: () => change(Number(factor.value)) }, "Turn up"), el("label", {}, "times", factor)), seen];
+  }
+  steering(name) {
+    const chain = this.records.flow(name, UNCUT, 1, false).chain ?? [name], wrote = el("div");
+    const prompt = el("input", { className: "fx-text", value: "I think" }), strength = number(1), seed = number(0, 1);
+    const which = choice({ chain: "its chain", own: "this feature alone", pins: "the pinned set" }, "chain");
+    const strategies = ["single", "constant", "exponential", "linear"];
+    const strategy = choice(Object.fromEntries(strategies.map((s) => [s, s])), "exponential");
+    const steer = () => this.attempt(async () => {
+      const features = { chain, own: [name], pins: [...this.pins.keys()] }[which.value];
+      const given = { features, prompt: prompt.value, strategy: strategy.value, strength: Number(strength.value), seed: Number(seed.value) };
+      wrote.replaceChildren(el("p", {}, "writing …"));
+      const reply = await this.records.ask("steer", given).finally(() => wrote.replaceChildren());
+      const column = (title) => el("div", {}, el("b", {}, title), ...reply[title].map((t) => el("p", {}, given.prompt + t)));
+      wrote.replaceChildren(quiet(reply.about), el("div", { className: "fx-texts" }, column("unsteered"), column("steered")));
+    });
+    return [el("h3", {}, "Steer"), el("label", {}, "prompt", prompt), row(
+      el("label", {}, "by", which), el("label", {}, "strategy", strategy), el("label", {}, "strength", strength),
+      el("label", {}, "seed", seed), el("button", { onclick: steer }, "Write")), wrote];
+  }
+
+  // ---- the pinned set
+  pin(name) {
+    if (!this.pins.delete(name)) this.pins.set(name, this.records.label(name).split("\n")[0]);
+    this.keep();
+    this.draw();
+  }
+  keep() {
+    this.hooks.keep?.(this.center, [...this.pins.keys()]);
+    try { sessionStorage.setItem(this.storeKey, JSON.stringify(this.set())); } catch { /* a reload forgets it */ }
+  }
+  set() {
+    const features = [...this.pins].map(([feature, label]) => ({ feature, label }));
+    return { format: SET, suite: this.about.suite, name: this.setName, features };
+  }
+  readSet(read) {
+    if (read === null) return;
+    const features = read.format === SET ? read.features : read.steps;
+    if (!Array.isArray(features) || typeof read.suite !== "string") {
+      throw new Error("This file holds no set and no plan: expected a file that the explorer or save_plan wrote.");
+    }
+    if (read.suite !== this.about.suite) throw new Error(`This set is of suite ${read.suite}: expected one of ${this.about.suite}.`);
+    const pins = new Map();
+    for (const { feature, label } of features) {
+      const [name, wrong] = /^\d+\/(res|mlp|att)\/\d+$/.test(feature) ? this.records.check(feature) : [null, `${feature} is no feature.`];
+      if (wrong) throw new Error(wrong);
+      pins.set(name, String(label ?? this.records.label(name)));
+    }
+    this.pins = pins;
+    this.setName = String(read.name ?? read.about ?? "");
+    this.keep();
+  }
+  drawPins() {
+    const name = el("input", { value: this.setName, placeholder: "name of the set", onchange: () => { this.setName = name.value; this.keep(); } });
+    const file = el("input", { type: "file", accept: ".json", onchange: () => this.attempt(async () => {
+      let read;
+      try { read = JSON.parse(await file.files[0].text()); } catch { throw new Error(`${file.files[0].name} is not JSON.`); }
+      this.readSet(read);
+      this.draw();
+      this.tell(`${this.pins.size} features loaded`);
+    }) });
+    const kind = choice({ add: "add, s =", rescale: "rescale, r =" }, "add"), strength = number(1);
+    const slug = this.setName.replaceAll(/[^A-Za-z0-9]+/g, "-").replaceAll(/^-|-$/g, "") || "set";
+    const save = (what, end, make) => el("button", {
+      disabled: !this.pins.size, onclick: () => this.attempt(() => this.download(`${slug}${end}`, make())),
+    }, what);
+    const relabel = (feature) => (event) => { this.pins.set(feature, event.target.value); this.keep(); };
+    const items = [...this.pins].map(([feature, value]) => el("li", { className: "fx-row" }, this.button(feature),
+      el("input", { className: "fx-text", value, "aria-label": `label of ${feature}`, onchange: relabel(feature) }),
+      el("button", { "aria-label": `unpin ${feature}`, onclick: () => this.pin(feature) }, "Unpin")));
+    this.pinBox.replaceChildren(
+      el("h2", {}, `Pinned features (${this.pins.size})`),
+      row(el("label", {}, "name", name), el("label", { className: "fx-file" }, "load a set or plan", file)), el("ul", {}, ...items),
+      row(save("Save set", ".json", () => this.set()), save("Save labels", "-labels.csv", () => this.labels()),
+        save("Save for circuit-tracer and Neuronpedia", "-graph.json", () => this.attributionGraph(slug)),
+        save("Save as plan", "-plan.json", () => this.plan(kind.value, Number(strength.value))), kind, strength));
+  }
+  plan(kind, strength) {
+    const theta = (name) => this.records.get(name).theta;
+    const lacking = [...this.pins.keys()].find((name) => !theta(name));
+    if (!Number.isFinite(strength)) throw new Error("The strength of a plan is a number.");
+    if (kind === "add" && lacking) throw new Error(`The threshold of ${lacking} is not known here: choose to rescale, or use make_plan in Python.`);
+    const steps = [...this.pins.keys()].map((feature) => ({ feature, strength, scale: kind === "add" ? theta(feature) : 1 }));
+    return { suite: this.about.suite, kind, unit: kind === "add" ? "theta" : "activation", steps, about: this.setName };
+  }
+  labels() {
+    const quote = (text) => `"${text.replaceAll('"', '""')}"`;
+    const rows = [...this.pins].filter(([, label]) => label.trim());
+    if (!rows.length) throw new Error("No pinned feature has a label: type one.");
+    return ["feature,label", ...rows.map(([feature, label]) => `${feature},${quote(label)}`)].join("\n") + "\n";
+  }
+  attributionGraph(slug) { // as flow.to_attribution_graph
+    const lanes = ["att", "res", "mlp"], names = [...this.pins.keys()];
+    const id = (name) => { const { layer, module, index } = parse(name); return `${layer}_${index}_${lanes.indexOf(module)}`; };
+    const nodes = names.map((name) => {
+      const { layer, module, index } = parse(name), lane = lanes.indexOf(module), sum = layer + { res: 0, mlp: 1000, att: 2000 }[module] + index;
+      const node = { node_id: id(name), jsNodeId: `${layer}_${index}-${lane}`, feature: (sum * (sum + 1)) / 2 + index };
+      Object.assign(node, { layer: `${layer}`, ctx_idx: lane, feature_type: "cross layer transcoder" });
+      return { ...node, clerp: this.pins.get(name) || name };
+    });
+    const links = [];
+    for (const name of names) {
+      const { layer, index } = parse(name), record = this.records.get(name), seen = new Set();
+      for (const [module, back] of Object.entries(record.back ?? {})) back.to.forEach((i, rank) => {
+        const source = `${layer - (module === "res")}/${module}/${i}`;
+        if (this.pins.has(source)) { seen.add(source); links.push({ source: id(source), target: id(name), weight: back.score[rank] }); }
+      });
+      for (const source of names) {
+        const on = this.records.get(source).on, at = parse(source);
+        const rank = name.includes("/res/") && at.layer + (at.module === "res") === layer ? on?.to?.indexOf(index) ?? -1 : -1;
+        if (rank >= 0 && !seen.has(source)) links.push({ source: id(source), target: id(name), weight: on.score[rank] });
+      }
+    }
+    const prompt = `feature flow of ${this.setName || names.join(", ")}`, supernode = [this.setName || names[0], ...names.map(id)];
+    const metadata = { slug, scan: this.about.suite, schema_version: 1, prompt, transcoder_list: [], prompt_tokens: lanes };
+    const qParams = { pinnedIds: names.map(id), supernodes: [supernode], linkType: "both", clickedId: "", sg_pos: "" };
+    return { metadata, qParams, nodes, links };
+  }
+  download(name, content) {
+    const text = typeof content === "string" ? content : JSON.stringify(content, null, 1);
+    const url = URL.createObjectURL(new Blob([text], { type: "application/octet-stream" }));
+    const link = el("a", { href: url, download: name });
+    this.root.append(link);
+    link.click();
+    link.remove();
+    setTimeout(() => URL.revokeObjectURL(url), 1000);
+    this.tell(`saved as ${name}`);
+  }
+}
+
+async function unpacked(bytes) {
+  return JSON.parse(await new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text());
+}
+
+/* The page on disk: the records lie in it, packed; the feature in view is in its address. */
+export async function openPage(root, packed) {
+  const { about, records } = await unpacked(Uint8Array.from(atob(packed), (c) => c.charCodeAt(0)));
+  const held = new Records(about);
+  held.add(records);
+  const keep = (name) => history.replaceState(null, "", name ? `#${name}` : "#");
+  const explorer = new Explorer(root, held, globalThis.Plotly, { keep });
+  const asked = decodeURIComponent(location.hash.slice(1)) || about.start;
+  await explorer.attempt(async () => {
+    const [name, wrong] = asked ? held.check(asked) : [null, null];
+    if (!wrong) return explorer.go(name);
+    await explorer.go(null);
+    throw new Error(wrong);
+  });
+}
+
+/* The widget: records and live answers come from the kernel, by messages that no notebook keeps. */
+async function render({ model, el: root }) {
+  const waiting = new Map();
+  let last = 0;
+  const onMessage = (content, buffers) => {
+    const [resolve, reject] = waiting.get(content.id) ?? [];
+    waiting.delete(content.id);
+    if (content.error) reject?.(new Error(content.error));
+    else resolve?.({ ...content, buffers });
+  };
+  model.on("msg:custom", onMessage);
+  const own = `${Date.now()}-${Math.random()}`; // two views of one widget do not take each other's answers
+  const ask = (what, given = {}, patience = 0) => new Promise((resolve, reject) => {
+    const id = `${own}-${last += 1}`;
+    waiting.set(id, [resolve, reject]);
+    model.send({ id, ask: what, given });
+    if (patience) setTimeout(() => reject(new Error("The explorer has no answer from the kernel: run its cell again.")), patience);
+  });
+  root.replaceChildren(el("p", {}, "The explorer is loading …"));
+  try {
+    const start = await ask("start", {}, 60000);
+    const { about, records } = await unpacked(start.buffers[0].buffer ?? start.buffers[0]);
+    let Plotly = globalThis.Plotly;
+    if (!Plotly) {
+      const code = new TextDecoder().decode((await ask("plotly", {}, 60000)).buffers[0]);
+      const module = { exports: {} };
+      new Function("module", "exports", "define", code)(module, module.exports, undefined);
+      Plotly = globalThis.Plotly ??= module.exports;
+    }
+    const held = new Records(about, ask);
+    held.add(records);
+    const keep = (feature, pinned) => ask("keep", { feature: feature ?? "", pinned });
+    const explorer = new Explorer(root, held, Plotly, { key: start.key, keep });
+    await explorer.attempt(() => explorer.go(about.start || null));
+  } catch (error) {
+    root.replaceChildren(el("p", {}, error.message));
+  }
+  return () => model.off("msg:custom", onMessage);
+}
+export default { render };
