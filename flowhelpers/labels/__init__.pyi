@@ -1,5 +1,6 @@
 from .describe import describe_features as describe_features
 from .describe import logit_lens as logit_lens
+from .describe import menu as menu
 from .describe import read_labels as read_labels
 from .describe import subject_scores as subject_scores
 from .describe import top_contexts as top_contexts

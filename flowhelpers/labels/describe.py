@@ -120,6 +120,18 @@ def describe_features(
     return pd.DataFrame(rows, columns=["feature", "writes", "active_at", "label", "label_from"])
 
 
+def menu(
+    suite: "Suite",
+    features: Iterable[FeatureId | str],
+    activations: FeatureActivations | None = None,
+    user_labels: "pd.DataFrame | None" = None,
+) -> list[tuple[str, str]]:
+    """Features for a dropdown to offer, each once: what it says of them, and their names."""
+    about = describe_features(suite, dict.fromkeys(map(str, features)), activations, 4, user_labels)
+    said = about["label"].str.split("\n").str[-1]
+    return list(zip(about["feature"] + ": " + said, about["feature"], strict=True))
+
+
 def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
     """Your own labels from a CSV file with the columns `feature` and `label`."""
     import pandas as pd

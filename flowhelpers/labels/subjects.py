@@ -98,23 +98,34 @@ def feature_of_subject(features: "pd.DataFrame", subject: str) -> FeatureId | No
 
 
 def strongest_sentences(
-    suite: "Suite", feature: FeatureId, texts: Sequence[str], k: int = 5
+    suite: "Suite",
+    feature: FeatureId | str,
+    texts: Sequence[str],
+    others: Sequence[FeatureId | str] = (),
+    k: int = 8,
 ) -> "pd.DataFrame":
     """The sentences of texts in which a feature is most active, each read by itself.
 
-    Columns `sentence`, `activation`, best first; without those where it is not active.
+    Columns `sentence`, `activation`, and `active`: how many of the others are active at the token
+    where the feature is strongest. Sentences where any is stand first, the strongest of each kind
+    before; those where the feature is not active are left out.
     """
     import pandas as pd
 
+    chosen, beside = suite.feature(feature), suite.features(others)
     cut = (re.split(r"(?<=[.!?])[\"”’]?\s+", text.strip()) for text in texts)
     sentences = list(dict.fromkeys(s for some in cut for s in some if len(s.split()) > 3))
-    if not sentences:
-        return pd.DataFrame(columns=["sentence", "activation"])
-    read = collect(suite, sentences, [feature.site])
-    highest = pd.Series(read.of(feature)).groupby(read.tokens["text"].to_numpy()).max().nlargest(k)
-    highest = highest[highest > 0]
-    table = pd.DataFrame({"sentence": [sentences[i] for i in highest.index]})
-    return table.assign(activation=highest.to_numpy())
+    table = pd.DataFrame(columns=["sentence", "activation", "active"])
+    if sentences:
+        read = collect(suite, sentences, [chosen.site, *(other.site for other in beside)])
+        active = sum((read.of(other) > 0).astype(int) for other in beside)
+        values = {"text": read.tokens["text"], "activation": read.of(chosen), "active": active}
+        table = pd.DataFrame(values).sort_values("activation", ascending=False)
+        table = table[table["activation"] > 0].drop_duplicates("text").head(k)
+        table = table.assign(any=table["active"] > 0)
+        table = table.sort_values(["any", "activation"], ascending=False, ignore_index=True)
+        table["sentence"] = [sentences[text] for text in table["text"]]
+    return table[["sentence", "activation", "active"]]
 
 
 def _own_words(suite: "Suite", activations: FeatureActivations, names: "pd.Series") -> np.ndarray:
