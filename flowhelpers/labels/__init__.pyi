@@ -11,5 +11,6 @@ from .neuronpedia import feature_page as feature_page
 from .neuronpedia import neuronpedia_labels as neuronpedia_labels
 from .plots import token_text as token_text
 from .subjects import feature_of_subject as feature_of_subject
+from .subjects import shares_on as shares_on
 from .subjects import strongest_sentences as strongest_sentences
 from .subjects import subject_features as subject_features

@@ -4,7 +4,7 @@ A feature of the letter g may tell weddings from all else, for Wolfgang and kind
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,6 +95,20 @@ def feature_of_subject(features: "pd.DataFrame", subject: str) -> FeatureId | No
             f" {', '.join(passing.index)}, or a feature of your own"
         )
     return None
+
+
+def shares_on(
+    activations: FeatureActivations, topics: Sequence[str], subject: str, features: Iterable[str]
+) -> dict[str, float]:
+    """The share of each feature's activation that lies in passages on a subject.
+
+    `topics` are the subjects of the passages. Features of sites that were not read are left out.
+    """
+    on = (np.asarray(topics, dtype=object) == subject)[activations.tokens["text"]]
+    read = {name: parse_feature(name) for name in features}
+    read = {name: f for name, f in read.items() if f.site in activations.by_site}
+    values = {name: activations.of(feature) for name, feature in read.items()}
+    return {n: float(v[on].sum() / v.sum()) if v.any() else np.nan for n, v in values.items()}
 
 
 def strongest_sentences(
