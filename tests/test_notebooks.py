@@ -196,14 +196,58 @@ def test_every_table_figure_result_and_setting_is_kept_and_pages_need_no_network
     assert "feature" not in results or parse_feature(results["feature"]).module == "res"
 
 
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS[:3]])
+def test_it_ends_with_findings_in_whole_sentences_and_answers_each_prediction(
+    name: str, executed: dict[str, Executed]
+) -> None:
+    findings = executed[name].results["findings"]
+    assert 3 <= len(findings) <= 6
+    for finding in findings:
+        for part in ("claim", "ours", "control"):
+            assert re.match(r"[A-Z0-9].*\.$", finding[part]), finding[part]
+            assert not re.search(r"\b(nan|None|inf)\b|\d\.\d{5}", finding[part]), finding[part]
+    cells = read(executed[name].folder / "notebook.ipynb").cells
+    told = [
+        o.data.get("text/markdown", "") for c in cells for o in c.get("outputs", ()) if "data" in o
+    ]
+    asked = sum("**Predict:**" in cell.source for cell in cells)
+    answers = [text for text in told if "What came out" in text]
+    assert len(answers) >= asked > 0
+    assert not [text for text in answers if re.search(r"\bnan\b", text)]
+    heads = [cell.source for cell in cells if cell.source.startswith("#")]
+    assert "arxiv.org/abs/2502.03032" in heads[0]
+
+
+def test_findings_bear_the_numbers_of_the_tables(
+    start: Executed, matching: Executed, flows: Executed
+) -> None:
+    def ours(run: Executed, word: str) -> str:
+        return next(f["ours"] + f["control"] for f in run.results["findings"] if word in f["claim"])
+
+    without = start.results["activation_left_without_predecessors"]
+    assert f"{without:.0%} of the activation is left" in ours(start, "Without its predecessors")
+    arithmetic = start.results["of_which_by_arithmetic"]
+    assert f"would be {arithmetic:.0%}" in ours(start, "Without its predecessors")
+    chance, data = (matching.table(t).query("layer > 0") for t in ("classes", "classes_by_data"))
+    told = ours(matching, "translated")
+    for table in (chance, data):
+        assert f"{(table['class'] == 'translated').mean():.0%} translated" in told
+    changed = (chance["class"].to_numpy() != data["class"].to_numpy()).mean()
+    assert f"{changed:.0%} of the features change their class" in told
+    removed = 1 - flows.table("far_removed")[["chain_end", "direct"]].fillna(1.0).mean()
+    told = ours(flows, "far apart")
+    assert f"{removed['chain_end']:.0%} and {removed['direct']:.0%} of it" in told
+
+
 @each_notebook
 def test_the_folded_answers_are_right(path: Path, executed: dict[str, Executed]) -> None:
     cells = {cell.id: cell for cell in read(executed[path.stem].folder / "notebook.ipynb").cells}
     coded = [name for name, cell in cells.items() if re.search(r"(?m)^my_\w+ = ", cell.source)]
     answers = [name for name in coded if name.startswith("answer-")]
     outputs = [cells[name.replace("answer", "exercise")].outputs for name in answers]
-    checked = ["".join(o.text for o in some if o.get("name") == "stdout") for some in outputs]
-    assert checked == ["right\n"] * len(answers) != []
+    told = [[o.get("text") or o.data["text/plain"] for o in some] for some in outputs]
+    checked = ["".join(some).strip().strip("'") for some in told]
+    assert checked == ["right"] * len(answers) != []
 
 
 # The model by plain hooks, as Hugging Face has it, and its SAEs as sae-lens has them.
@@ -329,6 +373,11 @@ def best_on(layer: int) -> tuple[np.ndarray, np.ndarray]:
 def modules_of(layer: int) -> tuple[str, ...]:
     """Where a residual feature of a layer has predecessors."""
     return MODULES if layer else ("mlp", "att")
+
+
+def chain_through(name: str) -> list[int]:
+    chosen = parse_feature(name)
+    return chain_of(chosen.layer, chosen.index)
 
 
 def chain_of(layer: int, feature: int) -> list[int]:
@@ -461,7 +510,7 @@ def test_a_sae_at_z_comes_back_by_both_steps_and_by_no_fewer(matching: Executed)
 
 
 def test_the_chain_is_walked_by_best_matches_and_read_layer_by_layer(flows: Executed) -> None:
-    chain = chain_of(4, parse_feature(flows.results["feature"]).index)
+    chain = chain_through(flows.results["feature"])
     table = flows.table("layer_by_layer")
     assert table["feature"].tolist() == [f"{layer}/res/{i}" for layer, i in enumerate(chain)]
     for layer, row in enumerate(table.to_dict("records")):
@@ -481,7 +530,7 @@ def test_the_chain_is_walked_by_best_matches_and_read_layer_by_layer(flows: Exec
 
 
 def test_the_saved_graph_has_these_nodes_and_edges(flows: Executed) -> None:
-    chain = chain_of(4, parse_feature(flows.results["feature"]).index)
+    chain, seed = chain_through(flows.results["feature"]), parse_feature(flows.results["feature"])
     saved = json.loads((flows.folder / "graph.json").read_text("utf-8"))
     expected = {}
     for layer, i in enumerate(chain):
@@ -495,22 +544,66 @@ def test_the_saved_graph_has_these_nodes_and_edges(flows: Executed) -> None:
     for (source, target), edge in edges.items():
         assert edge["cosine"] == pytest.approx(expected[source, target], abs=1e-6)
         here, there = parse_feature(target).layer, parse_feature(source).module
-        forward = there == "res" and here > 4
+        forward = there == "res" and here > seed.layer
         assert edge["direction"] == ("forward" if forward else "backward")
         assert edge["null"] == pytest.approx(null(here, there, edge["direction"]), abs=1e-6)
     assert saved["seeds"] == [flows.results["feature"]]
 
 
-def test_the_seed_is_the_feature_that_tells_its_subject_best(flows: Executed) -> None:
-    from sklearn.metrics import roc_auc_score
+def words_of(subject: str, kept: pd.DataFrame) -> set[str]:
+    """Tokens of which two thirds of the passages that hold them are on a subject."""
+    held: dict[str, list[str]] = {}
+    for topic, text in zip(kept["subject"], kept["text"], strict=True):
+        for token in {tokenizer().decode([i]) for i in ids_of(text)[0, 1:128].tolist()}:
+            held.setdefault(token, []).append(topic)
+    return {token for token, on in held.items() if 3 * on.count(subject) >= 2 * len(on)}
 
-    kept = passages().groupby("subject").head(12)
-    mine = (kept["subject"] == "illness").to_numpy()
-    first = (kept.groupby("subject").cumcount() % 2 == 0).to_numpy()
-    means = np.stack([codes_of(Site(4, "res"), text).mean(axis=0) for text in kept["text"]])
-    aucs = np.array([roc_auc_score(mine[first], means[first, i]) for i in range(1024)])
-    chosen = parse_feature(flows.results["feature"]).index
-    assert aucs[chosen] == pytest.approx(aucs.max(), abs=1e-3)
+
+def test_the_seed_is_active_at_words_of_its_subject_on_both_halves(flows: Executed) -> None:
+    kept = passages().groupby("subject").head(12).reset_index(drop=True)
+    half = kept.groupby("subject").cumcount() % 2 == 0
+    chosen, words = parse_feature(flows.results["feature"]), words_of("illness", kept)
+    row = flows.table("candidates").query("subject == 'illness' and passes").iloc[0]
+    assert row["feature"] == str(chosen)
+    for some, counted in ((half, "contexts"), (~half, "contexts_other")):
+        peaks = []
+        for topic, text in kept.loc[some, ["subject", "text"]].to_numpy():
+            codes = codes_of(chosen.site, text)[:, chosen.index]
+            token = tokenizer().decode([int(ids_of(text)[0, 1 + codes.argmax()])])
+            peaks.append((codes.max(), topic == "illness" and token in words))
+        strongest = sorted(peaks, reverse=True)[:8]
+        assert row[counted] == sum(counts for _, counts in strongest) >= 4
+
+
+def test_the_far_match_is_the_highest_cosine_and_the_chain_its_best_matches(
+    flows: Executed,
+) -> None:
+    far = flows.table("far")
+    straight = (decoder(Site(7, "res")) @ decoder(Site(0, "res")).T).max(dim=1)
+    assert far["direct"].tolist() == straight.indices.tolist()
+    assert far["direct_cosine"].to_numpy() == pytest.approx(straight.values.numpy(), abs=1e-6)
+    ends = np.arange(1024)
+    for layer in range(7, 0, -1):
+        ends = best_back(layer, "res")[0][ends]
+    assert far["chain_end"].tolist() == ends.tolist()
+    assert far["direct_null"].iloc[0] == pytest.approx(null(1, "res"), abs=1e-6)
+    assert flows.results["chain_end_is_direct_match"] == (ends == straight.indices.numpy()).mean()
+
+
+def test_what_a_far_match_takes_is_what_plain_hooks_give(flows: Executed) -> None:
+    kept = passages().groupby("subject").head(12)["text"].tolist()
+    apart = flows.table("far_apart").set_index("feature")
+    removed = flows.table("far_removed").dropna(subset="chain_end").iloc[0]
+    feature = int(removed["feature"])
+    codes = [codes_of(Site(7, "res"), text)[:, feature] for text in kept]
+    text = int(np.argmax([each.max() for each in codes]))
+    at, end = int(codes[text].argmax()), int(apart.loc[feature, "chain_end"])
+    own = float(codes_of(Site(0, "res"), kept[text])[at, end])
+    ids = ids_of(kept[text])[:, : at + 2]
+    gone = {FeatureId(0, "res", end): -own}
+    old, new, _ = rescaled(FeatureId(7, "res", feature), at + 1, gone, ids)
+    assert removed["before"] == pytest.approx(old, rel=1e-3)
+    assert removed["chain_end"] == pytest.approx(new / old, abs=1e-2)
 
 
 def test_lifespans_are_the_runs_of_steps_above_chance(flows: Executed) -> None:
@@ -1103,19 +1196,19 @@ def test_the_chosen_feature_and_its_predecessors_are_those_of_the_scores(start: 
     seed = flow[flow["is_seed"]].iloc[0]
     assert seed["feature"] == start.results["feature"]
     chosen = parse_feature(seed["feature"])
-    assert chosen.layer == 4  # the middle of 8
     for module in MODULES:
-        sources, values = best_back(4, module)
+        sources, values = best_back(chosen.layer, module)
         assert seed[f"s_{module}"] == pytest.approx(values[chosen.index])
         if isinstance(seed[f"from_{module}"], str):
             assert parse_feature(seed[f"from_{module}"]).index == sources[chosen.index]
-    expected = [f"{layer}/res/{i}" for layer, i in enumerate(chain_of(4, chosen.index))]
+    expected = [f"{layer}/res/{i}" for layer, i in enumerate(chain_through(str(chosen)))]
     assert flow["feature"].tolist() == expected
 
 
 def test_switching_off_is_what_plain_hooks_give(start: Executed) -> None:
     trials, chosen = start.table("deactivation"), parse_feature(start.results["feature"])
-    sentence = defaults(FOLDER / "00_start_here.ipynb")["sentence"]
+    sentence = start.results["sentence"]
+    assert any(sentence in text for text in passages()["text"])
     codes = codes_of(chosen.site, sentence)[:, chosen.index]
     at = int(codes.argmax()) + 1  # after BOS
     assert trials["before"].to_numpy() == pytest.approx(np.full(len(trials), codes.max()), rel=1e-3)
@@ -1127,6 +1220,9 @@ def test_switching_off_is_what_plain_hooks_give(start: Executed) -> None:
         after = rescaled(chosen, at, {off: -own}, ids_of(sentence))[1]
         assert row["after"] == pytest.approx(after, rel=1e-3, abs=1e-4), row["switched_off"]
         assert row["own_after"] == 0
+    assert single["own_before"].max() > 0  # no table of zeros
+    left = trials.groupby("trial")["after"].mean()["all matches"] / codes.max()
+    assert start.results["activation_left_without_predecessors"] == pytest.approx(left, rel=1e-3)
 
 
 def test_strength_0_gives_the_texts_and_chances_of_the_unedited_model_and_others_do_not(

@@ -1,3 +1,4 @@
+from .far import far_matches as far_matches
 from .files import load_graph as load_graph
 from .files import save_graph as save_graph
 from .files import to_attribution_graph as to_attribution_graph

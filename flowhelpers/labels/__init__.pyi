@@ -1,5 +1,6 @@
 from .describe import describe_features as describe_features
 from .describe import logit_lens as logit_lens
+from .describe import menu as menu
 from .describe import read_labels as read_labels
 from .describe import subject_scores as subject_scores
 from .describe import top_contexts as top_contexts
@@ -9,3 +10,7 @@ from .neuronpedia import cosine_check as cosine_check
 from .neuronpedia import feature_page as feature_page
 from .neuronpedia import neuronpedia_labels as neuronpedia_labels
 from .plots import token_text as token_text
+from .subjects import feature_of_subject as feature_of_subject
+from .subjects import shares_on as shares_on
+from .subjects import strongest_sentences as strongest_sentences
+from .subjects import subject_features as subject_features

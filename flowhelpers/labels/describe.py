@@ -1,6 +1,6 @@
 """What a feature is about: the tokens it writes, and where it is active."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,6 +120,18 @@ def describe_features(
     return pd.DataFrame(rows, columns=["feature", "writes", "active_at", "label", "label_from"])
 
 
+def menu(
+    suite: "Suite",
+    features: Iterable[FeatureId | str],
+    activations: FeatureActivations | None = None,
+    user_labels: "pd.DataFrame | None" = None,
+) -> list[tuple[str, str]]:
+    """Features for a dropdown to offer, each once: what it says of them, and their names."""
+    about = describe_features(suite, dict.fromkeys(map(str, features)), activations, 4, user_labels)
+    said = about["label"].str.split("\n").str[-1]
+    return list(zip(about["feature"] + ": " + said, about["feature"], strict=True))
+
+
 def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
     """Your own labels from a CSV file with the columns `feature` and `label`."""
     import pandas as pd
@@ -145,16 +157,29 @@ def subject_scores(
     (0.5 if it cannot tell), and the `share` of its activation that is on the subject. All features
     are ranked at once; scikit-learn's `roc_auc_score` would take them one by one.
     """
-    import pandas as pd
+    means = text_means(activations, site)[: len(counted)][counted]
+    return auc_and_share(means, on_subject[counted])
+
+
+def text_means(
+    activations: FeatureActivations, site: Site, features: Sequence[int] | None = None
+) -> np.ndarray:
+    """The mean activation of each feature of a site, or of some, in each text."""
     from scipy.sparse import csr_matrix
-    from scipy.stats import rankdata
 
     text = activations.tokens["text"].to_numpy()
     members = csr_matrix((np.ones(len(text)), (text, np.arange(len(text)))))
-    lengths = np.maximum(np.bincount(text, minlength=len(counted)), 1)[:, None]
-    means = ((members @ activations.by_site[site]).toarray() / lengths)[counted]
-    total, positive = means.sum(axis=0), on_subject[counted]
-    n, m = int(positive.sum()), int((~positive).sum())
+    codes = activations.by_site[site]
+    codes = codes if features is None else codes[:, features]
+    return (members @ codes).toarray() / np.maximum(np.bincount(text), 1)[:, None]
+
+
+def auc_and_share(means: np.ndarray, positive: np.ndarray) -> "pd.DataFrame":
+    """`auc` and `share` (of `subject_scores`) of columns of means, by which rows are on it."""
+    import pandas as pd
+    from scipy.stats import rankdata
+
+    total, n, m = means.sum(axis=0), int(positive.sum()), int((~positive).sum())
     if not n or not m:
         raise ValueError(f"{n} texts are on the subject and {m} are not: expected some of each")
     share = means[positive].sum(axis=0) / np.where(total > 0, total, 1)

@@ -14,14 +14,19 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def token_text(tokens: pd.DataFrame, title: str, subtitle: str, columns: int = 14) -> go.Figure:
-    """A text, `columns` tokens a line, coloured by their `activation` from 0 (white) up."""
+def token_text(
+    tokens: pd.DataFrame, title: str, subtitle: str, columns: int = 14, most: float = 0.0
+) -> go.Figure:
+    """A text, `columns` tokens a line, coloured by their `activation` from 0 (white) up.
+
+    Texts are comparable by colour if the scale of each goes to the same `most`, or beyond.
+    """
     rows = -(-len(tokens) // columns)
     cells = tokens[["token", "activation"]].reset_index(drop=True).reindex(range(rows * columns))
     values = cells["activation"].to_numpy(float).reshape(rows, columns)
     words = cells["token"].fillna("").str.replace("\n", "⏎").map(escape).to_numpy()
     figure = px.imshow(
-        values, zmin=0, zmax=max(np.nanmax(values), 1e-9), aspect="auto",
+        values, zmin=0, zmax=max(np.nanmax(values), most, 1e-9), aspect="auto",
         color_continuous_scale=["white", COLOURS["res"]], labels={"color": "activation"},
     )  # fmt: skip
     shown = {"texttemplate": "%{text}", "textfont": {"size": 12}, "ygap": 5}

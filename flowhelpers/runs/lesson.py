@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 from flowhelpers.core.features import check_choice
 
 if TYPE_CHECKING:
+    import pandas as pd
     from IPython.display import Markdown
+    from pandas.io.formats.style import Styler
 
     from flowhelpers.runs.run import Run
 
@@ -36,6 +38,14 @@ def answer(text: str) -> Markdown:
     return Markdown(f"<details><summary>What came out</summary>\n\n{text}\n\n</details>")
 
 
+def shown(table: pd.DataFrame, digits: int = 3) -> Styler:
+    """A table for reading: without its index, its texts whole and from the left."""
+    texts = [name for name in table if table[name].dtype.kind not in "iufb"]
+    style = table.reset_index(drop=True).style.hide(axis="index").format(precision=digits, na_rep="–")
+    looks = {"text-align": "left", "white-space": "pre-wrap", "max-width": "40rem"}
+    return style.set_properties(subset=texts, **looks)  # pyright: ignore[reportArgumentType]
+
+
 def conclude(run: Run, findings: Sequence[Finding]) -> Markdown:
     """Writes what was found to `results.json`, as `findings`, and shows it as paragraphs."""
     from IPython.display import Markdown
@@ -43,7 +53,8 @@ def conclude(run: Run, findings: Sequence[Finding]) -> Markdown:
     run.results({"findings": [asdict(finding) for finding in findings]})
     return Markdown(
         "\n\n".join(
-            f"**{each.claim}**\n\n{each.ours} {each.control} *This {each.verdict}.*"
+            f"**{each.claim}**\n\n{each.ours} {each.control}"
+            f" *This {'was ' * each.verdict.startswith('not ')}{each.verdict}.*"
             if each.verdict != "not asked here"
             else f"**{each.claim}**\n\n*This was {each.verdict}.* {each.ours}"
             for each in findings

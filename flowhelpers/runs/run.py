@@ -177,18 +177,17 @@ def folder_name(notebook: str, name: str | None = None) -> str:
 
 
 def check(answer: float | str | None, truth: float | str, tolerance: float = 0.01) -> str:
-    """Says whether the answer to an exercise is right, without giving the right one away.
+    """Says whether the answer to an exercise is right, and no more: no trying narrows it down.
 
     Words are compared without regard to case; a number may be off by `tolerance`.
     """
     if answer is None:
         return "no answer yet: put yours in place of None and run the cell again"
     if isinstance(truth, str) or isinstance(answer, str):
-        right = str(answer).strip().lower() == str(truth).lower()
-        return "right" if right else f"{answer!r} is not it: try again"
-    if abs(answer - truth) <= tolerance:
-        return "right"
-    return f"{answer:g} is too {'high' if answer > truth else 'low'}: try again"
+        right = str(answer).strip().lower() == str(truth).strip().lower()
+    else:
+        right = abs(answer - truth) <= tolerance
+    return "right" if right else f"{answer!r} is not it: try again"
 
 
 def environment() -> str:

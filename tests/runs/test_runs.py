@@ -163,3 +163,11 @@ def test_results_are_merged_and_what_is_not_finite_is_null(tmp_path: Path):
     assert found == {"before": 0.5, "a": None, "b": [1.0, None, {"c": [2.0, None]}], "d": "NaN"}
     text = (tmp_path / "results.json").read_text("utf-8")
     assert json.loads(text, parse_constant=pytest.fail) == found
+
+
+def test_an_exercise_is_right_or_not_and_nothing_narrows_it_down() -> None:
+    again = [runs.check(value, 0.5, tolerance=0.01) for value in (0.4, 0.6, 5.0)]
+    assert again == [f"{value!r} is not it: try again" for value in (0.4, 0.6, 5.0)]
+    assert runs.check(0.505, 0.5, tolerance=0.01) == runs.check(" Rises ", "rises") == "right"
+    assert runs.check("falls", "rises") == "'falls' is not it: try again"
+    assert runs.check(None, 0.5).startswith("no answer yet")

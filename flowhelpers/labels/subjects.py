@@ -1,0 +1,193 @@
+"""Which feature stands for a subject: by where it is active, not by how well it tells texts apart.
+
+A feature of the letter g may tell weddings from all else, for Wolfgang and kindergarten are there.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowhelpers.activations.sparse import FeatureActivations, collect
+from flowhelpers.core.features import FeatureId, Site, parse_feature
+from flowhelpers.labels.describe import auc_and_share, text_means
+from flowhelpers.matching.scores import best_matches
+from flowhelpers.suites.model import token_strings
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from flowhelpers.suites.load import Suite
+
+CONTEXTS = 8  # of a half, each in another passage
+LEAST, PASSING, OF_FIRST_THREE = 3, 4, 2
+SHORTLIST = 20
+COLUMNS = ["subject", "feature", "contexts", "before", "after", "auc", "share"]
+COLUMNS += ["contexts_other", "first_other", "auc_other", "share_other", "passes"]
+
+
+def subject_features(
+    suite: "Suite", activations: FeatureActivations, topics: Sequence[str], matches: "pd.DataFrame"
+) -> "pd.DataFrame":
+    """The residual features that may stand for each subject, best first.
+
+    A word belongs to a subject if two thirds of the passages that hold it are on it; it has three
+    letters or more, and its token begins it. A feature's contexts are its strongest tokens, one a
+    passage, the eight strongest of a half; one counts if it is such a word in a passage on the
+    subject. Every second passage of a subject is for choosing, where 3 contexts have to count;
+    features are ranked by their number, a quarter of that of their matches in the layers before and
+    after, and the AUC. Of the 20 best those pass of which on the other half 4 contexts count, and 2
+    of the 3 strongest.
+
+    Args:
+        topics: The subject of each passage.
+        matches: A match table of the suite, for the layers before and after.
+
+    Returns:
+        One row a subject and feature: `contexts`, `before`, `after` (how many count, of it and of
+        its matches; 0 where those were not read), `auc` and `share` (as `subject_scores`) on the
+        half for choosing; the first three numbers and `first_other` of the other half; `passes`.
+    """
+    import pandas as pd
+
+    names = pd.Series(list(topics), name="subject")
+    half = (names.groupby(names).cumcount() % 2 == 0).to_numpy()
+    is_word = _own_words(suite, activations, names)
+    sites = [site for site in activations.by_site if site.module == "res"]
+    counts = {site: _counts(activations, site, names, half, is_word) for site in sites}
+    parts = [pd.DataFrame(columns=COLUMNS)]
+    for site, count in counts.items():
+        chosen = count[count["contexts"] >= LEAST].reset_index()
+        for name, (near, match) in _neighbours(matches, site).items():
+            places = [chosen["subject"], chosen["feature"].map(match).fillna(-1).astype(int)]
+            there = counts[near]["contexts"] if near in counts else pd.Series(dtype=int)
+            chosen[name] = there.reindex(pd.MultiIndex.from_arrays(places)).fillna(0).to_numpy()
+        means = text_means(activations, site, chosen["feature"].tolist())
+        for subject, part in chosen.groupby("subject", sort=False):
+            on = (names == subject).to_numpy()
+            one, other = (auc_and_share(means[h][:, part.index], on[h]) for h in (half, ~half))
+            part = part.reset_index(drop=True).join(one).join(other.add_suffix("_other"))
+            parts.append(part.assign(feature=[f"{site}/{i}" for i in part["feature"]]))
+    found = pd.concat(parts[1:] or parts, ignore_index=True)
+    rank = found["contexts"] + (found["before"] + found["after"]) / 4 + found["auc"]
+    found = found.assign(rank=rank.astype(float)).sort_values("rank", ascending=False)
+    found = found.groupby("subject", sort=False).head(SHORTLIST)
+    enough = found["contexts_other"] >= PASSING
+    found["passes"] = (enough & (found["first_other"] >= OF_FIRST_THREE)).astype(bool)
+    found = found.sort_values("subject", kind="stable", ignore_index=True)
+    return found[COLUMNS]
+
+
+def feature_of_subject(features: "pd.DataFrame", subject: str) -> FeatureId | None:
+    """The best feature that passes for a subject; None if no subject of the table has one.
+
+    Raises:
+        ValueError: If this one has none, or is no subject; names those that have one.
+    """
+    passing = features[features["passes"].astype(bool)].drop_duplicates("subject")
+    passing = passing.set_index("subject")["feature"]
+    if subject in passing.index:
+        return parse_feature(passing[subject])
+    if len(passing):
+        raise ValueError(
+            f"no feature here stands for {subject!r}: expected a subject that has one,"
+            f" {', '.join(passing.index)}, or a feature of your own"
+        )
+    return None
+
+
+def shares_on(
+    activations: FeatureActivations, topics: Sequence[str], subject: str, features: Iterable[str]
+) -> dict[str, float]:
+    """The share of each feature's activation that lies in passages on a subject.
+
+    `topics` are the subjects of the passages. Features of sites that were not read are left out.
+    """
+    on = (np.asarray(topics, dtype=object) == subject)[activations.tokens["text"]]
+    read = {name: parse_feature(name) for name in features}
+    read = {name: f for name, f in read.items() if f.site in activations.by_site}
+    values = {name: activations.of(feature) for name, feature in read.items()}
+    return {n: float(v[on].sum() / v.sum()) if v.any() else np.nan for n, v in values.items()}
+
+
+def strongest_sentences(
+    suite: "Suite",
+    feature: FeatureId | str,
+    texts: Sequence[str],
+    others: Sequence[FeatureId | str] = (),
+    k: int = 8,
+) -> "pd.DataFrame":
+    """The sentences of texts in which a feature is most active, each read by itself.
+
+    Columns `sentence`, `activation`, and `active`: how many of the others are active at the token
+    where the feature is strongest. Sentences where any is stand first, the strongest of each kind
+    before; those where the feature is not active are left out.
+    """
+    import pandas as pd
+
+    chosen, beside = suite.feature(feature), suite.features(others)
+    cut = (re.split(r"(?<=[.!?])[\"”’]?\s+", text.strip()) for text in texts)
+    sentences = list(dict.fromkeys(s for some in cut for s in some if len(s.split()) > 3))
+    table = pd.DataFrame(columns=["sentence", "activation", "active"])
+    if sentences:
+        read = collect(suite, sentences, [chosen.site, *(other.site for other in beside)])
+        active = sum((read.of(other) > 0).astype(int) for other in beside)
+        values = {"text": read.tokens["text"], "activation": read.of(chosen), "active": active}
+        table = pd.DataFrame(values).sort_values("activation", ascending=False)
+        table = table[table["activation"] > 0].drop_duplicates("text").head(k)
+        table = table.assign(any=table["active"] > 0)
+        table = table.sort_values(["any", "activation"], ascending=False, ignore_index=True)
+        table["sentence"] = [sentences[text] for text in table["text"]]
+    return table[["sentence", "activation", "active"]]
+
+
+def _own_words(suite: "Suite", activations: FeatureActivations, names: "pd.Series") -> np.ndarray:
+    """Which tokens are words that belong to the subject of their passage."""
+    import pandas as pd
+
+    tokens = activations.tokens[["text", "token"]]
+    strings = pd.Series(token_strings(suite.model, tokens["token"].tolist()))
+    goes_on = strings.str.slice(-1).str.isalpha().shift(fill_value=False)
+    goes_on &= tokens["text"].eq(tokens["text"].shift()).to_numpy()
+    bare = strings.str.strip()
+    is_word = bare.str.isalpha() & (bare.str.len() >= 3)
+    is_word &= ~goes_on | strings.str.slice(0, 1).str.isspace()
+    topic = names.to_numpy()[tokens["text"]]
+    passages = tokens.assign(topic=topic).drop_duplicates()
+    everywhere = passages.groupby("token").size().reindex(tokens["token"]).to_numpy()
+    places = pd.MultiIndex.from_arrays([tokens["token"], topic])
+    own = passages.groupby(["token", "topic"]).size().reindex(places).to_numpy()
+    return is_word.to_numpy() & (3 * own >= 2 * everywhere)
+
+
+def _counts(
+    activations: FeatureActivations, site: Site, names: "pd.Series", half: np.ndarray,
+    is_word: np.ndarray,
+) -> "pd.DataFrame":  # fmt: skip
+    """By subject and feature, how many of the strongest contexts of each half count."""
+    import pandas as pd
+
+    codes = activations.by_site[site].tocoo()
+    text = activations.tokens["text"].to_numpy()[codes.row]
+    columns = {"feature": codes.col, "text": text, "row": codes.row, "activation": codes.data}
+    peaks = pd.DataFrame(columns).sort_values("activation", ascending=False, kind="stable")
+    peaks = peaks[peaks["activation"] > 0].drop_duplicates(["feature", "text"])
+    chosen_on = half[peaks["text"]]
+    rank = peaks.groupby([peaks["feature"], chosen_on]).cumcount()
+    counts = is_word[peaks["row"]] & (rank < CONTEXTS)
+    columns = {"contexts": counts & chosen_on, "contexts_other": counts & ~chosen_on}
+    columns["first_other"] = columns["contexts_other"] & (rank < 3)
+    places = [names.loc[peaks["text"]].set_axis(peaks.index), peaks["feature"]]
+    return pd.DataFrame(columns).groupby(places).sum()
+
+
+def _neighbours(matches: "pd.DataFrame", site: Site) -> "dict[str, tuple[Site, pd.Series]]":
+    """Of the features of a site, the best matches in the stream one layer before and after."""
+    back = best_matches(matches, "backward", "res").query("layer == @site.layer")
+    on = best_matches(matches, "forward", "res").query("source_layer == @site.layer")
+    before, after = (Site(site.layer + by, "res") for by in (-1, 1))
+    return {
+        "before": (before, back.set_index("feature")["source"]),
+        "after": (after, on.set_index("source")["feature"]),
+    }
