@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flowhelpers.runs.run import Run
 
 Verdict = Literal["holds here", "not seen here", "cannot be told here", "not asked here"]
+SAID = {"not seen here": "is not seen here"} | {v: v for v in ("holds here", "cannot be told here")}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def conclude(run: Run, findings: Sequence[Finding]) -> Markdown:
     run.results({"findings": [asdict(finding) for finding in findings]})
     return Markdown(
         "\n\n".join(
-            f"**{each.claim}**\n\n{each.ours} {each.control} *This {each.verdict}.*"
+            f"**{each.claim}**\n\n{each.ours} {each.control} *This {SAID[each.verdict]}.*"
             if each.verdict != "not asked here"
             else f"**{each.claim}**\n\n*This was {each.verdict}.* {each.ours}"
             for each in findings
