@@ -795,7 +795,7 @@ def test_removing_the_match_in_the_stream_removes_the_feature(removed: Executed)
     rates = removed.table("control").set_index(["method", "layer"])
     assert set(rates.index.get_level_values("layer")) == {2, 4, 6}
     for layer in (2, 4, 6):
-        methods = ("top-1", "random", "equal norm, random")
+        methods = ("top-1", "random", "another active feature")
         match, random, other = (rates.loc[(method, layer)] for method in methods)
         assert match["success_low"] >= 0.50
         assert match["change_low"] >= 0.70

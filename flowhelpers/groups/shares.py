@@ -78,7 +78,7 @@ def dataset_gaps(
     Returns:
         One row for each method and dataset but `fitted`: the share "From nowhere" `at_home`, in
         `fitted`, and `away`, in the dataset; `difference`, away less at home, and `beyond`, that
-        less the first method's, both with intervals `…_low`, `…_high`.
+        less the first method's, both with intervals `…_low`, `…_high`. None without `fitted`.
     """
     import pandas as pd
 
@@ -94,7 +94,7 @@ def dataset_gaps(
         of_text = found.tokens.drop_duplicates(["dataset", "text"])["dataset"].to_numpy()
         own = {name: np.where(of_text == name, drawn, 0) for name in dict.fromkeys(of_text)}
         shares = {name: (many @ sums) / (many @ counts) for name, many in own.items()}
-        for name in [name for name in shares if name != fitted]:
+        for name in [name for name in shares if name != fitted and fitted in shares]:
             gap = shares[name] - shares[fitted]
             both = np.stack([gap, gap - first.setdefault(name, gap)], axis=1)
             (low, beyond_low), (high, beyond_high) = interval(both[1:])
@@ -103,7 +103,9 @@ def dataset_gaps(
             row |= {"difference": both[0, 0], "difference_low": low, "difference_high": high}
             row |= {"beyond": both[0, 1], "beyond_low": beyond_low, "beyond_high": beyond_high}
             rows.append(row)
-    return pd.DataFrame(rows)
+    ends = [f"{gap}{end}" for gap in ("difference", "beyond") for end in ("", "_low", "_high")]
+    gaps = pd.DataFrame(rows, columns=["method", "dataset", "at_home", "away", *ends])
+    return gaps.astype(dict.fromkeys(gaps.columns[2:], float))
 
 
 def group_transition(features: np.ndarray, groups: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from flowhelpers.core.features import check_choice
 
@@ -42,6 +42,12 @@ def answer(text: str) -> Markdown:
 def verdict_of(low: float, high: float) -> Verdict:
     """On the claim that a difference is above 0, by the ends of its interval."""
     return "holds here" if low > 0 else "not seen here" if high < 0 else "cannot be told here"
+
+
+def spread(row: Any, digits: str = ".2f", name: str = "difference") -> str:
+    """A row's value of this name, signed, with the ends of its interval."""
+    value, low, high = (f"{getattr(row, name + end):+{digits}}" for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
 
 
 def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:

@@ -97,3 +97,15 @@ def theme_words(judge: Any, texts: Sequence[str], most: int = 4) -> list[str]:
         falls = sorted(zip(odds[0] / odds[1:], words.values(), strict=True), reverse=True)
         found.append(", ".join(word for fall, word in falls[:most] if fall >= 1.5))
     return found
+
+
+def nearest_subjects(judge: Any, texts: Sequence[str], most: int = 3) -> str:
+    """What an embedded judge's classifier takes texts to be about, such as "sea (5), war (2)".
+
+    Of another judge, or of no text, "".
+    """
+    if not isinstance(judge, EmbeddedJudge) or not len(texts):
+        return ""
+    subjects, counts = np.unique(judge.classifier.predict(list(texts)), return_counts=True)
+    order = (-counts).argsort(kind="stable")[:most]
+    return ", ".join(f"{subjects[i]} ({counts[i]})" for i in order)
