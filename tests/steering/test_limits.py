@@ -73,3 +73,7 @@ def test_the_words_that_count_are_those_without_which_behavioral_falls(judge: Em
     missing = 1 - judge.behavioral([texts[0], texts[0].replace(first, "")])
     assert missing[1] > 10 * missing[0]  # so sure is it that the odds alone tell
     assert steering.theme_words(object(), texts) == ["", "", ""]
+    of_the_sea = "The sailors hauled the sails, and the ship rolled in the waves off the harbour."
+    assert steering.nearest_subjects(judge, [of_the_sea, of_the_sea]) == "sea (2)"
+    assert steering.nearest_subjects(judge, []) == ""
+    assert steering.nearest_subjects(object(), texts) == ""
