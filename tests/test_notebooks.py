@@ -757,6 +757,116 @@ def test_pearson_reads_other_texts_and_loses_more_than_cosine_on_python(
     assert gaps["pearson top-1", "python"] > 0.1
 
 
+def finding(run: Executed, claim: str) -> dict[str, str]:
+    """The one finding whose claim has these words."""
+    (found,) = [each for each in run.results["findings"] if claim in each["claim"]]
+    return found
+
+
+def spread_of(row: Any, digits: str, name: str = "difference") -> str:
+    value, low, high = (f"{row[name + end]:+{digits}}" for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
+
+
+def verdict_by(low: float, high: float) -> str:
+    return "holds here" if low > 0 else "not seen here" if high < 0 else "cannot be told here"
+
+
+def test_counting_each_feature_once_takes_most_significant_tests_away(groups: Executed) -> None:
+    shares = []
+    for name in ("tests", "tests_of_unique_features"):
+        tests = groups.table(name)
+        tests = tests[tests["score"] == "s_res"]
+        active = sum(tests[side].str.contains("RES").astype(int) for side in ("first", "second"))
+        by_pair = tests[active == 1].groupby(["first", "second"])["significant"].mean()
+        shares.append(by_pair.mean())
+    assert shares[0] > 0.9
+    assert shares[1] < 0.5
+    found = finding(groups, "differ in $s^{(R)}$")
+    assert f"By occurrences {shares[0]:.1%} of these tests are significant" in found["ours"]
+    assert f"Each feature counted once, {shares[1]:.1%} are" in found["control"]
+    assert found["verdict"] == "not seen here"
+    classes = finding(groups, "where it is active in one of them")
+    rows = groups.table("ao_against_ib")
+    for row in rows.itertuples():
+        part = classes["ours" if row.unit == "occurrences" else "control"]
+        assert f"`{row.score}` {row.AO:.0%} against {row.IB:.0%}" in part
+    once = rows[rows["unit"] == "unique features"]
+    assert once["difference"].to_numpy() == pytest.approx((once["AO"] - once["IB"]).to_numpy())
+    low, high = once["difference_low"].min(), once["difference_high"].min()
+    assert classes["verdict"] == verdict_by(low, high)
+
+
+def test_what_the_groups_say_is_in_their_tables(groups: Executed) -> None:
+    row = groups.table("nowhere_less_chance").iloc[0]
+    shares = groups.table("shares_overall").set_index("group").loc["From nowhere"]
+    assert row["mean"] == pytest.approx(shares["share"])
+    assert row["base"] == pytest.approx(shares["by_chance"])
+    nowhere = finding(groups, "Most active features")
+    assert f"{shares['share']:.1%} are 'From nowhere'" in nowhere["ours"]
+    assert spread_of(row, ".1%") in nowhere["control"]
+    assert nowhere["verdict"] == verdict_by(-row["difference_high"], -row["difference_low"])
+    matchers = groups.table("matchers")
+    gaps = matchers["from nowhere by chance"] - matchers["from nowhere"]
+    assert matchers["below chance"].to_numpy() == pytest.approx(gaps.to_numpy())
+    assert (
+        matchers["below chance"]
+        .between(matchers["below chance_low"], matchers["below chance_high"])
+        .all()
+    )
+    gaps_away = groups.table("dataset_gaps").set_index(["method", "dataset"])
+    python = gaps_away.loc[("pearson top-1", "python")]
+    pearson = finding(groups, "worse on Python code")
+    assert spread_of(python, ".1%", "beyond") in pearson["ours"]
+    assert pearson["verdict"] == verdict_by(python["beyond_low"], python["beyond_high"])
+
+
+SMALL = {"n_texts": 4, "pearson_texts": 4, "resamples": 5}
+
+
+@pytest.mark.parametrize(
+    ("number", "given"),
+    [
+        (3, SMALL),
+        (4, SMALL | {"sweep_targets": 9}),
+        (5, {"n_samples": 2, "max_new_tokens": 3, "r_values": [0, -2]}),
+    ],
+)
+def test_a_suite_of_one_s_own_is_read_to_the_end_and_every_cell_again(
+    number: int,
+    given: dict[str, Any],
+    planted_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FLOWHELPERS_RUN_DIR", str(tmp_path))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    cells, names = code_cells(NOTEBOOKS[number]), {"In": []}
+    for cell in cells:
+        exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names |= given | {"suite": str(planted_folder)}
+    assert len(Executed(tmp_path).results["findings"]) >= 5
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("tables/*.csv")}
+    results = (tmp_path / "results.json").read_text()
+    for cell in reversed(cells):
+        exec(cell.source, dict(names))  # by itself, after all others
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("tables/*.csv")} == before
+    assert (tmp_path / "results.json").read_text() == results
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[3:6], ids=lambda path: path.stem)
+def test_every_prediction_is_answered_below_a_fold(
+    path: Path, executed: dict[str, Executed]
+) -> None:
+    cells = read(executed[path.stem].folder / "notebook.ipynb").cells
+    asked = [i for i, cell in enumerate(cells) if "**Predict:**" in cell.source]
+    for start, end in zip(asked, [*asked[1:], len(cells)], strict=True):
+        said = [o.data for c in cells[start:end] for o in c.get("outputs", []) if "data" in o]
+        told = [data["text/markdown"] for data in said if "text/markdown" in data]
+        assert any("What came out" in text and re.search(r"\d", text) for text in told)
+
+
 @pytest.mark.parametrize(
     ("book", "given", "message"),
     [
@@ -765,6 +875,9 @@ def test_pearson_reads_other_texts_and_loses_more_than_cosine_on_python(
         ("04", "layers=[0]", r"layers=\[0\]: expected some of \[1, 2, .*, 7\], each once"),
         ("04", "search_layers=[3]", r"search_layers=\[3\]: expected some of \[2, 4, 6\]"),
         ("04", "max_tokens=1", "max_tokens of 2 or more, BOS included"),
+        ("04", "r_values=[0, 0]", "expected one or more, each once"),
+        ("04", "datasets=[fictoin]", "unknown corpus 'fictoin'; did you mean 'fiction'"),
+        ("05", "advanced={phases: [promt]}", "unknown phase 'promt'; did you mean 'prompt'"),
     ],
 )
 def test_what_fits_no_suite_is_refused_at_the_door(
@@ -888,7 +1001,7 @@ def test_removing_the_match_in_the_stream_removes_the_feature(removed: Executed)
     rates = removed.table("control").set_index(["method", "layer"])
     assert set(rates.index.get_level_values("layer")) == {2, 4, 6}
     for layer in (2, 4, 6):
-        methods = ("top-1", "random", "equal norm, random")
+        methods = ("top-1", "random", "another active feature")
         match, random, other = (rates.loc[(method, layer)] for method in methods)
         assert match["success_low"] >= 0.50
         assert match["change_low"] >= 0.70
@@ -896,6 +1009,44 @@ def test_removing_the_match_in_the_stream_removes_the_feature(removed: Executed)
         assert match["change_low"] > random["change_high"]
         assert other["change_high"] <= 0.12
         assert match["n"] > 500
+
+
+def test_most_of_what_goes_is_plain_arithmetic(removed: Executed) -> None:
+    subsets = removed.table("subsets")
+    alone = subsets[subsets["removed"] == "From RES"].dropna(subset=["linear", "change"])
+    gone, written = alone["change"].mean(), alone["linear"].mean()
+    assert written > 0.9 * gone > 0.7
+    row = removed.table("response").set_index("removed").loc["From RES"]
+    assert (row["mean"], row["base"]) == pytest.approx((gone, written))
+    found = finding(removed, "Most of the effect is the layer's own computation")
+    assert f"Of the {gone:.2f} of activation that goes" in found["ours"]
+    assert f"{written:.2f} is plain arithmetic" in found["ours"]
+    assert spread_of(row, ".2f") in found["control"]
+    assert found["verdict"] == "not seen here"
+
+
+def test_what_deactivation_finds_is_in_its_tables(removed: Executed) -> None:
+    controlled = removed.table("controlled")
+    means = controlled.groupby("method")[["success", "change"]].mean()
+    above = removed.table("above_control").set_index(["measure", "method"])
+    for (measure, method), row in above.iterrows():
+        assert row["mean"] == pytest.approx(means.loc[method, measure])
+        assert row["base"] == pytest.approx(means.loc["another active feature", measure])
+    cause, row = finding(removed, "it is a cause"), above.loc[("success", "top-1")]
+    assert spread_of(row, ".0%") in cause["control"]
+    assert cause["verdict"] == verdict_by(row["difference_low"], row["difference_high"])
+    best = removed.table("searched").groupby("method")["change"].mean()
+    found = finding(removed, "nearly the best single match")
+    share = best["top-1 cosine"] / best["exhaustive"]
+    assert f"Cosine changes {best['top-1 cosine']:.2f}" in found["ours"]
+    assert f"{share:.0%} of what the search" in found["ours"]
+    assert found["verdict"] == ("holds here" if share >= 0.8 else "not seen here")
+    upward = removed.table("further")
+    lowest = upward[(upward["method"] == "top-1") & (upward["layer"] == 2)]
+    by_above = lowest.groupby("above")["change"].mean()
+    repair = removed.table("repair").set_index("above")
+    assert repair["mean"].to_dict() == pytest.approx(by_above.drop(0).to_dict())
+    assert repair["base"].unique() == pytest.approx([by_above[0]])
 
 
 def test_what_comes_before_an_edit_is_never_lost_or_won_by_it(removed: Executed) -> None:
@@ -1068,6 +1219,52 @@ def test_suppression_beats_no_steering_random_features_and_at_some_r_the_seeds(
     same = control.loc["random, same norm", "norm"]
     assert same.to_numpy() == pytest.approx(top["norm"], rel=0.1)
     assert (suppressed.table("against_seeds")["difference_low"] > 0).any()
+
+
+def test_what_suppression_finds_are_differences_sample_by_sample(suppressed: Executed) -> None:
+    reported = suppressed.table("texts_reported")
+    scores = reported.groupby(["strategy", "strength", "sample"])["score"].mean()
+    gap = scores["cumulative"] - scores["single"]
+    table = suppressed.table("cumulative_less_single").set_index("r")
+    each = table.loc["each r"].set_index("strength")["difference"]
+    assert each.to_dict() == pytest.approx(gap.groupby("strength").mean().to_dict())
+    by_sample = gap.loc[[0, -1, -2, -4]].groupby("sample").mean()
+    row = table.loc["small |r|"]
+    assert row["difference"] == pytest.approx(by_sample.mean())
+    ends = row["difference_low"], row["difference_high"]
+    assert middle_95(by_sample.tolist()) == pytest.approx(ends, abs=0.03)
+    found = finding(suppressed, "At small |r|")
+    assert spread_of(row, ".3f") in found["ours"]
+    assert found["verdict"] == verdict_by(*ends)
+    graph, duel = (
+        finding(suppressed, "what its seeds alone lack"),
+        suppressed.table("at_their_best"),
+    )
+    for row in duel[duel["strategy"].isin(["single", "cumulative"])].to_dict("records"):
+        assert (
+            f"{row['strategy']} (r = {row['strength']:g}) {spread_of(row, '.2f')}" in graph["ours"]
+        )
+    luck, ends = suppressed.results["luck"], suppressed.results["luck_interval"]
+    told = finding(suppressed, "partly luck")
+    assert f"luck {luck:+.3f} ({ends[0]:+.3f} to {ends[1]:+.3f})" in told["ours"]
+    assert told["verdict"] == verdict_by(*ends)
+
+
+def test_the_judge_s_limits_stand_beside_the_scores(suppressed: Executed) -> None:
+    limits = suppressed.table("judge_limits").set_index("text")["coherence"]
+    note = f"human text {limits['human, other subjects']:.2f}"
+    assert limits["halves of two of these"] > 0.6 > 3 * limits["their words shuffled"]
+    for name in ("figure_9", "figure_10", "score_against_norm", "side_effects"):
+        assert note in (suppressed.folder / f"figures/{name}.json").read_text("utf-8")
+    found = finding(suppressed, "high coherence makes sense")
+    assert f"{limits['halves of two of these']:.2f}" in found["ours"]
+    assert found["verdict"] == "not seen here"
+    book = read(suppressed.folder / "notebook.ipynb")
+    (shown,) = [c for c in book.cells if c.id == "read-it"]
+    texts = suppressed.table("generations")["steered"]
+    page = shown.outputs[0].data["text/html"].replace("&#x27;", "'").replace("&#39;", "'")
+    assert note in page
+    assert max(texts, key=len)[-30:].replace("&", "&amp;").replace("<", "&lt;") in page  # not cut
 
 
 def test_promotion_beats_no_steering_and_random_features_for_three_themes_of_four(

@@ -109,7 +109,11 @@ def test_a_finding_holds_where_its_interval_lies_beyond_the_control(
     tmp_path: Path, ours: float, verdict: str
 ):
     means = [ours, 0.5, 0.1]
-    control = {"layer": 2, "method": ["top-1", "random", "equal norm, random"], "success": means}
+    control = {
+        "layer": 2,
+        "method": ["top-1", "random", "another active feature"],
+        "success": means,
+    }
     control |= {"success_low": [x - 0.05 for x in means], "success_high": [x + 0.05 for x in means]}
     plant(tmp_path, "04_deactivation", "flowlet", control=control)
     found = findings(tmp_path).set_index("finding")["verdict"]

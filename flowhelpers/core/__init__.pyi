@@ -1,3 +1,4 @@
+from .bootstrap import mean_differences as mean_differences
 from .cache import cache_folder as cache_folder
 from .controls import panel as panel
 from .features import MODULES as MODULES

@@ -12,6 +12,7 @@ from .targets import CONTROL as CONTROL
 from .targets import active_predecessors as active_predecessors
 from .targets import draw_targets as draw_targets
 from .targets import equal_norm as equal_norm
+from .targets import example_target as example_target
 from .targets import groups_of as groups_of
 from .targets import middle_layers as middle_layers
 from .targets import sources_of as sources_of

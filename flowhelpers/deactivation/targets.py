@@ -7,20 +7,21 @@ A_L; those that are active at that token are its predecessors.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from flowhelpers.activations.sparse import FeatureActivations
-from flowhelpers.core.features import MODULES, Site, predecessor_site
+from flowhelpers.activations.sparse import FeatureActivations, collect
+from flowhelpers.core.features import MODULES, FeatureId, Site, predecessor_site
 from flowhelpers.groups.occurrences import group_names, with_dataset
+from flowhelpers.suites.model import token_strings
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from flowhelpers.suites.load import Suite
 
-CONTROL = "equal norm, random"
+CONTROL = "another active feature"
 
 
 def middle_layers(layers: int) -> list[int]:
@@ -93,6 +94,59 @@ def groups_of(targets: pd.DataFrame, predecessors: pd.DataFrame) -> pd.Series:
     counts = pd.crosstab(predecessors["target"], predecessors["module"])
     counts = counts.reindex(index=targets.index, columns=list(MODULES), fill_value=0)
     return pd.Series(group_names(counts > 0), targets.index, name="group")
+
+
+class Example(NamedTuple):
+    """A feature whose predecessor in the stream is active at the same token of a text."""
+
+    text: str
+    position: int  # of the token; 0 is BOS
+    word: str
+    feature: FeatureId
+    activation: float
+    predecessor: FeatureId
+    predecessor_activation: float
+    rule: str  # by which it was found
+
+
+def example_target(
+    suite: Suite, texts: Sequence[str], matches: pd.DataFrame, layers: Sequence[int]
+) -> Example:
+    """The feature of greatest activation that is "From RES" at a word of five letters or more.
+
+    It is looked for in one text and layer after another. Where a text has none, a shorter word will
+    do, then a feature that has other predecessors too. A ValueError if no text has any.
+    """
+    for text in texts:
+        active = collect(suite, [text])
+        words = np.array(token_strings(suite.model, active.tokens["token"]))
+        for layer in layers:
+            targets = draw_targets(active, [layer], per_token=10**6)
+            near = active_predecessors(sources_of(targets, matches, active))
+            near = near[near["rank"] == 1]
+            group = groups_of(targets, near)
+            is_long = np.array([len(word.strip()) > 4 for word in words])[targets["token_row"]]
+            of_stream = targets.index.isin(near.loc[near["module"] == "res", "target"])
+            rules = {
+                "'From RES', at a word of five letters or more": (group == "From RES") & is_long,
+                "'From RES'": group == "From RES",
+                "with a predecessor in the stream among others": of_stream,
+            }
+            for rule, chosen in rules.items():
+                if not chosen.any():
+                    continue
+                row = targets.loc[targets.loc[chosen, "activation"].idxmax()]
+                at_site = near[(near["target"] == row.name) & (near["module"] == "res")]
+                feature = FeatureId(layer, "res", int(row["feature"]))
+                source = FeatureId(layer - 1, "res", int(at_site["feature"].iloc[0]))
+                word, activation = words[int(row["token_row"])], float(row["activation"])
+                place = text, int(row["position"]), str(word)
+                amount = float(at_site["activation"].iloc[0])
+                return Example(*place, feature, activation, source, amount, rule)
+    raise ValueError(
+        f"in {len(texts)} texts no feature of layers {[*layers]} has an active predecessor in the"
+        " stream: there is nothing to remove"
+    )
 
 
 def equal_norm(

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.core.bootstrap import TIMES, interval, mean_intervals, resamples, text_rows
+from flowhelpers.core.bootstrap import (
+    TIMES,
+    centred_interval,
+    interval,
+    mean_intervals,
+    resamples,
+    text_rows,
+)
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, complete_layers
 
@@ -71,7 +78,7 @@ def dataset_gaps(
     Returns:
         One row for each method and dataset but `fitted`: the share "From nowhere" `at_home`, in
         `fitted`, and `away`, in the dataset; `difference`, away less at home, and `beyond`, that
-        less the first method's, both with intervals `…_low`, `…_high`.
+        less the first method's, both with intervals `…_low`, `…_high`. None without `fitted`.
     """
     import pandas as pd
 
@@ -87,7 +94,7 @@ def dataset_gaps(
         of_text = found.tokens.drop_duplicates(["dataset", "text"])["dataset"].to_numpy()
         own = {name: np.where(of_text == name, drawn, 0) for name in dict.fromkeys(of_text)}
         shares = {name: (many @ sums) / (many @ counts) for name, many in own.items()}
-        for name in [name for name in shares if name != fitted]:
+        for name in [name for name in shares if name != fitted and fitted in shares]:
             gap = shares[name] - shares[fitted]
             both = np.stack([gap, gap - first.setdefault(name, gap)], axis=1)
             (low, beyond_low), (high, beyond_high) = interval(both[1:])
@@ -96,7 +103,9 @@ def dataset_gaps(
             row |= {"difference": both[0, 0], "difference_low": low, "difference_high": high}
             row |= {"beyond": both[0, 1], "beyond_low": beyond_low, "beyond_high": beyond_high}
             rows.append(row)
-    return pd.DataFrame(rows)
+    ends = [f"{gap}{end}" for gap in ("difference", "beyond") for end in ("", "_low", "_high")]
+    gaps = pd.DataFrame(rows, columns=["method", "dataset", "at_home", "away", *ends])
+    return gaps.astype(dict.fromkeys(gaps.columns[2:], float))
 
 
 def group_transition(features: np.ndarray, groups: np.ndarray) -> np.ndarray:
@@ -132,9 +141,7 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     pairs = pd.MultiIndex.from_product([GROUPS, GROUPS], names=["first", "second"])
     unique = table.drop_duplicates(["layer", "feature", "group"])["group"].value_counts(sort=False)
     rows = pd.DataFrame({"features": np.repeat(unique.to_numpy(), len(GROUPS))}, index=pairs)
-    shift = share - pd.DataFrame(values).median().to_numpy()
-    low, high = interval(values)
-    low, high = np.maximum(low + shift, 0), np.minimum(high + shift, 1)
+    low, high = centred_interval(values, share).clip(0, 1)
     return rows.assign(share=share, low=low, high=high).reset_index()
 
 
@@ -174,7 +181,7 @@ def single_source_points(
     keys = ["layer", "group", "feature"]
     single = table.loc[table["group"].isin(GROUPS[:4]), ["layer", "feature", "group", *SCORES]]
     by_layer = single.drop_duplicates(keys).groupby("layer")
-    parts = [by_layer.get_group(layer) for layer in layers]
+    parts = [part for layer, part in by_layer if layer in layers] or [single]
     parts = [part.sample(min(n, len(part)), random_state=seed) for part in parts]
     return pd.concat(parts).sort_values(keys, ignore_index=True)
 

@@ -2,7 +2,9 @@ from .execute import resume as resume
 from .lesson import Finding as Finding
 from .lesson import answer as answer
 from .lesson import conclude as conclude
-from .lesson import shown as shown
+from .lesson import show as show
+from .lesson import spread as spread
+from .lesson import verdict_of as verdict_of
 from .parameters import merged as merged
 from .parameters import plan as plan
 from .run import Run as Run

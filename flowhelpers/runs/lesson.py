@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from flowhelpers.core.features import check_choice
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flowhelpers.runs.run import Run
 
 Verdict = Literal["holds here", "not seen here", "cannot be told here", "not asked here"]
+SAID = {"not seen here": "is not seen here"} | {v: v for v in ("holds here", "cannot be told here")}
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,28 @@ def answer(text: str) -> Markdown:
     return Markdown(f"<details><summary>What came out</summary>\n\n{text}\n\n</details>")
 
 
-def shown(table: pd.DataFrame, digits: int = 3) -> Styler:
-    """A table for reading: without its index, its texts whole and from the left."""
-    texts = [name for name in table if table[name].dtype.kind not in "iufb"]
-    style = table.reset_index(drop=True).style.hide(axis="index").format(precision=digits, na_rep="–")
-    looks = {"text-align": "left", "white-space": "pre-wrap", "max-width": "40rem"}
-    return style.set_properties(subset=texts, **looks)  # pyright: ignore[reportArgumentType]
+def verdict_of(low: float, high: float) -> Verdict:
+    """On the claim that a difference is above 0, by the ends of its interval."""
+    return "holds here" if low > 0 else "not seen here" if high < 0 else "cannot be told here"
+
+
+def spread(row: Any, digits: str = ".2f", name: str = "difference") -> str:
+    """A row's value of this name, signed, with the ends of its interval."""
+    value, low, high = (f"{getattr(row, name + end):+{digits}}" for end in ("", "_low", "_high"))
+    return f"{value} ({low} to {high})"
+
+
+def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:
+    """A table for its reader: texts whole, numbers of few digits, no bare row numbers."""
+    import pandas as pd
+
+    look = {"white-space": "pre-wrap", "text-align": "left"}
+    texts = [*table.columns[[not pd.api.types.is_numeric_dtype(each) for each in table.dtypes]]]
+    style = table.style.format(precision=digits, na_rep="", escape="html")
+    style = style.set_properties(texts, **look)
+    style = style.set_caption(caption) if caption else style
+    is_bare = isinstance(table.index, pd.RangeIndex) and table.index.name is None
+    return style.hide(axis="index") if is_bare else style
 
 
 def conclude(run: Run, findings: Sequence[Finding]) -> Markdown:
@@ -53,8 +70,7 @@ def conclude(run: Run, findings: Sequence[Finding]) -> Markdown:
     run.results({"findings": [asdict(finding) for finding in findings]})
     return Markdown(
         "\n\n".join(
-            f"**{each.claim}**\n\n{each.ours} {each.control}"
-            f" *This {'was ' * each.verdict.startswith('not ')}{each.verdict}.*"
+            f"**{each.claim}**\n\n{each.ours} {each.control} *This {SAID[each.verdict]}.*"
             if each.verdict != "not asked here"
             else f"**{each.claim}**\n\n*This was {each.verdict}.* {each.ours}"
             for each in findings

@@ -22,6 +22,7 @@ from flowhelpers.deactivation import (
     downstream_effects,
     draw_targets,
     equal_norm,
+    example_target,
     groups_of,
     middle_layers,
     sources_of,
@@ -388,3 +389,33 @@ def test_layer_0_has_module_sources_and_saes_at_z_say_nothing_of_what_is_written
     assert at_z.any()
     assert (table["linear"].isna() == at_z).all()
     assert table["change"].notna().all()
+
+
+def test_the_example_is_the_strongest_of_the_first_text_that_has_one(planted: Suite):
+    matches = match_table(planted)
+    texts = [text for text in toys.TEXTS if len(text) > 10]
+    found = example_target(planted, texts, matches, [2, 1])
+    assert found.text == texts[0]
+    active = collect(planted, [found.text])
+    targets = draw_targets(active, [found.feature.layer], 10**6)
+    near = active_predecessors(sources_of(targets, matches, active, 1))
+    group = groups_of(targets, near)
+    if found.rule.startswith("'From RES'"):
+        some = targets[group == RES]
+    else:
+        some = targets.loc[near.loc[near["module"] == "res", "target"]]
+    if "five letters" in found.rule:
+        assert len(found.word.strip()) > 4
+    own = some[(some["feature"] == found.feature.index) & (some["position"] == found.position)]
+    assert own["activation"].item() == found.activation
+    row = near[(near["target"] == own.index[0]) & (near["module"] == "res")]
+    assert row["feature"].item() == found.predecessor.index
+    assert row["activation"].item() == found.predecessor_activation > 0
+    assert found.predecessor.site == Site(found.feature.layer - 1, "res")
+
+
+def test_where_no_predecessor_is_active_there_is_nothing_to_remove(planted: Suite):
+    matches = match_table(planted)
+    none = matches.assign(source=matches["source"].where(matches["module"] != "res", -1))
+    with pytest.raises(ValueError, match=r"in 2 texts no feature of layers \[1, 2\] has an active"):
+        example_target(planted, toys.TEXTS[:2], none, [1, 2])

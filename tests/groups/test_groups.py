@@ -22,6 +22,7 @@ from flowhelpers.groups.occurrences import (
     Occurrences,
     check_layers,
     complete_layers,
+    complete_layers_of,
     find_occurrences,
     shuffled_tokens,
     youden_thresholds,
@@ -228,6 +229,7 @@ def test_datasets_are_held_against_the_one_that_was_read_and_methods_on_equal_re
         ):
             ends = gaps.loc[name, [f"{column}_low", f"{column}_high"]].tolist()
             assert ends == pytest.approx(np.quantile(values, [0.025, 0.975]), abs=1e-9)
+    assert dataset_gaps(by_method, "absent", times=2).empty
     assert gaps.loc["pearson", "beyond_low"] > 0.2
     assert (gaps.loc["same", ["beyond", "beyond_low", "beyond_high"]] == 0).all()
 
@@ -319,3 +321,11 @@ def test_a_base_rate_is_the_predecessors_own_rate_whether_or_not_it_is_real():
             dense = table["feature"] == 0
             assert table.loc[dense, module].mean() == pytest.approx(0.9, abs=0.04)
             assert table.loc[~dense, module].mean() == pytest.approx(0.02, abs=0.03)
+
+
+def test_groups_need_a_layer_with_all_three_predecessors():
+    sites = {Site(layer, module) for layer in range(4) for module in MODULES}
+    assert complete_layers_of(sites) == [1, 2, 3]
+    assert complete_layers_of(sites - {Site(2, "att"), Site(2, "res")}) == [1]  # 3 has none before
+    with pytest.raises(ValueError, match="no layer has SAEs for its stream, MLP, attention"):
+        complete_layers_of({site for site in sites if site.module != "att"})

@@ -1,0 +1,45 @@
+"""What a notebook shows its reader: tables whole, without row numbers."""
+
+import re
+
+import pandas as pd
+
+from flowhelpers import runs
+
+
+def test_a_table_is_shown_whole_and_without_its_row_numbers():
+    long = "word <b>salad</b> " * 20
+    table = pd.DataFrame({"text": [long, "b"], "score": [0.123456, None], "n": [3, 4]})
+    page = runs.show(table, digits=3, caption="what it says").to_html()
+    assert long.strip().replace("<", "&lt;").replace(">", "&gt;") in page
+    assert "0.123" in page
+    assert "0.1234" not in page
+    assert "nan" not in page
+    assert "row_heading" not in page
+    assert "what it says" in page
+    named = runs.show(table.set_index("n")).to_html()
+    assert re.search(r'row_heading level0 row0"\s*>3<', named)
+    assert "<caption>" not in named
+
+
+def test_what_an_interval_says_of_a_difference():
+    row = pd.Series({"difference": 0.25, "difference_low": 0.1, "difference_high": 0.4})
+    assert runs.spread(row) == "+0.25 (+0.10 to +0.40)"
+    (named,) = pd.DataFrame([row.add_prefix("my_")]).itertuples()
+    assert runs.spread(named, ".0%", "my_difference") == "+25% (+10% to +40%)"
+    told = [runs.verdict_of(*ends) for ends in ((0.1, 0.4), (-0.4, -0.1), (-0.1, 0.1))]
+    assert told == ["holds here", "not seen here", "cannot be told here"]
+    assert runs.verdict_of(float("nan"), float("nan")) == "cannot be told here"
+
+
+def test_a_conclusion_is_sentences_and_is_kept(tmp_path):
+    run = runs.Run(tmp_path)
+    seen = runs.Finding("A claim.", "Ours.", "Chance.", "not seen here")
+    unasked = runs.Finding("Another.", "Why not.", "", "not asked here")
+    text = str(runs.conclude(run, [seen, unasked]).data)
+    assert "**A claim.**\n\nOurs. Chance. *This is not seen here.*" in text
+    assert "*This was not asked here.* Why not." in text
+    assert [each["verdict"] for each in run.results({})["findings"]] == [
+        "not seen here",
+        "not asked here",
+    ]
