@@ -2,6 +2,7 @@ from .execute import resume as resume
 from .lesson import Finding as Finding
 from .lesson import answer as answer
 from .lesson import conclude as conclude
+from .lesson import within as within
 from .parameters import merged as merged
 from .parameters import plan as plan
 from .run import Run as Run

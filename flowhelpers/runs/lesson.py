@@ -29,6 +29,11 @@ class Finding:
         check_choice("verdict", self.verdict, get_args(Verdict))
 
 
+def within(value: float, low: float, high: float, digits: int = 2) -> str:
+    """A number and its 95 % interval, as in "0.12 (0.05 to 0.22)"."""
+    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
 def answer(text: str) -> Markdown:
     """The answer to a prediction, below a fold that its reader opens."""
     from IPython.display import Markdown

@@ -15,6 +15,7 @@ import pytest
 from flowhelpers.core.files import write_text, write_whole
 from flowhelpers.core.progress_bar import live, progress
 from flowhelpers.runs import run as runs
+from flowhelpers.runs.lesson import within
 from flowhelpers.runs.run import RUN_DIR, RUNS, start_run
 
 
@@ -163,3 +164,8 @@ def test_results_are_merged_and_what_is_not_finite_is_null(tmp_path: Path):
     assert found == {"before": 0.5, "a": None, "b": [1.0, None, {"c": [2.0, None]}], "d": "NaN"}
     text = (tmp_path / "results.json").read_text("utf-8")
     assert json.loads(text, parse_constant=pytest.fail) == found
+
+
+def test_a_number_stands_with_its_interval() -> None:
+    assert within(0.1234, -0.05, 0.2) == "0.12 (-0.05 to 0.20)"
+    assert within(0.1234, -0.05, 0.2, 3) == "0.123 (-0.050 to 0.200)"
