@@ -1,7 +1,9 @@
+from .bootstrap import mean_differences as mean_differences
 from .cache import cache_folder as cache_folder
 from .features import MODULES as MODULES
 from .features import FeatureId as FeatureId
 from .features import Site as Site
+from .features import check_choice as check_choice
 from .features import parse_feature as parse_feature
 from .features import parse_site as parse_site
 from .features import predecessor_sites as predecessor_sites

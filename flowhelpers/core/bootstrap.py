@@ -69,6 +69,57 @@ def mean_intervals(
     return found
 
 
+def mean_differences(
+    table: "pd.DataFrame",
+    column: str,
+    by: str,
+    baseline: object,
+    tokens: "pd.DataFrame",
+    times: int = TIMES,
+    seed: int = 0,
+) -> "pd.DataFrame":
+    """By how much the mean of `column` is above that of the rows whose `by` is `baseline`.
+
+    Both means are of the same resampled texts, so that what differs from text to text falls out of
+    their difference: where its interval leaves out 0, the means differ.
+
+    Returns:
+        One row for each other value of `by`: it, `n`, `mean`, `base`, `difference`,
+        `difference_low` and `difference_high`.
+    """
+    import pandas as pd
+
+    known = table.dropna(subset=[column, by])
+    text, drawn = text_rows(tokens, known), resamples(tokens, times, seed)
+    drawn = np.vstack([np.ones_like(drawn[:1]), drawn])  # the sample itself first
+    means, sizes = {}, known[by].astype(object).value_counts().sort_index()
+    for value in sizes.index:
+        at = (known[by] == value).to_numpy()
+        sums, counts = (
+            np.bincount(text[at], weights, drawn.shape[1])
+            for weights in (known[column].to_numpy(float)[at], np.ones(at.sum()))
+        )
+        n = drawn @ counts
+        means[value] = np.divide(drawn @ sums, n, out=np.full(len(n), np.nan), where=n > 0)
+    base, rows = means.get(baseline, np.full(len(drawn), np.nan)), []
+    for value in [value for value in means if value != baseline]:
+        gap = means[value] - base
+        low, high = interval(gap[1:, None])[:, 0]
+        rows.append((value, sizes[value], means[value][0], base[0], gap[0], low, high))
+    ends = [f"difference{end}" for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=[by, "n", "mean", "base", *ends])
+
+
+def centred_interval(values: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """As `interval`, moved so that the median of each column lies at what the sample itself has.
+
+    For what depends on how many texts are different: a resample has fewer of them.
+    """
+    import pandas as pd
+
+    return interval(values) + (found - pd.DataFrame(values).median().to_numpy())
+
+
 def interval(values: np.ndarray) -> np.ndarray:
     """The ends of the middle 95 % of each column; missing where no resample has a value."""
     ends = np.full((2, values.shape[1]), np.nan)

@@ -3,6 +3,7 @@ from .coactivation import coactivation_of_matches as coactivation_of_matches
 from .coactivation import disagreements as disagreements
 from .occurrences import GROUPS as GROUPS
 from .occurrences import check_layers as check_layers
+from .occurrences import complete_layers_of as complete_layers_of
 from .occurrences import find_occurrences as find_occurrences
 from .occurrences import shuffled_tokens as shuffled_tokens
 from .occurrences import youden_thresholds as youden_thresholds

@@ -71,6 +71,19 @@ def check_layers(layers: Sequence[int], sites: Collection[Site]) -> list[int]:
     return list(layers)
 
 
+def complete_layers_of(sites: Collection[Site]) -> list[int]:
+    """The layers that have SAEs and those of all three predecessors; a ValueError if none has."""
+    complete = [
+        layer
+        for layer in sorted({site.layer for site in sites} - {0})
+        if {Site(layer, "res"), *(predecessor_site(layer, m) for m in MODULES)} <= {*sites}
+    ]
+    if not complete:
+        told = "no layer has SAEs for its stream, MLP, attention and the stream before"
+        raise ValueError(f"{told}: there are no groups to count")
+    return complete
+
+
 def find_occurrences(
     matches: "pd.DataFrame",
     activations: FeatureActivations,

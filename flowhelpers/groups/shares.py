@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowhelpers.core.bootstrap import TIMES, interval, mean_intervals, resamples, text_rows
+from flowhelpers.core.bootstrap import (
+    TIMES,
+    centred_interval,
+    interval,
+    mean_intervals,
+    resamples,
+    text_rows,
+)
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, complete_layers
 
@@ -132,9 +139,7 @@ def transition_intervals(found: Occurrences, times: int = TIMES, seed: int = 0) 
     pairs = pd.MultiIndex.from_product([GROUPS, GROUPS], names=["first", "second"])
     unique = table.drop_duplicates(["layer", "feature", "group"])["group"].value_counts(sort=False)
     rows = pd.DataFrame({"features": np.repeat(unique.to_numpy(), len(GROUPS))}, index=pairs)
-    shift = share - pd.DataFrame(values).median().to_numpy()
-    low, high = interval(values)
-    low, high = np.maximum(low + shift, 0), np.minimum(high + shift, 1)
+    low, high = centred_interval(values, share).clip(0, 1)
     return rows.assign(share=share, low=low, high=high).reset_index()
 
 
@@ -174,7 +179,7 @@ def single_source_points(
     keys = ["layer", "group", "feature"]
     single = table.loc[table["group"].isin(GROUPS[:4]), ["layer", "feature", "group", *SCORES]]
     by_layer = single.drop_duplicates(keys).groupby("layer")
-    parts = [by_layer.get_group(layer) for layer in layers]
+    parts = [part for layer, part in by_layer if layer in layers] or [single]
     parts = [part.sample(min(n, len(part)), random_state=seed) for part in parts]
     return pd.concat(parts).sort_values(keys, ignore_index=True)
 

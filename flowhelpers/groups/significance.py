@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowhelpers.core.bootstrap import TIMES, interval, resamples, text_rows
+from flowhelpers.core.bootstrap import TIMES, centred_interval, resamples, text_rows
 from flowhelpers.core.features import MODULES
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, complete_layers
@@ -155,12 +155,16 @@ def significance_intervals(
     times: int = TIMES,
     seed: int = 0,
     unique: bool = False,
-) -> "tuple[pd.DataFrame, pd.DataFrame]":
+) -> "tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]":
     """Figures 4 and 14 with intervals: shares of significant tests, by class and by pair.
 
     The result of `class_shares` and `pair_shares`, with `low` and `high`, for `mann_whitney_tests`
     with the same `alpha`, `smallest` and `unique`. A resample has fewer distinct texts, and some
-    count twice, so the interval need not contain the share.
+    count twice, so its shares are lower: intervals are centred on the sample's own.
+
+    Returns:
+        Classes; pairs; and for each score of a module the `difference` of the shares of AO and IB,
+        with `difference_low` and `difference_high`, over the same resamples.
     """
     import pandas as pd
 
@@ -180,11 +184,19 @@ def significance_intervals(
         share = np.divide(passed, made, out=np.full(made.shape, np.nan), where=made > 0)
         by_pair.append(share.ravel())
     classes, pairs = class_shares(tests), pair_shares(tests)
-    pairs["low"], pairs["high"] = interval(np.stack(by_pair))
     of_resamples = pairs[["score", "first", "second"]].join(pd.DataFrame(by_pair).T)
-    means = _by_class(of_resamples)[[*range(times)]].mean().to_numpy()
-    classes["low"], classes["high"] = interval(means.T)
-    return classes, pairs
+    means = _by_class(of_resamples)[[*range(times)]].mean().to_numpy().T
+    for rows, values in ((pairs, np.stack(by_pair)), (classes, means)):
+        ends = centred_interval(values, rows["share"].to_numpy()).clip(0, 1)
+        rows["low"], rows["high"] = ends
+    own = classes["score"] == "s_" + classes["module"]
+    ao, ib = (classes.index[own & (classes["pair"] == pair)] for pair in ("AO", "IB"))
+    gaps = classes.loc[ao, ["score"]].reset_index(drop=True)
+    share = classes["share"].to_numpy()
+    gaps["difference"] = share[ao] - share[ib]
+    ends = centred_interval(means[:, ao] - means[:, ib], gaps["difference"].to_numpy())
+    gaps["difference_low"], gaps["difference_high"] = ends
+    return classes, pairs, gaps
 
 
 def share_significant(tests: "pd.DataFrame") -> "pd.DataFrame":

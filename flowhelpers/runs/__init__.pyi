@@ -2,6 +2,8 @@ from .execute import resume as resume
 from .lesson import Finding as Finding
 from .lesson import answer as answer
 from .lesson import conclude as conclude
+from .lesson import show as show
+from .lesson import verdict_of as verdict_of
 from .lesson import within as within
 from .parameters import merged as merged
 from .parameters import plan as plan

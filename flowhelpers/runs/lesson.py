@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Literal, get_args
 from flowhelpers.core.features import check_choice
 
 if TYPE_CHECKING:
+    import pandas as pd
     from IPython.display import Markdown
+    from pandas.io.formats.style import Styler
 
     from flowhelpers.runs.run import Run
 
@@ -39,6 +41,24 @@ def answer(text: str) -> Markdown:
     from IPython.display import Markdown
 
     return Markdown(f"<details><summary>What came out</summary>\n\n{text}\n\n</details>")
+
+
+def verdict_of(low: float, high: float) -> Verdict:
+    """On the claim that a difference is above 0, by the ends of its interval."""
+    return "holds here" if low > 0 else "not seen here" if high < 0 else "cannot be told here"
+
+
+def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:
+    """A table for its reader: texts whole, numbers of few digits, no bare row numbers."""
+    import pandas as pd
+
+    look = {"white-space": "pre-wrap", "text-align": "left"}
+    texts = [*table.columns[[not pd.api.types.is_numeric_dtype(each) for each in table.dtypes]]]
+    style = table.style.format(precision=digits, na_rep="", escape="html")
+    style = style.set_properties(texts, **look)
+    style = style.set_caption(caption) if caption else style
+    is_bare = isinstance(table.index, pd.RangeIndex) and table.index.name is None
+    return style.hide(axis="index") if is_bare else style
 
 
 def conclude(run: Run, findings: Sequence[Finding]) -> Markdown:

@@ -3,6 +3,9 @@ from .controls import equal_norm_cells as equal_norm_cells
 from .controls import random_cells as random_cells
 from .controls import side_effects as side_effects
 from .controls import total_norm as total_norm
+from .limits import judge_limits as judge_limits
+from .limits import limits_note as limits_note
+from .limits import theme_words as theme_words
 from .plans import STRATEGIES as STRATEGIES
 from .plans import load_plan as load_plan
 from .plans import make_plan as make_plan

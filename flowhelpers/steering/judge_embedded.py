@@ -34,6 +34,7 @@ class EmbeddedJudge:
     theme: str
     model: Model
     classifier: Any  # tells the subjects of the passages apart; scikit-learn's
+    folds: tuple[tuple[Any, np.ndarray], ...]  # others, and the passages each was not trained on
     accuracy: float  # share of held-out pieces of passages whose subject it names
     auc: float  # how often it finds more of the theme in a held-out piece of it than in another
     human: float  # mean loss of human text in nats a token, coherence 1
@@ -62,13 +63,17 @@ class EmbeddedJudge:
         scores = np.zeros((len(texts), 2))
         if nonempty := [number for number, text in enumerate(texts) if text.strip()]:
             judged = [texts[number] for number in nonempty]
-            column = list(self.classifier.classes_).index(self.theme)
-            scores[nonempty, 0] = self.classifier.predict_proba(judged)[:, column]
+            scores[nonempty, 0] = self.behavioral(judged)
             likely = self.shuffled - mean_losses(self.model, judged)
             various = distinct_tokens(self.model, judged) - self.looped
             likely = (likely / (self.shuffled - self.human)).clip(0, 1)
             scores[nonempty, 1] = likely * (various / (self.various - self.looped)).clip(0, 1)
         return pd.DataFrame(scores, columns=["behavioral", "coherence"])
+
+    def behavioral(self, texts: Sequence[str], classifier: Any = None) -> np.ndarray:
+        """The probability of the theme alone, of texts that are not empty."""
+        classifier = classifier or self.classifier
+        return classifier.predict_proba(texts)[:, list(classifier.classes_).index(self.theme)]
 
 
 def embedded_judge(model: Model, theme: str, seed: int = 0) -> EmbeddedJudge:
@@ -79,8 +84,9 @@ def embedded_judge(model: Model, theme: str, seed: int = 0) -> EmbeddedJudge:
     the shuffled words.
     """
     check_choice("theme", theme, subjects())
-    classifier, accuracy, aucs = _classifier(seed)
-    return EmbeddedJudge(theme, model, classifier, accuracy, aucs[theme], *_marks(model, seed))
+    classifier, left_out, accuracy, aucs = _classifier(seed)
+    worth = accuracy, aucs[theme]
+    return EmbeddedJudge(theme, model, classifier, left_out, *worth, *_marks(model, seed))
 
 
 @lru_cache(maxsize=2)
@@ -130,8 +136,8 @@ def windows(text: str, words: int = WINDOW) -> list[str]:
 
 
 @cache
-def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
-    """It, its accuracy, and for each subject its area under the curve, by passages left out."""
+def _classifier(seed: int) -> tuple[Any, tuple, float, dict[str, float]]:
+    """It, those of the folds, the accuracy, and each subject's AUC, by passages left out."""
     from sklearn.calibration import CalibratedClassifierCV
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.metrics import roc_auc_score
@@ -156,11 +162,13 @@ def _classifier(seed: int) -> tuple[Any, float, dict[str, float]]:
     classifier = fitted(everything)
     names = classifier.classes_
     chances = np.zeros((len(pieces), len(names)))
+    left_out = []
     for train, test in progress(folds(everything), "judge"):
-        chances[test] = fitted(train).predict_proba(pieces[test])
+        left_out.append((fitted(train), np.unique(table.index[test])))
+        chances[test] = left_out[-1][0].predict_proba(pieces[test])
     accuracy = float((names[chances.argmax(axis=1)] == subject).mean())
     aucs = [float(roc_auc_score(subject == name, chances[:, i])) for i, name in enumerate(names)]
-    return classifier, accuracy, dict(zip(names.tolist(), aucs, strict=True))
+    return classifier, tuple(left_out), accuracy, dict(zip(names.tolist(), aucs, strict=True))
 
 
 def stems(text: str) -> list[str]:

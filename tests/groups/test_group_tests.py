@@ -188,12 +188,21 @@ def test_tests_have_the_intervals_of_samples_made_one_by_one(drawn: Occurrences,
     options = {"alpha": 0.05, "smallest": 5, "unique": unique}
     found = planted_occurrences(tokens=120)[0] if unique else drawn  # where a feature has one score
     tests = mann_whitney_tests(found, **options)
-    classes, pairs = significance_intervals(found, tests, times=20, **options)
+    classes, pairs, gaps = significance_intervals(found, tests, times=20, **options)
     again = [mann_whitney_tests(sample, **options) for sample in redrawn(found, 20)]
     for rows, shares in ((classes, class_shares), (pairs, pair_shares)):
         wide = np.stack([shares(each)["share"].to_numpy() for each in again])
         known = ~np.isnan(wide).all(axis=0)
-        low, high = np.nanquantile(wide[:, known], [0.025, 0.975], axis=0)
-        assert_intervals(rows, low, high, known)
+        spread = np.nanquantile(wide[:, known], [0.025, 0.5, 0.975], axis=0)
+        share = rows.loc[known, "share"].to_numpy()  # in the middle of its interval
+        low, high = share + spread[0] - spread[1], share + spread[2] - spread[1]
+        assert_intervals(rows, low.clip(min=0), high.clip(max=1), known)
         assert (rows["low"] < rows["high"]).any()
         pd.testing.assert_frame_equal(rows.drop(columns=["low", "high"]), shares(tests))
+    own = [share_significant(each) for each in (tests, *again)]
+    here, *redone = [(each["AO"] - each["IB"]).to_numpy() for each in own]
+    assert gaps["score"].tolist() == [*SCORES]
+    assert gaps["difference"].to_numpy() == pytest.approx(here)
+    low, middle, high = np.nanquantile(np.stack(redone), [0.025, 0.5, 0.975], axis=0)
+    assert gaps["difference_low"].to_numpy() == pytest.approx(here + low - middle)
+    assert gaps["difference_high"].to_numpy() == pytest.approx(here + high - middle)
