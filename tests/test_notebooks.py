@@ -1017,8 +1017,9 @@ def said(run: Executed, claim: str) -> dict[str, str]:
 
 
 def within(row: Any, digits: int = 2, name: str = "difference") -> str:
-    value, low, high = (row[f"{name}{end}"] for end in ("", "_low", "_high"))
-    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    ends = (f"{row[f'{name}{end}']:.{digits}f}" for end in ("", "_low", "_high"))
+    value, low, high = (re.sub(r"^-(0\.0*)$", r"\1", end) for end in ends)
+    return f"{value} ({low} to {high})"
 
 
 def told_by(low: float, high: float) -> str:

@@ -168,4 +168,4 @@ def test_results_are_merged_and_what_is_not_finite_is_null(tmp_path: Path):
 
 def test_a_number_stands_with_its_interval() -> None:
     assert within(0.1234, -0.05, 0.2) == "0.12 (-0.05 to 0.20)"
-    assert within(0.1234, -0.05, 0.2, 3) == "0.123 (-0.050 to 0.200)"
+    assert within(-0.0004, -0.05, 0.2, 3) == "0.000 (-0.050 to 0.200)"
