@@ -1317,7 +1317,7 @@ def test_phases_are_told_beside_the_least_that_few_layers_allow(across: Executed
     phases = across.table("phases").drop_duplicates(["suite", "of"]).set_index(["suite", "of"])
     finding = said(across, "three parts")
     for (suite, of), row in phases.iterrows():
-        said_of = f"{suite}, by {of}, {row['as_good']:.0%} (never fewer than {row['least']:.0%})"
+        said_of = f"{suite}, by {of}, {row['as_good']:.0%} (a perfect division: {row['least']:.0%})"
         assert said_of in finding["control"]
     by_groups = phases.xs("groups", level="of")
     assert by_groups.loc["flowlet-mini", "least"] >= 0.1  # of five layers
