@@ -1087,6 +1087,36 @@ def test_spreading_is_compared_where_a_plan_has_several_layers(promoted: Execute
 
 
 @pytest.mark.parametrize(
+    ("number", "given"),
+    [
+        (6, {"n_samples": 2, "max_new_tokens": 3, "candidates": 1, "strengths": [2]}),
+        (7, {"others": [], "n_texts": 4, "pearson_texts": 4, "shuffles": 9, "resamples": 9}),
+        (8, {"texts": 2, "fit_texts": 2, "ks": [1, 2]}),
+    ],
+)
+def test_a_small_suite_of_one_s_own_is_read_to_the_end_and_each_cell_again(
+    number: int,
+    given: dict[str, Any],
+    planted_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FLOWHELPERS_RUN_DIR", str(tmp_path))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
+    cells, names = code_cells(NOTEBOOKS[number]), {"In": []}
+    for cell in cells:
+        exec(cell.source, names)
+        if "parameters" in cell.metadata.get("tags", []):
+            names |= given | {"suite": str(planted_folder)}
+    ours = Executed(tmp_path)
+    assert len(ours.results["findings"]) >= 5
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("tables/*.csv")}
+    for cell in reversed(cells):
+        exec(cell.source, dict(names))  # by itself, after all others
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("tables/*.csv")} == before
+
+
+@pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"hand_picked": {"seas": ["4/res/1"]}}, "unknown theme 'seas'; did you mean 'sea'"),
@@ -1163,8 +1193,6 @@ def test_saes_without_thresholds_and_features_picked_by_hand_are_steered(
         exec(cell.source, names)
         names |= given if "parameters" in cell.metadata.get("tags", []) else {}
     ours = Executed(tmp_path)
-    for cell in reversed(code_cells(NOTEBOOKS[number]) if number == 6 else []):
-        exec(cell.source, dict(names))  # run again by itself, after all others
     assert {0, 1} <= {*ours.table("texts")["layer"]}
     (alone,) = (cell.plan for cell in names["cells"] if cell.strategy == "seeds only")
     (step,) = alone.steps

@@ -5,6 +5,7 @@ from .preflight import run_preflight as run_preflight
 from .sampling import datasets_for as datasets_for
 from .sampling import draw_sample as draw_sample
 from .sampling import sample_sizes as sample_sizes
+from .sampling import text_length as text_length
 from .sampling import texts_of as texts_of
 from .sampling import unscored_texts as unscored_texts
 from .sparse import FeatureActivations as FeatureActivations

@@ -33,8 +33,8 @@ class Finding:
 
 def within(value: float, low: float, high: float, digits: int = 2) -> str:
     """A number and its 95 % interval, as in "0.12 (0.05 to 0.22)"."""
-    value, low, high = (f"{round(x, digits) + 0.0:.{digits}f}" for x in (value, low, high))  # no -0
-    return f"{value} ({low} to {high})"
+    told = [f"{round(x, digits) + 0.0:.{digits}f}" for x in (value, low, high)]  # + 0.0: never -0
+    return "{} ({} to {})".format(*told)
 
 
 def answer(text: str) -> Markdown:

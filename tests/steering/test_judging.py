@@ -1,6 +1,7 @@
 """The embedded judge ranks planted texts as anyone would, and says what it is worth."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -96,8 +97,8 @@ def test_texts_are_shown_whole_and_what_speaks_for_the_theme_is_marked(
     assert "A <mark>planet</mark> &lt; 2 <mark>stars</mark> &amp; &lt;b&gt;, the <mark>Pla" in page
     assert "&lt;b&gt;nothing" in page
     assert "0.51<" in page
-    plain = read_texts(table, {"space": SimpleNamespace()}).to_html()  # it tells no words
-    assert "<mark>" not in plain
+    other: Any = SimpleNamespace()  # a judge that tells no words
+    assert "<mark>" not in read_texts(table, {"space": other}).to_html()
 
 
 def test_the_loss_is_that_of_each_text_alone(model: Model) -> None:

@@ -500,7 +500,7 @@ def test_what_chosen_cells_lose_is_luck_beyond_what_unsteered_text_loses():
 def test_a_verdict_is_by_differences_sample_by_sample_and_needs_the_whole_interval():
     texts = np.linspace(0.2, 0.6, 12)  # that differ far more among each other than in the mean
     flip = np.array([0.2, -0.2] * 6)
-    rows = {
+    rows: dict[tuple[Any, ...], Sequence[tuple[float, float]]] = {
         ("sea", "single", 3, 2): [(x, 1) for x in texts],
         ("sea", "linear", 3, 2): [(x + 0.1, 1) for x in texts],  # not the best: no rival either
         ("sea", "unsteered", NONE, NONE): [(x - 0.05, 1) for x in texts],
