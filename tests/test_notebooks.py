@@ -1126,7 +1126,7 @@ def test_a_small_suite_of_one_s_own_is_read_to_the_end_and_each_cell_again(
         ),
         ({"themes": ["sea", "war"], "seeds": {"sea": "4/res/3"}}, r"no seed for \['war'\]"),
         ({"seeds": {"sea": "4/res/1024"}}, "no feature 4/res/1024"),
-        ({"layers": [99]}, "99/res"),
+        ({"layers": [99]}, "no layer 99 in suite flowlet: it has layers 0 to 7"),
         ({"judge": "embeded"}, "unknown judge 'embeded'; did you mean 'embedded'"),
         ({"unit": "thta"}, "unknown unit 'thta'; did you mean 'theta'"),
         ({"strategies": ["singel"]}, "unknown strategy 'singel'; did you mean 'single'"),
