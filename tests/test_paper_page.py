@@ -135,14 +135,11 @@ def test_findings_of_steering_and_of_bridges_are_told_from_their_controls(tmp_pa
         found = findings(tmp_path)
         return dict(zip(found["table"] + found["where"], found["verdict"], strict=True))
 
-    def means(score: float) -> dict[str, Any]:
-        steered = {
-            "theme": ["money", "war"] * 2,
-            "strategy": ["single"] * 2 + ["random features"] * 2,
-        }
-        scores = [score, score, 0.2, 0.2]
-        ends = {"score_low": [s - 0.1 for s in scores], "score_high": [s + 0.1 for s in scores]}
-        return steered | {"score": scores} | ends
+    def above(*lows: float) -> dict[str, Any]:
+        rivals = ["random features"] * 3 + ["unsteered"] * 3
+        themes = ["money", "war", "sea"] * 2
+        ends = {"difference": 0.3, "difference_low": [*lows, 0.1, 0.1, 0.1]}
+        return {"theme": themes, "strategy": "single", "rival": rivals} | ends
 
     def explained(matches: list[float]) -> dict[str, Any]:
         ends = {"low": [*matches, -0.1, -0.1], "high": [*matches, 0.1, 0.1]}
@@ -150,17 +147,16 @@ def test_findings_of_steering_and_of_bridges_are_told_from_their_controls(tmp_pa
         return {"layer": [1, 2] * 2, "kind": kinds, "explained": [*matches, 0, 0]} | ends
 
     def spread(low: float) -> dict[str, Any]:
-        return {"theme": ["money", "war"], "difference": 0.1, "difference_low": [low, low]}
+        comparisons = ["best, above seeds only", "many layers, same norm"]
+        return {"comparison": comparisons, "difference": 0.1, "difference_low": [0.05, low]}
 
     good = verdicts(
-        figure_11=means(0.5), neighbours=explained([0.5, 0.2]), equal_norm_differences=spread(0.01)
+        verdicts=above(0.1, 0.01, -0.1), neighbours=explained([0.5, 0.2]), pooled=spread(0.01)
     )
     bad = verdicts(
-        figure_11=means(0.35),
-        neighbours=explained([0.5, 0.05]),
-        equal_norm_differences=spread(-0.1),
+        verdicts=above(0.1, -0.01, -0.1), neighbours=explained([0.5, 0.05]), pooled=spread(-0.1)
     )
-    for finding in ("figure_11Figure 11", "neighboursappendix F", "equal_norm_differences5.3"):
+    for finding in ("verdictsFigure 11", "neighboursappendix F", "pooled5.3"):
         assert (good[finding], bad[finding]) == ("holds", "not seen")
 
 

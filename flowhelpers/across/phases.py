@@ -5,6 +5,7 @@ Here the division is computed (CHOICES 46) and held against other orders of the 
 fit any three parts well.
 """
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -79,8 +80,9 @@ def fit_phases(
         One row a phase: `phase` (from 1), `first` and `last` layer, `begins` and `ends` (relative
         depth, half a layer beyond), and of the whole division `layers` (how many there are to
         divide), `explained` (the share of the variance), `by_chance` (its mean over `shuffles`
-        other orders) and `as_good` (the share of these that explain as much). No row
-        where there are no more layers than parts, or a named phase has none.
+        other orders), `as_good` (the share of these that explain as much) and `least` (the share of
+        all orders that put the same layers together: `as_good` cannot be expected below it). No
+        row where there are no more layers than parts, or a named phase has none.
     """
     import pandas as pd
 
@@ -100,6 +102,9 @@ def fit_phases(
         chance = np.array([segments(order, parts)[1] for order in orders])
         measured = {"explained": share, "by_chance": chance.mean()}
         measured["as_good"] = float((chance >= share - 1e-9).mean())
+        sizes = np.diff([*starts, len(values)]).tolist()
+        same = math.factorial(parts) * math.prod(map(math.factorial, sizes))
+        measured["least"] = same / math.factorial(len(values))
     first, last = layers[starts], layers[[*np.subtract(starts[1:], 1), -1]]
     phases = pd.DataFrame({"phase": np.arange(1, len(starts) + 1), "first": first, "last": last})
     phases["begins"], phases["ends"] = depth(first - 0.5, count), depth(last + 0.5, count)
@@ -131,6 +136,6 @@ def all_phases(
                 measured = fit_phases(profile, columns, int(count), named=named)
                 frames.append(measured.assign(suite=suite, of=f"{of}, by the paper"))
     columns = ["suite", "of", "phase", "first", "last", "begins", "ends", "layers", "explained"]
-    columns += ["by_chance", "as_good"]
+    columns += ["by_chance", "as_good", "least"]
     kept = [frame for frame in frames if len(frame)]
     return pd.concat(kept, ignore_index=True).reindex(columns=columns) if kept else pd.DataFrame()

@@ -183,11 +183,13 @@ def explained_variance(
     predictions: Mapping[str, Prediction],
     times: int = TIMES,
     seed: int = 0,
+    baseline: str | None = None,
 ) -> "pd.DataFrame":
     """How much of the target's variance each prediction explains (appendix F; CHOICES 28).
 
     1 - Σ‖x - x̂‖² / Σ‖x - mean‖², with intervals over texts. Columns: `prediction`, `source`,
-    `target`, `tokens`, `explained`, `low`, `high`.
+    `target`, `tokens`, `explained`, `low`, `high`; with a `baseline`, one of the predictions, also
+    by how much it explains more than each: `ahead`, `ahead_low`, `ahead_high`, over the same texts.
     """
     import pandas as pd
 
@@ -217,12 +219,21 @@ def explained_variance(
     drawn = torch.from_numpy(
         np.vstack([np.ones((1, len(n))), resamples(table, times, seed)])
     ).double()
-    rows = []
+    rows, drawn_of = [], {}
     for (name, prediction), errors in zip(predictions.items(), parts, strict=True):
         at = prediction.target
         spread = drawn @ squares[at] - (drawn @ sums[at]).square().sum(1) / (drawn @ n)
-        explained = (1 - drawn @ errors / spread).numpy()
-        ends = interval(explained[1:, None])[:, 0]
-        rows.append((name, str(prediction.source), str(at), int(n.sum()), explained[0], *ends))
+        drawn_of[name] = explained = (1 - drawn @ errors / spread).numpy()
+        rows.append((name, str(prediction.source), str(at), int(n.sum()), *_with_ends(explained)))
     columns = ["prediction", "source", "target", "tokens", "explained", "low", "high"]
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=columns)
+    if baseline is not None:
+        ahead = [_with_ends(drawn_of[baseline] - explained) for explained in drawn_of.values()]
+        table[["ahead", "ahead_low", "ahead_high"]] = ahead
+    return table
+
+
+def _with_ends(drawn: np.ndarray) -> tuple[float, float, float]:
+    """The first, which is that of all texts, and the interval of the others."""
+    low, high = interval(drawn[1:, None])[:, 0]
+    return float(drawn[0]), float(low), float(high)

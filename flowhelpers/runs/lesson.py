@@ -32,6 +32,12 @@ class Finding:
         check_choice("verdict", self.verdict, get_args(Verdict))
 
 
+def within(value: float, low: float, high: float, digits: int = 2) -> str:
+    """A number and its 95 % interval, as in "0.12 (0.05 to 0.22)"."""
+    told = [f"{round(x, digits) + 0.0:.{digits}f}" for x in (value, low, high)]  # + 0.0: never -0
+    return "{} ({} to {})".format(*told)
+
+
 def answer(text: str) -> Markdown:
     """The answer to a prediction, below a fold that its reader opens."""
     from IPython.display import Markdown
@@ -59,7 +65,7 @@ def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:
     style = table.style.format(precision=digits, na_rep="", escape="html")
     style = style.set_properties(texts, **look)
     style = style.set_caption(caption) if caption else style
-    is_bare = isinstance(table.index, pd.RangeIndex) and table.index.name is None
+    is_bare = table.index.names == [None] and pd.api.types.is_numeric_dtype(table.index)
     return style.hide(axis="index") if is_bare else style
 
 

@@ -19,6 +19,7 @@ from .plots import features_by_layer as features_by_layer
 from .plots import score_against as score_against
 from .plots import strategies_by_theme as strategies_by_theme
 from .plots import suppression_by_layer as suppression_by_layer
+from .reading import read_texts as read_texts
 from .scores import beside_unsteered as beside_unsteered
 from .scores import best_cells as best_cells
 from .scores import cell_means as cell_means

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -120,7 +120,8 @@ def make_plan(
         of_schedule: `alpha`, `end_strength` and `from_start` of `schedule`.
 
     Raises:
-        ValueError: If there is no feature at the layer, or one or the graph is not of the suite.
+        ValueError: If there is no feature at the layer, or no such layer, or a feature or the graph
+            is not of the suite.
 
     Example:
         >>> from flowhelpers import load_suite, make_plan
@@ -137,6 +138,8 @@ def make_plan(
         raise ValueError(f"strategy={strategy!r}: r is the same at all layers, single or constant")
     if isinstance(features, FlowGraph) and features.suite != suite.name:
         raise ValueError(f"a flow graph of suite {features.suite}: expected {suite.name}")
+    if layer is not None and not 0 <= layer < suite.layers:
+        raise ValueError(f"layer={layer}: {suite.name} has the layers 0 to {suite.layers - 1}")
     names = features.nodes["feature"].tolist() if isinstance(features, FlowGraph) else features
     unique = suite.features(names)
     layers = sorted({feature.layer for feature in unique})
@@ -196,8 +199,9 @@ def load_plan(path: str | Path) -> Plan:
     """Reads what `save_plan` wrote, or a file by hand in the same form; else a ValueError."""
     try:
         return TypeAdapter(Plan).validate_json(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} holds no plan: {error}") from error
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, e['loc'])) or 'it'}: {e['msg']}" for e in error.errors())
+        raise ValueError(f"{path} holds no plan: {'; '.join(faults)}") from None
 
 
 def plan_edits(suite: "Suite", plans: Sequence[Plan | SteeringVectors | None]) -> list[Edit]:

@@ -95,7 +95,8 @@ def paired_differences(
     too: the intervals are narrower than those of two means.
 
     Returns:
-        `by`, `n`, `difference`, `difference_low`, `difference_high`, without the baseline's cells.
+        `by`, `n`, `difference`, `difference_low`, `difference_high` and the `verdict`: `above` or
+        `below` where the interval leaves out 0, else `undecided`; without the baseline's cells.
     """
     is_base = scores["strategy"] == baseline
     if not is_base.any():
@@ -106,7 +107,9 @@ def paired_differences(
     table = scores[~is_base].join(base, on=keys)
     means = cell_means(table.assign(score=table["score"] - table["base"]), by, seed)
     names = {f"score{end}": f"difference{end}" for end in ("", "_low", "_high")}
-    return means[[*by, "n", *names]].rename(columns=names)
+    sure = means["score_low"] > 0, means["score_high"] < 0
+    verdict = np.select(sure, ["above", "below"], "undecided")
+    return means[[*by, "n", *names]].rename(columns=names).assign(verdict=verdict)
 
 
 def with_costs(
@@ -175,17 +178,20 @@ def selection_bias(
 
 
 def verdicts(
-    means: "pd.DataFrame", best: Sequence[SweepCell], rivals: Sequence[str]
+    scores: "pd.DataFrame", best: Sequence[SweepCell], rivals: Iterable[str], seed: int = 0
 ) -> "pd.DataFrame":
-    """Whether the interval of each theme's best cell is `above` or `below` each rival's.
+    """By how much each theme's best cell scores above each rival strategy, sample by sample.
 
-    `means` has one row a `theme` and `strategy`; each rival, a strategy, becomes a column.
+    Returns:
+        One row a theme and `rival`, with the columns of `paired_differences`.
     """
-    ends = means.set_index(["theme", "strategy"])[["score", "score_low", "score_high"]]
-    own = ends.loc[[(cell.theme, cell.strategy) for cell in best]].reset_index()
+    import pandas as pd
+
+    cells = pd.MultiIndex.from_frame(scores[["theme", "strategy"]])
+    is_best = cells.isin([(cell.theme, cell.strategy) for cell in best])
+    parts = []
     for rival in rivals:
-        other = ends.xs(rival, level="strategy").loc[own["theme"]].reset_index()
-        is_above = own["score_low"] > other["score_high"]
-        is_below = own["score_high"] < other["score_low"]
-        own[rival] = np.select([is_above, is_below], ["above", "below"], "no difference")
-    return own
+        both = scores[is_best | (scores["strategy"] == rival)]
+        found = paired_differences(both, rival, by=("theme", "strategy"), seed=seed)
+        parts.append(found.assign(rival=rival))
+    return pd.concat(parts, ignore_index=True)

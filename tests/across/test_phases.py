@@ -1,5 +1,6 @@
 """Phases of layers: planted ones are found, and chance says when they are none."""
 
+import math
 from itertools import combinations
 
 import numpy as np
@@ -55,6 +56,8 @@ def test_phases_stand_in_layers_and_depths_beside_chance():
     assert first["layers"] == 13
     assert first["explained"] > 0.95 > first["by_chance"]
     assert first["as_good"] < 0.02
+    # By hand: 3! orders of the runs, 4!, 5! and 4! within them, of 13! in all.
+    assert first["least"] == pytest.approx(6 * 24 * 120 * 24 / math.factorial(13))
     # Layers without phases are divided no better than in another order.
     noise = np.random.default_rng(1).normal(size=(20, 2))
     profile = pd.DataFrame(noise, columns=["a", "b"]).assign(layer=np.arange(20))
@@ -62,6 +65,12 @@ def test_phases_stand_in_layers_and_depths_beside_chance():
     assert first["as_good"] > 0.1
     assert first["explained"] == pytest.approx(first["by_chance"], abs=0.2)
     assert fit_phases(profile.head(3), ["a", "b"], 20).empty
+    # Five layers that are perfectly divided come so in a fifth of all orders, or a tenth.
+    for steps, least in (([0, 1, 1, 2, 2], 0.2), ([0, 1, 1, 1, 2], 0.3)):
+        few = pd.DataFrame({"layer": range(5), "a": steps})
+        first = fit_phases(few, ["a"], 5, shuffles=2000).iloc[0]
+        assert first["least"] == pytest.approx(least)
+        assert first["as_good"] == pytest.approx(least, abs=0.04)
     assert len(fit_phases(profile.head(4), ["a", "b"], 20)) == 3
 
 

@@ -1,5 +1,7 @@
 """Matches as a transcoder: a planted permutation carries all over, a shuffled one nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,22 @@ def test_explained_variance_is_that_by_hand_and_a_linear_map_is_least_squares(pl
         by_hand = 1 - ((y - predicted) ** 2).sum() / ((y - y.mean(0)) ** 2).sum()
         assert table.loc[name, "explained"] == pytest.approx(by_hand, abs=1e-5)
         assert table.loc[name, "low"] <= table.loc[name, "high"]
+    assert "ahead" not in table
+
+
+def test_how_far_a_bridge_is_ahead_is_told_over_the_same_texts(planted: Suite):
+    tokens = tokenize(planted.model, toys.TEXTS)
+    sae = planted.sae(SECOND)
+    own = own_reconstruction(sae)
+    worse = replace(own, predict=lambda x: own.predict(x) + 0.01 * x.std())
+    bridges = {"own": own, "worse": worse, "same": own}
+    table = explained_variance(planted, tokens, bridges, baseline="own").set_index("prediction")
+    assert table.loc[["own", "same"], ["ahead", "ahead_low", "ahead_high"]].eq(0).all(axis=None)
+    wanted = table.loc["own", "explained"] - table.loc["worse", "explained"]
+    row = table.loc["worse"]
+    assert row["ahead"] == pytest.approx(wanted)
+    # The texts differ more than the bridges do, whose interval is hence far narrower.
+    assert row["ahead_high"] - row["ahead_low"] < (row["high"] - row["low"]) / 5
 
 
 def test_what_has_no_thresholds_cannot_be_folded(pair: tuple[SAE, SAE, Tensor]):

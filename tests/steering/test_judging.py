@@ -1,6 +1,10 @@
 """The embedded judge ranks planted texts as anyone would, and says what it is worth."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
+import pandas as pd
 import pytest
 
 from flowhelpers.activations.corpora import load_texts, passages, subjects
@@ -12,6 +16,7 @@ from flowhelpers.steering.judge_embedded import (
     stems,
     windows,
 )
+from flowhelpers.steering.reading import read_texts
 from flowhelpers.suites.load import load_suite
 from flowhelpers.suites.model import Model, logits_of, tokenize
 
@@ -81,6 +86,19 @@ def test_the_same_text_has_the_same_scores_and_an_empty_one_none(judge: Embedded
     assert (first.loc[[1, 2]] == 0).all().all()
     assert (first.loc[[0, 3], "behavioral"] > 0.2).all()
     assert first.stack().between(0, 1).all()
+
+
+def test_texts_are_shown_whole_and_what_speaks_for_the_theme_is_marked(
+    judge: EmbeddedJudge,
+) -> None:
+    texts = ["A planet < 2 stars & <b>, the Planets", "<b>nothing"]
+    table = pd.DataFrame({"theme": "space", "text": texts, "score": 0.512345})
+    page = read_texts(table, {"space": judge}).to_html()
+    assert "A <mark>planet</mark> &lt; 2 <mark>stars</mark> &amp; &lt;b&gt;, the <mark>Pla" in page
+    assert "&lt;b&gt;nothing" in page
+    assert "0.51<" in page
+    other: Any = SimpleNamespace()  # a judge that tells no words
+    assert "<mark>" not in read_texts(table, {"space": other}).to_html()
 
 
 def test_the_loss_is_that_of_each_text_alone(model: Model) -> None:

@@ -157,6 +157,7 @@ def test_a_plan_survives_saving_and_loading(world: SimpleNamespace, tmp_path: Pa
         ({"steps": [STEP | {"strength": math.nan}]}, "finite"),
         ({"steps": [STEP | {"strength": True}]}, "valid number"),
         ({"steps": [{"feature": "1/res/2", "strength": 1}]}, "scale"),  # what is one unit of s?
+        ({"kind": "ad", "more": 1}, r"^\S+plan.json holds no plan: kind: [^\n]*; more: [^\n]*$"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path: Path, changed: dict, message: str):
@@ -208,6 +209,8 @@ def test_an_sae_that_reads_z_is_pushed_there(planted: Suite, toy: Model):
         ({"features": []}, r"no feature to steer at layer 0: there are some at \[\]"),
         ({"features": ["1/res/99"]}, "no feature 1/res/99 in adder"),
         ({"strength": math.inf}, "strength=inf: expected a finite number"),
+        ({"layer": 99}, "layer=99: adder has the layers 0 to "),
+        ({"layer": -1}, "layer=-1: adder has the layers 0 to "),
         (
             {"unit": "max", "max_activation": {"0/res/2": 1}},
             "unit='max': max_activation has no value for 1/mlp/1",

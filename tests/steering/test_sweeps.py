@@ -468,7 +468,7 @@ def test_the_cells_of_a_graph_are_where_it_has_features(planted: Suite):
     assert 0 < below.sum() < len(below)
     assert graph.edges[["source", "target"]].equals(all_edges[~below].reset_index(drop=True))
     given: dict[str, Any] = {"kind": "rescale"}
-    for strategy, layers in (("single", [1, 2]), ("constant", [2, 1, 7])):
+    for strategy, layers in (("single", [1, 2]), ("constant", [2, 1])):
         cells = graph_cells(planted, "sea", graph, strategy, [2, 0.5], [*layers, 0], "x", **given)
         assert [(c.theme, c.strategy) for c in cells] == [("sea", "x")] * 2 * len(layers)
         places = [(layer, s) for layer in layers for s in (2.0, 0.5)]
@@ -497,14 +497,19 @@ def test_what_chosen_cells_lose_is_luck_beyond_what_unsteered_text_loses():
     assert (low, high) == pytest.approx((fall - error, fall + error))
 
 
-def test_a_verdict_needs_the_whole_interval():
-    ends = {"single": (0.5, 0.4, 0.6), "unsteered": (0.1, 0, 0.39), "prompting": (0.9, 0.61, 1),
-            "random": (0.3, 0.2, 0.41)}  # fmt: skip
-    means = pd.DataFrame(
-        [("sea", name, *row) for name, row in ends.items()],
-        columns=["theme", "strategy", "score", "score_low", "score_high"],
-    )
+def test_a_verdict_is_by_differences_sample_by_sample_and_needs_the_whole_interval():
+    texts = np.linspace(0.2, 0.6, 12)  # that differ far more among each other than in the mean
+    flip = np.array([0.2, -0.2] * 6)
+    rows: dict[tuple[Any, ...], Sequence[tuple[float, float]]] = {
+        ("sea", "single", 3, 2): [(x, 1) for x in texts],
+        ("sea", "linear", 3, 2): [(x + 0.1, 1) for x in texts],  # not the best: no rival either
+        ("sea", "unsteered", NONE, NONE): [(x - 0.05, 1) for x in texts],
+        ("sea", "prompting", NONE, NONE): [(x + 0.05, 1) for x in texts],
+        ("sea", "random", NONE, NONE): [(x + y, 1) for x, y in zip(texts, flip, strict=True)],
+    }
     rivals = ["unsteered", "prompting", "random"]
-    (row,) = steering.verdicts(means, [SweepCell("sea", "single")], rivals).to_dict("records")
-    assert [row[rival] for rival in rivals] == ["above", "below", "no difference"]
-    assert (row["strategy"], row["score"]) == ("single", 0.5)
+    found = steering.verdicts(scored(rows), [SweepCell("sea", "single")], rivals)
+    assert found["rival"].tolist() == rivals
+    assert found["verdict"].tolist() == ["above", "below", "undecided"]
+    assert found["difference"].tolist() == pytest.approx([0.05, -0.05, 0])
+    assert set(found["strategy"]) == {"single"}
