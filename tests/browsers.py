@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 LOCAL = ("127.0.0.1", "localhost", "")
@@ -36,7 +36,7 @@ class Pages:
     def new(self, **options: Any) -> Page:
         """A page in a context of its own, watched."""
         page = self.browser.new_context(**options).new_page()
-        page.on("console", lambda said: said.type == "error" and self.problems.append(said.text))
+        page.on("console", self._hear)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("request", lambda request: self._see(request.url))
         return page
@@ -46,6 +46,10 @@ class Pages:
         path = self.shots / f"{name}.png"
         page.screenshot(path=path)
         return path
+
+    def _hear(self, said: ConsoleMessage) -> None:
+        if said.type == "error":
+            self.problems.append(said.text)
 
     def _see(self, url: str) -> None:
         place = urlsplit(url)
