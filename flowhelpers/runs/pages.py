@@ -16,6 +16,7 @@ from flowhelpers.runs.run import settled_choices
 PLOTLY = "application/vnd.plotly.v1+json"
 CITED = r"CHOICES (\d+(?:(?:,| and|–|-) ?\d+)*)"
 NAMED = re.compile(r"# papermill_description=(\w+)")
+TELLS = re.compile(r"\b(answer|Finding|conclude)\(")  # code that holds what a reader is to guess
 LARGEST = 400_000  # bytes of a figure that the index shows
 
 
@@ -25,7 +26,8 @@ def notebook_page(
     """Writes an executed notebook as a page beside it, its figures alive and its formulae drawn.
 
     Widgets are left out, for they are dead without a kernel. Links to other notebooks lead to their
-    pages, those to CHOICES.md to the rows at the end; links to other files are plain text.
+    pages, those to CHOICES.md to the rows at the end; links to other files are plain text. Code is
+    folded where its cell hides it, or says the answer to a question.
 
     Args:
         pages: The addresses of the pages of a run, from this one, by the notebooks' names in order.
@@ -47,6 +49,8 @@ def notebook_page(
             continue
         if named := NAMED.match(cell.source):
             cell.metadata["named"] = named[1].replace("_", " ")
+        if TELLS.search(cell.source):
+            cell.metadata.setdefault("jupyter", {})["source_hidden"] = True
         cell.outputs = [output for output in cell.outputs if not _is_dead(output)]
         for data in (output.data for output in cell.outputs if "data" in output):
             cited += data.get("text/markdown", "")

@@ -97,11 +97,12 @@ def test_code_can_be_hidden_and_folds_and_tables_are_read_whole(tmp_path: Path) 
     ]
     hidden = new_code_cell("# papermill_description=Check_it\n1 + 1", outputs=outputs)
     hidden.metadata["jupyter"] = {"source_hidden": True}
-    notebook = executed_notebook(tmp_path / "run", hidden, new_code_cell("2 + 2"))
+    telling = new_code_cell("# papermill_description=In_words\nruns.answer('what came out')")
+    notebook = executed_notebook(tmp_path / "run", hidden, new_code_cell("2 + 2"), telling)
     notebook_page(notebook)
     page = notebook.with_suffix(".html").read_text("utf-8")
     folds = re.findall(r'<details class="code"( open="")?>\s*<summary>(.*?)</summary>', page)
-    assert folds == [("", "Check it"), (' open=""', "Code")]
+    assert folds == [("", "Check it"), (' open=""', "Code"), ("", "In words")]
     assert '<td>1.25</td><td class="text">a text</td>' in page
     fold = re.search(r"<details><summary>What came out</summary>(.*?)</details>", page, re.DOTALL)
     assert fold is not None
