@@ -12,7 +12,6 @@ import numpy as np
 from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import FeatureId, Site, parse_feature
 from flowhelpers.labels.describe import auc_and_share, text_means
-from flowhelpers.matching.scores import best_matches
 from flowhelpers.suites.model import token_strings
 
 if TYPE_CHECKING:
@@ -184,8 +183,9 @@ def _counts(
 
 def _neighbours(matches: "pd.DataFrame", site: Site) -> "dict[str, tuple[Site, pd.Series]]":
     """Of the features of a site, the best matches in the stream one layer before and after."""
-    back = best_matches(matches, "backward", "res").query("layer == @site.layer")
-    on = best_matches(matches, "forward", "res").query("source_layer == @site.layer")
+    best = matches[(matches["rank"] == 1) & (matches["module"] == "res")]
+    back = best[(best["direction"] == "backward") & (best["layer"] == site.layer)]
+    on = best[(best["direction"] == "forward") & (best["source_layer"] == site.layer)]
     before, after = (Site(site.layer + by, "res") for by in (-1, 1))
     return {
         "before": (before, back.set_index("feature")["source"]),

@@ -41,7 +41,9 @@ def answer(text: str) -> Markdown:
 def shown(table: pd.DataFrame, digits: int = 3) -> Styler:
     """A table for reading: without its index, its texts whole and from the left."""
     texts = [name for name in table if table[name].dtype.kind not in "iufb"]
-    style = table.reset_index(drop=True).style.hide(axis="index").format(precision=digits, na_rep="–")
+    style = (
+        table.reset_index(drop=True).style.hide(axis="index").format(precision=digits, na_rep="–")
+    )
     looks = {"text-align": "left", "white-space": "pre-wrap", "max-width": "40rem"}
     return style.set_properties(subset=texts, **looks)  # pyright: ignore[reportArgumentType]
 
