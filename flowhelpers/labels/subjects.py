@@ -183,9 +183,9 @@ def _counts(
 
 def _neighbours(matches: "pd.DataFrame", site: Site) -> "dict[str, tuple[Site, pd.Series]]":
     """Of the features of a site, the best matches in the stream one layer before and after."""
-    best = matches.query("rank == 1 and module == 'res'")
-    back = best.query("direction == 'backward' and layer == @site.layer")
-    on = best.query("direction == 'forward' and source_layer == @site.layer")
+    best = matches[(matches["rank"] == 1) & (matches["module"] == "res")]
+    back = best[(best["direction"] == "backward") & (best["layer"] == site.layer)]
+    on = best[(best["direction"] == "forward") & (best["source_layer"] == site.layer)]
     before, after = (Site(site.layer + by, "res") for by in (-1, 1))
     return {
         "before": (before, back.set_index("feature")["source"]),

@@ -117,10 +117,6 @@ def test_controls_redraw_one_picture_and_a_saved_notebook_shows_it(
     page.context.close()
 
 
-def has_panel(name: str) -> bool:
-    return "panel(" in (OURS / f"{name}.ipynb").read_text("utf-8")
-
-
 def shorten(path: Path, parameters: dict[str, object]) -> None:
     """Leaves out what comes after the last controls, and sets parameters."""
     book = nbformat.read(path, as_version=4)
@@ -165,8 +161,6 @@ def move(panel: Locator) -> None:
 def test_each_control_of_the_notebooks_changes_what_is_shown(
     name: str, lab_of_ours: tuple[Path, str], browser: Pages
 ) -> None:
-    if not has_panel(name):
-        pytest.skip("its controls are not those of core.panel yet")
     copies, address = lab_of_ours
     shorten(copies / f"{name}.ipynb", SMALL.get(name, {}))
     browser.problems.clear()
