@@ -75,11 +75,12 @@ def centre(page: Page) -> str:
 def drawn(page: Page | Locator) -> dict[str, tuple[float, float]]:
     """Where each feature stands in the graph, in the page's pixels."""
     places = page.locator(".fx-plot").evaluate(
-        """(plot) => { const
-        at = plot.getBoundingClientRect(), {xaxis: x, yaxis: y} = plot._fullLayout;
-        return plot.data.flatMap((trace) => trace.customdata.map((name, i) =>
-        [name, at.left + x._offset + x.d2p(trace.x[i]),
-        at.top + y._offset + y.d2p(trace.y[i])])) }"""
+        """(plot) => {
+        const at = plot.getBoundingClientRect(), { xaxis: x, yaxis: y } = plot._fullLayout;
+        const place = (trace) => (name, i) => [
+            name, at.left + x._offset + x.d2p(trace.x[i]), at.top + y._offset + y.d2p(trace.y[i])];
+        return plot.data.flatMap((trace) => (trace.customdata ?? []).map(place(trace)));
+        }"""
     )
     return {name: (x, y) for name, x, y in places}
 

@@ -351,7 +351,7 @@ class Explorer {
     }
     const all = [...nodes.values()], layers = [...new Set(all.map((n) => n.layer))].sort((a, b) => a - b);
     const bounds = this.place(all, layers);
-    this.paint(this.markers(all), { shapes: this.lines(nodes, edges), hovermode: "closest", ...bounds },
+    this.paint([...this.lines(nodes, edges), ...this.markers(all)], { hovermode: "closest", ...bounds },
       `the flow graph of ${this.center}, ${all.length} features; the table below lists them`,
       (point) => this.attempt(() => this.go(point.customdata)));
     const cut = cutAt.length ? ` The chain is cut ${cutAt.join(" and ")}.` : "";
@@ -395,15 +395,17 @@ class Explorer {
     const below = { margin: { l: 40, r: 8, t: 40, b: 40 }, legend: { orientation: "h", y: -0.02, yanchor: "top" } };
     return { xaxis: across, yaxis: along, height: 140 + 92 * (high - low + 1), ...below };
   }
-  lines(nodes, edges) {
-    return edges.map((e) => {
-      const { x: x0, y: y0 } = nodes.get(e.source), { x: x1, y: y1 } = nodes.get(e.target), above = e.score > e.null;
-      const line = {
-        width: e.rank > 1 ? 1 : 1 + 6 * Math.max(e.score, 0),
-        color: above ? LOOKS[e.kind][2] : "#8C8C8C", dash: above ? "solid" : "dot",
-      };
-      return { type: "line", layer: "below", x0, y0, x1, y1, line, opacity: e.rank > 1 ? 0.7 : 1 };
-    });
+  lines(nodes, edges) { // one trace for all lines of a look: a shape for each would take as long as all the rest
+    const looks = new Map();
+    for (const e of edges) {
+      const above = e.score > e.null, width = e.rank > 1 ? 1 : 1 + 2 * Math.round(3 * Math.max(e.score, 0));
+      const line = { width, color: above ? LOOKS[e.kind][2] : "#8C8C8C", dash: above ? "solid" : "dot" }, key = JSON.stringify(line);
+      if (!looks.has(key)) looks.set(key, { type: "scatter", mode: "lines", x: [], y: [], line, hoverinfo: "skip", showlegend: false });
+      const { x, y } = looks.get(key), [source, target] = [nodes.get(e.source), nodes.get(e.target)];
+      x.push(source.x, target.x, null);
+      y.push(source.y, target.y, null);
+    }
+    return [...looks.values()];
   }
   markers(nodes) {
     const { color: ink, backgroundColor: bg } = getComputedStyle(this.root);
@@ -706,23 +708,24 @@ async function render({ model, el: root }) {
   };
   model.on("msg:custom", onMessage);
   const own = `${Date.now()}-${Math.random()}`; // two views of one widget do not take each other's answers
-  const ask = (what, given = {}, patience = 0) => new Promise((resolve, reject) => {
+  const ask = (what, given = {}) => new Promise((resolve, reject) => {
     const id = `${own}-${last += 1}`;
     waiting.set(id, [resolve, reject]);
     model.send({ id, ask: what, given });
-    if (patience) setTimeout(() => reject(new Error("The explorer has no answer from the kernel: run its cell again.")), patience);
   });
   root.replaceChildren(el("p", {}, "The explorer is loading …"));
+  const late = setTimeout(() => root.replaceChildren(el("p", {}, "The kernel has not answered yet: it is busy, or this cell has to be run again.")), 15000);
   try {
-    const start = await ask("start", {}, 60000);
+    const start = await ask("start");
     const { about, records } = await unpacked(start.buffers[0].buffer ?? start.buffers[0]);
     let Plotly = globalThis.Plotly;
     if (!Plotly) {
-      const code = new TextDecoder().decode((await ask("plotly", {}, 60000)).buffers[0]);
+      const code = new TextDecoder().decode((await ask("plotly")).buffers[0]);
       const module = { exports: {} };
       new Function("module", "exports", "define", code)(module, module.exports, undefined);
       Plotly = globalThis.Plotly ??= module.exports;
     }
+    clearTimeout(late);
     const held = new Records(about, ask);
     held.add(records);
     const keep = (feature, pinned) => ask("keep", { feature: feature ?? "", pinned });
