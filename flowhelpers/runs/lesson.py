@@ -58,6 +58,7 @@ def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:
     texts = [*table.columns[[not pd.api.types.is_numeric_dtype(each) for each in table.dtypes]]]
     style = table.style.format(precision=digits, na_rep="", escape="html")
     style = style.set_properties(texts, **look)
+    style = style.set_table_styles([{"selector": "th", "props": "text-align: left"}])
     style = style.set_caption(caption) if caption else style
     is_bare = isinstance(table.index, pd.RangeIndex) and table.index.name is None
     return style.hide(axis="index") if is_bare else style
