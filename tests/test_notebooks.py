@@ -817,7 +817,7 @@ def test_what_the_groups_say_is_in_their_tables(groups: Executed) -> None:
     gaps_away = groups.table("dataset_gaps").set_index(["method", "dataset"])
     python = gaps_away.loc[("pearson top-1", "python")]
     pearson = finding(groups, "worse on Python code")
-    assert spread_of(python, ".1%", "beyond") in pearson["ours"]
+    assert spread_of(python, ".1%", "beyond") in pearson["control"]
     assert pearson["verdict"] == verdict_by(python["beyond_low"], python["beyond_high"])
 
 
@@ -877,7 +877,7 @@ def test_every_prediction_is_answered_below_a_fold(
         ("04", "max_tokens=1", "max_tokens of 2 or more, BOS included"),
         ("04", "r_values=[0, 0]", "expected one or more, each once"),
         ("04", "datasets=[fictoin]", "unknown corpus 'fictoin'; did you mean 'fiction'"),
-        ("05", "advanced={phases: [promt]}", "unknown phase 'promt'; did you mean 'prompt'"),
+        ("05", "advanced={'phases': ['promt']}", "unknown phase 'promt'; did you mean 'prompt'"),
     ],
 )
 def test_what_fits_no_suite_is_refused_at_the_door(

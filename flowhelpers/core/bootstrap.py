@@ -107,7 +107,8 @@ def mean_differences(
         low, high = interval(gap[1:, None])[:, 0]
         rows.append((value, sizes[value], means[value][0], base[0], gap[0], low, high))
     ends = [f"difference{end}" for end in ("", "_low", "_high")]
-    return pd.DataFrame(rows, columns=[by, "n", "mean", "base", *ends])
+    found = pd.DataFrame(rows, columns=[by, "n", "mean", "base", *ends])
+    return found.astype({"n": int} | dict.fromkeys(found.columns[2:], float))
 
 
 def centred_interval(values: np.ndarray, found: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from flowhelpers.runs.run import Run
 
 Verdict = Literal["holds here", "not seen here", "cannot be told here", "not asked here"]
+NO_NUMBER = re.compile(r"[+-]?\bnan\b%?")
 SAID = {"not seen here": "is not seen here"} | {v: v for v in ("holds here", "cannot be told here")}
 
 
@@ -42,7 +44,8 @@ def answer(text: str) -> Markdown:
     """The answer to a prediction, below a fold that its reader opens."""
     from IPython.display import Markdown
 
-    return Markdown(f"<details><summary>What came out</summary>\n\n{text}\n\n</details>")
+    said = NO_NUMBER.sub("too few", text)
+    return Markdown(f"<details><summary>What came out</summary>\n\n{said}\n\n</details>")
 
 
 def verdict_of(low: float, high: float) -> Verdict:
@@ -64,15 +67,20 @@ def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:
     texts = [*table.columns[[not pd.api.types.is_numeric_dtype(each) for each in table.dtypes]]]
     style = table.style.format(precision=digits, na_rep="", escape="html")
     style = style.set_properties(texts, **look)
+    style = style.set_table_styles([{"selector": "th", "props": "text-align: left"}])
     style = style.set_caption(caption) if caption else style
     is_bare = table.index.names == [None] and pd.api.types.is_numeric_dtype(table.index)
     return style.hide(axis="index") if is_bare else style
 
 
 def conclude(run: Run, findings: Sequence[Finding]) -> Markdown:
-    """Writes what was found to `results.json`, as `findings`, and shows it as paragraphs."""
+    """Writes what was found to `results.json`, as `findings`, and shows it as paragraphs.
+
+    Where a number is missing, for want of cases, no verdict is given.
+    """
     from IPython.display import Markdown
 
+    findings = [_without_nan(finding) for finding in findings]
     run.results({"findings": [asdict(finding) for finding in findings]})
     return Markdown(
         "\n\n".join(
@@ -82,3 +90,10 @@ def conclude(run: Run, findings: Sequence[Finding]) -> Markdown:
             for each in findings
         )
     )
+
+
+def _without_nan(finding: Finding) -> Finding:
+    ours, control = (NO_NUMBER.sub("too few", text) for text in (finding.ours, finding.control))
+    if (ours, control) == (finding.ours, finding.control):
+        return finding
+    return Finding(finding.claim, ours, control, "cannot be told here")

@@ -43,3 +43,11 @@ def test_a_conclusion_is_sentences_and_is_kept(tmp_path):
         "not seen here",
         "not asked here",
     ]
+
+
+def test_where_a_number_is_missing_no_verdict_is_given(tmp_path):
+    nan = float("nan")
+    empty = runs.Finding("A claim.", f"{nan:.0%} of 0.", f"It is {nan:+.1f}.", "not seen here")
+    text = str(runs.conclude(runs.Run(tmp_path), [empty]).data)
+    assert "too few of 0. It is too few. *This cannot be told here.*" in text
+    assert "nan" not in str(runs.answer(f"{nan:.1%} of them, in Nancy").data).replace("Nancy", "")
