@@ -120,8 +120,9 @@ class Explorer(anywidget.AnyWidget):
             ask |= {"writes": self._writes, "change": self._change, "steer": self._steer}
             ask |= {"keep": self._keep}
             reply = ask[message["ask"]](**message["given"])
-        except (ValueError, OSError, MemoryError, FloatingPointError) as error:
-            reply = {"error": str(error)}
+        except Exception as error:  # or the view would wait for ever
+            kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+            reply = {"error": f"{kind}{error}"}
         buffers = [reply.pop("bytes")] if "bytes" in reply else None
         self.send(reply | {"id": message["id"]}, buffers)
 

@@ -14,7 +14,7 @@ from flowhelpers.runs.lab import CHOICES, WIDGET
 from flowhelpers.runs.run import settled_choices
 
 PLOTLY = "application/vnd.plotly.v1+json"
-CITED = r"CHOICES (\d+(?:(?:,| and|–|-) ?\d+)*)"
+CITED = r"CHOICES (\d+(?:(?:,| and| to|–|-) ?\d+)*)"
 NAMED = re.compile(r"# papermill_description=(\w+)")
 TELLS = re.compile(r"\b(answer|Finding|conclude)\(")  # code that holds what a reader is to guess
 LARGEST = 400_000  # bytes of a figure that the index shows
@@ -98,7 +98,7 @@ def _cited(text: str) -> list[int]:
     """The rows of CHOICES.md that a text names; `9–11` are three."""
     numbers: set[int] = set()
     for found in re.findall(CITED, text):
-        for first, last in re.findall(r"(\d+)(?: ?[–-] ?(\d+))?", found):
+        for first, last in re.findall(r"(\d+)(?: ?(?:[–-]|to) ?(\d+))?", found):
             numbers |= {*range(int(first), int(last or first) + 1)}
     return sorted(numbers & settled_choices().keys())
 
@@ -220,11 +220,11 @@ def _mathml(tex: str, display: str) -> str:
 
     def letter(found: re.Match[str]) -> str:
         style = {"bf": "BOLD", "bb": "DOUBLE-STRUCK"}[found[1]]
-        name = re.sub("LATIN |LETTER ", "", unicodedata.name(found[2]))
+        name = re.sub("LATIN |LETTER ", "", unicodedata.name(found[2] or found[3]))
         return unicodedata.lookup(f"MATHEMATICAL {style} {name}")
 
     try:
-        tex = re.sub(r"\\math(bf|bb) *\{?(\w)\}?", letter, tex)
+        tex = re.sub(r"\\math(bf|bb) *(?:\{(\w)\}|(\w))", letter, tex)
         return convert(tex.replace(r"\arg", r"\operatorname{arg}"), display=display)
     except Exception:  # a formula beyond the converter is shown as it was written
         return f"<code>{escape(tex)}</code>"

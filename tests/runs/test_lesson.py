@@ -18,6 +18,8 @@ def test_a_table_is_shown_whole_and_without_its_row_numbers():
     assert "row_heading" not in page
     assert "what it says" in page
     named = runs.show(table.set_index("n")).to_html()
+    twice = pd.concat([table, table])  # whose row numbers are not unique
+    assert runs.show(twice).to_html().count("<tr>") == 2 * len(table) + 1
     assert re.search(r'row_heading level0 row0"\s*>3<', named)
     assert "<caption>" not in named
 

@@ -51,6 +51,12 @@ def test_what_a_maximum_is_taken_over_stands_below_it(tmp_path: Path) -> None:
     assert re.search(r"<munder><mo>max</mo><mi>k</mi></munder>", page)
 
 
+def test_a_hat_is_over_its_letter_alone(tmp_path: Path) -> None:
+    page = page_of(tmp_path / "run", r"$\hat{\mathbf h} = \hat{\mathbf{x}} + b$").read_text("utf-8")
+    hats = [unescape(re.sub(r"<[^>]*>", "", hat)) for hat in re.findall("<mover.*?</mover>", page)]
+    assert hats == ["𝐡^", "𝐱^"]
+
+
 def test_links_to_files_are_plain_text(tmp_path: Path) -> None:
     text = "[two](02_two.ipynb#at) [*read*](../README.md) [web](https://example.org) [here](#there)"
     page = page_of(tmp_path / "run", text).read_text("utf-8")

@@ -3,9 +3,9 @@
 
 const NAMES = { res: "stream", mlp: "MLP", att: "attention" };
 const LOOKS = {
-  translated: ["●", "circle", "#56B4E9"], processed: ["■", "square", "#E69F00"],
+  translated: ["●", "circle", "#56B4E9"], processed: ["◆", "diamond", "#E69F00"],
   newborn: ["▲", "triangle-up", "#CC79A7"], unexplained: ["✖", "x", "#8C8C8C"],
-  mlp: ["◆", "diamond", "#D55E00"], att: ["★", "star", "#009E73"],
+  mlp: ["■", "square", "#D55E00"], att: ["★", "star", "#009E73"],
   res: ["○", "circle-open", "#0072B2"],
   alternative: ["○", "circle-open", "#8C8C8C"], direct: ["◇", "diamond-open", "#0072B2"],
 };
@@ -48,7 +48,8 @@ const parse = (name) => {
 const shown = (token) => token.trim() ? token.trim() : JSON.stringify(token).slice(1, -1) || "␣";
 const inPlotly = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const two = (x) => (x === null || x === undefined ? "–" : x.toFixed(2));
-const percent = (x) => (x === 0 ? "0 %" : `${(100 * x).toPrecision(2)} %`);
+const digits = (x, n) => String(Number(x.toPrecision(n))); // never 1.0e+2
+const percent = (x) => `${digits(100 * x, 2)} %`;
 
 // What is known of the features: all of them in a page or of a small suite, else what was asked for.
 class Records {
@@ -56,6 +57,7 @@ class Records {
     this.about = about;
     this.ask = ask; // of a kernel: (what, given) → reply; undefined in a page
     this.known = new Map();
+    this.centers = new Set(about.seeds); // whose whole chains are at hand
   }
   add(records) {
     for (const [name, record] of Object.entries(records)) {
@@ -88,12 +90,13 @@ class Records {
     return [`${layer}/${module}/${index}`, null];
   }
   async fetch(name) {
-    if (this.get(name).on) return;
+    if (this.about.whole || !this.ask ? this.get(name).on : this.centers.has(name)) return;
     if (this.about.whole || !this.ask) {
       const { seeds, suite } = this.about, command = `flowhelpers explore ${suite} ${name} --html FILE`;
       throw new Error(`${name} is not in this page, which holds what is near ${seeds.join(", ")}. To have it: ${command}`);
     }
     this.add((await this.ask("near", { feature: name })).records);
+    this.centers.add(name);
   }
   async search(text) {
     const wanted = text.trim().toLowerCase();
@@ -194,6 +197,7 @@ class Explorer {
     this.past = []; this.future = []; this.center = null;
     this.cut = { ...UNCUT }; this.ranks = 1; this.direct = false; this.aboveOnly = false;
     this.pins = new Map(); this.setName = "";
+    this.planned = { kind: "add", strength: 1 };
     this.view = "class";
     this.build();
     try { this.readSet(JSON.parse(sessionStorage.getItem(this.storeKey) ?? "null")); } catch { /* none kept */ }
@@ -354,11 +358,13 @@ class Explorer {
     this.paint([...this.lines(nodes, edges), ...this.markers(all)], { hovermode: "closest", ...bounds },
       `the flow graph of ${this.center}, ${all.length} features; the table below lists them`,
       (point) => this.attempt(() => this.go(point.customdata)));
+    const ends = this.about.whole || this.records.ask || this.records.centers.has(this.center) ? ""
+      : " This page holds not all of its chain: only that of the features it was made for is whole.";
     const cut = cutAt.length ? ` The chain is cut ${cutAt.join(" and ")}.` : "";
     const rows = all.sort((a, b) => a.layer - b.layer).map((n) => [
       this.button(n.name), `${LOOKS[n.kind][0]} ${NAMES[n.kind] ?? n.kind}`, n.told ?? "", this.records.label(n.name)]);
     this.table.replaceChildren(
-      quiet(`Lines are thicker where the cosine is higher, dotted where it is not above chance.${cut}`),
+      quiet(`Lines are thicker where the cosine is higher, dotted where it is not above chance.${cut}${ends}`),
       el("details", { open: this.tableOpen ?? false, ontoggle: (event) => { this.tableOpen = event.target.open; } },
         el("summary", {}, `These ${all.length} features as a table`),
         table(rows, ["feature", "what", "match", "label"])));
@@ -378,7 +384,8 @@ class Explorer {
       [n.x, n.y] = tall ? [across, along] : [along, across];
       n.kind = ["direct", "alternative"].includes(n.role) ? n.role : this.records.get(n.name).class ?? n.module;
       const caption = this.records.caption(n.name), short = caption.length > most ? `${caption.slice(0, most - 1)}…` : caption;
-      n.text = n.role === "alternative" || room < 38 ? "" : room < 80 ? `${n.index}` : `${n.index}<br>${inPlotly(short)}`;
+      n.text = n.role === "alternative" || room < 38 ? " " : // plotly loses texts that were empty
+        room < 80 ? `${n.index}` : `${n.index}<br>${inPlotly(short)}`;
       const hover = [n.name, this.records.label(n.name), n.kind, n.told ?? ""].filter(Boolean);
       n.hover = hover.map(inPlotly).join("<br>").replaceAll("\n", "<br>");
     }
@@ -539,8 +546,8 @@ class Explorer {
       seen.replaceChildren(...reply.watched.map((w) => {
         const [before, after] = [w.before, w.after].map((values) => Math.max(...values)), most = Math.max(before, after, 1e-9);
         const strip = (values) => el("div", { className: "fx-tokens" }, ...reply.tokens.map((token, i) =>
-          el("span", { style: shade(values[i] / most) }, shown(token), el("small", {}, values[i] > 0 ? values[i].toPrecision(2) : ""))));
-        const told = ` at most ${before.toPrecision(3)} before, ${after.toPrecision(3)} after`;
+          el("span", { style: shade(values[i] / most) }, shown(token), el("small", {}, values[i] > 0 ? digits(values[i], 2) : ""))));
+        const told = ` at most ${digits(before, 3)} before, ${digits(after, 3)} after`;
         return el("div", {}, el("p", {}, el("b", {}, w.feature), told), strip(w.before), strip(w.after));
       }));
     });
@@ -607,7 +614,11 @@ class Explorer {
       this.draw();
       this.tell(`${this.pins.size} features loaded`);
     }) });
-    const kind = choice({ add: "add, s =", rescale: "rescale, r =" }, "add"), strength = number(1);
+    const { kind: chosen, strength: given } = this.planned;
+    const kind = choice({ add: "add, s =", rescale: "rescale, r =" }, chosen), strength = number(given);
+    for (const each of [kind, strength]) {
+      each.addEventListener("change", () => { this.planned = { kind: kind.value, strength: strength.value }; });
+    }
     const slug = this.setName.replaceAll(/[^A-Za-z0-9]+/g, "-").replaceAll(/^-|-$/g, "") || "set";
     const save = (what, end, make) => el("button", {
       disabled: !this.pins.size, onclick: () => this.attempt(() => this.download(`${slug}${end}`, make())),
@@ -621,7 +632,7 @@ class Explorer {
       row(el("label", {}, "name", name), el("label", { className: "fx-file" }, "load a set or plan", file)), el("ul", {}, ...items),
       row(save("Save set", ".json", () => this.set()), save("Save labels", "-labels.csv", () => this.labels()),
         save("Save for circuit-tracer and Neuronpedia", "-graph.json", () => this.attributionGraph(slug)),
-        save("Save as plan", "-plan.json", () => this.plan(kind.value, Number(strength.value))), kind, strength));
+        save("Save as plan", "-plan.json", () => this.plan(kind.value, strength.value.trim() ? Number(strength.value) : NaN)), kind, strength));
   }
   plan(kind, strength) {
     const theta = (name) => this.records.get(name).theta;
@@ -686,8 +697,9 @@ export async function openPage(root, packed) {
   const held = new Records(about);
   held.add(records);
   const keep = (name) => history.replaceState(null, "", name ? `#${name}` : "#");
+  const address = location.hash.slice(1); // before the explorer writes its own
   const explorer = new Explorer(root, held, globalThis.Plotly, { keep });
-  const asked = decodeURIComponent(location.hash.slice(1)) || about.start;
+  const asked = /^\d+\/(res|mlp|att)\/\d+$/.test(address) ? address : about.start;
   await explorer.attempt(async () => {
     const [name, wrong] = asked ? held.check(asked) : [null, null];
     if (!wrong) return explorer.go(name);
