@@ -12,6 +12,7 @@ without it counts for nothing. Runs that are finished there are not executed aga
 """
 
 import json
+import logging
 import re
 import sys
 import time
@@ -269,6 +270,7 @@ def _client(cluster: str | None, workers: int) -> Iterator[Any]:
         from distributed import Client, LocalCluster
     except ModuleNotFoundError as error:
         raise ValueError("a grid needs Dask: pip install 'flowhelpers[cluster]'") from error
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # we say it ourselves
     if cluster:
         try:
             client = Client(cluster, timeout="10s")
