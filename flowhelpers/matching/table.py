@@ -44,7 +44,7 @@ from flowhelpers.matching.null import (
     null_threshold,
 )
 from flowhelpers.suites.load import KEPT, decoders_memory, load_suite
-from flowhelpers.suites.registry import SuiteRow
+from flowhelpers.suites.registry import SuiteRow, registered
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -250,7 +250,8 @@ def _on_worker(
     import pandas as pd
 
     with ONE_LAYER:
-        suite = load_suite(row, device, dtype)
+        named = row.name.split("@")[0] in registered()  # its files may lie elsewhere here
+        suite = load_suite(row.name if named else row, device, dtype)
         for site, expected in prints.items():
             if suite.sae(site).fingerprint != expected:
                 raise ValueError(f"this worker has another SAE at {site} of suite {suite.name}")
