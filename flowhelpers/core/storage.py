@@ -2,6 +2,7 @@
 
 import uuid
 from contextlib import suppress
+from glob import has_magic
 from os import rename
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ def open_storage(out: str) -> tuple[Any, str]:
 def writable_storage(out: str) -> tuple[Any, str]:
     """As `open_storage`; an OSError if nothing can be written there."""
     fs, root = open_storage(out)
+    if has_magic(root):  # fsspec takes it for a pattern
+        raise ValueError(f"{out}: expected a folder without any of * ? [ in its name")
     probe = f"{root}/.{uuid.uuid4().hex}"
     try:
         write_bytes(fs, probe, b"a word")

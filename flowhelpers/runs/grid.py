@@ -2,7 +2,7 @@
 
 All goes below `out`, a folder that every worker reaches or an fsspec address (`s3://bucket/grid`):
 
-    grid.json             what was asked for, with copies of the notebooks in `notebooks/`
+    grid.json             what was asked for, with the notebooks as they were
     <notebook>-<digest>/  a run's folder (see `runs.run`), and in it job.json: how the run ended
     grid.csv, .parquet    parameters × the numbers of each results.json; grid.html draws them
 
@@ -11,10 +11,11 @@ renamed into place where `out` is a folder; on an object store its job.json come
 without it counts for nothing. Runs that are finished there are not executed again, whoever asks.
 """
 
-import json
 import logging
 import re
 import sys
+import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,28 +27,26 @@ from itertools import product
 from os import cpu_count
 from pathlib import Path
 from statistics import mean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from flowhelpers.core.cache import key_of
 from flowhelpers.core.features import check_choice
-from flowhelpers.core.storage import open_storage, writable_storage, write_bytes
+from flowhelpers.core.files import write_text
+from flowhelpers.core.storage import open_storage, put_folder, writable_storage, write_bytes
 from flowhelpers.core.versions import check_workers
-from flowhelpers.runs.execute import STOPPED, Job
+from flowhelpers.runs.execute import STOPPED, Job, execute_one
 from flowhelpers.runs.grid_results import write_table
-from flowhelpers.runs.grid_task import ended_runs, execute_task
 from flowhelpers.runs.pages import duration
 from flowhelpers.runs.parameters import find_notebooks, inspect, plan
 
-if TYPE_CHECKING:
-    pass
-
-MANIFEST = "grid.json"
+MANIFEST, MARKER = "grid.json", "job.json"
 MANY = 1000  # runs that are started without being asked twice
 # seconds, by what a notebook says of its time at its head
 STATED = {"half a minute": 30, "under a minute": 60, "a minute and a half": 90, "two minutes": 120}
-SAYS = rf"\*\*Time\*\* (?:about )?({'|'.join(STATED)})"
+SAYS = re.compile(rf"\*\*Time\*\* (?:about )?({'|'.join(STATED)})")
+ONE_NOTEBOOK = threading.Lock()  # at a time in a worker: a run's folder is told by the environment
 
 Planned = Iterable[tuple[Path, dict[str, Any]]]
 
@@ -58,7 +57,7 @@ class Grid(BaseModel):
     started: str
     version: str
     working_folder: Path
-    notebooks: dict[str, str]  # the source of each, kept in files of their own
+    notebooks: dict[str, str]  # the source of each by its file's name
     jobs: list[Job]
 
 
@@ -85,11 +84,8 @@ def combinations(
             if name in given:
                 raise ValueError(f"{name} is given by -p and in {path}: expected one of both")
         for notebook, parameters in declared.items():
-            own = {
-                name: [parameters[name].check(value) for value in values]
-                for name, values in grid.items()
-                if name in parameters
-            }
+            has = grid.keys() & parameters.keys()
+            own = {n: [parameters[n].check(v) for v in grid[n]] for n in grid if n in has}
             for values in product(*own.values()):
                 chosen = dict(zip(own, values, strict=True))
                 yield notebook, usual(chosen.get("suite"))[notebook] | chosen
@@ -118,32 +114,8 @@ def new_grid(planned: Planned) -> Grid:
         key = {"notebook": sources[notebook.name], "version": version, "parameters": parameters}
         folder = f"{notebook.stem}-{key_of(key)[:12]}"
         jobs[folder] = Job(notebook=Path(notebook.name), parameters=parameters, folder=folder)
-    return Grid(
-        started=str(datetime.now())[:19],
-        version=version,
-        working_folder=Path.cwd(),
-        notebooks=sources,
-        jobs=list(jobs.values()),
-    )
-
-
-def read_grid(manifest: str) -> Grid:
-    """The grid of a manifest; a ValueError if it is of another version of the package."""
-    fs, path = open_storage(manifest)
-    root, ours = path.rsplit("/", 1)[0], metadata.version("flowhelpers")
-    try:
-        told = json.loads(fs.cat_file(path))
-        names = {job["notebook"] for job in told["jobs"]}
-        books = {name: fs.cat_file(f"{root}/notebooks/{name}").decode() for name in names}
-        grid = Grid.model_validate(told | {"notebooks": books})
-    except (ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{manifest} is not the manifest of a grid") from error
-    if grid.version != ours:
-        raise ValueError(
-            f"{manifest} was started with flowhelpers {grid.version}, and this is {ours}: install"
-            " that version, or start the grid anew"
-        )
-    return grid
+    given = {"version": version, "notebooks": sources, "jobs": list(jobs.values())}
+    return Grid(started=str(datetime.now())[:19], working_folder=Path.cwd(), **given)
 
 
 def run_grid(planned: Planned, out: str, **options: Any) -> int:
@@ -153,8 +125,12 @@ def run_grid(planned: Planned, out: str, **options: Any) -> int:
 
 def resume_grid(manifest: str, **options: Any) -> int:
     """Goes on with the grid of a manifest, `<out>/grid.json`; see `execute_grid`."""
-    out = manifest.rpartition("/")[0] or "."
-    return execute_grid(read_grid(f"{out}/{MANIFEST}"), out, **options)
+    fs, path = open_storage(manifest)
+    try:
+        grid = Grid.model_validate_json(fs.cat_file(path))
+    except ValidationError as error:
+        raise ValueError(f"{manifest} is not the manifest of a grid") from error
+    return execute_grid(grid, manifest.removesuffix(MANIFEST).rstrip("/\\") or ".", **options)
 
 
 def execute_grid(
@@ -187,24 +163,20 @@ def execute_grid(
     done = {name: job for name, job in ended_runs(fs, root).items() if job.status == "finished"}
     waiting = [job for job in grid.jobs if job.folder not in done]
     workers = workers or max(1, (cpu_count() or 1) // 2)
-    at_once = 1 if cluster else workers
     _say(f"{len(grid.jobs):,} runs, {len(grid.jobs) - len(waiting):,} of them finished before")
     if waiting:
-        foretold = _forecast(waiting, list(done.values()), grid.notebooks, at_once)
-        _say(f"{len(waiting):,} to do, on {'each worker' if cluster else workers}: {foretold}")
+        _say(f"{len(waiting):,} to do, {_forecast(grid, waiting, done, 1 if cluster else workers)}")
     if len(waiting) > MANY and not yes:
         raise ValueError(f"{len(waiting):,} runs are more than {MANY:,}: start them with --yes")
-    for name, source in grid.notebooks.items():
-        write_bytes(fs, f"{root}/notebooks/{name}", source.encode())
-    told = grid.model_dump_json(indent=1, exclude={"notebooks"})
-    write_bytes(fs, f"{root}/{MANIFEST}", told.encode())
+    write_bytes(fs, f"{root}/{MANIFEST}", grid.model_dump_json(indent=1).encode())
     if waiting:
         with _client(cluster, workers) as client:
-            check_workers(client)
+            check_workers(client, expected=grid.version)
             if not _execute(client, grid, waiting, out, timeout):
                 _say(f"stopped; to take it up again: flowhelpers run --resume {out}/{MANIFEST}")
                 return STOPPED
-    table = write_table(out, grid.jobs)
+    ended = ended_runs(fs, root)
+    table = write_table(fs, root, [ended.get(str(job.folder), job) for job in grid.jobs])
     _say(f"table and page: {out}/grid.csv, {out}/grid.html")
     return int((table["status"] != "finished").any())
 
@@ -215,17 +187,13 @@ def _execute(client: Any, grid: Grid, waiting: list[Job], out: str, timeout: int
     from distributed.scheduler import KilledWorker
 
     mark = uuid.uuid4().hex  # what a scheduler remembers of an earlier time is of no use
-    sources = {
-        name: client.submit(str, source, key=f"{name}-{mark}")  # sent once to each worker
-        for name, source in grid.notebooks.items()
-    }
+    books = grid.notebooks.items()  # sent once to each worker
+    sources = {name: client.submit(str, text, key=f"{name}-{mark}") for name, text in books}
     where = out if "://" in out else str(Path(out).resolve())
-    options = (where, str(grid.working_folder), timeout, grid.version)
-    futures = {
-        client.submit(execute_task, sources[str(job.notebook)], job.model_dump_json(), *options,
-                      key=f"{job.folder}-{mark}", pure=False): job
-        for job in waiting
-    }  # fmt: skip
+    options, futures = (where, str(grid.working_folder), timeout, grid.version), {}
+    for job in waiting:
+        asked = (sources[str(job.notebook)], job.model_dump_json(), *options)
+        futures[client.submit(execute_task, *asked, key=f"{job.folder}-{mark}")] = job
     began, total = time.monotonic(), len(waiting)
     try:
         for number, future in enumerate(as_completed(futures), 1):
@@ -249,18 +217,62 @@ def _execute(client: Any, grid: Grid, waiting: list[Job], out: str, timeout: int
     return True
 
 
-def _forecast(waiting: list[Job], done: list[Job], sources: Mapping[str, str], workers: int) -> str:
-    """How long runs will take, and by what that is told."""
+def execute_task(
+    source: str, told: str, out: str, working_folder: str, timeout: int | None, version: str
+) -> str:
+    """Executes a run in a folder of this worker and puts it into `out`; returns its job as JSON.
+
+    A notebook that fails is an outcome like another. An OSError if `out` cannot be written to.
+    """
+    check_workers(expected=version)
+    job = Job.model_validate_json(told)
+    fs, root = open_storage(out)
+    with ONE_NOTEBOOK, tempfile.TemporaryDirectory(dir=_scratch()) as scratch:
+        ended = ended_runs(fs, root, str(job.folder)).get(str(job.folder))
+        if ended and ended.status == "finished":  # by a worker that was taken for dead
+            return ended.model_dump_json()
+        here, began = Path(scratch), time.monotonic()
+        notebook, folder = here / job.notebook.name, here / str(job.folder)
+        notebook.write_text(source, "utf-8")
+        folder.mkdir()
+        there = Path(working_folder)
+        local = job.model_copy(update={"notebook": notebook})
+        cwd = there if there.is_dir() else here
+        job.error = execute_one(local, here, cwd, timeout, ({}, "../grid.html"))
+        job.status = "failed" if job.error else "finished"
+        job.seconds = time.monotonic() - began
+        write_text(folder / MARKER, job.model_dump_json(indent=2))
+        put_folder(folder, fs, f"{root}/{job.folder}", MARKER)
+    return job.model_dump_json()
+
+
+def _scratch() -> str | None:
+    """The folder that Dask gives a worker, and clears after one that died."""
+    from distributed import get_worker
+
+    with suppress(ValueError):
+        return get_worker().local_directory
+
+
+def ended_runs(fs: Any, root: str, folder: str = "*") -> dict[str, Job]:
+    """The runs that came to an end, by their folders."""
+    markers = fs.glob(f"{root}/{folder}/{MARKER}")
+    found = fs.cat(markers) if markers else {}
+    jobs = [Job.model_validate_json(text) for text in found.values()]
+    return {str(job.folder): job for job in jobs}
+
+
+def _forecast(grid: Grid, waiting: list[Job], done: Mapping[str, Job], workers: int) -> str:
+    """How long runs will take on so many workers, and by what that is told."""
     total, by = 0.0, set()
-    for name, source in sources.items():
-        seconds = [job.seconds or 0 for job in done if job.notebook.name == name]
-        stated = [STATED[words] for words in re.findall(SAYS, source)]
+    for job in waiting:
+        seconds = [each.seconds or 0 for each in done.values() if each.notebook == job.notebook]
+        stated = [STATED[words] for words in SAYS.findall(grid.notebooks[str(job.notebook)])]
         if not (seconds or stated):
-            return f"{name} states no time: the first that finish will tell"
-        by.add("finished runs" if seconds else "the notebooks' own times, on two cores")
-        count = sum(job.notebook.name == name for job in waiting)
-        total += count * mean(seconds or stated)
-    return f"about {duration(total / workers)} by {' and '.join(sorted(by))}"
+            return f"and {job.notebook} states no time: the first that finish will tell"
+        total += mean(seconds or stated)
+        by.add("runs that finished" if seconds else "the notebooks' own times, on two cores")
+    return f"{duration(total / workers)} on {workers} worker(s) by {' and '.join(sorted(by))}"
 
 
 @contextmanager
@@ -277,15 +289,15 @@ def _client(cluster: str | None, workers: int) -> Iterator[Any]:
         except (OSError, ValueError) as error:
             raise OSError(f"no Dask scheduler answers at {cluster}: {error}") from error
         with client:
-            _say(f"{client.dashboard_link} shows what {cluster} does")
             yield client
         return
-    threads = max(1, (cpu_count() or 1) // workers)
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-    env = dict.fromkeys(names, threads) | {"TQDM_DISABLE": 1}
+    threads = max(1, (cpu_count() or 1) // workers)  # of torch, in each notebook
+    env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TQDM_DISABLE": 1}
     options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "env": env}
-    options["dashboard_address"] = None
-    with LocalCluster(**options) as local, Client(local) as client:
+    with (
+        LocalCluster(dashboard_address=cast(Any, None), **options) as local,
+        Client(local) as client,
+    ):
         yield client
 
 

@@ -7,9 +7,8 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from flowhelpers.core.pages import figure_html, page
-from flowhelpers.core.storage import open_storage, write_bytes
+from flowhelpers.core.storage import write_bytes
 from flowhelpers.runs.execute import Job
-from flowhelpers.runs.grid_task import ended_runs
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -18,7 +17,7 @@ ABOUT = ("notebook", "folder", "status", "seconds")  # a run, in the table of a 
 PANELS, ACROSS, HEIGHT = 30, 3, 190  # at most, in a row, and the pixels of one
 
 
-def grid_table(out: str, asked: Sequence[Job]) -> "pd.DataFrame":
+def grid_table(fs: Any, root: str, jobs: Sequence[Job]) -> "pd.DataFrame":
     """One row a run: `notebook`, `folder`, `status`, `seconds`, its parameters, and its numbers.
 
     The numbers are those of `results.json`, of what is nested by names joined by a dot; one that
@@ -26,36 +25,27 @@ def grid_table(out: str, asked: Sequence[Job]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    fs, root = open_storage(out)
-    ended = ended_runs(fs, root)
-    jobs = [ended.get(str(job.folder), job) for job in asked]
     names = dict.fromkeys(name for job in jobs for name in job.parameters)
-    rows, results = [], []
-    paths = {f"{root}/{job.folder}/results.json": job for job in jobs if job.status == "finished"}
-    found = fs.cat(list(paths), on_error="omit") if paths else {}
-    numbers_of = {paths[path].folder: json.loads(text) for path, text in found.items()}
-    for job in jobs:
-        values = {name: job.parameters.get(name) for name in names}
-        rows.append(
-            {"notebook": job.notebook.stem, "folder": job.folder, "status": job.status}
-            | {"seconds": job.seconds}
-            | {n: json.dumps(v) if isinstance(v, list | dict) else v for n, v in values.items()}
-        )
-        results.append(numbers_of.get(job.folder, {}))
-    table = pd.DataFrame(rows)
+    rows = [{name: getattr(job, name) for name in ABOUT} | job.parameters for job in jobs]
+    table = pd.DataFrame(rows, columns=[*ABOUT, *names])
+    table["notebook"] = [job.notebook.stem for job in jobs]
+    for name in names:
+        table[name] = [json.dumps(v) if isinstance(v, list | dict) else v for v in table[name]]
+    paths = [f"{root}/{job.folder}/results.json" for job in jobs]
+    found = fs.cat(paths, on_error="omit")
+    results = [json.loads(found.get(path, "{}")) for path in paths]
     numbers = pd.json_normalize(results).select_dtypes("number")
     clash = {name: f"result.{name}" for name in numbers.columns if name in table.columns}
     return pd.concat([table, numbers.rename(columns=clash)], axis=1)
 
 
-def write_table(out: str, asked: Sequence[Job]) -> "pd.DataFrame":
+def write_table(fs: Any, root: str, jobs: Sequence[Job]) -> "pd.DataFrame":
     """Writes `grid_table` as grid.csv and grid.parquet, and its page grid.html; returns it."""
-    fs, root = open_storage(out)
-    table, parquet = grid_table(out, asked), BytesIO()
+    table, parquet = grid_table(fs, root, jobs), BytesIO()
     table.to_parquet(parquet)
     write_bytes(fs, f"{root}/grid.csv", table.to_csv(index=False).encode())
     write_bytes(fs, f"{root}/grid.parquet", parquet.getvalue())
-    parameters = list(dict.fromkeys(name for job in asked for name in job.parameters))
+    parameters = list(dict.fromkeys(name for job in jobs for name in job.parameters))
     write_bytes(fs, f"{root}/grid.html", grid_page(table, parameters).encode())
     return table
 
@@ -88,6 +78,7 @@ def grid_figure(runs: "pd.DataFrame", parameters: Sequence[str]) -> Any:
 
     from flowhelpers.core.figures import finish
 
+    runs = runs.fillna(dict.fromkeys(parameters, "none"))
     varied = sorted(parameters, key=lambda name: -runs[name].nunique())
     varied = [name for name in varied if runs[name].nunique() > 1]
     numbers = [

@@ -22,8 +22,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from flowhelpers.__main__ import main
 from flowhelpers.core.storage import put_folder
 from flowhelpers.runs.execute import Job, run_notebooks
-from flowhelpers.runs.grid import combinations, new_grid, resume_grid
-from flowhelpers.runs.grid_task import MARKER, execute_task
+from flowhelpers.runs.grid import (
+    MARKER,
+    combinations,
+    execute_task,
+    new_grid,
+    resume_grid,
+    run_grid,
+)
 from flowhelpers.runs.parameters import NOTEBOOKS, plan
 
 TINY = [
@@ -135,7 +141,8 @@ def test_a_grid_outlives_its_workers_and_its_scheduler(here: Path, dask: Dask):
     said = second.communicate(timeout=120)[1]
     assert second.returncode == 0, said
     assert "6 runs, 4 of them finished before" in said
-    assert "by finished runs" in said
+    assert "2 to do, 0:00:" in said
+    assert "by runs that finished" in said
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert len(began(1)) == 2
     assert not list(here.glob("out/.*"))
@@ -200,7 +207,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
     told = capsys.readouterr().err
     assert said in told
     if "10,000" in said:
-        assert "about 3 days, 11:20:00 by the notebooks' own times" in told
+        assert "3 days, 11:20:00 on 1 worker(s) by the notebooks' own times" in told
     assert not list(here.glob("notebooks/began*"))
     assert not list(here.glob("out/01*"))
 
@@ -229,10 +236,16 @@ def test_a_grid_is_every_combination_once(here: Path):
 
 
 def test_a_manifest_of_another_version_is_refused(here: Path):
-    (here / "notebooks/grid.json").write_text('{"jobs": [], "started": "", "notebooks": {}, '
-        '"working_folder": ".", "version": "0.0.7"}')  # fmt: skip
-    with pytest.raises(ValueError, match=r"started with flowhelpers 0\.0\.7, and this is 0\.1\.0"):
-        resume_grid("notebooks/grid.json")
+    grid = new_grid(combinations([], here / "grid.yaml", {}, None))
+    grid.version = "0.0.7"
+    (here / "grid.json").write_text(grid.model_dump_json())
+    with pytest.raises(ValueError, match=r"has flowhelpers 0\.1\.0, .* is of 0\.0\.7"):
+        resume_grid("grid.json", workers=1)
+
+
+def test_a_folder_that_fsspec_takes_for_a_pattern_is_refused(here: Path):
+    with pytest.raises(ValueError, match=r"a\[1\]: expected a folder without any of"):
+        run_grid([], str(here / "a[1]"))
 
 
 def test_an_object_store_gets_a_run_whole_and_once(here: Path):
