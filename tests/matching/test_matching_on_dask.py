@@ -50,27 +50,24 @@ def test_a_worker_has_the_memory_that_it_was_given(client: Client):
 
 
 def test_layers_go_to_workers_with_memory_for_them(tmp_path: Path):
-    asked = []
+    asked: list[list[str] | None] = []
 
-    class Small:
-        def run(self, *_: Any, **__: Any) -> dict:
-            return {}
-
-        def scheduler_info(self) -> dict:
-            limits = {"small": 2**20, "large": 2**40, "boundless": 0}
-            return {"workers": {name: {"memory_limit": limits[name]} for name in self.names}}
-
-        def submit(self, work: Any, *given: Any, workers: list[str], **_: Any) -> Any:
+    def cluster(**limits: int) -> SimpleNamespace:
+        def submit(work: Any, *given: Any, workers: list[str] | None, **_: Any) -> Any:
             asked.append(workers)
             return SimpleNamespace(result=lambda: work(*given))
 
-    suite, small = load_suite("flowlet-mini"), Small()
-    small.names = ["small", "large", "boundless"]
-    match_table(suite, 2, layers=[1], client=small, cache=tmp_path)
-    assert asked == [["large", "boundless"]]
-    small.names = ["small"]
+        there = {"workers": {name: {"memory_limit": limits[name]} for name in limits}}
+        of_all = {"run": lambda *_, **__: {}, "scheduler_info": lambda: there}
+        return SimpleNamespace(**of_all, submit=submit)
+
+    suite = load_suite("flowlet-mini")
+    given: dict[str, Any] = {"k": 2, "cache": tmp_path}
+    match_table(suite, layers=[1], client=cluster(small=2**20, large=2**40, any=0), **given)
+    match_table(suite, layers=[2], client=cluster(large=2**40, any=0), **given)
+    assert asked == [["large", "any"], None]
     with pytest.raises(MemoryError, match=r"flowlet-mini needs 0\.\d+ GiB on a worker, and of 1"):
-        match_table(suite, 2, layers=[2], client=small, cache=tmp_path)
+        match_table(suite, layers=[3], client=cluster(small=2**20), **given)
 
 
 def test_a_worker_with_another_suite_of_that_name_is_refused(client: Client, tmp_path: Path):
