@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import nbformat
 import pandas as pd
 import pytest
-from runs.test_execute import write_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 pytest.importorskip("distributed")
 from fsspec.implementations.local import LocalFileSystem
@@ -58,7 +60,11 @@ GRID = "n: [1, 2, 3]\nseed: [0, 1]"
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a grid and the tiny notebook, which waits at n=2 until there is a file `go`."""
-    write_notebook(tmp_path / "notebooks/01_tiny.ipynb", TINY, "**Time** half a minute on two")
+    code = [new_code_cell(textwrap.dedent(cell).strip()) for cell in TINY]
+    code[0].metadata["tags"] = ["parameters"]
+    (tmp_path / "notebooks").mkdir()
+    cells = [new_markdown_cell("**Time** half a minute on two"), *code]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "notebooks/01_tiny.ipynb")
     (tmp_path / "grid.yaml").write_text(GRID)
     monkeypatch.setenv(NOTEBOOKS, str(tmp_path / "notebooks"))
     monkeypatch.chdir(tmp_path)
