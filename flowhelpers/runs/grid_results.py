@@ -60,7 +60,7 @@ def grid_page(table: "pd.DataFrame", parameters: Sequence[str]) -> str:
         f'<a href="{escape(name)}/notebook.html">{escape(name)}</a>' if status != "waiting" else ""
         for name, status in zip(table["folder"], table["status"], strict=True)
     ]
-    texts = [name for name in shown.columns if name != "folder" and shown[name].dtype == object]
+    texts = shown.drop(columns="folder").select_dtypes(exclude="number").columns
     shown[texts] = shown[texts].map(lambda value: escape(str(value)))
     title = f"A grid of {len(table):,} runs, {len(finished):,} finished"
     files = '<p><a href="grid.csv">grid.csv</a> and grid.parquet hold all numbers.</p>'
