@@ -95,7 +95,7 @@ def grid_figure(runs: "pd.DataFrame", parameters: Sequence[str]) -> Any:
     figure = px.scatter(
         long, x=varied[0], y="value", color=colour, facet_col="number", facet_col_wrap=ACROSS,
         hover_data=varied, labels={"value": ""}, facet_row_spacing=0.4 / rows,
-        category_orders={"number": kept}, facet_col_spacing=0.07,
+        category_orders={"number": kept}, facet_col_spacing=0.07, opacity=0.6,
     )  # fmt: skip
     figure.update_yaxes(matches=None, showticklabels=True)
     left = f"; {len(numbers) - PANELS} more in the table" if len(numbers) > PANELS else ""
