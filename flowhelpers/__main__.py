@@ -18,6 +18,7 @@ RUN_NOTES = """examples:
   flowhelpers run 01 -p suite=flowlet k=5       one notebook, by its number
   flowhelpers run --preset quick --out /tmp/r   the quick settings
   flowhelpers run --resume                      take up what was stopped last
+  flowhelpers run 01 --grid grid.yaml --out g   every combination of parameters, on Dask
 """
 LAB_NOTES = """
 The notebooks are copied to ./flowhelpers-notebooks, where you may change them: what lies there
@@ -41,24 +42,37 @@ def run(arguments: argparse.Namespace) -> int:
 
     for sentence in untried():
         print(f"flowhelpers: {sentence}", file=sys.stderr)
+    out, at = Path(arguments.out), ("cluster", "workers", "timeout", "yes")
+    on_dask = {name: getattr(arguments, name) for name in at}
     if arguments.resume is not None:
         if arguments.notebooks or arguments.parameters or arguments.preset or arguments.name:
             raise ValueError("--resume goes on with what was asked for before: give no more to it")
+        if arguments.resume.endswith("grid.json"):
+            from flowhelpers.runs.grid import resume_grid
+
+            return resume_grid(arguments.resume, **on_dask)
         from flowhelpers.runs.execute import resume
 
         manifest = Path(arguments.resume) if arguments.resume else None
         if manifest and not manifest.is_file():
             raise ValueError(f"--resume takes the manifest of a run, a .json file: {manifest}")
-        return resume(arguments.out, manifest, timeout=arguments.timeout)
+        return resume(out, manifest, timeout=arguments.timeout)
+    given = dict(_assignment(text) for text in arguments.parameters)
+    if arguments.grid:
+        from flowhelpers.runs.grid import combinations, run_grid
+
+        asked = (arguments.notebooks, arguments.grid, given, arguments.preset)
+        return run_grid(combinations(*asked), arguments.out, **on_dask)
+    if arguments.cluster or arguments.workers or "://" in arguments.out:
+        raise ValueError("--cluster, --workers and addresses such as s3://… are for a --grid")
     from flowhelpers.runs.parameters import plan
 
-    given = dict(_assignment(text) for text in arguments.parameters)
     planned = plan(arguments.notebooks, given, arguments.preset)
     from flowhelpers.runs.execute import run_notebooks
 
-    status = run_notebooks(planned, arguments.out, name=arguments.name, timeout=arguments.timeout)
+    status = run_notebooks(planned, out, name=arguments.name, timeout=arguments.timeout)
     if arguments.preset == "paper":
-        paper_numbers(argparse.Namespace(runs=arguments.out))
+        paper_numbers(argparse.Namespace(runs=out))
     return status
 
 
@@ -214,11 +228,15 @@ def parser() -> argparse.ArgumentParser:
     add("-p", dest="parameters", nargs="+", action="extend", default=[], metavar="name=value",
         help="parameters, each for every notebook that has it")  # fmt: skip
     add("--preset", help="settings of notebooks/presets.yaml: quick, paper")
-    add("--out", type=Path, default=Path("runs"), help="where runs go (default: runs)")
+    add("--out", default="runs", help="where runs go (default: runs); of a grid also s3://… etc.")
     add("--name", help="a word to tell this run's folders from others")
     add("--timeout", type=_seconds, metavar="SECONDS", help="the longest that a cell may take")
     add("--resume", nargs="?", const="", metavar="MANIFEST",
         help="take up the latest unfinished execution in --out, or that of a manifest")  # fmt: skip
+    add("--grid", type=Path, metavar="YAML", help="run all combinations: parameter: [values]")
+    add("--workers", type=int, metavar="N", help="so many of this machine for a grid")
+    add("--cluster", metavar="ADDRESS", help="a Dask scheduler's, whose workers run the grid")
+    add("--yes", action="store_true", help="start a grid of more than 1,000 runs")
 
     one = commands.add_parser("paper", help="the paper's printed numbers beside those of runs")
     one.set_defaults(function=paper_numbers)

@@ -1,10 +1,11 @@
 """What this machine has: devices, memory that is free, and threads."""
 
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
 
@@ -86,7 +87,10 @@ def halved(rows: int, what: str, error: Exception, said: bool) -> int:
 
 
 def free_memory(device: str = "cpu") -> int:
-    """Bytes that are free on a device; on a GPU with what torch keeps of it and does not use."""
+    """Bytes that are free on a device; on a GPU with what torch keeps of it and does not use.
+
+    In a task of Dask it is what the worker may still take.
+    """
     if device.startswith("cuda"):
         import torch
 
@@ -94,7 +98,12 @@ def free_memory(device: str = "cpu") -> int:
         return torch.cuda.mem_get_info(device)[0] + kept
     import psutil
 
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    with suppress(KeyError, ValueError):  # not within a task of Dask
+        limit = sys.modules["distributed"].get_worker().memory_manager.memory_limit
+        own = psutil.Process().memory_info().rss
+        free = max(0, min(free, limit - own)) if limit else free
+    return free
 
 
 def check_memory(needed: int, what: str, device: str = "cpu", dtype: str = "") -> None:

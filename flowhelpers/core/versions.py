@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
 
 from packaging.requirements import Requirement
 
@@ -56,3 +57,19 @@ def naming_untried() -> Iterator[None]:
         if not untried():
             raise
         raise ValueError(f"{'; '.join(untried())}. Then: {error}") from error
+
+
+def check_workers(client: Any = None, *, expected: str | None = None) -> None:
+    """A ValueError if a worker of a Dask client has another flowhelpers than this process.
+
+    On a worker, without a client: if that one is not the `expected`.
+    """
+    ours = expected or version("flowhelpers")
+    # a function of the standard library, which each of them has
+    found = {"this worker": version("flowhelpers")}
+    if client is not None:
+        found = client.run(version, "flowhelpers", on_error="return")
+    for worker, theirs in found.items():
+        if theirs != ours:
+            theirs = "no flowhelpers" if isinstance(theirs, Exception) else f"flowhelpers {theirs}"
+            raise ValueError(f"{worker} has {theirs}, and what was asked for is of {ours}")

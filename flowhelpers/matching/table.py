@@ -6,8 +6,8 @@ where the source chose its best targets (paper 3.2 and 3.3).
 """
 
 import hashlib
-import warnings
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache as once
 from functools import partial
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from flowhelpers.core.cache import cached_table
 from flowhelpers.core.directions import prepare, unit_rows
-from flowhelpers.core.features import MODULES, Site, check_choice, predecessor_sites
+from flowhelpers.core.features import MODULES, Site, check_choice, parse_site
 from flowhelpers.core.machine import check_device, free_memory
 from flowhelpers.core.progress_bar import progress
+from flowhelpers.core.versions import check_workers
 from flowhelpers.matching.cosine import Rows
+from flowhelpers.matching.layers import sites_by_layer, with_weights
 from flowhelpers.matching.matchers import (
     LEAST_ACTIVE,
     Null,
@@ -31,7 +33,6 @@ from flowhelpers.matching.matchers import (
     by_cosine,
     by_pearson,
     by_permutation,
-    check_weights,
     random_of_top_k,
     read_codes,
 )
@@ -42,7 +43,8 @@ from flowhelpers.matching.null import (
     null_error,
     null_threshold,
 )
-from flowhelpers.suites.load import KEPT
+from flowhelpers.suites.load import KEPT, decoders_memory, load_suite
+from flowhelpers.suites.registry import SuiteRow, registered
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,6 +55,7 @@ if TYPE_CHECKING:
 Method = Literal["cosine", "random", "permutation", "pearson"]
 METHODS: tuple[Method, ...] = ("cosine", "random", "permutation", "pearson")
 DIRECTIONS = ("backward", "forward")
+ONE_LAYER = threading.Lock()  # at a time in a worker of Dask, whatever threads it has
 TABLE_VERSION = 4  # of what a table on disk holds: raise it when that changes
 
 
@@ -69,6 +72,7 @@ def match_table(
     layers: Sequence[int] | None = None,
     device: str | None = None,
     cache: Path | None = None,
+    client: Any = None,
 ) -> "pd.DataFrame":
     """The matches of a suite's residual features with all sites that precede them.
 
@@ -89,6 +93,8 @@ def match_table(
         layers: The layers whose residual features are matched; by default all.
         device: Where to compute; by default where the SAEs are. Correlations are on the CPU.
         cache: The folder of the tables on disk; by default `cache_folder()`.
+        client: Of Dask: each layer that is not on disk is a task of a worker that has memory for
+            it, one at a time, and can load the suite. Tables are the same, to the byte.
 
     Returns:
         One row a match: `suite`, `method`, `direction` (backward or forward), `layer` and `feature`
@@ -106,6 +112,7 @@ def match_table(
         ValueError: If no residual SAE has an SAE before it, or none can be permuted, the method
             lacks its texts or gets an argument it does not use, the device does not exist, or k
             exceeds an SAE's width.
+        MemoryError: If no worker of the client has memory for the SAEs of a layer.
 
     Example:
         >>> from flowhelpers import load_suite, match_table, matching
@@ -123,11 +130,11 @@ def match_table(
         raise ValueError(f"method={method!r}: texts are for 'pearson', which needs them")
     if device is not None:
         check_device(device)
-    sites = _sites_by_layer(suite, layers)
+    sites = sites_by_layer(suite, layers)
     choices: dict[str, Any] = {"method": method, "k": k, "seed": seed}
     choices["null"] = (NULL_QUANTILE, NULL_DRAWS)
     if method == "permutation":
-        sites = _with_weights(suite, sites, weights, folded)
+        sites = with_weights(suite, sites, weights, folded)
         choices |= {"weights": weights, "folded": folded}
     if method == "pearson":
         from flowhelpers.activations.sparse import VERSION
@@ -189,19 +196,70 @@ def match_table(
     modules = sorted({site.module for some in sites.values() for site in some[1:]})
     words = {"suite": [suite.name], "method": [method], "module": modules}
     categories = {name: pd.CategoricalDtype(some) for name, some in words.items()}
-    tables = []
-    with ThreadPoolExecutor(1) as reader:
-        for place, at in enumerate(progress(groups, "matching")):
+    tables, given = [], {"seed": seed, "weights": weights, "folded": folded, "texts": texts}
+    given |= {"max_tokens": max_tokens, "device": device, "cache": cache}
+    if client is not None:
+        check_workers(client)
+    with ThreadPoolExecutor(1 if client is None else len(groups)) as pool:
+
+        def table_of(place: int) -> "Callable[[], pd.DataFrame]":
+            at = groups[place]
             for site in at:
                 if k not in range(1, (width := suite.about(site, "width")) + 1):
                     raise ValueError(f"k={k}: expected 1 to {width}, the features of {site}")
             prints = {str(site): suite.about(site, "fingerprint") for site in reversed(at)}
             key = {"suite": suite.name, "layer": at[0].layer, "sites": prints} | choices
-            make = partial(matches_at, place, reader)
-            made = cached_table("matches", key, make, cache, TABLE_VERSION)
+            make: Any = partial(matches_at, place, pool)
+            if client is not None:
+                make = partial(_elsewhere, client, suite, prints, k, method, given)
+            table = partial(cached_table, "matches", key, make, cache, TABLE_VERSION)
+            return table if client is None else pool.submit(table).result
+
+        coming_tables = map(table_of, range(len(groups)))
+        if client is not None:  # all at once
+            coming_tables = list(coming_tables)
+        for table in progress(coming_tables, "matching", len(groups)):
+            made = table()
             made.insert(0, "suite", suite.name)
             tables.append(made.astype(categories))
     return pd.concat(tables, ignore_index=True)
+
+
+def _elsewhere(
+    client: Any, suite: "Suite", prints: dict[str, str], k: int, method: Method, given: dict
+) -> "pd.DataFrame":
+    """The matches of a layer, as `cached_table` keeps them, from a worker with memory for it."""
+    needed = decoders_memory(suite.row)
+    limits = {a: w["memory_limit"] for a, w in client.scheduler_info()["workers"].items()}
+    able = [address for address, limit in limits.items() if not limit or limit >= needed]
+    if not able:
+        limit = max(limits.values(), default=0)
+        raise MemoryError(
+            f"matching in suite {suite.name} needs {needed / 2**30:.2f} GiB on a worker, and of"
+            f" {len(limits)} workers none has more than {limit / 2**30:.2f} GiB"
+        )
+    asked = (suite.row, suite.device, suite.dtype, prints, k, method, given)
+    some = able if len(able) < len(limits) else None  # with all, one that is replaced is among them
+    return client.submit(_on_worker, *asked, workers=some, pure=False).result()
+
+
+def _on_worker(
+    row: SuiteRow, device: str, dtype: str, prints: dict[str, str], k: int, method: Method,
+    given: dict[str, Any],
+) -> "pd.DataFrame":  # fmt: skip
+    """The matches of the layer of these sites, whose SAEs have to be those of whoever asks."""
+    import pandas as pd
+
+    with ONE_LAYER:
+        named = row.name.split("@")[0] in registered()  # its files may lie elsewhere here
+        suite = load_suite(row.name if named else row, device, dtype)
+        for site, expected in prints.items():
+            if suite.sae(site).fingerprint != expected:
+                raise ValueError(f"this worker has another SAE at {site} of suite {suite.name}")
+        layer = max(parse_site(site) for site in prints).layer
+        made = match_table(suite, k, method=method, layers=[layer], **given).drop(columns="suite")
+    words = {"module": sorted(MODULES), "method": METHODS}
+    return made.astype({name: pd.CategoricalDtype(list(some)) for name, some in words.items()})
 
 
 def _normalised(sae: "SAE", device: str | None) -> Rows:
@@ -209,43 +267,6 @@ def _normalised(sae: "SAE", device: str | None) -> Rows:
     at = device or sae.decoder.device
     needed = KEPT * 6 * sae.decoder.numel()
     return prepare(sae.decoder, at) if needed < free_memory(str(at)) // 2 else sae.decoder
-
-
-def _sites_by_layer(suite: "Suite", layers: Sequence[int] | None) -> dict[int, list[Site]]:
-    """By layer the residual site and, after it, those of its predecessors that have an SAE."""
-    by_layer: dict[int, list[Site]] = {}
-    for target in (Site(layer, "res") for layer in range(suite.layers)):
-        sites = [target, *predecessor_sites(target).values()]
-        sites = [site for site in sites if site in suite.saes]
-        if target in sites and len(sites) > 1:
-            by_layer[target.layer] = sites
-    if not by_layer:
-        raise ValueError(f"suite {suite.name} has no residual SAE with one that precedes it")
-    chosen = set(by_layer if layers is None else layers)
-    if not chosen or not chosen <= set(by_layer):
-        there = ", ".join(map(str, by_layer))
-        raise ValueError(f"layers={list(chosen)}: {suite.name} has matches at layers {there}")
-    return {layer: by_layer[layer] for layer in sorted(chosen)}
-
-
-def _with_weights(
-    suite: "Suite", sites: dict[int, list[Site]], weights: Weights, folded: bool
-) -> dict[int, list[Site]]:
-    """By layer the sites that can be permuted by these weights; a warning names the others."""
-    refused: dict[Site, ValueError] = {}
-    for site in sorted({site for at in sites.values() for site in at}):
-        try:
-            check_weights(suite.sae(site), weights, folded)
-        except ValueError as error:
-            refused[site] = error
-    kept = {layer: [site for site in at if site not in refused] for layer, at in sites.items()}
-    kept = {layer: at for layer, at in kept.items() if at[:1] == sites[layer][:1] and at[1:]}
-    if not kept:
-        raise next(iter(refused.values()))
-    if refused:
-        names, why = ", ".join(map(str, refused)), next(iter(refused.values()))
-        warnings.warn(f"{suite.name}: not permuted are {names}, as {why}", stacklevel=3)
-    return kept
 
 
 def _both_sides(

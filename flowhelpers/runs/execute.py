@@ -130,7 +130,7 @@ def _execute(manifest: Manifest, path: Path, timeout: int | None) -> int:
             manifest.save(path)
             _say(f"[{number}/{total}] {stem}: {out / str(job.folder)}")
             try:
-                job.error = _execute_one(job, out, manifest.working_folder, timeout, links)
+                job.error = execute_one(job, out, manifest.working_folder, timeout, links)
                 job.status = "failed" if job.error else "finished"
             except KeyboardInterrupt:
                 job.status = "stopped"
@@ -148,7 +148,7 @@ def _execute(manifest: Manifest, path: Path, timeout: int | None) -> int:
     return 1 if manifest.unfinished else 0
 
 
-def _execute_one(
+def execute_one(
     job: Job,
     out: Path,
     working_folder: Path,

@@ -154,13 +154,13 @@ def device_and_dtype(row: SuiteRow, device: str, dtype: str) -> tuple[str, str]:
     return device, dtype
 
 
-def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> Suite:
+def load_suite(name: str | Path | SuiteRow, device: str = "auto", dtype: str = "auto") -> Suite:
     """Load a language model and its SAEs: the first decoder now, the rest when it is asked for.
 
     A MemoryError if the decoders of a few SAEs do not fit; later, if the model does not.
 
     Args:
-        name: A registered suite, as `find_suite` takes it, or a folder with a `suite.yaml`.
+        name: A registered suite, as `find_suite` takes it, a folder with a `suite.yaml`, or a row.
         device: Torch device; `auto` takes a GPU for a large model where there is one.
         dtype: float32, bfloat16 or float16; `auto` takes bfloat16 for a very large model on a GPU.
 
@@ -173,7 +173,7 @@ def load_suite(name: str | Path, device: str = "auto", dtype: str = "auto") -> S
     from flowhelpers.suites.sae_files import find_files
 
     warn_of_untried()
-    row = find_suite(name)
+    row = name if isinstance(name, SuiteRow) else find_suite(name)
     device, dtype = device_and_dtype(row, device, dtype)
     size_is_known = row.is_local or row.parameters > 0
     all_fit = size_is_known and memory_needed(row, dtype) <= free_memory(device)
