@@ -28,6 +28,7 @@ NAMES = {
     "layer": "layer of the target",
     "r": "r, the factor",
     "above": "layers above the target",
+    "found": "targets whose source is active",
     "beyond": "activation change beyond the control",
     "hop": "layers from source to target",
 } | dict.fromkeys(["value", "removed"], "")

@@ -5,7 +5,6 @@ from .edges import lasso_edges as lasso_edges
 from .edges import module_edges as module_edges
 from .edges import pearson_edges as pearson_edges
 from .edges import transport_edges as transport_edges
-from .removal import remove_sources as remove_sources
 from .vectors import contrasts as contrasts
 from .vectors import functional_vector as functional_vector
 from .vectors import refined_vector as refined_vector

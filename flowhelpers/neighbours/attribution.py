@@ -49,6 +49,8 @@ def attribution_edges(
         drawn += [(place, int(row)) for row in some]
     places, rows = (torch.tensor(side, dtype=torch.long) for side in zip(*drawn, strict=True))
     at = torch.from_numpy(activations.tokens[["text", "position"]].to_numpy()[rows])
+    order = at[:, 1].argsort()  # so that rows of one pass are about as long
+    places, at = places[order], at[order]
     encoder = suite.sae(target).weights().encoder[torch.tensor([*features])]
     effects = {site: torch.zeros(len(features), suite.sae(site).width) for site in sources}
     errors, totals = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0.0)

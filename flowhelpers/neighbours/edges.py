@@ -45,7 +45,7 @@ def lasso_edges(
     target: Site,
     source: Site,
     features: Sequence[int],
-    alpha: float = 0.02,
+    alpha: float = 0.05,
 ) -> Edges:
     """CircuitLasso (arXiv 2606.16939): each target's activation regressed on all those below.
 
