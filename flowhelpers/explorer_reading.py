@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from flowhelpers.activations.corpora import passages
+from flowhelpers.activations.sampling import text_length
 from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import FeatureId, Site
 from flowhelpers.core.progress_bar import progress
@@ -40,7 +41,7 @@ def read_features(
     from scipy.sparse import csr_matrix
 
     own = passages()
-    read = given or collect(suite, own["text"].tolist())
+    read = given or collect(suite, own["text"].tolist(), None, text_length(suite.model))
     text = read.tokens["text"].to_numpy()
     starts = np.flatnonzero(np.diff(text, prepend=-1)).tolist()
     about: dict[str, Any] = {"tokens": token_strings(suite.model, read.tokens["token"].tolist())}

@@ -139,7 +139,7 @@ def test_the_index_is_kept_and_knows_no_other_features(
 
 def test_what_was_read_is_what_labels_says(planted: Suite, read: FlowIndex):
     texts = passages()
-    activations = collect(planted, texts["text"].tolist())
+    activations = collect(planted, texts["text"].tolist(), None, toys.CONTEXT)
     names = [*dict.fromkeys(texts["subject"])]
     tokens = read.about["tokens"]
     checked = 0

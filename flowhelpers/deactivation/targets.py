@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from flowhelpers.activations.sampling import text_length
 from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import MODULES, FeatureId, Site, predecessor_site
 from flowhelpers.groups.occurrences import group_names, with_dataset
@@ -118,7 +119,7 @@ def example_target(
     do, then a feature that has other predecessors too. A ValueError if no text has any.
     """
     for text in texts:
-        active = collect(suite, [text])
+        active = collect(suite, [text], None, text_length(suite.model))
         words = np.array(token_strings(suite.model, active.tokens["token"]))
         for layer in layers:
             targets = draw_targets(active, [layer], per_token=10**6)

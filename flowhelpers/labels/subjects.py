@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flowhelpers.activations.sampling import text_length
 from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import FeatureId, Site, parse_feature
 from flowhelpers.labels.describe import auc_and_share, text_means
@@ -130,7 +131,8 @@ def strongest_sentences(
     sentences = list(dict.fromkeys(s for some in cut for s in some if len(s.split()) > 3))
     table = pd.DataFrame(columns=["sentence", "activation", "active"])
     if sentences:
-        read = collect(suite, sentences, [chosen.site, *(other.site for other in beside)])
+        sites = [chosen.site, *(other.site for other in beside)]
+        read = collect(suite, sentences, sites, text_length(suite.model))
         active = sum((read.of(other) > 0).astype(int) for other in beside)
         values = {"text": read.tokens["text"], "activation": read.of(chosen), "active": active}
         table = pd.DataFrame(values).sort_values("activation", ascending=False)

@@ -63,13 +63,14 @@ def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:
     """A table for its reader: texts whole, numbers of few digits, no bare row numbers."""
     import pandas as pd
 
+    is_bare = table.index.names == [None] and pd.api.types.is_numeric_dtype(table.index)
+    table = table.reset_index(drop=True) if is_bare else table  # a Styler takes each label once
     look = {"white-space": "pre-wrap", "text-align": "left"}
     texts = [*table.columns[[not pd.api.types.is_numeric_dtype(each) for each in table.dtypes]]]
     style = table.style.format(precision=digits, na_rep="", escape="html")
     style = style.set_properties(texts, **look)
     style = style.set_table_styles([{"selector": "th", "props": "text-align: left"}])
     style = style.set_caption(caption) if caption else style
-    is_bare = table.index.names == [None] and pd.api.types.is_numeric_dtype(table.index)
     return style.hide(axis="index") if is_bare else style
 
 
