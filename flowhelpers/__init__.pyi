@@ -7,6 +7,7 @@ from . import groups as groups
 from . import interventions as interventions
 from . import labels as labels
 from . import matching as matching
+from . import neighbours as neighbours
 from . import paper as paper
 from . import runs as runs
 from . import steering as steering

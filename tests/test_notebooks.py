@@ -168,7 +168,7 @@ def execution_of(notebook: str) -> Any:
     return execution
 
 
-start, matching, flows, groups, removed, suppressed, promoted, across, bridges = (
+start, matching, flows, groups, removed, suppressed, promoted, across, bridges, beside = (
     execution_of(path.stem) for path in NOTEBOOKS
 )
 
@@ -1734,3 +1734,102 @@ def test_what_bridges_find_is_their_lead_over_the_same_texts(bridges: Executed) 
         assert f"{best['explained']:.3f}" in finding["ours"]
         assert within(best, 3, "ahead") in finding["ours"]
         assert finding["verdict"] == told_by(best["ahead_low"], best["ahead_high"])
+
+
+# The neighbours, judged alike.
+
+
+def test_the_cosine_s_edges_are_the_highest_at_every_hop(beside: Executed) -> None:
+    edges = beside.table("edges")
+    assert beside.results["hops"] == [1, 2, 4, 7]
+    for hop, rows in edges[edges["method"] == "cosine"].groupby("hop"):
+        features = torch.tensor(rows["feature"].to_numpy())
+        own = decoder(Site(7, "res"))[features] @ decoder(Site(7 - int(hop), "res")).T
+        assert rows["source"].to_numpy() == pytest.approx(own.argmax(dim=1).numpy())
+        assert rows["score"].to_numpy() == pytest.approx(own.max(dim=1).values.numpy(), abs=1e-5)
+    wide = edges.pivot(index=["hop", "feature"], columns="method", values="source")
+    table = beside.table("agreement").rename(columns={"by chance": "chance"})
+    for row in table.itertuples():
+        both = wide.loc[row.hop, [row.first, row.second]]
+        both = both[(both >= 0).all(axis=1)]
+        assert row.features == len(both)
+        assert row.same == pytest.approx((both[row.first] == both[row.second]).mean())
+        assert row.chance < 0.2
+
+
+def test_removing_a_source_takes_what_plain_hooks_give_however_far_below(beside: Executed) -> None:
+    texts, targets = load_texts("fiction", 40), beside.table("targets")
+    edges = beside.table("edges").set_index(["method", "hop", "feature"])["source"]
+    outcomes = beside.table("outcomes")
+    found = outcomes[outcomes["found"] == 1].groupby(["hop", "method"]).head(1)
+    assert set(found["hop"]) == {1, 2, 4, 7}
+    assert found["method"].nunique() == 6
+    for case in found.itertuples():
+        own = targets.loc[case.target]
+        target, at = FeatureId(7, "res", int(own["feature"])), int(own["position"])
+        site = Site(7 - case.hop, "res")
+        source = int(edges[case.method, case.hop, target.index])
+        codes = codes_of(site, texts[int(own["text"])])[at - 1, source]
+        ids = ids_of(texts[int(own["text"])])[:, :128]
+        amounts = {FeatureId(site.layer, "res", source): -codes}
+        old, new, _ = rescaled(target, at, amounts, ids)
+        assert case.change == pytest.approx(1 - new / old, abs=2e-3)
+        assert case.beyond == pytest.approx(case.change - case.control)
+    nothing = outcomes[outcomes["found"] == 0]
+    assert not nothing[["change", "control", "beyond", "success"]].any(axis=None)
+
+
+def test_what_neighbours_find_is_in_their_tables(beside: Executed) -> None:
+    rates = beside.table("rates").set_index(["hop", "method"])
+    means = (
+        beside.table("outcomes").groupby(["hop", "method"])[["found", "change", "beyond"]].mean()
+    )
+    for column in means:
+        assert rates[column].to_numpy() == pytest.approx(means[column].to_numpy())
+        assert rates[f"{column}_low"].le(rates[column]).all()
+    nearest = rates.loc[(1, "cosine")]
+    assert said(beside, "One layer below, the source by cosine")["verdict"] == told_by(
+        nearest["beyond_low"], nearest["beyond_high"]
+    )
+    ahead = beside.table("against_cosine").set_index(["hop", "method"])
+    for (hop, method), claim in (
+        ((1, "attribution"), "attribution finds sources"),
+        ((7, "transport"), "Over long hops semantic transport"),
+    ):
+        row, finding = ahead.loc[(hop, method)], said(beside, claim)
+        gap = means.loc[(hop, method), "beyond"] - means.loc[(hop, "cosine"), "beyond"]
+        assert row["difference"] == pytest.approx(gap)
+        assert spread_of(row, ".2f") in finding["ours"]
+        assert finding["verdict"] == told_by(row["difference_low"], row["difference_high"])
+
+
+def test_what_the_others_lead_by_over_the_longest_hop(beside: Executed) -> None:
+    (row,) = beside.table("others_against_cosine").to_dict("records")
+    rows = beside.table("outcomes").query("hop == 7")
+    is_cosine = rows["method"] == "cosine"
+    gap = rows["beyond"][~is_cosine].mean() - rows["beyond"][is_cosine].mean()
+    assert row["difference"] == pytest.approx(gap)
+    finding = said(beside, "Over long hops the highest cosine loses")
+    assert finding["verdict"] == told_by(row["difference_low"], row["difference_high"])
+
+
+def test_vectors_are_of_one_norm_and_their_scores_those_of_the_reported_texts(
+    beside: Executed,
+) -> None:
+    reported, steered = beside.table("texts_reported"), beside.table("steered")
+    assert set(reported["sample"]) == {*range(32, 64)}
+    assert set(beside.table("texts")["sample"]) == {*range(32)}
+    assert (reported["score"] == reported["behavioral"] * reported["coherence"]).all()
+    own = reported.groupby(["theme", "strategy"])["score"].mean()
+    keyed = steered.set_index(["theme", "strategy"])
+    assert keyed["score"].to_dict() == pytest.approx(own.to_dict())
+    chosen = reported[reported["strategy"] != "random features"]
+    shares = chosen.groupby(["theme", "strategy"])["strength"].first().dropna()
+    units = keyed["norm"].loc[shares.index] / shares
+    assert units.to_numpy() == pytest.approx(units.iloc[0], rel=1e-3)  # one unit for all
+    together = beside.table("together").iloc[0]
+    means = own.unstack("strategy")
+    ahead = means[["STA", "SpARE", "SAE-RSV"]].mean(axis=1) - means["difference of means"]
+    assert together["difference"] == pytest.approx(ahead.mean())
+    finding = said(beside, "Vectors made of an SAE's features")
+    assert finding["verdict"] == told_by(together["difference_low"], together["difference_high"])

@@ -1,4 +1,5 @@
 from .bootstrap import mean_differences as mean_differences
+from .bootstrap import mean_intervals as mean_intervals
 from .cache import cache_folder as cache_folder
 from .controls import panel as panel
 from .features import MODULES as MODULES

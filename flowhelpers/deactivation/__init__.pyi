@@ -8,6 +8,7 @@ from .ablation import table_1 as table_1
 from .plots import groups_after as groups_after
 from .plots import rate_panels as rate_panels
 from .plots import written_against_change as written_against_change
+from .removal import remove_sources as remove_sources
 from .targets import CONTROL as CONTROL
 from .targets import active_predecessors as active_predecessors
 from .targets import draw_targets as draw_targets

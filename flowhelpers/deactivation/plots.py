@@ -28,6 +28,9 @@ NAMES = {
     "layer": "layer of the target",
     "r": "r, the factor",
     "above": "layers above the target",
+    "found": "targets whose source is active",
+    "beyond": "activation change beyond the control",
+    "hop": "layers from source to target",
 } | dict.fromkeys(["value", "removed"], "")
 METHODS = ("random", "permutation", "top-1", "top-5", "pearson", CONTROL)
 METHOD_COLOURS = (GREY, "#56B4E9", "#0072B2", "#E69F00", "#CC79A7", INK)

@@ -1,0 +1,11 @@
+from .attribution import attribution_edges as attribution_edges
+from .edges import best_sources as best_sources
+from .edges import cosine_edges as cosine_edges
+from .edges import lasso_edges as lasso_edges
+from .edges import module_edges as module_edges
+from .edges import pearson_edges as pearson_edges
+from .edges import transport_edges as transport_edges
+from .vectors import contrasts as contrasts
+from .vectors import functional_vector as functional_vector
+from .vectors import refined_vector as refined_vector
+from .vectors import target_atoms as target_atoms
