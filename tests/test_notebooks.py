@@ -1799,7 +1799,7 @@ def test_what_neighbours_find_is_in_their_tables(beside: Executed) -> None:
     ):
         row, finding = ahead.loc[(hop, method)], said(beside, claim)
         gap = means.loc[(hop, method), "beyond"] - means.loc[(hop, "cosine"), "beyond"]
-        assert row["difference"] == pytest.approx(gap)
+        assert row["difference"] == pytest.approx(gap, abs=1e-6)
         assert spread_of(row, ".2f") in finding["ours"]
         assert finding["verdict"] == told_by(row["difference_low"], row["difference_high"])
 
@@ -1809,7 +1809,7 @@ def test_what_the_others_lead_by_over_the_longest_hop(beside: Executed) -> None:
     rows = beside.table("outcomes").query("hop == 7")
     is_cosine = rows["method"] == "cosine"
     gap = rows["beyond"][~is_cosine].mean() - rows["beyond"][is_cosine].mean()
-    assert row["difference"] == pytest.approx(gap)
+    assert row["difference"] == pytest.approx(gap, abs=1e-6)
     finding = said(beside, "Over long hops the highest cosine loses")
     assert finding["verdict"] == told_by(row["difference_low"], row["difference_high"])
 
