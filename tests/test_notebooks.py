@@ -183,7 +183,7 @@ def test_every_table_figure_result_and_setting_is_kept_and_pages_need_no_network
         assert named(path, kind) - OF_OTHER_SUITES == written
     outputs = [each for cell in code_cells(folder / "notebook.ipynb") for each in cell.outputs]
     shown = [kind for output in outputs for kind in output.get("data", {})]
-    figures = len(named(path, "figure")) + path.read_text("utf-8").count("\"explore(")  # its still
+    figures = len(named(path, "figure")) + path.read_text("utf-8").count('"explore(')  # its still
     assert shown.count("application/vnd.plotly.v1+json") == figures > 0
     assert "application/vnd.jupyter.widget-view+json" not in shown  # they are for a person
     for page in [folder / "notebook.html", *folder.glob("figures/*.html")]:
