@@ -6,19 +6,18 @@ Matches are random numbers of the shape of Gemma 2 2B's: 78 sites, five matches 
 million features and 12.6 million matches (2 million of them best in the stream alone). The file is
 written, opened anew, and clicked through; with a chromium, so is a page of a few neighbourhoods.
 
-Two cores (Intel Xeon) that other programs kept busy (load 9 to 12), the default shape; the least of
-many is nearest to what a machine takes that does nothing else:
+Two cores of an Intel Xeon, nothing else running, the default shape:
 
-| | least | median |
-| --- | --- | --- |
-| the file of 121 MB opens | | 0.01 s |
-| from a click to the kernel's answer | 3 ms | 11 ms |
-| a search in 1.3 million labels | 0.16 s | 0.21 s |
-| the page of 20 neighbourhoods opens | | 3 to 6 s |
-| from a click in the page to card and graph | 52 ms | 100 ms |
+| | least | median | most |
+| --- | --- | --- | --- |
+| the file of 121 MB opens | | 0.003 s | |
+| from a click to the kernel's answer | 3 ms | 3 ms | 5 ms |
+| a search in 1.3 million labels | 93 ms | 94 ms | 97 ms |
+| the page of 20 neighbourhoods opens | | 1.6 s | |
+| from a click in the page to card and graph | 56 ms | 68 ms | 98 ms |
 
-Of the last, plotly's drawing is nearly all. The page of `flowlet`, 9.0 MB, opened there
-in 2.5 to 4.4 s, with 42 ms (least) and 57 ms (median) a click.
+Of the last, plotly's drawing is nearly all. The page of `flowlet`, 9.0 MB, opened in
+2.5 to 4.4 s where the cores were busy, with 42 ms (least) and 57 ms (median) a click.
 """
 
 import json
