@@ -13,9 +13,10 @@ from pathlib import Path
 from playwright.sync_api import Locator, Page
 
 NOTEBOOK = ".jp-NotebookPanel:not(.lm-mod-hidden)"
-# Whether all cells with code have run, or one has failed.
+# Whether all cells have run, or one has failed; those that hide their code show no number.
 DONE = """notebook => {
-  const cells = [...document.querySelectorAll(`${notebook} .jp-CodeCell`)];
+  const all = [...document.querySelectorAll(`${notebook} .jp-CodeCell`)];
+  const cells = all.filter(cell => !cell.querySelector('.jp-InputPlaceholder'));
   const prompts = cells.map(cell => cell.querySelector('.jp-InputPrompt').textContent);
   const failed = document.querySelector(`${notebook} [data-mime-type$="jupyter.error"]`);
   return failed || prompts.every(each => /[0-9]/.test(each));
