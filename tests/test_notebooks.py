@@ -831,6 +831,9 @@ SMALL = {"n_texts": 4, "pearson_texts": 4, "resamples": 5}
         (3, SMALL),
         (4, SMALL | {"sweep_targets": 9}),
         (5, {"n_samples": 2, "max_new_tokens": 3, "r_values": [0, -2]}),
+        (6, {"n_samples": 2, "max_new_tokens": 3, "candidates": 1, "strengths": [2]}),
+        (7, {"others": [], "n_texts": 4, "pearson_texts": 4, "shuffles": 9, "resamples": 9}),
+        (8, {"texts": 2, "fit_texts": 2, "ks": [1, 2]}),
     ],
 )
 def test_a_suite_of_one_s_own_is_read_to_the_end_and_every_cell_again(
@@ -1373,36 +1376,6 @@ def test_spreading_is_compared_where_a_plan_has_several_layers(promoted: Execute
     chosen, reported = promoted.table("figure_17"), promoted.table("figure_17_reported")
     plain = [t.loc[t["strategy"] == "unsteered", "score"].item() for t in (chosen, reported)]
     assert f"{plain[0]:.2f} and {plain[1]:.2f} on the two halves" in graphs["control"]
-
-
-@pytest.mark.parametrize(
-    ("number", "given"),
-    [
-        (6, {"n_samples": 2, "max_new_tokens": 3, "candidates": 1, "strengths": [2]}),
-        (7, {"others": [], "n_texts": 4, "pearson_texts": 4, "shuffles": 9, "resamples": 9}),
-        (8, {"texts": 2, "fit_texts": 2, "ks": [1, 2]}),
-    ],
-)
-def test_a_small_suite_of_one_s_own_is_read_to_the_end_and_each_cell_again(
-    number: int,
-    given: dict[str, Any],
-    planted_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("FLOWHELPERS_RUN_DIR", str(tmp_path))
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for a user
-    cells, names = code_cells(NOTEBOOKS[number]), {"In": []}
-    for cell in cells:
-        exec(cell.source, names)
-        if "parameters" in cell.metadata.get("tags", []):
-            names |= given | {"suite": str(planted_folder)}
-    ours = Executed(tmp_path)
-    assert len(ours.results["findings"]) >= 5
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("tables/*.csv")}
-    for cell in reversed(cells):
-        exec(cell.source, dict(names))  # by itself, after all others
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("tables/*.csv")} == before
 
 
 @pytest.mark.parametrize(

@@ -128,23 +128,23 @@ def _execute(manifest: Manifest, path: Path, timeout: int | None) -> int:
                 job.folder = new_folder(out, str(job.folder)).name
             job.status, job.error = "running", None
             manifest.save(path)
-            _say(f"[{number}/{total}] {stem}: {out / str(job.folder)}")
+            say(f"[{number}/{total}] {stem}: {out / str(job.folder)}")
             try:
                 job.error = execute_one(job, out, manifest.working_folder, timeout, links)
                 job.status = "failed" if job.error else "finished"
             except KeyboardInterrupt:
                 job.status = "stopped"
-                _say(f"stopped; to take it up again: flowhelpers run --resume {path}")
+                say(f"stopped; to take it up again: flowhelpers run --resume {path}")
                 return STOPPED
             finally:
                 job.seconds = time.monotonic() - began
                 manifest.save(path)
             reason = ": " + job.error.splitlines()[0] if job.error else ""
-            _say(f"[{number}/{total}] {job.status} after {duration(job.seconds)}{reason}")
+            say(f"[{number}/{total}] {job.status} after {duration(job.seconds)}{reason}")
     finally:
         for stop, handler in zip(stops, before, strict=True):
             signal.signal(stop, handler)
-    _say(f"index: {path.with_suffix('.html')}")
+    say(f"index: {path.with_suffix('.html')}")
     return 1 if manifest.unfinished else 0
 
 
@@ -207,5 +207,6 @@ def _lock(manifest: Path) -> Iterator[None]:
                 file.unlink()
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Tells it at once, apart from what is printed as a result."""
     print(line, file=sys.stderr, flush=True)

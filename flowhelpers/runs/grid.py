@@ -13,7 +13,6 @@ without it counts for nothing. Runs that are finished there are not executed aga
 
 import logging
 import re
-import sys
 import tempfile
 import threading
 import time
@@ -36,7 +35,7 @@ from flowhelpers.core.features import check_choice
 from flowhelpers.core.files import write_text
 from flowhelpers.core.storage import open_storage, put_folder, writable_storage, write_bytes
 from flowhelpers.core.versions import check_workers
-from flowhelpers.runs.execute import STOPPED, Job, execute_one
+from flowhelpers.runs.execute import STOPPED, Job, execute_one, say
 from flowhelpers.runs.grid_results import write_table
 from flowhelpers.runs.pages import duration
 from flowhelpers.runs.parameters import find_notebooks, inspect, plan
@@ -163,9 +162,9 @@ def execute_grid(
     done = {name: job for name, job in ended_runs(fs, root).items() if job.status == "finished"}
     waiting = [job for job in grid.jobs if job.folder not in done]
     workers = workers or max(1, (cpu_count() or 1) // 2)
-    _say(f"{len(grid.jobs):,} runs, {len(grid.jobs) - len(waiting):,} of them finished before")
+    say(f"{len(grid.jobs):,} runs, {len(grid.jobs) - len(waiting):,} of them finished before")
     if waiting:
-        _say(f"{len(waiting):,} to do, {_forecast(grid, waiting, done, 1 if cluster else workers)}")
+        say(f"{len(waiting):,} to do, {_forecast(grid, waiting, done, 1 if cluster else workers)}")
     if len(waiting) > MANY and not yes:
         raise ValueError(f"{len(waiting):,} runs are more than {MANY:,}: start them with --yes")
     write_bytes(fs, f"{root}/{MANIFEST}", grid.model_dump_json(indent=1).encode())
@@ -173,11 +172,11 @@ def execute_grid(
         with _client(cluster, workers) as client:
             check_workers(client, expected=grid.version)
             if not _execute(client, grid, waiting, out, timeout):
-                _say(f"stopped; to take it up again: flowhelpers run --resume {out}/{MANIFEST}")
+                say(f"stopped; to take it up again: flowhelpers run --resume {out}/{MANIFEST}")
                 return STOPPED
     ended = ended_runs(fs, root)
     table = write_table(fs, root, [ended.get(str(job.folder), job) for job in grid.jobs])
-    _say(f"table and page: {out}/grid.csv, {out}/grid.html")
+    say(f"table and page: {out}/grid.csv, {out}/grid.html")
     return int((table["status"] != "finished").any())
 
 
@@ -199,7 +198,7 @@ def _execute(client: Any, grid: Grid, waiting: list[Job], out: str, timeout: int
         for number, future in enumerate(as_completed(futures), 1):
             job = futures[future]
             if future.status in ("cancelled", "lost"):
-                _say("the scheduler is gone")
+                say("the scheduler is gone")
                 return False
             try:
                 ended = Job.model_validate_json(future.result())
@@ -207,7 +206,7 @@ def _execute(client: Any, grid: Grid, waiting: list[Job], out: str, timeout: int
                 ended = job.model_copy(update={"status": "failed", "error": str(error)})
             left = (time.monotonic() - began) / number * (total - number)
             reason = f": {ended.error.splitlines()[0]}" if ended.error else ""
-            _say(f"[{number}/{total}] {job.folder} {ended.status} after"
+            say(f"[{number}/{total}] {job.folder} {ended.status} after"
                  f" {duration(ended.seconds or 0)}{reason}; {duration(left)} left")  # fmt: skip
     except KeyboardInterrupt:
         return False
@@ -299,7 +298,3 @@ def _client(cluster: str | None, workers: int) -> Iterator[Any]:
         Client(local) as client,
     ):
         yield client
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

@@ -123,8 +123,12 @@ def dask(here: Path) -> Iterator[Dask]:
 
 
 def test_a_grid_outlives_its_workers_and_its_scheduler(here: Path, dask: Dask):
-    began = lambda n: sorted(here.glob(f"notebooks/began-{n}-*"))  # noqa: E731
-    ended = lambda: sorted(here.glob(f"out/*/{MARKER}"))  # noqa: E731
+    def began(n: int) -> list[Path]:
+        return sorted(here.glob(f"notebooks/began-{n}-*"))
+
+    def ended() -> list[Path]:
+        return sorted(here.glob(f"out/*/{MARKER}"))
+
     dask.worker()
     dask.worker()
     first = dask.run("--grid", "grid.yaml", "--out", "out")
