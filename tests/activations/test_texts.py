@@ -141,7 +141,7 @@ def test_a_file_is_parted_by_separators_and_a_folder_gives_the_texts_of_its_file
         ("bare.txt", "plain".encode("utf-16-le"), "is UTF-16: it holds zero bytes"),
         ("zeros.bin", bytes(100), "holds zero bytes"),
         ("not.txt.gz", b"plain text", "is not UTF-8 text"),
-        ("cut.txt.gz", gzip.compress(b"text" * 100)[:20], "is cut"),
+        ("cut.txt.gz", gzip.compress(b"text" * 100, mtime=0)[:20], "is cut"),
     ],
 )
 def test_a_file_that_is_no_text_is_named(tmp_path: Path, name: str, content: bytes, message: str):
