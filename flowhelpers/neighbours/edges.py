@@ -68,7 +68,7 @@ def module_edges(
     features: Sequence[int],
     cut: float = 0.3,
 ) -> Edges:
-    """Co-activation modules: connected components of the features that are active together.
+    """Co-activation modules (arXiv 2506.18141): components of features that are active together.
 
     In the graph over the residual layers from source to target, features of neighbouring layers
     are joined where the tokens at which both are active are at least `cut` of those at which

@@ -54,19 +54,18 @@ def contrasts(
 
 
 def target_atoms(
-    sae: "SAE", contrast: "pd.DataFrame", top: float = 0.05
+    sae: "SAE", contrast: "pd.DataFrame", top: float = 0.35
 ) -> Float[Tensor, "d_model"]:
     """STA, steering target atoms (arXiv 2505.20322): Σ Δa · v of the atoms.
 
-    Atoms are the features whose amplitude and frequency are both higher on the theme, and both
-    among the `top` share of features that are active at all; the paper has a cut for either
-    (CHOICES 48).
+    Atoms are the features whose contrasts of amplitude and frequency have one sign, either sign,
+    and are by size both among the `top` share of all (CHOICES 48).
     """
-    active = contrast[contrast["active"] > 0]
-    cuts = active[["amplitude", "frequency"]].quantile(1 - top).clip(lower=0)
-    is_atom = (contrast["amplitude"] > 0) & (contrast["amplitude"] >= cuts["amplitude"])
-    is_atom &= contrast["frequency"] >= cuts["frequency"]
-    return _weighted(sae, contrast["amplitude"].where(is_atom, 0.0).to_numpy())
+    amplitude, frequency = contrast["amplitude"], contrast["frequency"]
+    agree = amplitude * frequency > 0
+    sizes = amplitude.abs(), frequency.abs().where(agree, 0.0)
+    high = [size >= size.quantile(1 - top) for size in sizes]
+    return _weighted(sae, amplitude.where(agree & high[0] & high[1], 0.0).to_numpy())
 
 
 def functional_vector(

@@ -1,5 +1,6 @@
 """Each way to find edges finds the one that was planted, and what it is there to tell apart."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import adder
@@ -100,6 +101,16 @@ def test_transport_weighs_tokens_by_activation():
     assert found[1] > 1.5 * found[0]
 
 
+def test_transport_reads_the_tokens_where_a_feature_is_most_active():
+    rng = np.random.default_rng(0)
+    kind = np.arange(TOKENS) % 2
+    reference = torch.from_numpy(rng.normal(size=(TOKENS, 8)) + 6 * kind[:, None])
+    strong = np.where(kind == 1, 1.0, 0.9)  # more tokens than are read, both kinds of them
+    read = activations(below=np.stack([kind, 1 - kind], axis=1), target=strong[:, None])
+    found = neighbours.transport_edges(read, reference, TARGET, BELOW, [0], points=TOKENS // 4)[0]
+    assert found[0] > 2 * found[1]
+
+
 def test_the_distance_is_that_of_scipy_in_one_dimension():
     from scipy.stats import wasserstein_distance
 
@@ -160,3 +171,7 @@ def test_cosines_are_those_of_the_decoders(world: SimpleNamespace):
     assert found[0].tolist() == [0, 0, 1, 0]
     table = neighbours.best_sources(found, [adder.COPY, 1])
     assert table["source"].tolist() == [2, -1]
+    one, other = Site(1, "res"), Site(0, "res")
+    below = replace(world.suite.sae(other), decoder=-world.suite.sae(other).decoder)
+    turned = replace(world.suite, saes={**world.suite.saes, other: below})
+    torch.testing.assert_close(neighbours.cosine_edges(turned, one, other, [adder.COPY, 1]), -found)

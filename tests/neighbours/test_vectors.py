@@ -35,7 +35,7 @@ def contrast() -> pd.DataFrame:
     codes[:, 5:39] = some[:, 5:39] * 0.1
     codes[:, THEME] = np.where(token_on, some[:, THEME] | (rng.random(1000) < 0.4), 0) * 2.0
     codes[:, LOUD] = some[:, LOUD] * np.where(token_on, 5.0, 0.5)
-    codes[:, OFTEN] = np.where(token_on, 0.002, some[:, OFTEN] * 0.1)
+    codes[:, OFTEN] = np.where(token_on, 0.02, some[:, OFTEN] * 0.1)
     codes[:, OTHER] = np.where(token_on, 0, some[:, OTHER] * 3.0)
     codes[:, ALWAYS] = 1.0
     tokens = pd.DataFrame({"text": np.arange(TEXTS).repeat(LENGTH)})
@@ -51,6 +51,14 @@ def test_contrasts_by_hand(contrast: pd.DataFrame):
     assert contrast.loc[THEME, "frequency"] == pytest.approx(share)
     assert contrast.loc[THEME, "added"] == pytest.approx(contrast.loc[THEME, "on"])
     assert contrast.loc[39, "active"] == 0
+    # OTHER is active at a share of the other texts' tokens, and then above its mean there.
+    assert contrast.loc[OTHER, "taken"] == pytest.approx(
+        contrast.loc[OTHER, "off"] * -contrast.loc[OTHER, "frequency"]
+    )
+    on = contrast.loc[LOUD, "on"]
+    share_off = on / 5 - contrast.loc[LOUD, "frequency"]
+    expected = on * (1 - share_off) + max(on - 0.5, 0) * share_off
+    assert contrast.loc[LOUD, "added"] == pytest.approx(expected)
     h = [-p * np.log(p) - (1 - p) * np.log(1 - p) for p in (share / 2, share)]
     assert contrast.loc[THEME, "information"] == pytest.approx(h[0] - h[1] / 2)
     with pytest.raises(ValueError, match="expected texts on the theme and others"):
@@ -61,10 +69,16 @@ def test_contrasts_by_hand(contrast: pd.DataFrame):
         )
 
 
-def test_atoms_are_louder_and_more_often(sae: SAE, contrast: pd.DataFrame):
-    vector = neighbours.target_atoms(sae, contrast)
-    assert vector[THEME] == pytest.approx(2 * contrast.loc[THEME, "amplitude"])
-    assert vector[LOUD] == vector[OFTEN] == vector[OTHER] == vector[ALWAYS] == 0
+def test_atoms_differ_both_in_amplitude_and_in_frequency_and_in_one_direction(
+    sae: SAE, contrast: pd.DataFrame
+):
+    vector = neighbours.target_atoms(sae, contrast, top=0.06)
+    for atom in (THEME, OTHER):  # more of the theme, and less
+        assert vector[atom] == pytest.approx(2 * contrast.loc[atom, "amplitude"])
+    assert vector[LOUD] == vector[OFTEN] == vector[ALWAYS] == 0
+    against = contrast.copy()
+    against.loc[THEME, "frequency"] *= -1
+    assert neighbours.target_atoms(sae, against, top=0.06)[THEME] == 0
 
 
 def test_functional_activations_come_up_on_the_theme_and_go_down_off_it(
@@ -95,6 +109,16 @@ def test_a_refined_vector_loses_what_is_irrelevant_and_gains_what_is_near(
     assert gained[THEME] == pytest.approx(2 * expected, rel=1e-5)
 
 
+def test_what_is_near_comes_in_by_its_cosine_and_what_is_not_stays_out():
+    rows = torch.eye(4, toys.D_MODEL)
+    rows[2, :3] = torch.tensor([0.6, 0, 0.8])  # of the first, which is relevant
+    rows[3, :4] = torch.tensor([0.3, 0, 0, 0.91**0.5])
+    sae = make_sae(SITE, toys.write_lens_sae(rows, SITE), toys.D_MODEL, "planted")
+    contrast = pd.DataFrame({"amplitude": [2.0, 0, 0, 0], "active": [5, 5, 0, 0]})
+    change = neighbours.refined_vector(sae, torch.zeros(toys.D_MODEL), contrast, [0.9, 0, 0, 0])
+    torch.testing.assert_close(change, 0.6 * 2.0 * rows[2])
+
+
 def test_where_nothing_is_left_it_says_so(sae: SAE, contrast: pd.DataFrame):
     with pytest.raises(ValueError, match="no feature of 0/res is left"):
-        neighbours.target_atoms(sae, contrast.assign(amplitude=-1.0))
+        neighbours.target_atoms(sae, contrast.assign(amplitude=0.0))
