@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 RANKS = 5
 SMALL = 100_000  # features of a suite that is read and labelled whole, without being asked
 FOUND = 60  # features that a search or a bar lists
-VERSION = 1  # of what the file holds: raise it when that changes
+VERSION = 2  # of what the file holds: raise it when that changes
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,10 @@ class FlowIndex:
             made["rate"] = float(f"{arrays['rate'][at]:.3g}")
             made["contexts"] = [*self._contexts(at)]
             if arrays["subject"][at] >= 0:
-                made["subject"] = self.about["subjects"][arrays["subject"][at]]
-                made["auc"] = round(float(arrays["auc"][at]), 3)
+                made["subject"] = [*self.about["subjects"]][arrays["subject"][at]]
+                made["auc"], made["chance"] = (
+                    round(float(arrays[name][at]), 3) for name in ("auc", "chance")
+                )
             if (shares := arrays["groups"][at]).sum():
                 made["groups"] = shares.astype(float).round(3).tolist()
         if "theta" in arrays and arrays["theta"][at] > 0:
@@ -180,14 +182,10 @@ class FlowIndex:
         return {str(name): self.record(name) for name in names}
 
     def search(self, text: str) -> list[str]:
-        """The features with your own label that holds a text, or of the subject of this name."""
+        """The features that stand for a subject, or whose label of your own holds a text."""
         wanted = text.strip().lower()
         found = [name for name, (label, _) in self.labels.items() if wanted in label.lower()]
-        if wanted in self.about["subjects"] and "auc" in self.arrays:
-            of_it = self.arrays["subject"] == self.about["subjects"].index(wanted)
-            rows = np.flatnonzero(of_it)
-            found += self._names(rows[np.argsort(-self.arrays["auc"][rows])][:FOUND])
-        return found[:FOUND]
+        return [*dict.fromkeys(self.about["subjects"].get(wanted.replace(" ", "_"), []) + found)][:FOUND]
 
     def listed(self, view: str, layer: int, value: str) -> list[str]:
         """The features behind a bar of the overview, the first `FOUND` of them."""
@@ -294,7 +292,7 @@ def index_matches(
     chance = {at: _chance(blocks, at) for at in layers}
     about: dict[str, Any] = {"suite": str(table["suite"].iloc[0]), "first": first, "layers": layers}
     about |= {"sites": {str(site): width for site, width in widths.items()}, "blocks": blocks}
-    about |= {"overview": overview, "chance": chance, "read": {}, "subjects": []}
+    about |= {"overview": overview, "chance": chance, "read": {}, "subjects": {}}
     return about, arrays | of_node
 
 

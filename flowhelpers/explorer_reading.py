@@ -10,9 +10,11 @@ from flowhelpers.activations.corpora import passages
 from flowhelpers.activations.sampling import text_length
 from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.core.machine import free_memory
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import GROUPS, find_occurrences
 from flowhelpers.labels.describe import logit_lens
+from flowhelpers.labels.subjects import subject_features
 from flowhelpers.matching.cosine import top_k_cosine
 from flowhelpers.suites.model import token_strings
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
 
 WRITTEN, CONTEXTS, NEAR = 8, 3, 8  # tokens, places, tokens on each side of a place
+SHUFFLES = 200
+KEPT = 4 * 2**30  # bytes of directions: all of Gemma 2 2B's stream
 Arrays = dict[str, np.ndarray]
 
 
@@ -34,7 +38,8 @@ def read_features(
         What holds for all, and arrays with a row a feature: `rate` of tokens at which it is active;
         `peak` (rows of `tokens`, one a text), `active` (there) and `near` (activations from `NEAR`
         tokens before to `NEAR` after, in hundredths of it); the `subject` whose passages it tells
-        best from others, and the `auc`; its shares of `groups`. Of a `small` suite also `writes`
+        best from others (-1 if no better than shuffled subjects), with its `auc` and what `chance`
+        gives; its shares of `groups`. Of a `small` suite also `writes`
         (places in `words`), `theta` (the threshold, 0 if none), and `direct`, `direct_score`: the
         best match at each layer of the stream, without the layers between.
     """
@@ -45,13 +50,16 @@ def read_features(
     text = read.tokens["text"].to_numpy()
     starts = np.flatnonzero(np.diff(text, prepend=-1)).tolist()
     about: dict[str, Any] = {"tokens": token_strings(suite.model, read.tokens["token"].tolist())}
-    about |= {"texts": starts, "read": {}, "subjects": [], "groups": [*GROUPS]}
+    about |= {"texts": starts, "read": {}, "subjects": {}, "groups": [*GROUPS]}
     counts = np.bincount(text, minlength=int(text.max()) + 1)
     means_of = csr_matrix((1 / counts[text], (text, np.arange(len(text)))))
     on_subject = None
     if given is None:
-        about["subjects"] = [*dict.fromkeys(own["subject"])]
-        on_subject = own["subject"].to_numpy() == np.array(about["subjects"])[:, None]
+        stand = subject_features(suite, read, own["subject"].tolist(), table)
+        stand = stand["feature"][stand["passes"].astype(bool)].groupby(stand["subject"])
+        names = np.array([*dict.fromkeys(own["subject"])])
+        about["subjects"] = dict.fromkeys(own["subject"], []) | stand.agg(list).to_dict()
+        on_subject = own["subject"].to_numpy() == names[:, None]
     groups = _group_shares(table, read)
     parts: list[Arrays] = []
     for site in progress(sorted(suite.saes), "features read"):
@@ -79,6 +87,7 @@ def _blank(width: int) -> Arrays:
         "near": np.zeros((width, CONTEXTS, 2 * NEAR + 1), np.uint8),
         "subject": np.full(width, -1, np.int8),
         "auc": np.zeros(width, np.float32),
+        "chance": np.zeros(width, np.float32),
         "groups": np.zeros((width, len(GROUPS)), np.float32),
     }
 
@@ -99,15 +108,24 @@ def _contexts(part: Arrays, codes: Any, text: np.ndarray) -> None:
 
 
 def _subjects(part: Arrays, means: np.ndarray, on_subject: np.ndarray) -> None:
-    """As `labels.subject_scores`, of all subjects at once: the best of each feature."""
+    """As `labels.subject_scores`, of all subjects at once: the best of each feature.
+
+    It counts where it is above the best of any subject in `SHUFFLES` shuffles of the passages.
+    """
     from scipy.stats import rankdata
 
-    n = on_subject.sum(axis=1)[:, None]
-    sums = on_subject @ rankdata(means, axis=0)
-    auc = (sums - n * (n + 1) / 2) / (n * (len(means) - n))
-    active = means.any(axis=0)
-    part["subject"][active] = auc.argmax(axis=0)[active]
+    n, ranks = on_subject.sum(axis=1)[:, None], rankdata(means, axis=0).astype(np.float32)
+
+    def scores(on: np.ndarray) -> np.ndarray:
+        return (on.astype(np.float32) @ ranks - n * (n + 1) / 2) / (n * (len(means) - n))
+
+    auc, generator = scores(on_subject), np.random.default_rng(0)
+    for _ in range(SHUFFLES):
+        shuffled = scores(generator.permutation(on_subject, axis=1)).max(axis=0)
+        np.maximum(part["chance"], shuffled, out=part["chance"])
     part["auc"][:] = auc.max(axis=0)
+    found = means.any(axis=0) & (part["auc"] > part["chance"])
+    part["subject"][found] = auc.argmax(axis=0)[found]
 
 
 def _group_shares(
@@ -176,12 +194,28 @@ def written(suite: "Suite", features: Iterable[FeatureId]) -> dict[str, list[str
     return found
 
 
-def direct_matches(suite: "Suite", feature: FeatureId) -> list[tuple[int, int, float]]:
-    """The best match of a residual feature at every other layer: `layer`, `index`, `cosine`."""
-    own = suite.sae(feature.site).direction(feature)[None]
-    found = []
+def direct_matches(
+    suite: "Suite", feature: FeatureId, kept: dict[Site, torch.Tensor]
+) -> list[tuple[int, int, float]]:
+    """The best match of a residual feature at every other layer: `layer`, `index`, `cosine`.
+
+    `kept` holds directions from call to call, so that SAEs which do not all fit in memory are not
+    read again each time: `KEPT` bytes at most, and half of what is free.
+    """
+
+    def rows(site: Site) -> torch.Tensor:
+        if site in kept:
+            return kept[site]
+        read = suite.sae(site).directions
+        held = sum(each.nbytes for each in kept.values())
+        if held + read.nbytes <= min(KEPT, held + free_memory(read.device.type) // 2):
+            kept[site] = read
+        return read
+
+    own, found = rows(feature.site)[feature.index], []
     for other in sorted(suite.saes):
         if other.module == "res" and other != feature.site:
-            best = top_k_cosine(own, suite.sae(other).directions, 1)
-            found.append((other.layer, int(best.indices[0, 0]), round(float(best.scores[0, 0]), 4)))
+            cosine, index = (rows(other) @ own).max(dim=0)
+            if cosine > 0:
+                found.append((other.layer, int(index), round(float(cosine), 4)))
     return found
