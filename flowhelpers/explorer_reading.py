@@ -114,18 +114,16 @@ def _subjects(part: Arrays, means: np.ndarray, on_subject: np.ndarray) -> None:
     """
     from scipy.stats import rankdata
 
-    n, ranks = on_subject.sum(axis=1)[:, None], rankdata(means, axis=0).astype(np.float32)
-
-    def scores(on: np.ndarray) -> np.ndarray:
-        return (on.astype(np.float32) @ ranks - n * (n + 1) / 2) / (n * (len(means) - n))
-
-    auc, generator = scores(on_subject), np.random.default_rng(0)
-    for _ in range(SHUFFLES):
-        shuffled = scores(generator.permutation(on_subject, axis=1)).max(axis=0)
-        np.maximum(part["chance"], shuffled, out=part["chance"])
-    part["auc"][:] = auc.max(axis=0)
+    generator, n = np.random.default_rng(0), on_subject.sum(axis=1)[:, None]
+    shuffles = (generator.permutation(on_subject, axis=1) for _ in range(SHUFFLES))
+    every = np.concatenate([on_subject, *shuffles]).astype(np.float32)
+    sums = every @ rankdata(means, axis=0).astype(np.float32)
+    sums = sums.reshape(SHUFFLES + 1, len(on_subject), -1)
+    sums = np.stack([sums[0], sums[1:].max(axis=0)])
+    auc = (sums - n * (n + 1) / 2) / (n * (len(means) - n))
+    part["auc"][:], part["chance"][:] = auc.max(axis=1)
     found = means.any(axis=0) & (part["auc"] > part["chance"])
-    part["subject"][found] = auc.argmax(axis=0)[found]
+    part["subject"][found] = auc[0].argmax(axis=0)[found]
 
 
 def _group_shares(

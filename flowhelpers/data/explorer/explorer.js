@@ -90,9 +90,9 @@ class Records {
   check(text) {
     const name = text.replaceAll(/\s/g, "");
     if (!/^\d+\/(res|mlp|att)\/\d+$/.test(name)) return [null, `“${text}” is no feature: expected one such as ${Object.keys(this.about.sites)[0]}/0.`];
-    const { layer, module, index } = parse(name);
+    const { layer, module, index } = parse(name), sites = Object.keys(this.about.sites);
     const width = this.about.sites[`${layer}/${module}`];
-    if (width === undefined) return [null, `No SAE at ${layer}/${module}: there are ${Object.keys(this.about.sites).join(", ")}.`];
+    if (width === undefined) return [null, `No SAE at ${layer}/${module}: there are ${sites.length > 24 ? `${sites[0]} to ${sites.at(-1)}` : sites.join(", ")}.`];
     if (index >= width) return [null, `No feature ${name}: ${layer}/${module} has features 0 to ${width - 1}.`];
     return [`${layer}/${module}/${index}`, null];
   }
@@ -380,10 +380,11 @@ class Explorer {
     this.paint([...this.lines(nodes, edges), ...this.markers(all)], { hovermode: "closest", ...bounds },
       `the flow graph of ${this.center}, ${all.length} features; the table below lists them`,
       (point) => this.attempt(() => this.go(point.customdata)));
-    if (this.seen !== this.center) { // a graph that is wider than its box scrolls to the centre
+    const seen = `${this.center} ${bounds.width}`;
+    if (this.seen !== seen) { // a graph that is wider than its box scrolls to the centre
       const { xaxis } = this.plot._fullLayout, { x } = nodes.get(this.center);
       this.box.scrollLeft = xaxis._offset + xaxis.d2p(x) - this.wide / 2;
-      this.seen = this.center;
+      this.seen = seen;
     }
     const ends = this.about.whole || this.records.ask || this.records.centers.has(this.center) ? ""
       : " This page holds not all of its chain: only that of the features it was made for is whole.";
@@ -401,8 +402,8 @@ class Explorer {
     const tall = this.tall, low = layers[0], high = layers.at(-1), far = nodes.some((n) => n.role === "direct");
     const more = this.ranks - 1 + (parse(this.center).module !== "res"), [step, first] = tall ? [0.17, 0.2] : [0.42, 0.3];
     const gap = more ? step * more + first : 0, lane = { res: 0, att: tall && more ? 1.3 : 1, mlp: -1 - gap, direct: -2 - 2 * gap };
-    const ends = [(far ? lane.direct : lane.mlp - gap) - (tall ? 0.6 : 0.7), lane.att + gap + (tall && more ? 0.2 : 0.5)];
-    const width = Math.max(this.wide, tall ? 48 + 64 * (ends[1] - ends[0]) : 74 + 76 * (high - low + 1.5)); // or it scrolls
+    const ends = [(far ? lane.direct : lane.mlp - gap) - (tall ? 0.4 : 0.7), lane.att + gap + (tall && more ? 0.2 : 0.5)];
+    const width = Math.max(this.wide, tall ? 48 + 53 * (ends[1] - ends[0]) : 74 + 76 * (high - low + 1.5)); // or it scrolls
     const most = Math.floor(tall ? 15 : (width - 74) / (high - low + 1.5) / 7);
     for (const n of nodes) {
       const isSeed = n.name === this.center && n.module !== "res"; // apart from what its target chose
@@ -427,8 +428,8 @@ class Explorer {
       range: tall ? [high + 0.6, low - 0.7] : [low - 0.9, high + 0.6], tickangle: 0,
     };
     if (!tall) return { width, xaxis: along, yaxis: across, height: 250 + 85 * (lanes.length - 1 + 2 * gap) };
-    const below = { margin: { l: 40, r: 8, t: 40, b: 40 }, legend: { orientation: "h", y: -0.02, yanchor: "top" } };
-    return { width, xaxis: across, yaxis: along, height: 140 + 92 * (high - low + 1), ...below };
+    const below = { margin: { l: 40, r: 8, t: 40, b: 100 }, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" } };
+    return { width, xaxis: across, yaxis: along, height: 200 + 92 * (high - low + 1), ...below };
   }
   lines(nodes, edges) { // one trace for all lines of a look: a shape for each would take as long as all the rest
     const looks = new Map();
