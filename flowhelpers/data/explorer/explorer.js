@@ -225,6 +225,7 @@ class Explorer {
     const home = el("button", { onclick: () => this.attempt(() => this.go(null)) }, "Whole model");
     this.plot = el("div", { className: "fx-plot", role: "img" });
     this.box = el("div", { className: "fx-scroll" }, this.plot);
+    this.legend = el("p", { className: "fx-row" }); // apart from the plot, which may be wider than its box
     this.controls = el("div", { className: "fx-row" },
       ...["res", "mlp", "att"].map((module) => this.slider(`cut ${SCORES[module]} below`, 0, 1, 0.01, (x) => { this.cut[module] = x; })),
       this.slider("ranks shown", 1, 5, 1, (x) => { this.ranks = x; }),
@@ -243,7 +244,7 @@ class Explorer {
     this.root.replaceChildren(
       el("h2", {}, `The flow of ${about.suite}`), quiet(part),
       nav, this.say, this.found,
-      el("div", { className: "fx-body" }, el("section", {}, this.controls, this.box, this.table, this.trial), this.card),
+      el("div", { className: "fx-body" }, el("section", {}, this.controls, this.legend, this.box, this.table, this.trial), this.card),
       this.pinBox);
     new ResizeObserver(() => { if (this.drawn && this.wide !== this.box.clientWidth) this.draw(); }).observe(this.box);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
@@ -377,7 +378,9 @@ class Explorer {
     }
     const all = [...nodes.values()], layers = [...new Set(all.map((n) => n.layer))].sort((a, b) => a - b);
     const bounds = this.place(all, layers);
-    this.paint([...this.lines(nodes, edges), ...this.markers(all)], { hovermode: "closest", ...bounds },
+    this.legend.replaceChildren(...[...new Set(all.map((n) => n.kind))].map((kind) => el("span", {},
+      el("span", { style: `color:${LOOKS[kind][2]}` }, `${LOOKS[kind][0]} `), READINGS[kind] ? `stream, ${kind}` : NAMES[kind] ?? kind)));
+    this.paint([...this.lines(nodes, edges), ...this.markers(all)], { hovermode: "closest", showlegend: false, ...bounds },
       `the flow graph of ${this.center}, ${all.length} features; the table below lists them`,
       (point) => this.attempt(() => this.go(point.customdata)));
     const seen = `${this.center} ${bounds.width}`;
@@ -428,8 +431,7 @@ class Explorer {
       range: tall ? [high + 0.6, low - 0.7] : [low - 0.9, high + 0.6], tickangle: 0,
     };
     if (!tall) return { width, xaxis: along, yaxis: across, height: 250 + 85 * (lanes.length - 1 + 2 * gap) };
-    const below = { margin: { l: 40, r: 8, t: 40, b: 100 }, legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom" } };
-    return { width, xaxis: across, yaxis: along, height: 200 + 92 * (high - low + 1), ...below };
+    return { width, xaxis: across, yaxis: along, height: 100 + 92 * (high - low + 1), margin: { l: 40, r: 8, t: 40, b: 0 } };
   }
   lines(nodes, edges) { // one trace for all lines of a look: a shape for each would take as long as all the rest
     const looks = new Map();
@@ -453,7 +455,7 @@ class Explorer {
       const size = some.map((n) => (n.name === this.center ? 20 : n.role === "alternative" ? 9 : 13));
       const line = { color: some.map((n) => (isMarked(n) ? ink : ring)), width: some.map((n) => (isMarked(n) ? 3 : 1.5)) };
       return {
-        type: "scatter", mode: "markers+text", name: NAMES[kind] ?? kind, cliponaxis: false,
+        type: "scatter", mode: "markers+text", cliponaxis: false,
         x: some.map((n) => n.x), y: some.map((n) => n.y), customdata: some.map((n) => n.name),
         text: some.map((n) => n.text), textfont: { size: 12, color: ink, shadow },
         textposition: some.map((n) => (this.tall && n.module === "res" ? "bottom right" : "bottom center")),
@@ -463,6 +465,7 @@ class Explorer {
   }
   drawOverview() {
     const { overview, layers, sites, subjects } = this.about;
+    this.legend.replaceChildren();
     const bars = Object.entries(overview[this.view]).filter(([, counts]) => counts.some(Boolean));
     const named = (value) => ({ born: `by ${NAMES[value]}`, life: value === "1" ? "1 layer" : `${value} layers` })[this.view] ?? value;
     const traces = bars.map(([value, counts], i) => ({
