@@ -185,7 +185,9 @@ class FlowIndex:
         """The features that stand for a subject, or whose label of your own holds a text."""
         wanted = text.strip().lower()
         found = [name for name, (label, _) in self.labels.items() if wanted in label.lower()]
-        return [*dict.fromkeys(self.about["subjects"].get(wanted.replace(" ", "_"), []) + found)][:FOUND]
+        return [*dict.fromkeys(self.about["subjects"].get(wanted.replace(" ", "_"), []) + found)][
+            :FOUND
+        ]
 
     def listed(self, view: str, layer: int, value: str) -> list[str]:
         """The features behind a bar of the overview, the first `FOUND` of them."""

@@ -57,8 +57,8 @@ def read_features(
     if given is None:
         stand = subject_features(suite, read, own["subject"].tolist(), table)
         stand = stand["feature"][stand["passes"].astype(bool)].groupby(stand["subject"])
-        names = np.array([*dict.fromkeys(own["subject"])])
-        about["subjects"] = dict.fromkeys(own["subject"], []) | stand.agg(list).to_dict()
+        about["subjects"] = {name: [] for name in own["subject"]} | stand.agg(list).to_dict()
+        names = np.array([*about["subjects"]])
         on_subject = own["subject"].to_numpy() == names[:, None]
     groups = _group_shares(table, read)
     parts: list[Arrays] = []

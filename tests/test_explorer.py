@@ -9,7 +9,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from itertools import product
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,14 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import toys
 from browsers import Pages
 from playwright.sync_api import Locator, Page, expect
 
 from flowhelpers import explorer
 from flowhelpers.__main__ import main
+from flowhelpers.core.features import Site
 from flowhelpers.explorer import Explorer, explore
 from flowhelpers.explorer_index import FlowIndex, flow_index, index_matches
 from flowhelpers.explorer_page import LARGEST, explorer_page
@@ -34,16 +37,21 @@ from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import load_plan, make_plan
 from flowhelpers.suites.load import Suite
 
-SEED = "1/res/3"
+SEED, STAND = "1/res/3", ["2/res/4", "1/res/7"]
 EVIL = '<img src=x onerror="document.title=1">'
 
 
 @pytest.fixture(scope="module")
 def index(planted: Suite) -> FlowIndex:
     rows = [(SEED, f"rain {EVIL}", "me"), ("2/res/1", "snow", "me")]
-    return flow_index(
+    made = flow_index(
         planted, labels=pd.DataFrame(rows, columns=["feature", "label", "label_from"])
     )
+    stand = {name: [] for name in made.about["subjects"]} | {"particle_physics": STAND}
+    arrays = {name: array.copy() for name, array in made.arrays.items()}
+    for name, subject in ((STAND[0], 0), (SEED, -1)):  # one tells a subject, one tells none
+        arrays["subject"][made.place(made.feature(name))] = subject
+    return replace(made, about=made.about | {"subjects": stand}, arrays=arrays)
 
 
 def page_of(index: FlowIndex, seed: str) -> str:
@@ -122,7 +130,8 @@ def test_the_card_has_what_the_index_has(page: Page, index: FlowIndex):
     assert f"lives from layer {record['life'][0]} to {record['life'][1]}" in card
     assert "label: me" in card
     peaks = page.locator(".fx-peak").all_text_contents()
-    assert peaks == [index.about["tokens"][c[0]].replace("\n", "⏎") for c in record["contexts"]]
+    tokens = [index.about["tokens"][c[0]].replace("\n", "⏎") for c in record["contexts"]]
+    assert peaks == [token if token.strip() else token.replace(" ", "␣") for token in tokens]
 
 
 def test_a_label_with_html_is_shown_as_text(page: Page):
@@ -141,12 +150,24 @@ def test_search_by_name_label_token_and_subject(page: Page, index: FlowIndex):
     expect(page.locator(".fx-card h2")).to_contain_text("2/res/1")
     some = index.record(index.feature("1/mlp/2"))
     token = next(t.strip() for t in some["writes"] if len(t.strip()) > 1)
-    for text in (token, some["subject"]):
-        find(page, text)
-        listed = page.locator(".fx-found button")
-        expect(listed.first).to_be_visible()
-        assert listed.count() <= 60
-    assert "AUC" in (page.locator(".fx-found li").first.text_content() or "")
+    find(page, token)
+    listed = page.locator(".fx-found button")
+    expect(listed.first).to_be_visible()
+    assert listed.count() <= 60
+    find(page, "Particle physics")  # only through those that stand for it, the best first
+    expect(page.locator(".fx-say")).to_contain_text("2 found")
+    assert listed.all_text_contents() == STAND
+    expect(page.locator(".fx-found li").first).to_contain_text("stands for particle physics")
+    listed.first.click()
+    card = page.locator(".fx-card")
+    subject, at = next(iter(index.about["subjects"])), index.record(index.feature(STAND[0]))
+    expect(card).to_contain_text(
+        f"tells passages on {subject} best (AUC {at['auc']:.2f}, by shuffled subjects"
+        f" {at['chance']:.2f} at most); stands for particle_physics"
+    )
+    find(page, SEED)
+    expect(card.locator("h2")).to_contain_text(SEED)
+    expect(card).not_to_contain_text("tells passages")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +176,8 @@ def test_search_by_name_label_token_and_subject(page: Page, index: FlowIndex):
         ("  ", "Nothing to search for"),
         ("1/res/99", "No feature 1/res/99: 1/res has features 0 to 15"),
         ("7/res/1", "No SAE at 7/res: there are 0/att"),
-        ("qqqq", "No feature has “qqqq” as label, token or subject. Subjects are: anger"),
+        ("qqqq", "as label, token or subject. Subjects that have one: particle_physics."),
+        ("weddings", "No feature stands for weddings. Subjects that have one"),
     ],
 )
 def test_what_is_not_there_is_said_in_words(page: Page, text: str, said: str):
@@ -220,8 +242,10 @@ def test_bars_of_the_whole_model_list_their_features(page: Page, index: FlowInde
             for layer, count in enumerate(counts):
                 if not count:
                     continue
+                features = "1 feature" if count == 1 else f"{count} features"
+                named = "1 layer$" if named == "1" else named
                 page.get_by_role(
-                    "button", name=re.compile(rf"^{count} features of layer {layer}: .*{named}")
+                    "button", name=re.compile(rf"^{features} of layer {layer}: .*{named}")
                 ).first.click()
                 names = page.locator(".fx-found button").all_text_contents()
                 assert names == index.listed(view, layer, value)
@@ -249,6 +273,9 @@ def test_a_set_is_pinned_saved_and_loaded(page: Page, planted: Suite, tmp_path: 
     table = read_labels(csv, planted).set_index("feature")["label"]
     assert table[SEED] == 'rain, "heavy"'
     assert {*table.index} == {*chosen}
+    said = read_labels(csv, planted).set_index("feature")["label_from"]
+    assert said[SEED] == "labels.csv"
+    assert {*said.drop(SEED)} == {"top contexts and logit lens"}
 
     exported = json.loads(saved(page, "Save for circuit-tracer and Neuronpedia").read_text())
     theirs = to_attribution_graph(keep_nodes(graph, chosen), "wet-weather")
@@ -276,6 +303,58 @@ def test_a_set_is_pinned_saved_and_loaded(page: Page, planted: Suite, tmp_path: 
     load.set_input_files({"name": "s.json", "mimeType": "text/json", "buffer": of_set.read_bytes()})
     expect(page.get_by_text(f"Pinned features ({len(chosen)})")).to_be_visible()
     expect(page.get_by_label(f"label of {SEED}")).to_have_value('rain, "heavy"')
+    expect(page.get_by_text("typed by hand")).to_have_count(1)
+    expect(page.locator(".fx-pins").get_by_text("by top contexts and")).to_have_count(2)
+
+
+def test_a_set_without_labels_has_the_features_own(page: Page, index: FlowIndex):
+    named = {"suite": index.about["suite"], "steps": [{"feature": "2/res/1", "label": None}]}
+    file = {"name": "s.json", "mimeType": "text/json", "buffer": json.dumps(named).encode()}
+    page.get_by_label("load a set or plan").set_input_files(file)
+    expect(page.locator(".fx-say")).to_contain_text("1 feature loaded")
+    expect(page.get_by_label("label of 2/res/1")).to_have_value("snow")
+    expect(page.locator(".fx-pins").get_by_text("by me")).to_be_visible()
+
+
+def test_an_address_that_is_no_feature_is_told(page: Page):
+    goes = "(hash) => { location.hash = hash }"
+    page.evaluate(goes, "2/res/5")
+    expect(page.locator(".fx-card h2")).to_contain_text("2/res/5")
+    for hash, said in (("foo", "“foo” is no feature: expected one"), ("9/res/1", "No SAE at")):
+        page.evaluate(goes, hash)
+        expect(page.locator(".fx-say")).to_contain_text(said)
+        assert centre(page) == "2/res/5"
+        assert page.url.endswith("#2/res/5")
+    page.goto(page.url.split("#")[0] + "?#foo")
+    expect(page.locator(".fx-say")).to_contain_text("“foo” is no feature")
+    assert centre(page) == SEED
+
+
+def test_what_is_said_is_in_view(page: Page):
+    page.set_viewport_size({"width": 420, "height": 500})
+    page.get_by_role("button", name="Pin", exact=True).click()
+    saved(page, "Save set")
+    assert page.evaluate("scrollY") > 500
+    expect(page.locator(".fx-say")).to_contain_text("saved as set.json")
+    top, bottom = page.locator(".fx-say").evaluate(
+        "(say) => { const at = say.getBoundingClientRect(); return [at.top, at.bottom] }"
+    )
+    assert 0 <= top < bottom <= 500
+
+
+def test_a_token_of_spaces_is_shown(index: FlowIndex, browser: Pages, tmp_path: Path):
+    record = index.record(index.feature(SEED))
+    tokens = [*index.about["tokens"]]
+    for at, blank in zip([c[0] for c in record["contexts"]], ("  ", "\n", "\u00a0"), strict=True):
+        tokens[at] = blank
+    blank = replace(index, about=index.about | {"tokens": tokens}, labels={})
+    (tmp_path / "blank.html").write_text(page_of(blank, SEED), encoding="utf-8")
+    page = browser.new()
+    page.goto((tmp_path / "blank.html").as_uri())
+    expect(page.locator(".fx-card p").first).to_contain_text("active at ␣␣, ⏎, U+00A0; writes")
+    assert page.locator(".fx-peak").all_text_contents() == ["␣␣", "⏎", "U+00A0"]
+    page.context.close()
+    assert browser.problems == []
 
 
 @pytest.mark.parametrize(
@@ -288,7 +367,14 @@ def test_a_set_is_pinned_saved_and_loaded(page: Page, planted: Suite, tmp_path: 
             "This set is of suite other: expected one of",
         ),
         ('{"suite": "SUITE", "steps": [{"feature": "1/res/99"}]}', "No feature 1/res/99"),
-        ('{"suite": "SUITE", "steps": [{"feature": "<b>x</b>"}]}', "<b>x</b> is no feature"),
+        ('{"suite": "SUITE", "steps": [{"feature": "<b>x</b>"}]}', "“<b>x</b>” is no feature"),
+        ('{"suite": "SUITE", "steps": [{"feature": 3}]}', "Entry 1 of this file names no feature"),
+        ('{"suite": "SUITE", "steps": [null]}', "Entry 1 of this file names no feature"),
+        (
+            '{"suite": "SUITE", "steps": [{"feature": "1/res/3", "label": {"a": 1}}]}',
+            'The label of 1/res/3 is no text but {"a":1}',
+        ),
+        ("null", "holds no set and no plan"),
     ],
 )
 def test_sets_that_do_not_fit_are_refused_in_words(
@@ -313,6 +399,54 @@ def test_keys_alone_reach_every_feature(page: Page):
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
     expect(page.locator(".fx-card h2")).to_contain_text(other)
+    assert page.evaluate("document.activeElement.textContent") == other
+    page.get_by_role("button", name="Pin", exact=True).focus()
+    for name in ("Unpin", "Pin", "Unpin"):  # drawn anew, and the focus is on it still
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.textContent") == name
+    page.get_by_label(f"unpin {other}").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.closest('.fx-pins') !== null")
+    page.get_by_role("button", name="Back").focus()
+    page.keyboard.press("Enter")  # of what is past no more
+    assert page.evaluate("document.activeElement.textContent") == "Forward →"
+
+
+def test_many_layers_have_texts_and_the_centre_is_in_view(browser: Pages, tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    rows = {Site(at, "res"): torch.randn(6, 16, generator=generator) for at in range(26)}
+    deep = match_table(toys.bare_suite(rows, 26), 5)
+    about, arrays = index_matches(deep, dict.fromkeys(rows, 6))
+    links = dict.fromkeys(about["sites"], "")
+    labels = {f"{at}/res/{i}": (f"rain {i}", "me") for at in range(26) for i in range(6)}
+    index = FlowIndex(about | {"links": links}, arrays, labels)
+    (tmp_path / "deep.html").write_text(page_of(index, "20/res/2"), encoding="utf-8")
+    page = browser.new(viewport={"width": 1280, "height": 900})
+    page.goto((tmp_path / "deep.html").as_uri())
+    expect(page.locator(".fx-card h2")).to_contain_text("20/res/2")
+    texts = page.locator(".fx-plot .textpoint").all_text_contents()
+    assert sum("rain" in text for text in texts) == 26
+    box = page.locator(".fx-scroll", has=page.locator(".fx-plot")).bounding_box()
+    assert box
+    assert box["x"] < drawn(page)["20/res/2"][0] < box["x"] + box["width"]
+    browser.shot(page, "explorer-26-layers")
+    page.context.close()
+    assert browser.problems == []
+
+
+@pytest.mark.parametrize("width", [420, 900])
+def test_names_of_lanes_do_not_collide(page: Page, width: int):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.get_by_label("ranks shown").fill("5")
+    page.get_by_label("direct matches").check()
+    lanes = "attention", "stream", "MLP", "direct"
+    boxes = [
+        page.locator(".fx-plot").get_by_text(lane, exact=True).bounding_box() for lane in lanes
+    ]
+    found = [(b["x"], b["y"], b["x"] + b["width"], b["y"] + b["height"]) for b in boxes if b]
+    assert len(found) == 4
+    for (a, b), (c, d) in combinations([(box[:2], box[2:]) for box in found], 2):
+        assert d[0] < a[0] or b[0] < c[0] or d[1] < a[1] or b[1] < c[1]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -407,14 +541,14 @@ def test_steered_texts_stand_beside_unsteered_of_the_same_seed(view: Explorer):
     assert one["unsteered"] == none["unsteered"] == none["steered"]
     assert one["steered"] != one["unsteered"]
     assert len(one["steered"]) == explorer.SAMPLES
-    assert one["about"].startswith("1 features are added, in units of each feature's threshold")
+    assert one["about"].startswith("features added: 1, in units of each feature's threshold")
     assert (
         "strategy" in asked(view, "steer", **given | {"strategy": "x"}, strength=1, seed=0)["error"]
     )
 
 
 def test_of_a_large_suite_the_kernel_answers_click_by_click(
-    view: Explorer, index: FlowIndex, monkeypatch: pytest.MonkeyPatch
+    view: Explorer, index: FlowIndex, planted: Suite, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("flowhelpers.explorer_index.SMALL", 10)
     near = asked(view, "near", feature=SEED)["records"]
@@ -424,9 +558,17 @@ def test_of_a_large_suite_the_kernel_answers_click_by_click(
     listed = asked(view, "listed", view="class", layer=1, value="translated")["records"]
     assert len(listed) == bars[1]
     direct = index.record(index.feature(SEED))["direct"]
-    assert np.array(asked(view, "direct", feature=SEED)["direct"]) == pytest.approx(
-        np.array(direct), abs=1e-4
-    )
+    for _ in range(2):  # the second time, no SAE is read
+        assert np.array(asked(view, "direct", feature=SEED)["direct"]) == pytest.approx(
+            np.array(direct), abs=1e-4
+        )
+        view.suite = SimpleNamespace(saes=view.suite.saes)  # pyright: ignore[reportAttributeAccessIssue]
+    view.suite = planted
+    assert sum(rows.nbytes for rows in view.kept.values()) == 3 * 16 * 32 * 4
+    monkeypatch.setattr("flowhelpers.explorer_reading.KEPT", 16 * 32 * 4)
+    view.kept.clear()
+    assert len(asked(view, "direct", feature=SEED)["direct"]) == 2
+    assert len(view.kept) == 1
     writes = index.record(index.feature(SEED))["writes"]
     assert asked(view, "writes", features=[SEED])["writes"] == {SEED: writes}
     asked(view, "keep", feature="2/res/1", pinned=["2/res/1", SEED])
@@ -453,6 +595,32 @@ def test_the_command_writes_a_page(
     assert path.stat().st_size < LARGEST
     assert main(["explore", str(planted_folder), "1/res/99", "--html", str(path)]) == 2
     assert "1/res has features 0 to 15" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--html", "FOLDER"], "is a folder: expected a file"),
+        (["--html", "FOLDER/file/page.html"], "cannot make the folder"),
+        (["--html", "FOLDER/page.html", "LARGE"], "is too large for one page: name the features"),
+    ],
+)
+def test_what_no_page_can_be_made_of_is_refused_before_any_work(
+    planted_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    given: list[str],
+    said: str,
+):
+    (tmp_path / "file").touch()
+    if given[-1] == "LARGE":
+        monkeypatch.setattr("flowhelpers.explorer_index.SMALL", 10)
+    monkeypatch.setattr(explorer, "flow_index", None)
+    monkeypatch.setattr("flowhelpers.labels.neuronpedia.neuronpedia_labels", None)
+    options = [each.replace("FOLDER", str(tmp_path)) for each in given if each != "LARGE"]
+    assert main(["explore", str(planted_folder), "--fetch-labels", *options]) == 2
+    assert said in capsys.readouterr().err
 
 
 # ---- JupyterLab
