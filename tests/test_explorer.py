@@ -688,7 +688,9 @@ def test_the_widget_answers_in_jupyterlab(lab: SimpleNamespace, browser: Pages, 
         expect(view.get_by_text("Writes (logit lens)")).to_be_visible(timeout=60_000)
         view.get_by_label("direct matches").check()
         expect(view.get_by_text("Direct matches", exact=True)).to_be_visible(timeout=60_000)
-        view.get_by_role("button", name="Pin", exact=True).click()
+        if place == 0:
+            view.get_by_role("button", name="Pin", exact=True).click()
+        expect(view.get_by_label(f"unpin {other}")).to_be_visible()  # by the second view, too
         view.get_by_role("button", name="Switch off").click()
         expect(view.get_by_text("at most").first).to_be_visible(timeout=60_000)
         view.get_by_role("button", name="Write", exact=True).click()
@@ -706,5 +708,15 @@ def test_the_widget_answers_in_jupyterlab(lab: SimpleNamespace, browser: Pages, 
     page.locator("[data-command='docmanager:save'], button[title^='Save']").first.click()
     page.wait_for_timeout(2000)
     assert before < lab.notebook.stat().st_size < 10_000  # no records, no plotly.js
+    find(view, "1/mlp/2")  # which has no predecessors
+    expect(view.locator(".fx-card h2")).to_contain_text("1/mlp/2")
+    offered = view.get_by_label("change").locator("option").all_text_contents()
+    assert offered == ["this feature", "the pinned set"]
+    page.locator("[data-command='notebook:restart-kernel']").first.click()
+    page.locator(".jp-Dialog .jp-mod-accept").click()
+    view.get_by_role("button", name="Switch off").click()
+    expect(view.locator(".fx-say")).to_contain_text("The kernel was restarted")
+    view.get_by_role("button", name="Whole model").click()
+    expect(view.locator(".fx-say")).to_contain_text("run the cell again")
     page.context.close()
     assert [each for each in browser.problems if "fx" in each or "request to" in each] == []

@@ -763,26 +763,28 @@ export async function openPage(root, packed) {
 /* The widget: records and live answers come from the kernel, by messages that no notebook keeps. */
 async function render({ model, el: root }) {
   const waiting = new Map();
-  let last = 0, explorer;
-  const gone = () => root.closest(".jupyter-widgets-disconnected") && new Error("The kernel was restarted and knows this view no more: run the cell again.");
+  let last = 0, lost = false, explorer;
+  const onLost = () => { lost = true; };
   const onMessage = (content, buffers) => {
+    lost = false;
     const [resolve, reject] = waiting.get(content.id) ?? [];
     waiting.delete(content.id);
     if (content.error) reject?.(new Error(content.error));
     else resolve?.({ ...content, buffers });
   };
   model.on("msg:custom", onMessage);
+  model.on("comm_live_update", onLost); // the kernel was restarted, or has gone
   const own = `${Date.now()}-${Math.random()}`; // two views of one widget do not take each other's answers
   const ask = (what, given = {}) => new Promise((resolve, reject) => {
     const id = `${own}-${last += 1}`;
-    if (gone()) return reject(gone());
+    const refuse = () => reject(new Error("The kernel was restarted and knows this view no more: run the cell again."));
     waiting.set(id, [resolve, reject]);
-    model.send({ id, ask: what, given });
     setTimeout(() => {
       if (!waiting.has(id)) return;
-      if (gone()) reject(gone());
+      if (lost) refuse();
       else explorer?.tell("The kernel has not answered yet: it is busy, or this cell has to be run again.");
-    }, 15000);
+    }, lost ? 500 : 15000);
+    try { model.send({ id, ask: what, given }); } catch { refuse(); }
   });
   root.replaceChildren(el("p", {}, "The explorer is loading …"));
   const late = setTimeout(() => root.replaceChildren(el("p", {}, "The kernel has not answered yet: it is busy, or this cell has to be run again.")), 15000);
@@ -805,6 +807,6 @@ async function render({ model, el: root }) {
   } catch (error) {
     root.replaceChildren(el("p", {}, error.message));
   }
-  return () => model.off("msg:custom", onMessage);
+  return () => { model.off("msg:custom", onMessage); model.off("comm_live_update", onLost); };
 }
 export default { render };
