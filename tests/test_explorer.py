@@ -1,13 +1,7 @@
 """The explorer in a browser: the page from disk, and the widget in JupyterLab."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
@@ -22,6 +16,7 @@ import pytest
 import torch
 import toys
 from browsers import Pages
+from lab_server import open_lab
 from playwright.sync_api import Locator, Page, expect
 
 from flowhelpers import explorer
@@ -637,31 +632,10 @@ def lab(planted_folder: Path, tmp_path: Path) -> Iterator[SimpleNamespace]:
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(book, tmp_path / "explore.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = [
-        f"--ServerApp.port={port}",
-        "--IdentityProvider.token=",
-        "--ServerApp.open_browser=False",
-    ]
-    options += [f"--ServerApp.root_dir={tmp_path}", "--allow-root", "--LabApp.news_url=None"]
-    environment = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
-    command = [sys.executable, "-m", "jupyterlab", *options]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        address = f"http://127.0.0.1:{port}/lab"
-        try:
-            for _ in range(240):
-                try:
-                    urllib.request.urlopen(address).read()
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            yield SimpleNamespace(address=address, notebook=tmp_path / "explore.ipynb")
-        finally:
-            server.terminate()
-            server.wait(30)
+    with open_lab(tmp_path) as address:
+        yield SimpleNamespace(
+            address=f"{address.split('/lab')[0]}/lab", notebook=tmp_path / "explore.ipynb"
+        )
 
 
 def test_the_widget_answers_in_jupyterlab(lab: SimpleNamespace, browser: Pages, planted: Suite):
@@ -718,5 +692,6 @@ def test_the_widget_answers_in_jupyterlab(lab: SimpleNamespace, browser: Pages, 
     expect(view.locator(".fx-say")).to_contain_text("The kernel was restarted")
     view.get_by_role("button", name="Whole model").click()
     expect(view.locator(".fx-say")).to_contain_text("run the cell again")
+    page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle")).wait_for(timeout=60_000)
     page.context.close()
     assert [each for each in browser.problems if "fx" in each or "request to" in each] == []
