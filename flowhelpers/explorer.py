@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
+from plotly.offline import get_plotlyjs
 
 from flowhelpers import explorer_index
 from flowhelpers.activations.sparse import FeatureActivations, collect
@@ -99,8 +100,8 @@ def write_page(
 def check_page(suite: Suite, features: Sequence[FeatureId | str], path: Path) -> list[FeatureId]:
     """The features that a page is of; what cannot be written is refused before minutes of work."""
     named = suite.features(features)
-    width = suite.row.features or suite.about(min(suite.saes), "width")
-    if not named and width * len(suite.saes) > explorer_index.SMALL:
+    widths = (suite.row.features or suite.about(site, "width") for site in suite.saes)
+    if not named and sum(widths) > explorer_index.SMALL:
         raise ValueError(
             f"{suite.name} is too large for one page: name the features whose neighbourhood it"
             " shall hold, such as 12/res/4230"
@@ -124,13 +125,9 @@ class Explorer(anywidget.AnyWidget):
         self.on_msg(self._answer)
 
     def _answer(self, _: Any, message: dict[str, Any], __: list[Any]) -> None:
-        """Answers what the view asks for; what cannot be done is told in its words."""
+        """Answers by the method of what the view asks; what cannot be done is told in its words."""
         try:
-            ask = {"start": self._start, "plotly": self._plotly, "near": self._near}
-            ask |= {"search": self._search, "listed": self._listed, "direct": self._direct}
-            ask |= {"writes": self._writes, "change": self._change, "steer": self._steer}
-            ask |= {"keep": self._keep}
-            reply = ask[message["ask"]](**message["given"])
+            reply = getattr(self, f"_{message['ask']}")(**message["given"])
         except Exception as error:  # or the view would wait for ever
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
             reply = {"error": f"{kind}{error}"}
@@ -144,8 +141,6 @@ class Explorer(anywidget.AnyWidget):
         return {"bytes": pack(self.index, self.records, asked)}
 
     def _plotly(self) -> dict[str, Any]:
-        from plotly.offline import get_plotlyjs
-
         return {"bytes": get_plotlyjs().encode()}
 
     def _keep(self, feature: str, pinned: list[str]) -> dict[str, Any]:
@@ -180,13 +175,13 @@ class Explorer(anywidget.AnyWidget):
         if not text.strip():
             raise ValueError("no sentence to read: type one")
         edited = self._some(features)
-        sites = {feature.site for feature in edited}
-        by_site = [[feature for feature in edited if feature.site == site] for site in sites]
-        edits = [rescale(self.suite.sae(some[0].site), some, r) for some in by_site]
+        by_site = {at: [f for f in edited if f.site == at] for at in {f.site for f in edited}}
+        edits = [rescale(self.suite.sae(site), some, r) for site, some in by_site.items()]
         seen = self._some(watched)
-        before = collect(self.suite, [text], {feature.site for feature in seen})
+        sites = {feature.site for feature in seen}
+        before = collect(self.suite, [text], sites)
         with editing(self.suite.model, edits):
-            after = collect(self.suite, [text], {feature.site for feature in seen})
+            after = collect(self.suite, [text], sites)
         rows = [
             {"feature": str(f), "before": before.of(f).tolist(), "after": after.of(f).tolist()}
             for f in seen

@@ -104,9 +104,7 @@ class FlowIndex:
             made["contexts"] = [*self._contexts(at)]
             if arrays["subject"][at] >= 0:
                 made["subject"] = [*self.about["subjects"]][arrays["subject"][at]]
-                made["auc"], made["chance"] = (
-                    round(float(arrays[name][at]), 3) for name in ("auc", "chance")
-                )
+                made |= {key: round(float(arrays[key][at]), 3) for key in ("auc", "chance")}
             if (shares := arrays["groups"][at]).sum():
                 made["groups"] = shares.astype(float).round(3).tolist()
         if "theta" in arrays and arrays["theta"][at] > 0:
@@ -184,10 +182,9 @@ class FlowIndex:
     def search(self, text: str) -> list[str]:
         """The features that stand for a subject, or whose label of your own holds a text."""
         wanted = text.strip().lower()
-        found = [name for name, (label, _) in self.labels.items() if wanted in label.lower()]
-        return [*dict.fromkeys(self.about["subjects"].get(wanted.replace(" ", "_"), []) + found)][
-            :FOUND
-        ]
+        found = self.about["subjects"].get(wanted.replace(" ", "_"), [])
+        own = [name for name, (label, _) in self.labels.items() if wanted in label.lower()]
+        return [*dict.fromkeys(found + own)][:FOUND]
 
     def listed(self, view: str, layer: int, value: str) -> list[str]:
         """The features behind a bar of the overview, the first `FOUND` of them."""
@@ -291,17 +288,15 @@ def index_matches(
             counts = np.bincount(values[values >= 0], minlength=len(names)).tolist()
             for name, count in zip(names, counts, strict=True):
                 overview.setdefault(view, {}).setdefault(name, []).append(count)
-    chance = {at: _chance(blocks, at) for at in layers}
+    lines = {at: (f"forward {at} res", f"backward {at + 1} res") for at in layers}  # whoever chose
+    nulls = {
+        at: [blocks[key]["null"] for key in some if key in blocks] for at, some in lines.items()
+    }
+    chance = {at: some[0] if some else None for at, some in nulls.items()}
     about: dict[str, Any] = {"suite": str(table["suite"].iloc[0]), "first": first, "layers": layers}
     about |= {"sites": {str(site): width for site, width in widths.items()}, "blocks": blocks}
     about |= {"overview": overview, "chance": chance, "read": {}, "subjects": {}}
     return about, arrays | of_node
-
-
-def _chance(blocks: Mapping[str, Any], layer: int) -> float | None:
-    """The null's quantile of a choice among a layer's residual features, whoever chooses."""
-    keys = f"forward {layer} res", f"backward {layer + 1} res"
-    return next((blocks[key]["null"] for key in keys if key in blocks), None)
 
 
 def _viewed(arrays: Mapping[str, np.ndarray], some: slice) -> dict[str, Any]:

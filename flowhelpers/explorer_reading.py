@@ -38,10 +38,9 @@ def read_features(
         What holds for all, and arrays with a row a feature: `rate` of tokens at which it is active;
         `peak` (rows of `tokens`, one a text), `active` (there) and `near` (activations from `NEAR`
         tokens before to `NEAR` after, in hundredths of it); the `subject` whose passages it tells
-        best from others (-1 if no better than shuffled subjects), with its `auc` and what `chance`
-        gives; its shares of `groups`. Of a `small` suite also `writes`
-        (places in `words`), `theta` (the threshold, 0 if none), and `direct`, `direct_score`: the
-        best match at each layer of the stream, without the layers between.
+        best from others (-1 if no better than by `chance`), with its `auc`; shares of `groups`. Of
+        a `small` suite also `writes` (places in `words`), `theta` (the threshold, 0 if none), and
+        `direct`, `direct_score`: the best match at each layer, without the layers between.
     """
     from scipy.sparse import csr_matrix
 
@@ -53,13 +52,10 @@ def read_features(
     about |= {"texts": starts, "read": {}, "subjects": {}, "groups": [*GROUPS]}
     counts = np.bincount(text, minlength=int(text.max()) + 1)
     means_of = csr_matrix((1 / counts[text], (text, np.arange(len(text)))))
-    on_subject = None
     if given is None:
         stand = subject_features(suite, read, own["subject"].tolist(), table)
         stand = stand["feature"][stand["passes"].astype(bool)].groupby(stand["subject"])
         about["subjects"] = {name: [] for name in own["subject"]} | stand.agg(list).to_dict()
-        names = np.array([*about["subjects"]])
-        on_subject = own["subject"].to_numpy() == names[:, None]
     groups = _group_shares(table, read)
     parts: list[Arrays] = []
     for site in progress(sorted(suite.saes), "features read"):
@@ -69,8 +65,8 @@ def read_features(
         if codes is not None:
             part["rate"][:] = codes.getnnz(axis=0) / codes.shape[0]
             _contexts(part, codes.tocsc(), text)
-            if on_subject is not None:
-                _subjects(part, (means_of @ codes).toarray(), on_subject)
+            if given is None:
+                _subjects(part, (means_of @ codes).toarray(), own["subject"], [*about["subjects"]])
         for (layer, index), shares in groups.items() if site.module == "res" else ():
             if layer == site.layer:
                 part["groups"][index] = shares
@@ -107,19 +103,15 @@ def _contexts(part: Arrays, codes: Any, text: np.ndarray) -> None:
         padded[rows + NEAR] = 0
 
 
-def _subjects(part: Arrays, means: np.ndarray, on_subject: np.ndarray) -> None:
-    """As `labels.subject_scores`, of all subjects at once: the best of each feature.
-
-    It counts where it is above the best of any subject in `SHUFFLES` shuffles of the passages.
-    """
+def _subjects(part: Arrays, means: np.ndarray, topics: "pd.Series", names: list[str]) -> None:
+    """As `labels.subject_scores`, the best of each feature if no shuffle of the topics has more."""
     from scipy.stats import rankdata
 
-    generator, n = np.random.default_rng(0), on_subject.sum(axis=1)[:, None]
-    shuffles = (generator.permutation(on_subject, axis=1) for _ in range(SHUFFLES))
-    every = np.concatenate([on_subject, *shuffles]).astype(np.float32)
-    sums = every @ rankdata(means, axis=0).astype(np.float32)
-    sums = sums.reshape(SHUFFLES + 1, len(on_subject), -1)
-    sums = np.stack([sums[0], sums[1:].max(axis=0)])
+    on, generator = topics.to_numpy() == np.array(names)[:, None], np.random.default_rng(0)
+    shuffles = (generator.permutation(on, axis=1) for _ in range(SHUFFLES))
+    every = np.concatenate([on, *shuffles]).astype(np.float32)
+    sums = (every @ rankdata(means, axis=0).astype(np.float32)).reshape(SHUFFLES + 1, len(on), -1)
+    sums, n = np.stack([sums[0], sums[1:].max(axis=0)]), on.sum(axis=1)[:, None]
     auc = (sums - n * (n + 1) / 2) / (n * (len(means) - n))
     part["auc"][:], part["chance"][:] = auc.max(axis=1)
     found = means.any(axis=0) & (part["auc"] > part["chance"])
@@ -197,8 +189,7 @@ def direct_matches(
 ) -> list[tuple[int, int, float]]:
     """The best match of a residual feature at every other layer: `layer`, `index`, `cosine`.
 
-    `kept` holds directions from call to call, so that SAEs which do not all fit in memory are not
-    read again each time: `KEPT` bytes at most, and half of what is free.
+    `kept` holds directions from call to call: `KEPT` bytes at most, and half of what is free.
     """
 
     def rows(site: Site) -> torch.Tensor:

@@ -46,12 +46,21 @@ def index(planted: Suite) -> FlowIndex:
     arrays = {name: array.copy() for name, array in made.arrays.items()}
     for name, subject in ((STAND[0], 0), (SEED, -1)):  # one tells a subject, one tells none
         arrays["subject"][made.place(made.feature(name))] = subject
-    return replace(made, about=made.about | {"subjects": stand}, arrays=arrays)
+    return replace(made, about={**made.about, "subjects": stand}, arrays=arrays)
 
 
 def page_of(index: FlowIndex, seed: str) -> str:
     named = [index.feature(seed)]
     return explorer_page(index, index.records(named), named)
+
+
+def show(browser: Pages, folder: Path, index: FlowIndex, seed: str) -> Page:
+    """A page of an index at a feature, opened."""
+    (folder / "page.html").write_text(page_of(index, seed), encoding="utf-8")
+    page = browser.new(viewport={"width": 1280, "height": 1000})
+    page.goto((folder / "page.html").as_uri())
+    expect(page.locator(".fx-card h2")).to_contain_text(seed)
+    return page
 
 
 @pytest.fixture(scope="module")
@@ -187,10 +196,7 @@ def test_sliders_cut_and_widen_the_graph(browser: Pages, tmp_path: Path):
     about, arrays = index_matches(table, widths)
     links = {site: f"https://example.com/{site}/" for site in about["sites"]}
     bare = FlowIndex(about | {"links": links}, arrays)  # of no texts, and without labels
-    (tmp_path / "bare.html").write_text(page_of(bare, seed), encoding="utf-8")
-    page = browser.new(viewport={"width": 1280, "height": 1000})
-    page.goto((tmp_path / "bare.html").as_uri())
-    expect(page.locator(".fx-card h2")).to_contain_text(seed)
+    page = show(browser, tmp_path, bare, seed)
     link = page.get_by_role("link", name="on Neuronpedia")
     assert link.get_attribute("href") == "https://example.com/2/res/12"
     for name, limit in product(
@@ -300,12 +306,9 @@ def test_a_set_is_pinned_saved_and_loaded(page: Page, planted: Suite, tmp_path: 
     expect(page.get_by_label(f"label of {SEED}")).to_have_value('rain, "heavy"')
     expect(page.get_by_text("typed by hand")).to_have_count(1)
     expect(page.locator(".fx-pins").get_by_text("by top contexts and")).to_have_count(2)
-
-
-def test_a_set_without_labels_has_the_features_own(page: Page, index: FlowIndex):
-    named = {"suite": index.about["suite"], "steps": [{"feature": "2/res/1", "label": None}]}
-    file = {"name": "s.json", "mimeType": "text/json", "buffer": json.dumps(named).encode()}
-    page.get_by_label("load a set or plan").set_input_files(file)
+    bare = {"suite": planted.name, "steps": [{"feature": "2/res/1", "label": None}]}
+    file = {"name": "s.json", "mimeType": "text/json", "buffer": json.dumps(bare).encode()}
+    load.set_input_files(file)  # pyright: ignore[reportArgumentType]
     expect(page.locator(".fx-say")).to_contain_text("1 feature loaded")
     expect(page.get_by_label("label of 2/res/1")).to_have_value("snow")
     expect(page.locator(".fx-pins").get_by_text("by me")).to_be_visible()
@@ -342,10 +345,8 @@ def test_a_token_of_spaces_is_shown(index: FlowIndex, browser: Pages, tmp_path: 
     tokens = [*index.about["tokens"]]
     for at, blank in zip([c[0] for c in record["contexts"]], ("  ", "\n", "\u00a0"), strict=True):
         tokens[at] = blank
-    blank = replace(index, about=index.about | {"tokens": tokens}, labels={})
-    (tmp_path / "blank.html").write_text(page_of(blank, SEED), encoding="utf-8")
-    page = browser.new()
-    page.goto((tmp_path / "blank.html").as_uri())
+    blank = replace(index, about={**index.about, "tokens": tokens}, labels={})
+    page = show(browser, tmp_path, blank, SEED)
     expect(page.locator(".fx-card p").first).to_contain_text("active at ␣␣, ⏎, U+00A0; writes")
     assert page.locator(".fx-peak").all_text_contents() == ["␣␣", "⏎", "U+00A0"]
     page.context.close()
@@ -415,10 +416,7 @@ def test_many_layers_have_texts_and_the_centre_is_in_view(browser: Pages, tmp_pa
     links = dict.fromkeys(about["sites"], "")
     labels = {f"{at}/res/{i}": (f"rain {i}", "me") for at in range(26) for i in range(6)}
     index = FlowIndex(about | {"links": links}, arrays, labels)
-    (tmp_path / "deep.html").write_text(page_of(index, "20/res/2"), encoding="utf-8")
-    page = browser.new(viewport={"width": 1280, "height": 900})
-    page.goto((tmp_path / "deep.html").as_uri())
-    expect(page.locator(".fx-card h2")).to_contain_text("20/res/2")
+    page = show(browser, tmp_path, index, "20/res/2")
     texts = page.locator(".fx-plot .textpoint").all_text_contents()
     assert sum("rain" in text for text in texts) == 26
     box = page.locator(".fx-scroll", has=page.locator(".fx-plot")).bounding_box()
@@ -435,9 +433,8 @@ def test_names_of_lanes_do_not_collide(page: Page, width: int):
     page.get_by_label("ranks shown").fill("5")
     page.get_by_label("direct matches").check()
     lanes = "attention", "stream", "MLP", "direct"
-    boxes = [
-        page.locator(".fx-plot").get_by_text(lane, exact=True).bounding_box() for lane in lanes
-    ]
+    plot = page.locator(".fx-plot")
+    boxes = [plot.get_by_text(lane, exact=True).bounding_box() for lane in lanes]
     found = [(b["x"], b["y"], b["x"] + b["width"], b["y"] + b["height"]) for b in boxes if b]
     assert len(found) == 4
     for (a, b), (c, d) in combinations([(box[:2], box[2:]) for box in found], 2):
@@ -476,9 +473,7 @@ def test_a_page_of_some_features_says_what_it_lacks(
     index: FlowIndex, browser: Pages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("flowhelpers.explorer_index.SMALL", 10)
-    (tmp_path / "part.html").write_text(page_of(index, SEED), encoding="utf-8")
-    part = browser.new(viewport={"width": 1280, "height": 900})
-    part.goto((tmp_path / "part.html").as_uri())
+    part = show(browser, tmp_path, index, SEED)
     expect(part.get_by_text(f"This page holds what is near {SEED}")).to_be_visible()
     near = index.neighbourhood([index.feature(SEED)])
     brief = next(name for name, record in near.items() if "on" not in record)
@@ -592,30 +587,20 @@ def test_the_command_writes_a_page(
     assert "1/res has features 0 to 15" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        (["--html", "FOLDER"], "is a folder: expected a file"),
-        (["--html", "FOLDER/file/page.html"], "cannot make the folder"),
-        (["--html", "FOLDER/page.html", "LARGE"], "is too large for one page: name the features"),
-    ],
-)
 def test_what_no_page_can_be_made_of_is_refused_before_any_work(
-    planted_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    given: list[str],
-    said: str,
+    planted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ):
     (tmp_path / "file").touch()
-    if given[-1] == "LARGE":
-        monkeypatch.setattr("flowhelpers.explorer_index.SMALL", 10)
     monkeypatch.setattr(explorer, "flow_index", None)
     monkeypatch.setattr("flowhelpers.labels.neuronpedia.neuronpedia_labels", None)
-    options = [each.replace("FOLDER", str(tmp_path)) for each in given if each != "LARGE"]
-    assert main(["explore", str(planted_folder), "--fetch-labels", *options]) == 2
-    assert said in capsys.readouterr().err
+    for path, small, said in (
+        (tmp_path, 1000, "is a folder: expected a file"),
+        (tmp_path / "file/page.html", 1000, "cannot make the folder"),
+        (tmp_path / "page.html", 10, "is too large for one page: name the features"),
+    ):
+        monkeypatch.setattr("flowhelpers.explorer_index.SMALL", small)
+        assert main(["explore", str(planted_folder), "--fetch-labels", "--html", str(path)]) == 2
+        assert said in capsys.readouterr().err
 
 
 # ---- JupyterLab

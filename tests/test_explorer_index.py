@@ -168,11 +168,9 @@ def test_what_was_read_is_what_labels_says(planted: Suite, read: FlowIndex):
             if record["contexts"]:
                 column, at = [one[i] for one in scores], read.place(feature)
                 assert read.arrays["auc"][at] == pytest.approx(max(column), abs=1e-3)
-                assert ("subject" in record) == (max(column) > read.arrays["chance"][at])
-                assert (
-                    record.get("subject", names[int(np.argmax(column))])
-                    == names[int(np.argmax(column))]
-                )
+                is_above = max(column) > read.arrays["chance"][at]
+                best = names[int(np.argmax(column))] if is_above else None
+                assert record.get("subject") == best
             assert record["writes"] == top_logit_tokens(planted, feature, 8)["token"].tolist()
             thresholds = planted.sae(site).thresholds
             assert thresholds is not None
@@ -185,12 +183,12 @@ def test_what_was_read_is_what_labels_says(planted: Suite, read: FlowIndex):
 
 def test_a_subject_is_told_only_above_what_shuffled_subjects_give():
     topics = np.repeat(["sea", "war", "space"], 24)
-    names, generator = np.array(["sea", "war", "space"]), np.random.default_rng(0)
+    names, generator = ["sea", "war", "space"], np.random.default_rng(0)
     means = generator.random((72, 400)) * (generator.random((72, 400)) < 0.3)
     means[topics == "war", 5] += 1
     means[:, 6] = 0  # never active
     part = explorer_reading._blank(400)
-    explorer_reading._subjects(part, means, topics == names[:, None])
+    explorer_reading._subjects(part, means, pd.Series(topics), names)
     assert part["subject"][5] == 1
     assert part["auc"][5] == 1
     assert part["subject"][6] == -1
