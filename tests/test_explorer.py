@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -328,18 +327,6 @@ def test_an_address_that_is_no_feature_is_told(page: Page):
     assert centre(page) == SEED
 
 
-def test_what_is_said_is_in_view(page: Page):
-    page.set_viewport_size({"width": 420, "height": 500})
-    page.get_by_role("button", name="Pin", exact=True).click()
-    saved(page, "Save set")
-    assert page.evaluate("scrollY") > 500
-    expect(page.locator(".fx-say")).to_contain_text("saved as set.json")
-    top, bottom = page.locator(".fx-say").evaluate(
-        "(say) => { const at = say.getBoundingClientRect(); return [at.top, at.bottom] }"
-    )
-    assert 0 <= top < bottom <= 500
-
-
 def test_a_token_of_spaces_is_shown(index: FlowIndex, browser: Pages, tmp_path: Path):
     record = index.record(index.feature(SEED))
     tokens = [*index.about["tokens"]]
@@ -427,20 +414,6 @@ def test_many_layers_have_texts_and_the_centre_is_in_view(browser: Pages, tmp_pa
     assert browser.problems == []
 
 
-@pytest.mark.parametrize("width", [420, 900])
-def test_names_of_lanes_do_not_collide(page: Page, width: int):
-    page.set_viewport_size({"width": width, "height": 900})
-    page.get_by_label("ranks shown").fill("5")
-    page.get_by_label("direct matches").check()
-    lanes = "attention", "stream", "MLP", "direct"
-    plot = page.locator(".fx-plot")
-    boxes = [plot.get_by_text(lane, exact=True).bounding_box() for lane in lanes]
-    found = [(b["x"], b["y"], b["x"] + b["width"], b["y"] + b["height"]) for b in boxes if b]
-    assert len(found) == 4
-    for (a, b), (c, d) in combinations([(box[:2], box[2:]) for box in found], 2):
-        assert d[0] < a[0] or b[0] < c[0] or d[1] < a[1] or b[1] < c[1]
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_readable_at_420_px_and_in_the_dark(page_file: Path, browser: Pages, scheme: Any):
     narrow = browser.new(viewport={"width": 420, "height": 900}, color_scheme=scheme)
@@ -458,6 +431,30 @@ def test_it_is_readable_at_420_px_and_in_the_dark(page_file: Path, browser: Page
     )
     assert size >= 12
     browser.shot(narrow, f"explorer-420-{scheme}")
+    narrow.get_by_role("button", name="Pin", exact=True).click()
+    saved(narrow, "Save set")  # far below what is said, which stays in view
+    assert narrow.evaluate("scrollY") > 500
+    expect(narrow.locator(".fx-say")).to_contain_text("saved as set.json")
+    say = narrow.locator(".fx-say").bounding_box()
+    assert say is not None
+    assert 0 <= say["y"] < 900 - say["height"]
+    narrow.get_by_label("ranks shown").fill("5")
+    narrow.get_by_label("direct matches").check()
+    for width in (420, 900):  # the names of the lanes do not collide
+        narrow.set_viewport_size({"width": width, "height": 900})
+        lanes = narrow.locator(".fx-plot").get_by_text(
+            re.compile("^(attention|stream|MLP|direct)$")
+        )
+        boxes = lanes.evaluate_all(
+            "(all) => all.map((each) => each.getBoundingClientRect().toJSON())"
+        )
+        assert len(boxes) == 4
+        for a, b in combinations(boxes, 2):
+            assert (
+                min(a["right"], b["right"]) < max(a["x"], b["x"])
+                or a["bottom"] < b["y"]
+                or b["bottom"] < a["y"]
+            )
     narrow.context.close()
     assert browser.problems == []
 
@@ -538,7 +535,7 @@ def test_steered_texts_stand_beside_unsteered_of_the_same_seed(view: Explorer):
 
 
 def test_of_a_large_suite_the_kernel_answers_click_by_click(
-    view: Explorer, index: FlowIndex, planted: Suite, monkeypatch: pytest.MonkeyPatch
+    view: Explorer, index: FlowIndex, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("flowhelpers.explorer_index.SMALL", 10)
     near = asked(view, "near", feature=SEED)["records"]
@@ -548,13 +545,11 @@ def test_of_a_large_suite_the_kernel_answers_click_by_click(
     listed = asked(view, "listed", view="class", layer=1, value="translated")["records"]
     assert len(listed) == bars[1]
     direct = index.record(index.feature(SEED))["direct"]
-    for _ in range(2):  # the second time, no SAE is read
-        assert np.array(asked(view, "direct", feature=SEED)["direct"]) == pytest.approx(
-            np.array(direct), abs=1e-4
-        )
-        view.suite = SimpleNamespace(saes=view.suite.saes)  # pyright: ignore[reportAttributeAccessIssue]
-    view.suite = planted
-    assert sum(rows.nbytes for rows in view.kept.values()) == 3 * 16 * 32 * 4
+    found = asked(view, "direct", feature=SEED)["direct"]
+    assert np.array(found) == pytest.approx(np.array(direct), abs=1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Suite, "sae", None)  # the second time, none is read
+        assert asked(view, "direct", feature=SEED)["direct"] == found
     monkeypatch.setattr("flowhelpers.explorer_reading.KEPT", 16 * 32 * 4)
     view.kept.clear()
     assert len(asked(view, "direct", feature=SEED)["direct"]) == 2
@@ -607,8 +602,8 @@ def test_what_no_page_can_be_made_of_is_refused_before_any_work(
 
 
 @pytest.fixture
-def lab(planted_folder: Path, tmp_path: Path) -> Iterator[SimpleNamespace]:
-    """JupyterLab on a notebook that explores the planted suite, and then as if it were large."""
+def notebook(planted_folder: Path, tmp_path: Path) -> Path:
+    """A notebook that explores the planted suite, and then as if it were large."""
     cells = [
         f"from flowhelpers import explore, explorer_index, load_suite\n"
         f"suite = load_suite({str(planted_folder)!r})\nexplore(suite, {SEED!r})",
@@ -617,66 +612,67 @@ def lab(planted_folder: Path, tmp_path: Path) -> Iterator[SimpleNamespace]:
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(book, tmp_path / "explore.ipynb")
-    with open_lab(tmp_path) as address:
-        yield SimpleNamespace(
-            address=f"{address.split('/lab')[0]}/lab", notebook=tmp_path / "explore.ipynb"
-        )
+    return tmp_path / "explore.ipynb"
 
 
-def test_the_widget_answers_in_jupyterlab(lab: SimpleNamespace, browser: Pages, planted: Suite):
-    browser.problems.clear()
-    page = browser.new(viewport={"width": 1400, "height": 1000})
-    page.goto(f"{lab.address}/tree/explore.ipynb?reset")
-    page.locator(".jp-Notebook .jp-Cell").first.click(timeout=120_000)
-    page.get_by_text("Python 3", exact=False).first.wait_for(timeout=60_000)
-    chain = flow_graph(planted, SEED, match_table(planted, 5)).chain["feature"]
-    (other,) = (name for name in chain if name.startswith("2/"))
-    for place in range(2):  # the first has all records at once, the second asks for each click
-        page.locator(".jp-CodeCell .cm-content").nth(place).click()
-        page.keyboard.press("Shift+Enter")
-        view = page.locator(".fx").nth(place)
-        card = view.locator(".fx-card h2")
-        expect(card).to_contain_text(SEED, timeout=120_000)
-        for _ in range(20):  # until JupyterLab has stopped scrolling to the cell below
+def test_the_widget_answers_in_jupyterlab(notebook: Path, browser: Pages, planted: Suite):
+    with open_lab(notebook.parent) as address:
+        browser.problems.clear()
+        page = browser.new(viewport={"width": 1400, "height": 1000})
+        page.goto(f"{address.split('/lab')[0]}/lab/tree/explore.ipynb?reset")
+        page.locator(".jp-Notebook .jp-Cell").first.click(timeout=120_000)
+        page.get_by_text("Python 3", exact=False).first.wait_for(timeout=60_000)
+        chain = flow_graph(planted, SEED, match_table(planted, 5)).chain["feature"]
+        (other,) = (name for name in chain if name.startswith("2/"))
+        for place in range(2):  # the first has all records at once, the second asks for each click
+            page.locator(".jp-CodeCell .cm-content").nth(place).click()
+            page.keyboard.press("Shift+Enter")
+            view = page.locator(".fx").nth(place)
+            card = view.locator(".fx-card h2")
+            expect(card).to_contain_text(SEED, timeout=120_000)
+            for _ in range(20):  # until JupyterLab has stopped scrolling to the cell below
+                view.locator(".fx-plot").scroll_into_view_if_needed()
+                page.mouse.click(*drawn(view)[other])
+                page.wait_for_timeout(500)
+                if other in (card.text_content() or ""):
+                    break
+            expect(card).to_contain_text(other)
+            expect(view.get_by_text("Writes (logit lens)")).to_be_visible(timeout=60_000)
+            view.get_by_label("direct matches").check()
+            expect(view.get_by_text("Direct matches", exact=True)).to_be_visible(timeout=60_000)
+            if place == 0:
+                view.get_by_role("button", name="Pin", exact=True).click()
+            expect(view.get_by_label(f"unpin {other}")).to_be_visible()  # by the second view, too
+            view.get_by_role("button", name="Switch off").click()
+            expect(view.get_by_text("at most").first).to_be_visible(timeout=60_000)
+            view.get_by_role("button", name="Write", exact=True).click()
+            expect(view.get_by_text("unsteered", exact=True)).to_be_visible(timeout=60_000)
+            view.get_by_role("button", name="Whole model").click()
+            view.locator("section table button").first.click()
+            view.locator(".fx-found button").first.click()
+            expect(card).not_to_contain_text("The whole model")
+            view.get_by_role("button", name="Back").click()
+            expect(card).to_contain_text("The whole model")
             view.locator(".fx-plot").scroll_into_view_if_needed()
-            page.mouse.click(*drawn(view)[other])
-            page.wait_for_timeout(500)
-            if other in (card.text_content() or ""):
-                break
-        expect(card).to_contain_text(other)
-        expect(view.get_by_text("Writes (logit lens)")).to_be_visible(timeout=60_000)
-        view.get_by_label("direct matches").check()
-        expect(view.get_by_text("Direct matches", exact=True)).to_be_visible(timeout=60_000)
-        if place == 0:
-            view.get_by_role("button", name="Pin", exact=True).click()
-        expect(view.get_by_label(f"unpin {other}")).to_be_visible()  # by the second view, too
+            browser.shot(page, f"explorer-lab-{place}")
+        find(view, "1/res/99")
+        expect(view.locator(".fx-say")).to_contain_text("No feature 1/res/99")
+        before = notebook.stat().st_size
+        page.locator("[data-command='docmanager:save'], button[title^='Save']").first.click()
+        page.wait_for_timeout(2000)
+        assert before < notebook.stat().st_size < 10_000  # no records, no plotly.js
+        find(view, "1/mlp/2")  # which has no predecessors
+        expect(view.locator(".fx-card h2")).to_contain_text("1/mlp/2")
+        offered = view.get_by_label("change").locator("option").all_text_contents()
+        assert offered == ["this feature", "the pinned set"]
+        page.locator("[data-command='notebook:restart-kernel']").first.click()
+        page.locator(".jp-Dialog .jp-mod-accept").click()
         view.get_by_role("button", name="Switch off").click()
-        expect(view.get_by_text("at most").first).to_be_visible(timeout=60_000)
-        view.get_by_role("button", name="Write", exact=True).click()
-        expect(view.get_by_text("unsteered", exact=True)).to_be_visible(timeout=60_000)
+        expect(view.locator(".fx-say")).to_contain_text("The kernel was restarted")
         view.get_by_role("button", name="Whole model").click()
-        view.locator("section table button").first.click()
-        view.locator(".fx-found button").first.click()
-        view.get_by_role("button", name="Back").click()
-        expect(card).to_contain_text("The whole model")
-        view.locator(".fx-plot").scroll_into_view_if_needed()
-        browser.shot(page, f"explorer-lab-{place}")
-    find(view, "1/res/99")
-    expect(view.locator(".fx-say")).to_contain_text("No feature 1/res/99")
-    before = lab.notebook.stat().st_size
-    page.locator("[data-command='docmanager:save'], button[title^='Save']").first.click()
-    page.wait_for_timeout(2000)
-    assert before < lab.notebook.stat().st_size < 10_000  # no records, no plotly.js
-    find(view, "1/mlp/2")  # which has no predecessors
-    expect(view.locator(".fx-card h2")).to_contain_text("1/mlp/2")
-    offered = view.get_by_label("change").locator("option").all_text_contents()
-    assert offered == ["this feature", "the pinned set"]
-    page.locator("[data-command='notebook:restart-kernel']").first.click()
-    page.locator(".jp-Dialog .jp-mod-accept").click()
-    view.get_by_role("button", name="Switch off").click()
-    expect(view.locator(".fx-say")).to_contain_text("The kernel was restarted")
-    view.get_by_role("button", name="Whole model").click()
-    expect(view.locator(".fx-say")).to_contain_text("run the cell again")
-    page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle")).wait_for(timeout=60_000)
-    page.context.close()
-    assert [each for each in browser.problems if "fx" in each or "request to" in each] == []
+        expect(view.locator(".fx-say")).to_contain_text("run the cell again")
+        page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle")).wait_for(
+            timeout=60_000
+        )
+        page.context.close()
+        assert [each for each in browser.problems if "fx" in each or "request to" in each] == []

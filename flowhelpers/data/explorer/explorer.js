@@ -300,7 +300,9 @@ class Explorer {
     this.attempt(() => this.go(from.pop(), false));
   }
   async go(name, remember = true) {
+    const asked = this.asked = {}; // what is asked for later comes first, whichever the kernel answers first
     if (name) await this.records.fetch(name);
+    if (asked !== this.asked) return;
     if (remember && this.center !== undefined && name !== this.center && this.drawn) {
       this.past.push(this.center);
       this.future = [];
