@@ -114,12 +114,13 @@ def explore(arguments: argparse.Namespace) -> int:
     """Writes the explorer of a suite as one page."""
     import pandas as pd
 
-    from flowhelpers.explorer import write_page
+    from flowhelpers.explorer import check_page, write_page
     from flowhelpers.labels.describe import read_labels
     from flowhelpers.labels.neuronpedia import neuronpedia_labels
     from flowhelpers.suites.load import load_suite
 
     suite = load_suite(arguments.suite)
+    check_page(suite, arguments.features, arguments.html)
     labels = [neuronpedia_labels(suite)] if arguments.fetch_labels else []
     labels += [read_labels(arguments.labels, suite)] if arguments.labels else []
     known = pd.concat(labels) if labels else None  # of several of a feature, the last

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import anywidget
+from plotly.offline import get_plotlyjs
 
+from flowhelpers import explorer_index
 from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import FeatureId
-from flowhelpers.core.files import write_text
+from flowhelpers.core.files import writable_folder, write_text
 from flowhelpers.core.progress_bar import live
 from flowhelpers.explorer_index import FlowIndex, best_five, flow_index
 from flowhelpers.explorer_page import FILES, explorer_page, pack
@@ -50,14 +52,14 @@ def explore(
     The view's `feature` is the one at its centre, and `pinned` the set that was put together by
     hand: `make_plan(suite, view.pinned, 2.0)` steers with it.
     """
+    start = "" if feature is None else str(suite.feature(feature))
     if live():
-        index = flow_index(suite, activations, labels)
-        return Explorer(suite, index, "" if feature is None else str(index.feature(feature)))
+        return Explorer(suite, flow_index(suite, activations, labels), start)
     table = best_five(suite)
     note = f"suite {suite.name} · a still picture: run this cell in JupyterLab to click through it"
-    if feature is None:
+    if not start:
         return births_and_deaths(flow_by_layer(table), note)
-    graph = flow_graph(suite, feature, table)
+    graph = flow_graph(suite, start, table)
     told = describe_features(suite, graph.nodes["feature"], activations, user_labels=labels)
     return flow_picture(labelled(graph, told), note)
 
@@ -78,17 +80,12 @@ def write_page(
         ValueError: If a large suite is without features, one does not exist, or the page would be
             over 15 MB.
     """
+    named = check_page(suite, features, path)
     index = flow_index(suite, labels=labels)
-    named = [*map(index.feature, features)]
-    if not index.is_small and not named:
-        raise ValueError(
-            f"{suite.name} is too large for one page: name the features whose neighbourhood it"
-            " shall hold, such as 12/res/4230"
-        )
-    records = index.records(named)
+    records, kept = index.records(named), {}
     for feature in [] if index.is_small else named:
         if feature.module == "res":
-            far = records[str(feature)]["direct"] = direct_matches(suite, feature)
+            far = records[str(feature)]["direct"] = direct_matches(suite, feature, kept)
             others = [FeatureId(layer, "res", i) for layer, i, _ in far]
             records = {str(each): index.record(each, False) for each in others} | records
     if writes and not index.is_small:
@@ -100,6 +97,21 @@ def write_page(
     return f"{path}: {held} of {suite.name}, {len(page.encode()) / 1e6:.1f} MB"
 
 
+def check_page(suite: Suite, features: Sequence[FeatureId | str], path: Path) -> list[FeatureId]:
+    """The features that a page is of; what cannot be written is refused before minutes of work."""
+    named = suite.features(features)
+    widths = (suite.row.features or suite.about(site, "width") for site in suite.saes)
+    if not named and sum(widths) > explorer_index.SMALL:
+        raise ValueError(
+            f"{suite.name} is too large for one page: name the features whose neighbourhood it"
+            " shall hold, such as 12/res/4230"
+        )
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: expected a file, such as {path / 'flow.html'}")
+    writable_folder(path.parent)
+    return named
+
+
 class Explorer(anywidget.AnyWidget):
     """The view in JupyterLab. Records and answers are messages, which no notebook keeps."""
 
@@ -109,17 +121,13 @@ class Explorer(anywidget.AnyWidget):
     def __init__(self, suite: Suite, index: FlowIndex, feature: str = "") -> None:
         super().__init__()
         self.suite, self.index = suite, index
-        self.feature, self.pinned, self.records = feature, [], {}
+        self.feature, self.pinned, self.records, self.kept = feature, [], {}, {}
         self.on_msg(self._answer)
 
     def _answer(self, _: Any, message: dict[str, Any], __: list[Any]) -> None:
-        """Answers what the view asks for; what cannot be done is told in its words."""
+        """Answers by the method of what the view asks; what cannot be done is told in its words."""
         try:
-            ask = {"start": self._start, "plotly": self._plotly, "near": self._near}
-            ask |= {"search": self._search, "listed": self._listed, "direct": self._direct}
-            ask |= {"writes": self._writes, "change": self._change, "steer": self._steer}
-            ask |= {"keep": self._keep}
-            reply = ask[message["ask"]](**message["given"])
+            reply = getattr(self, f"_{message['ask']}")(**message["given"])
         except Exception as error:  # or the view would wait for ever
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
             reply = {"error": f"{kind}{error}"}
@@ -130,11 +138,9 @@ class Explorer(anywidget.AnyWidget):
         asked = [self.index.feature(self.feature)] if self.feature else []
         if not self.records or not self.index.is_small:
             self.records = self.index.records(asked)
-        return {"bytes": pack(self.index, self.records, asked), "key": self.model_id}
+        return {"bytes": pack(self.index, self.records, asked)}
 
     def _plotly(self) -> dict[str, Any]:
-        from plotly.offline import get_plotlyjs
-
         return {"bytes": get_plotlyjs().encode()}
 
     def _keep(self, feature: str, pinned: list[str]) -> dict[str, Any]:
@@ -155,7 +161,7 @@ class Explorer(anywidget.AnyWidget):
         return {"records": {str(each): self.index.record(each, False) for each in features}}
 
     def _direct(self, feature: str) -> dict[str, Any]:
-        return {"direct": direct_matches(self.suite, self.index.feature(feature))}
+        return {"direct": direct_matches(self.suite, self.index.feature(feature), self.kept)}
 
     def _writes(self, features: Sequence[str]) -> dict[str, Any]:
         """What features write, if the model is at hand: a large one takes minutes to load."""
@@ -169,13 +175,13 @@ class Explorer(anywidget.AnyWidget):
         if not text.strip():
             raise ValueError("no sentence to read: type one")
         edited = self._some(features)
-        sites = {feature.site for feature in edited}
-        by_site = [[feature for feature in edited if feature.site == site] for site in sites]
-        edits = [rescale(self.suite.sae(some[0].site), some, r) for some in by_site]
+        by_site = {at: [f for f in edited if f.site == at] for at in {f.site for f in edited}}
+        edits = [rescale(self.suite.sae(site), some, r) for site, some in by_site.items()]
         seen = self._some(watched)
-        before = collect(self.suite, [text], {feature.site for feature in seen})
+        sites = {feature.site for feature in seen}
+        before = collect(self.suite, [text], sites)
         with editing(self.suite.model, edits):
-            after = collect(self.suite, [text], {feature.site for feature in seen})
+            after = collect(self.suite, [text], sites)
         rows = [
             {"feature": str(f), "before": before.of(f).tolist(), "after": after.of(f).tolist()}
             for f in seen
@@ -194,7 +200,7 @@ class Explorer(anywidget.AnyWidget):
         plans = {"unsteered": None, "steered": plan}
         texts = steer(self.suite, plans, prompt, SAMPLES, seed=seed, show_progress=False)
         of_unit = {"unit": "vectors of norm 1", "theta": "each feature's threshold"}[unit]
-        told = f"{len(plan.steps)} features are added, in units of {of_unit}"
+        told = f"features added: {len(plan.steps)}, in units of {of_unit}"
         return {"about": told} | {n: texts[texts["plan"] == n]["text"].tolist() for n in plans}
 
     def _some(self, names: Sequence[str]) -> list[FeatureId]:

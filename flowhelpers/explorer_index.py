@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 RANKS = 5
 SMALL = 100_000  # features of a suite that is read and labelled whole, without being asked
 FOUND = 60  # features that a search or a bar lists
-VERSION = 1  # of what the file holds: raise it when that changes
+VERSION = 2  # of what the file holds: raise it when that changes
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,8 @@ class FlowIndex:
             made["rate"] = float(f"{arrays['rate'][at]:.3g}")
             made["contexts"] = [*self._contexts(at)]
             if arrays["subject"][at] >= 0:
-                made["subject"] = self.about["subjects"][arrays["subject"][at]]
-                made["auc"] = round(float(arrays["auc"][at]), 3)
+                made["subject"] = [*self.about["subjects"]][arrays["subject"][at]]
+                made |= {key: round(float(arrays[key][at]), 3) for key in ("auc", "chance")}
             if (shares := arrays["groups"][at]).sum():
                 made["groups"] = shares.astype(float).round(3).tolist()
         if "theta" in arrays and arrays["theta"][at] > 0:
@@ -180,14 +180,11 @@ class FlowIndex:
         return {str(name): self.record(name) for name in names}
 
     def search(self, text: str) -> list[str]:
-        """The features with your own label that holds a text, or of the subject of this name."""
+        """The features that stand for a subject, or whose label of your own holds a text."""
         wanted = text.strip().lower()
-        found = [name for name, (label, _) in self.labels.items() if wanted in label.lower()]
-        if wanted in self.about["subjects"] and "auc" in self.arrays:
-            of_it = self.arrays["subject"] == self.about["subjects"].index(wanted)
-            rows = np.flatnonzero(of_it)
-            found += self._names(rows[np.argsort(-self.arrays["auc"][rows])][:FOUND])
-        return found[:FOUND]
+        found = self.about["subjects"].get(wanted.replace(" ", "_"), [])
+        own = [name for name, (label, _) in self.labels.items() if wanted in label.lower()]
+        return [*dict.fromkeys(found + own)][:FOUND]
 
     def listed(self, view: str, layer: int, value: str) -> list[str]:
         """The features behind a bar of the overview, the first `FOUND` of them."""
@@ -291,17 +288,15 @@ def index_matches(
             counts = np.bincount(values[values >= 0], minlength=len(names)).tolist()
             for name, count in zip(names, counts, strict=True):
                 overview.setdefault(view, {}).setdefault(name, []).append(count)
-    chance = {at: _chance(blocks, at) for at in layers}
+    lines = {at: (f"forward {at} res", f"backward {at + 1} res") for at in layers}  # whoever chose
+    nulls = {
+        at: [blocks[key]["null"] for key in some if key in blocks] for at, some in lines.items()
+    }
+    chance = {at: some[0] if some else None for at, some in nulls.items()}
     about: dict[str, Any] = {"suite": str(table["suite"].iloc[0]), "first": first, "layers": layers}
     about |= {"sites": {str(site): width for site, width in widths.items()}, "blocks": blocks}
-    about |= {"overview": overview, "chance": chance, "read": {}, "subjects": []}
+    about |= {"overview": overview, "chance": chance, "read": {}, "subjects": {}}
     return about, arrays | of_node
-
-
-def _chance(blocks: Mapping[str, Any], layer: int) -> float | None:
-    """The null's quantile of a choice among a layer's residual features, whoever chooses."""
-    keys = f"forward {layer} res", f"backward {layer + 1} res"
-    return next((blocks[key]["null"] for key in keys if key in blocks), None)
 
 
 def _viewed(arrays: Mapping[str, np.ndarray], some: slice) -> dict[str, Any]:

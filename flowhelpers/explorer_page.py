@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
+from plotly.offline import get_plotlyjs
+
 from flowhelpers.core.features import FeatureId
 from flowhelpers.core.files import DATA
 from flowhelpers.explorer_index import FlowIndex
@@ -35,8 +37,6 @@ def explorer_page(index: FlowIndex, records: dict[str, Any], named: Sequence[Fea
 
     A ValueError if it would be over 15 MB.
     """
-    from plotly.offline import get_plotlyjs
-
     page = PAGE.format(
         title=escape(f"The flow of {index.about['suite']}"),
         css=(FILES / "explorer.css").read_text("utf-8"),
@@ -55,10 +55,7 @@ def explorer_page(index: FlowIndex, records: dict[str, Any], named: Sequence[Fea
 def pack(index: FlowIndex, records: dict[str, Any], named: Sequence[FeatureId] = ()) -> bytes:
     """Records with what holds for all of them, as the explorer's JavaScript unpacks them."""
     about = {name: index.about[name] for name in index.about if name not in ("first", "words")}
-    about |= {
-        "whole": index.is_small,
-        "seeds": [*map(str, named)],
-        "start": str(named[0]) if named else "",
-    }
+    about |= {"whole": index.is_small, "seeds": (seeds := [*map(str, named)])}
+    about["start"] = seeds[0] if seeds else ""
     text = json.dumps({"about": about, "records": records}, separators=(",", ":"))
     return gzip.compress(text.encode(), 6, mtime=0)

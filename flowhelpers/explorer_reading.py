@@ -10,9 +10,11 @@ from flowhelpers.activations.corpora import passages
 from flowhelpers.activations.sampling import text_length
 from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import FeatureId, Site
+from flowhelpers.core.machine import free_memory
 from flowhelpers.core.progress_bar import progress
 from flowhelpers.groups.occurrences import GROUPS, find_occurrences
 from flowhelpers.labels.describe import logit_lens
+from flowhelpers.labels.subjects import subject_features
 from flowhelpers.matching.cosine import top_k_cosine
 from flowhelpers.suites.model import token_strings
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
 
 WRITTEN, CONTEXTS, NEAR = 8, 3, 8  # tokens, places, tokens on each side of a place
+SHUFFLES = 200
+KEPT = 4 * 2**30  # bytes of directions: all of Gemma 2 2B's stream
 Arrays = dict[str, np.ndarray]
 
 
@@ -34,9 +38,9 @@ def read_features(
         What holds for all, and arrays with a row a feature: `rate` of tokens at which it is active;
         `peak` (rows of `tokens`, one a text), `active` (there) and `near` (activations from `NEAR`
         tokens before to `NEAR` after, in hundredths of it); the `subject` whose passages it tells
-        best from others, and the `auc`; its shares of `groups`. Of a `small` suite also `writes`
-        (places in `words`), `theta` (the threshold, 0 if none), and `direct`, `direct_score`: the
-        best match at each layer of the stream, without the layers between.
+        best from others (-1 if no better than by `chance`), with its `auc`; shares of `groups`. Of
+        a `small` suite also `writes` (places in `words`), `theta` (the threshold, 0 if none), and
+        `direct`, `direct_score`: the best match at each layer, without the layers between.
     """
     from scipy.sparse import csr_matrix
 
@@ -45,13 +49,13 @@ def read_features(
     text = read.tokens["text"].to_numpy()
     starts = np.flatnonzero(np.diff(text, prepend=-1)).tolist()
     about: dict[str, Any] = {"tokens": token_strings(suite.model, read.tokens["token"].tolist())}
-    about |= {"texts": starts, "read": {}, "subjects": [], "groups": [*GROUPS]}
+    about |= {"texts": starts, "read": {}, "subjects": {}, "groups": [*GROUPS]}
     counts = np.bincount(text, minlength=int(text.max()) + 1)
     means_of = csr_matrix((1 / counts[text], (text, np.arange(len(text)))))
-    on_subject = None
     if given is None:
-        about["subjects"] = [*dict.fromkeys(own["subject"])]
-        on_subject = own["subject"].to_numpy() == np.array(about["subjects"])[:, None]
+        stand = subject_features(suite, read, own["subject"].tolist(), table)
+        stand = stand["feature"][stand["passes"].astype(bool)].groupby(stand["subject"])
+        about["subjects"] = {name: [] for name in own["subject"]} | stand.agg(list).to_dict()
     groups = _group_shares(table, read)
     parts: list[Arrays] = []
     for site in progress(sorted(suite.saes), "features read"):
@@ -61,8 +65,8 @@ def read_features(
         if codes is not None:
             part["rate"][:] = codes.getnnz(axis=0) / codes.shape[0]
             _contexts(part, codes.tocsc(), text)
-            if on_subject is not None:
-                _subjects(part, (means_of @ codes).toarray(), on_subject)
+            if given is None:
+                _subjects(part, (means_of @ codes).toarray(), own["subject"], [*about["subjects"]])
         for (layer, index), shares in groups.items() if site.module == "res" else ():
             if layer == site.layer:
                 part["groups"][index] = shares
@@ -79,6 +83,7 @@ def _blank(width: int) -> Arrays:
         "near": np.zeros((width, CONTEXTS, 2 * NEAR + 1), np.uint8),
         "subject": np.full(width, -1, np.int8),
         "auc": np.zeros(width, np.float32),
+        "chance": np.zeros(width, np.float32),
         "groups": np.zeros((width, len(GROUPS)), np.float32),
     }
 
@@ -98,16 +103,19 @@ def _contexts(part: Arrays, codes: Any, text: np.ndarray) -> None:
         padded[rows + NEAR] = 0
 
 
-def _subjects(part: Arrays, means: np.ndarray, on_subject: np.ndarray) -> None:
-    """As `labels.subject_scores`, of all subjects at once: the best of each feature."""
+def _subjects(part: Arrays, means: np.ndarray, topics: "pd.Series", names: list[str]) -> None:
+    """As `labels.subject_scores`, the best of each feature if no shuffle of the topics has more."""
     from scipy.stats import rankdata
 
-    n = on_subject.sum(axis=1)[:, None]
-    sums = on_subject @ rankdata(means, axis=0)
+    on, generator = topics.to_numpy() == np.array(names)[:, None], np.random.default_rng(0)
+    shuffles = (generator.permutation(on, axis=1) for _ in range(SHUFFLES))
+    every = np.concatenate([on, *shuffles]).astype(np.float32)
+    sums = (every @ rankdata(means, axis=0).astype(np.float32)).reshape(SHUFFLES + 1, len(on), -1)
+    sums, n = np.stack([sums[0], sums[1:].max(axis=0)]), on.sum(axis=1)[:, None]
     auc = (sums - n * (n + 1) / 2) / (n * (len(means) - n))
-    active = means.any(axis=0)
-    part["subject"][active] = auc.argmax(axis=0)[active]
-    part["auc"][:] = auc.max(axis=0)
+    part["auc"][:], part["chance"][:] = auc.max(axis=1)
+    found = means.any(axis=0) & (part["auc"] > part["chance"])
+    part["subject"][found] = auc[0].argmax(axis=0)[found]
 
 
 def _group_shares(
@@ -176,12 +184,27 @@ def written(suite: "Suite", features: Iterable[FeatureId]) -> dict[str, list[str
     return found
 
 
-def direct_matches(suite: "Suite", feature: FeatureId) -> list[tuple[int, int, float]]:
-    """The best match of a residual feature at every other layer: `layer`, `index`, `cosine`."""
-    own = suite.sae(feature.site).direction(feature)[None]
-    found = []
+def direct_matches(
+    suite: "Suite", feature: FeatureId, kept: dict[Site, torch.Tensor]
+) -> list[tuple[int, int, float]]:
+    """The best match of a residual feature at every other layer: `layer`, `index`, `cosine`.
+
+    `kept` holds directions from call to call: `KEPT` bytes at most, and half of what is free.
+    """
+
+    def rows(site: Site) -> torch.Tensor:
+        if site in kept:
+            return kept[site]
+        read = suite.sae(site).directions
+        held = sum(each.nbytes for each in kept.values())
+        if held + read.nbytes <= min(KEPT, held + free_memory(read.device.type) // 2):
+            kept[site] = read
+        return read
+
+    own, found = rows(feature.site)[feature.index], []
     for other in sorted(suite.saes):
         if other.module == "res" and other != feature.site:
-            best = top_k_cosine(own, suite.sae(other).directions, 1)
-            found.append((other.layer, int(best.indices[0, 0]), round(float(best.scores[0, 0]), 4)))
+            cosine, index = (rows(other) @ own).max(dim=0)
+            if cosine > 0:
+                found.append((other.layer, int(index), round(float(cosine), 4)))
     return found

@@ -1,29 +1,26 @@
 """The explorer in a browser: the page from disk, and the widget in JupyterLab."""
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from itertools import product
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import toys
 from browsers import Pages
+from lab_server import open_lab
 from playwright.sync_api import Locator, Page, expect
 
 from flowhelpers import explorer
 from flowhelpers.__main__ import main
+from flowhelpers.core.features import Site
 from flowhelpers.explorer import Explorer, explore
 from flowhelpers.explorer_index import FlowIndex, flow_index, index_matches
 from flowhelpers.explorer_page import LARGEST, explorer_page
@@ -34,21 +31,35 @@ from flowhelpers.matching.table import match_table
 from flowhelpers.steering.plans import load_plan, make_plan
 from flowhelpers.suites.load import Suite
 
-SEED = "1/res/3"
+SEED, STAND = "1/res/3", ["2/res/4", "1/res/7"]
 EVIL = '<img src=x onerror="document.title=1">'
 
 
 @pytest.fixture(scope="module")
 def index(planted: Suite) -> FlowIndex:
     rows = [(SEED, f"rain {EVIL}", "me"), ("2/res/1", "snow", "me")]
-    return flow_index(
+    made = flow_index(
         planted, labels=pd.DataFrame(rows, columns=["feature", "label", "label_from"])
     )
+    stand = {name: [] for name in made.about["subjects"]} | {"particle_physics": STAND}
+    arrays = {name: array.copy() for name, array in made.arrays.items()}
+    for name, subject in ((STAND[0], 0), (SEED, -1)):  # one tells a subject, one tells none
+        arrays["subject"][made.place(made.feature(name))] = subject
+    return replace(made, about={**made.about, "subjects": stand}, arrays=arrays)
 
 
 def page_of(index: FlowIndex, seed: str) -> str:
     named = [index.feature(seed)]
     return explorer_page(index, index.records(named), named)
+
+
+def show(browser: Pages, folder: Path, index: FlowIndex, seed: str) -> Page:
+    """A page of an index at a feature, opened."""
+    (folder / "page.html").write_text(page_of(index, seed), encoding="utf-8")
+    page = browser.new(viewport={"width": 1280, "height": 1000})
+    page.goto((folder / "page.html").as_uri())
+    expect(page.locator(".fx-card h2")).to_contain_text(seed)
+    return page
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +133,8 @@ def test_the_card_has_what_the_index_has(page: Page, index: FlowIndex):
     assert f"lives from layer {record['life'][0]} to {record['life'][1]}" in card
     assert "label: me" in card
     peaks = page.locator(".fx-peak").all_text_contents()
-    assert peaks == [index.about["tokens"][c[0]].replace("\n", "⏎") for c in record["contexts"]]
+    tokens = [index.about["tokens"][c[0]].replace("\n", "⏎") for c in record["contexts"]]
+    assert peaks == [token if token.strip() else token.replace(" ", "␣") for token in tokens]
 
 
 def test_a_label_with_html_is_shown_as_text(page: Page):
@@ -141,12 +153,24 @@ def test_search_by_name_label_token_and_subject(page: Page, index: FlowIndex):
     expect(page.locator(".fx-card h2")).to_contain_text("2/res/1")
     some = index.record(index.feature("1/mlp/2"))
     token = next(t.strip() for t in some["writes"] if len(t.strip()) > 1)
-    for text in (token, some["subject"]):
-        find(page, text)
-        listed = page.locator(".fx-found button")
-        expect(listed.first).to_be_visible()
-        assert listed.count() <= 60
-    assert "AUC" in (page.locator(".fx-found li").first.text_content() or "")
+    find(page, token)
+    listed = page.locator(".fx-found button")
+    expect(listed.first).to_be_visible()
+    assert listed.count() <= 60
+    find(page, "Particle physics")  # only through those that stand for it, the best first
+    expect(page.locator(".fx-say")).to_contain_text("2 found")
+    assert listed.all_text_contents() == STAND
+    expect(page.locator(".fx-found li").first).to_contain_text("stands for particle physics")
+    listed.first.click()
+    card = page.locator(".fx-card")
+    subject, at = next(iter(index.about["subjects"])), index.record(index.feature(STAND[0]))
+    expect(card).to_contain_text(
+        f"tells passages on {subject} best (AUC {at['auc']:.2f}, by shuffled subjects"
+        f" {at['chance']:.2f} at most); stands for particle_physics"
+    )
+    find(page, SEED)
+    expect(card.locator("h2")).to_contain_text(SEED)
+    expect(card).not_to_contain_text("tells passages")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +179,8 @@ def test_search_by_name_label_token_and_subject(page: Page, index: FlowIndex):
         ("  ", "Nothing to search for"),
         ("1/res/99", "No feature 1/res/99: 1/res has features 0 to 15"),
         ("7/res/1", "No SAE at 7/res: there are 0/att"),
-        ("qqqq", "No feature has “qqqq” as label, token or subject. Subjects are: anger"),
+        ("qqqq", "as label, token or subject. Subjects that have one: particle_physics."),
+        ("weddings", "No feature stands for weddings. Subjects that have one"),
     ],
 )
 def test_what_is_not_there_is_said_in_words(page: Page, text: str, said: str):
@@ -170,10 +195,7 @@ def test_sliders_cut_and_widen_the_graph(browser: Pages, tmp_path: Path):
     about, arrays = index_matches(table, widths)
     links = {site: f"https://example.com/{site}/" for site in about["sites"]}
     bare = FlowIndex(about | {"links": links}, arrays)  # of no texts, and without labels
-    (tmp_path / "bare.html").write_text(page_of(bare, seed), encoding="utf-8")
-    page = browser.new(viewport={"width": 1280, "height": 1000})
-    page.goto((tmp_path / "bare.html").as_uri())
-    expect(page.locator(".fx-card h2")).to_contain_text(seed)
+    page = show(browser, tmp_path, bare, seed)
     link = page.get_by_role("link", name="on Neuronpedia")
     assert link.get_attribute("href") == "https://example.com/2/res/12"
     for name, limit in product(
@@ -220,8 +242,10 @@ def test_bars_of_the_whole_model_list_their_features(page: Page, index: FlowInde
             for layer, count in enumerate(counts):
                 if not count:
                     continue
+                features = "1 feature" if count == 1 else f"{count} features"
+                named = "1 layer$" if named == "1" else named
                 page.get_by_role(
-                    "button", name=re.compile(rf"^{count} features of layer {layer}: .*{named}")
+                    "button", name=re.compile(rf"^{features} of layer {layer}: .*{named}")
                 ).first.click()
                 names = page.locator(".fx-found button").all_text_contents()
                 assert names == index.listed(view, layer, value)
@@ -249,6 +273,9 @@ def test_a_set_is_pinned_saved_and_loaded(page: Page, planted: Suite, tmp_path: 
     table = read_labels(csv, planted).set_index("feature")["label"]
     assert table[SEED] == 'rain, "heavy"'
     assert {*table.index} == {*chosen}
+    said = read_labels(csv, planted).set_index("feature")["label_from"]
+    assert said[SEED] == "labels.csv"
+    assert {*said.drop(SEED)} == {"top contexts and logit lens"}
 
     exported = json.loads(saved(page, "Save for circuit-tracer and Neuronpedia").read_text())
     theirs = to_attribution_graph(keep_nodes(graph, chosen), "wet-weather")
@@ -276,6 +303,41 @@ def test_a_set_is_pinned_saved_and_loaded(page: Page, planted: Suite, tmp_path: 
     load.set_input_files({"name": "s.json", "mimeType": "text/json", "buffer": of_set.read_bytes()})
     expect(page.get_by_text(f"Pinned features ({len(chosen)})")).to_be_visible()
     expect(page.get_by_label(f"label of {SEED}")).to_have_value('rain, "heavy"')
+    expect(page.get_by_text("typed by hand")).to_have_count(1)
+    expect(page.locator(".fx-pins").get_by_text("by top contexts and")).to_have_count(2)
+    bare = {"suite": planted.name, "steps": [{"feature": "2/res/1", "label": None}]}
+    file = {"name": "s.json", "mimeType": "text/json", "buffer": json.dumps(bare).encode()}
+    load.set_input_files(file)  # pyright: ignore[reportArgumentType]
+    expect(page.locator(".fx-say")).to_contain_text("1 feature loaded")
+    expect(page.get_by_label("label of 2/res/1")).to_have_value("snow")
+    expect(page.locator(".fx-pins").get_by_text("by me")).to_be_visible()
+
+
+def test_an_address_that_is_no_feature_is_told(page: Page):
+    goes = "(hash) => { location.hash = hash }"
+    page.evaluate(goes, "2/res/5")
+    expect(page.locator(".fx-card h2")).to_contain_text("2/res/5")
+    for hash, said in (("foo", "“foo” is no feature: expected one"), ("9/res/1", "No SAE at")):
+        page.evaluate(goes, hash)
+        expect(page.locator(".fx-say")).to_contain_text(said)
+        assert centre(page) == "2/res/5"
+        assert page.url.endswith("#2/res/5")
+    page.goto(page.url.split("#")[0] + "?#foo")
+    expect(page.locator(".fx-say")).to_contain_text("“foo” is no feature")
+    assert centre(page) == SEED
+
+
+def test_a_token_of_spaces_is_shown(index: FlowIndex, browser: Pages, tmp_path: Path):
+    record = index.record(index.feature(SEED))
+    tokens = [*index.about["tokens"]]
+    for at, blank in zip([c[0] for c in record["contexts"]], ("  ", "\n", "\u00a0"), strict=True):
+        tokens[at] = blank
+    blank = replace(index, about={**index.about, "tokens": tokens}, labels={})
+    page = show(browser, tmp_path, blank, SEED)
+    expect(page.locator(".fx-card p").first).to_contain_text("active at ␣␣, ⏎, U+00A0; writes")
+    assert page.locator(".fx-peak").all_text_contents() == ["␣␣", "⏎", "U+00A0"]
+    page.context.close()
+    assert browser.problems == []
 
 
 @pytest.mark.parametrize(
@@ -288,7 +350,14 @@ def test_a_set_is_pinned_saved_and_loaded(page: Page, planted: Suite, tmp_path: 
             "This set is of suite other: expected one of",
         ),
         ('{"suite": "SUITE", "steps": [{"feature": "1/res/99"}]}', "No feature 1/res/99"),
-        ('{"suite": "SUITE", "steps": [{"feature": "<b>x</b>"}]}', "<b>x</b> is no feature"),
+        ('{"suite": "SUITE", "steps": [{"feature": "<b>x</b>"}]}', "“<b>x</b>” is no feature"),
+        ('{"suite": "SUITE", "steps": [{"feature": 3}]}', "Entry 1 of this file names no feature"),
+        ('{"suite": "SUITE", "steps": [null]}', "Entry 1 of this file names no feature"),
+        (
+            '{"suite": "SUITE", "steps": [{"feature": "1/res/3", "label": {"a": 1}}]}',
+            'The label of 1/res/3 is no text but {"a":1}',
+        ),
+        ("null", "holds no set and no plan"),
     ],
 )
 def test_sets_that_do_not_fit_are_refused_in_words(
@@ -313,6 +382,36 @@ def test_keys_alone_reach_every_feature(page: Page):
     assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
     page.keyboard.press("Enter")
     expect(page.locator(".fx-card h2")).to_contain_text(other)
+    assert page.evaluate("document.activeElement.textContent") == other
+    page.get_by_role("button", name="Pin", exact=True).focus()
+    for name in ("Unpin", "Pin", "Unpin"):  # drawn anew, and the focus is on it still
+        page.keyboard.press("Enter")
+        assert page.evaluate("document.activeElement.textContent") == name
+    page.get_by_label(f"unpin {other}").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.closest('.fx-pins') !== null")
+    page.get_by_role("button", name="Back").focus()
+    page.keyboard.press("Enter")  # of what is past no more
+    assert page.evaluate("document.activeElement.textContent") == "Forward →"
+
+
+def test_many_layers_have_texts_and_the_centre_is_in_view(browser: Pages, tmp_path: Path):
+    generator = torch.Generator().manual_seed(0)
+    rows = {Site(at, "res"): torch.randn(6, 16, generator=generator) for at in range(26)}
+    deep = match_table(toys.bare_suite(rows, 26), 5)
+    about, arrays = index_matches(deep, dict.fromkeys(rows, 6))
+    links = dict.fromkeys(about["sites"], "")
+    labels = {f"{at}/res/{i}": (f"rain {i}", "me") for at in range(26) for i in range(6)}
+    index = FlowIndex(about | {"links": links}, arrays, labels)
+    page = show(browser, tmp_path, index, "20/res/2")
+    texts = page.locator(".fx-plot .textpoint").all_text_contents()
+    assert sum("rain" in text for text in texts) == 26
+    box = page.locator(".fx-scroll", has=page.locator(".fx-plot")).bounding_box()
+    assert box
+    assert box["x"] < drawn(page)["20/res/2"][0] < box["x"] + box["width"]
+    browser.shot(page, "explorer-26-layers")
+    page.context.close()
+    assert browser.problems == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -332,6 +431,30 @@ def test_it_is_readable_at_420_px_and_in_the_dark(page_file: Path, browser: Page
     )
     assert size >= 12
     browser.shot(narrow, f"explorer-420-{scheme}")
+    narrow.get_by_role("button", name="Pin", exact=True).click()
+    saved(narrow, "Save set")  # far below what is said, which stays in view
+    assert narrow.evaluate("scrollY") > 500
+    expect(narrow.locator(".fx-say")).to_contain_text("saved as set.json")
+    say = narrow.locator(".fx-say").bounding_box()
+    assert say is not None
+    assert 0 <= say["y"] < 900 - say["height"]
+    narrow.get_by_label("ranks shown").fill("5")
+    narrow.get_by_label("direct matches").check()
+    for width in (420, 900):  # the names of the lanes do not collide
+        narrow.set_viewport_size({"width": width, "height": 900})
+        lanes = narrow.locator(".fx-plot").get_by_text(
+            re.compile("^(attention|stream|MLP|direct)$")
+        )
+        boxes = lanes.evaluate_all(
+            "(all) => all.map((each) => each.getBoundingClientRect().toJSON())"
+        )
+        assert len(boxes) == 4
+        for a, b in combinations(boxes, 2):
+            assert (
+                min(a["right"], b["right"]) < max(a["x"], b["x"])
+                or a["bottom"] < b["y"]
+                or b["bottom"] < a["y"]
+            )
     narrow.context.close()
     assert browser.problems == []
 
@@ -347,9 +470,7 @@ def test_a_page_of_some_features_says_what_it_lacks(
     index: FlowIndex, browser: Pages, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("flowhelpers.explorer_index.SMALL", 10)
-    (tmp_path / "part.html").write_text(page_of(index, SEED), encoding="utf-8")
-    part = browser.new(viewport={"width": 1280, "height": 900})
-    part.goto((tmp_path / "part.html").as_uri())
+    part = show(browser, tmp_path, index, SEED)
     expect(part.get_by_text(f"This page holds what is near {SEED}")).to_be_visible()
     near = index.neighbourhood([index.feature(SEED)])
     brief = next(name for name, record in near.items() if "on" not in record)
@@ -407,7 +528,7 @@ def test_steered_texts_stand_beside_unsteered_of_the_same_seed(view: Explorer):
     assert one["unsteered"] == none["unsteered"] == none["steered"]
     assert one["steered"] != one["unsteered"]
     assert len(one["steered"]) == explorer.SAMPLES
-    assert one["about"].startswith("1 features are added, in units of each feature's threshold")
+    assert one["about"].startswith("features added: 1, in units of each feature's threshold")
     assert (
         "strategy" in asked(view, "steer", **given | {"strategy": "x"}, strength=1, seed=0)["error"]
     )
@@ -424,9 +545,15 @@ def test_of_a_large_suite_the_kernel_answers_click_by_click(
     listed = asked(view, "listed", view="class", layer=1, value="translated")["records"]
     assert len(listed) == bars[1]
     direct = index.record(index.feature(SEED))["direct"]
-    assert np.array(asked(view, "direct", feature=SEED)["direct"]) == pytest.approx(
-        np.array(direct), abs=1e-4
-    )
+    found = asked(view, "direct", feature=SEED)["direct"]
+    assert np.array(found) == pytest.approx(np.array(direct), abs=1e-4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Suite, "sae", None)  # the second time, none is read
+        assert asked(view, "direct", feature=SEED)["direct"] == found
+    monkeypatch.setattr("flowhelpers.explorer_reading.KEPT", 16 * 32 * 4)
+    view.kept.clear()
+    assert len(asked(view, "direct", feature=SEED)["direct"]) == 2
+    assert len(view.kept) == 1
     writes = index.record(index.feature(SEED))["writes"]
     assert asked(view, "writes", features=[SEED])["writes"] == {SEED: writes}
     asked(view, "keep", feature="2/res/1", pinned=["2/res/1", SEED])
@@ -455,12 +582,28 @@ def test_the_command_writes_a_page(
     assert "1/res has features 0 to 15" in capsys.readouterr().err
 
 
+def test_what_no_page_can_be_made_of_is_refused_before_any_work(
+    planted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(explorer, "flow_index", None)
+    monkeypatch.setattr("flowhelpers.labels.neuronpedia.neuronpedia_labels", None)
+    for path, small, said in (
+        (tmp_path, 1000, "is a folder: expected a file"),
+        (tmp_path / "file/page.html", 1000, "cannot make the folder"),
+        (tmp_path / "page.html", 10, "is too large for one page: name the features"),
+    ):
+        monkeypatch.setattr("flowhelpers.explorer_index.SMALL", small)
+        assert main(["explore", str(planted_folder), "--fetch-labels", "--html", str(path)]) == 2
+        assert said in capsys.readouterr().err
+
+
 # ---- JupyterLab
 
 
 @pytest.fixture
-def lab(planted_folder: Path, tmp_path: Path) -> Iterator[SimpleNamespace]:
-    """JupyterLab on a notebook that explores the planted suite, and then as if it were large."""
+def notebook(planted_folder: Path, tmp_path: Path) -> Path:
+    """A notebook that explores the planted suite, and then as if it were large."""
     cells = [
         f"from flowhelpers import explore, explorer_index, load_suite\n"
         f"suite = load_suite({str(planted_folder)!r})\nexplore(suite, {SEED!r})",
@@ -469,74 +612,67 @@ def lab(planted_folder: Path, tmp_path: Path) -> Iterator[SimpleNamespace]:
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code) for code in cells])
     book.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
     nbformat.write(book, tmp_path / "explore.ipynb")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = [
-        f"--ServerApp.port={port}",
-        "--IdentityProvider.token=",
-        "--ServerApp.open_browser=False",
-    ]
-    options += [f"--ServerApp.root_dir={tmp_path}", "--allow-root", "--LabApp.news_url=None"]
-    environment = os.environ | {"JUPYTER_CONFIG_DIR": str(tmp_path / "config")}
-    command = [sys.executable, "-m", "jupyterlab", *options]
-    with (tmp_path / "log").open("w") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-        address = f"http://127.0.0.1:{port}/lab"
-        try:
-            for _ in range(240):
-                try:
-                    urllib.request.urlopen(address).read()
+    return tmp_path / "explore.ipynb"
+
+
+def test_the_widget_answers_in_jupyterlab(notebook: Path, browser: Pages, planted: Suite):
+    with open_lab(notebook.parent) as address:
+        browser.problems.clear()
+        page = browser.new(viewport={"width": 1400, "height": 1000})
+        page.goto(f"{address.split('/lab')[0]}/lab/tree/explore.ipynb?reset")
+        page.locator(".jp-Notebook .jp-Cell").first.click(timeout=120_000)
+        page.get_by_text("Python 3", exact=False).first.wait_for(timeout=60_000)
+        chain = flow_graph(planted, SEED, match_table(planted, 5)).chain["feature"]
+        (other,) = (name for name in chain if name.startswith("2/"))
+        for place in range(2):  # the first has all records at once, the second asks for each click
+            page.locator(".jp-CodeCell .cm-content").nth(place).click()
+            page.keyboard.press("Shift+Enter")
+            view = page.locator(".fx").nth(place)
+            card = view.locator(".fx-card h2")
+            expect(card).to_contain_text(SEED, timeout=120_000)
+            for _ in range(20):  # until JupyterLab has stopped scrolling to the cell below
+                view.locator(".fx-plot").scroll_into_view_if_needed()
+                page.mouse.click(*drawn(view)[other])
+                page.wait_for_timeout(500)
+                if other in (card.text_content() or ""):
                     break
-                except OSError:
-                    time.sleep(0.5)
-            yield SimpleNamespace(address=address, notebook=tmp_path / "explore.ipynb")
-        finally:
-            server.terminate()
-            server.wait(30)
-
-
-def test_the_widget_answers_in_jupyterlab(lab: SimpleNamespace, browser: Pages, planted: Suite):
-    browser.problems.clear()
-    page = browser.new(viewport={"width": 1400, "height": 1000})
-    page.goto(f"{lab.address}/tree/explore.ipynb?reset")
-    page.locator(".jp-Notebook .jp-Cell").first.click(timeout=120_000)
-    page.get_by_text("Python 3", exact=False).first.wait_for(timeout=60_000)
-    chain = flow_graph(planted, SEED, match_table(planted, 5)).chain["feature"]
-    (other,) = (name for name in chain if name.startswith("2/"))
-    for place in range(2):  # the first has all records at once, the second asks for each click
-        page.locator(".jp-CodeCell .cm-content").nth(place).click()
-        page.keyboard.press("Shift+Enter")
-        view = page.locator(".fx").nth(place)
-        card = view.locator(".fx-card h2")
-        expect(card).to_contain_text(SEED, timeout=120_000)
-        for _ in range(20):  # until JupyterLab has stopped scrolling to the cell below
+            expect(card).to_contain_text(other)
+            expect(view.get_by_text("Writes (logit lens)")).to_be_visible(timeout=60_000)
+            view.get_by_label("direct matches").check()
+            expect(view.get_by_text("Direct matches", exact=True)).to_be_visible(timeout=60_000)
+            if place == 0:
+                view.get_by_role("button", name="Pin", exact=True).click()
+            expect(view.get_by_label(f"unpin {other}")).to_be_visible()  # by the second view, too
+            view.get_by_role("button", name="Switch off").click()
+            expect(view.get_by_text("at most").first).to_be_visible(timeout=60_000)
+            view.get_by_role("button", name="Write", exact=True).click()
+            expect(view.get_by_text("unsteered", exact=True)).to_be_visible(timeout=60_000)
+            view.get_by_role("button", name="Whole model").click()
+            view.locator("section table button").first.click()
+            view.locator(".fx-found button").first.click()
+            expect(card).not_to_contain_text("The whole model")
+            view.get_by_role("button", name="Back").click()
+            expect(card).to_contain_text("The whole model")
             view.locator(".fx-plot").scroll_into_view_if_needed()
-            page.mouse.click(*drawn(view)[other])
-            page.wait_for_timeout(500)
-            if other in (card.text_content() or ""):
-                break
-        expect(card).to_contain_text(other)
-        expect(view.get_by_text("Writes (logit lens)")).to_be_visible(timeout=60_000)
-        view.get_by_label("direct matches").check()
-        expect(view.get_by_text("Direct matches", exact=True)).to_be_visible(timeout=60_000)
-        view.get_by_role("button", name="Pin", exact=True).click()
+            browser.shot(page, f"explorer-lab-{place}")
+        find(view, "1/res/99")
+        expect(view.locator(".fx-say")).to_contain_text("No feature 1/res/99")
+        before = notebook.stat().st_size
+        page.locator("[data-command='docmanager:save'], button[title^='Save']").first.click()
+        page.wait_for_timeout(2000)
+        assert before < notebook.stat().st_size < 10_000  # no records, no plotly.js
+        find(view, "1/mlp/2")  # which has no predecessors
+        expect(view.locator(".fx-card h2")).to_contain_text("1/mlp/2")
+        offered = view.get_by_label("change").locator("option").all_text_contents()
+        assert offered == ["this feature", "the pinned set"]
+        page.locator("[data-command='notebook:restart-kernel']").first.click()
+        page.locator(".jp-Dialog .jp-mod-accept").click()
         view.get_by_role("button", name="Switch off").click()
-        expect(view.get_by_text("at most").first).to_be_visible(timeout=60_000)
-        view.get_by_role("button", name="Write", exact=True).click()
-        expect(view.get_by_text("unsteered", exact=True)).to_be_visible(timeout=60_000)
+        expect(view.locator(".fx-say")).to_contain_text("The kernel was restarted")
         view.get_by_role("button", name="Whole model").click()
-        view.locator("section table button").first.click()
-        view.locator(".fx-found button").first.click()
-        view.get_by_role("button", name="Back").click()
-        expect(card).to_contain_text("The whole model")
-        view.locator(".fx-plot").scroll_into_view_if_needed()
-        browser.shot(page, f"explorer-lab-{place}")
-    find(view, "1/res/99")
-    expect(view.locator(".fx-say")).to_contain_text("No feature 1/res/99")
-    before = lab.notebook.stat().st_size
-    page.locator("[data-command='docmanager:save'], button[title^='Save']").first.click()
-    page.wait_for_timeout(2000)
-    assert before < lab.notebook.stat().st_size < 10_000  # no records, no plotly.js
-    page.context.close()
-    assert [each for each in browser.problems if "fx" in each or "request to" in each] == []
+        expect(view.locator(".fx-say")).to_contain_text("run the cell again")
+        page.locator("#jp-main-statusbar").get_by_text(re.compile(r"\| Idle")).wait_for(
+            timeout=60_000
+        )
+        page.context.close()
+        assert [each for each in browser.problems if "fx" in each or "request to" in each] == []

@@ -14,6 +14,7 @@ import pytest
 import toys
 
 from flowhelpers import explorer_index as index_module
+from flowhelpers import explorer_reading
 from flowhelpers.activations.corpora import passages
 from flowhelpers.activations.sparse import collect
 from flowhelpers.core.cache import read_arrays, write_arrays
@@ -165,9 +166,11 @@ def test_what_was_read_is_what_labels_says(planted: Suite, read: FlowIndex):
                     assert share == pytest.approx(100 * min(there, 1), abs=0.51)
                     checked += same
             if record["contexts"]:
-                column = [one[i] for one in scores]
-                assert record["auc"] == pytest.approx(max(column), abs=1e-3)
-                assert record["subject"] == names[int(np.argmax(column))]
+                column, at = [one[i] for one in scores], read.place(feature)
+                assert read.arrays["auc"][at] == pytest.approx(max(column), abs=1e-3)
+                is_above = max(column) > read.arrays["chance"][at]
+                best = names[int(np.argmax(column))] if is_above else None
+                assert record.get("subject") == best
             assert record["writes"] == top_logit_tokens(planted, feature, 8)["token"].tolist()
             thresholds = planted.sae(site).thresholds
             assert thresholds is not None
@@ -176,6 +179,39 @@ def test_what_was_read_is_what_labels_says(planted: Suite, read: FlowIndex):
                 assert sum(record["groups"]) == pytest.approx(1, abs=0.01)
     assert checked > 100
     assert len(tokens) == len(activations.tokens)
+
+
+def test_a_subject_is_told_only_above_what_shuffled_subjects_give():
+    topics = np.repeat(["sea", "war", "space"], 24)
+    names, generator = ["sea", "war", "space"], np.random.default_rng(0)
+    means = generator.random((72, 400)) * (generator.random((72, 400)) < 0.3)
+    means[topics == "war", 5] += 1
+    means[:, 6] = 0  # never active
+    part = explorer_reading._blank(400)
+    explorer_reading._subjects(part, means, pd.Series(topics), names)
+    assert part["subject"][5] == 1
+    assert part["auc"][5] == 1
+    assert part["subject"][6] == -1
+    told = part["subject"] >= 0
+    assert told.sum() <= 10  # of 399 at random, at one in 201 each
+    assert (told == (part["auc"] > part["chance"])).all()
+    assert 0.6 < np.median(part["chance"]) < 0.8
+
+
+def test_a_subject_is_found_through_features_that_stand_for_it(
+    planted: Suite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def stand(suite: Any, activations: Any, topics: Any, matches: pd.DataFrame) -> pd.DataFrame:
+        assert [*topics] == passages()["subject"].tolist()
+        assert {*matches["direction"]} == {"forward", "backward"}
+        rows = [("war", "1/res/4", 1), ("war", "1/res/2", 0), ("war", "2/res/9", 1)]
+        return pd.DataFrame(rows, columns=["subject", "feature", "passes"])
+
+    monkeypatch.setattr(explorer_reading, "subject_features", stand)
+    made = flow_index(planted, cache=tmp_path)
+    assert made.search("War") == ["1/res/4", "2/res/9"]
+    assert made.search("sea") == []
+    assert [*made.about["subjects"]] == [*dict.fromkeys(passages()["subject"])]
 
 
 def test_direct_matches_skip_the_layers_between(planted: Suite, read: FlowIndex):

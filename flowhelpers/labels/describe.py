@@ -133,7 +133,7 @@ def menu(
 
 
 def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
-    """Your own labels from a CSV file with the columns `feature` and `label`."""
+    """Labels from a CSV file: `feature`, `label`, and maybe `label_from` (empty: the file's)."""
     import pandas as pd
 
     table = pd.read_csv(path, dtype=str, keep_default_na=False)
@@ -144,7 +144,8 @@ def read_labels(path: str | Path, suite: "Suite") -> "pd.DataFrame":
     for problem, rows in (("is without a label", empty), ("twice", table["feature"].duplicated())):
         if rows.any():
             raise ValueError(f"{path}: {table['feature'][rows].iloc[0]} {problem}")
-    return table[["feature", "label"]].assign(label_from=Path(path).name)
+    said = table["label_from"] if "label_from" in table else pd.Series("", table.index)
+    return table[["feature", "label"]].assign(label_from=said.mask(said == "", Path(path).name))
 
 
 def subject_scores(

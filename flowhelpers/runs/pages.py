@@ -56,7 +56,7 @@ def notebook_page(
             cited += data.get("text/markdown", "")
             if PLOTLY in data:
                 data["text/html"] = figure_html(data.pop(PLOTLY))
-                resources["plotly_js"] = get_plotlyjs()
+                resources["plotly_js"] = resources["plotly_js"] or get_plotlyjs()
             elif "text/html" in data:  # text stands at the left of its cell, numbers at the right
                 data["text/html"] = re.sub(r"<td>(?=[^<]*[^\W\d_])", '<td class="text">',
                                            data["text/html"])  # fmt: skip

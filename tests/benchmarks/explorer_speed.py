@@ -57,7 +57,7 @@ def random_index(layers: int, features: int) -> FlowIndex:
         "last": rng.integers(layers // 2, layers, n, np.int16),
     }
     ranged = [*range(layers)]
-    about = {"suite": "random", "layers": ranged, "blocks": blocks, "subjects": [], "read": {}}
+    about = {"suite": "random", "layers": ranged, "blocks": blocks, "subjects": {}, "read": {}}
     about |= {"sites": {str(site): features for site in sites}}
     about |= {"first": {str(site): i * features for i, site in enumerate(sites)}}
     about |= {
@@ -117,7 +117,7 @@ def main() -> None:
         took = [1000 * seconds(lambda: own.search("res/77"))[0] for _ in range(5)]
         print(f"a search in {len(own.labels):,} labels: {told(took)}")
         if CHROMIUM:
-            in_a_browser(index, Path(folder), clicks)
+            in_a_browser(own, Path(folder), clicks)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,13 @@ const parse = (name) => {
   const [layer, module, index] = name.split("/");
   return { layer: Number(layer), module, index: Number(index) };
 };
-const shown = (token) => token.trim() ? token.trim() : JSON.stringify(token).slice(1, -1) || "␣";
+const INVISIBLE = { " ": "␣", "\n": "⏎", "\t": "⇥" };
+const visible = (text) => text.replaceAll(/[\p{Z}\p{C}]/gu, (c) => INVISIBLE[c] ?? `U+${c.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`);
+const isBlank = (token) => /^[\p{Z}\p{C}]*$/u.test(token);
+const shown = (token) => (isBlank(token) ? visible(token) || "(nothing)" : token.trim());
+const count = (n, what) => `${n.toLocaleString("en")} ${what}${n === 1 ? "" : "s"}`;
+const focusable = (part) => [...part.querySelectorAll("button, input, select, summary, a[href]")].filter((each) => !each.disabled);
+const called = (node) => node.getAttribute("aria-label") ?? node.labels?.[0]?.textContent ?? node.textContent;
 const inPlotly = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
 const two = (x) => (x === null || x === undefined ? "–" : x.toFixed(2));
 const digits = (x, n) => String(Number(x.toPrecision(n))); // never 1.0e+2
@@ -83,9 +89,10 @@ class Records {
   null(direction, layer, module) { return this.about.blocks[`${direction} ${layer} ${module}`]?.null ?? null; }
   check(text) {
     const name = text.replaceAll(/\s/g, "");
-    const { layer, module, index } = parse(name);
+    if (!/^\d+\/(res|mlp|att)\/\d+$/.test(name)) return [null, `“${text}” is no feature: expected one such as ${Object.keys(this.about.sites)[0]}/0.`];
+    const { layer, module, index } = parse(name), sites = Object.keys(this.about.sites);
     const width = this.about.sites[`${layer}/${module}`];
-    if (width === undefined) return [null, `No SAE at ${layer}/${module}: there are ${Object.keys(this.about.sites).join(", ")}.`];
+    if (width === undefined) return [null, `No SAE at ${layer}/${module}: there are ${sites.length > 24 ? `${sites[0]} to ${sites.at(-1)}` : sites.join(", ")}.`];
     if (index >= width) return [null, `No feature ${name}: ${layer}/${module} has features 0 to ${width - 1}.`];
     return [`${layer}/${module}/${index}`, null];
   }
@@ -98,6 +105,8 @@ class Records {
     this.add((await this.ask("near", { feature: name })).records);
     this.centers.add(name);
   }
+  // The features that stand for a subject, best first.
+  standing(subject) { return this.about.subjects[subject.replaceAll(" ", "_")] ?? []; }
   async search(text) {
     const wanted = text.trim().toLowerCase();
     if (!this.about.whole && this.ask) {
@@ -105,17 +114,16 @@ class Records {
       this.add(reply.records);
       return Object.keys(reply.records).map((name) => [name, "by label or subject"]);
     }
-    const found = [];
+    const standing = this.standing(wanted), found = standing.map((name, i) => [i - standing.length, name, `stands for ${wanted}`]);
     for (const [name, record] of this.known) {
+      if (standing.includes(name)) continue;
       const at = (record.writes ?? []).findIndex((token) => token.trim().toLowerCase() === wanted);
       const peaks = (record.contexts ?? []).map(([row]) => this.about.tokens[row].trim().toLowerCase());
       if (record.label?.toLowerCase().includes(wanted)) found.push([0, name, "label"]);
-      else if (record.subject === wanted) found.push([-record.auc, name, `tells passages on ${wanted}, AUC ${two(record.auc)}`]);
       else if (peaks.includes(wanted)) found.push([1, name, "most active at it"]);
       else if (at >= 0) found.push([2 + at / 100, name, `writes it, ${at + 1}. of ${record.writes.length}`]);
     }
-    const best = found.sort((a, b) => a[0] - b[0]), ofSubject = best.filter(([order]) => order < 0).slice(0, 30);
-    return [...ofSubject, ...best.filter(([order]) => order >= 0)].slice(0, 60).map(([, name, why]) => [name, why]);
+    return found.sort((a, b) => a[0] - b[0]).slice(0, 60).map(([, name, why]) => [name, why]);
   }
   async listed(view, layer, value) {
     if (!this.about.whole && this.ask) {
@@ -196,17 +204,17 @@ class Explorer {
     Object.assign(this, { root, records, Plotly, hooks });
     this.past = []; this.future = []; this.center = null;
     this.cut = { ...UNCUT }; this.ranks = 1; this.direct = false; this.aboveOnly = false;
-    this.pins = new Map(); this.setName = "";
+    this.pins = new Map(); this.setName = ""; // of each pinned feature its label, and who says so
     this.planned = { kind: "add", strength: 1 };
     this.view = "class";
     this.build();
-    try { this.readSet(JSON.parse(sessionStorage.getItem(this.storeKey) ?? "null")); } catch { /* none kept */ }
+    try { this.readSet(JSON.parse(sessionStorage.getItem(this.storeKey))); } catch { /* none kept */ }
   }
   get about() { return this.records.about; }
-  get storeKey() { return `flowhelpers ${this.about.suite} ${this.hooks.key ?? ""}`; }
+  get storeKey() { return `flowhelpers ${this.about.suite}`; } // so that a cell that is run again has them
   build() {
     const about = this.about;
-    this.say = el("p", { className: "fx-say", role: "status" });
+    this.say = el("p", { className: "fx-say", role: "status", "aria-live": "polite" });
     this.found = el("ul", { className: "fx-found" });
     const find = (event) => { event.preventDefault(); this.attempt(() => this.search()); };
     const onkeydown = (event) => { if (event.key === "Enter") find(event); }; // JupyterLab submits no form
@@ -216,6 +224,8 @@ class Explorer {
     this.forward = el("button", { onclick: () => this.travel(this.future, this.past) }, "Forward →");
     const home = el("button", { onclick: () => this.attempt(() => this.go(null)) }, "Whole model");
     this.plot = el("div", { className: "fx-plot", role: "img" });
+    this.box = el("div", { className: "fx-scroll" }, this.plot);
+    this.legend = el("p", { className: "fx-row" }); // apart from the plot, which may be wider than its box
     this.controls = el("div", { className: "fx-row" },
       ...["res", "mlp", "att"].map((module) => this.slider(`cut ${SCORES[module]} below`, 0, 1, 0.01, (x) => { this.cut[module] = x; })),
       this.slider("ranks shown", 1, 5, 1, (x) => { this.ranks = x; }),
@@ -225,16 +235,18 @@ class Explorer {
     this.trial = el("section", { className: "fx-pins", "aria-label": "try the feature in the model", hidden: true });
     this.card = el("aside", { className: "fx-card", "aria-label": "the feature" });
     this.pinBox = el("section", { className: "fx-pins", "aria-label": "pinned features" });
+    const nav = el("div", { className: "fx-row" }, form, this.back, this.forward, home);
+    this.parts = [nav, this.table, this.card, this.pinBox]; // what a redraw takes the focus from
     const seeds = about.seeds.slice(0, 8).join(", ") + (about.seeds.length > 8 ? ", …" : "");
     const part = about.whole || this.records.ask ? "" : `This page holds what is near ${seeds}, not the whole suite.`;
     this.root.classList.add("fx");
     this.root.dataset.lmSuppressShortcuts = "true"; // keys typed here are not JupyterLab's
     this.root.replaceChildren(
       el("h2", {}, `The flow of ${about.suite}`), quiet(part),
-      el("div", { className: "fx-row" }, form, this.back, this.forward, home), this.say, this.found,
-      el("div", { className: "fx-body" }, el("section", {}, this.controls, this.plot, this.table, this.trial), this.card),
+      nav, this.say, this.found,
+      el("div", { className: "fx-body" }, el("section", {}, this.controls, this.legend, this.box, this.table, this.trial), this.card),
       this.pinBox);
-    new ResizeObserver(() => { if (this.drawn && this.tall !== this.plot.clientWidth < 560) this.draw(); }).observe(this.plot);
+    new ResizeObserver(() => { if (this.drawn && this.wide !== this.box.clientWidth) this.draw(); }).observe(this.box);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
   }
   slider(name, min, max, step, set) {
@@ -251,6 +263,7 @@ class Explorer {
   tell(text, wrong = false) {
     this.say.textContent = text;
     this.say.classList.toggle("fx-wrong", wrong);
+    if (text && !text.endsWith("…")) this.say.scrollIntoView({ block: "nearest" });
   }
   async attempt(work) {
     try { this.tell(""); await work(); } catch (error) { this.tell(error.message, true); }
@@ -262,22 +275,24 @@ class Explorer {
     const text = this.query.value.trim();
     this.found.replaceChildren();
     if (!text) throw new Error("Nothing to search for: type a label, a token, a subject or a feature such as 12/res/4230.");
-    if (/^\d+\s*\/\s*(res|mlp|att)\s*\/\s*\d+$/.test(text)) {
+    if (/^[\d\s]+\/\s*(res|mlp|att)\s*\/[\d\s]+$/.test(text)) {
       const [name, wrong] = this.records.check(text);
       if (wrong) throw new Error(wrong);
       return this.go(name);
     }
-    const found = await this.records.search(text);
+    const found = await this.records.search(text), of = Object.keys(this.about.subjects), subject = text.toLowerCase();
+    const none = of.includes(subject.replaceAll(" ", "_")) && !this.records.standing(subject).length ? `No feature stands for ${subject}` : "";
     if (!found.length) {
-      const subjects = this.about.subjects?.length ? ` Subjects are: ${this.about.subjects.join(", ")}.` : "";
-      throw new Error(`No feature has “${text}” as label, token or subject.${subjects}`);
+      const some = of.filter((each) => this.records.standing(each).length).join(", ");
+      throw new Error(`${none || `No feature has “${text}” as label, token or subject`}.${some && ` Subjects that have one: ${some}.`}`);
     }
-    this.tell(`${found.length === 60 ? "the first 60" : found.length} found`);
+    this.tell(`${found.length === 60 ? "the first 60" : found.length} found${none && ` by label or token. ${none}.`}`);
     this.list(found);
   }
   list(found) {
     this.found.replaceChildren(...found.map(([name, why]) => el("li", {},
       this.button(name), ` ${this.records.label(name)} `, el("span", { className: "fx-quiet" }, why))));
+    this.found.scrollIntoView({ block: "nearest" });
   }
   travel(from, to) {
     if (!from.length) return;
@@ -285,7 +300,9 @@ class Explorer {
     this.attempt(() => this.go(from.pop(), false));
   }
   async go(name, remember = true) {
+    const asked = this.asked = {}; // what is asked for later comes first, whichever the kernel answers first
     if (name) await this.records.fetch(name);
+    if (asked !== this.asked) return;
     if (remember && this.center !== undefined && name !== this.center && this.drawn) {
       this.past.push(this.center);
       this.future = [];
@@ -293,16 +310,17 @@ class Explorer {
     this.center = name;
     this.drawn = true;
     this.hooks.keep?.(name, [...this.pins.keys()]);
-    if (name && this.direct) await this.askDirect();
     this.draw();
     this.askMore().catch(() => {});
+    if (name && this.direct) this.askDirect().catch((error) => this.tell(error.message, true));
   }
-  async askDirect() {
-    const record = this.records.get(this.center);
-    if (!this.center || record.direct || !this.records.ask || parse(this.center).module !== "res") return;
+  async askDirect() { // once the card is there, for the first time takes long
+    const name = this.center, record = this.records.get(name);
+    if (!name || record.direct || !this.records.ask || parse(name).module !== "res") return;
     this.tell("computing the direct matches …");
-    record.direct = (await this.records.ask("direct", { feature: this.center })).direct;
+    record.direct = (await this.records.ask("direct", { feature: name })).direct;
     this.tell("");
+    this.draw();
   }
   async askMore() { // of a large suite: what the features of the graph write, once they are drawn
     if (this.about.whole || !this.records.ask || !this.center) return;
@@ -315,26 +333,33 @@ class Explorer {
 
   // ---- the graph and the overview
   draw() {
+    const held = document.activeElement, part = this.parts.find((each) => each.contains(held));
+    const name = part && called(held), at = part && focusable(part).indexOf(held);
     this.back.disabled = !this.past.length;
     this.forward.disabled = !this.future.length;
     this.controls.hidden = !this.center;
     this.trial.hidden = !this.center || !this.records.ask;
-    this.tall = this.plot.clientWidth < 560;
+    this.wide = this.box.clientWidth;
+    this.tall = this.wide < 560;
     if (this.center) { this.drawFlow(); this.drawCard(); } else this.drawOverview();
-    this.drawPins();
+    if (this.pinsChanged ?? true) this.drawPins();
+    this.pinsChanged = false;
+    if (!part || (held.isConnected && !held.disabled)) return;
+    const now = focusable(part); // the same again, or what stands in its place
+    (now.find((each) => called(each) === name) ?? now[Math.min(at, now.length - 1)])?.focus({ preventScroll: true });
   }
   paint(traces, layout, label, clicked) {
     const { color: ink, backgroundColor: bg, fontFamily: family } = getComputedStyle(this.root);
     const grid = { gridcolor: "rgba(128,128,128,.25)", zeroline: false };
     const whole = {
-      font: { color: ink, size: 12, family }, paper_bgcolor: bg, plot_bgcolor: bg,
+      width: this.wide, font: { color: ink, size: 12, family }, paper_bgcolor: bg, plot_bgcolor: bg,
       margin: { l: 62, r: 12, t: 12, b: 40 }, showlegend: true,
       hoverlabel: { bgcolor: bg, font: { color: ink, size: 13 }, align: "left" },
       legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 12 } },
       ...layout, xaxis: { ...grid, ...layout.xaxis }, yaxis: { ...grid, ...layout.yaxis },
     };
     this.plot.setAttribute("aria-label", label);
-    this.Plotly.react(this.plot, traces, whole, { displayModeBar: false, responsive: true });
+    this.Plotly.react(this.plot, traces, whole, { displayModeBar: false });
     this.plot.removeAllListeners?.("plotly_click");
     this.plot.on("plotly_click", (event) => clicked(event.points[0]));
   }
@@ -355,9 +380,17 @@ class Explorer {
     }
     const all = [...nodes.values()], layers = [...new Set(all.map((n) => n.layer))].sort((a, b) => a - b);
     const bounds = this.place(all, layers);
-    this.paint([...this.lines(nodes, edges), ...this.markers(all)], { hovermode: "closest", ...bounds },
+    this.legend.replaceChildren(...[...new Set(all.map((n) => n.kind))].map((kind) => el("span", {},
+      el("span", { style: `color:${LOOKS[kind][2]}` }, `${LOOKS[kind][0]} `), READINGS[kind] ? `stream, ${kind}` : NAMES[kind] ?? kind)));
+    this.paint([...this.lines(nodes, edges), ...this.markers(all)], { hovermode: "closest", showlegend: false, ...bounds },
       `the flow graph of ${this.center}, ${all.length} features; the table below lists them`,
       (point) => this.attempt(() => this.go(point.customdata)));
+    const seen = `${this.center} ${bounds.width}`;
+    if (this.seen !== seen) { // a graph that is wider than its box scrolls to the centre
+      const { xaxis } = this.plot._fullLayout, { x } = nodes.get(this.center);
+      this.box.scrollLeft = xaxis._offset + xaxis.d2p(x) - this.wide / 2;
+      this.seen = seen;
+    }
     const ends = this.about.whole || this.records.ask || this.records.centers.has(this.center) ? ""
       : " This page holds not all of its chain: only that of the features it was made for is whole.";
     const cut = cutAt.length ? ` The chain is cut ${cutAt.join(" and ")}.` : "";
@@ -366,41 +399,41 @@ class Explorer {
     this.table.replaceChildren(
       quiet(`Lines are thicker where the cosine is higher, dotted where it is not above chance.${cut}${ends}`),
       el("details", { open: this.tableOpen ?? false, ontoggle: (event) => { this.tableOpen = event.target.open; } },
-        el("summary", {}, `These ${all.length} features as a table`),
+        el("summary", {}, all.length === 1 ? "This feature as a table" : `These ${all.length} features as a table`),
         table(rows, ["feature", "what", "match", "label"])));
   }
   // Gives the nodes their places and texts: layers along, modules across; upright where it is narrow.
   place(nodes, layers) {
     const tall = this.tall, low = layers[0], high = layers.at(-1), far = nodes.some((n) => n.role === "direct");
-    const more = this.ranks - 1 + (parse(this.center).module !== "res"), step = 0.42;
-    const gap = more ? step * more + 0.3 : 0, lane = { res: 0, att: 1, mlp: -1 - gap, direct: -2 - 2 * gap };
-    const room = tall ? 90 : this.plot.clientWidth / (high - low + 2), most = Math.floor((tall ? 105 : room) / 7);
+    const more = this.ranks - 1 + (parse(this.center).module !== "res"), [step, first] = tall ? [0.17, 0.2] : [0.42, 0.3];
+    const gap = more ? step * more + first : 0, lane = { res: 0, att: tall && more ? 1.3 : 1, mlp: -1 - gap, direct: -2 - 2 * gap };
+    const ends = [(far ? lane.direct : lane.mlp - gap) - (tall ? 0.4 : 0.7), lane.att + gap + (tall && more ? 0.2 : 0.5)];
+    const width = Math.max(this.wide, tall ? 48 + 53 * (ends[1] - ends[0]) : 74 + 76 * (high - low + 1.5)); // or it scrolls
+    const most = Math.floor(tall ? 15 : (width - 74) / (high - low + 1.5) / 7);
     for (const n of nodes) {
       const isSeed = n.name === this.center && n.module !== "res"; // apart from what its target chose
       const beyond = isSeed ? this.ranks : n.role === "alternative" ? n.rank - 1 : 0;
-      const away = beyond ? 0.3 + step * beyond : 0; // below the texts of what was chosen first
+      const away = beyond ? first + step * beyond : 0; // below the texts of what was chosen first
       const along = n.layer - (n.module === "res" ? 0 : 0.4);
       const across = lane[n.role === "direct" ? "direct" : n.module] + (n.module === "att" ? away : -away);
       [n.x, n.y] = tall ? [across, along] : [along, across];
       n.kind = ["direct", "alternative"].includes(n.role) ? n.role : this.records.get(n.name).class ?? n.module;
       const caption = this.records.caption(n.name), short = caption.length > most ? `${caption.slice(0, most - 1)}…` : caption;
-      n.text = n.role === "alternative" || room < 38 ? " " : // plotly loses texts that were empty
-        room < 80 ? `${n.index}` : `${n.index}<br>${inPlotly(short)}`;
+      n.text = n.role === "alternative" ? " " : `${n.index}<br>${inPlotly(short)}`; // plotly loses texts that were empty
       const hover = [n.name, this.records.label(n.name), n.kind, n.told ?? ""].filter(Boolean);
       n.hover = hover.map(inPlotly).join("<br>").replaceAll("\n", "<br>");
     }
-    const lanes = ["att", "res", "mlp", ...(far ? ["direct"] : [])], end = far ? lane.direct : lane.mlp - gap;
+    const lanes = ["att", "res", "mlp", ...(far ? ["direct"] : [])];
     const across = {
       tickvals: lanes.map((l) => lane[l]), ticktext: lanes.map((l) => NAMES[l] ?? "direct"), showgrid: false,
-      range: [end - 0.7, 1.5 + gap], side: tall ? "top" : "left",
+      range: ends, side: tall ? "top" : "left", tickangle: 0,
     };
     const along = {
       title: { text: "layer" }, tickvals: layers, ticktext: layers.map(String),
-      range: tall ? [high + 0.6, low - 0.7] : [low - 0.9, high + 0.6],
+      range: tall ? [high + 0.6, low - 0.7] : [low - 0.9, high + 0.6], tickangle: 0,
     };
-    if (!tall) return { xaxis: along, yaxis: across, height: 250 + 85 * (lanes.length - 1 + 2 * gap) };
-    const below = { margin: { l: 40, r: 8, t: 40, b: 40 }, legend: { orientation: "h", y: -0.02, yanchor: "top" } };
-    return { xaxis: across, yaxis: along, height: 140 + 92 * (high - low + 1), ...below };
+    if (!tall) return { width, xaxis: along, yaxis: across, height: 250 + 85 * (lanes.length - 1 + 2 * gap) };
+    return { width, xaxis: across, yaxis: along, height: 100 + 92 * (high - low + 1), margin: { l: 40, r: 8, t: 40, b: 0 } };
   }
   lines(nodes, edges) { // one trace for all lines of a look: a shape for each would take as long as all the rest
     const looks = new Map();
@@ -416,6 +449,7 @@ class Explorer {
   }
   markers(nodes) {
     const { color: ink, backgroundColor: bg } = getComputedStyle(this.root);
+    const shadow = [[-1, -1], [-1, 1], [1, -1], [1, 1]].map(([x, y]) => `${x}px ${y}px 1px ${bg}`).join(", "); // over lines
     return [...new Set(nodes.map((n) => n.kind))].map((kind) => {
       const some = nodes.filter((n) => n.kind === kind), [, symbol, color] = LOOKS[kind];
       const isMarked = (n) => this.pins.has(n.name) || n.name === this.center;
@@ -423,9 +457,9 @@ class Explorer {
       const size = some.map((n) => (n.name === this.center ? 20 : n.role === "alternative" ? 9 : 13));
       const line = { color: some.map((n) => (isMarked(n) ? ink : ring)), width: some.map((n) => (isMarked(n) ? 3 : 1.5)) };
       return {
-        type: "scatter", mode: "markers+text", name: NAMES[kind] ?? kind, cliponaxis: false,
+        type: "scatter", mode: "markers+text", cliponaxis: false,
         x: some.map((n) => n.x), y: some.map((n) => n.y), customdata: some.map((n) => n.name),
-        text: some.map((n) => n.text), textfont: { size: 12, color: ink },
+        text: some.map((n) => n.text), textfont: { size: 12, color: ink, shadow },
         textposition: some.map((n) => (this.tall && n.module === "res" ? "bottom right" : "bottom center")),
         hovertext: some.map((n) => n.hover), hoverinfo: "text", marker: { symbol, color, opacity: 1, size, line },
       };
@@ -433,8 +467,9 @@ class Explorer {
   }
   drawOverview() {
     const { overview, layers, sites, subjects } = this.about;
+    this.legend.replaceChildren();
     const bars = Object.entries(overview[this.view]).filter(([, counts]) => counts.some(Boolean));
-    const named = (value) => ({ born: `by ${NAMES[value]}`, life: `${value} layers` })[this.view] ?? value;
+    const named = (value) => ({ born: `by ${NAMES[value]}`, life: value === "1" ? "1 layer" : `${value} layers` })[this.view] ?? value;
     const traces = bars.map(([value, counts], i) => ({
       type: "bar", name: named(value), x: layers, y: counts, customdata: layers.map((layer) => [layer, value]),
       marker: { color: LOOKS[value]?.[2] ?? COLOURS[i], pattern: { shape: PATTERNS[i] }, line: { width: 0.5 } },
@@ -442,30 +477,32 @@ class Explorer {
     }));
     const list = (layer, value) => this.attempt(async () => {
       const names = await this.records.listed(this.view, layer, value), first = names.slice(0, 60);
-      const count = overview[this.view][value][layers.indexOf(layer)];
-      const some = first.length < count ? `; ${first.length} of them are listed` : "";
+      const all = overview[this.view][value][layers.indexOf(layer)];
+      const some = first.length < all ? `; ${first.length} of them are listed` : "";
       this.list(first.map((name) => [name, ""]));
-      this.tell(`${count} features of layer ${layer}: ${named(value)}${some}`);
+      this.tell(`${count(all, "feature")} of layer ${layer}: ${named(value)}${some}`);
     });
     const axes = { xaxis: { title: { text: "layer" }, dtick: layers.length > 16 ? 4 : 1 }, yaxis: { title: { text: "features" } } };
     this.paint(traces, { barmode: "stack", height: 380, ...axes },
       "bars by layer; the table below has the same numbers", (point) => list(...point.customdata));
     const views = { class: "classes", born: "births", life: "life spans: layers lived" };
     const view = choice(views, this.view, () => { this.view = view.value; this.draw(); });
-    const number = (layer, value, count) => (count ? el("button", {
-      className: "fx-link", "aria-label": `${count} features of layer ${layer}: ${named(value)}`, onclick: () => list(layer, value),
-    }, `${count}`) : "0");
+    const number = (layer, value, n) => (n ? el("button", {
+      className: "fx-link", "aria-label": `${count(n, "feature")} of layer ${layer}: ${named(value)}`, onclick: () => list(layer, value),
+    }, `${n}`) : "0");
     const rows = layers.map((layer, i) => [`${layer}`, ...bars.map(([value, counts]) => number(layer, value, counts[i]))]);
     this.table.replaceChildren(
       row(el("label", {}, "bars count", view), quiet("click a bar, or a number of the table, to list its features")),
       table(rows, ["layer", ...bars.map(([value]) => named(value))]));
-    const count = Object.values(sites).reduce((a, b) => a + b, 0).toLocaleString("en");
+    const all = Object.values(sites).reduce((a, b) => a + b, 0), of = Object.keys(subjects);
+    const [has, lacks] = [true, false].map((is) => of.filter((subject) => subjects[subject].length > 0 === is));
     const ask = (subject) => { this.query.value = subject; this.attempt(() => this.search()); };
     this.card.replaceChildren(
-      el("h2", {}, "The whole model"), el("p", {}, `${count} features at ${Object.keys(sites).length} sites. ${CHANCE}`),
+      el("h2", {}, "The whole model"), el("p", {}, `${count(all, "feature")} at ${count(Object.keys(sites).length, "site")}. ${CHANCE}`),
       ...Object.entries(READINGS).map(([kind, text]) => el("p", {}, `${LOOKS[kind][0]} ${kind}: ${text}`)),
-      subjects?.length ? el("p", {}, "Subjects to search for: ", ...subjects.flatMap((subject) => [
-        el("button", { className: "fx-link", onclick: () => ask(subject) }, subject), " "])) : "");
+      has.length ? el("p", {}, "Subjects to search for: ", ...has.flatMap((subject) => [
+        el("button", { className: "fx-link", onclick: () => ask(subject) }, subject), " "])) : "",
+      lacks.length ? quiet(`No feature stands for ${lacks.join(", ")}.`) : "");
   }
 
   // ---- the card
@@ -487,7 +524,10 @@ class Explorer {
       add("Life", el("p", {}, `lives from layer ${first} to ${last}: ${lived}, by steps above chance`));
     }
     if (record.rate !== undefined) {
-      const subject = record.subject ? `; tells passages on ${record.subject} best (AUC ${two(record.auc)})` : "";
+      const { subject: best, auc, chance } = record, subjects = Object.keys(this.about.subjects);
+      const stands = subjects.filter((each) => this.about.subjects[each].includes(name)).join(" and ");
+      const subject = (best ? `; tells passages on ${best} best (AUC ${two(auc)}, by shuffled subjects ${two(chance)} at most)` : "")
+        + (stands && `; stands for ${stands}`);
       const often = `active at ${percent(record.rate)} of the tokens read${subject}`;
       add("How often", el("p", {}, record.rate ? often : "not active at any token read"));
     }
@@ -525,7 +565,7 @@ class Explorer {
     const spans = tokens.map((token, i) => {
       const share = shares.get(first + i) ?? 0, className = first + i === peak ? "fx-peak" : "";
       const title = share ? `${Math.round(100 * share)} % of ${active}` : "";
-      return el("span", { className, title, style: shade(share) }, token.replaceAll("\n", "⏎"));
+      return el("span", { className, title, style: shade(share) }, className && isBlank(token) ? visible(token) : token.replaceAll("\n", "⏎"));
     });
     return el("p", { className: "fx-context", title: `activation ${active} at the underlined token` }, ...spans);
   }
@@ -535,10 +575,10 @@ class Explorer {
     const edges = this.records.flow(name, UNCUT, 1, false).edges, seen = el("div");
     const best = this.records.get(name).contexts?.[0], factor = number(3);
     const text = el("input", { className: "fx-text", value: best ? this.window(best[0]).text.trim() : "The ship sailed home." });
-    const what = choice({ own: "this feature", before: "its predecessors", pins: "the pinned set" }, "own");
+    const before = edges.filter((e) => e.target === name).map((e) => e.source); // a module's feature has none
+    const what = choice({ own: "this feature", ...(before.length ? { before: "its predecessors" } : {}), pins: "the pinned set" }, "own");
     const later = edges.filter((e) => e.source === name).map((e) => e.target);
     const change = (r) => this.attempt(async () => {
-      const before = edges.filter((e) => e.target === name).map((e) => e.source);
       const features = { own: [name], before, pins: [...this.pins.keys()] }[what.value];
       seen.replaceChildren(el("p", {}, "computing …"));
       const given = { features, r, text: text.value, watched: [name, ...later] };
@@ -576,35 +616,39 @@ class Explorer {
 
   // ---- the pinned set
   pin(name) {
-    if (!this.pins.delete(name)) this.pins.set(name, this.records.label(name).split("\n")[0]);
+    if (!this.pins.delete(name)) this.pins.set(name, this.ownLabel(name));
+    this.pinsChanged = true;
     this.keep();
     this.draw();
   }
+  ownLabel(name) { return { label: this.records.label(name).split("\n")[0], from: this.records.labelFrom(name) }; }
   keep() {
     this.hooks.keep?.(this.center, [...this.pins.keys()]);
     try { sessionStorage.setItem(this.storeKey, JSON.stringify(this.set())); } catch { /* a reload forgets it */ }
   }
   set() {
-    const features = [...this.pins].map(([feature, label]) => ({ feature, label }));
+    const features = [...this.pins].map(([feature, said]) => ({ feature, ...said }));
     return { format: SET, suite: this.about.suite, name: this.setName, features };
   }
   readSet(read) {
-    if (read === null) return;
-    const features = read.format === SET ? read.features : read.steps;
+    const features = read?.format === SET ? read.features : read?.steps;
     if (!Array.isArray(features) || typeof read.suite !== "string") {
       throw new Error("This file holds no set and no plan: expected a file that the explorer or save_plan wrote.");
     }
     if (read.suite !== this.about.suite) throw new Error(`This set is of suite ${read.suite}: expected one of ${this.about.suite}.`);
     const pins = new Map();
-    for (const { feature, label } of features) {
-      const [name, wrong] = /^\d+\/(res|mlp|att)\/\d+$/.test(feature) ? this.records.check(feature) : [null, `${feature} is no feature.`];
+    for (const [i, each] of features.entries()) {
+      if (typeof each?.feature !== "string") throw new Error(`Entry ${i + 1} of this file names no feature: expected {"feature": "${Object.keys(this.about.sites)[0]}/0"}.`);
+      const [name, wrong] = this.records.check(each.feature), own = name && this.ownLabel(name), label = each.label ?? own?.label;
       if (wrong) throw new Error(wrong);
-      pins.set(name, String(label ?? this.records.label(name)));
+      if (typeof label !== "string") throw new Error(`The label of ${name} is no text but ${JSON.stringify(label)}.`);
+      pins.set(name, { label, from: typeof each.from === "string" ? each.from : label === own.label ? own.from : "" });
     }
-    this.pins = pins;
-    this.setName = String(read.name ?? read.about ?? "");
+    const name = read.name ?? read.about;
+    Object.assign(this, { pins, pinsChanged: true, setName: typeof name === "string" ? name : "" });
     this.keep();
   }
+  get slug() { return this.setName.replaceAll(/[^A-Za-z0-9]+/g, "-").replaceAll(/^-|-$/g, "") || "set"; }
   drawPins() {
     const name = el("input", { value: this.setName, placeholder: "name of the set", onchange: () => { this.setName = name.value; this.keep(); } });
     const file = el("input", { type: "file", accept: ".json", onchange: () => this.attempt(async () => {
@@ -612,26 +656,30 @@ class Explorer {
       try { read = JSON.parse(await file.files[0].text()); } catch { throw new Error(`${file.files[0].name} is not JSON.`); }
       this.readSet(read);
       this.draw();
-      this.tell(`${this.pins.size} features loaded`);
+      this.tell(`${count(this.pins.size, "feature")} loaded`);
     }) });
     const { kind: chosen, strength: given } = this.planned;
     const kind = choice({ add: "add, s =", rescale: "rescale, r =" }, chosen), strength = number(given);
     for (const each of [kind, strength]) {
       each.addEventListener("change", () => { this.planned = { kind: kind.value, strength: strength.value }; });
     }
-    const slug = this.setName.replaceAll(/[^A-Za-z0-9]+/g, "-").replaceAll(/^-|-$/g, "") || "set";
     const save = (what, end, make) => el("button", {
-      disabled: !this.pins.size, onclick: () => this.attempt(() => this.download(`${slug}${end}`, make())),
+      disabled: !this.pins.size, onclick: () => this.attempt(() => this.download(`${this.slug}${end}`, make())),
     }, what);
-    const relabel = (feature) => (event) => { this.pins.set(feature, event.target.value); this.keep(); };
-    const items = [...this.pins].map(([feature, value]) => el("li", { className: "fx-row" }, this.button(feature),
+    const said = (from) => (from ? `by ${from}` : "typed by hand");
+    const relabel = (feature) => (event) => {
+      this.pins.set(feature, { label: event.target.value, from: "" });
+      event.target.nextSibling.textContent = said("");
+      this.keep();
+    };
+    const items = [...this.pins].map(([feature, { label: value, from }]) => el("li", { className: "fx-row" }, this.button(feature),
       el("input", { className: "fx-text", value, "aria-label": `label of ${feature}`, onchange: relabel(feature) }),
-      el("button", { "aria-label": `unpin ${feature}`, onclick: () => this.pin(feature) }, "Unpin")));
+      el("span", { className: "fx-quiet" }, said(from)), el("button", { "aria-label": `unpin ${feature}`, onclick: () => this.pin(feature) }, "Unpin")));
     this.pinBox.replaceChildren(
       el("h2", {}, `Pinned features (${this.pins.size})`),
       row(el("label", {}, "name", name), el("label", { className: "fx-file" }, "load a set or plan", file)), el("ul", {}, ...items),
       row(save("Save set", ".json", () => this.set()), save("Save labels", "-labels.csv", () => this.labels()),
-        save("Save for circuit-tracer and Neuronpedia", "-graph.json", () => this.attributionGraph(slug)),
+        save("Save for circuit-tracer and Neuronpedia", "-graph.json", () => this.attributionGraph(this.slug)),
         save("Save as plan", "-plan.json", () => this.plan(kind.value, strength.value.trim() ? Number(strength.value) : NaN)), kind, strength));
   }
   plan(kind, strength) {
@@ -644,9 +692,9 @@ class Explorer {
   }
   labels() {
     const quote = (text) => `"${text.replaceAll('"', '""')}"`;
-    const rows = [...this.pins].filter(([, label]) => label.trim());
+    const rows = [...this.pins].filter(([, { label }]) => label.trim());
     if (!rows.length) throw new Error("No pinned feature has a label: type one.");
-    return ["feature,label", ...rows.map(([feature, label]) => `${feature},${quote(label)}`)].join("\n") + "\n";
+    return ["feature,label,label_from", ...rows.map(([feature, { label, from }]) => `${feature},${quote(label)},${quote(from)}`)].join("\n") + "\n";
   }
   attributionGraph(slug) { // as flow.to_attribution_graph
     const lanes = ["att", "res", "mlp"], names = [...this.pins.keys()];
@@ -655,7 +703,7 @@ class Explorer {
       const { layer, module, index } = parse(name), lane = lanes.indexOf(module), sum = layer + { res: 0, mlp: 1000, att: 2000 }[module] + index;
       const node = { node_id: id(name), jsNodeId: `${layer}_${index}-${lane}`, feature: (sum * (sum + 1)) / 2 + index };
       Object.assign(node, { layer: `${layer}`, ctx_idx: lane, feature_type: "cross layer transcoder" });
-      return { ...node, clerp: this.pins.get(name) || name };
+      return { ...node, clerp: this.pins.get(name).label || name };
     });
     const links = [];
     for (const name of names) {
@@ -697,33 +745,48 @@ export async function openPage(root, packed) {
   const held = new Records(about);
   held.add(records);
   const keep = (name) => history.replaceState(null, "", name ? `#${name}` : "#");
-  const address = location.hash.slice(1); // before the explorer writes its own
+  const asked = () => (location.href.includes("#") ? location.hash.slice(1) : about.start);
+  const first = asked(); // before the explorer writes its own
   const explorer = new Explorer(root, held, globalThis.Plotly, { keep });
-  const asked = /^\d+\/(res|mlp|att)\/\d+$/.test(address) ? address : about.start;
-  await explorer.attempt(async () => {
-    const [name, wrong] = asked ? held.check(asked) : [null, null];
-    if (!wrong) return explorer.go(name);
-    await explorer.go(null);
-    throw new Error(wrong);
+  const open = (address) => explorer.attempt(async () => {
+    try {
+      const [name, wrong] = address ? held.check(address) : [null, null];
+      if (wrong) throw new Error(wrong);
+      await explorer.go(name);
+    } catch (error) { // stay, or begin somewhere
+      await explorer.go(explorer.drawn ? explorer.center : about.start || null);
+      throw error;
+    }
   });
+  addEventListener("hashchange", () => open(asked()));
+  await open(first);
 }
 
 /* The widget: records and live answers come from the kernel, by messages that no notebook keeps. */
 async function render({ model, el: root }) {
   const waiting = new Map();
-  let last = 0;
+  let last = 0, lost = false, explorer;
+  const onLost = () => { lost = true; };
   const onMessage = (content, buffers) => {
+    lost = false;
     const [resolve, reject] = waiting.get(content.id) ?? [];
     waiting.delete(content.id);
     if (content.error) reject?.(new Error(content.error));
     else resolve?.({ ...content, buffers });
   };
   model.on("msg:custom", onMessage);
+  model.on("comm_live_update", onLost); // the kernel was restarted, or has gone
   const own = `${Date.now()}-${Math.random()}`; // two views of one widget do not take each other's answers
   const ask = (what, given = {}) => new Promise((resolve, reject) => {
     const id = `${own}-${last += 1}`;
+    const refuse = () => reject(new Error("The kernel was restarted and knows this view no more: run the cell again."));
     waiting.set(id, [resolve, reject]);
-    model.send({ id, ask: what, given });
+    setTimeout(() => {
+      if (!waiting.has(id)) return;
+      if (lost) refuse();
+      else explorer?.tell("The kernel has not answered yet: it is busy, or this cell has to be run again.");
+    }, lost ? 500 : 15000);
+    try { model.send({ id, ask: what, given }); } catch { refuse(); }
   });
   root.replaceChildren(el("p", {}, "The explorer is loading …"));
   const late = setTimeout(() => root.replaceChildren(el("p", {}, "The kernel has not answered yet: it is busy, or this cell has to be run again.")), 15000);
@@ -740,12 +803,12 @@ async function render({ model, el: root }) {
     clearTimeout(late);
     const held = new Records(about, ask);
     held.add(records);
-    const keep = (feature, pinned) => ask("keep", { feature: feature ?? "", pinned });
-    const explorer = new Explorer(root, held, Plotly, { key: start.key, keep });
+    const keep = (feature, pinned) => ask("keep", { feature: feature ?? "", pinned }).catch((error) => explorer?.tell(error.message, true));
+    explorer = new Explorer(root, held, Plotly, { keep });
     await explorer.attempt(() => explorer.go(about.start || null));
   } catch (error) {
     root.replaceChildren(el("p", {}, error.message));
   }
-  return () => model.off("msg:custom", onMessage);
+  return () => { model.off("msg:custom", onMessage); model.off("comm_live_update", onLost); };
 }
 export default { render };
