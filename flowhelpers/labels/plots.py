@@ -35,6 +35,5 @@ def token_text(
     figure.update_xaxes(visible=False).update_yaxes(visible=False)
     bar = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yanchor": "top", "len": 0.5}
     figure.update_layout(coloraxis_colorbar=bar | {"thickness": 12, "title_side": "right"})
-    return dress(figure, title, subtitle, 160 + 30 * rows).update_layout(
-        margin_l=10, margin_r=10, margin_b=60
-    )
+    figure = dress(figure, title, subtitle, 160 + 30 * rows)
+    return figure.update_layout(margin={"l": 10, "r": 10, "b": 60})

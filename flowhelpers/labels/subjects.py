@@ -86,9 +86,8 @@ def subject_features(
     passes = (found["contexts_other"] >= LEAST) & (found["share_other"] >= high)
     passes = (passes & (found["first"] >= OF_SHOWN)).astype(bool)
     found = found.assign(passes=passes, shown=found["first"].where(passes, 0))
-    order = {"subject": True, "passes": False, "shown": False, "rank": False}
-    found = found.sort_values([*order], ascending=[*order.values()], ignore_index=True)
-    return found[COLUMNS]
+    by = ["subject", "passes", "shown", "rank"]
+    return found.sort_values(by, ascending=[True, *[False] * 3], ignore_index=True)[COLUMNS]
 
 
 def feature_of_subject(features: "pd.DataFrame", subject: str) -> FeatureId | None:
