@@ -177,10 +177,13 @@ def lifespan_map(lifespans: pd.DataFrame, subtitle: str) -> go.Figure:
 
 
 def before_after(table: pd.DataFrame, title: str, value: str, subtitle: str) -> go.Figure:
-    """Bars that compare conditions: `what` is on the x axis, `value` is the height of a bar."""
+    """Bars that compare conditions: `what` is on the y axis, `value` is the length of a bar."""
     shown = table.assign(**{c: table[c].astype(str).map(escape) for c in ("what", "condition")})
     names = {"value": value, "what": "", "condition": ""}
     looks = {"barmode": "group", "text_auto": ".3g", "color_discrete_sequence": CONDITIONS}
-    figure = px.bar(shown, x="what", y="value", color="condition", labels=names, **looks)
-    figure.update_traces(textposition="outside", marker_line={"color": INK, "width": 0.5})
-    return dress(figure, title, subtitle, 400).update_xaxes(type="category")
+    across = {"orientation": "h", "range_x": [0, 1.1 * table["value"].max()]}  # room for numbers
+    figure = px.bar(shown, "value", "what", color="condition", labels=names, **looks, **across)
+    outside = {"textposition": "outside", "constraintext": "none", "textfont_size": 12}
+    figure.update_traces(**outside, cliponaxis=False, marker_line={"color": INK, "width": 0.5})
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    return dress(figure, title, subtitle, 180 + 20 * len(table))

@@ -33,5 +33,7 @@ def token_text(
     figure.update_traces(text=words.reshape(rows, columns), **shown)
     figure.update_traces(hovertemplate="%{text}: %{z:.3g}<extra></extra>", hoverongaps=False)
     figure.update_xaxes(visible=False).update_yaxes(visible=False)
-    figure.update_layout(coloraxis_colorbar_thickness=12)
-    return dress(figure, title, subtitle, 150 + 30 * rows).update_layout(margin_l=10, margin_r=10)
+    bar = {"orientation": "h", "x": 0, "xanchor": "left", "y": 0, "yanchor": "top", "len": 0.5}
+    figure.update_layout(coloraxis_colorbar=bar | {"thickness": 12, "title_side": "right"})
+    figure = dress(figure, title, subtitle, 160 + 30 * rows)
+    return figure.update_layout(margin={"l": 10, "r": 10, "b": 60})

@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
 
 CONTEXTS = 8  # of a half, each in another passage
-LEAST, PASSING, OF_FIRST_THREE = 3, 4, 2
+LEAST, TIMES = 4, 3  # contexts of a half that have to count; times what other subjects have
+SHOWN, OF_SHOWN = 5, 3  # contexts that a reader sees first, and of them
 SHORTLIST = 20
-COLUMNS = ["subject", "feature", "contexts", "before", "after", "auc", "share"]
-COLUMNS += ["contexts_other", "first_other", "auc_other", "share_other", "passes"]
+COLUMNS = ["subject", "feature", "contexts", "before", "after", "share", "auc"]
+COLUMNS += ["contexts_other", "share_other", "auc_other", "first", "passes"]
 
 
 def subject_features(
@@ -35,10 +36,14 @@ def subject_features(
     A word belongs to a subject if two thirds of the passages that hold it are on it; it has three
     letters or more, and its token begins it. A feature's contexts are its strongest tokens, one a
     passage, the eight strongest of a half; one counts if it is such a word in a passage on the
-    subject. Every second passage of a subject is for choosing, where 3 contexts have to count;
-    features are ranked by their number, a quarter of that of their matches in the layers before and
-    after, and the AUC. Of the 20 best those pass of which on the other half 4 contexts count, and 2
-    of the 3 strongest.
+    subject. `share` is how much of its activation lies on the subject, over the tokens where it is
+    at least half as active as it ever is.
+
+    A feature may stand for the subject if, on every second passage of each subject, 4 contexts
+    count and the share is 3 times what the other subjects have on average. The 20 best are kept, by
+    contexts (of 8, with a quarter of those of the matches in the layers before and after), plus
+    share, plus AUC. Those pass for which the same holds on the other half, and of whose 5 strongest
+    contexts of all passages 3 count; those stand first of which most count.
 
     Args:
         topics: The subject of each passage.
@@ -46,8 +51,8 @@ def subject_features(
 
     Returns:
         One row a subject and feature: `contexts`, `before`, `after` (how many count, of it and of
-        its matches; 0 where those were not read), `auc` and `share` (as `subject_scores`) on the
-        half for choosing; the first three numbers and `first_other` of the other half; `passes`.
+        its matches; 0 where those were not read), `share`, `auc` (as `subject_scores`) on the half
+        for choosing; three of these on the other half; `first`, of the 5 strongest; `passes`.
     """
     import pandas as pd
 
@@ -56,27 +61,33 @@ def subject_features(
     is_word = _own_words(suite, activations, names)
     sites = [site for site in activations.by_site if site.module == "res"]
     counts = {site: _counts(activations, site, names, half, is_word) for site in sites}
-    parts = [pd.DataFrame(columns=COLUMNS)]
+    texts, parts = activations.tokens["text"].to_numpy(), [pd.DataFrame(columns=COLUMNS)]
     for site, count in counts.items():
         chosen = count[count["contexts"] >= LEAST].reset_index()
         for name, (near, match) in _neighbours(matches, site).items():
             places = [chosen["subject"], chosen["feature"].map(match).fillna(-1).astype(int)]
             there = counts[near]["contexts"] if near in counts else pd.Series(dtype=int)
             chosen[name] = there.reindex(pd.MultiIndex.from_arrays(places)).fillna(0).to_numpy()
-        means = text_means(activations, site, chosen["feature"].tolist())
         for subject, part in chosen.groupby("subject", sort=False):
             on = (names == subject).to_numpy()
-            one, other = (auc_and_share(means[h][:, part.index], on[h]) for h in (half, ~half))
-            part = part.reset_index(drop=True).join(one).join(other.add_suffix("_other"))
+            means = text_means(activations, site, part["feature"].tolist())
+            codes = activations.by_site[site][:, part["feature"].tolist()].toarray()
+            for end, h in (("", half), ("_other", ~half)):
+                part[f"auc{end}"] = auc_and_share(means[h], on[h])["auc"].to_numpy()
+                part[f"share{end}"] = _strong_share(codes[h[texts]], on[texts][h[texts]])
             parts.append(part.assign(feature=[f"{site}/{i}" for i in part["feature"]]))
     found = pd.concat(parts[1:] or parts, ignore_index=True)
-    rank = found["contexts"] + (found["before"] + found["after"]) / 4 + found["auc"]
-    found = found.assign(rank=rank.astype(float)).sort_values("rank", ascending=False)
-    found = found.groupby("subject", sort=False).head(SHORTLIST)
-    enough = found["contexts_other"] >= PASSING
-    found["passes"] = (enough & (found["first_other"] >= OF_FIRST_THREE)).astype(bool)
-    found = found.sort_values("subject", kind="stable", ignore_index=True)
-    return found[COLUMNS]
+    high = TIMES / (TIMES + names.nunique() - 1)
+    found = found[found["share"] >= high]
+    rank = (found["contexts"] + (found["before"] + found["after"]) / 4) / CONTEXTS
+    found = found.assign(rank=(rank + found["share"] + found["auc"]).astype(float))
+    found = found.sort_values("rank", ascending=False).groupby("subject", sort=False)
+    found = found.head(SHORTLIST)
+    passes = (found["contexts_other"] >= LEAST) & (found["share_other"] >= high)
+    passes = (passes & (found["first"] >= OF_SHOWN)).astype(bool)
+    found = found.assign(passes=passes, shown=found["first"].where(passes, 0))
+    by = ["subject", "passes", "shown", "rank"]
+    return found.sort_values(by, ascending=[True, *[False] * 3], ignore_index=True)[COLUMNS]
 
 
 def feature_of_subject(features: "pd.DataFrame", subject: str) -> FeatureId | None:
@@ -166,7 +177,7 @@ def _counts(
     activations: FeatureActivations, site: Site, names: "pd.Series", half: np.ndarray,
     is_word: np.ndarray,
 ) -> "pd.DataFrame":  # fmt: skip
-    """By subject and feature, how many of the strongest contexts of each half count."""
+    """By subject and feature, how many of the strongest contexts count, of each half and of all."""
     import pandas as pd
 
     codes = activations.by_site[site].tocoo()
@@ -175,12 +186,20 @@ def _counts(
     peaks = pd.DataFrame(columns).sort_values("activation", ascending=False, kind="stable")
     peaks = peaks[peaks["activation"] > 0].drop_duplicates(["feature", "text"])
     chosen_on = half[peaks["text"]]
+    first = peaks.groupby("feature").cumcount() < SHOWN
     rank = peaks.groupby([peaks["feature"], chosen_on]).cumcount()
-    counts = is_word[peaks["row"]] & (rank < CONTEXTS)
+    own = is_word[peaks["row"]]
+    counts = own & (rank < CONTEXTS)
     columns = {"contexts": counts & chosen_on, "contexts_other": counts & ~chosen_on}
-    columns["first_other"] = columns["contexts_other"] & (rank < 3)
+    columns["first"] = own & first
     places = [names.loc[peaks["text"]].set_axis(peaks.index), peaks["feature"]]
     return pd.DataFrame(columns).groupby(places).sum()
+
+
+def _strong_share(codes: np.ndarray, on: np.ndarray) -> np.ndarray:
+    """Of columns of activations, what tokens on the subject have of those of half the highest."""
+    strong = np.where(codes >= codes.max(axis=0) / 2, codes, 0)
+    return strong[on].sum(axis=0) / np.maximum(strong.sum(axis=0), 1e-9)
 
 
 def _neighbours(matches: "pd.DataFrame", site: Site) -> "dict[str, tuple[Site, pd.Series]]":

@@ -67,7 +67,9 @@ def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:
     table = table.reset_index(drop=True) if is_bare else table  # a Styler takes each label once
     look = {"white-space": "pre-wrap", "text-align": "left"}
     texts = [*table.columns[[not pd.api.types.is_numeric_dtype(each) for each in table.dtypes]]]
+    short = [each for each in ("layer", "strength") if each in table and each not in texts]
     style = table.style.format(precision=digits, na_rep="", escape="html")
+    style = style.format("{:g}", subset=short, na_rep="")
     style = style.set_properties(texts, **look)
     style = style.set_table_styles([{"selector": "th", "props": "text-align: left"}])
     style = style.set_caption(caption) if caption else style

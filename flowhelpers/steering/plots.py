@@ -97,7 +97,9 @@ def suppression_by_layer(means: pd.DataFrame, subtitle: str) -> go.Figure:
     return finish(figure, "Which layer suppresses the theme best?", subtitle, height)
 
 
-def strategies_by_theme(means: pd.DataFrame, subtitle: str) -> go.Figure:
+def strategies_by_theme(
+    means: pd.DataFrame, subtitle: str, title: str = "How well does each strategy bring in a theme?"
+) -> go.Figure:
     """Score, behavioral and coherence of each strategy, theme by theme (Figure 11)."""
     long = _long(means, SCORES[::-1])
     figure = px.bar(
@@ -106,7 +108,6 @@ def strategies_by_theme(means: pd.DataFrame, subtitle: str) -> go.Figure:
         labels=AXES,
         category_orders={"strategy": [UNSTEERED, "seeds only", *LOOKS]},
     )  # fmt: skip
-    title = "How well does each strategy bring a theme into texts?"
     return _finished(figure, title, subtitle, 900)
 
 

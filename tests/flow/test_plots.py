@@ -264,8 +264,9 @@ def test_births_lifespans_and_conditions_are_drawn_as_in_their_tables() -> None:
     table = pd.DataFrame({"what": ["a<\nb", "a<\nb", "c", "c"], "value": [12.34, 0.0, 0.123, 1]})
     table["condition"] = ["before", "after"] * 2
     before, after = before_after(table, "title", "activation", "toy").data
-    assert (list(before.x), list(before.y)) == (["a&lt;<br>b", "c"], [12.34, 0.123])
-    assert (before.name, after.name, list(after.y)) == ("before", "after", [0, 1])
+    assert (list(before.y), list(before.x)) == (["a&lt;<br>b", "c"], [12.34, 0.123])
+    assert (before.name, after.name, list(after.x)) == ("before", "after", [0, 1])
+    assert {(bar.constraintext, bar.textfont.size) for bar in (before, after)} == {("none", 12)}
 
 
 @pytest.fixture(scope="module")

@@ -153,6 +153,7 @@ def test_subject_scores_are_the_auc_of_mean_activations():
 def test_token_text_colours_each_token_by_its_activation():
     tokens = pd.DataFrame({"token": ["ab", " <c", "\n"], "activation": [0.0, 2.5, 1.0]})
     figure = token_text(tokens, "title", "toy", columns=2)
+    assert figure.layout.coloraxis.colorbar.orientation == "h"  # one line of text has no height
     (grid,) = figure.data
     assert [list(row) for row in grid.text] == [["ab", " &lt;c"], ["⏎", ""]]
     assert grid.z[0].tolist() == [0, 2.5]

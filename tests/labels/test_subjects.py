@@ -30,6 +30,7 @@ TOPICS = [topic for topic in PASSAGES for _ in range(24)]
 FIRST_HALF = np.arange(len(TOPICS)) % 2 == 0
 WORD, LETTER, COMMA, COMMON, LUCKY = 3, 0, 1, 2, 4  # features that are active on weddings alone
 ANYWHERE = 5
+DENSE, MISLEADING = 6, 7  # strongest at words of weddings; and as strong elsewhere, or nearly
 
 
 def planted_passages(
@@ -43,6 +44,9 @@ def planted_passages(
         codes[..., feature] = np.isin(ids, tokens) * is_wedding * (2.0 + ids)
     codes[..., LUCKY] = (ids == 1) * FIRST_HALF[:, None] * 3.0
     codes[..., LUCKY] += (ids == 9) * ~FIRST_HALF[:, None] * 3.0
+    codes[..., DENSE] = np.where(np.isin(ids, [1, 2]) & is_wedding, 4.0, 3.0)
+    codes[..., MISLEADING] = (ids == 1) * is_wedding * 3.0
+    codes[48:51, 0, MISLEADING] = 5.0  # at a common word of three passages on the sea
     codes[..., ANYWHERE] = np.isin(ids, [1, 7, 8]) * (1.0 + 2.0 * (ids == 7))
     table = pd.DataFrame({"text": np.repeat(range(len(ids)), 8), "token": ids.ravel()})
     table.insert(1, "position", np.tile(range(1, 9), len(ids)))
@@ -66,8 +70,8 @@ def test_a_letter_a_comma_and_a_common_word_stand_for_nothing(
         assert ((telling[:, nonsense] > 0) == (np.array(TOPICS) == "weddings")).all()
         assert f"1/res/{nonsense}" not in of_weddings.index
     row = of_weddings.loc[f"1/res/{WORD}"]
-    assert row[["contexts", "contexts_other", "first_other", "auc", "share"]].tolist() == [
-        *(8, 8, 3, 1.0, 1.0)
+    assert row[["contexts", "contexts_other", "first", "auc", "share"]].tolist() == [
+        *(8, 8, 5, 1.0, 1.0)
     ]
     assert (row["before"], row["after"]) == (0, 0)  # those layers were not read
     assert bool(row["passes"])
@@ -86,6 +90,26 @@ def test_the_other_half_says_no_and_a_subject_without_a_feature_names_those_with
     assert feature_of_subject(found.assign(passes=False), "sea") is None
     turned = np.random.default_rng(0).permutation(TOPICS).tolist()
     assert not subject_features(planted, read, turned, matches)["passes"].any()
+
+
+def test_what_is_nearly_as_active_elsewhere_and_what_shows_other_subjects_first_is_refused(
+    planted: Suite, monkeypatch: pytest.MonkeyPatch
+):
+    read, matches = planted_passages(planted, monkeypatch)
+    found = subject_features(planted, read, TOPICS, matches).set_index(["subject", "feature"])
+    assert ("weddings", f"1/res/{DENSE}") not in found.index  # 8 contexts, a third of its activity
+    shown = found.loc[("weddings", f"1/res/{MISLEADING}")]
+    assert (shown["contexts"], shown["contexts_other"], shown["first"]) == (6, 7, 2)
+    assert shown[["share", "share_other"]].tolist() == pytest.approx([36 / 46, 36 / 41])
+    assert not shown["passes"]
+    monkeypatch.setattr(subjects, "OF_SHOWN", 2)
+    found = subject_features(planted, read, TOPICS, matches).query("subject == 'weddings'")
+    passing = found.loc[found["passes"], "feature"].tolist()
+    assert passing == [f"1/res/{WORD}", f"1/res/{MISLEADING}"]  # most of the strongest first
+    with monkeypatch.context() as few:
+        few.setattr(subjects, "LEAST", 7)  # on both halves
+        again = subject_features(planted, read, TOPICS, matches).query("passes")
+        assert f"1/res/{MISLEADING}" not in set(again["feature"])
 
 
 def test_matches_that_keep_to_the_subject_count_for_a_quarter(

@@ -17,6 +17,9 @@ def test_a_table_is_shown_whole_and_without_its_row_numbers():
     assert "nan" not in page
     assert "row_heading" not in page
     assert "what it says" in page
+    cells = pd.DataFrame({"layer": [1.0, None], "strength": [-64.0, 0.5], "score": [1.0, 2]})
+    shown = re.findall(r"<td[^>]*>([^<]*)</td>", runs.show(cells, digits=3).to_html())
+    assert shown == ["1", "-64", "1.000", "", "0.5", "2.000"]
     named = runs.show(table.set_index("n")).to_html()
     twice = pd.concat([table, table])  # whose row numbers are not unique
     assert runs.show(twice).to_html().count("<tr>") == 2 * len(table) + 1
