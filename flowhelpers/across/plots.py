@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import plotly.express as px
 
+from flowhelpers.across.phases import is_chance
 from flowhelpers.core.figures import GREY, INK, finish
 from flowhelpers.groups.occurrences import GROUPS
 from flowhelpers.groups.plots import (
@@ -84,13 +85,16 @@ def groups_by_depth(
 ) -> go.Figure:
     """The share of each group over relative depth (Figures 5, 18 and 19 b).
 
-    Panels differ in `rows` and `columns`; with `columns="suite"` the ends of `phases` are drawn.
+    Panels differ in `rows` and `columns`; with `columns="suite"` the ends of `phases` are drawn,
+    dotted where they are within chance.
     """
     figure = group_lines(groups, "depth", rows, columns, title, subtitle)
     if phases is not None:
         for column, suite in enumerate(groups["suite"].unique(), 1):
-            for end in phases.loc[phases["suite"] == suite, "ends"].sort_values().iloc[:-1]:
-                figure.add_vline(x=end, line={"color": GREY, "width": 1}, col=column)
+            own = phases[phases["suite"] == suite].sort_values("ends").iloc[:-1]
+            for row in own.itertuples():
+                look = {"color": GREY, "width": 1, "dash": "dot" if is_chance(row) else "solid"}
+                figure.add_vline(x=row.ends, line=look, col=column)
     return figure.update_xaxes(**DEPTH)
 
 
@@ -114,17 +118,25 @@ def groups_by_dataset(totals: pd.DataFrame, subtitle: str) -> go.Figure:
 
 
 def phases_by_depth(phases: pd.DataFrame, subtitle: str) -> go.Figure:
-    """The phases of each suite from `all_phases`, a bar for every division of its layers."""
+    """The phases of each suite from `all_phases`, a bar for every division of its layers.
+
+    Divisions within chance are hatched.
+    """
     table = phases.assign(division=phases["suite"] + ": " + phases["of"])
     table["width"], table["phase"] = table["ends"] - table["begins"], table["phase"].astype(str)
     table["layers"] = table["first"].astype(str) + " to " + table["last"].astype(str)
+    table["told"] = ["within chance" if is_chance(row) else "" for row in table.itertuples()]
     order = table["division"].unique()
     figure = px.bar(
         table, x="width", y="division", base="begins", color="phase", text="layers",
         orientation="h", hover_data=["explained"], category_orders={"division": order},
         color_discrete_sequence=["#56B4E9", "#E69F00", "#CC79A7", "#009E73"],
+        pattern_shape="told", pattern_shape_map={"": "", "within chance": "/"},
         labels={"width": "relative depth", "division": ""},
     )  # fmt: skip
-    figure.update_traces(insidetextanchor="middle").update_layout(barmode="overlay", bargap=0.35)
+    figure.for_each_trace(lambda bar: bar.update(name="phase " + bar.name.removesuffix(", ")))
+    look = {"bgcolor": "white", "size": 6}
+    figure.update_traces(insidetextanchor="middle", textfont_color=INK, marker_pattern=look)
+    figure.update_layout(barmode="overlay", bargap=0.35).update_xaxes(range=[0, 1])
     figure.update_yaxes(automargin=True, showgrid=False)
     return finish(figure, "Phases of the layers", subtitle, 200 + 45 * len(order))

@@ -57,11 +57,15 @@ def explained_by_permutation(table: pd.DataFrame, subtitle: str, top_1: float) -
 
 def explained_by_k(table: pd.DataFrame, subtitle: str, top_1: float) -> go.Figure:
     """Figure 24: the k highest products as they are, by the weights multiplied."""
+    told = {"False": "activations as they are", "True": "folded: in units of each threshold"}
+    table = table.assign(folded=table["folded"].astype(str).replace(told))
     figure = px.line(
         _with_ends(table), x="k", y="explained", color="product", symbol="product", markers=True,
         facet_col="folded", error_y="above", error_y_minus="below", labels=NAMES,
         color_discrete_sequence=SERIES,
     )  # fmt: skip
+    figure.for_each_annotation(lambda title: title.update(text=title.text.partition("=")[2]))
+    subtitle += " · dotted: the best match by cosine, as ones"
     dress(figure, "How many matches, and of which weights?", subtitle, 480)
     figure.add_hline(top_1, line={"dash": "dot", "color": INK})
     return legend_below(figure.update_xaxes(dtick=1))
