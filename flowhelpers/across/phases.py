@@ -92,10 +92,10 @@ def fit_phases(
     Returns:
         One row a phase: `phase` (from 1), `first` and `last` layer, `begins` and `ends` (relative
         depth, half a layer beyond, to 1 at most), and of the whole division `layers` (how many
-        there are to divide), `explained` (the share of the variance), `by_chance` (its mean over `shuffles`
-        other orders), `as_good` (the share of these that explain as much) and `least` (the share of
-        all orders that put the same layers together: `as_good` cannot be expected below it). No
-        row where there are no more layers than parts, or a named phase has none.
+        there are to divide), `explained` (the share of the variance), `by_chance` (its mean over
+        `shuffles` other orders), `as_good` (the share of these that explain as much) and `least`
+        (the share of all orders that put the same layers together: `as_good` cannot be expected
+        below it). No row where there are no more layers than parts, or a named phase has none.
     """
     import pandas as pd
 

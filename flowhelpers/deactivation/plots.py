@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.express as px
@@ -98,7 +98,7 @@ def rate_panels(
     return grow(figure, 20)  # for panel titles of two lines
 
 
-def _side_by_side(figure: go.Figure, places: list[float]) -> None:
+def _side_by_side(figure: go.Figure, places: Sequence[Any]) -> None:
     """Moves lines a little apart, so that their intervals do not hide each other's."""
     names = list(dict.fromkeys(trace.name for trace in figure.data))
     step = 0.4 * min(np.diff(places), default=1) / len(names)
