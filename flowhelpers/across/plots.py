@@ -71,7 +71,8 @@ def by_depth(
     )  # fmt: skip
     figure.for_each_trace(lambda line: line.update(name=line.name.removesuffix(", measured")))
     figure.update_traces(error_y={"thickness": 1, "width": 0}).update_xaxes(**DEPTH)
-    figure.update_yaxes(tickformat=".0%" if shares else None, rangemode="tozero")
+    look = {"tickformat": ".0%"} if shares else {"hoverformat": ".3f"}
+    figure.update_yaxes(rangemode="tozero", **look)
     return finish(figure, title, subtitle, 190 + 250 * -(-len(panels) // columns))
 
 
