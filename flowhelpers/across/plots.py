@@ -13,14 +13,7 @@ import plotly.express as px
 from flowhelpers.across.phases import is_chance
 from flowhelpers.core.figures import GREY, INK, finish
 from flowhelpers.groups.occurrences import GROUPS
-from flowhelpers.groups.plots import (
-    ERRORS,
-    OTHERS,
-    TICKS,
-    group_bars,
-    group_lines,
-    with_errors,
-)
+from flowhelpers.groups.plots import ERRORS, OTHERS, TICKS, group_bars, group_lines, with_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

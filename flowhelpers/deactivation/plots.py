@@ -102,13 +102,11 @@ def _side_by_side(figure: go.Figure, places: Sequence[Any]) -> None:
     """Moves lines a little apart, so that their intervals do not hide each other's."""
     names = list(dict.fromkeys(trace.name for trace in figure.data))
     step = 0.4 * min(np.diff(places), default=1) / len(names)
-
-    def move(trace: go.Scatter) -> None:
+    for trace in figure.data:
         by = step * (names.index(trace.name) - (len(names) - 1) / 2)
         told = trace.hovertemplate.replace("%{x}", "%{text}")
         trace.update(x=np.add(trace.x, by), text=trace.x, hovertemplate=told)
-
-    figure.for_each_trace(move).update_traces(error_y={"thickness": 1, "width": 0})
+    figure.update_traces(error_y={"thickness": 1, "width": 0})
 
 
 def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:

@@ -37,16 +37,9 @@ PAIR_NAMES = {
 ERRORS = {"error_y": "above", "error_y_minus": "below"}
 SHORT = {group: group.removeprefix("From ").replace(" & ", " &<br>") for group in GROUPS}
 SHORTER = {group.removeprefix("From "): short for group, short in SHORT.items()}
-TICKS: Any = {
-    "tickangle": 0,
-    "labelalias": SHORT,
-    "title_standoff": 6,
-}  # of an axis with the groups
-BY_GROUP: Any = {
-    "color": "group",
-    "color_discrete_map": GROUP_COLOURS,
-    "category_orders": {"group": GROUPS},
-}
+TICKS: Any = {"tickangle": 0, "labelalias": SHORT, "title_standoff": 6}  # of an axis of groups
+BY_GROUP: Any = {"color": "group", "color_discrete_map": GROUP_COLOURS}
+BY_GROUP |= {"category_orders": {"group": GROUPS}}
 MARKED: Any = BY_GROUP | {"symbol": "group", "symbol_map": GROUP_MARKS}
 
 
