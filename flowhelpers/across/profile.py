@@ -72,10 +72,7 @@ def chosen_suites(names: Sequence[str]) -> dict[str, SuiteRow]:
 
 
 def one_by_one(
-    names: Sequence[str],
-    look: "Callable[[Suite], T]",
-    device: str = "auto",
-    dtype: str = "auto",
+    names: Sequence[str], look: "Callable[[Suite], T]", device: str = "auto", dtype: str = "auto"
 ) -> dict[str, T]:
     """What `look` returns for each suite, loaded one at a time; it must not refer to the suite."""
     from flowhelpers.suites.load import load_suite

@@ -50,9 +50,8 @@ def verdict_of(low: float, high: float) -> Verdict:
 def spread(of: Any, digits: str = ".2f", name: str = "difference", sign: str = "+") -> str:
     """A number and its 95 % interval, as in "+0.12 (+0.05 to +0.22)"; never -0.00.
 
-    Args:
-        of: A row that has them as `name`, `name`_low and `name`_high, or the three numbers.
-        sign: Python's: "-" writes no plus, as for a number that is no difference.
+    `of` is a row that has them as `name`, `name`_low and `name`_high, or the three numbers; with
+    the sign "-" they have no plus, as where they are no difference.
     """
     names = [name + end for end in ("", "_low", "_high")]
     three = [getattr(of, each) for each in names] if hasattr(of, name) else of
