@@ -118,7 +118,8 @@ def phases_by_depth(phases: pd.DataFrame, subtitle: str) -> go.Figure:
     """
     table = phases.assign(division=phases["suite"] + ": " + phases["of"])
     table["width"], table["phase"] = table["ends"] - table["begins"], table["phase"].astype(str)
-    table["layers"] = table["first"].astype(str) + " to " + table["last"].astype(str)
+    ends = table[["first", "last"]].astype(int).to_numpy()
+    table["layers"] = [f"{a} to {b}" if a < b else str(a) for a, b in ends]
     table["told"] = ["within chance" if is_chance(row) else "" for row in table.itertuples()]
     order = table["division"].unique()
     figure = px.bar(

@@ -201,7 +201,7 @@ def _heatmaps(
         note.text = panels[int(note.text.partition("=")[2])]
     for i in range(len(panels)):
         figure.data[i].customdata = np.dstack([low[i], high[i]])
-    hover = "%{y}, %{x}: %{z:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})"
+    hover = "%{y}<br>%{x}<br>%{z:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})"
     return figure.update_traces(hovertemplate=hover, hoverongaps=False)
 
 
