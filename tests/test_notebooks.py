@@ -847,6 +847,7 @@ SMALL = {"n_texts": 4, "pearson_texts": 4, "resamples": 5}
 @pytest.mark.parametrize(
     ("number", "given"),
     [
+        (1, {"texts": 4, "pearson_texts": 4}),
         (3, SMALL),
         (4, SMALL | {"sweep_targets": 9}),
         (5, {"n_samples": 2, "max_new_tokens": 3, "r_values": [0, -2]}),
@@ -1030,8 +1031,8 @@ def test_most_of_what_goes_is_plain_arithmetic(removed: Executed) -> None:
     row = removed.table("response").set_index("removed").loc["From RES"]
     assert (row["mean"], row["base"]) == pytest.approx((gone, written))
     found = finding(removed, "Most of the effect is the layer's own computation")
-    assert f"Of the {gone:.2f} of activation that goes" in found["ours"]
-    assert f"{written:.2f} is plain arithmetic" in found["ours"]
+    assert f"in the stream {gone:.2f} of the activation goes" in found["ours"]
+    assert f"from a sum, it would be {written:.2f}." in found["ours"]
     assert spread_of(row, ".2f") in found["control"]
     assert found["verdict"] == "not seen here"
 

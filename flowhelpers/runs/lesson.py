@@ -55,7 +55,8 @@ def spread(of: Any, digits: str = ".2f", name: str = "difference", sign: str = "
     """
     names = [name + end for end in ("", "_low", "_high")]
     three = [getattr(of, each) for each in names] if hasattr(of, name) else of
-    return "{} ({} to {})".format(*(f"{x:{sign}z{digits}}" for x in three))
+    value, *ends = (f"{x:{sign}z{digits}}" for x in three)
+    return value if NO_NUMBER.search(value) else "{} ({} to {})".format(value, *ends)
 
 
 def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:
