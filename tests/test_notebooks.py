@@ -197,26 +197,42 @@ def test_every_table_figure_result_and_setting_is_kept_and_pages_need_no_network
     assert "feature" not in results or parse_feature(results["feature"]).module == "res"
 
 
-@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS[:3]])
-def test_it_ends_with_findings_in_whole_sentences_and_answers_each_prediction(
-    name: str, executed: dict[str, Executed]
+@each_notebook
+def test_it_ends_with_findings_in_whole_sentences(
+    path: Path, executed: dict[str, Executed]
 ) -> None:
-    findings = executed[name].results["findings"]
-    assert 3 <= len(findings) <= 6
+    findings = executed[path.stem].results["findings"]
+    assert 3 <= len(findings) <= 8
     for finding in findings:
-        for part in ("claim", "ours", "control"):
-            assert re.match(r"[A-Z0-9].*\.$", finding[part]), finding[part]
-            assert not re.search(r"\b(nan|None|inf)\b|\d\.\d{5}", finding[part]), finding[part]
-    cells = read(executed[name].folder / "notebook.ipynb").cells
-    told = [
-        o.data.get("text/markdown", "") for c in cells for o in c.get("outputs", ()) if "data" in o
-    ]
-    asked = sum("**Predict:**" in cell.source for cell in cells)
-    answers = [text for text in told if "What came out" in text]
-    assert len(answers) >= asked > 0
-    assert not [text for text in answers if re.search(r"\bnan\b", text)]
-    heads = [cell.source for cell in cells if cell.source.startswith("#")]
+        parts = [finding[part] for part in ("claim", "ours", "control")]
+        assert finding["verdict"] == "not asked here" or all(parts)
+        for part in filter(None, parts):
+            assert re.match(r"[A-Z0-9'\"`√][^\n]*\.$", part), part
+            assert not re.search(r"\b(nan|None|inf|True|False)\b|\d\.\d{5}|\.\.", part), part
+            assert not re.search(r"-0\.?0*%?(?![\d.])", part), part  # no zero has a sign
+    heads = [cell.source for cell in read(path).cells if cell.source.startswith("#")]
     assert "arxiv.org/abs/2502.03032" in heads[0]
+
+
+@each_notebook
+def test_every_prediction_is_answered_below_a_fold_before_the_next(
+    path: Path, executed: dict[str, Executed]
+) -> None:
+    cells = read(executed[path.stem].folder / "notebook.ipynb").cells
+    asked = [i for i, cell in enumerate(cells) if "**Predict:**" in cell.source]
+    assert asked
+    for start, end in zip(asked, [*asked[1:], len(cells)], strict=True):
+        told = {
+            output.data["text/markdown"]: cell
+            for cell in cells[start:end]
+            for output in cell.get("outputs", [])
+            if "What came out" in output.get("data", {}).get("text/markdown", "")
+        }
+        by_exercise = re.search(r"\*\*Predict:\*\*[^\n]*(\n.+)*[Ee]xercise", cells[start].source)
+        assert by_exercise or any(re.search(r"\d", text) for text in told), cells[start].source
+        for text, cell in told.items():
+            assert not re.search(r"\b(nan|None|inf)\b", text), text
+            assert cell.metadata["jupyter"]["source_hidden"]
 
 
 def test_findings_bear_the_numbers_of_the_tables(
@@ -235,6 +251,9 @@ def test_findings_bear_the_numbers_of_the_tables(
         assert f"{(table['class'] == 'translated').mean():.0%} translated" in told
     changed = (chance["class"].to_numpy() != data["class"].to_numpy()).mean()
     assert f"{changed:.0%} of the features change their class" in told
+    for cut, verdict in (("0.5", "holds here"), ("0.15", "not seen here")):
+        (found,) = [f for f in matching.results["findings"] if f"cosine of {cut} is" in f["claim"]]
+        assert found["verdict"] == verdict
     removed = 1 - flows.table("far_removed")[["chain_end", "direct"]].fillna(1.0).mean()
     told = ours(flows, "far apart")
     assert f"{removed['chain_end']:.0%} and {removed['direct']:.0%} of it" in told
@@ -828,6 +847,7 @@ SMALL = {"n_texts": 4, "pearson_texts": 4, "resamples": 5}
 @pytest.mark.parametrize(
     ("number", "given"),
     [
+        (1, {"texts": 4, "pearson_texts": 4}),
         (3, SMALL),
         (4, SMALL | {"sweep_targets": 9}),
         (5, {"n_samples": 2, "max_new_tokens": 3, "r_values": [0, -2]}),
@@ -857,18 +877,6 @@ def test_a_suite_of_one_s_own_is_read_to_the_end_and_every_cell_again(
         exec(cell.source, dict(names))  # by itself, after all others
     assert {path.name: path.read_bytes() for path in tmp_path.glob("tables/*.csv")} == before
     assert (tmp_path / "results.json").read_text() == results
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS[3:6], ids=lambda path: path.stem)
-def test_every_prediction_is_answered_below_a_fold(
-    path: Path, executed: dict[str, Executed]
-) -> None:
-    cells = read(executed[path.stem].folder / "notebook.ipynb").cells
-    asked = [i for i, cell in enumerate(cells) if "**Predict:**" in cell.source]
-    for start, end in zip(asked, [*asked[1:], len(cells)], strict=True):
-        said = [o.data for c in cells[start:end] for o in c.get("outputs", []) if "data" in o]
-        told = [data["text/markdown"] for data in said if "text/markdown" in data]
-        assert any("What came out" in text and re.search(r"\d", text) for text in told)
 
 
 @pytest.mark.parametrize(
@@ -1023,8 +1031,8 @@ def test_most_of_what_goes_is_plain_arithmetic(removed: Executed) -> None:
     row = removed.table("response").set_index("removed").loc["From RES"]
     assert (row["mean"], row["base"]) == pytest.approx((gone, written))
     found = finding(removed, "Most of the effect is the layer's own computation")
-    assert f"Of the {gone:.2f} of activation that goes" in found["ours"]
-    assert f"{written:.2f} is plain arithmetic" in found["ours"]
+    assert f"in the stream {gone:.2f} of the activation goes" in found["ours"]
+    assert f"from a sum, it would be {written:.2f}." in found["ours"]
     assert spread_of(row, ".2f") in found["control"]
     assert found["verdict"] == "not seen here"
 
@@ -1051,6 +1059,16 @@ def test_what_deactivation_finds_is_in_its_tables(removed: Executed) -> None:
     repair = removed.table("repair").set_index("above")
     assert repair["mean"].to_dict() == pytest.approx(by_above.drop(0).to_dict())
     assert repair["base"].unique() == pytest.approx([by_above[0]])
+    ends = upward[(upward["layer"] == 2) & upward["above"].isin([0, 5])]
+    wide = ends.pivot(index="target", columns=["above", "method"], values="change").dropna()
+    falls = (wide[5] - wide[0]).mean()
+    fade = removed.table("fade").iloc[0]
+    beyond = falls["top-1"] - falls["another active feature"]
+    assert fade["difference"] == pytest.approx(beyond)
+    assert falls["another active feature"] > 0  # the control grows, which must be taken off
+    faded = finding(removed, "the effect fades")
+    assert spread_of(fade, ".2f") in faded["control"]
+    assert faded["verdict"] == verdict_by(-fade["difference_high"], -fade["difference_low"])
 
 
 def test_what_comes_before_an_edit_is_never_lost_or_won_by_it(removed: Executed) -> None:
@@ -1596,7 +1614,7 @@ def test_what_suites_share_is_told_in_differences_of_the_same_texts(across: Exec
         rise = share(last, "From RES") - share(first, "From RES")
         assert row["difference"] == pytest.approx(rise)
         assert row["difference_low"] < rise < row["difference_high"]
-        assert f"{suite} {within(row, 3)}" in said(across, "From RES")["ours"]
+        assert f"{suite} {spread_of(row, '.3f')}" in said(across, "From RES")["ours"]
         by_chance = told[(told["suite"] == suite) & (told["comparison"] == "nowhere, above chance")]
         assert by_chance["difference"].item() < -0.3
     rising = told[told["comparison"] == "RES rises"]
@@ -1604,6 +1622,18 @@ def test_what_suites_share_is_told_in_differences_of_the_same_texts(across: Exec
     assert said(across, "From RES")["verdict"] == told_by(*ends)
     assert said(across, 'From nowhere" less often')["verdict"] == "holds here"
     assert said(across, "main picture")["verdict"] == "cannot be told here"
+
+
+def test_one_suite_by_itself_and_among_others_says_the_same_of_its_thirds(
+    across: Executed, groups: Executed
+) -> None:
+    told = across.table("differences").set_index(["suite", "comparison"])
+    row, ends = told.loc[("flowlet", "RES rises")], ["difference_low", "difference_high"]
+    first = groups.table("depth").set_index("layers").loc["layers 1 to 2"]
+    assert first["difference"] == pytest.approx(-row["difference"])
+    assert first[ends].tolist() == pytest.approx((-row[ends[::-1]]).tolist(), abs=1e-6)
+    verdict = verdict_by(row["difference_low"], row["difference_high"])
+    assert finding(groups, "in the last part of the layers")["verdict"] == verdict
 
 
 def test_phases_are_told_beside_the_least_that_few_layers_allow(across: Executed) -> None:
@@ -1699,14 +1729,14 @@ def test_what_bridges_find_is_their_lead_over_the_same_texts(bridges: Executed) 
     for kind, claim in (("shuffled", "carry"), ("copied SAE", "own (our control)")):
         finding = said(bridges, claim)
         assert finding["verdict"] == told_by(lows[kind], highs[kind])
-        assert f"{kind} {means[kind]:.2f} (the matches are ahead" in " ".join(finding.values())
+        assert f"{means[kind]:.2f} (the matches are ahead of it in" in " ".join(finding.values())
     for name, claim in (("figure_23", "every permutation"), ("figure_24", "all raw products")):
         table = bridges.table(name)
         best = table.loc[table["explained"].idxmax()]
         assert best["ahead"] == pytest.approx(own[4] - best["explained"])
         finding = said(bridges, claim)
         assert f"{best['explained']:.3f}" in finding["ours"]
-        assert within(best, 3, "ahead") in finding["ours"]
+        assert spread_of(best, ".3f", "ahead") in finding["ours"]
         assert finding["verdict"] == told_by(best["ahead_low"], best["ahead_high"])
 
 

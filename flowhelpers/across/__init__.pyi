@@ -1,5 +1,7 @@
 from .phases import PHASES as PHASES
 from .phases import all_phases as all_phases
+from .phases import is_chance as is_chance
+from .phases import thirds as thirds
 from .plots import by_depth as by_depth
 from .plots import groups_against_chance as groups_against_chance
 from .plots import groups_by_dataset as groups_by_dataset
@@ -9,6 +11,7 @@ from .profile import POOLED as POOLED
 from .profile import alike as alike
 from .profile import chosen_suites as chosen_suites
 from .profile import combined as combined
+from .profile import depth as depth
 from .profile import group_profile as group_profile
 from .profile import one_by_one as one_by_one
 from .profile import score_points as score_points

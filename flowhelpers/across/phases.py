@@ -7,7 +7,7 @@ fit any three parts well.
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,8 +19,21 @@ from flowhelpers.suites.registry import GEMMA
 if TYPE_CHECKING:
     import pandas as pd
 
+THIRDS = ["first", "middle", "last"]
 # Figures 5 and 19: the parts, first and last layer, into which its text divides two models.
 PHASES = {GEMMA: ((0, 5), (6, 15), (16, 25)), "llama-3.1-8b": ((0, 8), (9, 16), (17, 31))}
+
+
+def thirds(depths: "pd.Series") -> "pd.Series":
+    """Whether relative depths lie in the first, the middle or the last third of a model."""
+    import pandas as pd
+
+    return pd.cut(depths, [0, 1 / 3, 2 / 3, 1], labels=THIRDS, include_lowest=True).astype(str)
+
+
+def is_chance(row: Any) -> bool:
+    """Whether 5 % or more of the random orders are divided as well (`as_good`)."""
+    return getattr(row, "as_good", 0.0) >= 0.05
 
 
 def segments(values: np.ndarray, parts: int = 3) -> tuple[list[int], float]:
@@ -78,11 +91,11 @@ def fit_phases(
 
     Returns:
         One row a phase: `phase` (from 1), `first` and `last` layer, `begins` and `ends` (relative
-        depth, half a layer beyond), and of the whole division `layers` (how many there are to
-        divide), `explained` (the share of the variance), `by_chance` (its mean over `shuffles`
-        other orders), `as_good` (the share of these that explain as much) and `least` (the share of
-        all orders that put the same layers together: `as_good` cannot be expected below it). No
-        row where there are no more layers than parts, or a named phase has none.
+        depth, half a layer beyond, to 1 at most), and of the whole division `layers` (how many
+        there are to divide), `explained` (the share of the variance), `by_chance` (its mean over
+        `shuffles` other orders), `as_good` (the share of these that explain as much) and `least`
+        (the share of all orders that put the same layers together: `as_good` cannot be expected
+        below it). No row where there are no more layers than parts, or a named phase has none.
     """
     import pandas as pd
 
@@ -107,7 +120,8 @@ def fit_phases(
         measured["least"] = same / math.factorial(len(values))
     first, last = layers[starts], layers[[*np.subtract(starts[1:], 1), -1]]
     phases = pd.DataFrame({"phase": np.arange(1, len(starts) + 1), "first": first, "last": last})
-    phases["begins"], phases["ends"] = depth(first - 0.5, count), depth(last + 0.5, count)
+    phases["begins"] = depth(first - 0.5, count)
+    phases["ends"] = np.minimum(depth(last + 0.5, count), 1.0)
     return phases.assign(layers=len(layers), **measured)
 
 

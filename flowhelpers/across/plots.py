@@ -10,16 +10,10 @@ from typing import TYPE_CHECKING
 
 import plotly.express as px
 
+from flowhelpers.across.phases import is_chance
 from flowhelpers.core.figures import GREY, INK, finish
 from flowhelpers.groups.occurrences import GROUPS
-from flowhelpers.groups.plots import (
-    ERRORS,
-    OTHERS,
-    TICKS,
-    group_bars,
-    group_lines,
-    with_errors,
-)
+from flowhelpers.groups.plots import ERRORS, OTHERS, TICKS, group_bars, group_lines, with_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,7 +64,8 @@ def by_depth(
     )  # fmt: skip
     figure.for_each_trace(lambda line: line.update(name=line.name.removesuffix(", measured")))
     figure.update_traces(error_y={"thickness": 1, "width": 0}).update_xaxes(**DEPTH)
-    figure.update_yaxes(tickformat=".0%" if shares else None, rangemode="tozero")
+    look = {"tickformat": ".0%"} if shares else {"hoverformat": ".3f"}
+    figure.update_yaxes(rangemode="tozero", **look)
     return finish(figure, title, subtitle, 190 + 250 * -(-len(panels) // columns))
 
 
@@ -84,13 +79,16 @@ def groups_by_depth(
 ) -> go.Figure:
     """The share of each group over relative depth (Figures 5, 18 and 19 b).
 
-    Panels differ in `rows` and `columns`; with `columns="suite"` the ends of `phases` are drawn.
+    Panels differ in `rows` and `columns`; with `columns="suite"` the ends of `phases` are drawn,
+    dotted where they are within chance.
     """
     figure = group_lines(groups, "depth", rows, columns, title, subtitle)
     if phases is not None:
         for column, suite in enumerate(groups["suite"].unique(), 1):
-            for end in phases.loc[phases["suite"] == suite, "ends"].sort_values().iloc[:-1]:
-                figure.add_vline(x=end, line={"color": GREY, "width": 1}, col=column)
+            own = phases[phases["suite"] == suite].sort_values("ends").iloc[:-1]
+            for row in own.itertuples():
+                look = {"color": GREY, "width": 1, "dash": "dot" if is_chance(row) else "solid"}
+                figure.add_vline(x=row.ends, line=look, col=column)
     return figure.update_xaxes(**DEPTH)
 
 
@@ -114,17 +112,26 @@ def groups_by_dataset(totals: pd.DataFrame, subtitle: str) -> go.Figure:
 
 
 def phases_by_depth(phases: pd.DataFrame, subtitle: str) -> go.Figure:
-    """The phases of each suite from `all_phases`, a bar for every division of its layers."""
+    """The phases of each suite from `all_phases`, a bar for every division of its layers.
+
+    Divisions within chance are hatched.
+    """
     table = phases.assign(division=phases["suite"] + ": " + phases["of"])
     table["width"], table["phase"] = table["ends"] - table["begins"], table["phase"].astype(str)
-    table["layers"] = table["first"].astype(str) + " to " + table["last"].astype(str)
+    ends = table[["first", "last"]].astype(int).to_numpy()
+    table["layers"] = [f"{a} to {b}" if a < b else str(a) for a, b in ends]
+    table["told"] = ["within chance" if is_chance(row) else "" for row in table.itertuples()]
     order = table["division"].unique()
     figure = px.bar(
         table, x="width", y="division", base="begins", color="phase", text="layers",
         orientation="h", hover_data=["explained"], category_orders={"division": order},
         color_discrete_sequence=["#56B4E9", "#E69F00", "#CC79A7", "#009E73"],
+        pattern_shape="told", pattern_shape_map={"": "", "within chance": "/"},
         labels={"width": "relative depth", "division": ""},
     )  # fmt: skip
-    figure.update_traces(insidetextanchor="middle").update_layout(barmode="overlay", bargap=0.35)
+    figure.for_each_trace(lambda bar: bar.update(name="phase " + bar.name.removesuffix(", ")))
+    look = {"bgcolor": "white", "size": 6}
+    figure.update_traces(insidetextanchor="middle", textfont_color=INK, marker_pattern=look)
+    figure.update_layout(barmode="overlay", bargap=0.35).update_xaxes(range=[0, 1])
     figure.update_yaxes(automargin=True, showgrid=False)
     return finish(figure, "Phases of the layers", subtitle, 200 + 45 * len(order))

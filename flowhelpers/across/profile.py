@@ -14,13 +14,7 @@ import numpy as np
 
 from flowhelpers.core.features import MODULES, suggestion
 from flowhelpers.flow.lifespans import feature_lifespans, flow_by_layer
-from flowhelpers.groups.occurrences import (
-    GROUPS,
-    SCORES,
-    Occurrences,
-    complete_layers,
-    modules_of,
-)
+from flowhelpers.groups.occurrences import GROUPS, SCORES, Occurrences, complete_layers, modules_of
 from flowhelpers.groups.shares import group_shares, share_intervals, single_source_points
 from flowhelpers.groups.significance import activity_auc
 from flowhelpers.matching.scores import CLASSES, best_matches, classify, feature_scores
@@ -78,10 +72,7 @@ def chosen_suites(names: Sequence[str]) -> dict[str, SuiteRow]:
 
 
 def one_by_one(
-    names: Sequence[str],
-    look: "Callable[[Suite], T]",
-    device: str = "auto",
-    dtype: str = "auto",
+    names: Sequence[str], look: "Callable[[Suite], T]", device: str = "auto", dtype: str = "auto"
 ) -> dict[str, T]:
     """What `look` returns for each suite, loaded one at a time; it must not refer to the suite."""
     from flowhelpers.suites.load import load_suite

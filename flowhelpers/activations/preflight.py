@@ -50,9 +50,7 @@ def preflight_once(suite: "Suite", sites: Iterable[Site]) -> None:
 
 @torch.no_grad()
 def run_preflight(
-    suite: "Suite",
-    texts: Sequence[str] | None = None,
-    sites: Iterable[Site | str] | None = None,
+    suite: "Suite", texts: Sequence[str] | None = None, sites: Iterable[Site | str] | None = None
 ) -> "pd.DataFrame":
     """L0 and explained variance of SAEs on a few sentences, against what is declared.
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import plotly.express as px
 
 from flowhelpers.core.figures import GREY, INK, finish, grow
@@ -81,7 +82,9 @@ def rate_panels(
         color_discrete_map=COLOUR_OF, symbol_map=MARK_OF,
         hover_data={"panel": False, "n": ":,", "value": ":.2%"},
     )  # fmt: skip
-    if not lines:
+    if lines:
+        _side_by_side(figure, places)
+    else:
         figure.update_traces(mode="markers").update_layout(scattermode="group", scattergap=0.4)
         figure.for_each_trace(lambda trace: trace.update(offsetgroup=trace.name))
         figure.update_xaxes(type="category")
@@ -93,6 +96,17 @@ def rate_panels(
     height = 265 + 335 * -(-len(panels) // across)
     finish(figure, title, subtitle, height, 30 if x == "group" else 0)
     return grow(figure, 20)  # for panel titles of two lines
+
+
+def _side_by_side(figure: go.Figure, places: Sequence[Any]) -> None:
+    """Moves lines a little apart, so that their intervals do not hide each other's."""
+    names = list(dict.fromkeys(trace.name for trace in figure.data))
+    step = 0.4 * min(np.diff(places), default=1) / len(names)
+    for trace in figure.data:
+        by = step * (names.index(trace.name) - (len(names) - 1) / 2)
+        told = trace.hovertemplate.replace("%{x}", "%{text}")
+        trace.update(x=np.add(trace.x, by), text=trace.x, hovertemplate=told)
+    figure.update_traces(error_y={"thickness": 1, "width": 0})
 
 
 def groups_after(shares: pd.DataFrame, subtitle: str) -> go.Figure:

@@ -37,16 +37,9 @@ PAIR_NAMES = {
 ERRORS = {"error_y": "above", "error_y_minus": "below"}
 SHORT = {group: group.removeprefix("From ").replace(" & ", " &<br>") for group in GROUPS}
 SHORTER = {group.removeprefix("From "): short for group, short in SHORT.items()}
-TICKS: Any = {
-    "tickangle": 0,
-    "labelalias": SHORT,
-    "title_standoff": 6,
-}  # of an axis with the groups
-BY_GROUP: Any = {
-    "color": "group",
-    "color_discrete_map": GROUP_COLOURS,
-    "category_orders": {"group": GROUPS},
-}
+TICKS: Any = {"tickangle": 0, "labelalias": SHORT, "title_standoff": 6}  # of an axis of groups
+BY_GROUP: Any = {"color": "group", "color_discrete_map": GROUP_COLOURS}
+BY_GROUP |= {"category_orders": {"group": GROUPS}}
 MARKED: Any = BY_GROUP | {"symbol": "group", "symbol_map": GROUP_MARKS}
 
 
@@ -66,20 +59,20 @@ def _present(table: pd.DataFrame) -> dict[str, Any]:
 def group_scatter(points: pd.DataFrame, subtitle: str) -> go.Figure:
     """Figure 3: s(R) against s(M) and s(A) of the features in `single_source_points`, by group.
 
-    Each group has a column of panels, each layer and score a row.
+    Each group has a column of panels, each layer a row; the score at the module is a mark.
     """
     named = points.rename(columns=SCORE_NAMES)
     long = named.melt(["layer", "feature", "group", "s(R)"], ["s(M)", "s(A)"], "score")
-    long["row"] = "layer " + long["layer"].astype(str) + ", " + long["score"]
+    colours = {SCORE_NAMES[f"s_{module}"]: COLOURS[module] for module in MODULES}
+    rows = long["layer"].nunique()
     figure = px.scatter(
-        long, x="s(R)", y="value", facet_row="row", facet_col="group", opacity=0.6,
-        facet_row_spacing=0.05, hover_data=["feature"], labels={"value": "score"},
-        **MARKED | _present(long),
+        long, x="s(R)", y="value", facet_row="layer", facet_col="group", opacity=0.6,
+        facet_row_spacing=0.12 / rows, hover_data=["feature"], labels={"value": "score"},
+        color="score", color_discrete_map=colours, symbol="score", **_present(long),
     )  # fmt: skip
-    figure.update_traces(marker_size=5).update_layout(showlegend=False)
-    figure.update_yaxes(title_text="score at the module", col=1)
+    figure.update_traces(marker_size=5)
     title = "Scores of features by the group they are found in"
-    return finish(figure, title, subtitle, 200 + 190 * long["row"].nunique())
+    return finish(figure, title, subtitle, 200 + max(130, 230 - 25 * rows) * rows)
 
 
 def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
@@ -89,13 +82,12 @@ def class_bars(classes: pd.DataFrame, subtitle: str) -> go.Figure:
     """
     names = {"pair": PAIR_NAMES, "score": SCORE_NAMES, "module": PANELS}
     figure = px.bar(
-        with_errors(classes).replace(names), x="score", y="share", color="pair", text_auto=".0%",
+        with_errors(classes).replace(names), x="score", y="share", color="pair",
         facet_col="module", facet_row="unit", barmode="group", hover_data=["tests"],
         color_discrete_sequence=["#0072B2", "#E69F00", GREY], labels={"share": "share of tests"},
         category_orders={name: [*values.values()] for name, values in names.items()}, **ERRORS,
     )  # fmt: skip
     figure.update_yaxes(tickformat=".0%", range=[0, 1.05])
-    figure.update_traces(textposition="inside", insidetextanchor="start", textangle=0)
     height = 200 + 220 * classes["unit"].nunique()
     return finish(figure, "How often two groups differ in a score", subtitle, height)
 
@@ -145,7 +137,7 @@ def group_bars(
     figure = px.bar(bars, barmode="group", color_discrete_sequence=[*colours], **looks)
     marks = px.scatter(base[base["share"] <= top], color_discrete_sequence=[INK], **looks)
     marks.for_each_trace(lambda trace: trace.update(offsetgroup=trace.name, showlegend=False))
-    line = {"symbol": "line-ew", "size": 80 / max(len(marks.data), 1)}
+    line = {"symbol": "line-ew", "size": 52 / max(len(marks.data), 1)}
     line |= {"line": {"width": 3, "color": INK}}
     chance = "by chance: the same predecessors at other tokens"
     marks.update_traces(name=chance, legendgroup=chance, marker=line)
@@ -175,7 +167,7 @@ def score_densities(table: pd.DataFrame, subtitle: str) -> go.Figure:
     )  # fmt: skip
     first: set[str] = set()  # of each dash, for the legend
     figure.for_each_trace(lambda line: _name_by_dash(line, first))
-    figure.update_yaxes(rangemode="tozero", title_text="", showticklabels=False, nticks=3)
+    figure.update_yaxes(rangemode="tozero", nticks=3)
     title = "How scores are distributed in each group"
     finish(figure, title, subtitle, 230 + 65 * table["group"].nunique())
     for note in figure.layout.annotations:
@@ -209,7 +201,7 @@ def _heatmaps(
         note.text = panels[int(note.text.partition("=")[2])]
     for i in range(len(panels)):
         figure.data[i].customdata = np.dstack([low[i], high[i]])
-    hover = "%{y}, %{x}: %{z:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})"
+    hover = "%{y}<br>%{x}<br>%{z:.1%} (%{customdata[0]:.1%} to %{customdata[1]:.1%})"
     return figure.update_traces(hovertemplate=hover, hoverongaps=False)
 
 

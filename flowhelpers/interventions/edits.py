@@ -33,10 +33,7 @@ def add(
 
 
 def rescale(
-    sae: SAE,
-    features: Sequence[FeatureId],
-    r: float,
-    positions: Sequence[int] | None = None,
+    sae: SAE, features: Sequence[FeatureId], r: float, positions: Sequence[int] | None = None
 ) -> Edit:
     """Rescale features: `h + (r - 1) · a · v` (paper 3.5), a read live from the stream.
 

@@ -66,7 +66,8 @@ def null_error(chance: Float[Tensor, "draws"]) -> float:
     """The standard error of the 99.9 % quantile of so many draws.
 
     It is half the distance of the quantiles that lie a standard deviation of the rank below and
-    above. It rests on a few draws, and has an error of its own of about a half.
+    above, a few draws, and has an error of about a half. Below 2,600 draws it is too small: the
+    upper of the two would lie beyond the highest draw.
     """
     spread = (NULL_QUANTILE * (1 - NULL_QUANTILE) / len(chance)) ** 0.5
     low, high = (null_threshold(chance, NULL_QUANTILE + by) for by in (-spread, spread))

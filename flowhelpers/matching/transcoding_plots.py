@@ -41,7 +41,7 @@ def explained_by_layer(table: pd.DataFrame, subtitle: str) -> go.Figure:
     )  # fmt: skip
     dress(figure, "How much of the next layer do matches explain?", subtitle, 480)
     figure.update_traces(error_y={"thickness": 1, "width": 0})
-    return legend_below(figure.update_xaxes(dtick=1))
+    return legend_below(figure.update_xaxes(dtick=1).update_yaxes(hoverformat=".3f"))
 
 
 def explained_by_permutation(table: pd.DataFrame, subtitle: str, top_1: float) -> go.Figure:
@@ -52,19 +52,23 @@ def explained_by_permutation(table: pd.DataFrame, subtitle: str, top_1: float) -
     )  # fmt: skip
     dress(figure, "Permutations as bridges, folded and not", subtitle, 480)
     line = {"line": {"dash": "dot", "color": INK}, "annotation_text": "the best match by cosine"}
-    return legend_below(figure.add_hline(top_1, **line))
+    return legend_below(figure.add_hline(top_1, **line).update_yaxes(hoverformat=".3f"))
 
 
 def explained_by_k(table: pd.DataFrame, subtitle: str, top_1: float) -> go.Figure:
     """Figure 24: the k highest products as they are, by the weights multiplied."""
+    told = {"False": "activations as they are", "True": "folded: in units of each threshold"}
+    table = table.assign(folded=table["folded"].astype(str).replace(told))
     figure = px.line(
         _with_ends(table), x="k", y="explained", color="product", symbol="product", markers=True,
         facet_col="folded", error_y="above", error_y_minus="below", labels=NAMES,
         color_discrete_sequence=SERIES,
     )  # fmt: skip
+    figure.for_each_annotation(lambda title: title.update(text=title.text.partition("=")[2]))
+    subtitle += " · dotted: the best match by cosine, as ones"
     dress(figure, "How many matches, and of which weights?", subtitle, 480)
     figure.add_hline(top_1, line={"dash": "dot", "color": INK})
-    return legend_below(figure.update_xaxes(dtick=1))
+    return legend_below(figure.update_xaxes(dtick=1).update_yaxes(hoverformat=".3f"))
 
 
 def _with_ends(table: pd.DataFrame) -> pd.DataFrame:

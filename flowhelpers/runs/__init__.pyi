@@ -5,7 +5,6 @@ from .lesson import conclude as conclude
 from .lesson import show as show
 from .lesson import spread as spread
 from .lesson import verdict_of as verdict_of
-from .lesson import within as within
 from .parameters import merged as merged
 from .parameters import plan as plan
 from .run import Run as Run

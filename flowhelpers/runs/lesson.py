@@ -34,12 +34,6 @@ class Finding:
         check_choice("verdict", self.verdict, get_args(Verdict))
 
 
-def within(value: float, low: float, high: float, digits: int = 2) -> str:
-    """A number and its 95 % interval, as in "0.12 (0.05 to 0.22)"."""
-    told = [f"{round(x, digits) + 0.0:.{digits}f}" for x in (value, low, high)]  # + 0.0: never -0
-    return "{} ({} to {})".format(*told)
-
-
 def answer(text: str) -> Markdown:
     """The answer to a prediction, below a fold that its reader opens."""
     from IPython.display import Markdown
@@ -53,10 +47,16 @@ def verdict_of(low: float, high: float) -> Verdict:
     return "holds here" if low > 0 else "not seen here" if high < 0 else "cannot be told here"
 
 
-def spread(row: Any, digits: str = ".2f", name: str = "difference") -> str:
-    """A row's value of this name, signed, with the ends of its interval."""
-    value, low, high = (f"{getattr(row, name + end):+{digits}}" for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})"
+def spread(of: Any, digits: str = ".2f", name: str = "difference", sign: str = "+") -> str:
+    """A number and its 95 % interval, as in "+0.12 (+0.05 to +0.22)"; never -0.00.
+
+    `of` is a row that has them as `name`, `name`_low and `name`_high, or the three numbers; with
+    the sign "-" they have no plus, as where they are no difference.
+    """
+    names = [name + end for end in ("", "_low", "_high")]
+    three = [getattr(of, each) for each in names] if hasattr(of, name) else of
+    value, *ends = (f"{x:{sign}z{digits}}" for x in three)
+    return value if NO_NUMBER.search(value) else "{} ({} to {})".format(value, *ends)
 
 
 def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:

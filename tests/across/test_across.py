@@ -310,9 +310,11 @@ def test_groups_have_a_panel_for_every_suite_and_dataset(side_by_side: Profile):
     (line,) = [t for t in figure.data if t.name == "From RES" and t.xaxis == "x2"]
     assert list(line.x) == [0.5, 1]
     assert list(line.y) == part.loc[part["layer"] > 0, "share"].tolist()
-    phases = pd.DataFrame({"suite": ["bare", "no attention"] * 2, "ends": [0.75, 0.5, 1.25, 1.25]})
+    phases = pd.DataFrame({"suite": ["bare", "no attention"] * 2, "ends": [0.75, 0.5, 1, 1]})
+    phases["as_good"] = [0.04, 0.05] * 2
     wide = groups_by_depth(groups[groups["dataset"] == POOLED], "s", "method", "suite", phases)
     assert [(shape.x0, shape.xref) for shape in wide.layout.shapes] == [(0.75, "x"), (0.5, "x2")]
+    assert [shape.line.dash for shape in wide.layout.shapes] == ["solid", "dot"]
     assert not [t for t in wide.data if t.xaxis == "x2" and "ATT" in t.name]
 
 
@@ -334,8 +336,15 @@ def test_totals_and_phases_are_bars(side_by_side: Profile):
     assert (list(bar.x), list(bar.y)) == (part["group"].tolist(), part["share"].tolist())
     table = all_phases(side_by_side, parts=1, shuffles=3)
     assert set(table["suite"]) == {"bare", "no attention", "stream"}
-    (bar,) = phases_by_depth(table, "subtitle").data
-    assert list(bar.base) == table["begins"].tolist()
-    assert list(bar.x) == (table["ends"] - table["begins"]).tolist()
-    assert list(bar.y) == (table["suite"] + ": " + table["of"]).tolist()
-    assert "stream: groups" not in bar.y
+    assert table["ends"].max() <= 1
+    drawn = {bar.name: bar for bar in phases_by_depth(table, "subtitle").data}
+    assert {name: bar.marker.pattern.shape for name, bar in drawn.items()} == {
+        "phase 1": "",
+        "phase 1, within chance": "/",  # as any division into one part is
+    }
+    for name, bar in drawn.items():
+        part = table[table["as_good"].ge(0.05) == ("chance" in name)]
+        assert list(bar.base) == part["begins"].tolist()
+        assert list(bar.x) == (part["ends"] - part["begins"]).tolist()
+        assert list(bar.y) == (part["suite"] + ": " + part["of"]).tolist()
+        assert "stream: groups" not in bar.y

@@ -7,8 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flowhelpers.across.phases import PHASES, all_phases, explained, fit_phases, segments
-from flowhelpers.across.profile import Profile
+from flowhelpers.across.phases import (
+    PHASES,
+    all_phases,
+    explained,
+    fit_phases,
+    is_chance,
+    segments,
+    thirds,
+)
+from flowhelpers.across.profile import Profile, depth
 
 
 def error(values: np.ndarray, starts: tuple[int, ...]) -> float:
@@ -51,7 +59,7 @@ def test_phases_stand_in_layers_and_depths_beside_chance():
     assert phases["phase"].tolist() == [1, 2, 3]
     assert phases[["first", "last"]].to_numpy().tolist() == [[1, 4], [5, 9], [10, 13]]
     assert phases["begins"].tolist() == pytest.approx([0.5 / 13, 4.5 / 13, 9.5 / 13])
-    assert phases["ends"].tolist() == pytest.approx([4.5 / 13, 9.5 / 13, 13.5 / 13])
+    assert phases["ends"].tolist() == pytest.approx([4.5 / 13, 9.5 / 13, 1])
     first = phases.iloc[0]
     assert first["layers"] == 13
     assert first["explained"] > 0.95 > first["by_chance"]
@@ -97,3 +105,11 @@ def test_the_papers_phases_are_measured_alike_and_stand_beside_ours():
     assert np.isnan(table["as_good"].tolist()[1])
     with pytest.raises(ValueError, match="parts=0: expected 1 or more"):
         all_phases(whole, parts=0)
+
+
+def test_thirds_are_of_the_depth_and_chance_is_a_twentieth():
+    names = thirds(depth(pd.Series(range(1, 8)), 8)).tolist()
+    assert names == ["first"] * 2 + ["middle"] * 2 + ["last"] * 3
+    assert thirds(depth(pd.Series([0, 1, 2]), 3)).tolist() == ["first", "middle", "last"]
+    rows = pd.DataFrame({"as_good": [0.04, 0.05, np.nan]}).itertuples()
+    assert [is_chance(row) for row in rows] == [False, True, False]

@@ -69,9 +69,12 @@ def test_each_value_of_a_facet_has_panels_of_its_own_and_lines_go_from_left_to_r
     )
     by_layer = {int(title[-1]): traces for title, traces in panels(figure).items()}
     assert sum(map(len, by_layer.values())) == len(keys)
+    two = [by_layer[4][method].x for method in ("top-1", CONTROL)]
+    assert (two[0] < two[1]).all()  # beside each other
     for method, layer, start in keys:
         trace = by_layer[layer][method]
-        assert list(trace.x) == [0, 1, 2]
+        assert list(trace.text) == [0, 1, 2]  # on hover
+        assert abs(trace.x - trace.text).max() < 0.2
         assert list(trace.y) == pytest.approx([start, start - 0.1, start - 0.2])
 
 

@@ -85,10 +85,12 @@ def test_points_and_densities_are_those_of_the_scores():
     figure = plots.group_scatter(points, CAPTION)
     part = points[(points["layer"] == 1) & (points["group"] == "From RES")]
     rows = [note.text for note in figure.layout.annotations if note.text.startswith("layer")]
-    assert sorted(rows) == [f"layer {layer}, {s}" for layer in (1, 2) for s in ("s(A)", "s(M)")]
+    assert sorted(rows) == ["layer 1", "layer 2"]
     for module, name in (("mlp", "s(M)"), ("att", "s(A)")):
         (trace,) = [
-            t for t in figure.data if t.name == "From RES" and f"1, {name}" in t.hovertemplate
+            t
+            for t in figure.data
+            if t.name == name and "layer=1<br>group=From RES<" in t.hovertemplate
         ]
         assert list(trace.x) == part["s_res"].tolist()
         assert list(trace.y) == part[f"s_{module}"].tolist()

@@ -32,6 +32,10 @@ def test_what_an_interval_says_of_a_difference():
     assert runs.spread(row) == "+0.25 (+0.10 to +0.40)"
     (named,) = pd.DataFrame([row.add_prefix("my_")]).itertuples()
     assert runs.spread(named, ".0%", "my_difference") == "+25% (+10% to +40%)"
+    assert runs.spread((0.1234, -0.05, 0.2), sign="-") == "0.12 (-0.05 to 0.20)"
+    assert runs.spread([-0.0004, -0.05, 0.2], ".3f", sign="-") == "0.000 (-0.050 to 0.200)"
+    assert runs.spread((-0.001, -0.05, 0.05)) == "+0.00 (-0.05 to +0.05)"
+    assert runs.spread([float("nan")] * 3) == "+nan"
     told = [runs.verdict_of(*ends) for ends in ((0.1, 0.4), (-0.4, -0.1), (-0.1, 0.1))]
     assert told == ["holds here", "not seen here", "cannot be told here"]
     assert runs.verdict_of(float("nan"), float("nan")) == "cannot be told here"

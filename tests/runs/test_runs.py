@@ -15,7 +15,6 @@ import pytest
 from flowhelpers.core.files import write_text, write_whole
 from flowhelpers.core.progress_bar import live, progress
 from flowhelpers.runs import run as runs
-from flowhelpers.runs.lesson import within
 from flowhelpers.runs.run import RUN_DIR, RUNS, start_run
 
 
@@ -172,8 +171,3 @@ def test_an_exercise_is_right_or_not_and_nothing_narrows_it_down() -> None:
     assert runs.check(0.505, 0.5, tolerance=0.01) == runs.check(" Rises ", "rises") == "right"
     assert runs.check("falls", "rises") == "'falls' is not it: try again"
     assert runs.check(None, 0.5).startswith("no answer yet")
-
-
-def test_a_number_stands_with_its_interval() -> None:
-    assert within(0.1234, -0.05, 0.2) == "0.12 (-0.05 to 0.20)"
-    assert within(-0.0004, -0.05, 0.2, 3) == "0.000 (-0.050 to 0.200)"
