@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from flowhelpers.flow.graph import FlowGraph
 
-HALO = ", ".join(f"{x}px {y}px 1px white" for x in (-1, 1) for y in (-1, 1))
+HALO = ", ".join(f"{x}px {y}px 2px white" for x in (-2, 0, 2) for y in (-2, 0, 2))
+RIGHT = 45  # pixels for the captions of the last layer
 BOX = {"width": 245, "align": "left", "bgcolor": PALE, "borderwidth": 2, "borderpad": 7}
 CONDITIONS = (GREY, "#0072B2", "#E69F00", "#CC79A7", "#56B4E9")
 
@@ -122,14 +123,14 @@ def flow_picture(
         valued = nodes[value.notna()].assign(ring=INK)
         _add_nodes(figure, valued, named, color=value.dropna(), **scale)
     caption = {"size": FONT, "shadow": HALO}
-    figure.update_traces(textfont=caption, selector={"mode": "markers+text"})
+    figure.update_traces(textfont=caption, cliponaxis=False, selector={"mode": "markers+text"})
     ticks = {"tickvals": [*layout.layers.values()], "ticktext": [*layout.layers]}
     figure.update_xaxes(title="layer", range=[0, layout.width], **ticks)
     lanes = {"tickvals": [*layout.lanes.values()], "ticktext": [NAMES[m] for m in layout.lanes]}
     figure.update_yaxes(range=[layout.height, 0], showgrid=False, **lanes)
     below = {"x": 0, "xanchor": "left", "y": -60 / layout.height, "yanchor": "top"}
-    width = round(layout.width) + MARGIN["l"] + MARGIN["r"]
-    return figure.update_layout(width=width, margin_b=100, legend=below)
+    width = round(layout.width) + MARGIN["l"] + RIGHT
+    return figure.update_layout(width=width, margin_b=100, margin_r=RIGHT, legend=below)
 
 
 def _add_nodes(figure: go.Figure, part: pd.DataFrame, name: str, **marker: Any) -> None:
