@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 
 from flowhelpers import explorer_index
 from flowhelpers.activations.sparse import FeatureActivations, collect
-from flowhelpers.core.features import FeatureId
+from flowhelpers.core.features import FeatureId, check_choice
 from flowhelpers.core.files import writable_folder, write_text
 from flowhelpers.core.progress_bar import live
 from flowhelpers.explorer_index import FlowIndex, best_five, flow_index
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
 
 SAMPLES = 3  # texts of each kind that the card writes
+ASKED = "start plotly keep near search listed direct writes change steer".split()  # by the view
 
 
 def explore(
@@ -127,6 +128,7 @@ class Explorer(anywidget.AnyWidget):
     def _answer(self, _: Any, message: dict[str, Any], __: list[Any]) -> None:
         """Answers by the method of what the view asks; what cannot be done is told in its words."""
         try:
+            check_choice("request", message["ask"], ASKED)
             reply = getattr(self, f"_{message['ask']}")(**message["given"])
         except Exception as error:  # or the view would wait for ever
             kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
