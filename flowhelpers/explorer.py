@@ -33,7 +33,18 @@ if TYPE_CHECKING:
     from flowhelpers.suites.load import Suite
 
 SAMPLES = 3  # texts of each kind that the card writes
-ASKED = "start plotly keep near search listed direct writes change steer".split()  # by the view
+ASKED = (
+    "start",
+    "plotly",
+    "keep",
+    "near",
+    "search",
+    "listed",
+    "direct",
+    "writes",
+    "change",
+    "steer",
+)
 
 
 def explore(
