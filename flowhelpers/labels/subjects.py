@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 CONTEXTS = 8  # of a half, each in another passage
 LEAST, TIMES = 4, 3  # contexts of a half that have to count; times what other subjects have
+TELLS = 0.9  # the AUC, or it is a word that few of the subject's passages have
 SHOWN, OF_SHOWN = 5, 3  # contexts that a reader sees first, and of them
 SHORTLIST = 20
 COLUMNS = ["subject", "feature", "contexts", "before", "after", "share", "auc"]
@@ -40,10 +41,10 @@ def subject_features(
     at least half as active as it ever is.
 
     A feature may stand for the subject if, on every second passage of each subject, 4 contexts
-    count and the share is 3 times what the other subjects have on average. The 20 best are kept, by
-    contexts (of 8, with a quarter of those of the matches in the layers before and after), plus
-    share, plus AUC. Those pass for which the same holds on the other half, and of whose 5 strongest
-    contexts of all passages 3 count; those stand first of which most count.
+    count, the share is 3 times what the other subjects have on average, and the AUC is 0.9 or more.
+    The 20 best are kept, by contexts (of 8, with a quarter of those of the matches in the layers
+    before and after), plus share, plus AUC. Those pass for which the same holds on the other half,
+    and of whose 5 strongest contexts of all passages 3 count.
 
     Args:
         topics: The subject of each passage.
@@ -78,16 +79,15 @@ def subject_features(
             parts.append(part.assign(feature=[f"{site}/{i}" for i in part["feature"]]))
     found = pd.concat(parts[1:] or parts, ignore_index=True)
     high = TIMES / (TIMES + names.nunique() - 1)
-    found = found[found["share"] >= high]
+    found = found[(found["share"] >= high) & (found["auc"] >= TELLS)]
     rank = (found["contexts"] + (found["before"] + found["after"]) / 4) / CONTEXTS
     found = found.assign(rank=(rank + found["share"] + found["auc"]).astype(float))
     found = found.sort_values("rank", ascending=False).groupby("subject", sort=False)
     found = found.head(SHORTLIST)
     passes = (found["contexts_other"] >= LEAST) & (found["share_other"] >= high)
-    passes = (passes & (found["first"] >= OF_SHOWN)).astype(bool)
-    found = found.assign(passes=passes, shown=found["first"].where(passes, 0))
-    by = ["subject", "passes", "shown", "rank"]
-    return found.sort_values(by, ascending=[True, *[False] * 3], ignore_index=True)[COLUMNS]
+    passes &= (found["auc_other"] >= TELLS) & (found["first"] >= OF_SHOWN)
+    found, by = found.assign(passes=passes.astype(bool)), ["subject", "passes", "rank"]
+    return found.sort_values(by, ascending=[True, False, False], ignore_index=True)[COLUMNS]
 
 
 def feature_of_subject(features: "pd.DataFrame", subject: str) -> FeatureId | None:

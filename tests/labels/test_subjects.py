@@ -105,7 +105,14 @@ def test_what_is_nearly_as_active_elsewhere_and_what_shows_other_subjects_first_
     monkeypatch.setattr(subjects, "OF_SHOWN", 2)
     found = subject_features(planted, read, TOPICS, matches).query("subject == 'weddings'")
     passing = found.loc[found["passes"], "feature"].tolist()
-    assert passing == [f"1/res/{WORD}", f"1/res/{MISLEADING}"]  # most of the strongest first
+    assert passing == [f"1/res/{WORD}", f"1/res/{MISLEADING}"]
+    with monkeypatch.context() as strict:
+        strict.setattr(subjects, "TELLS", 1.01)
+        assert subject_features(planted, read, TOPICS, matches).empty
+        for half in ("auc", "auc_other"):  # of these one lies below on that half
+            strict.setattr(subjects, "TELLS", found[half].min() + 1e-6)
+            again = subject_features(planted, read, TOPICS, matches)
+            assert (again.loc[again["passes"], half] > found[half].min()).all()
     with monkeypatch.context() as few:
         few.setattr(subjects, "LEAST", 7)  # on both halves
         again = subject_features(planted, read, TOPICS, matches).query("passes")
