@@ -11,10 +11,10 @@ Two cores of an Intel Xeon, nothing else running, the default shape:
 | | least | median | most |
 | --- | --- | --- | --- |
 | the file of 121 MB opens | | 0.003 s | |
-| from a click to the kernel's answer | 3 ms | 3 ms | 5 ms |
-| a search in 1.3 million labels | 93 ms | 94 ms | 97 ms |
-| the page of 20 neighbourhoods opens | | 1.6 s | |
-| from a click in the page to card and graph | 56 ms | 68 ms | 98 ms |
+| from a click to the kernel's answer | 2 ms | 3 ms | 141 ms |
+| a search in 1.3 million labels | 91 ms | 99 ms | 102 ms |
+| the page of 20 neighbourhoods opens | | 1.5 s | |
+| from a click in the page to card and graph | 52 ms | 59 ms | 84 ms |
 
 Of the last, plotly's drawing is nearly all. The page of `flowlet`, 9.0 MB, opened in
 2.5 to 4.4 s where the cores were busy, with 42 ms (least) and 57 ms (median) a click.
