@@ -69,12 +69,13 @@ def subject_features(
             places = [chosen["subject"], chosen["feature"].map(match).fillna(-1).astype(int)]
             there = counts[near]["contexts"] if near in counts else pd.Series(dtype=int)
             chosen[name] = there.reindex(pd.MultiIndex.from_arrays(places)).fillna(0).to_numpy()
+        means = text_means(activations, site, chosen["feature"].tolist())
+        by_feature = activations.by_site[site].tocsc()
         for subject, part in chosen.groupby("subject", sort=False):
-            on = (names == subject).to_numpy()
-            means = text_means(activations, site, part["feature"].tolist())
-            codes = activations.by_site[site][:, part["feature"].tolist()].toarray()
+            on, own = (names == subject).to_numpy(), means[:, part.index]
+            codes = by_feature[:, part["feature"].tolist()].toarray()
             for end, h in (("", half), ("_other", ~half)):
-                part[f"auc{end}"] = auc_and_share(means[h], on[h])["auc"].to_numpy()
+                part[f"auc{end}"] = auc_and_share(own[h], on[h])["auc"].to_numpy()
                 part[f"share{end}"] = _strong_share(codes[h[texts]], on[texts][h[texts]])
             parts.append(part.assign(feature=[f"{site}/{i}" for i in part["feature"]]))
     found = pd.concat(parts[1:] or parts, ignore_index=True)
