@@ -580,7 +580,7 @@ def words_of(subject: str, kept: pd.DataFrame) -> set[str]:
 
 
 def test_the_seed_is_active_at_words_of_its_subject_on_both_halves(flows: Executed) -> None:
-    kept = passages().groupby("subject").head(12).reset_index(drop=True)
+    kept = passages().groupby("subject").head(24).reset_index(drop=True)
     half = kept.groupby("subject").cumcount() % 2 == 0
     chosen, words = parse_feature(flows.results["feature"]), words_of("illness", kept)
     row = flows.table("candidates").query("subject == 'illness' and passes").iloc[0]
@@ -611,7 +611,7 @@ def test_the_far_match_is_the_highest_cosine_and_the_chain_its_best_matches(
 
 
 def test_what_a_far_match_takes_is_what_plain_hooks_give(flows: Executed) -> None:
-    kept = passages().groupby("subject").head(12)["text"].tolist()
+    kept = passages().groupby("subject").head(24)["text"].tolist()
     apart = flows.table("far_apart").set_index("feature")
     removed = flows.table("far_removed").dropna(subset="chain_end").iloc[0]
     feature = int(removed["feature"])

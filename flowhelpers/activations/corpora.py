@@ -95,7 +95,10 @@ def load_texts(
 
 
 def passages() -> "pd.DataFrame":
-    """The package's own passages, always in the same order: columns subject, domain and text."""
+    """The package's own passages, always in the same order: columns subject, domain and text.
+
+    Those of the domain `reference` are in no corpus: they are there for their subjects.
+    """
     import pandas as pd
 
     return pd.DataFrame(_passages(), columns=["subject", "domain", "text"])

@@ -71,7 +71,7 @@ def test_texts_of_the_theme_stand_above_others(model: Model, judge: EmbeddedJudg
 def test_what_it_is_worth_is_measured_on_passages_left_out(
     model: Model, judge: EmbeddedJudge
 ) -> None:
-    assert 0.75 < judge.accuracy < 1  # of eighteen subjects
+    assert 0.75 < judge.accuracy < 1  # of 24 subjects
     aucs = [embedded_judge(model, theme).auc for theme in subjects()]
     assert 0.93 < min(aucs) <= max(aucs) <= 1
     assert np.mean(aucs) > 0.97
