@@ -25,8 +25,8 @@ LEAST, TIMES = 4, 3  # contexts of a half that have to count; times what other s
 TELLS = 0.9  # the AUC, or it is a word that few of the subject's passages have
 SHOWN, OF_SHOWN = 5, 3  # contexts that a reader sees first, and of them
 SHORTLIST = 20
-COLUMNS = ["subject", "feature", "contexts", "before", "after", "share", "auc"]
-COLUMNS += ["contexts_other", "share_other", "auc_other", "first", "passes"]
+COLUMNS = ["subject", "feature", "contexts", "before", "after", "strong_share", "auc"]
+COLUMNS += ["contexts_other", "strong_share_other", "auc_other", "first", "passes"]
 
 
 def subject_features(
@@ -37,14 +37,14 @@ def subject_features(
     A word belongs to a subject if two thirds of the passages that hold it are on it; it has three
     letters or more, and its token begins it. A feature's contexts are its strongest tokens, one a
     passage, the eight strongest of a half; one counts if it is such a word in a passage on the
-    subject. `share` is how much of its activation lies on the subject, over the tokens where it is
-    at least half as active as it ever is.
+    subject. Its strong share is how much of its activation lies on the subject, over the tokens
+    where it is at least half as active as it ever is.
 
     A feature may stand for the subject if, on every second passage of each subject, 4 contexts
-    count, the share is 3 times what the other subjects have on average, and the AUC is 0.9 or more.
+    count, the strong share is 3 times what the other subjects have on average, and the AUC is 0.9.
     The 20 best are kept, by contexts (of 8, with a quarter of those of the matches in the layers
-    before and after), plus share, plus AUC. Those pass for which the same holds on the other half,
-    and of whose 5 strongest contexts of all passages 3 count.
+    before and after), plus strong share, plus AUC. Those pass for which the same holds on the other
+    half, and of whose 5 strongest contexts of all passages 3 count.
 
     Args:
         topics: The subject of each passage.
@@ -52,8 +52,9 @@ def subject_features(
 
     Returns:
         One row a subject and feature: `contexts`, `before`, `after` (how many count, of it and of
-        its matches; 0 where those were not read), `share`, `auc` (as `subject_scores`) on the half
-        for choosing; three of these on the other half; `first`, of the 5 strongest; `passes`.
+        its matches; 0 where those were not read), `strong_share`, `auc` (as `subject_scores`) on
+        the half for choosing; three of these on the other half; `first`, of the 5 strongest;
+        `passes`.
     """
     import pandas as pd
 
@@ -76,16 +77,16 @@ def subject_features(
             codes = by_feature[:, part["feature"].tolist()].toarray()
             for end, h in (("", half), ("_other", ~half)):
                 part[f"auc{end}"] = auc_and_share(own[h], on[h])["auc"].to_numpy()
-                part[f"share{end}"] = _strong_share(codes[h[texts]], on[texts][h[texts]])
+                part[f"strong_share{end}"] = _strong_share(codes[h[texts]], on[texts][h[texts]])
             parts.append(part.assign(feature=[f"{site}/{i}" for i in part["feature"]]))
     found = pd.concat(parts[1:] or parts, ignore_index=True)
     high = TIMES / (TIMES + names.nunique() - 1)
-    found = found[(found["share"] >= high) & (found["auc"] >= TELLS)]
+    found = found[(found["strong_share"] >= high) & (found["auc"] >= TELLS)]
     rank = (found["contexts"] + (found["before"] + found["after"]) / 4) / CONTEXTS
-    found = found.assign(rank=(rank + found["share"] + found["auc"]).astype(float))
+    found = found.assign(rank=(rank + found["strong_share"] + found["auc"]).astype(float))
     found = found.sort_values("rank", ascending=False).groupby("subject", sort=False)
     found = found.head(SHORTLIST)
-    passes = (found["contexts_other"] >= LEAST) & (found["share_other"] >= high)
+    passes = (found["contexts_other"] >= LEAST) & (found["strong_share_other"] >= high)
     passes &= (found["auc_other"] >= TELLS) & (found["first"] >= OF_SHOWN)
     found, by = found.assign(passes=passes.astype(bool)), ["subject", "passes", "rank"]
     return found.sort_values(by, ascending=[True, False, False], ignore_index=True)[COLUMNS]

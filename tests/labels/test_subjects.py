@@ -70,7 +70,7 @@ def test_a_letter_a_comma_and_a_common_word_stand_for_nothing(
         assert ((telling[:, nonsense] > 0) == (np.array(TOPICS) == "weddings")).all()
         assert f"1/res/{nonsense}" not in of_weddings.index
     row = of_weddings.loc[f"1/res/{WORD}"]
-    assert row[["contexts", "contexts_other", "first", "auc", "share"]].tolist() == [
+    assert row[["contexts", "contexts_other", "first", "auc", "strong_share"]].tolist() == [
         *(8, 8, 5, 1.0, 1.0)
     ]
     assert (row["before"], row["after"]) == (0, 0)  # those layers were not read
@@ -100,7 +100,9 @@ def test_what_is_nearly_as_active_elsewhere_and_what_shows_other_subjects_first_
     assert ("weddings", f"1/res/{DENSE}") not in found.index  # 8 contexts, a third of its activity
     shown = found.loc[("weddings", f"1/res/{MISLEADING}")]
     assert (shown["contexts"], shown["contexts_other"], shown["first"]) == (6, 7, 2)
-    assert shown[["share", "share_other"]].tolist() == pytest.approx([36 / 46, 36 / 41])
+    assert shown[["strong_share", "strong_share_other"]].tolist() == pytest.approx(
+        [36 / 46, 36 / 41]
+    )
     assert not shown["passes"]
     monkeypatch.setattr(subjects, "OF_SHOWN", 2)
     found = subject_features(planted, read, TOPICS, matches).query("subject == 'weddings'")
