@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 CONTEXTS = 8  # of a half, each in another passage
 LEAST, TIMES = 4, 3  # contexts of a half that have to count; times what other subjects have
 TELLS = 0.9  # the AUC, or it is a word that few of the subject's passages have
-SHOWN, OF_SHOWN = 5, 3  # contexts that a reader sees first, and of them
+SHOWN, OF_SHOWN = 5, 4  # contexts that a reader sees first, and of them
 SHORTLIST = 20
 COLUMNS = ["subject", "feature", "contexts", "before", "after", "strong_share", "auc"]
 COLUMNS += ["contexts_other", "strong_share_other", "auc_other", "first", "passes"]
@@ -44,7 +44,7 @@ def subject_features(
     count, the strong share is 3 times what the other subjects have on average, and the AUC is 0.9.
     The 20 best are kept, by contexts (of 8, with a quarter of those of the matches in the layers
     before and after), plus strong share, plus AUC. Those pass for which the same holds on the other
-    half, and of whose 5 strongest contexts of all passages 3 count.
+    half, and of whose 5 strongest contexts of all passages 4 count.
 
     Args:
         topics: The subject of each passage.
