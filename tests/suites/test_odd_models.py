@@ -287,8 +287,5 @@ def test_a_suite_file_of_other_shapes_is_named(copy: Path, line: str):
 def test_an_sae_that_is_not_there_is_named(copy: Path):
     folder = write_suite(copy.parent, {0: True, 1: True})
     shutil.rmtree(folder / "1-res")
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"no file .*1-res.cfg.json: an SAE of sae-lens has cfg.json and sae_w",
-    ):
+    with pytest.raises(FileNotFoundError, match=r"1-res.cfg\.json"):
         load_suite(folder).sae(AT)
