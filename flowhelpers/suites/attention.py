@@ -58,9 +58,8 @@ def attention_output(model: Model, layer: int) -> AttentionOutput:
     norms = (part for name, part in block.named_children() if name.startswith("ln"))
     fits = {}
     for gain in (None, *(norm(weights.new_ones(1, 1, model.d_model))[0, 0] for norm in norms)):
-        found = AttentionOutput(weights, gain)
-        fit = cosine_similarity(found.to_residual(put[0])[0], arrived, dim=0)
-        fits[float(fit.nan_to_num())] = found
+        way = AttentionOutput(weights, gain)
+        fits[cosine_similarity(way.to_residual(put[0]), arrived[None]).nan_to_num().item()] = way
     if max(fits) <= SAME:
         told = f"{model.name}: at layer {layer} what is put at z does not reach the stream by W_O"
         raise ValueError(f"{told} and the gain of a norm: SAEs at z cannot be used there")

@@ -45,9 +45,11 @@ def load_model(
             folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, **given
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, **given)
-    weights, about = loaded  # transformers tells of weights that it has no use for
-    if missing := sorted(about["missing_keys"]):  # it fills them with random numbers
+    weights, about = loaded
+    if missing := sorted(about["missing_keys"]):  # which transformers fills with random numbers
         raise ValueError(f"{name}: its files lack {len(missing)} weights, such as {missing[0]}")
+    if rest := sorted(about["unexpected_keys"]):
+        warnings.warn(f"{name}: {len(rest)} weights are not used, such as {rest[0]}", stacklevel=2)
     return bridged(name, folder, weights.to(device), tokenizer)
 
 
@@ -103,34 +105,34 @@ def check_sites(model: Model, own: Any = None) -> None:
     """
     is_half = model.bridge.W_E.dtype != torch.float32
 
-    def check(this: Tensor, that: Tensor, what: str, tolerance: float) -> None:
-        off, size = (this.float() - that.float()).abs().max(), this.float().abs().max()
-        if not off <= tolerance * size:
-            allowed = f"of its size (allowed {tolerance:.2%})"
-            raise ValueError(f"{model.name}: {what} by {off / size:.2%} {allowed}")
+    usual = 3e-2 if is_half else 1e-4
 
-    tolerance = 3e-2 if is_half else 1e-4
+    def check(this: Tensor, that: Tensor, what: str, most: float = usual) -> None:
+        off, size = (this.float() - that.float()).abs().max(), this.float().abs().max()
+        if not off <= most * size:
+            told = f"by {off / size:.2%} of its size (allowed {most:.2%})"
+            raise ValueError(f"{model.name}: {what} {told}")
+
     ids = few_tokens(model.bridge.W_E)
     sites = model.sites()
     clean, read = run_model(model, ids, read=[Site(0, "pre"), *sites])
     assert clean is not None
     if own is not None:
-        check(own.logits, clean, "its logits differ from those of transformers", tolerance)
+        check(own.logits, clean, "its logits differ from those of transformers")
         for layer, stream in enumerate(own.hidden_states[1:-1]):  # after the last comes its norm
             what = f"the stream after layer {layer} differs from that of transformers"
-            check(stream, read[Site(layer, "res")], what, tolerance)
+            check(stream, read[Site(layer, "res")], what)
     before = read[Site(0, "pre")]
     for layer in range(model.layers):
         after = read[Site(layer, "res")]
         parts = before + read[Site(layer, "att")] + read[Site(layer, "mlp")]
         what = "the stream before plus attention plus MLP differs from the stream after"
-        check(after, parts, f"at layer {layer} {what}", tolerance)
+        check(after, parts, f"at layer {layer} {what}")
         before = after
     _, prefix = cache_prompt(model, ids)
     rest, _ = run_model(model, ids[:, 4:].expand(2, -1), prefix=prefix.first(4))
     assert rest is not None
-    what = "a pass that goes on after a prefix gives other logits than a whole one,"
-    check(clean[:, 4:], rest, what, tolerance)
+    check(clean[:, 4:], rest, "a pass after a prefix gives other logits than a whole one,")
     # A row of a larger batch may differ from the same row alone by rounding, as may any two passes
     # on a GPU.
     rounding = 1e-2 if is_half else 1e-5

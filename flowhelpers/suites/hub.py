@@ -84,8 +84,7 @@ def read_tensors(model: str, names: Iterable[str], revision: str | None = None) 
     names, index = list(names), None
     folder = Path(model) if Path(model).is_dir() else None
     if folder:
-        is_sharded = not (folder / SINGLE).is_file() and (folder / INDEX).is_file()
-        index = folder / INDEX if is_sharded else None  # as transformers chooses
+        index = None if (folder / SINGLE).is_file() else folder / INDEX  # as transformers chooses
     elif not cached(model, SINGLE, revision):
         with suppress(EntryNotFoundError):
             index = fetch(model, INDEX, revision)

@@ -116,6 +116,5 @@ def check_effects(what: str, lens_sae: Any, some: Tensor, stored: Tensor) -> Non
     wrong = [added - size[:, None] * each for each in (rows, stored.to(rows))]
     off = float(norms_of(torch.cat(wrong)).max() / norms_of(added).max())
     if not off <= (tolerance := 1e-4 if lens_sae.dtype is torch.float32 else 3e-2):
-        told = f"that is off by {off:.2%} (allowed {tolerance:.2%}); {MATCH}"
-        what = f"{what}, adds something else than activation times decoder row"
-        raise ValueError(f"{what}: by sae-lens's decode {told}")
+        told = "adds other than activation times decoder row: by sae-lens's decode that is off by"
+        raise ValueError(f"{what}, {told} {off:.2%} (allowed {tolerance:.2%}); {MATCH}")

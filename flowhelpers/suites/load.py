@@ -246,10 +246,8 @@ def _load_sae(
     if files is None:
         return make_sae(site, load(), d_model, str(source), output)
     if files.prepend_bos != _begin_with_bos(row, files_of):
-        told = (
-            f"{what} has `prepend_bos: {str(files.prepend_bos).lower()}`, {min(row.saes)} has not"
-        )
-        raise ValueError(f"{told}: expected one of both for all, as texts begin alike")
+        told = f"{what} has `prepend_bos: {str(files.prepend_bos).lower()}`"
+        raise ValueError(f"{told}, that for {min(row.saes)} has not: expected one of both for all")
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
     if files.revision is not None and at_issue and files.revision != row.revision:
         told = f"{what} was trained on revision {files.revision} of the model"

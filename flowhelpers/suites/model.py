@@ -129,7 +129,7 @@ def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = 
     if bos is None and model.prepend_bos:
         told = f"{model.name}: its tokenizer has neither BOS nor EOS for a text to begin with"
         raise ValueError(f"{told}; SAEs trained without say `prepend_bos: false` in their cfg.json")
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     if model.prepend_bos:
         rows = [[bos, *row[row[:1] == [bos] :]] for row in rows]
     rows = [row[:max_tokens] for row in rows]
@@ -314,8 +314,8 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
     with model.bridge.hooks(fwd_hooks=hooks):
         yield
     if missed:
-        at = ", ".join(f"{e.site} ({hook_name(model, e.site)})" for e in missed.values())
-        raise RuntimeError(f"the edit at {at} was never reached by a forward pass of {model.name}")
+        sites = ", ".join(str(edit.site) for edit in missed.values())
+        raise RuntimeError(f"{model.name}: the edit at {sites} was never reached by a forward pass")
 
 
 def is_edited(model: Model) -> bool:

@@ -85,8 +85,7 @@ def read_decoder(files: SaeFiles) -> Tensor:
 def find_files(source: Source) -> SaeFiles | None:
     """The files of an SAE, fetched; None for a format that sae-lens alone reads."""
     if isinstance(source, str):
-        files = [Path(source) / file for file in LENS_FILES]
-        return _of_sae_lens(source, *files)
+        return _of_sae_lens(source, *(Path(source) / file for file in LENS_FILES))
     listed = listed_release(source["release"], source["id"])
     name, kind = f"{source['release']}/{source['id']}", listed.conversion_func or "sae_lens"
     return FORMATS[kind](name, listed, source["id"]) if kind in FORMATS else None
@@ -147,10 +146,10 @@ def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFil
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     about = sae_config(config)
     check_is_sae(f"the SAE in {source}", about)
-    hook = hook_of(about)
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
     unit = "topk" in str(about.get("architecture")) and about.get("rescale_acts_by_decoder_norm")
-    begins, content = about.get("prepend_bos") is not False, _content(weights, config)
+    hook, begins = hook_of(about), about.get("prepend_bos") is not False
+    content = _content(weights, config)
     return SaeFiles(source, weights, hook, content, revision, begins, scale=None if unit else 1.0)
 
 

@@ -170,8 +170,8 @@ class SAE:
         there = dict(self.lens_sae.named_parameters())
         lacking = ["thresholds to fold"] if folded and self.thresholds is None else []
         if lacking := lacking + [name for name in ("W_enc", "b_enc") if name not in there]:
-            what = f"{self} ({kind_of(self.lens_sae)})"
-            raise ValueError(f"{what} has no {' and no '.join(lacking)}: {MATCH}")
+            told = f"has no {' and no '.join(lacking)}: {MATCH}"
+            raise ValueError(f"{self} ({kind_of(self.lens_sae)}) {told}")
 
     def weights(self, folded: bool = False) -> Weights:
         """Its weights in float32; a ValueError if its encoder is not W_enc and b_enc.
