@@ -250,8 +250,8 @@ def _load_sae(
         raise ValueError(f"{told}, that for {min(row.saes)} has not: expected one of both for all")
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
     if files.revision is not None and at_issue and files.revision != row.revision:
-        told = f"{what} was trained on revision {files.revision} of the model"
-        raise ValueError(f"{told}, and the suite has revision {row.revision or 'main'}")
+        told = f"suite {row.name} has the model at revision {row.revision or 'main'}, and the SAE"
+        raise ValueError(f"{told} for {site} ({source}) was trained on revision {files.revision}")
     files = replace(files, source=f"{files.source}, suite {row.name}")
     return read_sae(site, files, load, d_model, device, dtype, output)
 

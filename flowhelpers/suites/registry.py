@@ -13,7 +13,6 @@ from pydantic.dataclasses import dataclass
 
 from flowhelpers.core.features import MODULES, Site, check_choice, parse_site, suggestion
 from flowhelpers.core.files import DATA, read_json
-from flowhelpers.suites.hub import naming
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
@@ -199,9 +198,11 @@ def read_suite_folder(folder: Path) -> SuiteRow:
 
 
 def _row(name: str, row: Any, folder: Path | None = None, variant: str | None = None) -> SuiteRow:
+    from huggingface_hub.errors import SafetensorsParsingError as Cut
+
     try:
         return _checked_row(name, row, folder, variant)
-    except (ValueError, TypeError, AttributeError) as error:  # pydantic's too; of other shapes
+    except (ValueError, TypeError, AttributeError, Cut) as error:  # pydantic's too; of other shapes
         where = f" ({folder / 'suite.yaml'})" if folder else ""
         raise ValueError(f"suite {name}{where}: {error}") from error
 
@@ -214,7 +215,7 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
     for key in row:
         check_choice("key", str(key), valid)
     model, config = str(row["model"]), {}
-    if folder and (model[0] in "./" or (folder / model).exists()):
+    if folder and (model.startswith((".", "/")) or (folder / model).exists()):
         model = str(folder / model)
         config = read_json(Path(model) / "config.json")
     variants = row.get("variants") or {}
@@ -284,6 +285,6 @@ def _count_parameters(paths: Iterable[Path]) -> int:
 
     count = 0
     for path in filter(Path.exists, paths):
-        with naming(path), suppress(NotASafetensorsRepoError):  # pickled weights tell no sizes
+        with suppress(NotASafetensorsRepoError):  # pickled weights, whose sizes are not told
             count += sum(get_local_safetensors_metadata(path).parameter_count.values())
     return count

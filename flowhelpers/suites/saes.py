@@ -69,11 +69,11 @@ class SAE:
         if self.loader is None:
             raise ValueError(f"the SAE for {self.site} has no weights, its directions are all")
         lens_sae, some = self.loader, torch.nonzero(self.norms).flatten()[:PROBES]
-        if not isinstance(lens_sae, torch.nn.Module):
+        if of_file := not hasattr(lens_sae, "W_dec"):
             lens_sae = self.loader()
             lens_saes.silence(lens_sae, self.excluded, f"{self.site} ({self.source})")
         rows = lens_sae.W_dec[some]
-        if self.input_site == self.site:  # and not at z, where rows are others
+        if of_file and self.input_site == self.site:  # at z rows are others
             rows = self.norms[some, None] * unit_rows(self.decoder[some])
         lens_saes.check_effects(str(self), lens_sae, some, rows)
         return lens_sae

@@ -286,6 +286,37 @@ def test_a_suite_file_of_other_shapes_is_named(copy: Path, line: str):
         load_suite(copy.parent)
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"normalize_activations": "expected_average_only_in"},
+            r"the SAE for 1/res \(.*1-res, suite odd\) was .* \(normalize_activations: .*: fold it",
+        ),
+        (
+            {"architecture": "batchtopk"},
+            "suite odd: the SAE for 1/res .*save_inference_model saves",
+        ),
+    ],
+)
+def test_what_cannot_encode_is_told_with_suite_site_and_field(
+    copy: Path, changed: dict[str, str], words: str
+):
+    folder = write_suite(copy.parent, {0: True, 1: True})
+    change_json(folder / "1-res" / "cfg.json", **changed)
+    sae = load_suite(folder).sae(AT)  # it can be matched
+    assert sae.directions.isfinite().all()
+    with pytest.raises(ValueError, match=words):
+        sae.encode(torch.ones(toys.D_MODEL))
+
+
+def test_a_model_whose_folder_is_not_there_is_named(copy: Path):
+    path = write_suite(copy.parent, {1: True}) / "suite.yaml"
+    path.write_text(path.read_text().replace("model: model", "model: ./modle"))
+    with pytest.raises(FileNotFoundError, match=r"modle/config\.json"):
+        load_suite(copy.parent)
+
+
 def test_an_sae_that_is_not_there_is_named(copy: Path):
     folder = write_suite(copy.parent, {0: True, 1: True})
     shutil.rmtree(folder / "1-res")

@@ -296,6 +296,10 @@ def folder_of(tmp_path: Path, **changed: Any) -> Path:
             {"architecture": "batchtopk"},
             r"the SAE in .* as sae-lens's save_inference_model saves them: KeyError: 'batchtopk'",
         ),
+        (
+            {"metadata": {"hook_layer": 2}},
+            r"1/res .* was trained at blocks\.2\.: expected blocks\.1",
+        ),
         ({"d_sae": 7}, r"the SAE in .*size mismatch for W_dec"),
         ({"architecture": "topk", "k": 7}, r"cannot encode tokens one by one: .* out of range"),
     ],
@@ -310,6 +314,11 @@ def test_a_configuration_that_does_not_fit_is_told(
         save_file(weights, folder / "sae_weights.safetensors")
     with pytest.raises(ValueError, match=f"(?s){words}"):
         toys.load_folder(folder, SITE).encode(torch.ones(D))
+
+
+def test_a_layer_without_a_hook_point_is_where_it_was_trained(tmp_path: Path):
+    folder = folder_of(tmp_path, metadata={"hook_layer": 1})
+    assert toys.load_folder(folder, SITE).input_site == SITE
 
 
 def test_other_names_and_shapes_of_tensors_are_told(tmp_path: Path):
