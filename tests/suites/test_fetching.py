@@ -146,7 +146,7 @@ def test_importing_and_the_embedded_suite_ask_nobody(run_python: Process, hub: H
 
 def test_errors_of_memory_and_files_stay_and_others_are_named():
     for error in (MemoryError("full"), FileNotFoundError("full"), torch.OutOfMemoryError("full")):
-        with pytest.raises(type(error), match="^full$"), naming("it"):
+        with pytest.raises(type(error), match=r"^full$"), naming("it"):
             raise error
-    with pytest.raises(ValueError, match="^it is odd: KeyError: 'x'$"), naming("it", "is odd"):
+    with pytest.raises(ValueError, match=r"^it is odd: KeyError: 'x'$"), naming("it", "is odd"):
         raise KeyError("x")
