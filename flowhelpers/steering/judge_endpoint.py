@@ -65,7 +65,7 @@ def read_reply(reply: str, task: str) -> BaseModel:
     said, kind = reply.rpartition("</think>")[2], REPLIES[task]
     found: list[Any] = []
     decoder, end = json.JSONDecoder(object_hook=lambda each: found.append(each) or each), 0
-    for brace in re.finditer(r"""\{(\s*["'])?""", said.partition("<think>")[0]):
+    for brace in re.finditer(r"""\{(\s*["'])?""", "" if "<think>" in said else said):
         try:  # unless it lies within another
             end = decoder.raw_decode(said, brace.start())[1] if brace.start() >= end else end
         except ValueError:

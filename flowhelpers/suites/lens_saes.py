@@ -31,7 +31,7 @@ def fold_norms(lens_sae: Any) -> None:
 
 
 def is_centred(lens_sae: Any) -> bool:
-    """Whether it was trained on a stream that TransformerLens had centred, as GPT-2's res-jb."""
+    """Whether its stream was centred by TransformerLens in training, as GPT-2's res-jb; z never."""
     about = lens_sae.cfg.metadata
     given = about.model_from_pretrained_kwargs or {}
     return given.get("center_writing_weights", False) and ".attn." not in str(about.hook_name)

@@ -92,7 +92,7 @@ def find_files(source: Source) -> SaeFiles | None:
 
 
 def load_whole(what: str, source: Source, is_fetched: bool, device: str, dtype: str) -> Any:
-    """sae-lens's SAE, called so; once its files are fetched, without asking the hub."""
+    """sae-lens's SAE, by what errors call it; once its files are fetched, the hub is not asked."""
     from huggingface_hub import constants, parse_local_safetensors_file_metadata
     from sae_lens import SAE
     from sae_lens.loading import pretrained_sae_loaders
