@@ -315,10 +315,3 @@ def test_a_model_whose_folder_is_not_there_is_named(copy: Path):
     path.write_text(path.read_text().replace("model: model", "model: ./modle"))
     with pytest.raises(FileNotFoundError, match=r"modle/config\.json"):
         load_suite(copy.parent)
-
-
-def test_an_sae_that_is_not_there_is_named(copy: Path):
-    folder = write_suite(copy.parent, {0: True, 1: True})
-    shutil.rmtree(folder / "1-res")
-    with pytest.raises(FileNotFoundError, match=r"1-res.cfg\.json"):
-        load_suite(folder).sae(AT)
