@@ -201,7 +201,8 @@ def load_folder(folder: Path, site: Site, d_model: int = D_MODEL, dtype: str = "
     """The SAE of a folder that sae-lens saved."""
     files = sae_files.find_files(str(folder))
     assert files is not None
-    load = partial(sae_files.load_whole, str(folder), True, "cpu", dtype)
+    what = f"the SAE in {folder}"
+    load = partial(sae_files.load_whole, what, str(folder), True, "cpu", dtype)
     return read_sae(site, files, load, d_model, "cpu", dtype)
 
 

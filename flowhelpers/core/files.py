@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).parents[1] / "data"  # of the package
+HIDDEN = re.compile(r"\..*|.*~|desktop\.ini|thumbs\.db", re.IGNORECASE)
 
 
 def writable_folder(folder: Path) -> Path:
@@ -76,14 +78,14 @@ def to_json(value: object) -> str:
 def files_below(path: Path) -> list[Path]:
     """The files below a folder in order, or the file that is given.
 
-    Hidden ones (`.git`, `.ipynb_checkpoints`, `.DS_Store`) and editors' backups (`a.txt~`) are no
-    content of a folder, unless they are what is given. Links are followed, once around a circle.
+    Hidden ones (`.git`, `.DS_Store`, `desktop.ini`) and editors' backups (`a.txt~`) are no content
+    of a folder, unless they are what is given. Links are followed, once around a circle.
     """
     if not path.is_dir():
         return [path]
     if path.is_symlink() and any(path.samefile(parent) for parent in path.absolute().parents):
         return []
-    inside = sorted(each for each in path.iterdir() if each.name[0] != "." and each.name[-1] != "~")
+    inside = sorted(each for each in path.iterdir() if not HIDDEN.fullmatch(each.name))
     return [file for each in inside for file in files_below(each)]
 
 

@@ -232,8 +232,7 @@ def youden_thresholds(
     matched = _best_sources(matches, 1, incomplete=False)
     sites = {Site(layer, "res") for layer, _ in matched} | {predecessor_site(*at) for at in matched}
     counts = {at: np.zeros((2, len(by_rank)), int) for at, by_rank in matched.items()}
-    tokens = tokenize(suite.model, texts, max_tokens)
-    for batch in read_batches(suite, tokens, sorted(sites)):
+    for batch in read_batches(suite, tokenize(suite.model, texts, max_tokens), sorted(sites)):
         for at, by_rank in matched.items():
             codes, sources = batch[Site(at[0], "res")], by_rank["source"].to_numpy()
             both = codes.multiply(_any_active(batch[predecessor_site(*at)], sources))

@@ -134,9 +134,7 @@ def plan(
     return planned
 
 
-def merged(
-    usual: Mapping[str, Any], given: Mapping[str, Any], or_none: Iterable[str] = ()
-) -> dict[str, Any]:
+def merged(usual: Mapping, given: Mapping, or_none: Iterable[str] = ()) -> dict[str, Any]:
     """Settings as usual but for those given; another name or type is a ValueError.
 
     The usual value has the type; the first of a list has that of all of it. Those named in

@@ -33,13 +33,7 @@ STOP_AFTER = 8  # failed requests in a row, or unreadable replies to the first t
 PROBE = "The sun rose over the quiet harbour, and the first boats went out to sea."
 
 
-def _no_truth(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError(f"expected a number, not {value}")
-    return value
-
-
-Score = Annotated[int, BeforeValidator(_no_truth), Field(ge=0, le=BEST)]  # 4, 4.0 or "4"
+Score = Annotated[int, BeforeValidator(str), Field(ge=0, le=BEST)]  # 4, 4.0 or "4", and not true
 
 
 class _Promotion(BaseModel):
@@ -69,20 +63,15 @@ def read_reply(reply: str, task: str) -> BaseModel:
     cut. A ValueError if none is left, or if its values are no scores.
     """
     said, kind = reply.rpartition("</think>")[2], REPLIES[task]
-    found: list[dict[str, Any]] = []
-    end = 0
-    decoder = json.JSONDecoder(object_hook=lambda each: found.append(each) or each)
-    for brace in re.finditer(r"""\{(\s*["'])?""", said):
-        if brace.start() >= end:  # not within another
-            try:
-                _, end = decoder.raw_decode(said, brace.start())
-            except ValueError:
-                if brace[1]:
-                    found.clear()
-    with_scores = [each for each in found if set(kind.model_fields) <= set(each)]
-    if "<think>" in said or not with_scores:
-        raise ValueError("no JSON object with the scores")
-    return kind.model_validate(with_scores[-1])
+    found: list[Any] = []
+    decoder, end = json.JSONDecoder(object_hook=lambda each: found.append(each) or each), 0
+    for brace in re.finditer(r"""\{(\s*["'])?""", "" if "<think>" in said else said):
+        try:  # unless it lies within another
+            end = decoder.raw_decode(said, brace.start())[1] if brace.start() >= end else end
+        except ValueError:
+            found = [] if brace[1] else found
+    with_scores = [each for each in found if kind.model_fields.keys() <= each.keys()]
+    return kind.model_validate((with_scores or [None])[-1])
 
 
 class _RequestError(Exception):
@@ -195,11 +184,8 @@ class EndpointJudge:
                     problems[futures[future]] = problem
                 some_read |= not problem
                 if not some_read and len(problems) == STOP_AFTER:
-                    told = f"none of the first {STOP_AFTER} texts got scores: {problem}"
-                    asked = (
-                        f"JSON with {' and '.join(REPLIES[self.task].model_fields)}, 0 to {BEST}"
-                    )
-                    raise ValueError(f"{self.about}: {told}. Expected {asked}: try another model")
+                    told = f"none of the first {STOP_AFTER} texts got scores of 0 to {BEST}"
+                    raise ValueError(f"{self.about}: {told}: {problem}. Try another model")
         finally:
             pool.shutdown(cancel_futures=True)
         return problems
@@ -228,8 +214,7 @@ class EndpointJudge:
                 model=self.model, messages=self._messages(text), **options
             )
             choice = reply.choices[0]
-            told = [getattr(choice.message, name, None) for name in PLACES]
-            said = next(filter(None, told), "")
+            said = next(filter(None, (getattr(choice.message, at, None) for at in PLACES)), "")
             if isinstance(said, list):  # parts, of which reasoning is no text
                 said = "".join(part.get("text") or "" for part in said)
             return str(said), choice.finish_reason
@@ -249,8 +234,8 @@ class EndpointJudge:
         if status in (401, 403):
             kind, hint = PermissionError, "It refuses the key: give another"
         elif status in (400, 422) and "temperature" in problem:
-            left_out = "-p 'advanced={\"judge_temperature\": null}'"
-            kind, hint = ValueError, f"Leave it out: temperature=None, or of a notebook {left_out}"
+            option = "-p 'advanced={\"judge_temperature\": null}'"
+            kind, hint = ValueError, f"Leave it out: temperature=None, or of a notebook {option}"
         elif status in (200, 400, 404, 422):
             kind, hint = ValueError, f"Is {self.model!r} a model there? Ends base_url in /v1?"
         return kind(f"{self.address}: {problem}. {hint}")

@@ -51,27 +51,20 @@ def attention_output(model: Model, layer: int) -> AttentionOutput:
     block = model.bridge.blocks[layer]
     weights = block.attn.W_O.flatten(0, 1)
     vector = PUT * torch.randn(len(weights), generator=torch.Generator().manual_seed(layer))
-    vector = vector.to(weights)
-
-    def put(z: Tensor) -> Tensor:
-        return torch.stack([vector, -vector])[:, None].repeat(1, z.shape[1], 1)
-
     ids, site = few_tokens(model.bridge.W_E).expand(2, -1), Site(layer, "att")
-    _, read = run_model(model, ids, [site], [Edit(Site(layer, "z"), put)], layer)
+    put = torch.stack([vector, -vector])[:, None].repeat(1, ids.shape[1], 1).to(weights)
+    _, read = run_model(model, ids, [site], [Edit(Site(layer, "z"), lambda z: put)], layer)
     arrived = (read[site][0, -1] - read[site][1, -1]).float()
     norms = (part for name, part in block.named_children() if name.startswith("ln"))
-    ones = torch.ones(1, 1, model.d_model, dtype=weights.dtype, device=weights.device)
     fits = {}
-    for gain in (None, *(norm(ones)[0, 0] for norm in norms)):
-        found = AttentionOutput(weights, gain)
-        foretold = found.to_residual(vector[None])[0]
-        fits[float(cosine_similarity(foretold, arrived, dim=0).nan_to_num())] = found
-    if max(fits) > SAME:
-        return fits[max(fits)]
-    raise ValueError(
-        f"{model.name}: at layer {layer} what is put at z does not reach the stream by W_O and the"
-        " gain of a norm: SAEs at z cannot be used there"
-    )
+    for gain in (None, *(norm(weights.new_ones(1, 1, model.d_model))[0, 0] for norm in norms)):
+        way = AttentionOutput(weights, gain)
+        fit = cosine_similarity(way.to_residual(put[0, :1]), arrived[None])
+        fits[fit.nan_to_num().item()] = way
+    if max(fits) <= SAME:
+        told = f"{model.name}: at layer {layer} what is put at z does not reach the stream by W_O"
+        raise ValueError(f"{told} and the gain of a norm: SAEs at z cannot be used there")
+    return fits[max(fits)]
 
 
 def stored_attention_output(

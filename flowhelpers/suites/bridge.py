@@ -2,8 +2,6 @@
 
 import subprocess
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from flowhelpers.core.features import Site
 from flowhelpers.core.versions import naming_untried
-from flowhelpers.suites.hub import model_folder, replaced
+from flowhelpers.suites.hub import model_folder, naming, replaced
 from flowhelpers.suites.model import (
     CACHE,
     Edit,
@@ -24,6 +22,8 @@ from flowhelpers.suites.model import (
     logits_of,
     run_model,
 )
+
+FAILS = "cannot be used here"
 
 
 @naming_untried()
@@ -39,10 +39,8 @@ def load_model(
 
     folder, given = model_folder(name, revision), {"revision": revision, "trust_remote_code": False}
     if (Path(folder) / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{name} holds an adapter, which is not applied: merge it into the weights"
-        )
-    with _saying_what_fails(name), replaced(logging, "_tqdm_active", False):  # no bar in notebooks
+        raise ValueError(f"{name} holds an adapter, which is not applied: merge it with the model")
+    with naming(name, FAILS), replaced(logging, "_tqdm_active", False):  # no bar in notebooks
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, **given
         )
@@ -50,57 +48,40 @@ def load_model(
     weights, about = loaded
     if missing := sorted(about["missing_keys"]):  # which transformers fills with random numbers
         raise ValueError(f"{name}: its files lack {len(missing)} weights, such as {missing[0]}")
-    if left_over := sorted(about["unexpected_keys"]):
-        told = f"{len(left_over)} weights of its files are not used, such as {left_over[0]}"
-        warnings.warn(f"{name}: {told}", stacklevel=2)
+    if rest := sorted(about["unexpected_keys"]):
+        warnings.warn(f"{name}: {len(rest)} weights are not used, such as {rest[0]}", stacklevel=2)
     return bridged(name, folder, weights.to(device), tokenizer)
 
 
-@contextmanager
-def _saying_what_fails(name: str) -> Iterator[None]:
-    """What else is raised of a model is a ValueError that names it; memory and files stay so."""
-    try:
-        yield
-    except (OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{name} cannot be used here: {kind}{error}") from error
-
-
+@torch.no_grad()
 def bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
     """The model around weights that are in memory, hook points checked; `folder` has its config.
 
     A ValueError says what fails of a model that TransformerLens or this package cannot take.
     """
-    with _saying_what_fails(f"{name} ({type(weights).__name__})"):
-        return _bridged(name, folder, weights.eval(), tokenizer)
-
-
-@torch.no_grad()
-def _bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
     from transformer_lens.model_bridge import TransformerBridge
     from transformer_lens.model_bridge.generalized_components import AttentionBridge
 
-    ids = few_tokens(weights.get_input_embeddings().weight)
-    plain = weights(ids, output_hidden_states=True)  # before TransformerLens adds its parts
-    # For multimodal models TransformerLens would pip install torchvision, and another torch.
-    with warnings.catch_warnings(), replaced(subprocess, "check_call", _install_nothing):
-        warnings.simplefilter("ignore")
-        bridge = TransformerBridge.boot_transformers(
-            folder, hf_model=weights, tokenizer=deepcopy(tokenizer), device=weights.device
-        )
-        # Until compatibility mode is on, a hook on an alias such as hook_resid_post never fires.
-        bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
-    for module in bridge.modules():
-        own = isinstance(module, AttentionBridge) and type(module).forward
-        if own and own is not AttentionBridge.forward:  # it leaves the work to transformers'
-            module.register_forward_pre_hook(_hand_on_cache, with_kwargs=True)
-    for parameter in bridge.parameters():
-        parameter.requires_grad_(False)
-    # TransformerLens names an EOS of its own where there is none: `tokenizer` is as it was given.
-    model = Model(name, bridge, tokenizer, bridge.cfg.n_layers, bridge.cfg.d_model)
-    check_sites(model, plain)
+    with naming(f"{name} ({type(weights).__name__})", FAILS):
+        ids = few_tokens(weights.get_input_embeddings().weight)
+        plain = weights.eval()(ids, output_hidden_states=True)  # before parts are added to it
+        # For multimodal models TransformerLens would pip install torchvision, and another torch.
+        with warnings.catch_warnings(), replaced(subprocess, "check_call", _install_nothing):
+            warnings.simplefilter("ignore")
+            bridge = TransformerBridge.boot_transformers(
+                folder, hf_model=weights, tokenizer=deepcopy(tokenizer), device=weights.device
+            )
+            # Until compatibility mode is on, a hook on an alias, as hook_resid_post, never fires.
+            bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+        for module in bridge.modules():
+            own = isinstance(module, AttentionBridge) and type(module).forward
+            if own and own is not AttentionBridge.forward:  # it leaves the work to transformers'
+                module.register_forward_pre_hook(_hand_on_cache, with_kwargs=True)
+        for parameter in bridge.parameters():
+            parameter.requires_grad_(False)
+        # TransformerLens names an EOS of its own where there is none: `tokenizer` is as given.
+        model = Model(name, bridge, tokenizer, bridge.cfg.n_layers, bridge.cfg.d_model)
+        check_sites(model, plain)
     return model
 
 
@@ -124,34 +105,34 @@ def check_sites(model: Model, own: Any = None) -> None:
     """
     is_half = model.bridge.W_E.dtype != torch.float32
 
-    def check(this: Tensor, that: Tensor, what: str, tolerance: float) -> None:
-        off, size = (this.float() - that.float()).abs().max(), this.float().abs().max()
-        if not off <= tolerance * size:
-            allowed = f"of its size (allowed {tolerance:.2%})"
-            raise ValueError(f"{model.name}: {what} by {off / size:.2%} {allowed}")
+    usual = 3e-2 if is_half else 1e-4
 
-    tolerance = 3e-2 if is_half else 1e-4
+    def check(this: Tensor, that: Tensor, what: str, most: float = usual) -> None:
+        off, size = (this.float() - that.float()).abs().max(), this.float().abs().max()
+        if not off <= most * size:
+            told = f"by {off / size:.2%} of its size (allowed {most:.2%})"
+            raise ValueError(f"{model.name}: {what} {told}")
+
     ids = few_tokens(model.bridge.W_E)
     sites = model.sites()
     clean, read = run_model(model, ids, read=[Site(0, "pre"), *sites])
     assert clean is not None
     if own is not None:
-        check(own.logits, clean, "its logits differ from those of transformers", tolerance)
+        check(own.logits, clean, "its logits differ from those of transformers")
         for layer, stream in enumerate(own.hidden_states[1:-1]):  # after the last comes its norm
             what = f"the stream after layer {layer} differs from that of transformers"
-            check(stream, read[Site(layer, "res")], what, tolerance)
+            check(stream, read[Site(layer, "res")], what)
     before = read[Site(0, "pre")]
     for layer in range(model.layers):
         after = read[Site(layer, "res")]
         parts = before + read[Site(layer, "att")] + read[Site(layer, "mlp")]
         what = "the stream before plus attention plus MLP differs from the stream after"
-        check(after, parts, f"at layer {layer} {what}", tolerance)
+        check(after, parts, f"at layer {layer} {what}")
         before = after
     _, prefix = cache_prompt(model, ids)
     rest, _ = run_model(model, ids[:, 4:].expand(2, -1), prefix=prefix.first(4))
     assert rest is not None
-    what = "a pass that goes on after a prefix gives other logits than a whole one,"
-    check(clean[:, 4:], rest, what, tolerance)
+    check(clean[:, 4:], rest, "a pass after a prefix gives other logits than a whole one,")
     # A row of a larger batch may differ from the same row alone by rounding, as may any two passes
     # on a GPU.
     rounding = 1e-2 if is_half else 1e-5

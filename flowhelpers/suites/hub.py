@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +12,6 @@ from flowhelpers.core.files import read_json, writable_folder, write_whole
 
 PATTERNS = ["*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors"]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError, TypeError)
 
 
 def cached(repository: str, file: str, revision: str | None = None) -> Path | None:
@@ -63,16 +60,17 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
-def naming(
-    what: str | Path, problem: str = "cannot be read, it may be truncated"
-) -> Iterator[None]:
-    """Libraries' errors for files that are not what they should be, as a ValueError with a name."""
-    from safetensors import SafetensorError
+def naming(what: object, problem: str = "cannot be read, it may be truncated") -> Iterator[None]:
+    """What libraries raise is a ValueError that names `what`, but of memory, files and network."""
+    from torch import OutOfMemoryError
 
     try:
         yield
-    except (SafetensorError, *BROKEN) as error:
-        raise ValueError(f"{what} {problem}: {error}") from error
+    except (OSError, MemoryError, OutOfMemoryError):
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{what} {problem}: {kind}{error}") from error
 
 
 def read_tensors(model: str, names: Iterable[str], revision: str | None = None) -> dict[str, Any]:
@@ -86,8 +84,7 @@ def read_tensors(model: str, names: Iterable[str], revision: str | None = None) 
     names, index = list(names), None
     folder = Path(model) if Path(model).is_dir() else None
     if folder:
-        is_sharded = not (folder / SINGLE).is_file() and (folder / INDEX).is_file()
-        index = folder / INDEX if is_sharded else None  # as transformers chooses
+        index = None if (folder / SINGLE).is_file() else folder / INDEX  # as transformers chooses
     elif not cached(model, SINGLE, revision):
         with suppress(EntryNotFoundError):
             index = fetch(model, INDEX, revision)

@@ -30,17 +30,17 @@ def fold_norms(lens_sae: Any) -> None:
         lens_sae.cfg.rescale_acts_by_decoder_norm = False
 
 
-def wants_means_off(lens_sae: Any) -> bool:
-    """Whether it was trained on a stream that TransformerLens had centred, as GPT-2's res-jb."""
+def is_centred(lens_sae: Any) -> bool:
+    """Whether its stream was centred by TransformerLens in training, as GPT-2's res-jb; z never."""
     about = lens_sae.cfg.metadata
-    is_centred = (about.model_from_pretrained_kwargs or {}).get("center_writing_weights")
-    return bool(is_centred) and ".attn." not in str(about.hook_name)  # z is as it was
+    given = about.model_from_pretrained_kwargs or {}
+    return given.get("center_writing_weights", False) and ".attn." not in str(about.hook_name)
 
 
 def take_means_off(lens_sae: Any) -> None:
-    """Each token's mean is taken off on the way in and given back on the way out."""
-    way_in = lens_sae.run_time_activation_norm_fn_in
-    way_out, mean = lens_sae.run_time_activation_norm_fn_out, {}
+    """Takes each token's mean off on the way in and gives it back on the way out."""
+    way_in, mean = lens_sae.run_time_activation_norm_fn_in, {}
+    way_out = lens_sae.run_time_activation_norm_fn_out
 
     def without_mean(x: Tensor) -> Tensor:
         mean["of"] = x.mean(dim=-1, keepdim=True)
@@ -54,27 +54,21 @@ def take_means_off(lens_sae: Any) -> None:
 @torch.no_grad()
 def silence(lens_sae: Any, excluded: Tensor, what: str) -> None:
     """Features without a finite encoder are never active, those excluded write nothing either."""
+    fold_norms(lens_sae)
     lens_sae.turn_off_forward_pass_hook_z_reshaping()  # the heads lie side by side already
-    width = len(lens_sae.W_dec)
+    silent, rows = lens_sae.W_dec.new_zeros(len(lens_sae.W_dec), dtype=torch.bool), []
     # Whatever there is besides the decoder, features lie along its last axis.
-    encoder = [
-        weights.movedim(-1, 0)
-        for name, weights in lens_sae.named_parameters()
-        if name not in ("W_dec", "b_dec") and weights.shape[-1] == width
-    ]
-    is_deaf = torch.zeros(width, dtype=torch.bool, device=lens_sae.W_dec.device)
-    for rows in encoder:
-        is_deaf |= ~rows.isfinite().reshape(width, -1).all(dim=1)
-    deaf, excluded = torch.nonzero(is_deaf).flatten(), excluded.to(is_deaf.device)
-    if len(alone := deaf[~torch.isin(deaf, excluded)]):
-        warnings.warn(
-            f"{len(alone)} features at {what} have an encoder that is not finite; they are never"
-            f" active here: {alone[:10].tolist()}",
-            stacklevel=4,
-        )
-    for rows in encoder:
-        rows[deaf] = 0
-        rows[excluded] = 0
+    for name, weights in lens_sae.named_parameters():
+        if name not in ("W_dec", "b_dec") and weights.shape[-1] == len(silent):
+            rows.append(weights.movedim(-1, 0))
+            silent |= ~weights.isfinite().reshape(-1, len(silent)).all(dim=0)
+    silent[excluded] = False
+    if len(deaf := silent.nonzero().flatten()):
+        told = "have an encoder that is not finite; they are never active here"
+        warnings.warn(f"{len(deaf)} features at {what} {told}: {deaf[:10].tolist()}", stacklevel=4)
+    silent[excluded] = True
+    for each in rows:
+        each[silent] = 0
     lens_sae.W_dec[excluded] = 0
 
 
@@ -87,46 +81,40 @@ def scales_of(lens_sae: Any, at: Tensor) -> Tensor:
     return (one - zero).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def decoded(lens_sae: Any, codes: Tensor, at: Tensor | None) -> Tensor:
-    """What sae-lens makes of activations in its own units; its way out is that of `at`."""
-    lens_sae.run_time_activation_norm_fn_in(at)
-    return lens_sae.decode(codes)
+def decoded(lens_sae: Any, codes: Tensor, at: Tensor) -> Tensor:
+    """What sae-lens makes of activations in units of the stream, where `at` was read."""
+    codes = codes / scales_of(lens_sae, at)
+    lens_sae.run_time_activation_norm_fn_in(at)  # its way out is that of the last token in
+    return lens_sae.decode(codes.to(lens_sae.dtype))
 
 
 def check_scale(what: str, lens_sae: Any) -> None:
     """A ValueError if inputs have to be scaled by a factor that is in no file."""
-    if "expected_average_only_in" in (norm := lens_sae.cfg.normalize_activations):
-        raise ValueError(
-            f"{what} was trained on inputs times a factor that its files lack"
-            f" (normalize_activations: {norm}): fold it by sae-lens's"
-            f" fold_activation_norm_scaling_factor, and save it; {MATCH}"
-        )
+    field, fold = "normalize_activations", "fold_activation_norm_scaling_factor"
+    if "expected_average_only_in" in (norm := getattr(lens_sae.cfg, field)):
+        told = f"was trained on inputs times a factor that its files lack ({field}: {norm})"
+        raise ValueError(f"{what} {told}: fold it by sae-lens's {fold}, and save it; {MATCH}")
 
 
 @torch.no_grad()
-def check_effects(what: str, lens_sae: Any, some: Tensor, stored: Tensor | None = None) -> None:
+def check_effects(what: str, lens_sae: Any, some: Tensor, stored: Tensor) -> None:
     """A ValueError unless a feature adds its activation times its row, by sae-lens's own decode.
 
     Each of some features is taken out once; `stored` are their rows as read from the file alone.
     """
     check_scale(what, lens_sae)
-    what = f"{what}, {kind_of(lens_sae)}"
-    rows, token = lens_sae.W_dec[some].float(), torch.arange(len(some))
+    what, rows = f"{what}, {kind_of(lens_sae)}", lens_sae.W_dec[some].float()
     at = torch.arange(len(some) * lens_sae.cfg.d_in).sin().view(len(some), -1).to(lens_sae.b_dec)
     # As large as the bias, beside which anything smaller is lost to rounding.
     size = (lens_sae.b_dec.float().norm().clamp(min=1) / norms_of(rows)).clamp(max=1e4)
     codes = lens_sae.W_dec.new_zeros(2, len(some), len(lens_sae.W_dec))
     codes[:, :, some] = size.to(codes)
-    codes[1, token, some] = 0
+    codes[1, torch.arange(len(some)), some] = 0
     with naming(f"{what} ({MATCH})", "cannot encode tokens one by one"):
         lens_sae.encode(at)
         added = torch.sub(*(decoded(lens_sae, each, at).float() for each in codes))
-    step = (size[:, None] * scales_of(lens_sae, at)).float()
-    given = [rows] if stored is None else [rows, stored.to(rows)]
-    off = max(float(norms_of(added - step * each).max() / norms_of(added).max()) for each in given)
-    tolerance = 1e-4 if rows.dtype == lens_sae.dtype else 3e-2
-    if not off <= tolerance:
-        raise ValueError(
-            f"{what}, adds something else than activation times decoder row: by sae-lens's decode"
-            f" that is off by {off:.2%} (allowed {tolerance:.2%}); {MATCH}"
-        )
+    wrong = [added - size[:, None] * each for each in (rows, stored.to(rows))]
+    off = float(norms_of(torch.cat(wrong)).max() / norms_of(added).max())
+    if not off <= (tolerance := 1e-4 if lens_sae.dtype is torch.float32 else 3e-2):
+        told = "adds other than activation times decoder row: by sae-lens's decode that is off by"
+        raise ValueError(f"{what}, {told} {off:.2%} (allowed {tolerance:.2%}); {MATCH}")

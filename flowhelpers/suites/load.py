@@ -183,17 +183,14 @@ def load_suite(name: str | Path | SuiteRow, device: str = "auto", dtype: str = "
     check_sources(row)
     sites = sorted(row.saes)
     files_of = cache(lambda site: find_files(row.saes[site]))  # their content is read for a digest
-    begin = cache(lambda: getattr(files_of(sites[0]), "prepend_bos", True))
-    load_model = cache(partial(_load_model, row, device, dtype, not all_fit, begin))
-    load = partial(_load_sae, row, load_model, files_of, begin, device, dtype)
+    load_model = cache(partial(_load_model, row, device, dtype, not all_fit, files_of))
+    load = partial(_load_sae, row, load_model, files_of, device, dtype)
     saes = OnDemand(sites, load, len(sites) if all_fit else KEPT)
     saes[sites[0]]
     return Suite(row, load_model, saes, device, dtype)
 
 
-def _load_model(
-    row: SuiteRow, device: str, dtype: str, check: bool, begin: Callable[[], bool]
-) -> "Model":
+def _load_model(row: SuiteRow, device: str, dtype: str, check: bool, files_of: Any) -> "Model":
     import torch
 
     from flowhelpers.suites.bridge import load_model
@@ -203,7 +200,12 @@ def _load_model(
         check_memory(memory_needed(row, dtype, KEPT), what, device, dtype)
     model = load_model(row.model, device, getattr(torch, dtype), row.revision)
     _check_layers(row, model.layers)
-    return replace(model, prepend_bos=begin())
+    return replace(model, prepend_bos=_begin_with_bos(row, files_of))
+
+
+def _begin_with_bos(row: SuiteRow, files_of: Any) -> bool:
+    """Whether texts begin with BOS, as the first of the SAEs says."""
+    return getattr(files_of(min(row.saes)), "prepend_bos", True)
 
 
 def _check_layers(row: SuiteRow, layers: int | None) -> None:
@@ -218,13 +220,12 @@ def _load_sae(
     row: SuiteRow,
     load_model: "Callable[[], Model]",
     files_of: "Callable[[Site], SaeFiles | None]",
-    begin: Callable[[], bool],
     device: str,
     dtype: str,
     site: Site,
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
-    from flowhelpers.suites.lens_saes import take_means_off, wants_means_off
+    from flowhelpers.suites.lens_saes import is_centred, take_means_off
     from flowhelpers.suites.sae_files import load_whole
     from flowhelpers.suites.saes import make_sae, read_sae
 
@@ -232,30 +233,26 @@ def _load_sae(
         stored = stored_attention_output(row.model, site.layer, row.revision)
         return stored or attention_output(load_model(), site.layer)
 
-    source = row.saes[site]
+    source, files = row.saes[site], files_of(site)
     d_model = row.d_model or load_model().d_model
-    files = files_of(site)
+    what = f"suite {row.name}: the SAE for {site} ({source})"
 
     def load() -> Any:
-        lens_sae = load_whole(source, files is not None, device, dtype)
-        if wants_means_off(lens_sae) and load_model().bridge.cfg.normalization_type == "LN":
+        lens_sae = load_whole(what, source, files is not None, device, dtype)
+        if is_centred(lens_sae) and load_model().bridge.cfg.normalization_type == "LN":
             take_means_off(lens_sae)  # as LayerNorm does: other models are never centred
         return lens_sae
 
     if files is None:
         return make_sae(site, load(), d_model, str(source), output)
-    if files.prepend_bos != begin():
-        raise ValueError(
-            f"suite {row.name}: the SAE for {site} ({files.source}) has `prepend_bos:"
-            f" {str(files.prepend_bos).lower()}`, that for {min(row.saes)} has not: expected one of"
-            " both for all, as texts begin alike"
-        )
+    if files.prepend_bos != _begin_with_bos(row, files_of):
+        told = f"{what} has `prepend_bos: {str(files.prepend_bos).lower()}`"
+        raise ValueError(f"{told}, that for {min(row.saes)} has not: expected one of both for all")
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
     if files.revision is not None and at_issue and files.revision != row.revision:
-        raise ValueError(
-            f"suite {row.name} has the model at revision {row.revision or 'main'}, and the"
-            f" SAE for {site} ({files.source}) was trained on revision {files.revision}"
-        )
+        told = f"suite {row.name} has the model at revision {row.revision or 'main'}, and the SAE"
+        raise ValueError(f"{told} for {site} ({source}) was trained on revision {files.revision}")
+    files = replace(files, source=f"{files.source}, suite {row.name}")
     return read_sae(site, files, load, d_model, device, dtype, output)
 
 

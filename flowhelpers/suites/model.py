@@ -122,27 +122,23 @@ def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = 
             model's context, or the tokenizer is of another model.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
-    if not texts:
-        raise ValueError("no text given: expected a text or a list of texts")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: expected 1 or more, BOS included")
     tokenizer = model.tokenizer
     bos = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     if bos is None and model.prepend_bos:
-        raise ValueError(
-            f"{model.name}: its tokenizer has neither BOS nor EOS for a text to begin with; SAEs"
-            " that were trained without say `prepend_bos: false` in their cfg.json"
-        )
-    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        told = f"{model.name}: its tokenizer has neither BOS nor EOS for a text to begin with"
+        raise ValueError(f"{told}; SAEs trained without say `prepend_bos: false` in their cfg.json")
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     if model.prepend_bos:
         rows = [[bos, *row[row[:1] == [bos] :]] for row in rows]
     rows = [row[:max_tokens] for row in rows]
-    longest, context = max(map(len, rows)), model.bridge.cfg.n_ctx
+    longest, context = max(map(len, rows), default=0), model.bridge.cfg.n_ctx
+    if not longest:
+        raise ValueError(f"no text given: no token in {''.join(texts)!r}, expected some text")
     if longest > context:
         told = f"a text of {longest} tokens: {model.name} has a context of {context}"
         raise ValueError(f"{told}; give max_tokens={context} or fewer")
-    if not longest:
-        raise ValueError(f"no token in {texts[0]!r}: expected some text")
     pad = next((i for i in (tokenizer.pad_token_id, bos) if i is not None), 0)
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
     if (highest := int(ids.max())) >= (known := model.bridge.W_E.shape[0]):
@@ -156,9 +152,8 @@ def tokenize(model: Model, texts: str | Sequence[str], max_tokens: int | None = 
 
 def special_ids(tokenizer: Any) -> Int[Tensor, "special"]:
     """The ids of special tokens, those too that have no name, such as the headers of a chat."""
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    unnamed = {i for i, token in added.items() if token.special}
-    return torch.tensor(sorted({*tokenizer.all_special_ids} | unnamed), dtype=torch.long)
+    unnamed = (i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return torch.tensor(sorted({*tokenizer.all_special_ids, *unnamed}), dtype=torch.long)
 
 
 def token_strings(model: Model, ids: Iterable[int]) -> list[str]:
@@ -320,7 +315,7 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
         yield
     if missed:
         sites = ", ".join(str(edit.site) for edit in missed.values())
-        raise RuntimeError(f"the edit at {sites} was never reached by a forward pass")
+        raise RuntimeError(f"{model.name}: the edit at {sites} was never reached by a forward pass")
 
 
 def is_edited(model: Model) -> bool:

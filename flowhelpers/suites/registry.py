@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
@@ -177,15 +178,11 @@ def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
     said = [f"{o}: {about[o]}" for i, o in ends if about.get(o) not in (None, "", about.get(i))]
     said += [kind] if re.search("transcoder|crosscoder|(^|[-_/])clt([-_/]|$)", kind) else []
     if said:
-        raise ValueError(
-            f"{sae} is a transcoder, which reads one place and predicts another ({said[0]}):"
-            " expected an SAE (transcoders go under a suite's key `transcoders`)"
-        )
+        told = f"is a transcoder, which reads one place and predicts another ({said[0]})"
+        raise ValueError(f"{sae} {told}: expected an SAE (a suite's key `transcoders` is for them)")
     if norm == "covariance_whitening":
-        fold = "fold it by sae-lens's fold_activation_whitening, and save it"
-        raise ValueError(
-            f"{sae} is of whitened activations (normalize_activations: {norm}): {fold}"
-        )
+        told = f"is of whitened activations (normalize_activations: {norm})"
+        raise ValueError(f"{sae} {told}: fold it by sae-lens's fold_activation_whitening")
 
 
 def read_suite_folder(folder: Path) -> SuiteRow:
@@ -201,9 +198,11 @@ def read_suite_folder(folder: Path) -> SuiteRow:
 
 
 def _row(name: str, row: Any, folder: Path | None = None, variant: str | None = None) -> SuiteRow:
+    from huggingface_hub.errors import SafetensorsParsingError as Cut
+
     try:
         return _checked_row(name, row, folder, variant)
-    except (ValueError, TypeError, AttributeError) as error:  # pydantic's too; of other shapes
+    except (ValueError, TypeError, AttributeError, Cut) as error:  # pydantic's too; of other shapes
         where = f" ({folder / 'suite.yaml'})" if folder else ""
         raise ValueError(f"suite {name}{where}: {error}") from error
 
@@ -216,7 +215,7 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
     for key in row:
         check_choice("key", str(key), valid)
     model, config = str(row["model"]), {}
-    if folder and (folder / model).exists():
+    if folder and (model.startswith((".", "/")) or (folder / model).exists()):
         model = str(folder / model)
         config = read_json(Path(model) / "config.json")
     variants = row.get("variants") or {}
@@ -271,9 +270,9 @@ def _by_site(patterns: Mapping[str, Any], words: Mapping[str, Any], layers: Any)
 
 def _parameters(row: SuiteRow) -> int:
     if not (row.features and row.d_model and row.model_parameters):
-        folders = [Path(source) for source in row.saes.values() if isinstance(source, str)]
-        in_saes = _count_parameters(folder / "sae_weights.safetensors" for folder in folders)
-        return (row.model_parameters or 0) + in_saes
+        folders = (Path(source) for source in row.saes.values() if isinstance(source, str))
+        paths = (folder / "sae_weights.safetensors" for folder in folders)
+        return (row.model_parameters or 0) + _count_parameters(paths)
     widths = [row.d_att or row.d_model if s.module == "att" else row.d_model for s in row.saes]
     return row.model_parameters + sum(row.features * (2 * d + 2) + d for d in widths)
 
@@ -282,14 +281,10 @@ def _count_parameters(paths: Iterable[Path]) -> int:
     # From the headers of the files that transformers loads of a folder: copies of the weights under
     # other names, adapters and states of optimizers are none. What is not here counts for nothing.
     from huggingface_hub import get_local_safetensors_metadata
-    from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
+    from huggingface_hub.errors import NotASafetensorsRepoError
 
     count = 0
     for path in filter(Path.exists, paths):
-        try:
+        with suppress(NotASafetensorsRepoError):  # pickled weights, whose sizes are not told
             count += sum(get_local_safetensors_metadata(path).parameter_count.values())
-        except NotASafetensorsRepoError:  # pickled weights, whose sizes are not told
-            continue
-        except SafetensorsParsingError as error:
-            raise ValueError(error) from error
     return count

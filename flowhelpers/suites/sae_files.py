@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
 LENS_FILES = ("cfg.json", "sae_weights.safetensors")
+UNREAD = "cannot be read: expected whole files, as sae-lens's save_inference_model saves them"
 SHA256 = re.compile(r"[0-9a-f]{64}")
 UNITS_AGREE = 0.01  # how far two statements of one scale may lie apart
 # Gemma Scope's hook points by the first letters of a site; attention SAEs read z, before o_proj,
@@ -47,8 +48,8 @@ class SaeFiles:
         prepend_bos: Whether it was trained on texts that begin with BOS.
         by_column: Whether each feature is a column of the decoder, and not a row.
         scale: How much larger activations are, as sae-lens gives them, than those that go with the
-            file's numbers: decoder rows are smaller by that factor.
-        unit_rows: Whether sae-lens takes each decoder row for one of unit norm.
+            file's numbers: decoder rows are smaller by that factor. None where it takes each row
+            for one of unit norm.
     """
 
     source: str
@@ -59,8 +60,7 @@ class SaeFiles:
     prepend_bos: bool = True
     decoder: str = "W_dec"
     by_column: bool = False
-    scale: float = 1.0
-    unit_rows: bool = False
+    scale: float | None = 1.0
 
 
 def read_decoder(files: SaeFiles) -> Tensor:
@@ -71,14 +71,12 @@ def read_decoder(files: SaeFiles) -> Tensor:
     """
     import numpy as np
 
-    with naming(f"the SAE in {files.source}"):
+    with naming(f"the SAE in {files.source}", UNREAD):
         if files.weights.suffix == ".npz":
             with np.load(files.weights) as arrays:
                 decoder = torch.from_numpy(arrays[files.decoder])
         else:
             with safe_open(files.weights, "pt") as tensors:
-                if files.decoder not in (names := tensors.keys()):
-                    raise ValueError(f"no tensor {files.decoder} among {', '.join(names)}")
                 decoder = tensors.get_tensor(files.decoder)
             decoder = decoder if _is_blob(files.weights) else decoder.clone()
     return decoder.T if files.by_column else decoder
@@ -87,34 +85,24 @@ def read_decoder(files: SaeFiles) -> Tensor:
 def find_files(source: Source) -> SaeFiles | None:
     """The files of an SAE, fetched; None for a format that sae-lens alone reads."""
     if isinstance(source, str):
-        files = [Path(source) / file for file in LENS_FILES]
-        if missing := [path for path in files if not path.is_file()]:
-            told = f"no file {missing[0]}: an SAE of sae-lens has {' and '.join(LENS_FILES)}"
-            raise FileNotFoundError(told)
-        return _of_sae_lens(source, *files)
+        return _of_sae_lens(source, *(Path(source) / file for file in LENS_FILES))
     listed = listed_release(source["release"], source["id"])
     name, kind = f"{source['release']}/{source['id']}", listed.conversion_func or "sae_lens"
     return FORMATS[kind](name, listed, source["id"]) if kind in FORMATS else None
 
 
-def load_whole(source: Source, is_fetched: bool, device: str, dtype: str) -> Any:
-    """sae-lens's SAE; once its files are fetched, without asking the hub."""
+def load_whole(what: str, source: Source, is_fetched: bool, device: str, dtype: str) -> Any:
+    """sae-lens's SAE, by what errors call it; once its files are fetched, the hub is not asked."""
     from huggingface_hub import constants, parse_local_safetensors_file_metadata
     from sae_lens import SAE
     from sae_lens.loading import pretrained_sae_loaders
-    from sae_lens.registry import SAE_CLASS_REGISTRY
 
     def shapes(repository: str, file: str) -> dict[str, Any]:
         tensors = parse_local_safetensors_file_metadata(fetch(repository, file)).tensors
         return {name: tensor.shape for name, tensor in tensors.items()}
 
-    if isinstance(source, str):
-        kind = sae_config(Path(source) / LENS_FILES[0]).get("architecture", "standard")
-        if kind not in SAE_CLASS_REGISTRY:
-            told = "expected an SAE as save_inference_model saves it after training"
-            raise ValueError(f"{source}: sae-lens loads no architecture {kind!r}: {told}")
     with (
-        naming(f"the SAE in {source}"),
+        naming(what, UNREAD),
         # sae-lens asks the hub whether files have changed, and for the shapes in them.
         replaced(constants, "HF_HUB_OFFLINE", is_fetched or constants.HF_HUB_OFFLINE),
         replaced(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes),
@@ -139,9 +127,14 @@ def hook_names(site: Site) -> list[str]:
 
 
 def hook_of(about: Mapping[str, Any]) -> str:
-    """The hook point that a configuration names; one without a name that lays heads out is at z."""
+    """The hook point that a configuration names, or how its name begins where a layer is all.
+
+    One without a name that lays heads out is at z.
+    """
     at_z = "hook_z" * (about.get("reshape_activations") == "hook_z")
-    return about.get("hook_name") or about.get("hook_point") or at_z
+    layer = about.get("hook_layer", about.get("hook_point_layer"))
+    begins = "" if layer is None else f"blocks.{layer}."
+    return about.get("hook_name") or about.get("hook_point") or at_z or begins
 
 
 def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:
@@ -153,12 +146,11 @@ def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFil
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     about = sae_config(config)
     check_is_sae(f"the SAE in {source}", about)
-    hook = hook_of(about)
     revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
     unit = "topk" in str(about.get("architecture")) and about.get("rescale_acts_by_decoder_norm")
-    begins = about.get("prepend_bos") is not False
+    hook, begins = hook_of(about), about.get("prepend_bos") is not False
     content = _content(weights, config)
-    return SaeFiles(source, weights, hook, content, revision, begins, unit_rows=bool(unit))
+    return SaeFiles(source, weights, hook, content, revision, begins, scale=None if unit else 1.0)
 
 
 def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:

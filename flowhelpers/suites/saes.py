@@ -68,13 +68,13 @@ class SAE:
         """sae-lens's SAE, loaded and checked the first time that it is asked for."""
         if self.loader is None:
             raise ValueError(f"the SAE for {self.site} has no weights, its directions are all")
-        lens_sae, some, rows = self.loader, torch.nonzero(self.norms).flatten()[:PROBES], None
-        if not isinstance(lens_sae, torch.nn.Module):
+        lens_sae, some = self.loader, torch.nonzero(self.norms).flatten()[:PROBES]
+        if of_file := not hasattr(lens_sae, "W_dec"):
             lens_sae = self.loader()
-            lens_saes.fold_norms(lens_sae)
             lens_saes.silence(lens_sae, self.excluded, f"{self.site} ({self.source})")
-            if self.input_site == self.site:
-                rows = self.norms[some, None] * unit_rows(self.decoder[some])
+        rows = lens_sae.W_dec[some]
+        if of_file and self.input_site == self.site:  # at z rows are others
+            rows = self.norms[some, None] * unit_rows(self.decoder[some])
         lens_saes.check_effects(str(self), lens_sae, some, rows)
         return lens_sae
 
@@ -145,13 +145,10 @@ class SAE:
 
         `at` is what was read; an SAE that normalises each token needs it.
         """
-        lens_sae = self.lens_sae
-        if self.normalises_tokens:
-            if at is None:
-                raise ValueError(f"{self} normalises each token: decode needs `at`")
-            at = at.to(lens_sae.dtype)
-            features = features / scales_of(lens_sae, at)
-        return lens_saes.decoded(lens_sae, features.to(lens_sae.dtype), at)
+        if at is None and self.normalises_tokens:
+            raise ValueError(f"{self} normalises each token: decode needs `at`")
+        at = features if at is None else at
+        return lens_saes.decoded(self.lens_sae, features, at.to(self.lens_sae.dtype))
 
     def decoder_rows(self, features: Int[Tensor, "n"]) -> Float[Tensor, "n d_in"]:
         """What features write for each unit of activation, at the input site, z included."""
@@ -170,12 +167,11 @@ class SAE:
 
     def check_encoder(self, folded: bool = False) -> None:
         """A ValueError if there is no encoder of a matrix and a bias, or no thresholds to fold."""
-        what = f"{self} ({kind_of(self.lens_sae)})"
-        if folded and self.thresholds is None:
-            raise ValueError(f"{what} has no thresholds to fold")
         there = dict(self.lens_sae.named_parameters())
-        if lacking := [name for name in ("W_enc", "b_enc") if name not in there]:
-            raise ValueError(f"{what} has no {' and no '.join(lacking)}: {MATCH}")
+        lacking = ["thresholds to fold"] if folded and self.thresholds is None else []
+        if lacking := lacking + [name for name in ("W_enc", "b_enc") if name not in there]:
+            told = f"has no {' and no '.join(lacking)}: {MATCH}"
+            raise ValueError(f"{self} ({kind_of(self.lens_sae)}) {told}")
 
     def weights(self, folded: bool = False) -> Weights:
         """Its weights in float32; a ValueError if its encoder is not W_enc and b_enc.
@@ -228,7 +224,7 @@ def read_sae(
     """
     decoder = read_decoder(files).to(device)
     sae = _in_residual_basis(site, decoder, files.hook, d_model, files.source, output)
-    scale = norms_of(decoder).masked_fill(sae.norms == 0, 1.0) if files.unit_rows else files.scale
+    scale = files.scale or norms_of(decoder).masked_fill(sae.norms == 0, 1.0)
     return replace(sae, norms=sae.norms / scale, loader=load, files=files, dtype=dtype)
 
 
@@ -243,14 +239,12 @@ def _in_residual_basis(
     """
     what = f"the SAE for {site} ({source})"
     expected, input_site, to_stream = hook_names(site), site, None
-    if hook not in ("", *expected):
+    if hook not in expected and not expected[0].startswith(hook):
         input_site = Site(site.layer, "z")
         if site.module != "att" or hook not in hook_names(input_site):
             raise ValueError(f"{what} was trained at {hook}: expected {expected[0]}")
         if (to_stream := output()) is None:
-            raise ValueError(
-                f"{what} reads z, before W_O: its model has to bring z into the stream"
-            )
+            raise ValueError(f"{what} reads z, before W_O: its model has to bring z to the stream")
     width = len(to_stream.weights) if to_stream else d_model
     if decoder.ndim != 2 or decoder.shape[1] != width:
         found = " × ".join(map(str, decoder.shape[1:]))
@@ -261,11 +255,8 @@ def _in_residual_basis(
     if len(bad) == len(norms):
         raise ValueError(f"{what} has no decoder row that is usable")
     if len(bad):
-        warnings.warn(
-            f"{len(bad)} of {len(norms)} decoder rows of {what} are zero or not finite; they are"
-            f" left out of matching: {bad[:10].tolist()}",
-            stacklevel=4,
-        )
+        told = f"{len(bad)} of {len(norms)} decoder rows of {what} are zero or not finite"
+        warnings.warn(f"{told}; they are left out of matching: {bad[:10].tolist()}", stacklevel=4)
     decoder = decoder.contiguous()
     decoder[bad] = norms[bad] = 0
     return SAE(site, decoder, norms, bad, source, None, input_site)

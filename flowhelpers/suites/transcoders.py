@@ -54,8 +54,9 @@ def load_transcoder(row: SuiteRow, layer: int, d_model: int, device: str, dtype:
         there = ", ".join(str(site.layer) for site in row.transcoders) or "no layer"
         raise ValueError(f"suite {row.name} has no transcoder of layer {layer}: of {there} it has")
     source = the_one(row.transcoders[target])
-    lens_transcoder = load_whole(source, False, device, dtype)
-    about, what = lens_transcoder.cfg, f"the transcoder of layer {layer} ({source})"
+    what = f"suite {row.name}: the transcoder of layer {layer} ({source})"
+    lens_transcoder = load_whole(what, source, False, device, dtype)
+    about = lens_transcoder.cfg
     if "transcoder" not in about.architecture():
         raise ValueError(f"{what} is an SAE ({about.architecture()}): expected a transcoder")
     check_scale(what, lens_transcoder)

@@ -129,9 +129,8 @@ def train_suite(
         train_model(numbers, tokenizer, rows, folder / "model", device)
         loaded = load_model(str(folder / "model"), device)
     elif is_folder:
-        hidden = shutil.ignore_patterns(".*")
-        copy = partial(shutil.copytree, str(model), dirs_exist_ok=True, ignore=hidden)
-        write_folder(folder / "model", copy)
+        given = {"dirs_exist_ok": True, "ignore": shutil.ignore_patterns(".*")}
+        write_folder(folder / "model", partial(shutil.copytree, str(model), **given))
     on_hub = None if is_folder else model
     for group, how in groups:
         chunks = how.steps // how.steps_per_chunk(numbers.context) + 2

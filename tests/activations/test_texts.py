@@ -158,6 +158,8 @@ def test_what_is_hidden_in_a_folder_is_no_text_of_it_and_read_if_it_is_given(tmp
         ".DS_Store",
         "__MACOSX/._a.txt",
         "b.txt~",
+        "desktop.ini",
+        "more/Thumbs.db",
     ]
     for name in ("a.txt", "more/b.txt", *hidden):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

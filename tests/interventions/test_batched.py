@@ -440,7 +440,7 @@ def test_a_model_whose_prefix_is_ignored_is_refused(
 ):
     empty = transformers.DynamicCache
     monkeypatch.setattr(PromptCache, "cache", lambda self, batch, layers=None: empty())
-    with pytest.raises(ValueError, match="goes on after a prefix gives other logits"):
+    with pytest.raises(ValueError, match="a pass after a prefix gives other logits"):
         load_model(str(toy_folder))
 
 

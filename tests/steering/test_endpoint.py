@@ -59,6 +59,7 @@ UNREADABLE = [
     f"<think>\nPerhaps {DRAFT}. The text",
     f"<think>\nPerhaps {DRAFT}.\n</think>\n\nI cannot judge this.",
     f'First {DRAFT}. On reflection: {{"coherence": 4, "beha',
+    f"{DRAFT}\n<think>\nNo, it is",
     f'First {DRAFT}. On reflection: {{"coherence": 4, "behavioral": 7}}',
     f"First {DRAFT}. On reflection: {{'reasoning': 'it",
     '{"coherence": 4, "behaviour": 3}',

@@ -10,7 +10,7 @@ from hub import Hub, Process
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from flowhelpers.suites.hub import cached, fetch, model_folder, read_tensors
+from flowhelpers.suites.hub import cached, fetch, model_folder, naming, read_tensors
 
 OWNER = "planted/sharded"
 NAMES = ["model.layers.0.self_attn.o_proj.weight", "model.layers.1.norm.weight"]
@@ -142,3 +142,11 @@ def test_importing_and_the_embedded_suite_ask_nobody(run_python: Process, hub: H
     result = run_python(code)
     assert result.stdout.strip() == "done", result.stderr
     assert hub.requests == []
+
+
+def test_errors_of_memory_and_files_stay_and_others_are_named():
+    for error in (MemoryError("full"), FileNotFoundError("full"), torch.OutOfMemoryError("full")):
+        with pytest.raises(type(error), match=r"^full$"), naming("it"):
+            raise error
+    with pytest.raises(ValueError, match=r"^it is odd: KeyError: 'x'$"), naming("it", "is odd"):
+        raise KeyError("x")

@@ -249,7 +249,9 @@ def test_weights_that_are_not_in_the_files_are_no_random_numbers(copy: Path, cha
         weights["model.layers.3.mlp.down_proj.weight"] = torch.ones(2, 2)
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     if change == "left over":
-        with pytest.warns(UserWarning, match=r"1 weights of its files are not used, such as mod"):
+        with pytest.warns(
+            UserWarning, match=r"model: 1 weights are not used, such as model\.layers"
+        ):
             load_model(str(copy))
         return
     with pytest.raises(ValueError, match=r"model: its files lack \d+ weights, such as"):
@@ -284,11 +286,32 @@ def test_a_suite_file_of_other_shapes_is_named(copy: Path, line: str):
         load_suite(copy.parent)
 
 
-def test_an_sae_that_is_not_there_is_named(copy: Path):
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"normalize_activations": "expected_average_only_in"},
+            r"the SAE for 1/res \(.*1-res, suite odd\) was .* \(normalize_activations: .*: fold it",
+        ),
+        (
+            {"architecture": "batchtopk"},
+            "suite odd: the SAE for 1/res .*save_inference_model saves",
+        ),
+    ],
+)
+def test_what_cannot_encode_is_told_with_suite_site_and_field(
+    copy: Path, changed: dict[str, str], words: str
+):
     folder = write_suite(copy.parent, {0: True, 1: True})
-    shutil.rmtree(folder / "1-res")
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"no file .*1-res.cfg.json: an SAE of sae-lens has cfg.json and sae_w",
-    ):
-        load_suite(folder).sae(AT)
+    change_json(folder / "1-res" / "cfg.json", **changed)
+    sae = load_suite(folder).sae(AT)  # it can be matched
+    assert sae.directions.isfinite().all()
+    with pytest.raises(ValueError, match=words):
+        sae.encode(torch.ones(toys.D_MODEL))
+
+
+def test_a_model_whose_folder_is_not_there_is_named(copy: Path):
+    path = write_suite(copy.parent, {1: True}) / "suite.yaml"
+    path.write_text(path.read_text().replace("model: model", "model: ./modle"))
+    with pytest.raises(FileNotFoundError, match=r"modle/config\.json"):
+        load_suite(copy.parent)

@@ -292,7 +292,14 @@ def folder_of(tmp_path: Path, **changed: Any) -> Path:
         ({"d_out": D + 1}, rf"the SAE in .* is a transcoder, .* \(d_out: {D + 1}\)"),
         ({"metadata": {"hook_name_out": HOOK}}, r"is a transcoder, .* \(hook_name_out: blocks.1"),
         ({"architecture": "crosscoder"}, r"is a transcoder, .* \(crosscoder\)"),
-        ({"architecture": "batchtopk"}, r"sae-lens loads no architecture 'batchtopk': .* save_inf"),
+        (
+            {"architecture": "batchtopk"},
+            r"the SAE in .* as sae-lens's save_inference_model saves them: KeyError: 'batchtopk'",
+        ),
+        (
+            {"metadata": {"hook_layer": 2}},
+            r"1/res .* was trained at blocks\.2\.: expected blocks\.1",
+        ),
         ({"d_sae": 7}, r"the SAE in .*size mismatch for W_dec"),
         ({"architecture": "topk", "k": 7}, r"cannot encode tokens one by one: .* out of range"),
     ],
@@ -309,12 +316,17 @@ def test_a_configuration_that_does_not_fit_is_told(
         toys.load_folder(folder, SITE).encode(torch.ones(D))
 
 
+def test_a_layer_without_a_hook_point_is_where_it_was_trained(tmp_path: Path):
+    folder = folder_of(tmp_path, metadata={"hook_layer": 1})
+    assert toys.load_folder(folder, SITE).input_site == SITE
+
+
 def test_other_names_and_shapes_of_tensors_are_told(tmp_path: Path):
     folder, rows = folder_of(tmp_path), torch.randn(6, D)
     for tensors, words in (
         (
             {"decoder.weight": rows, "bias": torch.ones(D)},
-            "no tensor W_dec among bias, decoder.weight",
+            "as sae-lens's save_inference_model saves them: .* tensor W_dec",
         ),
         ({"W_dec": rows.T.contiguous()}, f"has width 6: expected {D}, as its model"),
         ({"W_dec": rows.expand(2, 6, D).clone()}, f"has width 6 × {D}: expected {D}, as its model"),

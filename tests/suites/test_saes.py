@@ -251,7 +251,7 @@ def take_threshold(folder: Path) -> None:
         (lambda folder: (folder / "cfg.json").write_text("[]"), "1-res.* is no configuration"),
         (
             lambda folder: (folder / "cfg.json").write_text('{"architecture": "none such"}'),
-            "1-res.* sae-lens loads no architecture 'none such'",
+            "1-res.* save_inference_model saves them: KeyError: 'none such'",
         ),
     ],
 )

@@ -56,7 +56,8 @@ def test_a_folder_is_loaded_with_what_was_planted(
         assert torch.allclose(sae.directions, rows, atol=1e-6)
         norms = [(0.5, 1.0, 2.0)[i % 3] for i in range(len(rows))]
         assert sae.norms.tolist() == pytest.approx(norms)
-        assert sae.source == str(planted_folder / f"{site.layer}-{site.module}")
+        folder = planted_folder / f"{site.layer}-{site.module}"
+        assert sae.source == f"{folder}, suite {planted.name}"
         numbers += sum(p.numel() for p in sae.lens_sae.parameters())
     assert planted.row.parameters == numbers  # counted from the files
 
