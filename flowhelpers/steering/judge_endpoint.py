@@ -182,8 +182,8 @@ class EndpointJudge:
                         raise self._error(status, problem) from None
                 if problem:
                     problems[futures[future]] = problem
-                some_read |= not problem
-                if not some_read and len(problems) == STOP_AFTER:
+                stop = not some_read and len(problems) == STOP_AFTER
+                if stop and not self.cache.get(map(self._key, texts)):  # in whatever order told
                     told = f"none of the first {STOP_AFTER} texts got scores of 0 to {BEST}"
                     raise ValueError(f"{self.about}: {told}: {problem}. Try another model")
         finally:

@@ -5,6 +5,7 @@ import json
 import logging
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pandas as pd
 import pytest
 from judge_server import ALL, Fault, JudgeServer, scores
 
+from flowhelpers.steering import judge_endpoint
 from flowhelpers.steering.judge_endpoint import (
     ATTEMPTS,
     PROBE,
@@ -239,7 +241,7 @@ def test_refusals_and_replies_that_are_cut_are_missing(make: Make, server: Judge
 
 
 def test_a_judge_none_of_whose_first_replies_can_be_read_is_stopped(
-    make: Make, server: JudgeServer
+    make: Make, server: JudgeServer, monkeypatch: pytest.MonkeyPatch
 ):
     judge, texts = make(), some(400)
     texts[0] = "A fault of its own."
@@ -249,7 +251,12 @@ def test_a_judge_none_of_whose_first_replies_can_be_read_is_stopped(
     assert len(server.requests) < 200
     # Of texts that are left of an earlier call all may be such.
     server.faults = {text: [Fault(content="No.")] * ATTEMPTS for text in texts[1:13]}
-    assert judge.judge(texts[:40])["behavioral"].isna().sum() == 12
+    with monkeypatch.context() as late:  # all have ended, and the unread are looked at first
+        order = {"key": lambda ended: ended.result(), "reverse": True}
+        late.setattr(
+            judge_endpoint, "as_completed", lambda asked: sorted(wait(asked).done, **order)
+        )
+        assert judge.judge(texts[:40])["behavioral"].isna().sum() == 12
     server.faults = {ALL: [Fault(content="No.")] * 10_000}
     assert judge.judge(texts[:40])["behavioral"].isna().sum() == 12
 
