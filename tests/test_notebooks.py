@@ -785,7 +785,7 @@ def finding(run: Executed, claim: str) -> dict[str, str]:
 
 def spread_of(row: Any, digits: str, name: str = "difference") -> str:
     value, low, high = (f"{row[name + end]:+{digits}}" for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})"
+    return f"{value} ({low} to {high})".replace("%", " points", 1).replace("%", "")
 
 
 def verdict_by(low: float, high: float) -> str:
