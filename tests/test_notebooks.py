@@ -1243,6 +1243,17 @@ def test_suppression_beats_no_steering_random_features_and_at_some_r_the_seeds(
     assert (suppressed.table("against_seeds")["difference_low"] > 0).any()
 
 
+def test_seeds_that_write_pieces_of_words_are_counted(suppressed: Executed) -> None:
+    words = {*re.findall(r"\w+", " ".join(activations.passages()["text"]).lower())}
+    written = suppressed.table("seeds")["writes"].str.lower().str.split(", ")
+    pieces = sum(words.isdisjoint(tokens) for tokens in written)
+    (shown,) = [
+        c for c in read(suppressed.folder / "notebook.ipynb").cells if c.id == "pieces-of-words"
+    ]
+    told = f"{pieces} of {len(written)} seeds write pieces of words only"
+    assert told in shown.outputs[0].data["text/html"]
+
+
 def test_what_suppression_finds_are_differences_sample_by_sample(suppressed: Executed) -> None:
     reported = suppressed.table("texts_reported")
     scores = reported.groupby(["strategy", "strength", "sample"])["score"].mean()
@@ -1617,6 +1628,14 @@ def test_what_suites_share_is_told_in_differences_of_the_same_texts(across: Exec
         assert f"{suite} {spread_of(row, '.3f')}" in said(across, "From RES")["ours"]
         by_chance = told[(told["suite"] == suite) & (told["comparison"] == "nowhere, above chance")]
         assert by_chance["difference"].item() < -0.3
+        att = told[(told["suite"] == suite) & (told["comparison"] == "ATT rises")]
+        assert att["difference"].item() == pytest.approx(
+            share(last, "From ATT") - share(first, "From ATT")
+        )
+        of_res = both[(both["suite"] == suite) & (both["group"] == "From RES")]
+        of_res = of_res.pivot(index="layer", columns="method", values="share")
+        shapes = across.table("same_shape").set_index(["suite", "group"])["correlation"]
+        assert shapes[suite, "From RES"] == pytest.approx(of_res.corr().iloc[0, 1])
     rising = told[told["comparison"] == "RES rises"]
     ends = rising["difference_low"].min(), rising["difference_high"].max()
     assert said(across, "From RES")["verdict"] == told_by(*ends)
