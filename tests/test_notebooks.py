@@ -1247,11 +1247,8 @@ def test_seeds_that_write_pieces_of_words_are_counted(suppressed: Executed) -> N
     words = {*re.findall(r"\w+", " ".join(activations.passages()["text"]).lower())}
     written = suppressed.table("seeds")["writes"].str.lower().str.split(", ")
     pieces = sum(words.isdisjoint(tokens) for tokens in written)
-    (shown,) = [
-        c for c in read(suppressed.folder / "notebook.ipynb").cells if c.id == "pieces-of-words"
-    ]
-    told = f"{pieces} of {len(written)} seeds write pieces of words only"
-    assert told in shown.outputs[0].data["text/html"]
+    page = (suppressed.folder / "notebook.html").read_text("utf-8")
+    assert f"<caption>{pieces} of {len(written)} seeds write pieces of words only" in page
 
 
 def test_what_suppression_finds_are_differences_sample_by_sample(suppressed: Executed) -> None:
@@ -1629,9 +1626,8 @@ def test_what_suites_share_is_told_in_differences_of_the_same_texts(across: Exec
         by_chance = told[(told["suite"] == suite) & (told["comparison"] == "nowhere, above chance")]
         assert by_chance["difference"].item() < -0.3
         att = told[(told["suite"] == suite) & (told["comparison"] == "ATT rises")]
-        assert att["difference"].item() == pytest.approx(
-            share(last, "From ATT") - share(first, "From ATT")
-        )
+        rise = share(last, "From ATT") - share(first, "From ATT")
+        assert att["difference"].item() == pytest.approx(rise)
         of_res = both[(both["suite"] == suite) & (both["group"] == "From RES")]
         of_res = of_res.pivot(index="layer", columns="method", values="share")
         shapes = across.table("same_shape").set_index(["suite", "group"])["correlation"]
@@ -1682,18 +1678,20 @@ def test_pearson_reads_other_texts_than_those_that_are_scored() -> None:
 # Matches as bridges between layers, by plain hooks and what sae-lens loads.
 
 
-def explained_by_hand(bridge: np.ndarray, folded: bool) -> float:
-    """Of layer 4's stream from layer 3's features, over the notebook's own texts."""
+def explained_by_hand(bridge: np.ndarray | None, folded: bool) -> float:
+    """Of layer 4's stream, by layer 3's features or all but its MLP, over the notebook's texts."""
     first, last = lens_sae(Site(3, "res")), lens_sae(Site(4, "res"))
     texts = [
         text
         for name in ("fiction", "science", "maths", "python")
         for text in load_texts(name, 50, or_fewer=True)
     ][::2]
-    x, y = (
+    x, y, added = (
         np.concatenate([streams_of(site, text) for text in texts]).astype(float)
-        for site in (Site(3, "res"), Site(4, "res"))
+        for site in (Site(3, "res"), Site(4, "res"), Site(4, "mlp"))
     )
+    if bridge is None:
+        return 1 - (added**2).sum() / ((y - y.mean(0)) ** 2).sum()
     codes = first.encode(torch.from_numpy(x).float()).detach().double().numpy()
     rows = last.W_dec.detach().double().numpy()
     if folded:
@@ -1720,6 +1718,8 @@ def test_a_bridge_explains_what_plain_hooks_and_its_permutation_give(bridges: Ex
     best[np.arange(1024), best_on(3)[0]] = best_on(3)[1] > 0
     one_pair = bridges.table("one_pair").set_index("prediction")["explained"]
     assert one_pair["matches"] == pytest.approx(explained_by_hand(best, False), abs=1e-4)
+    no_mlp = bridges.table("without_mlp").set_index("layer")["explained"]
+    assert no_mlp[4] == pytest.approx(explained_by_hand(None, False), abs=1e-4)
     near = bridges.table("neighbours").set_index("prediction")["explained"]
     assert near["4 folded"] == pytest.approx(explained_by_hand(best, True), abs=1e-4)
     paired = np.zeros((1024, 1024))
