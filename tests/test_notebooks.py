@@ -785,7 +785,7 @@ def finding(run: Executed, claim: str) -> dict[str, str]:
 
 def spread_of(row: Any, digits: str, name: str = "difference") -> str:
     value, low, high = (f"{row[name + end]:+{digits}}" for end in ("", "_low", "_high"))
-    return f"{value} ({low} to {high})"
+    return f"{value} ({low} to {high})".replace("%", " points", 1).replace("%", "")
 
 
 def verdict_by(low: float, high: float) -> str:
@@ -1243,6 +1243,14 @@ def test_suppression_beats_no_steering_random_features_and_at_some_r_the_seeds(
     assert (suppressed.table("against_seeds")["difference_low"] > 0).any()
 
 
+def test_seeds_that_write_pieces_of_words_are_counted(suppressed: Executed) -> None:
+    words = {*re.findall(r"\w+", " ".join(activations.passages()["text"]).lower())}
+    written = suppressed.table("seeds")["writes"].str.lower().str.split(", ")
+    pieces = sum(words.isdisjoint(tokens) for tokens in written)
+    page = (suppressed.folder / "notebook.html").read_text("utf-8")
+    assert f"<caption>{pieces} of {len(written)} seeds write pieces of words only" in page
+
+
 def test_what_suppression_finds_are_differences_sample_by_sample(suppressed: Executed) -> None:
     reported = suppressed.table("texts_reported")
     scores = reported.groupby(["strategy", "strength", "sample"])["score"].mean()
@@ -1617,6 +1625,13 @@ def test_what_suites_share_is_told_in_differences_of_the_same_texts(across: Exec
         assert f"{suite} {spread_of(row, '.3f')}" in said(across, "From RES")["ours"]
         by_chance = told[(told["suite"] == suite) & (told["comparison"] == "nowhere, above chance")]
         assert by_chance["difference"].item() < -0.3
+        att = told[(told["suite"] == suite) & (told["comparison"] == "ATT rises")]
+        rise = share(last, "From ATT") - share(first, "From ATT")
+        assert att["difference"].item() == pytest.approx(rise)
+        of_res = both[(both["suite"] == suite) & (both["group"] == "From RES")]
+        of_res = of_res.pivot(index="layer", columns="method", values="share")
+        shapes = across.table("same_shape").set_index(["suite", "group"])["correlation"]
+        assert shapes[suite, "From RES"] == pytest.approx(of_res.corr().iloc[0, 1])
     rising = told[told["comparison"] == "RES rises"]
     ends = rising["difference_low"].min(), rising["difference_high"].max()
     assert said(across, "From RES")["verdict"] == told_by(*ends)
@@ -1663,18 +1678,20 @@ def test_pearson_reads_other_texts_than_those_that_are_scored() -> None:
 # Matches as bridges between layers, by plain hooks and what sae-lens loads.
 
 
-def explained_by_hand(bridge: np.ndarray, folded: bool) -> float:
-    """Of layer 4's stream from layer 3's features, over the notebook's own texts."""
+def explained_by_hand(bridge: np.ndarray | None, folded: bool) -> float:
+    """Of layer 4's stream, by layer 3's features or all but its MLP, over the notebook's texts."""
     first, last = lens_sae(Site(3, "res")), lens_sae(Site(4, "res"))
     texts = [
         text
         for name in ("fiction", "science", "maths", "python")
         for text in load_texts(name, 50, or_fewer=True)
     ][::2]
-    x, y = (
+    x, y, added = (
         np.concatenate([streams_of(site, text) for text in texts]).astype(float)
-        for site in (Site(3, "res"), Site(4, "res"))
+        for site in (Site(3, "res"), Site(4, "res"), Site(4, "mlp"))
     )
+    if bridge is None:
+        return 1 - (added**2).sum() / ((y - y.mean(0)) ** 2).sum()
     codes = first.encode(torch.from_numpy(x).float()).detach().double().numpy()
     rows = last.W_dec.detach().double().numpy()
     if folded:
@@ -1701,6 +1718,8 @@ def test_a_bridge_explains_what_plain_hooks_and_its_permutation_give(bridges: Ex
     best[np.arange(1024), best_on(3)[0]] = best_on(3)[1] > 0
     one_pair = bridges.table("one_pair").set_index("prediction")["explained"]
     assert one_pair["matches"] == pytest.approx(explained_by_hand(best, False), abs=1e-4)
+    no_mlp = bridges.table("without_mlp").set_index("layer")["explained"]
+    assert no_mlp[4] == pytest.approx(explained_by_hand(None, False), abs=1e-4)
     near = bridges.table("neighbours").set_index("prediction")["explained"]
     assert near["4 folded"] == pytest.approx(explained_by_hand(best, True), abs=1e-4)
     paired = np.zeros((1024, 1024))

@@ -189,5 +189,5 @@ def auc_and_share(means: np.ndarray, positive: np.ndarray) -> "pd.DataFrame":
 
 
 def _listed(tokens: Iterable[str]) -> str:
-    stripped = [(token, token.strip()) for token in tokens]
-    return ", ".join(bare if bare and bare.isprintable() else repr(t) for t, bare in stripped)
+    stripped = [("(byte)" if "\ufffd" in token else token.strip(), token) for token in tokens]
+    return ", ".join(bare if bare and bare.isprintable() else repr(t) for bare, t in stripped)

@@ -23,6 +23,7 @@ from .scores import transition as transition
 from .table import match_table as match_table
 from .table import unit_rows as unit_rows
 from .transcoding import PRODUCTS as PRODUCTS
+from .transcoding import Prediction as Prediction
 from .transcoding import bridge as bridge
 from .transcoding import copied as copied
 from .transcoding import explained_variance as explained_variance

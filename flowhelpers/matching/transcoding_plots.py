@@ -18,19 +18,19 @@ NAMES = {"explained": "explained variance", "layer": "layer of the target"}
 
 def schematic_of_bridge(source: str, target: str, subtitle: str) -> go.Figure:
     """Figure 22: the encoder of one SAE, the transition, and the decoder of the other."""
-    figure = dress(go.Figure(), f"From {source} to {target} by matches", subtitle, 260)
+    figure = dress(go.Figure(), f"From {source} to {target} by matches", subtitle, 480)
     boxes = [f"stream at {source}", "z = encode(x)", "z · T", "decode", f"stream at {target}"]
     notes = ["", f"SAE of {source}", "one match each", f"SAE of {target}", "predicted"]
     look = {"bgcolor": PALE, "borderwidth": 2, "borderpad": 8, "showarrow": False}
-    for x, (box, note) in enumerate(zip(boxes, notes, strict=True)):
-        colour = COLOURS["mlp"] if x == 2 else COLOURS["res"]
-        figure.add_annotation(x=x, y=0, text=f"<b>{box}</b>", bordercolor=colour, **look)
-        figure.add_annotation(x=x, y=-0.7, text=note, showarrow=False, font_color=GREY)
-        if x:
-            ends = {"x": x - 0.3, "ax": x - 0.7, "y": 0, "ay": 0, "axref": "x", "ayref": "y"}
-            figure.add_annotation(text="", showarrow=True, arrowcolor=INK, **ends)
-    figure.update_xaxes(range=[-0.5, 4.5], visible=False)
-    return figure.update_yaxes(range=[-1, 0.6], visible=False)
+    aside = {"xshift": 80, "xanchor": "left", "font_color": GREY, "showarrow": False}
+    for row, (box, note) in enumerate(zip(boxes, notes, strict=True)):
+        colour = COLOURS["mlp"] if row == 2 else COLOURS["res"]
+        figure.add_annotation(x=0, y=-row, text=f"<b>{box}</b>", bordercolor=colour, **look)
+        figure.add_annotation(x=0, y=-row, text=note, **aside)
+        if row:
+            figure.add_annotation(x=0, y=0.5 - row, text="<b>↓</b>", showarrow=False, font_size=22)
+    figure.update_xaxes(range=[-0.6, 1], visible=False)
+    return figure.update_yaxes(range=[-4.5, 0.5], visible=False)
 
 
 def explained_by_layer(table: pd.DataFrame, subtitle: str) -> go.Figure:

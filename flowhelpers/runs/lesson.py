@@ -51,12 +51,13 @@ def spread(of: Any, digits: str = ".2f", name: str = "difference", sign: str = "
     """A number and its 95 % interval, as in "+0.12 (+0.05 to +0.22)"; never -0.00.
 
     `of` is a row that has them as `name`, `name`_low and `name`_high, or the three numbers; with
-    the sign "-" they have no plus, as where they are no difference.
+    the sign "-" they have no plus, as where they are no difference. A difference in % is in points.
     """
     names = [name + end for end in ("", "_low", "_high")]
     three = [getattr(of, each) for each in names] if hasattr(of, name) else of
     value, *ends = (f"{x:{sign}z{digits}}" for x in three)
-    return value if NO_NUMBER.search(value) else "{} ({} to {})".format(value, *ends)
+    told = value if NO_NUMBER.search(value) else "{} ({} to {})".format(value, *ends)
+    return told.replace("%", " points", 1).replace("%", "") if sign == "+" else told
 
 
 def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:
@@ -68,8 +69,9 @@ def show(table: pd.DataFrame, digits: int = 2, caption: str = "") -> Styler:
     look = {"white-space": "pre-wrap", "text-align": "left"}
     texts = [*table.columns[[not pd.api.types.is_numeric_dtype(each) for each in table.dtypes]]]
     short = [each for each in ("layer", "strength") if each in table and each not in texts]
-    style = table.style.format(precision=digits, na_rep="", escape="html")
-    style = style.format("{:g}", subset=short, na_rep="")
+    is_float, number = pd.api.types.is_float, f"{{:z.{digits}f}}".format  # never -0.00
+    style = table.style.format(lambda x: number(x) if is_float(x) else x, na_rep="", escape="html")
+    style = style.format("{:zg}", subset=short, na_rep="")
     style = style.set_properties(texts, **look)
     style = style.set_table_styles([{"selector": "th", "props": "text-align: left"}])
     style = style.set_caption(caption) if caption else style

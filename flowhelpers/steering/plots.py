@@ -63,7 +63,7 @@ def suppression_by_layer(means: pd.DataFrame, subtitle: str) -> go.Figure:
     titles = [f"{way}: {measure}" for measure in SCORES for way in ways]
     for measure in SCORES if len(plain) else ():
         titles[SCORES.index(measure) * len(ways)] += f" (unsteered {plain[measure].item():.2f})"
-    spaces = {"horizontal_spacing": 0.06, "vertical_spacing": 0.09}
+    spaces = {"horizontal_spacing": 0.06, "vertical_spacing": 0.09, "shared_yaxes": True}
     figure = make_subplots(len(SCORES), len(ways), subplot_titles=titles, **spaces)
     for number, (measure, way) in enumerate(product(SCORES, ways)):
         part = cells[cells["strategy"] == way]
@@ -81,13 +81,11 @@ def suppression_by_layer(means: pd.DataFrame, subtitle: str) -> go.Figure:
             hovertemplate="layer %{x}, r = %{y}: %{z:.3f} (%{customdata[0]:.3f} to"
             " %{customdata[1]:.3f})<extra></extra>", **place,
         )  # fmt: skip
-        if way == "single":
-            figure.add_scatter(
-                x=best["layer"].map("{:g}".format), y=best["strength"].map("{:g}".format),
-                mode="markers", name=BEST, hoverinfo="skip", showlegend=not place["row"] > 1,
-                legendgroup=BEST, **place,
-                marker={"symbol": "square-open", "size": 24, "color": INK, "line": {"width": 2}},
-            )  # fmt: skip
+        frame = {"name": BEST, "legendgroup": BEST, "line": {"color": INK, "width": 2}}
+        for at, cell in enumerate(best.itertuples() if way == "single" else ()):
+            x, y = layers.index(cell.layer), strengths.index(cell.strength)
+            ends = {"x0": x - 0.47, "x1": x + 0.47, "y0": y - 0.42, "y1": y + 0.42}
+            figure.add_shape(frame | ends, showlegend=place["row"] == 1 and not at, **place)
     figure.update_annotations(font_size=13)
     edges = {"type": "category", "showgrid": False}
     figure.update_xaxes(edges, range=[-0.5, len(names) - 0.5])
@@ -146,10 +144,12 @@ def dose_response(means: pd.DataFrame, subtitle: str) -> go.Figure:
     """
     named = AS_CHOSEN if "chosen_on" in means else {}
     long = _long(means, [*SCORES[:2], *(named or ["score"])]).replace({"measure": named})
-    figure = _lines(long, "strength", facet_row="theme", facet_col="measure")
+    themes = means["theme"].nunique()
+    panels = {"facet_row": "theme"} if themes > 1 else {"facet_col_wrap": 2}
+    figure = _lines(long, "strength", facet_col="measure", **panels)
     strengths = sorted(means["strength"].dropna().unique(), key=abs)
     figure.update_xaxes(type="category", categoryorder="array", categoryarray=strengths)
-    height = 225 + 300 * means["theme"].nunique()
+    height = 225 + 300 * (themes if themes > 1 else 2)
     return _finished(figure, "What does more strength bring?", subtitle, height)
 
 
@@ -169,6 +169,8 @@ def score_against(means: pd.DataFrame, subtitle: str, by: str = "norm") -> go.Fi
         drawn, x=by, y="value", log_x=True, **MARKS, facet_col="theme", facet_col_wrap=2,
         hover_data=_hover(long), labels=AXES | {by: axis},
     )  # fmt: skip
+    look = {"size": 10, "line": {"width": 1, "color": "white"}}
+    figure.update_traces(marker=look, cliponaxis=False)
     ticks = [digit * 10.0**power for power in range(-9, 9) for digit in (1, 2, 5)]
     figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     figure.update_traces(mode="lines", line_dash="dash", selector={"name": UNSTEERED})
@@ -188,13 +190,17 @@ def _long(means: pd.DataFrame, measures: Sequence[str]) -> pd.DataFrame:
 def _lines(long: pd.DataFrame, x: str, **options: Any) -> go.Figure:
     long, dashes = _across(long, x), {"line_dash": "strategy", "line_dash_map": DASH}
     looks = MARKS | dashes | ERRORS | {"labels": AXES}
-    return px.line(long, x=x, y="value", markers=True, hover_data=_hover(long), **looks, **options)
+    figure = px.line(
+        long, x=x, y="value", markers=True, hover_data=_hover(long), **looks, **options
+    )
+    return figure.update_traces(marker_size=9, error_y={"thickness": 1, "width": 0})
 
 
 def _across(long: pd.DataFrame, x: str) -> pd.DataFrame:
-    """Rows without an x are repeated at every x: lines across."""
+    """Rows without an x are repeated at every x: lines across, their interval at the first."""
     known = long.dropna(subset=x).sort_values(x, kind="stable")
     everywhere = long[long[x].isna()].drop(columns=x).merge(known[[x]].drop_duplicates(), "cross")
+    everywhere.loc[everywhere[x] > known[x].min(), ["up", "down"]] = np.nan
     return pd.concat([known, everywhere])
 
 

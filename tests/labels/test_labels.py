@@ -92,6 +92,13 @@ def test_a_description_says_what_is_written_and_what_is_read(planted: Suite):
     assert found["label_from"].tolist() == sources
 
 
+def test_a_token_that_is_no_whole_character_is_named_so(
+    planted: Suite, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("flowhelpers.labels.describe.token_strings", lambda *_: [" �", " a", "\n"])
+    assert describe_features(planted, ["1/res/3"], k=3)["writes"].item() == r"(byte), a, '\n'"
+
+
 def test_ones_own_labels_are_read_as_they_are(planted: Suite, tmp_path: Path):
     content = 'feature,label,note\n1/res/3,"red, or green",x\n2/mlp/0,NA,\n'
     (tmp_path / "mine.csv").write_text(content, encoding="utf-8")

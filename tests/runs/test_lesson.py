@@ -20,6 +20,11 @@ def test_a_table_is_shown_whole_and_without_its_row_numbers():
     cells = pd.DataFrame({"layer": [1.0, None], "strength": [-64.0, 0.5], "score": [1.0, 2]})
     shown = re.findall(r"<td[^>]*>([^<]*)</td>", runs.show(cells, digits=3).to_html())
     assert shown == ["1", "-64", "1.000", "", "0.5", "2.000"]
+    near_0 = pd.DataFrame({"layer": [-0.0], "score": [-0.001], "any": [-0.001]}).astype(
+        {"any": object}
+    )
+    shown = re.findall(r"<td[^>]*>([^<]*)</td>", runs.show(near_0).to_html())
+    assert shown == ["0", "0.00", "0.00"]
     named = runs.show(table.set_index("n")).to_html()
     twice = pd.concat([table, table])  # whose row numbers are not unique
     assert runs.show(twice).to_html().count("<tr>") == 2 * len(table) + 1
@@ -31,7 +36,8 @@ def test_what_an_interval_says_of_a_difference():
     row = pd.Series({"difference": 0.25, "difference_low": 0.1, "difference_high": 0.4})
     assert runs.spread(row) == "+0.25 (+0.10 to +0.40)"
     (named,) = pd.DataFrame([row.add_prefix("my_")]).itertuples()
-    assert runs.spread(named, ".0%", "my_difference") == "+25% (+10% to +40%)"
+    assert runs.spread(named, ".0%", "my_difference") == "+25 points (+10 to +40)"
+    assert runs.spread((0.25, 0.1, 0.4), ".0%", sign="-") == "25% (10% to 40%)"
     assert runs.spread((0.1234, -0.05, 0.2), sign="-") == "0.12 (-0.05 to 0.20)"
     assert runs.spread([-0.0004, -0.05, 0.2], ".3f", sign="-") == "0.000 (-0.050 to 0.200)"
     assert runs.spread((-0.001, -0.05, 0.05)) == "+0.00 (-0.05 to +0.05)"

@@ -70,9 +70,12 @@ def test_suppression_has_a_map_for_each_strategy_and_measure():
     assert score.z.tolist() == [pytest.approx([0.15, 0.19]), pytest.approx([0.08, 0.12])]
     ends = score.customdata[0][1]
     assert ends == pytest.approx([0.18, 0.21])
-    marks = series(figure, "best layer of each r")
-    assert len(marks) == 3  # a panel of `single` for each measure
-    assert {(*mark.x, *sorted(mark.y)) for mark in marks} == {("12", "12", "16", "2")}
+    frames = [shape for shape in figure.layout.shapes if shape.name == "best layer of each r"]
+    middles = {(f.xref, (f.x0 + f.x1) / 2, round((f.y0 + f.y1) / 2, 6)) for f in frames}
+    of_single = [maps[f"single: {measure}"].xaxis for measure in measures]
+    assert middles == {(axis, 1, strength) for axis in of_single for strength in (0, 1)}  # layer 12
+    assert all(0.5 < f.x1 - f.x0 < 1 > f.y1 - f.y0 for f in frames)  # around a cell, and no further
+    assert [shape.showlegend for shape in frames].count(True) == 1
     titles = [note.text for note in figure.layout.annotations]
     assert "single: score (unsteered 0.40)" in titles
 
@@ -100,6 +103,9 @@ def test_the_best_at_each_layer_with_the_seeds_of_each_theme():
     assert [set(seeds[line.xaxis].x) for line in lines] == [{12}, {4, 9}]
     for line in series(figure, "unsteered"):
         assert set(line.y) == {0.4}
+        assert [np.isfinite(up) for up in line.error_y.array] == [True] + [False] * (
+            len(line.x) - 1
+        )
 
 
 def test_features_are_counted_by_layer_and_module():
