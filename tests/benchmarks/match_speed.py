@@ -13,7 +13,7 @@ Two cores, the default shape, times as multiples of the bare product in the type
 | --- | --- | --- | --- | --- | --- |
 | float32 (Intel Xeon, AMX off) | 3.6 s | 1.14 | 1.13 | 1.0 | 1.07 |
 | bfloat16 in AVX-512 (AMD EPYC) | 1.6 s | 1.1 to 1.3 | 1.35 to 1.4 | 4.5 | 3.5 |
-| bfloat16 in AMX (Intel Xeon) | 0.75 to 0.9 s | 1.5 | 1.8 | 5.1 | 5.3 |
+| bfloat16 in AMX (Intel Xeon) | 0.75 to 0.95 s | 1.25 to 1.5 | 1.5 to 1.8 | 4.2 to 5.1 | 5.3 |
 
 The quicker the product, the more counts what is not a product: bringing rows to the type (0.12 s),
 the highest of each 64 (0.04 s), and what may be among the best in float32 (0.2 s). Memory beside
