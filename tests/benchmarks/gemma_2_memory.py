@@ -7,11 +7,11 @@ to FOLDER with random numbers, by default whole: 23 GB. With `--decoders` the en
 nothing here reads, are left out of the files: 12 GB. The decoders are then read one by one as those
 of a suite of the hub are, and the table is made; memory is watched all the while.
 
-On two cores of an Intel Xeon with AMX all 26 layers took 205 s, 3.6 times the bare products (on
-another day 4 layers 2.9 times) of each pair of sites one way (the table has both ways, and scores by chance), and at most 2.9 GiB in all;
-read from disk again, 3 s. Of a pair's 2.6 s two are its matches, with SAEs being read meanwhile;
-0.4 are chance, 0.2 the rows made ready, the table and its file. Where float32 is quickest, 4 layers
-take 1.7 times their products.
+On two cores of an Intel Xeon with AMX all 26 layers took 205 s, 3.6 times the bare products of each
+pair of sites one way (on another day 4 layers took 2.9 times theirs; the table has both ways, and
+scores by chance), and at most 2.9 GiB in all; read from disk again, 3 s. Of a pair's 2.6 s two are
+its matches, with SAEs being read meanwhile; 0.4 are chance, 0.2 the rows made ready, the table and
+its file. Where float32 is quickest, 4 layers take 1.7 times their products.
 """
 
 import argparse
