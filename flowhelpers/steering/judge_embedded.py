@@ -46,8 +46,9 @@ class EmbeddedJudge:
     def about(self) -> str:
         """What it is worth on held-out passages, in a line."""
         return (
-            f"embedded, for {self.theme!r}: names the subject of {self.accuracy:.0%} of held-out"
-            f" pieces, ranks one on the theme above another {self.auc:.0%} of the time"
+            f"embedded, for {self.theme.replace('_', ' ')!r}: it names the subject of"
+            f" {self.accuracy:.0%} of held-out pieces, and ranks one on the theme above another"
+            f" {self.auc:.0%} of the time"
         )
 
     def judge(self, texts: Sequence[str]) -> "pd.DataFrame":

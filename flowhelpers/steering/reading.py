@@ -22,7 +22,8 @@ def read_texts(
 ) -> Styler:
     """A table without its index, whose columns `texts` are whole and marked by the `theme`'s judge.
 
-    A judge that tells no words, such as one behind an endpoint, marks none.
+    A judge that tells no words, such as one behind an endpoint, marks none. A token that is part of
+    a character is shown as "(byte)".
     """
 
     def marked(theme: str, text: str) -> str:
@@ -31,7 +32,8 @@ def read_texts(
         parts = re.split(f"({WORD.pattern})", text)
         raises = [stem(part.lower()) in known for part in parts]
         pairs = zip(parts, raises, strict=True)
-        return "".join(f"<mark>{p}</mark>" if is_own else escape(p) for p, is_own in pairs)
+        whole = "".join(f"<mark>{p}</mark>" if is_own else escape(p) for p, is_own in pairs)
+        return whole.replace("\ufffd", "(byte)")
 
     shown = table.copy()
     for column in texts:

@@ -91,11 +91,11 @@ def test_the_same_text_has_the_same_scores_and_an_empty_one_none(judge: Embedded
 def test_texts_are_shown_whole_and_what_speaks_for_the_theme_is_marked(
     judge: EmbeddedJudge,
 ) -> None:
-    texts = ["A planet < 2 stars & <b>, the Planets", "<b>xyzzy"]
+    texts = ["A planet < 2 stars & <b>, the Planets", "<b>xyzzy\ufffd"]
     table = pd.DataFrame({"theme": "space", "text": texts, "score": 0.512345})
     page = read_texts(table, {"space": judge}).to_html()
     assert "A <mark>planet</mark> &lt; 2 <mark>stars</mark> &amp; &lt;b&gt;, the <mark>Pla" in page
-    assert "&lt;b&gt;xyzzy" in page
+    assert "&lt;b&gt;xyzzy(byte)" in page
     assert "0.51<" in page
     other: Any = SimpleNamespace()  # a judge that tells no words
     assert "<mark>" not in read_texts(table, {"space": other}).to_html()
