@@ -41,7 +41,7 @@ def subject_features(
     where it is at least half as active as it ever is.
 
     A feature may stand for the subject if, on every second passage of each subject, 4 contexts
-    count, the strong share is 3 times what the other subjects have on average, and the AUC is 0.9.
+    count, the strong share is 3 times what the others have on average or more, the AUC 0.9 or more.
     The 20 best are kept, by contexts (of 8, with a quarter of those of the matches in the layers
     before and after), plus strong share, plus AUC. Those pass for which the same holds on the other
     half, and of whose 5 strongest contexts of all passages 4 count.

@@ -104,7 +104,6 @@ def check_sites(model: Model, own: Any = None) -> None:
     or site that fails.
     """
     is_half = model.bridge.W_E.dtype != torch.float32
-
     usual = 3e-2 if is_half else 1e-4
 
     def check(this: Tensor, that: Tensor, what: str, most: float = usual) -> None:
