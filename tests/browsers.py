@@ -1,7 +1,8 @@
 """The system's chromium, driven by playwright: pages that fail in it fail the test."""
 
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 LOCAL = ("127.0.0.1", "localhost", "")
+
+
+def eventually(holds: Callable[[], bool], seconds: float = 10) -> None:
+    """Waits for what a page shows: it is drawn in the page's own time."""
+    until = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < until, "not so in the page"
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -87,12 +87,12 @@ def test_controls_redraw_one_picture_and_a_saved_notebook_shows_it(
     handle.press("ArrowRight")
     expect(said).to_have_text("computing …")
     expect(cell.locator(".gtitle")).to_have_text("6 in blue")
-    assert cell.locator(".js-plotly-plot").count() == 1
+    expect(cell.locator(".js-plotly-plot")).to_have_count(1)
     cell.locator("select").select_option("as blood")
     expect(cell.locator(".gtitle")).to_have_text("6 in red")
     handle.press("ArrowRight")
     expect(cell.get_by_role("alert")).to_have_text("7 is <no> height: expected another")
-    assert cell.locator(".js-plotly-plot").count() == 0
+    expect(cell.locator(".js-plotly-plot")).to_have_count(0)
     handle.press("ArrowRight")
     expect(cell.locator(".gtitle")).to_have_text("8 in red")
     expect(cell.get_by_role("alert")).to_have_count(0)
