@@ -618,6 +618,7 @@ def notebook(planted_folder: Path, tmp_path: Path) -> Path:
 
 
 def test_the_widget_answers_in_jupyterlab(notebook: Path, browser: Pages, planted: Suite):
+    before = notebook.stat().st_size
     with open_lab(notebook.parent) as address:
         browser.problems.clear()
         page = browser.new(viewport={"width": 1400, "height": 1000})
@@ -659,9 +660,9 @@ def test_the_widget_answers_in_jupyterlab(notebook: Path, browser: Pages, plante
             browser.shot(page, f"explorer-lab-{place}")
         find(view, "1/res/99")
         expect(view.locator(".fx-say")).to_contain_text("No feature 1/res/99")
-        before = notebook.stat().st_size
-        page.locator("[data-command='docmanager:save'], button[title^='Save']").first.click()
-        page.wait_for_timeout(2000)
+        button = page.locator("[data-command='docmanager:save'], button[title^='Save']").first
+        with page.expect_response(lambda r: r.request.method == "PUT" and "contents" in r.url):
+            button.click()
         assert before < notebook.stat().st_size < 10_000  # no records, no plotly.js
         find(view, "1/mlp/2")  # which has no predecessors
         expect(view.locator(".fx-card h2")).to_contain_text("1/mlp/2")

@@ -85,8 +85,7 @@ class Dask:
         file.unlink(missing_ok=True)
         options = ["--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
         process = self.start("scheduler", *options, "--scheduler-file", str(file))
-        until(file.exists)
-        time.sleep(0.2)
+        until(lambda: file.exists() and file.read_text().rstrip().endswith("}"))
         self.address = json.loads(file.read_text())["address"]
         return process
 

@@ -21,7 +21,7 @@ from flowhelpers import core
 from flowhelpers.core.figures import dress
 
 def drawn(height, colour):
-    time.sleep(0.5)
+    time.sleep(1.5)  # longer than the browser is left alone
     if height == 7:
         raise ValueError("7 is <no> height: expected another")
     bars = go.Figure(go.Bar(y=[height], marker_color=colour))
@@ -103,13 +103,13 @@ def test_controls_redraw_one_picture_and_a_saved_notebook_shows_it(
     save(page)
     page.reload()
     page.locator(f"{NOTEBOOK} .gtitle").first.wait_for(timeout=30_000)
+    expect(page.locator(NOTEBOOK)).to_contain_text("'abab'", use_inner_text=True)
     browser.shot(page, "lab_reloaded")
     shown = page.locator(NOTEBOOK).inner_text()
     assert "Error displaying widget" not in shown
     assert "model not found" not in shown
     assert shown.count("Run this cell to use its controls.") == 2
     assert titles(page) == ["5 in blue"]
-    assert "'abab'" in shown
     assert browser.problems == []
     saved = (folder / COPIES / "00_start_here.ipynb").read_text("utf-8")
     assert "widget-view" not in saved
