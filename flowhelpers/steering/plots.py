@@ -62,8 +62,8 @@ def suppression_by_layer(means: pd.DataFrame, subtitle: str) -> go.Figure:
     rows, names = [f"{r:g}" for r in strengths], [f"{layer:g}" for layer in layers]
     titles = [f"{way}: {measure}" for measure in SCORES for way in ways]
     for measure in SCORES if len(plain) else ():
-        titles[SCORES.index(measure) * len(ways)] += f" (unsteered {plain[measure].item():.2f})"
-    spaces = {"horizontal_spacing": 0.06, "vertical_spacing": 0.09, "shared_yaxes": True}
+        titles[SCORES.index(measure) * len(ways)] += f"\n(unsteered {plain[measure].item():.2f})"
+    spaces = {"horizontal_spacing": 0.06, "vertical_spacing": 0.11, "shared_yaxes": True}
     figure = make_subplots(len(SCORES), len(ways), subplot_titles=titles, **spaces)
     for number, (measure, way) in enumerate(product(SCORES, ways)):
         part = cells[cells["strategy"] == way]

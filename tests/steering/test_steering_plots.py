@@ -77,7 +77,7 @@ def test_suppression_has_a_map_for_each_strategy_and_measure():
     assert all(0.5 < f.x1 - f.x0 < 1 > f.y1 - f.y0 for f in frames)  # around a cell, and no further
     assert [shape.showlegend for shape in frames].count(True) == 1
     titles = [note.text for note in figure.layout.annotations]
-    assert "single: score (unsteered 0.40)" in titles
+    assert "single: score<br>(unsteered 0.40)" in titles
 
 
 def test_strategies_stand_side_by_side_at_each_theme():
