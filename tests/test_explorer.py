@@ -317,10 +317,12 @@ def test_a_set_is_pinned_saved_and_loaded(page: Page, planted: Suite, tmp_path: 
     expect(page.get_by_label(f"label of {SEED}")).to_have_value('rain, "heavy"')
     expect(page.get_by_text("typed by hand")).to_have_count(1)
     expect(page.locator(".fx-pins").get_by_text("by top contexts and")).to_have_count(2)
-    bare = {"suite": planted.name, "steps": [{"feature": "2/res/1", "label": None}]}
+    bare = {"suite": planted.name, "steps": [{"feature": "2/res/1", "label": None, "strength": 4}]}
     file = {"name": "s.json", "mimeType": "text/json", "buffer": json.dumps(bare).encode()}
     load.set_input_files(file)  # pyright: ignore[reportArgumentType]
-    expect(page.locator(".fx-say")).to_contain_text("1 feature loaded")
+    expect(page.locator(".fx-say")).to_contain_text(
+        "1 feature loaded; the plan's strengths are not"
+    )
     expect(page.get_by_label("label of 2/res/1")).to_have_value("snow")
     expect(page.locator(".fx-pins").get_by_text("by me")).to_be_visible()
 

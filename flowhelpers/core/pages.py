@@ -33,7 +33,7 @@ def figure_title(figure: dict[str, Any]) -> str:
     title = (figure.get("layout") or {}).get("title") or {}
     texts = [title.get("text"), (title.get("subtitle") or {}).get("text")]
     plain = (re.sub(r"\s*<[^>]*>\s*", " ", text) for text in texts if text)
-    return html.unescape(". ".join(plain))
+    return html.unescape(". ".join(plain)).replace("?. ", "? ")
 
 
 def figure_html(figure: Figure | dict[str, Any], script: str | bool = False, **config: Any) -> str:

@@ -113,7 +113,10 @@ def index_page(path: Path, summary: str, entries: Iterable[Mapping[str, Any]]) -
     """
     from jinja2 import Template
 
-    shown = [_entry(path.parent, entry) for entry in entries]
+    entries = [*entries]
+    pages = {entry["name"]: f"{entry['folder']}/notebook.html" for entry in entries}
+    pages = {name: page for name, page in pages.items() if (path.parent / page).exists()}
+    shown = [_entry(path.parent, entry, pages) for entry in entries]
     title = f"What {'these notebooks' if len(shown) != 1 else 'this notebook'} found"
     template = Template(page_file("index.html.j2"), autoescape=True)
     body = template.render(title=title, summary=summary, entries=shown)
@@ -122,7 +125,7 @@ def index_page(path: Path, summary: str, entries: Iterable[Mapping[str, Any]]) -
     write_text(path, page(f"{title}: {path.stem}", body, head))
 
 
-def _entry(root: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(root: Path, entry: Mapping[str, Any], pages: Mapping[str, str]) -> dict[str, Any]:
     """What the index shows of a notebook; addresses are relative to the index."""
     folder = root / (entry["folder"] or "none yet")
     results, book = folder / "results.json", Path(entry["notebook"])
@@ -132,13 +135,16 @@ def _entry(root: Path, entry: Mapping[str, Any]) -> dict[str, Any]:
     figures = [(file, read_json(file)) for file in made if file.stat().st_size < 50 * LARGEST]
     for kind in ("tables/*.csv", "results.json", "config.json", "notebook.ipynb"):
         files |= {file.name: _at(root, file) for file in sorted(folder.glob(kind))}
-    page_of = folder / "notebook.html"
+    told = {"claim", "ours", "control"}  # the words of a finding that hold markup
     return {
         **entry,
         "title": title or entry["name"],
         "took": "" if entry["seconds"] is None else duration(entry["seconds"]),
-        "page": _at(root, page_of) if page_of.exists() else None,
-        "findings": found.get("findings", []),
+        "page": pages.get(entry["name"]),
+        "findings": [
+            {key: _line(text, pages) if key in told else text for key, text in each.items()}
+            for each in found.get("findings", [])
+        ],
         "picture": _picture(root, figures, found.get("picture")),
         "figures": [
             {"page": _at(root, file.with_suffix(".html")), "title": figure_title(figure)}
@@ -212,6 +218,12 @@ def _markdown(source: str, pages: Mapping[str, str] | None = None) -> str:
 
     drawn = MarkdownWithMath(renderer=Renderer(escape=False)).render(source)
     return re.sub(CITED, lambda all: re.sub(r"(?:CHOICES )?(\d+)", choice, all[0]), drawn)
+
+
+def _line(text: str, pages: Mapping[str, str]) -> str:
+    """Markdown of one paragraph as HTML; `<` is a sign, as in `<bos>`."""
+    drawn = _markdown(text.replace("<", "&lt;"), pages).strip()
+    return drawn.removeprefix("<p>").removesuffix("</p>")
 
 
 def _mathml(tex: str, display: str) -> str:

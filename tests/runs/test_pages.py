@@ -118,7 +118,7 @@ def test_code_can_be_hidden_and_folds_and_tables_are_read_whole(tmp_path: Path) 
 def test_the_index_tells_what_was_found_with_a_picture(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "figures").mkdir(parents=True)
-    found = {"claim": "It <holds>.", "ours": "We see 3.", "control": "Chance gives 1."}
+    found = {"claim": "It <holds>.", "ours": "We see `3`.", "control": "Chance: $1$."}
     results = {"findings": [found | {"verdict": "not seen here"}], "dumped": 0.123456789}
     for name in ("first", "named"):
         title = {"text": f"{name} &lt;b&gt;", "subtitle": {"text": "two<br>lines"}}
@@ -136,7 +136,7 @@ def test_the_index_tells_what_was_found_with_a_picture(tmp_path: Path) -> None:
 
     page = index()
     assert "Matching: what comes from where</h2>" in page
-    assert "<strong>It &lt;holds&gt;.</strong> We see 3. Chance gives 1." in page
+    assert "<strong>It &lt;holds&gt;.</strong> We see <code>3</code>. Chance: <math" in page
     assert '<span class="verdict">Not seen here.</span>' in page
     assert "0:01:15, k=1" in page
     assert "0.1234" not in page

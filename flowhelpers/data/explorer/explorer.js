@@ -211,6 +211,7 @@ class Explorer {
     try { this.readSet(JSON.parse(sessionStorage.getItem(this.storeKey))); } catch { /* none kept */ }
   }
   get about() { return this.records.about; }
+  get like() { return this.about.start || `${Object.keys(this.about.sites)[0]}/0`; }
   get storeKey() { return `flowhelpers ${this.about.suite}`; } // so that a cell that is run again has them
   build() {
     const about = this.about;
@@ -218,7 +219,7 @@ class Explorer {
     this.found = el("ul", { className: "fx-found" });
     const find = (event) => { event.preventDefault(); this.attempt(() => this.search()); };
     const onkeydown = (event) => { if (event.key === "Enter") find(event); }; // JupyterLab submits no form
-    this.query = el("input", { type: "search", placeholder: "label, token, subject or 12/res/4230", onkeydown });
+    this.query = el("input", { type: "search", placeholder: `label, token, subject or ${this.like}`, onkeydown });
     const form = el("form", { onsubmit: find }, el("label", {}, "Search", this.query), el("button", {}, "Find"));
     this.back = el("button", { onclick: () => this.travel(this.past, this.future) }, "← Back");
     this.forward = el("button", { onclick: () => this.travel(this.future, this.past) }, "Forward →");
@@ -274,7 +275,7 @@ class Explorer {
   async search() {
     const text = this.query.value.trim();
     this.found.replaceChildren();
-    if (!text) throw new Error("Nothing to search for: type a label, a token, a subject or a feature such as 12/res/4230.");
+    if (!text) throw new Error(`Nothing to search for: type a label, a token, a subject or a feature such as ${this.like}.`);
     if (/^[\d\s]+\/\s*(res|mlp|att)\s*\/[\d\s]+$/.test(text)) {
       const [name, wrong] = this.records.check(text);
       if (wrong) throw new Error(wrong);
@@ -656,7 +657,8 @@ class Explorer {
       try { read = JSON.parse(await file.files[0].text()); } catch { throw new Error(`${file.files[0].name} is not JSON.`); }
       this.readSet(read);
       this.draw();
-      this.tell(`${count(this.pins.size, "feature")} loaded`);
+      const given = read.steps?.some((step) => "strength" in step) ? "; the plan's strengths are not kept: “Save as plan” gives all the one beside it" : "";
+      this.tell(`${count(this.pins.size, "feature")} loaded${given}`);
     }) });
     const { kind: chosen, strength: given } = this.planned;
     const kind = choice({ add: "add, s =", rescale: "rescale, r =" }, chosen), strength = number(given);
