@@ -50,6 +50,7 @@ class _Suppression(BaseModel):
 PLACES = ("content", "reasoning_content", "reasoning", "refusal")
 REPLIES = {"promote": _Promotion, "suppress": _Suppression}  # what the prompts ask for
 SUBJECTS = "abc"
+THINKS, THOUGHT = r"<think(?:ing)?>|\[THINK\]", r"</think(?:ing)?>|\[/THINK\]"
 PROMPTS = {
     task: [(DATA / "judge" / f"{task}-{x}.txt").read_text("utf-8") for x in ("system", "input")]
     for task in REPLIES
@@ -59,13 +60,14 @@ PROMPTS = {
 def read_reply(reply: str, task: str) -> BaseModel:
     """The scores of a reply: its last JSON object that has them, whatever words stand around it.
 
-    What is thought aloud, up to `</think>`, does not count, nor a draft before an object that is
-    cut. A ValueError if none is left, or if its values are no scores.
+    What is thought aloud, up to `</think>`, does not count, nor a draft before an object that
+    cannot be read. A ValueError if none is left, or if its values are no scores.
     """
-    said, kind = reply.rpartition("</think>")[2], REPLIES[task]
+    said, kind = re.split(THOUGHT, reply)[-1], REPLIES[task]
+    said = "" if re.search(THINKS, said) else said
     found: list[Any] = []
     decoder, end = json.JSONDecoder(object_hook=lambda each: found.append(each) or each), 0
-    for brace in re.finditer(r"""\{(\s*["'])?""", "" if "<think>" in said else said):
+    for brace in re.finditer(r"""\{(\s*(?:["'“‘]|\w+\s*:))?""", said):
         try:  # unless it lies within another
             end = decoder.raw_decode(said, brace.start())[1] if brace.start() >= end else end
         except ValueError:
