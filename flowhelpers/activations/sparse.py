@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -105,12 +106,11 @@ def read_sample(suite: "Suite", sample: Sample, folder: Path) -> FeatureActivati
     check_memory(needed, "reading the sample", str(suite.model.device))
     together = max(1, ENCODED_TOGETHER // (int(is_chosen.sum(1).max()) * batch_size))
     together = max(together, _passes_held(suite, tokens, len(suite.saes), batch_size))
-    if is_edited(suite.model):
-        batches = read_batches(suite, tokens, None, batch_size, together)
-        return FeatureActivations(sample.tokens, _stacked(batches))
-    folder = writable_folder(folder / _digest(suite, tokens, batch_size, together))
-    with FileLock(folder / "lock"):  # who comes second waits, and finds everything done
-        batches = read_batches(suite, tokens, None, batch_size, together, folder)
+    key = "" if is_edited(suite.model) else _digest(suite, tokens, batch_size, together)
+    kept = writable_folder(folder / key) if key else None
+    # who comes second waits, and finds everything done
+    with FileLock(kept / "lock") if kept else nullcontext():
+        batches = read_batches(suite, tokens, None, batch_size, together, kept)
         return FeatureActivations(sample.tokens, _stacked(batches))
 
 

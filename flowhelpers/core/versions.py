@@ -78,16 +78,14 @@ def check_workers(
     """
     ours, code = expected or version("flowhelpers"), code or code_digest()
     # a function of the standard library, which each of them has
-    found = {"this worker": version("flowhelpers")}
-    if client is not None:
-        found = client.run(version, "flowhelpers", on_error="return")
+    here = {"this worker": version("flowhelpers")}
+    found = client.run(version, "flowhelpers", on_error="return") if client else here
     for worker, theirs in found.items():
         if theirs != ours:
             theirs = "no flowhelpers" if isinstance(theirs, Exception) else f"flowhelpers {theirs}"
             raise ValueError(f"{worker} has {theirs}, and what was asked for is of {ours}")
-    codes = {"this worker": code_digest()}
-    if client is not None:
-        codes = client.run(code_digest, on_error="return")
+    here = {"this worker": code_digest()}
+    codes = client.run(code_digest, on_error="return") if client else here
     for worker, theirs in codes.items():
         if theirs != code:
             whose = "this process" if code == code_digest() else "what was asked for"

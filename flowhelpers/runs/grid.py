@@ -119,8 +119,7 @@ def new_grid(planned: Planned) -> Grid:
     for notebook, parameters in planned:
         if notebook.name not in sources:
             sources[notebook.name] = notebook.read_text("utf-8")
-        key = {"notebook": sources[notebook.name], "version": version, "code": code}
-        key |= {"parameters": parameters}
+        key = {"notebook": sources[notebook.name], "of": [version, code], "parameters": parameters}
         folder = f"{notebook.stem}-{key_of(key)[:12]}"
         jobs[folder] = Job(notebook=Path(notebook.name), parameters=parameters, folder=folder)
     given = {"version": version, "code": code, "notebooks": sources, "jobs": list(jobs.values())}

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from inspect import signature
-from itertools import chain
 from typing import Any
 
 import torch
@@ -322,8 +321,8 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
 
 def is_edited(model: Model) -> bool:
     """Whether hooks act on the model's passes now: of `editing`, of TransformerLens or torch's."""
-    if any(p.has_hooks(including_permanent=False) for p in model.bridge.hook_dict.values()):
-        return True
-    modules = chain(model.bridge.modules(), model.bridge.original_model.modules())
+    points = model.bridge.hook_dict.values()
+    modules = [*model.bridge.modules(), *model.bridge.original_model.modules()]
     hooks = (hook for m in modules for hook in (m._forward_hooks | m._forward_pre_hooks).values())
-    return any(hook.__module__.split(".")[0] not in OWN_HOOKS for hook in hooks)
+    of_torch = any(hook.__module__.split(".")[0] not in OWN_HOOKS for hook in hooks)
+    return of_torch or any(point.has_hooks(including_permanent=False) for point in points)
