@@ -3,6 +3,7 @@
 import hashlib
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -19,7 +20,7 @@ from flowhelpers.core.features import FeatureId, Site, parse_site
 from flowhelpers.core.files import writable_folder, write_whole
 from flowhelpers.core.machine import check_memory, free_memory
 from flowhelpers.core.progress_bar import progress
-from flowhelpers.suites.model import Tokens, run_model, tokenize
+from flowhelpers.suites.model import Tokens, is_edited, run_model, tokenize
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,7 +90,8 @@ def read_sample(suite: "Suite", sample: Sample, folder: Path) -> FeatureActivati
 
     What was interrupted goes on after the last batch that was finished. Of several processes with
     the same sample, one does the work. A pass has 16 texts, or as few as fit a GiB, and a batch is
-    several (`read_batches`); what has no room in memory is an error before the first.
+    several (`read_batches`); what has no room in memory is an error before the first. Of a model
+    that is being edited nothing is kept, and nothing that was kept is taken.
     """
     places = torch.tensor(sample.tokens[["text", "position"]].to_numpy())
     is_chosen = torch.zeros_like(sample.ids.is_text)
@@ -104,9 +106,11 @@ def read_sample(suite: "Suite", sample: Sample, folder: Path) -> FeatureActivati
     check_memory(needed, "reading the sample", str(suite.model.device))
     together = max(1, ENCODED_TOGETHER // (int(is_chosen.sum(1).max()) * batch_size))
     together = max(together, _passes_held(suite, tokens, len(suite.saes), batch_size))
-    folder = writable_folder(folder / _digest(suite, tokens, batch_size, together))
-    with FileLock(folder / "lock"):  # who comes second waits, and finds everything done
-        batches = read_batches(suite, tokens, None, batch_size, together, folder)
+    key = "" if is_edited(suite.model) else _digest(suite, tokens, batch_size, together)
+    kept = writable_folder(folder / key) if key else None
+    # who comes second waits, and finds everything done
+    with FileLock(kept / "lock") if kept else nullcontext():
+        batches = read_batches(suite, tokens, None, batch_size, together, kept)
         return FeatureActivations(sample.tokens, _stacked(batches))
 
 

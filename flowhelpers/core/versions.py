@@ -68,20 +68,26 @@ def code_digest() -> str:
     return hashlib.blake2b(b"".join(map(Path.read_bytes, files)), digest_size=8).hexdigest()
 
 
-def check_workers(client: Any = None, *, expected: str | None = None) -> None:
+def check_workers(
+    client: Any = None, *, expected: str | None = None, code: str | None = None
+) -> None:
     """A ValueError if a worker of a Dask client has another flowhelpers than this process.
 
-    On a worker, without a client: if that one is not the `expected`.
+    Or than what is asked for: the `expected` version, `code` of that digest. Without a client it is
+    this process that is the worker.
     """
-    ours = expected or version("flowhelpers")
+    ours, code = expected or version("flowhelpers"), code or code_digest()
     # a function of the standard library, which each of them has
-    found = {"this worker": version("flowhelpers")}
-    if client is not None:
-        found = client.run(version, "flowhelpers", on_error="return")
+    here = {"this worker": version("flowhelpers")}
+    found = client.run(version, "flowhelpers", on_error="return") if client else here
     for worker, theirs in found.items():
         if theirs != ours:
             theirs = "no flowhelpers" if isinstance(theirs, Exception) else f"flowhelpers {theirs}"
             raise ValueError(f"{worker} has {theirs}, and what was asked for is of {ours}")
-    for worker, theirs in client.run(code_digest, on_error="return").items() if client else ():
-        if theirs != code_digest():
-            raise ValueError(f"{worker} has flowhelpers {ours} of another commit than this process")
+    here = {"this worker": code_digest()}
+    codes = client.run(code_digest, on_error="return") if client else here
+    for worker, theirs in codes.items():
+        if theirs != code:
+            whose = "this process" if code == code_digest() else "what was asked for"
+            told = f"{worker} has flowhelpers {ours} of another commit than {whose}"
+            raise ValueError(f"{told}: have one commit everywhere, or ask for it anew")

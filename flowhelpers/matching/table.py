@@ -44,6 +44,7 @@ from flowhelpers.matching.null import (
     null_threshold,
 )
 from flowhelpers.suites.load import KEPT, decoders_memory, load_suite
+from flowhelpers.suites.model import is_edited
 from flowhelpers.suites.registry import SuiteRow, registered
 
 if TYPE_CHECKING:
@@ -139,6 +140,8 @@ def match_table(
     if method == "pearson":
         from flowhelpers.activations.sparse import VERSION
 
+        if is_edited(suite.model):
+            raise ValueError("the model is being edited, and tables are kept: match it unedited")
         choices |= {"texts": list(texts or ()), "max_tokens": max_tokens, "activations": VERSION}
         choices |= {"least_active": LEAST_ACTIVE, "model": suite.model.fingerprint}
 

@@ -29,7 +29,7 @@ def attribution_edges(
     per_feature: int = 4,
     seed: int = 0,
 ) -> tuple[dict[Site, Float[Tensor, "targets sources"]], dict[Site, float]]:
-    """Activation times gradient: z · v · ∂p / ∂h, p the target's pre-activation, h the stream.
+    """Activation times gradient: z · v · ∂p / ∂h, p the target's activation, h the stream.
 
     One backward pass gives all `sources`. Effects are at the target's own token, the mean over
     `per_feature` tokens where it is active, drawn from `activations`, which were read from `tokens`
@@ -47,22 +47,22 @@ def attribution_edges(
         rows = codes[:, [feature]].nonzero()[0]
         some = rng.choice(rows, min(per_feature, len(rows)), replace=False)
         drawn += [(place, int(row)) for row in some]
-    places, rows = (torch.tensor(side, dtype=torch.long) for side in zip(*drawn, strict=True))
+    places, rows = torch.tensor(drawn, dtype=torch.long).view(-1, 2).T
     at = torch.from_numpy(activations.tokens[["text", "position"]].to_numpy()[rows])
     order = at[:, 1].argsort()  # so that rows of one pass are about as long
     places, at = places[order], at[order]
-    encoder = suite.sae(target).weights().encoder[torch.tensor([*features])]
+    read_by, wanted = suite.sae(target), torch.tensor([*features])[places]
     effects = {site: torch.zeros(len(features), suite.sae(site).width) for site in sources}
     errors, totals = dict.fromkeys(sources, 0.0), dict.fromkeys(sources, 0.0)
-    for chosen in progress(torch.arange(len(places)).split(ROWS), "attribution"):
+    for chosen in progress(torch.arange(len(places)).split(ROWS) if drawn else (), "attribution"):
         text, position = at[chosen].T
         row = torch.arange(len(chosen))
         ids = tokens.ids[text][:, : int(position.max()) + 1]
         stream = _differentiable(suite, ids, [*sources, target])
-        read = stream[target][row, position].float()
-        gradients = torch.autograd.grad(
-            (read * encoder[places[chosen]]).sum(), [stream[site] for site in sources]
-        )
+        with torch.enable_grad():
+            read = read_by.encode_with_gradients(stream[target][row, position])
+            told = read[row, wanted[chosen]].sum()
+        gradients = torch.autograd.grad(told, [stream[site] for site in sources])
         for site, whole in zip(sources, gradients, strict=True):
             sae, gradient = suite.sae(site), whole[row, position].float()
             here = stream[site].detach()[row, position]

@@ -79,8 +79,12 @@ def module_edges(
     from scipy.sparse.csgraph import connected_components
 
     layers = range(source.layer, target.layer + 1)
-    there = [site for site in (Site(layer, "res") for layer in layers)]
-    codes = [activations.by_site[site] for site in there if site in activations.by_site]
+    there = [at for at in (Site(layer, "res") for layer in layers) if at in activations.by_site]
+    if len(there) < 2 or (there[0], there[-1]) != (source, target):
+        read = ", ".join(map(str, activations.by_site))
+        told = f"modules from {source} to {target}: expected residual sites, the source below"
+        raise ValueError(f"{told}, that were both read; read were {read}")
+    codes = [activations.by_site[site] for site in there]
     starts = np.cumsum([0, *(one.shape[1] for one in codes)])
     joined = []
     for place, (below, above) in enumerate(pairwise(codes)):

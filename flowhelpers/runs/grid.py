@@ -34,7 +34,7 @@ from flowhelpers.core.cache import key_of
 from flowhelpers.core.features import check_choice
 from flowhelpers.core.files import write_text
 from flowhelpers.core.storage import open_storage, put_folder, writable_storage, write_bytes
-from flowhelpers.core.versions import check_workers
+from flowhelpers.core.versions import check_workers, code_digest
 from flowhelpers.runs.execute import STOPPED, Job, execute_one, say
 from flowhelpers.runs.grid_results import write_table
 from flowhelpers.runs.pages import duration
@@ -55,6 +55,7 @@ class Grid(BaseModel):
 
     started: str
     version: str
+    code: str = ""  # its digest, which older manifests lack
     working_folder: Path
     notebooks: dict[str, str]  # the source of each by its file's name
     jobs: list[Job]
@@ -114,14 +115,14 @@ def _read_yaml(path: Path) -> list[dict[str, list[Any]]]:
 
 def new_grid(planned: Planned) -> Grid:
     """A grid of these runs, each once; a run's folder is named by all that it depends on."""
-    version, sources, jobs = metadata.version("flowhelpers"), {}, {}
+    version, code, sources, jobs = metadata.version("flowhelpers"), code_digest(), {}, {}
     for notebook, parameters in planned:
         if notebook.name not in sources:
             sources[notebook.name] = notebook.read_text("utf-8")
-        key = {"notebook": sources[notebook.name], "version": version, "parameters": parameters}
+        key = {"notebook": sources[notebook.name], "of": [version, code], "parameters": parameters}
         folder = f"{notebook.stem}-{key_of(key)[:12]}"
         jobs[folder] = Job(notebook=Path(notebook.name), parameters=parameters, folder=folder)
-    given = {"version": version, "notebooks": sources, "jobs": list(jobs.values())}
+    given = {"version": version, "code": code, "notebooks": sources, "jobs": list(jobs.values())}
     return Grid(started=str(datetime.now())[:19], working_folder=Path.cwd(), **given)
 
 
@@ -171,6 +172,8 @@ def execute_grid(
     waiting = [job for job in grid.jobs if job.folder not in done]
     workers = workers or max(1, (cpu_count() or 1) // 2)
     say(f"{len(grid.jobs):,} runs, {len(grid.jobs) - len(waiting):,} of them finished before")
+    if others := len(done) - len(grid.jobs) + len(waiting):
+        say(f"{others:,} more in {out} are of other parameters, notebooks or code: not counted")
     if waiting:
         time_needed = _forecast(grid, waiting, done, None if cluster else workers)
         say(f"{len(waiting):,} to do, {time_needed}")
@@ -179,7 +182,7 @@ def execute_grid(
     write_bytes(fs, f"{root}/{MANIFEST}", grid.model_dump_json(indent=1).encode())
     if waiting:
         with _client(cluster, workers) as client:
-            check_workers(client, expected=grid.version)
+            check_workers(client, expected=grid.version, code=grid.code)
             if not _execute(client, grid, waiting, out, timeout):
                 say(f"stopped; to take it up again: flowhelpers run --resume {out}/{MANIFEST}")
                 return STOPPED
@@ -200,7 +203,7 @@ def _execute(client: Any, grid: Grid, waiting: list[Job], out: str, timeout: int
     books = grid.notebooks.items()  # sent once to each worker
     sources = {name: client.submit(str, text, key=f"{name}-{mark}") for name, text in books}
     where = out if "://" in out else str(Path(out).resolve())
-    options, futures = (where, str(grid.working_folder), timeout, grid.version), {}
+    options, futures = (where, str(grid.working_folder), timeout, grid.version, grid.code), {}
     for job in waiting:
         asked = (sources[str(job.notebook)], job.model_dump_json(), *options)
         futures[client.submit(execute_task, *asked, key=f"{job.folder}-{mark}")] = job
@@ -231,13 +234,15 @@ def _execute(client: Any, grid: Grid, waiting: list[Job], out: str, timeout: int
 
 
 def execute_task(
-    source: str, told: str, out: str, working_folder: str, timeout: int | None, version: str
+    source: str, told: str, out: str, there: str, timeout: int | None, version: str, code: str
 ) -> str:
     """Executes a run in a folder of this worker and puts it into `out`; returns its job as JSON.
 
-    A notebook that fails is an outcome like another. An OSError if `out` cannot be written to.
+    It works `there`, where the grid was asked for, if this machine has that folder too. A notebook
+    that fails is an outcome like another. An OSError if `out` cannot be written to, a ValueError if
+    this worker, which may have come late, has another version or code.
     """
-    check_workers(expected=version)
+    check_workers(expected=version, code=code)
     job = Job.model_validate_json(told)
     fs, root = open_storage(out)
     with ONE_NOTEBOOK, tempfile.TemporaryDirectory(dir=_scratch()) as scratch:
@@ -248,9 +253,8 @@ def execute_task(
         notebook, folder = here / job.notebook.name, here / str(job.folder)
         notebook.write_text(source, "utf-8")
         folder.mkdir()
-        there = Path(working_folder)
         local = job.model_copy(update={"notebook": notebook})
-        cwd = there if there.is_dir() else here
+        cwd = Path(there) if Path(there).is_dir() else here
         job.error = execute_one(local, here, cwd, timeout, ({}, "../grid.html"))
         job.status = "failed" if job.error else "finished"
         job.seconds = time.monotonic() - began

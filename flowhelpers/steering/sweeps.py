@@ -21,6 +21,7 @@ from flowhelpers.core.progress_bar import progress
 from flowhelpers.flow.graph import FlowGraph
 from flowhelpers.interventions import generation
 from flowhelpers.steering.plans import Plan, SteeringVectors, make_plan, plan_edits
+from flowhelpers.suites.model import is_edited
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,11 +154,13 @@ def sweep(
     """The texts of every cell, one row a text, as `steer` writes them with the same `settings`.
 
     Texts that several cells have in common are written once, and kept in the file `cache` as they
-    come, so that a sweep that was stopped goes on. `cell` is the place in `cells`.
+    come, so that a sweep that was stopped goes on, unless the model is edited from outside. `cell`
+    is the place in `cells`.
     """
     import pandas as pd
 
     numbers = [int(number) for number in samples]
+    cache = None if is_edited(suite.model) else cache
     common = {"model": suite.model.fingerprint, "samples": numbers, "seed": seed} | settings
     keys = [key_of(common | _plan_key(suite, cell, cell.prompt or prompt)) for cell in cells]
     texts = DiskCache(cache).get(set(keys)) if cache else {}

@@ -72,7 +72,6 @@ def silence(lens_sae: Any, excluded: Tensor, what: str) -> None:
     lens_sae.W_dec[excluded] = 0
 
 
-@torch.no_grad()
 def scales_of(lens_sae: Any, at: Tensor) -> Tensor:
     """How much larger each token is than what sae-lens makes of it, by its own way out; not 0."""
     lens_sae.run_time_activation_norm_fn_in(at)

@@ -28,6 +28,7 @@ HOOKS = {
     "normed": "blocks.{layer}.ln2.hook_normalized",  # before the MLP: normed, without the gain
     "mlp_in": "blocks.{layer}.mlp.hook_in",  # and with it, as the MLP reads it
 }
+OWN_HOOKS = ("transformer_lens", "transformers", "flowhelpers")  # whose stay on for good
 CACHE = "past_key_values"  # what keys and values are called; from transformers 5.24 on, "cache"
 
 Activations = Float[Tensor, "batch position d_model"]
@@ -319,6 +320,9 @@ def editing(model: Model, edits: Sequence[Edit]) -> Iterator[None]:
 
 
 def is_edited(model: Model) -> bool:
-    """Whether hooks act on the model's passes now, of `editing` or of TransformerLens."""
+    """Whether hooks act on the model's passes now: of `editing`, of TransformerLens or torch's."""
     points = model.bridge.hook_dict.values()
-    return any(point.has_hooks(including_permanent=False) for point in points)
+    modules = [*model.bridge.modules(), *model.bridge.original_model.modules()]
+    hooks = (hook for m in modules for hook in (m._forward_hooks | m._forward_pre_hooks).values())
+    of_torch = any(hook.__module__.split(".")[0] not in OWN_HOOKS for hook in hooks)
+    return of_torch or any(point.has_hooks(including_permanent=False) for point in points)

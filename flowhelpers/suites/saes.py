@@ -131,6 +131,12 @@ class SAE:
         A feature adds its activation times its decoder row, at every token: activations of an SAE
         that scales each token first are scaled back (CHOICES 43).
         """
+        return self.encode_with_gradients(activations)
+
+    def encode_with_gradients(
+        self, activations: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch features"]:
+        """As `encode`, by operations that gradients can be taken of."""
         x = activations.to(self.lens_sae.dtype)
         codes = self.lens_sae.encode(x)
         return codes * scales_of(self.lens_sae, x).to(codes) if self.normalises_tokens else codes

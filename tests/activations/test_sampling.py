@@ -2,9 +2,12 @@
 
 import weakref
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import psutil
@@ -26,6 +29,8 @@ from flowhelpers.activations.sampling import (
 )
 from flowhelpers.activations.sparse import collect, read_sample
 from flowhelpers.core.features import Site
+from flowhelpers.matching.table import match_table
+from flowhelpers.steering.plans import make_plan
 from flowhelpers.suites.load import OnDemand, Suite
 from flowhelpers.suites.model import Tokens, run_model
 from flowhelpers.suites.registry import find_suite
@@ -188,6 +193,33 @@ def test_another_sample_model_or_sae_is_read_anew(planted: Suite, sample: Sample
     found = read_sample(replace(planted, saes=saes), sample, tmp_path)
     assert (found.by_site[site] != first.by_site[site]).nnz > 0
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("kind", ["plan", "hook"])
+def test_of_a_model_that_is_edited_nothing_is_kept_or_taken(
+    planted: Suite, sample: Sample, tmp_path: Path, kind: str
+):
+    @contextmanager
+    def edited() -> Iterator[None]:
+        if kind == "plan":
+            with make_plan(planted, ["0/res/3"], 50.0, unit="unit").on(planted):
+                yield
+        else:
+            layer: Any = planted.model.bridge.original_model.get_submodule("model.layers.1")
+            with layer.register_forward_pre_hook(lambda _, inputs: (3 * inputs[0], *inputs[1:])):
+                yield
+
+    site = Site(1, "res")
+    with edited():
+        first = read_sample(planted, sample, tmp_path).by_site[site]
+    assert not list(tmp_path.iterdir())
+    plain = read_sample(planted, sample, tmp_path).by_site[site]
+    with edited():
+        again = read_sample(planted, sample, tmp_path).by_site[site]
+        with pytest.raises(ValueError, match="the model is being edited, and tables are kept"):
+            match_table(planted, method="pearson", texts=toys.TEXTS)
+    assert (first != again).nnz == 0
+    assert (first != plain).nnz > 0
 
 
 def test_what_is_kept_is_kept_under_the_shape_of_the_texts_and_how_it_is_made(

@@ -8,11 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import toys
 from scipy.sparse import csr_matrix
 
 from flowhelpers import neighbours
-from flowhelpers.activations.sparse import FeatureActivations
+from flowhelpers.activations.sparse import FeatureActivations, collect
 from flowhelpers.core.features import Site
+from flowhelpers.suites.lens_saes import take_means_off
+from flowhelpers.suites.model import run_model
+from flowhelpers.suites.saes import make_sae
 
 BELOW, BETWEEN, TARGET = (Site(layer, "res") for layer in range(3))
 TOKENS = 400
@@ -65,6 +69,9 @@ def test_a_module_goes_through_the_layers_between_and_leaves_out_what_only_meets
     assert found[0, 0] == 1
     direct = activations(below=below, target=target)
     assert neighbours.module_edges(direct, TARGET, BELOW, [2])[0].argmax() == 2
+    for wrong in [(TARGET, BETWEEN), (BETWEEN, BELOW), (BELOW, TARGET), (TARGET, Site(0, "mlp"))]:
+        with pytest.raises(ValueError, match="that were both read; read were 0/res, 2/res"):
+            neighbours.module_edges(direct, *wrong, [1])
 
 
 def test_transport_matches_what_is_said_at_other_tokens_and_knows_no_scale():
@@ -155,6 +162,50 @@ def test_attribution_counts_only_tokens_where_the_source_is_active(world: Simple
     active = world.activations.by_site[source][:, [3]].toarray() > 0
     assert 0 < active.mean() < 1
     assert float(found[source][0, 3]) == pytest.approx(active.mean())  # 1 there, else nothing
+
+
+@pytest.mark.parametrize("norm", ["none", "layer_norm", "constant_norm_rescale", "centred"])
+def test_attribution_goes_through_what_a_target_does_to_what_it_reads(
+    world: SimpleNamespace, norm: str
+):
+    source, target, step = Site(0, "res"), Site(1, "res"), 1e-2
+    rows = torch.randn(6, adder.D, generator=torch.Generator().manual_seed(0))
+    lens_sae = toys.write_lens_sae(rows, target, 0.1, b_enc=torch.linspace(-2, 2, 6), b_dec=0.3)
+    if norm == "centred":
+        take_means_off(lens_sae)
+    else:
+        lens_sae.cfg.normalize_activations = norm
+        lens_sae._setup_activation_normalization()
+    sae = make_sae(target, lens_sae, adder.D, "normed")
+    suite = replace(world.suite, saes={**world.suite.saes, target: sae})
+    read = collect(suite, world.tokens, [source, target])
+    _, stream = run_model(suite.model, world.tokens.ids, [target])
+    stream, codes = (
+        stream[target][world.tokens.is_text],
+        torch.from_numpy(read.by_site[source].toarray()),
+    )
+    found, _ = neighbours.attribution_edges(
+        suite, world.tokens, read, target, [source], range(6), 1000
+    )
+    active = read.by_site[target].toarray() > 0
+    assert active.any()
+    for place, row in enumerate(suite.sae(source).lens_sae.W_dec.detach()):
+        slope = (sae.encode(stream + step * row) - sae.encode(stream - step * row)) / (2 * step)
+        for feature in np.flatnonzero(active.any(0)):
+            on = active[:, feature]
+            expected = float((slope[on, feature] * codes[on, place]).mean())
+            assert float(found[source][feature, place]) == pytest.approx(expected, abs=1e-2)
+
+
+def test_attribution_to_what_is_never_active_is_none(world: SimpleNamespace):
+    source, target = Site(0, "res"), Site(1, "res")
+    nothing = csr_matrix(world.activations.by_site[target].shape)
+    read = replace(world.activations, by_site={target: nothing})
+    found, errors = neighbours.attribution_edges(
+        world.suite, world.tokens, read, target, [source], [adder.COPY]
+    )
+    assert not found[source].any()
+    assert errors == {source: 0}
 
 
 def test_attribution_over_two_layers_at_once(world: SimpleNamespace):

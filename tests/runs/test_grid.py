@@ -29,6 +29,7 @@ from flowhelpers.runs.execute import Job, run_notebooks
 from flowhelpers.runs.grid import (
     MARKER,
     combinations,
+    execute_grid,
     execute_task,
     new_grid,
     resume_grid,
@@ -298,6 +299,26 @@ def test_a_manifest_of_another_version_is_refused(here: Path):
         resume_grid("grid.json", workers=1)
 
 
+def test_runs_and_workers_of_another_commit_do_not_count(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    planned = [*combinations([], here / "grid.yaml", {}, None)]
+    grid = new_grid(planned)
+    monkeypatch.setattr("flowhelpers.runs.grid.code_digest", lambda: "another")
+    monkeypatch.setattr("flowhelpers.runs.grid.MANY", 5)
+    other = new_grid(planned)
+    for job in grid.jobs:
+        (here / "out" / str(job.folder)).mkdir(parents=True)
+        ended = job.model_copy(update={"status": "finished"})
+        (here / "out" / str(job.folder) / MARKER).write_text(ended.model_dump_json())
+    with pytest.raises(ValueError, match="6 runs are more than 5"):
+        execute_grid(other, "out")
+    assert "6 more in out are of other parameters, notebooks or code" in capsys.readouterr().err
+    asked = ("", other.jobs[0].model_dump_json(), "out", ".", None, other.version, other.code)
+    with pytest.raises(ValueError, match="another commit than what was asked for"):
+        execute_task(*asked)
+
+
 def test_a_folder_that_fsspec_takes_for_a_pattern_is_refused(here: Path):
     with pytest.raises(ValueError, match=r"a\[1\]: expected a folder without any of"):
         run_grid([], str(here / "a[1]"))
@@ -309,7 +330,7 @@ def test_an_object_store_gets_a_run_whole_and_once(here: Path):
     store = MemoryFileSystem()
     for job in [*grid.jobs, *grid.jobs]:
         source = grid.notebooks["01_tiny.ipynb"]
-        options = ("memory://bucket/g", str(here), None, grid.version)
+        options = ("memory://bucket/g", str(here), None, grid.version, grid.code)
         ended = Job.model_validate_json(execute_task(source, job.model_dump_json(), *options))
         kept = Job.model_validate_json(store.cat_file(f"/bucket/g/{job.folder}/{MARKER}"))
         assert kept == ended

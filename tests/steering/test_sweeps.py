@@ -210,6 +210,9 @@ def test_what_texts_depend_on_makes_them_anew(
         assert made(**change) == 1, change
     for change in ({}, *changes):
         assert made(**change) == 0, change
+    with plan.on(planted):
+        assert made() == made(seed=2) == made(seed=2) == 1
+    assert made(seed=2) == 1
     # The SAE of a layer that is not steered is nothing to it.
     elsewhere = {Site(2, "res"): replace(sae, site=Site(2, "res"), loader=other_rows)}
     assert made(suite=replace(planted, saes={**planted.saes, **elsewhere})) == 0

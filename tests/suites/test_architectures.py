@@ -18,7 +18,7 @@ from flowhelpers.core.features import Site
 from flowhelpers.interventions.generation import sample_tokens
 from flowhelpers.suites.attention import attention_output
 from flowhelpers.suites.bridge import load_model
-from flowhelpers.suites.model import Edit, Model, cache_prompt, logits_of, run_model
+from flowhelpers.suites.model import Edit, Model, cache_prompt, is_edited, logits_of, run_model
 
 VOCABULARY, D, LAYERS, LAYER = 320, 32, 3, 1
 BASE = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
@@ -182,6 +182,7 @@ def test_what_is_not_refused_is_right(both: Any):
         return
     ids = torch.randint(2, 290, (2, 14), generator=torch.Generator().manual_seed(1))
     sites = [Site(i, "res") for i in range(LAYERS)] + [Site(LAYER, m) for m in ("mlp", "att")]
+    assert not is_edited(model)
     logits, read = run_model(model, ids, sites)
     expected, after = plain.run(ids)
     assert agree(logits, expected)
