@@ -32,9 +32,19 @@ def fold_norms(lens_sae: Any) -> None:
 
 def is_centred(lens_sae: Any) -> bool:
     """Whether its stream was centred by TransformerLens in training, as GPT-2's res-jb; z never."""
-    about = lens_sae.cfg.metadata
-    given = about.model_from_pretrained_kwargs or {}
-    return given.get("center_writing_weights", False) and ".attn." not in str(about.hook_name)
+    given = lens_sae.cfg.metadata.model_from_pretrained_kwargs or {}
+    return given.get("center_writing_weights", False) and not _reads_z(lens_sae)
+
+
+def lacks_value_biases(lens_sae: Any) -> bool:
+    """Whether TransformerLens took the biases of attention's values out of z in training."""
+    given = lens_sae.cfg.metadata.model_from_pretrained_kwargs or {}
+    return given.get("fold_value_biases", False) and _reads_z(lens_sae)
+
+
+def _reads_z(lens_sae: Any) -> bool:
+    at = f"{lens_sae.cfg.metadata.hook_name} {lens_sae.cfg.reshape_activations}"
+    return "hook_z" in at or ".attn." in at
 
 
 def take_means_off(lens_sae: Any) -> None:

@@ -225,7 +225,7 @@ def _load_sae(
     site: Site,
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
-    from flowhelpers.suites.lens_saes import is_centred, take_means_off
+    from flowhelpers.suites.lens_saes import MATCH, is_centred, lacks_value_biases, take_means_off
     from flowhelpers.suites.sae_files import load_whole
     from flowhelpers.suites.saes import make_sae, read_sae
 
@@ -239,6 +239,10 @@ def _load_sae(
 
     def load() -> Any:
         lens_sae = load_whole(what, source, files is not None, device, dtype)
+        if lacks_value_biases(lens_sae):
+            if load_model().bridge.blocks[site.layer].attn.b_V is not None:
+                told = "was trained on z without the biases of values (fold_value_biases: true)"
+                raise ValueError(f"{what} {told}, and here z holds them: {MATCH}")
         if is_centred(lens_sae) and load_model().bridge.cfg.normalization_type == "LN":
             take_means_off(lens_sae)  # as LayerNorm does: other models are never centred
         return lens_sae

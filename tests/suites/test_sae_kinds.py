@@ -418,6 +418,24 @@ def test_what_was_trained_on_a_centred_stream_gets_one(
     assert near(sae.decode(codes, x) - x, plain.decode(plain.encode(seen)) - seen)
 
 
+@pytest.mark.filterwarnings("ignore:.*non-empty model_from_pretrained_kwargs")
+@pytest.mark.parametrize(("make", "has_biases"), [(tiny_gpt2, True), (tiny_llama, False)])
+def test_what_was_trained_on_z_without_value_biases_does_not_read_one_with_them(
+    make: Callable[[], Any], has_biases: bool, toy_folder: Path, tmp_path: Path
+):
+    write_plain(tmp_path / "model", toy_folder, make())
+    site = Site(0, "att")
+    plain = toys.write_lens_sae(torch.randn(6, D), site, hook="blocks.0.attn.hook_z")
+    plain.cfg.metadata.model_from_pretrained_kwargs = {"fold_value_biases": True}
+    sae = load_suite(toys.write_suite(tmp_path, {site: plain})).sae(site)  # it can be matched
+    if has_biases:
+        words = r"suite .*: the SAE for 0/att .* \(fold_value_biases: true\), .* can be matched"
+        with pytest.raises(ValueError, match=words):
+            sae.encode(torch.ones(1, D))
+    else:
+        assert sae.encode(torch.ones(1, D)).shape == (1, 6)
+
+
 @pytest.mark.parametrize("name", ["toy", "plain_model"])
 def test_other_names_of_a_hook_point_are_of_the_same_place(
     name: str, request: pytest.FixtureRequest
