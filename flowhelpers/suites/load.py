@@ -3,6 +3,7 @@
 Decoders come first; the model and the encoders once an experiment asks for them.
 """
 
+import re
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +27,11 @@ if TYPE_CHECKING:
 KEPT = 4  # SAEs at a time where not all fit: a layer's three, and the stream before it
 LARGE = 1e8  # parameters of a model from which on it runs on a GPU where there is one
 VERY_LARGE = 1e9  # and in half precision there
+# What a model was loaded with in training that is looked at elsewhere, or changes nothing read here.
+SAME_MODEL = re.compile(
+    "revision|fold_.*|center_.*|n_devices|device.*|(torch_)?dtype|default_.*|tokenizer|n_ctx|token"
+    "|move_to_device|trust_remote_code|attn_implementation|low_cpu_.*|cache_dir|local_files_only"
+)
 
 
 class OnDemand(UserDict[Site, Any]):
@@ -239,10 +245,11 @@ def _load_sae(
 
     def load() -> Any:
         lens_sae = load_whole(what, source, files is not None, device, dtype)
-        if lacks_value_biases(lens_sae):
-            if load_model().bridge.blocks[site.layer].attn.b_V is not None:
-                told = "was trained on z without the biases of values (fold_value_biases: true)"
-                raise ValueError(f"{what} {told}, and here z holds them: {MATCH}")
+        if lacks_value_biases(lens_sae) and (
+            load_model().bridge.blocks[site.layer].attn.b_V is not None
+        ):
+            told = "was trained on z without the biases of values (fold_value_biases: true)"
+            raise ValueError(f"{what} {told}, and here z holds them: {MATCH}")
         if is_centred(lens_sae) and load_model().bridge.cfg.normalization_type == "LN":
             take_means_off(lens_sae)  # as LayerNorm does: other models are never centred
         return lens_sae
@@ -253,9 +260,14 @@ def _load_sae(
         told = f"{what} has `prepend_bos: {str(files.prepend_bos).lower()}`"
         raise ValueError(f"{told}, that for {min(row.saes)} has not: expected one of both for all")
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
-    if files.revision is not None and at_issue and files.revision != row.revision:
+    revision = files.model_kwargs.get("revision")
+    if revision is not None and at_issue and revision != row.revision:
         told = f"suite {row.name} has the model at revision {row.revision or 'main'}, and the SAE"
-        raise ValueError(f"{told} for {site} ({source}) was trained on revision {files.revision}")
+        raise ValueError(f"{told} for {site} ({source}) was trained on revision {revision}")
+    unused = {k: v for k, v in files.model_kwargs.items() if not SAME_MODEL.fullmatch(k)}
+    if unused := {k: v for k, v in unused.items() if v is not None and v is not False}:
+        told = f"suite {row.name}: SAEs were trained on a model loaded with {unused}"
+        warnings.warn(f"{told}, which is not done here: it may be another model", stacklevel=2)
     files = replace(files, source=f"{files.source}, suite {row.name}")
     return read_sae(site, files, load, d_model, device, dtype, output)
 

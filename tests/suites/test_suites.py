@@ -189,6 +189,13 @@ def test_a_model_at_another_revision_than_its_saes_is_refused(
         load_suite(tmp_path)
     write(tmp_path, row | {"revision": "step3000"})
     assert load_suite(tmp_path).sae("0/res").width == toys.RES
+    kwargs |= {"n_devices": 2, "fold_ln": False, "checkpoint_label": None, "checkpoint_index": 0}
+    source = said_to_be_of(
+        planted_folder / "0-res", tmp_path / "other", model_from_pretrained_kwargs=kwargs
+    )
+    write(tmp_path, row | {"revision": "step3000", "saes": {"0/res": source}})
+    with pytest.warns(UserWarning, match=r"trained on a model loaded with {'checkpoint_index': 0}"):
+        load_suite(tmp_path)
 
 
 def test_saes_of_a_base_model_on_another_are_warned_of(
