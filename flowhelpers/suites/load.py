@@ -27,10 +27,8 @@ if TYPE_CHECKING:
 KEPT = 4  # SAEs at a time where not all fit: a layer's three, and the stream before it
 LARGE = 1e8  # parameters of a model from which on it runs on a GPU where there is one
 VERY_LARGE = 1e9  # and in half precision there
-# What a model was loaded with in training that is looked at elsewhere, or changes nothing read here.
-SAME_MODEL = re.compile(
-    "revision|fold_.*|center_.*|n_devices|device.*|(torch_)?dtype|default_.*|tokenizer|n_ctx|token"
-    "|move_to_device|trust_remote_code|attn_implementation|low_cpu_.*|cache_dir|local_files_only"
+USUAL = re.compile(  # ways to load a model in training that are looked at, or change nothing read
+    r"(revision|n_ctx|token|.*(fold|cent|device|type|default|trust|attn_i|mem)).*|.*=(None|False)"
 )
 
 
@@ -231,7 +229,7 @@ def _load_sae(
     site: Site,
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
-    from flowhelpers.suites.lens_saes import MATCH, is_centred, lacks_value_biases, take_means_off
+    from flowhelpers.suites.lens_saes import MATCH, processing_of, take_means_off
     from flowhelpers.suites.sae_files import load_whole
     from flowhelpers.suites.saes import make_sae, read_sae
 
@@ -245,12 +243,11 @@ def _load_sae(
 
     def load() -> Any:
         lens_sae = load_whole(what, source, files is not None, device, dtype)
-        if lacks_value_biases(lens_sae) and (
-            load_model().bridge.blocks[site.layer].attn.b_V is not None
-        ):
-            told = "was trained on z without the biases of values (fold_value_biases: true)"
-            raise ValueError(f"{what} {told}, and here z holds them: {MATCH}")
-        if is_centred(lens_sae) and load_model().bridge.cfg.normalization_type == "LN":
+        centred, folded = processing_of(lens_sae)
+        if folded and load_model().bridge.blocks[site.layer].attn.b_V is not None:
+            told = "was trained on z without the biases of values (fold_value_biases: true), and"
+            raise ValueError(f"{what} {told} here it holds them; {MATCH}")
+        if centred and load_model().bridge.cfg.normalization_type == "LN":
             take_means_off(lens_sae)  # as LayerNorm does: other models are never centred
         return lens_sae
 
@@ -264,9 +261,9 @@ def _load_sae(
     if revision is not None and at_issue and revision != row.revision:
         told = f"suite {row.name} has the model at revision {row.revision or 'main'}, and the SAE"
         raise ValueError(f"{told} for {site} ({source}) was trained on revision {revision}")
-    unused = {k: v for k, v in files.model_kwargs.items() if not SAME_MODEL.fullmatch(k)}
-    if unused := {k: v for k, v in unused.items() if v is not None and v is not False}:
-        told = f"suite {row.name}: SAEs were trained on a model loaded with {unused}"
+    given = (f"{kwarg}={value}" for kwarg, value in files.model_kwargs.items())
+    if odd := [each for each in given if not USUAL.fullmatch(each)]:
+        told = f"suite {row.name}: SAEs were trained on a model loaded with {', '.join(odd)}"
         warnings.warn(f"{told}, which is not done here: it may be another model", stacklevel=2)
     files = replace(files, source=f"{files.source}, suite {row.name}")
     return read_sae(site, files, load, d_model, device, dtype, output)
