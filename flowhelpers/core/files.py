@@ -66,6 +66,22 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON, it may be truncated or corrupt: {error}") from error
 
 
+def load_yaml(path: Path) -> Any:
+    """Reads a YAML file; a YAMLError names a key that is there twice: yaml keeps but the last."""
+    import yaml
+
+    text = path.read_text(encoding="utf-8")
+    found, nodes = yaml.safe_load(text), [yaml.compose(text)]
+    for node in nodes:  # and what it holds, once though it may be named again
+        inside = node.value if isinstance(node, yaml.CollectionNode) else []
+        if isinstance(node, yaml.MappingNode):
+            names, inside = [key.value for key, _ in inside], [value for _, value in inside]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise yaml.YAMLError(f"{twice[0]} stands there twice")
+        nodes += [each for each in inside if each not in nodes]
+    return found
+
+
 def to_json(value: object) -> str:
     """A value as JSON; arrays as lists, what else is unknown as text."""
 

@@ -28,7 +28,7 @@ KEPT = 4  # SAEs at a time where not all fit: a layer's three, and the stream be
 LARGE = 1e8  # parameters of a model from which on it runs on a GPU where there is one
 VERY_LARGE = 1e9  # and in half precision there
 USUAL = re.compile(  # ways to load a model in training that are looked at, or change nothing read
-    r"(revision|n_ctx|token|.*(fold|cent|device|type|default|trust|attn_i|mem)).*|.*=(None|False)"
+    r"(revision|n_ctx|token|[^=]*(fold|cent|device|type|default|trust|attn_i|mem)).*|.*=(None|False)"
 )
 
 
@@ -279,6 +279,7 @@ def check_sources(row: SuiteRow) -> None:
     from flowhelpers.suites.sae_files import sae_config
 
     trained_on: dict[str, Site] = {}
+    first: dict[str, Site] = {}
     for site, source in sorted(row.saes.items()):
         about: dict[str, Any] = {}
         if not isinstance(source, str):
@@ -288,6 +289,9 @@ def check_sources(row: SuiteRow) -> None:
         elif (path := Path(source) / "cfg.json").is_file():
             about = sae_config(path)
         check_is_sae(f"suite {row.name}: the SAE for {site} ({source})", about)
+        if about and (other := first.setdefault(str(source), site)) != site:
+            told = f"suite {row.name} has one SAE for {other} and {site} ({source})"
+            raise ValueError(f"{told}: expected one for each, as by {{layer}} in a pattern")
         model = about.get("model_name")
         if model:
             trained_on.setdefault(_short_name(model), site)

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from flowhelpers.core.features import MODULES, Site, check_choice, parse_site, suggestion
-from flowhelpers.core.files import DATA, read_json
+from flowhelpers.core.files import DATA, load_yaml, read_json
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
@@ -187,12 +187,12 @@ def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
 
 def read_suite_folder(folder: Path) -> SuiteRow:
     """The suite of a folder, from its `suite.yaml`."""
-    import yaml
+    from yaml import YAMLError
 
     path = folder / "suite.yaml"
     try:
-        row = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        row = load_yaml(path)
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     return _row(folder.name, row, folder)
 
@@ -264,7 +264,10 @@ def _by_site(patterns: Mapping[str, Any], words: Mapping[str, Any], layers: Any)
         if key in MODULES and not isinstance(layers, int):
             raise ValueError(f"a pattern for every layer, as of {key}, needs the key 'layers'")
         sites = [Site(i, key) for i in range(layers)] if key in MODULES else [parse_site(str(key))]
-        found |= {site: _filled(pattern, {**words, "layer": site.layer}) for site in sites}
+        for site in sites:
+            if site in found:
+                raise ValueError(f"{site} is named a second time, by {key}: expected each once")
+            found[site] = _filled(pattern, {**words, "layer": site.layer})
     return found
 
 

@@ -107,6 +107,15 @@ def write(folder: Path, row: object) -> None:
     ("change", "message"),
     [
         ("a: [", r"suite\.yaml is not YAML: "),
+        (
+            "model: m\nsaes: {0/res: a, 1/res: b, 0/res: c}",
+            r"suite\.yaml is not YAML: 0/res stands there twice",
+        ),
+        ({"saes": {"0/res": "0-res", "00/res": "1-res"}}, r"0/res is named .* second .* by 00/res"),
+        (
+            {"saes": {"0/res": "{planted}/0-res", "2/res": "{planted}/0-res"}},
+            r"has one SAE for 0/res and 2/res \(.*0-res\): expected one for each, as by {layer}",
+        ),
         ("- model", "expected the key model, and saes"),
         ({"model": None}, r"suite .* \(.*suite\.yaml\): expected the key model, and"),
         ({"sae": {}}, "unknown key 'sae'; did you mean 'saes'"),
