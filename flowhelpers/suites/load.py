@@ -203,6 +203,9 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool, files_of: A
         what = f"the model of suite {row.name}"
         check_memory(memory_needed(row, dtype, KEPT), what, device, dtype)
     model = load_model(row.model, device, getattr(torch, dtype), row.revision)
+    if row.layers not in (None, model.layers):
+        told = f"suite {row.name} says that its model has {row.layers} layers (key `layers`)"
+        raise ValueError(f"{told}, and {row.model} has {model.layers}: expected that number")
     _check_layers(row, model.layers)
     return replace(model, prepend_bos=_begin_with_bos(row, files_of))
 

@@ -310,6 +310,19 @@ def test_what_cannot_encode_is_told_with_suite_site_and_field(
         sae.encode(torch.ones(toys.D_MODEL))
 
 
+def test_the_number_of_layers_is_the_model_s(copy: Path):
+    path = write_suite(copy.parent, {0: True, 1: True}) / "suite.yaml"
+    path.write_text(f"{path.read_text()}layers: 2\nd_model: {toys.D_MODEL}\n")
+    config = json.loads((copy / "config.json").read_text())
+    for at_top, found in (({"n_layer": config["num_hidden_layers"]}, 3), ({}, 2)):
+        (copy / "config.json").write_text(json.dumps({"model_type": "gemma3", **at_top}))
+        suite = load_suite(copy.parent)
+        assert suite.layers == found
+    change_json(copy / "config.json", **config)
+    with pytest.raises(ValueError, match=r"suite odd says .* 2 layers \(key `layers`\), .* has 3:"):
+        _ = suite.model
+
+
 def test_a_model_whose_folder_is_not_there_is_named(copy: Path):
     path = write_suite(copy.parent, {1: True}) / "suite.yaml"
     path.write_text(path.read_text().replace("model: model", "model: ./modle"))
