@@ -15,7 +15,7 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Phi3Config
 
 import flowhelpers.suites.model as models
 from flowhelpers.activations.sampling import draw_sample
@@ -153,7 +153,7 @@ def test_a_suite_whose_saes_saw_unlike_texts_is_refused(copy: Path):
         suite.sae(AT)
 
 
-@pytest.mark.parametrize("kind", ["rotary", "learned"])
+@pytest.mark.parametrize("kind", ["rotary", "learned", "longrope"])
 def test_a_text_longer_than_the_context_is_refused(copy: Path, kind: str):
     if kind == "learned":
         config = GPT2Config(
@@ -162,6 +162,19 @@ def test_a_text_longer_than_the_context_is_refused(copy: Path, kind: str):
             n_embd=toys.D_MODEL,
             n_layer=3,
             n_head=4,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(copy)
+    if kind == "longrope":  # a text beyond this changes the angles of all that share its batch
+        config = Phi3Config(
+            vocab_size=toys.VOCABULARY,
+            hidden_size=toys.D_MODEL,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            pad_token_id=0,
+            original_max_position_embeddings=toys.CONTEXT,
+            max_position_embeddings=8 * toys.CONTEXT,
+            rope_scaling={"type": kind, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(copy)
     model = load_model(str(copy))
