@@ -172,7 +172,7 @@ def declared(source: Source) -> tuple[float | None, float | None]:
 
 
 def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
-    """A ValueError if what is said of an SAE is said of a transcoder, or of another basis."""
+    """A ValueError if an SAE is said to be a transcoder, of another basis, or no ReLU or top-k."""
     kind, norm = str(about.get("architecture")), about.get("normalize_activations")
     ends = (("d_in", "d_out"), ("hook_name", "hook_name_out"), ("hook_point", "hook_point_out"))
     said = [f"{o}: {about[o]}" for i, o in ends if about.get(o) not in (None, "", about.get(i))]
@@ -183,6 +183,9 @@ def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
     if norm == "covariance_whitening":
         told = f"is of whitened activations (normalize_activations: {norm})"
         raise ValueError(f"{sae} {told}: fold it by sae-lens's fold_activation_whitening")
+    function = about.get("activation_fn_str") or about.get("activation_fn") or "relu"
+    if function not in ("relu", "topk"):  # sae-lens would take it for ReLU
+        raise ValueError(f"{sae} has the activation function {function}: expected relu or topk")
 
 
 def read_suite_folder(folder: Path) -> SuiteRow:

@@ -300,6 +300,7 @@ def folder_of(tmp_path: Path, **changed: Any) -> Path:
             {"metadata": {"hook_layer": 2}},
             r"1/res .* was trained at blocks\.2\.: expected blocks\.1",
         ),
+        ({"activation_fn_str": "tanh-relu"}, "the SAE in .* function tanh-relu: expected relu or"),
         ({"d_sae": 7}, r"the SAE in .*size mismatch for W_dec"),
         ({"architecture": "topk", "k": 7}, r"cannot encode tokens one by one: .* out of range"),
     ],
