@@ -249,6 +249,9 @@ def _in_residual_basis(
     if decoder.ndim != 2 or decoder.shape[1] != width:
         found = " × ".join(map(str, decoder.shape[1:]))
         raise ValueError(f"{what} has width {found}: expected {width}, as its model")
+    if not decoder.is_floating_point() or decoder.itemsize < 2:
+        told = f"{what} has a decoder in {decoder.dtype}, whose scale is not known"
+        raise ValueError(f"{told}: expected float32, float16 or bfloat16; save it as one of these")
     decoder = to_stream.to_residual(decoder) if to_stream else decoder
     norms = norms_of(decoder)
     bad = torch.nonzero(~torch.isfinite(norms) | (norms == 0)).flatten()

@@ -329,6 +329,8 @@ def test_other_names_and_shapes_of_tensors_are_told(tmp_path: Path):
             {"decoder.weight": rows, "bias": torch.ones(D)},
             "as sae-lens's save_inference_model saves them: .* tensor W_dec",
         ),
+        ({"W_dec": rows.to(torch.int8)}, r"the SAE for 1/res \(.* a decoder in torch\.int8, whose"),
+        ({"W_dec": rows.to(torch.float8_e4m3fn)}, r"decoder in torch\.float8_e4m3fn, .* float32,"),
         ({"W_dec": rows.T.contiguous()}, f"has width 6: expected {D}, as its model"),
         ({"W_dec": rows.expand(2, 6, D).clone()}, f"has width 6 × {D}: expected {D}, as its model"),
     ):
