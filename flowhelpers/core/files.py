@@ -71,15 +71,15 @@ def load_yaml(path: Path) -> Any:
     import yaml
 
     text = path.read_text(encoding="utf-8")
-    found, nodes = yaml.safe_load(text), [yaml.compose(text)]
-    for node in nodes:  # and what it holds, once though it may be named again
-        inside = node.value if isinstance(node, yaml.CollectionNode) else []
-        if isinstance(node, yaml.MappingNode):
-            names, inside = [key.value for key, _ in inside], [value for _, value in inside]
-            if twice := [name for name in names if names.count(name) > 1]:
-                raise yaml.YAMLError(f"{twice[0]} stands there twice")
+    nodes = [yaml.compose(text)]
+    for node in nodes:  # and what they hold, each once
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        names = [key.value for key, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} stands there twice")
+        inside = node.value if isinstance(node, yaml.SequenceNode) else [each for _, each in pairs]
         nodes += [each for each in inside if each not in nodes]
-    return found
+    return yaml.safe_load(text)
 
 
 def to_json(value: object) -> str:

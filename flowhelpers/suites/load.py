@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 KEPT = 4  # SAEs at a time where not all fit: a layer's three, and the stream before it
 LARGE = 1e8  # parameters of a model from which on it runs on a GPU where there is one
 VERY_LARGE = 1e9  # and in half precision there
-USUAL = re.compile(  # ways to load a model in training that are looked at, or change nothing read
-    r"(revision|n_ctx|token|[^=]*(fold|cent|device|type|default|trust|attn_i|mem)).*|.*=(None|False)"
-)
+# Names of what a model is loaded with in training that is looked at, or changes nothing read here.
+USUAL = re.compile("revision|[^=]*(token|fold|cent|devic|type|default|trust|mem|=None|=False)")
 
 
 class OnDemand(UserDict[Site, Any]):
@@ -204,15 +203,9 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool, files_of: A
         check_memory(memory_needed(row, dtype, KEPT), what, device, dtype)
     model = load_model(row.model, device, getattr(torch, dtype), row.revision)
     if row.layers not in (None, model.layers):
-        told = f"suite {row.name} says that its model has {row.layers} layers (key `layers`)"
-        raise ValueError(f"{told}, and {row.model} has {model.layers}: expected that number")
+        raise ValueError(f"suite {row.name}: its model has {model.layers} layers, not {row.layers}")
     _check_layers(row, model.layers)
-    return replace(model, prepend_bos=_begin_with_bos(row, files_of))
-
-
-def _begin_with_bos(row: SuiteRow, files_of: Any) -> bool:
-    """Whether texts begin with BOS, as the first of the SAEs says."""
-    return getattr(files_of(min(row.saes)), "prepend_bos", True)
+    return replace(model, prepend_bos=getattr(files_of(min(row.saes)), "prepend_bos", True))
 
 
 def _check_layers(row: SuiteRow, layers: int | None) -> None:
@@ -240,9 +233,13 @@ def _load_sae(
         stored = stored_attention_output(row.model, site.layer, row.revision)
         return stored or attention_output(load_model(), site.layer)
 
-    source, files = row.saes[site], files_of(site)
-    d_model = row.d_model or load_model().d_model
+    source = row.saes[site]
     what = f"suite {row.name}: the SAE for {site} ({source})"
+    try:
+        files = files_of(site)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what} lacks a file: {error}") from error
+    d_model = row.d_model or load_model().d_model
 
     def load() -> Any:
         lens_sae = load_whole(what, source, files is not None, device, dtype)
@@ -256,18 +253,17 @@ def _load_sae(
 
     if files is None:
         return make_sae(site, load(), d_model, str(source), output)
-    if files.prepend_bos != _begin_with_bos(row, files_of):
+    if files.prepend_bos != getattr(files_of(min(row.saes)), "prepend_bos", True):
         told = f"{what} has `prepend_bos: {str(files.prepend_bos).lower()}`"
         raise ValueError(f"{told}, that for {min(row.saes)} has not: expected one of both for all")
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
-    revision = files.model_kwargs.get("revision")
-    if revision is not None and at_issue and revision != row.revision:
+    if (revision := files.model_kwargs.get("revision")) not in (None, row.revision) and at_issue:
         told = f"suite {row.name} has the model at revision {row.revision or 'main'}, and the SAE"
         raise ValueError(f"{told} for {site} ({source}) was trained on revision {revision}")
-    given = (f"{kwarg}={value}" for kwarg, value in files.model_kwargs.items())
-    if odd := [each for each in given if not USUAL.fullmatch(each)]:
-        told = f"suite {row.name}: SAEs were trained on a model loaded with {', '.join(odd)}"
-        warnings.warn(f"{told}, which is not done here: it may be another model", stacklevel=2)
+    if odd := {k: v for k, v in files.model_kwargs.items() if not USUAL.match(f"{k}={v}")}:
+        warnings.warn(
+            f"suite {row.name}: SAEs saw a model loaded with {odd}: is it this?", stacklevel=2
+        )
     files = replace(files, source=f"{files.source}, suite {row.name}")
     return read_sae(site, files, load, d_model, device, dtype, output)
 
@@ -282,7 +278,6 @@ def check_sources(row: SuiteRow) -> None:
     from flowhelpers.suites.sae_files import sae_config
 
     trained_on: dict[str, Site] = {}
-    first: dict[str, Site] = {}
     for site, source in sorted(row.saes.items()):
         about: dict[str, Any] = {}
         if not isinstance(source, str):
@@ -292,11 +287,10 @@ def check_sources(row: SuiteRow) -> None:
         elif (path := Path(source) / "cfg.json").is_file():
             about = sae_config(path)
         check_is_sae(f"suite {row.name}: the SAE for {site} ({source})", about)
-        if about and (other := first.setdefault(str(source), site)) != site:
-            told = f"suite {row.name} has one SAE for {other} and {site} ({source})"
+        if about and len(twins := [str(at) for at in row.saes if row.saes[at] == source]) > 1:
+            told = f"suite {row.name} has one SAE for {' and '.join(twins)} ({source})"
             raise ValueError(f"{told}: expected one for each, as by {{layer}} in a pattern")
-        model = about.get("model_name")
-        if model:
+        if model := about.get("model_name"):
             trained_on.setdefault(_short_name(model), site)
     if len(trained_on) > 1:
         (one, at), (other, there), *_ = trained_on.items()

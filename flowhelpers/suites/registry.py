@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+FUNCTIONS = (None, "relu", "topk")  # any other sae-lens takes for ReLU
 GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features
 
 # A sae-lens folder, or an SAE of sae-lens's list.
@@ -183,9 +184,8 @@ def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
     if norm == "covariance_whitening":
         told = f"is of whitened activations (normalize_activations: {norm})"
         raise ValueError(f"{sae} {told}: fold it by sae-lens's fold_activation_whitening")
-    function = about.get("activation_fn_str") or about.get("activation_fn") or "relu"
-    if function not in ("relu", "topk"):  # sae-lens would take it for ReLU
-        raise ValueError(f"{sae} has the activation function {function}: expected relu or topk")
+    if (name := about.get("activation_fn_str", about.get("activation_fn"))) not in FUNCTIONS:
+        raise ValueError(f"{sae} has the activation function {name}: expected relu or topk")
 
 
 def read_suite_folder(folder: Path) -> SuiteRow:
@@ -268,10 +268,9 @@ def _by_site(patterns: Mapping[str, Any], words: Mapping[str, Any], layers: Any)
         if key in MODULES and not isinstance(layers, int):
             raise ValueError(f"a pattern for every layer, as of {key}, needs the key 'layers'")
         sites = [Site(i, key) for i in range(layers)] if key in MODULES else [parse_site(str(key))]
-        for site in sites:
-            if site in found:
-                raise ValueError(f"{site} is named a second time, by {key}: expected each once")
-            found[site] = _filled(pattern, {**words, "layer": site.layer})
+        if twice := found.keys() & sites:
+            raise ValueError(f"{min(twice)} is named a second time, by {key}: expected each once")
+        found |= {site: _filled(pattern, {**words, "layer": site.layer}) for site in sites}
     return found
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -329,8 +329,8 @@ def test_other_names_and_shapes_of_tensors_are_told(tmp_path: Path):
             {"decoder.weight": rows, "bias": torch.ones(D)},
             "as sae-lens's save_inference_model saves them: .* tensor W_dec",
         ),
-        ({"W_dec": rows.to(torch.int8)}, r"the SAE for 1/res \(.* a decoder in torch\.int8, whose"),
-        ({"W_dec": rows.to(torch.float8_e4m3fn)}, r"decoder in torch\.float8_e4m3fn, .* float32,"),
+        ({"W_dec": rows.to(torch.int8)}, r"SAE for 1/res \(.* a decoder in torch\.int8: save"),
+        ({"W_dec": rows.to(torch.float8_e4m3fn)}, r"decoder in torch\.float8_e4m3fn: save"),
         ({"W_dec": rows.T.contiguous()}, f"has width 6: expected {D}, as its model"),
         ({"W_dec": rows.expand(2, 6, D).clone()}, f"has width 6 × {D}: expected {D}, as its model"),
     ):
@@ -431,11 +431,8 @@ def test_what_was_trained_on_z_without_value_biases_does_not_read_one_with_them(
     plain = toys.write_lens_sae(torch.randn(6, D), site, hook="blocks.0.attn.hook_z")
     plain.cfg.metadata.model_from_pretrained_kwargs = {"fold_value_biases": True}
     sae = load_suite(toys.write_suite(tmp_path, {site: plain})).sae(site)  # it can be matched
-    if has_biases:
-        words = r"suite .*: the SAE for 0/att .* \(fold_value_biases: true\), .* can be matched"
-        with pytest.raises(ValueError, match=words):
-            sae.encode(torch.ones(1, D))
-    else:
+    words = r"suite .*: the SAE for 0/att .* \(fold_value_biases: true\), .* can be matched"
+    with pytest.raises(ValueError, match=words) if has_biases else nullcontext():
         assert sae.encode(torch.ones(1, D)).shape == (1, 6)
 
 

@@ -94,7 +94,7 @@ def test_a_pattern_stands_for_every_layer(toy_folder: Path, planted_folder: Path
     write(tmp_path, {"model": str(toy_folder), "layers": 2, "saes": patterns})
     assert len(find_suite(tmp_path).saes) == 6
     write(tmp_path, {"model": str(toy_folder), "saes": {"res": "{level}-res"}})
-    with pytest.raises(FileNotFoundError, match=r"\{level\}-res/cfg\.json"):
+    with pytest.raises(FileNotFoundError, match=r"for 0/res .* lacks .*/\{level\}-res/cfg\.json"):
         load_suite(tmp_path)
 
 
@@ -107,10 +107,7 @@ def write(folder: Path, row: object) -> None:
     ("change", "message"),
     [
         ("a: [", r"suite\.yaml is not YAML: "),
-        (
-            "model: m\nsaes: {0/res: a, 1/res: b, 0/res: c}",
-            r"suite\.yaml is not YAML: 0/res stands there twice",
-        ),
+        ("saes: {0/res: a, 1/res: b, 0/res: c}", r"suite\.yaml is not YAML: 0/res stands .* twice"),
         ({"saes": {"0/res": "0-res", "00/res": "1-res"}}, r"0/res is named .* second .* by 00/res"),
         (
             {"saes": {"0/res": "{planted}/0-res", "2/res": "{planted}/0-res"}},
@@ -203,9 +200,7 @@ def test_a_model_at_another_revision_than_its_saes_is_refused(
         planted_folder / "0-res", tmp_path / "other", model_from_pretrained_kwargs=kwargs
     )
     write(tmp_path, row | {"revision": "step3000", "saes": {"0/res": source}})
-    with pytest.warns(
-        UserWarning, match=r"trained on a model loaded with checkpoint_index=0, which"
-    ):
+    with pytest.warns(UserWarning, match=r"saw a model loaded with {'checkpoint_index': 0}"):
         load_suite(tmp_path)
 
 
