@@ -32,7 +32,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from flowhelpers.core.cache import key_of
 from flowhelpers.core.features import check_choice
-from flowhelpers.core.files import write_text
+from flowhelpers.core.files import load_yaml, write_text
 from flowhelpers.core.storage import open_storage, put_folder, writable_storage, write_bytes
 from flowhelpers.core.versions import check_workers, code_digest
 from flowhelpers.runs.execute import STOPPED, Job, execute_one, say
@@ -92,21 +92,15 @@ def combinations(
 
 
 def _read_yaml(path: Path) -> list[dict[str, list[Any]]]:
-    import yaml
+    from yaml import YAMLError
 
     some = Field(min_length=1)
     grids = Annotated[list[Annotated[dict[str, Annotated[list[Any], some]], some]], some]
     try:
-        text = path.read_text("utf-8")
-        given, node = yaml.safe_load(text), yaml.compose(text)
-        is_list = isinstance(given, list)
-        found = TypeAdapter(grids).validate_python(given if is_list else [given], strict=True)
-        for mapping in node.value if is_list else [node]:  # of two alike yaml keeps the last
-            names = [name.value for name, _ in mapping.value]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise yaml.YAMLError(f"{twice[0]} stands there twice")
-        return found
-    except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
+        given = load_yaml(path)
+        given = given if isinstance(given, list) else [given]
+        return TypeAdapter(grids).validate_python(given, strict=True)
+    except (YAMLError, ValidationError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: expected parameters, each with a list of values, as in `seed: [0, 1]`, or a"
             f" list of such mappings: {str(error)[:200]}"

@@ -73,6 +73,9 @@ def bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
             )
             # Until compatibility mode is on, a hook on an alias, as hook_resid_post, never fires.
             bridge.enable_compatibility_mode(no_processing=True, disable_warnings=True)
+        rope = getattr(weights.config.get_text_config(), "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # a longer text changes all that share its batch
+            bridge.cfg.n_ctx = min(bridge.cfg.n_ctx, rope["original_max_position_embeddings"])
         for module in bridge.modules():
             own = isinstance(module, AttentionBridge) and type(module).forward
             if own and own is not AttentionBridge.forward:  # it leaves the work to transformers'

@@ -30,11 +30,13 @@ def fold_norms(lens_sae: Any) -> None:
         lens_sae.cfg.rescale_acts_by_decoder_norm = False
 
 
-def is_centred(lens_sae: Any) -> bool:
-    """Whether its stream was centred by TransformerLens in training, as GPT-2's res-jb; z never."""
-    about = lens_sae.cfg.metadata
+def processing_of(lens_sae: Any) -> tuple[bool, bool]:
+    """What TransformerLens did in training: centre the stream (GPT-2's res-jb), rid z of biases."""
+    about, shape = lens_sae.cfg.metadata, lens_sae.cfg.reshape_activations
     given = about.model_from_pretrained_kwargs or {}
-    return given.get("center_writing_weights", False) and ".attn." not in str(about.hook_name)
+    at_z = any(part in f"{about.hook_name} {shape}" for part in (".attn.", "hook_z"))
+    centred, folded = (bool(given.get(k)) for k in ("center_writing_weights", "fold_value_biases"))
+    return centred and not at_z, folded and at_z
 
 
 def take_means_off(lens_sae: Any) -> None:

@@ -3,6 +3,7 @@
 Decoders come first; the model and the encoders once an experiment asks for them.
 """
 
+import re
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable, Mapping
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 KEPT = 4  # SAEs at a time where not all fit: a layer's three, and the stream before it
 LARGE = 1e8  # parameters of a model from which on it runs on a GPU where there is one
 VERY_LARGE = 1e9  # and in half precision there
+# Names of what a model is loaded with in training that is looked at, or changes nothing read here.
+USUAL = re.compile("revision|[^=]*(token|fold|cent|devic|type|default|trust|mem|=None|=False)")
 
 
 class OnDemand(UserDict[Site, Any]):
@@ -199,13 +202,10 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool, files_of: A
         what = f"the model of suite {row.name}"
         check_memory(memory_needed(row, dtype, KEPT), what, device, dtype)
     model = load_model(row.model, device, getattr(torch, dtype), row.revision)
+    if row.layers not in (None, model.layers):
+        raise ValueError(f"suite {row.name}: its model has {model.layers} layers, not {row.layers}")
     _check_layers(row, model.layers)
-    return replace(model, prepend_bos=_begin_with_bos(row, files_of))
-
-
-def _begin_with_bos(row: SuiteRow, files_of: Any) -> bool:
-    """Whether texts begin with BOS, as the first of the SAEs says."""
-    return getattr(files_of(min(row.saes)), "prepend_bos", True)
+    return replace(model, prepend_bos=getattr(files_of(min(row.saes)), "prepend_bos", True))
 
 
 def _check_layers(row: SuiteRow, layers: int | None) -> None:
@@ -225,7 +225,7 @@ def _load_sae(
     site: Site,
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
-    from flowhelpers.suites.lens_saes import is_centred, take_means_off
+    from flowhelpers.suites.lens_saes import MATCH, processing_of, take_means_off
     from flowhelpers.suites.sae_files import load_whole
     from flowhelpers.suites.saes import make_sae, read_sae
 
@@ -233,25 +233,37 @@ def _load_sae(
         stored = stored_attention_output(row.model, site.layer, row.revision)
         return stored or attention_output(load_model(), site.layer)
 
-    source, files = row.saes[site], files_of(site)
-    d_model = row.d_model or load_model().d_model
+    source = row.saes[site]
     what = f"suite {row.name}: the SAE for {site} ({source})"
+    try:
+        files = files_of(site)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{what} lacks a file: {error}") from error
+    d_model = row.d_model or load_model().d_model
 
     def load() -> Any:
         lens_sae = load_whole(what, source, files is not None, device, dtype)
-        if is_centred(lens_sae) and load_model().bridge.cfg.normalization_type == "LN":
+        centred, folded = processing_of(lens_sae)
+        if folded and load_model().bridge.blocks[site.layer].attn.b_V is not None:
+            told = "was trained on z without the biases of values (fold_value_biases: true), and"
+            raise ValueError(f"{what} {told} here it holds them; {MATCH}")
+        if centred and load_model().bridge.cfg.normalization_type == "LN":
             take_means_off(lens_sae)  # as LayerNorm does: other models are never centred
         return lens_sae
 
     if files is None:
         return make_sae(site, load(), d_model, str(source), output)
-    if files.prepend_bos != _begin_with_bos(row, files_of):
+    if files.prepend_bos != getattr(files_of(min(row.saes)), "prepend_bos", True):
         told = f"{what} has `prepend_bos: {str(files.prepend_bos).lower()}`"
         raise ValueError(f"{told}, that for {min(row.saes)} has not: expected one of both for all")
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is
-    if files.revision is not None and at_issue and files.revision != row.revision:
+    if (revision := files.model_kwargs.get("revision")) not in (None, row.revision) and at_issue:
         told = f"suite {row.name} has the model at revision {row.revision or 'main'}, and the SAE"
-        raise ValueError(f"{told} for {site} ({source}) was trained on revision {files.revision}")
+        raise ValueError(f"{told} for {site} ({source}) was trained on revision {revision}")
+    if odd := {k: v for k, v in files.model_kwargs.items() if not USUAL.match(f"{k}={v}")}:
+        warnings.warn(
+            f"suite {row.name}: SAEs saw a model loaded with {odd}: is it this?", stacklevel=2
+        )
     files = replace(files, source=f"{files.source}, suite {row.name}")
     return read_sae(site, files, load, d_model, device, dtype, output)
 
@@ -275,8 +287,10 @@ def check_sources(row: SuiteRow) -> None:
         elif (path := Path(source) / "cfg.json").is_file():
             about = sae_config(path)
         check_is_sae(f"suite {row.name}: the SAE for {site} ({source})", about)
-        model = about.get("model_name")
-        if model:
+        if about and len(twins := [str(at) for at in row.saes if row.saes[at] == source]) > 1:
+            told = f"suite {row.name} has one SAE for {' and '.join(twins)} ({source})"
+            raise ValueError(f"{told}: expected one for each, as by {{layer}} in a pattern")
+        if model := about.get("model_name"):
             trained_on.setdefault(_short_name(model), site)
     if len(trained_on) > 1:
         (one, at), (other, there), *_ = trained_on.items()

@@ -12,12 +12,13 @@ from pydantic import ConfigDict, Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from flowhelpers.core.features import MODULES, Site, check_choice, parse_site, suggestion
-from flowhelpers.core.files import DATA, read_json
+from flowhelpers.core.files import DATA, load_yaml, read_json
 
 if TYPE_CHECKING:
     from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+FUNCTIONS = (None, "relu", "topk")  # any other sae-lens takes for ReLU
 GEMMA = "gemma-2-2b"  # the suite of the paper's tables of features
 
 # A sae-lens folder, or an SAE of sae-lens's list.
@@ -172,7 +173,7 @@ def declared(source: Source) -> tuple[float | None, float | None]:
 
 
 def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
-    """A ValueError if what is said of an SAE is said of a transcoder, or of another basis."""
+    """A ValueError if an SAE is said to be a transcoder, of another basis, or no ReLU or top-k."""
     kind, norm = str(about.get("architecture")), about.get("normalize_activations")
     ends = (("d_in", "d_out"), ("hook_name", "hook_name_out"), ("hook_point", "hook_point_out"))
     said = [f"{o}: {about[o]}" for i, o in ends if about.get(o) not in (None, "", about.get(i))]
@@ -183,16 +184,18 @@ def check_is_sae(sae: str, about: Mapping[str, Any]) -> None:
     if norm == "covariance_whitening":
         told = f"is of whitened activations (normalize_activations: {norm})"
         raise ValueError(f"{sae} {told}: fold it by sae-lens's fold_activation_whitening")
+    if (name := about.get("activation_fn_str", about.get("activation_fn"))) not in FUNCTIONS:
+        raise ValueError(f"{sae} has the activation function {name}: expected relu or topk")
 
 
 def read_suite_folder(folder: Path) -> SuiteRow:
     """The suite of a folder, from its `suite.yaml`."""
-    import yaml
+    from yaml import YAMLError
 
     path = folder / "suite.yaml"
     try:
-        row = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        row = load_yaml(path)
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     return _row(folder.name, row, folder)
 
@@ -221,7 +224,8 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
     variants = row.get("variants") or {}
     variant = variant or next(iter(variants), None)
     words = {"variant": variant, **variants[variant]} if variant else {}
-    layers = row.get("layers") or config.get("num_hidden_layers")
+    of_model = config.get("num_hidden_layers") or config.get("n_layer")  # GPT-2's
+    layers = row.get("layers") or of_model
     saes, transcoders = (
         {
             site: str(folder / source) if folder and isinstance(source, str) else source
@@ -238,7 +242,7 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
             **row,
             "model": model,
             "folder": folder,
-            "layers": config.get("num_hidden_layers") or layers,
+            "layers": of_model or layers,
             "saes": saes,
             "transcoders": transcoders,
             "neuronpedia": _by_site(row.get("neuronpedia", {}), words, layers),
@@ -264,6 +268,8 @@ def _by_site(patterns: Mapping[str, Any], words: Mapping[str, Any], layers: Any)
         if key in MODULES and not isinstance(layers, int):
             raise ValueError(f"a pattern for every layer, as of {key}, needs the key 'layers'")
         sites = [Site(i, key) for i in range(layers)] if key in MODULES else [parse_site(str(key))]
+        if twice := found.keys() & sites:
+            raise ValueError(f"{min(twice)} is named a second time, by {key}: expected each once")
         found |= {site: _filled(pattern, {**words, "layer": site.layer}) for site in sites}
     return found
 

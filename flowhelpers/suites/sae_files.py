@@ -5,7 +5,7 @@ Whole SAEs are sae-lens's to load. It always reads both matrices, though matchin
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +44,7 @@ class SaeFiles:
     Attributes:
         hook: TransformerLens's name of the hook point where the SAE was trained.
         content: A digest of the files.
-        revision: Of the model it was trained on, if that is said.
+        model_kwargs: With what its model was loaded in training, if that is said.
         prepend_bos: Whether it was trained on texts that begin with BOS.
         by_column: Whether each feature is a column of the decoder, and not a row.
         scale: How much larger activations are, as sae-lens gives them, than those that go with the
@@ -56,7 +56,7 @@ class SaeFiles:
     weights: Path
     hook: str
     content: str
-    revision: str | None = None
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     prepend_bos: bool = True
     decoder: str = "W_dec"
     by_column: bool = False
@@ -146,11 +146,11 @@ def _sae_lens(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFil
 def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     about = sae_config(config)
     check_is_sae(f"the SAE in {source}", about)
-    revision = (about.get("model_from_pretrained_kwargs") or {}).get("revision")
+    kwargs = about.get("model_from_pretrained_kwargs") or {}
     unit = "topk" in str(about.get("architecture")) and about.get("rescale_acts_by_decoder_norm")
     hook, begins = hook_of(about), about.get("prepend_bos") is not False
     content = _content(weights, config)
-    return SaeFiles(source, weights, hook, content, revision, begins, scale=None if unit else 1.0)
+    return SaeFiles(source, weights, hook, content, kwargs, begins, scale=None if unit else 1.0)
 
 
 def _gemma_scope(source: str, listed: "PretrainedSAELookup", sae_id: str) -> SaeFiles:

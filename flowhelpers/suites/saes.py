@@ -255,6 +255,8 @@ def _in_residual_basis(
     if decoder.ndim != 2 or decoder.shape[1] != width:
         found = " × ".join(map(str, decoder.shape[1:]))
         raise ValueError(f"{what} has width {found}: expected {width}, as its model")
+    if not decoder.is_floating_point() or decoder.itemsize < 2:
+        raise ValueError(f"{what} has a decoder in {decoder.dtype}: save it in 16 bits or more")
     decoder = to_stream.to_residual(decoder) if to_stream else decoder
     norms = norms_of(decoder)
     bad = torch.nonzero(~torch.isfinite(norms) | (norms == 0)).flatten()

@@ -15,7 +15,7 @@ from sae_lens import SAE, StandardSAE, StandardSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Phi3Config
 
 import flowhelpers.suites.model as models
 from flowhelpers.activations.sampling import draw_sample
@@ -153,7 +153,7 @@ def test_a_suite_whose_saes_saw_unlike_texts_is_refused(copy: Path):
         suite.sae(AT)
 
 
-@pytest.mark.parametrize("kind", ["rotary", "learned"])
+@pytest.mark.parametrize("kind", ["rotary", "learned", "longrope"])
 def test_a_text_longer_than_the_context_is_refused(copy: Path, kind: str):
     if kind == "learned":
         config = GPT2Config(
@@ -162,6 +162,17 @@ def test_a_text_longer_than_the_context_is_refused(copy: Path, kind: str):
             n_embd=toys.D_MODEL,
             n_layer=3,
             n_head=4,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(copy)
+    if kind == "longrope":  # a text beyond this changes the angles of all that share its batch
+        config = Phi3Config(
+            vocab_size=toys.VOCABULARY,
+            hidden_size=toys.D_MODEL,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            pad_token_id=0,
+            original_max_position_embeddings=toys.CONTEXT,
+            rope_scaling={"type": kind, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4},
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(copy)
     model = load_model(str(copy))
@@ -308,6 +319,19 @@ def test_what_cannot_encode_is_told_with_suite_site_and_field(
     assert sae.directions.isfinite().all()
     with pytest.raises(ValueError, match=words):
         sae.encode(torch.ones(toys.D_MODEL))
+
+
+def test_the_number_of_layers_is_the_model_s(copy: Path):
+    path = write_suite(copy.parent, {0: True, 1: True}) / "suite.yaml"
+    path.write_text(f"{path.read_text()}layers: 2\nd_model: {toys.D_MODEL}\n")
+    whole = (copy / "config.json").read_text()
+    change_json(copy / "config.json", num_hidden_layers=None, n_layer=3)  # as GPT-2 has it
+    assert load_suite(copy.parent).layers == 3
+    change_json(copy / "config.json", n_layer=None)
+    suite = load_suite(copy.parent)
+    (copy / "config.json").write_text(whole)
+    with pytest.raises(ValueError, match="suite odd: its model has 3 layers, not 2"):
+        _ = suite.model
 
 
 def test_a_model_whose_folder_is_not_there_is_named(copy: Path):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -300,6 +300,7 @@ def folder_of(tmp_path: Path, **changed: Any) -> Path:
             {"metadata": {"hook_layer": 2}},
             r"1/res .* was trained at blocks\.2\.: expected blocks\.1",
         ),
+        ({"activation_fn_str": "tanh-relu"}, "the SAE in .* function tanh-relu: expected relu or"),
         ({"d_sae": 7}, r"the SAE in .*size mismatch for W_dec"),
         ({"architecture": "topk", "k": 7}, r"cannot encode tokens one by one: .* out of range"),
     ],
@@ -328,6 +329,8 @@ def test_other_names_and_shapes_of_tensors_are_told(tmp_path: Path):
             {"decoder.weight": rows, "bias": torch.ones(D)},
             "as sae-lens's save_inference_model saves them: .* tensor W_dec",
         ),
+        ({"W_dec": rows.to(torch.int8)}, r"SAE for 1/res \(.* a decoder in torch\.int8: save"),
+        ({"W_dec": rows.to(torch.float8_e4m3fn)}, r"decoder in torch\.float8_e4m3fn: save"),
         ({"W_dec": rows.T.contiguous()}, f"has width 6: expected {D}, as its model"),
         ({"W_dec": rows.expand(2, 6, D).clone()}, f"has width 6 × {D}: expected {D}, as its model"),
     ):
@@ -416,6 +419,21 @@ def test_what_was_trained_on_a_centred_stream_gets_one(
     assert torch.allclose(seen, x, atol=1e-4) is not is_centred
     assert near(codes, plain.encode(seen))
     assert near(sae.decode(codes, x) - x, plain.decode(plain.encode(seen)) - seen)
+
+
+@pytest.mark.filterwarnings("ignore:.*non-empty model_from_pretrained_kwargs")
+@pytest.mark.parametrize(("make", "has_biases"), [(tiny_gpt2, True), (tiny_llama, False)])
+def test_what_was_trained_on_z_without_value_biases_does_not_read_one_with_them(
+    make: Callable[[], Any], has_biases: bool, toy_folder: Path, tmp_path: Path
+):
+    write_plain(tmp_path / "model", toy_folder, make())
+    site = Site(0, "att")
+    plain = toys.write_lens_sae(torch.randn(6, D), site, hook="blocks.0.attn.hook_z")
+    plain.cfg.metadata.model_from_pretrained_kwargs = {"fold_value_biases": True}
+    sae = load_suite(toys.write_suite(tmp_path, {site: plain})).sae(site)  # it can be matched
+    words = r"suite .*: the SAE for 0/att .* \(fold_value_biases: true\), .* can be matched"
+    with pytest.raises(ValueError, match=words) if has_biases else nullcontext():
+        assert sae.encode(torch.ones(1, D)).shape == (1, 6)
 
 
 @pytest.mark.parametrize("name", ["toy", "plain_model"])

@@ -94,7 +94,7 @@ def test_a_pattern_stands_for_every_layer(toy_folder: Path, planted_folder: Path
     write(tmp_path, {"model": str(toy_folder), "layers": 2, "saes": patterns})
     assert len(find_suite(tmp_path).saes) == 6
     write(tmp_path, {"model": str(toy_folder), "saes": {"res": "{level}-res"}})
-    with pytest.raises(FileNotFoundError, match=r"\{level\}-res/cfg\.json"):
+    with pytest.raises(FileNotFoundError, match=r"for 0/res .* lacks .*/\{level\}-res/cfg\.json"):
         load_suite(tmp_path)
 
 
@@ -107,6 +107,12 @@ def write(folder: Path, row: object) -> None:
     ("change", "message"),
     [
         ("a: [", r"suite\.yaml is not YAML: "),
+        ("saes: {0/res: a, 1/res: b, 0/res: c}", r"suite\.yaml is not YAML: 0/res stands .* twice"),
+        ({"saes": {"0/res": "0-res", "00/res": "1-res"}}, r"0/res is named .* second .* by 00/res"),
+        (
+            {"saes": {"0/res": "{planted}/0-res", "2/res": "{planted}/0-res"}},
+            r"has one SAE for 0/res and 2/res \(.*0-res\): expected one for each, as by {layer}",
+        ),
         ("- model", "expected the key model, and saes"),
         ({"model": None}, r"suite .* \(.*suite\.yaml\): expected the key model, and"),
         ({"sae": {}}, "unknown key 'sae'; did you mean 'saes'"),
@@ -189,6 +195,13 @@ def test_a_model_at_another_revision_than_its_saes_is_refused(
         load_suite(tmp_path)
     write(tmp_path, row | {"revision": "step3000"})
     assert load_suite(tmp_path).sae("0/res").width == toys.RES
+    kwargs |= {"n_devices": 2, "fold_ln": False, "checkpoint_label": None, "checkpoint_index": 0}
+    source = said_to_be_of(
+        planted_folder / "0-res", tmp_path / "other", model_from_pretrained_kwargs=kwargs
+    )
+    write(tmp_path, row | {"revision": "step3000", "saes": {"0/res": source}})
+    with pytest.warns(UserWarning, match=r"saw a model loaded with {'checkpoint_index': 0}"):
+        load_suite(tmp_path)
 
 
 def test_saes_of_a_base_model_on_another_are_warned_of(
