@@ -258,6 +258,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
     assert said in told
     if "10,000" in said:
         assert "3 days, 11:20:00 on 1 worker(s) by the notebooks' own times" in told
+        assert not (here / "out").exists()
     assert not list(here.glob("notebooks/began*"))
     assert not list(here.glob("out/01*"))
 
@@ -274,6 +275,9 @@ def test_options_of_a_grid_are_for_a_grid(here: Path, capsys: pytest.CaptureFixt
     (here / "grid.json").write_text("{}")
     assert main(["run", "--resume", "grid.json"]) == 2
     assert "grid.json is not the manifest of a grid" in capsys.readouterr().err
+    assert main(["run", "--resume", "--out", "."]) == 2
+    assert "nothing to take up" in (said := capsys.readouterr().err)
+    assert said.endswith("; its grid by its name: --resume grid.json\n")
 
 
 def test_a_grid_is_every_combination_once(here: Path):
