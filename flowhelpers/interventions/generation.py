@@ -70,8 +70,7 @@ def continuations(model: Model, ids: Int[Tensor, "batch position"]) -> list[str]
 
 def end_ids(model: Model) -> list[int]:
     """The tokens that end a text: the tokenizer's EOS, and those of `generation_config`."""
-    config = getattr(model.bridge.original_model, "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
+    named = getattr(model.bridge.original_model.generation_config, "eos_token_id", None)
     ids = {model.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
     return sorted(ids - {None})
 

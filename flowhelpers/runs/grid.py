@@ -239,9 +239,8 @@ def execute_task(
 ) -> str:
     """Executes a run in a folder of this worker and puts it into `out`; returns its job as JSON.
 
-    It works `there`, where the grid was asked for, if this machine has that folder too. A notebook
-    that fails is an outcome like another. An OSError if `out` cannot be written to, a ValueError if
-    this worker, which may have come late, has another version or code.
+    A notebook that fails is an outcome like another. An OSError if `out` cannot be written to, a
+    ValueError if this worker, which may have come late, has another version or code.
     """
     check_workers(expected=version, code=code)
     job = Job.model_validate_json(told)

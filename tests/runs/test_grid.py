@@ -24,7 +24,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from flowhelpers.__main__ import main
 from flowhelpers.core import versions
-from flowhelpers.core.storage import put_folder
+from flowhelpers.core.storage import put_folder, write_bytes
 from flowhelpers.runs.execute import Job, run_notebooks
 from flowhelpers.runs.grid import (
     MARKER,
@@ -312,15 +312,13 @@ def test_runs_and_workers_of_another_commit_do_not_count(
     monkeypatch.setattr("flowhelpers.runs.grid.MANY", 5)
     other = new_grid(planned)
     for job in grid.jobs:
-        (here / "out" / str(job.folder)).mkdir(parents=True)
-        ended = job.model_copy(update={"status": "finished"})
-        (here / "out" / str(job.folder) / MARKER).write_text(ended.model_dump_json())
+        ended = job.model_copy(update={"status": "finished"}).model_dump_json()
+        write_bytes(LocalFileSystem(), f"{here}/out/{job.folder}/{MARKER}", ended.encode())
     with pytest.raises(ValueError, match="6 runs are more than 5"):
         execute_grid(other, "out")
     assert "6 more in out are of other parameters, notebooks or code" in capsys.readouterr().err
-    asked = ("", other.jobs[0].model_dump_json(), "out", ".", None, other.version, other.code)
     with pytest.raises(ValueError, match="another commit than what was asked for"):
-        execute_task(*asked)
+        execute_task("", "", "out", ".", None, other.version, other.code)
 
 
 def test_a_folder_that_fsspec_takes_for_a_pattern_is_refused(here: Path):
