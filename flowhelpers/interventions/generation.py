@@ -62,10 +62,17 @@ def prompt_ids(model: Model, prompt: str, max_new_tokens: int) -> Int[Tensor, "1
 
 
 def continuations(model: Model, ids: Int[Tensor, "batch position"]) -> list[str]:
-    """Generated tokens as text, up to the end-of-text token."""
-    eos = model.tokenizer.eos_token_id
-    rows = [[*takewhile(lambda token: token != eos, row)] for row in ids.tolist()]
+    """Generated tokens as text, up to the first of the `end_ids`."""
+    ends = end_ids(model)
+    rows = [[*takewhile(lambda token: token not in ends, row)] for row in ids.tolist()]
     return [model.tokenizer.decode(row) for row in rows]
+
+
+def end_ids(model: Model) -> list[int]:
+    """The tokens that end a text: the tokenizer's EOS, and those of `generation_config`."""
+    named = getattr(model.bridge.original_model.generation_config, "eos_token_id", None)
+    ids = {model.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
+    return sorted(ids - {None})
 
 
 @torch.no_grad()
@@ -85,7 +92,7 @@ def sample_tokens(
 
     Edits have to treat all positions alike; they act on the tokens of the `phases` (CHOICES 20),
     with `skip_bos` not on the first. Tokens are drawn from the smallest set of likely ones whose
-    probability reaches `top_p` (nucleus). After its end-of-text token a row means nothing.
+    probability reaches `top_p` (nucleus). After the first of the `end_ids` a row means nothing.
     """
     from transformers import DynamicCache
 
@@ -103,6 +110,7 @@ def sample_tokens(
     # The first pass reads the prompt, each later one a single new token.
     prompt, inputs, key_values = ids, ids, DynamicCache()
     steps = range(max_new_tokens)
+    over = torch.tensor(end_ids(model), dtype=torch.long, device=device)
 
     def in_phases(edit: Edit) -> Edit:
         def change(activations: Activations) -> Activations:
@@ -123,7 +131,7 @@ def sample_tokens(
             tokens = draw_tokens(logits, uniform[:, step], temperature, top_p)
             inputs = tokens.to(ids.device)
             ids = torch.cat([ids, inputs], dim=1)
-            ended |= tokens == model.tokenizer.eos_token_id
+            ended |= torch.isin(tokens, over)
             if ended.all():
                 break
     return ids

@@ -105,7 +105,10 @@ def resume(out: Path, path: Path | None = None, *, timeout: int | None = None) -
                 continue  # another file that happens to lie there
             if manifest.unfinished:
                 return _execute(manifest, candidate.resolve(), timeout)
-    raise FileNotFoundError(f"{path or out}: nothing to take up, all is finished or still running")
+    told = f"{path or out}: nothing to take up, all is finished or still running"
+    if not path and (grid := out / "grid.json").exists():
+        told += f"; its grid by its name: --resume {grid}"
+    raise FileNotFoundError(told)
 
 
 def _execute(manifest: Manifest, path: Path, timeout: int | None) -> int:

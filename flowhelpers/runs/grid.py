@@ -161,7 +161,7 @@ def execute_grid(
     """
     if (cluster and workers) or (workers is not None and workers < 1):
         raise ValueError(f"workers={workers}: expected 1 or more of this machine, or a cluster")
-    fs, root = writable_storage(out)
+    fs, root = open_storage(out)
     done = {name: job for name, job in ended_runs(fs, root).items() if job.status == "finished"}
     waiting = [job for job in grid.jobs if job.folder not in done]
     workers = workers or max(1, (cpu_count() or 1) // 2)
@@ -173,6 +173,7 @@ def execute_grid(
         say(f"{len(waiting):,} to do, {time_needed}")
     if len(waiting) > MANY and not yes:
         raise ValueError(f"{len(waiting):,} runs are more than {MANY:,}: start them with --yes")
+    fs, root = writable_storage(out)
     write_bytes(fs, f"{root}/{MANIFEST}", grid.model_dump_json(indent=1).encode())
     if waiting:
         with _client(cluster, workers) as client:
@@ -232,9 +233,8 @@ def execute_task(
 ) -> str:
     """Executes a run in a folder of this worker and puts it into `out`; returns its job as JSON.
 
-    It works `there`, where the grid was asked for, if this machine has that folder too. A notebook
-    that fails is an outcome like another. An OSError if `out` cannot be written to, a ValueError if
-    this worker, which may have come late, has another version or code.
+    A notebook that fails is an outcome like another. An OSError if `out` cannot be written to, a
+    ValueError if this worker, which may have come late, has another version or code.
     """
     check_workers(expected=version, code=code)
     job = Job.model_validate_json(told)

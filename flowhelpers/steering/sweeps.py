@@ -154,13 +154,12 @@ def sweep(
     """The texts of every cell, one row a text, as `steer` writes them with the same `settings`.
 
     Texts that several cells have in common are written once, and kept in the file `cache` as they
-    come, so that a sweep that was stopped goes on, unless the model is edited from outside. `cell`
-    is the place in `cells`.
+    come, so that a sweep that was stopped goes on. `cell` is the place in `cells`.
     """
     import pandas as pd
 
     numbers = [int(number) for number in samples]
-    cache = None if is_edited(suite.model) else cache
+    cache = None if is_edited(suite.model) else cache  # `plan.on`, say: its key does not tell
     common = {"model": suite.model.fingerprint, "samples": numbers, "seed": seed} | settings
     keys = [key_of(common | _plan_key(suite, cell, cell.prompt or prompt)) for cell in cells]
     texts = DiskCache(cache).get(set(keys)) if cache else {}

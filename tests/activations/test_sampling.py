@@ -2,8 +2,6 @@
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -199,15 +197,11 @@ def test_another_sample_model_or_sae_is_read_anew(planted: Suite, sample: Sample
 def test_of_a_model_that_is_edited_nothing_is_kept_or_taken(
     planted: Suite, sample: Sample, tmp_path: Path, kind: str
 ):
-    @contextmanager
-    def edited() -> Iterator[None]:
+    def edited() -> Any:
         if kind == "plan":
-            with make_plan(planted, ["0/res/3"], 50.0, unit="unit").on(planted):
-                yield
-        else:
-            layer: Any = planted.model.bridge.original_model.get_submodule("model.layers.1")
-            with layer.register_forward_pre_hook(lambda _, inputs: (3 * inputs[0], *inputs[1:])):
-                yield
+            return make_plan(planted, ["0/res/3"], 50.0, unit="unit").on(planted)
+        layer = planted.model.bridge.original_model.get_submodule("model.layers.1")
+        return layer.register_forward_pre_hook(lambda _, inputs: (3 * inputs[0], *inputs[1:]))
 
     site = Site(1, "res")
     with edited():

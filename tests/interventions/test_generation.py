@@ -129,11 +129,15 @@ def test_of_a_prompt_only_the_logits_that_are_sampled_from_are_made(toy: Model):
     assert torch.allclose(last, forward(toy, ids, DynamicCache())[:, -1:], atol=1e-5)
 
 
+@pytest.mark.parametrize("turn", [None, 65])
 def test_a_text_ends_at_eos_and_nothing_is_sampled_after(
-    toy: Model, monkeypatch: pytest.MonkeyPatch
+    toy: Model, monkeypatch: pytest.MonkeyPatch, turn: int | None
 ):
     eos = toy.tokenizer.eos_token_id
-    planned = iter([(200, 210), (201, eos), (eos, 220)])
+    if turn:  # has an end of its own, as in a chat
+        config = toy.bridge.original_model.generation_config
+        monkeypatch.setattr(config, "eos_token_id", [eos, turn])
+    planned = iter([(200, 210), (201, eos), (turn or eos, 220)])
 
     def fixed(chances: Tensor, uniform: Tensor, top_p: float) -> Tensor:
         return torch.tensor(next(planned))[:, None]

@@ -24,7 +24,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from flowhelpers.__main__ import main
 from flowhelpers.core import versions
-from flowhelpers.core.storage import put_folder
+from flowhelpers.core.storage import put_folder, write_bytes
 from flowhelpers.runs.execute import Job, run_notebooks
 from flowhelpers.runs.grid import (
     MARKER,
@@ -258,6 +258,7 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
     assert said in told
     if "10,000" in said:
         assert "3 days, 11:20:00 on 1 worker(s) by the notebooks' own times" in told
+        assert not (here / "out").exists()
     assert not list(here.glob("notebooks/began*"))
     assert not list(here.glob("out/01*"))
 
@@ -274,6 +275,9 @@ def test_options_of_a_grid_are_for_a_grid(here: Path, capsys: pytest.CaptureFixt
     (here / "grid.json").write_text("{}")
     assert main(["run", "--resume", "grid.json"]) == 2
     assert "grid.json is not the manifest of a grid" in capsys.readouterr().err
+    assert main(["run", "--resume", "--out", "."]) == 2
+    assert "nothing to take up" in (said := capsys.readouterr().err)
+    assert said.endswith("; its grid by its name: --resume grid.json\n")
 
 
 def test_a_grid_is_every_combination_once(here: Path):
@@ -308,15 +312,13 @@ def test_runs_and_workers_of_another_commit_do_not_count(
     monkeypatch.setattr("flowhelpers.runs.grid.MANY", 5)
     other = new_grid(planned)
     for job in grid.jobs:
-        (here / "out" / str(job.folder)).mkdir(parents=True)
-        ended = job.model_copy(update={"status": "finished"})
-        (here / "out" / str(job.folder) / MARKER).write_text(ended.model_dump_json())
+        ended = job.model_copy(update={"status": "finished"}).model_dump_json()
+        write_bytes(LocalFileSystem(), f"{here}/out/{job.folder}/{MARKER}", ended.encode())
     with pytest.raises(ValueError, match="6 runs are more than 5"):
         execute_grid(other, "out")
     assert "6 more in out are of other parameters, notebooks or code" in capsys.readouterr().err
-    asked = ("", other.jobs[0].model_dump_json(), "out", ".", None, other.version, other.code)
     with pytest.raises(ValueError, match="another commit than what was asked for"):
-        execute_task(*asked)
+        execute_task("", "", "out", ".", None, other.version, other.code)
 
 
 def test_a_folder_that_fsspec_takes_for_a_pattern_is_refused(here: Path):
