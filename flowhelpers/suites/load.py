@@ -261,9 +261,8 @@ def _load_sae(
         told = f"suite {row.name} has the model at revision {row.revision or 'main'}, and the SAE"
         raise ValueError(f"{told} for {site} ({source}) was trained on revision {revision}")
     if odd := {k: v for k, v in files.model_kwargs.items() if not USUAL.match(f"{k}={v}")}:
-        warnings.warn(
-            f"suite {row.name}: SAEs saw a model loaded with {odd}: is it this?", stacklevel=2
-        )
+        told = f"suite {row.name}: its SAEs were trained on a model loaded with {odd}: is it this?"
+        warnings.warn(told, stacklevel=2)
     files = replace(files, source=f"{files.source}, suite {row.name}")
     return read_sae(site, files, load, d_model, device, dtype, output)
 

@@ -224,8 +224,7 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
     variants = row.get("variants") or {}
     variant = variant or next(iter(variants), None)
     words = {"variant": variant, **variants[variant]} if variant else {}
-    of_model = config.get("num_hidden_layers") or config.get("n_layer")  # GPT-2's
-    layers = row.get("layers") or of_model
+    layers = row.get("layers") or config.get("num_hidden_layers") or config.get("n_layer")
     saes, transcoders = (
         {
             site: str(folder / source) if folder and isinstance(source, str) else source
@@ -242,7 +241,7 @@ def _checked_row(name: str, row: Any, folder: Path | None, variant: str | None) 
             **row,
             "model": model,
             "folder": folder,
-            "layers": of_model or layers,
+            "layers": config.get("num_hidden_layers") or config.get("n_layer") or layers,
             "saes": saes,
             "transcoders": transcoders,
             "neuronpedia": _by_site(row.get("neuronpedia", {}), words, layers),

@@ -172,7 +172,11 @@ def test_a_text_longer_than_the_context_is_refused(copy: Path, kind: str):
             num_attention_heads=4,
             pad_token_id=0,
             original_max_position_embeddings=toys.CONTEXT,
-            **{"rope_scaling": {"type": kind, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}},
+            rope_parameters={
+                "rope_type": kind,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+            },
         )
         AutoModelForCausalLM.from_config(config).save_pretrained(copy)
     model = load_model(str(copy))

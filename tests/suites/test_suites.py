@@ -200,7 +200,7 @@ def test_a_model_at_another_revision_than_its_saes_is_refused(
         planted_folder / "0-res", tmp_path / "other", model_from_pretrained_kwargs=kwargs
     )
     write(tmp_path, row | {"revision": "step3000", "saes": {"0/res": source}})
-    with pytest.warns(UserWarning, match=r"saw a model loaded with {'checkpoint_index': 0}"):
+    with pytest.warns(UserWarning, match=r"trained on a model loaded with {'checkpoint_index': 0}"):
         load_suite(tmp_path)
 
 
