@@ -70,16 +70,14 @@ def load_yaml(path: Path) -> Any:
     """Reads a YAML file; a YAMLError names a key that is there twice: yaml keeps but the last."""
     import yaml
 
-    text = path.read_text(encoding="utf-8")
-    nodes = [yaml.compose(text)]
-    for node in nodes:  # and what they hold, each once
-        pairs = node.value if isinstance(node, yaml.MappingNode) else []
-        names = [key.value for key, _ in pairs]
-        if twice := [name for name in names if names.count(name) > 1]:
-            raise yaml.YAMLError(f"{twice[0]} stands there twice")
-        inside = node.value if isinstance(node, yaml.SequenceNode) else [each for _, each in pairs]
-        nodes += [each for each in inside if each not in nodes]
-    return yaml.safe_load(text)
+    class Once(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise yaml.YAMLError(f"{twice[0]} stands there twice")
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(path.read_text(encoding="utf-8"), Once)
 
 
 def to_json(value: object) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -77,16 +77,18 @@ def check_workers(
     this process that is the worker.
     """
     ours, code = expected or version("flowhelpers"), code or code_digest()
-    # a function of the standard library, which each of them has
-    here = {"this worker": version("flowhelpers")}
-    found = client.run(version, "flowhelpers", on_error="return") if client else here
-    for worker, theirs in found.items():
+
+    def ask(function: Callable[..., str], *given: str) -> dict[str, Any]:
+        if client is None:
+            return {"this worker": function(*given)}
+        return client.run(function, *given, on_error="return")
+
+    # first by a function of the standard library, which each of them has
+    for worker, theirs in ask(version, "flowhelpers").items():
         if theirs != ours:
             theirs = "no flowhelpers" if isinstance(theirs, Exception) else f"flowhelpers {theirs}"
             raise ValueError(f"{worker} has {theirs}, and what was asked for is of {ours}")
-    here = {"this worker": code_digest()}
-    codes = client.run(code_digest, on_error="return") if client else here
-    for worker, theirs in codes.items():
+    for worker, theirs in ask(code_digest).items():
         if theirs != code:
             whose = "this process" if code == code_digest() else "what was asked for"
             told = f"{worker} has flowhelpers {ours} of another commit than {whose}"

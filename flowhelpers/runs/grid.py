@@ -164,9 +164,10 @@ def execute_grid(
     fs, root = open_storage(out)
     done = {name: job for name, job in ended_runs(fs, root).items() if job.status == "finished"}
     waiting = [job for job in grid.jobs if job.folder not in done]
+    finished = len(grid.jobs) - len(waiting)
     workers = workers or max(1, (cpu_count() or 1) // 2)
-    say(f"{len(grid.jobs):,} runs, {len(grid.jobs) - len(waiting):,} of them finished before")
-    if others := len(done) - len(grid.jobs) + len(waiting):
+    say(f"{len(grid.jobs):,} runs, {finished:,} of them finished before")
+    if others := len(done) - finished:
         say(f"{others:,} more in {out} are of other parameters, notebooks or code: not counted")
     if waiting:
         time_needed = _forecast(grid, waiting, done, None if cluster else workers)

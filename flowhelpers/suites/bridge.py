@@ -5,13 +5,14 @@ import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from flowhelpers.core.features import Site
 from flowhelpers.core.versions import naming_untried
-from flowhelpers.suites.hub import model_folder, naming, replaced
+from flowhelpers.suites.hub import model_folder, naming
 from flowhelpers.suites.model import (
     CACHE,
     Edit,
@@ -40,7 +41,7 @@ def load_model(
     folder, given = model_folder(name, revision), {"revision": revision, "trust_remote_code": False}
     if (Path(folder) / "adapter_config.json").is_file():
         raise ValueError(f"{name} holds an adapter, which is not applied: merge it with the model")
-    with naming(name, FAILS), replaced(logging, "_tqdm_active", False):  # no bar in notebooks
+    with naming(name, FAILS), patch.object(logging, "_tqdm_active", False):  # no bar
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation="eager", output_loading_info=True, **given
         )
@@ -66,7 +67,8 @@ def bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
         ids = few_tokens(weights.get_input_embeddings().weight)
         plain = weights.eval()(ids, output_hidden_states=True)  # before parts are added to it
         # For multimodal models TransformerLens would pip install torchvision, and another torch.
-        with warnings.catch_warnings(), replaced(subprocess, "check_call", _install_nothing):
+        refuse = PermissionError("nothing is installed while a model loads")
+        with warnings.catch_warnings(), patch.object(subprocess, "check_call", side_effect=refuse):
             warnings.simplefilter("ignore")
             bridge = TransformerBridge.boot_transformers(
                 folder, hf_model=weights, tokenizer=deepcopy(tokenizer), device=weights.device
@@ -86,10 +88,6 @@ def bridged(name: str, folder: str, weights: Any, tokenizer: Any) -> Model:
         model = Model(name, bridge, tokenizer, bridge.cfg.n_layers, bridge.cfg.d_model)
         check_sites(model, plain)
     return model
-
-
-def _install_nothing(command: Any, *_: Any, **__: Any) -> None:
-    raise PermissionError(f"nothing is installed while a model loads: {command}")
 
 
 def _hand_on_cache(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:

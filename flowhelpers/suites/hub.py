@@ -49,17 +49,6 @@ def model_folder(model: str, revision: str | None = None) -> str:
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside the block another library's `name` is `value`, where it leaves no other choice."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
-
-
-@contextmanager
 def naming(what: object, problem: str = "cannot be read, it may be truncated") -> Iterator[None]:
     """What libraries raise is a ValueError that names `what`, but of memory, files and network."""
     from torch import OutOfMemoryError

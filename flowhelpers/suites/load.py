@@ -205,7 +205,12 @@ def _load_model(row: SuiteRow, device: str, dtype: str, check: bool, files_of: A
     if row.layers not in (None, model.layers):
         raise ValueError(f"suite {row.name}: its model has {model.layers} layers, not {row.layers}")
     _check_layers(row, model.layers)
-    return replace(model, prepend_bos=getattr(files_of(min(row.saes)), "prepend_bos", True))
+    return replace(model, prepend_bos=_begin_with_bos(row, files_of))
+
+
+def _begin_with_bos(row: SuiteRow, files_of: Any) -> bool:
+    """Whether texts begin with BOS, as the first of the SAEs says."""
+    return getattr(files_of(min(row.saes)), "prepend_bos", True)
 
 
 def _check_layers(row: SuiteRow, layers: int | None) -> None:
@@ -253,7 +258,7 @@ def _load_sae(
 
     if files is None:
         return make_sae(site, load(), d_model, str(source), output)
-    if files.prepend_bos != getattr(files_of(min(row.saes)), "prepend_bos", True):
+    if files.prepend_bos != _begin_with_bos(row, files_of):
         told = f"{what} has `prepend_bos: {str(files.prepend_bos).lower()}`"
         raise ValueError(f"{told}, that for {min(row.saes)} has not: expected one of both for all")
     at_issue = row.revision is not None or not Path(row.model).exists()  # a folder is as it is

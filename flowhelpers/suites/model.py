@@ -63,11 +63,20 @@ class Model:
         return self.bridge.W_E.device
 
     @cached_property
+    def _digests(self) -> dict[tuple[tuple[int, int], ...], str]:
+        return {}  # by where the weights lie, and how often each was changed in place
+
+    @property
     def fingerprint(self) -> str:
-        """A digest of all that activations depend on.
+        """A digest of all that activations depend on, anew once weights are changed in place.
 
         That is every weight, the configuration, the tokenizer, and the versions of what computes.
         """
+        computes = self.bridge.original_model
+        weights = [*computes.named_parameters(), *computes.named_buffers()]
+        state = tuple((each.data_ptr(), each._version) for _, each in weights)
+        if state in self._digests:
+            return self._digests[state]
 
         def digest_of(named: tuple[str, Tensor]) -> str:
             name, weights = named
@@ -75,13 +84,13 @@ class Model:
             about = f"{name} {weights.dtype} {tuple(weights.shape)} ".encode()
             return hashlib.blake2b(held, key=hashlib.blake2b(about).digest()).hexdigest()
 
-        computes = self.bridge.original_model
         told = [version(name) for name in ("torch", "transformers", "transformer-lens", "sae-lens")]
         told += [str(self.prepend_bos), computes.config.to_json_string()]
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         told += [backend.to_str() if backend else repr(self.tokenizer)]
-        told += in_threads(digest_of, [*computes.named_parameters(), *computes.named_buffers()])
-        return hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
+        told += in_threads(digest_of, weights)
+        digest = hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
+        return self._digests.setdefault(state, digest)
 
     @property
     def unembedding(self) -> Float[Tensor, "d_model vocabulary"]:

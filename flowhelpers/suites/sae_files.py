@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 from safetensors import safe_open
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from flowhelpers.core.features import Site
 from flowhelpers.core.files import fingerprint, read_json
-from flowhelpers.suites.hub import fetch, naming, replaced
+from flowhelpers.suites.hub import fetch, naming
 from flowhelpers.suites.model import HOOKS
 from flowhelpers.suites.registry import Source, check_is_sae, listed_release
 
@@ -104,8 +105,8 @@ def load_whole(what: str, source: Source, is_fetched: bool, device: str, dtype: 
     with (
         naming(what, UNREAD),
         # sae-lens asks the hub whether files have changed, and for the shapes in them.
-        replaced(constants, "HF_HUB_OFFLINE", is_fetched or constants.HF_HUB_OFFLINE),
-        replaced(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes),
+        patch.object(constants, "HF_HUB_OFFLINE", is_fetched or constants.HF_HUB_OFFLINE),
+        patch.object(pretrained_sae_loaders, "get_safetensors_tensor_shapes", shapes),
     ):
         if isinstance(source, str):
             return SAE.load_from_disk(source, device=device, dtype=dtype)

@@ -181,9 +181,12 @@ def test_another_sample_model_or_sae_is_read_anew(planted: Suite, sample: Sample
     for seed, folders in ((0, 1), (1, 2)):  # the same seed draws the same tokens
         read_sample(planted, draw_sample(planted.model, TEXTS, 3, seed=seed), tmp_path)
         assert len(list(tmp_path.iterdir())) == folders
-    model = copy(planted.model)
-    model.__dict__["fingerprint"] = "another"
-    read_sample(replace(planted, source=model), sample, tmp_path)
+    weight = next(planted.model.bridge.original_model.parameters())
+    before = weight.clone()
+    weight += 0.5  # in place, in the same session
+    read_sample(planted, sample, tmp_path)
+    weight.copy_(before)
+    read_sample(planted, sample, tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
     site = Site(1, "res")
     changed = toys.write_lens_sae(torch.eye(16, toys.D_MODEL), site)

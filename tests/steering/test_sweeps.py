@@ -185,8 +185,7 @@ def test_what_texts_depend_on_makes_them_anew(
         sae.lens_sae.W_dec.detach() * 1.5, Site(1, "res"), sae.lens_sae.threshold.detach()
     )
     others = {Site(1, "res"): replace(sae, loader=other_rows)}
-    other_model = replace(planted, source=replace(planted.model))
-    other_model.model.__dict__["fingerprint"] = "another model of the same name"
+    other_model = replace(planted, source=replace(planted.model, prepend_bos=False))
     changes: list[dict[str, Any]] = [
         {"plan": replace(plan, steps=(replace(step, strength=9.5),))},
         {"plan": replace(plan, steps=(replace(step, scale=2 * step.scale),))},

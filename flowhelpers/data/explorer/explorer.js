@@ -657,8 +657,8 @@ class Explorer {
       try { read = JSON.parse(await file.files[0].text()); } catch { throw new Error(`${file.files[0].name} is not JSON.`); }
       this.readSet(read);
       this.draw();
-      const given = read.steps?.some((step) => "strength" in step) ? "; the plan's strengths are not kept: “Save as plan” gives all the one beside it" : "";
-      this.tell(`${count(this.pins.size, "feature")} loaded${given}`);
+      const unkept = read.steps?.some((step) => "strength" in step) ? "; the plan's strengths are not kept: “Save as plan” gives all the one beside it" : "";
+      this.tell(`${count(this.pins.size, "feature")} loaded${unkept}`);
     }) });
     const { kind: chosen, strength: given } = this.planned;
     const kind = choice({ add: "add, s =", rescale: "rescale, r =" }, chosen), strength = number(given);
