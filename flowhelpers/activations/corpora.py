@@ -208,13 +208,13 @@ def digests(names: Iterable[str], folder: Path | None = None) -> dict[str, str]:
 def text_documents(path: Path) -> Documents:
     """Documents of a UTF-8 text file (`.gz` too) or of the files below a folder (`files_below`).
 
-    Lines `<|endoftext|>` part documents of one file. None may be empty, or other than plain text.
+    A `<|endoftext|>` parts documents of one file. None may be empty, or other than plain text.
     """
     files = files_below(path)
     if not files:
         raise ValueError(f"{path} is an empty folder, or all is hidden: expected files of text")
     for file in files:
-        if ".jsonl" in file.suffixes:
+        if re.search(r"\.(jsonl|ndjson)(\.|$)", file.name, re.IGNORECASE):
             told = f"{file} has a record a line (JSON Lines), and each would be read with its keys"
             raise ValueError(f"{told}: save the texts alone, parted by lines {SEPARATOR}")
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).parents[1] / "data"  # of the package
-HIDDEN = re.compile(r"\..*|.*~|desktop\.ini|thumbs\.db", re.IGNORECASE)
+HIDDEN = re.compile(r"\..*|.*~|#.*#|.*\.swp|__pycache__|desktop\.ini|thumbs\.db", re.IGNORECASE)
 
 
 def writable_folder(folder: Path) -> Path:

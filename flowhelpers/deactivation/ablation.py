@@ -99,8 +99,8 @@ def deactivate(
         activation; `change`, 1 - new / old; `success`, 1 where it is off; both missing for a target
         that is not active. `linear` is the share of the activation that the edits themselves write
         away, a · v · w_enc / old, before the layer responds; missing for live activations, and
-        where a norm lies between (SAEs that read z, or that normalise their input). With `sources`,
-        `after` is the group afterwards or "Deactivated"; with `loss`, `loss_change` and
+        where more lies between (SAEs that read z, normalise their input, or are gated). `after` is
+        the group afterwards, given `sources`, or "Deactivated"; with `loss`, `loss_change` and
         `token_loss_change` are relative, of the text and of the token alone (CHOICES 12).
     """
     import pandas as pd
@@ -148,8 +148,10 @@ def _written(suite: Suite, targets: pd.DataFrame, edits: pd.DataFrame) -> np.nda
     for (layer, module, _), rows in edits.groupby(["layer", "module", chunk]):
         sae = suite.sae(predecessor_site(int(layer), str(module)))
         above = suite.sae(Site(int(layer), "res"))
-        if "amount" not in edits or sae.input_site != sae.site or above.normalises_tokens:
-            taken[rows["case"]] = np.nan  # known only during the pass, or a norm lies between
+        is_linear = {"W_enc", "b_enc"} <= above.lens_sae.state_dict().keys()
+        is_direct = sae.input_site == sae.site and not above.normalises_tokens
+        if "amount" not in edits or not is_linear or not is_direct:
+            taken[rows["case"]] = np.nan  # known only during the pass, or more lies between
             continue
         written = sae.decoder_rows(torch.tensor(rows["feature"].to_numpy())).float()
         read = above.weights().encoder[torch.tensor(rows["feature_read"].to_numpy())]

@@ -91,7 +91,7 @@ def sample_tokens(
     """Sample tokens for every row of a batch, each with a random stream of its own, by its seed.
 
     Edits have to treat all positions alike; they act on the tokens of the `phases` (CHOICES 20),
-    with `skip_bos` not on the first. Tokens are drawn from the smallest set of likely ones whose
+    with `skip_bos` not on BOS. Tokens are drawn from the smallest set of likely ones whose
     probability reaches `top_p` (nucleus). After the first of the `end_ids` a row means nothing.
     """
     from transformers import DynamicCache
@@ -116,7 +116,7 @@ def sample_tokens(
         def change(activations: Activations) -> Activations:
             if ("prompt" if inputs is prompt else "generation") not in phases:
                 return activations
-            first = int(skip_bos and inputs is prompt)
+            first = int(skip_bos and model.prepend_bos and inputs is prompt)
             changed = edit.change(activations[:, first:])
             return torch.cat([activations[:, :first], changed], dim=1)
 

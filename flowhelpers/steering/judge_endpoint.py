@@ -50,7 +50,9 @@ class _Suppression(BaseModel):
 PLACES = ("content", "reasoning_content", "reasoning", "refusal")
 REPLIES = {"promote": _Promotion, "suppress": _Suppression}  # what the prompts ask for
 SUBJECTS = "abc"
-THINKS, THOUGHT = r"<think(?:ing)?>|\[THINK\]", r"</think(?:ing)?>|\[/THINK\]"
+# How reasoning is marked by servers that do not part it from the reply.
+THINKS = r"(?i)\[think\]|[<◁][|\w:]*(?:think|thought|reason)[^>▷]*[>▷]"
+THOUGHT = r"(?i)[<◁[]/[|\w:]*(?:think|thought|reason)\w*[>▷\]]|<\|(?:end_of_thought|message)\|>"
 PROMPTS = {
     task: [(DATA / "judge" / f"{task}-{x}.txt").read_text("utf-8") for x in ("system", "input")]
     for task in REPLIES
@@ -218,7 +220,8 @@ class EndpointJudge:
             choice = reply.choices[0]
             said = next(filter(None, (getattr(choice.message, at, None) for at in PLACES)), "")
             if isinstance(said, list):  # parts, of which reasoning is no text
-                said = "".join(part.get("text") or "" for part in said)
+                kinds = (None, "text", "output_text")
+                said = "".join(p.get("text") or "" for p in said if p.get("type") in kinds)
             return str(said), choice.finish_reason
         except openai.APIStatusError as error:  # one that refuses a key may repeat a part of it
             status = error.status_code

@@ -72,11 +72,12 @@ def stored_attention_output(
 ) -> AttentionOutput | None:
     """The same from a model's files, of which only those two tensors are read or fetched.
 
-    None for models other than Gemma 2 and 3; a ValueError if the files lack the tensors.
+    None for pickled models, or others than Gemma 2 and 3; a ValueError if the tensors are lacking.
     """
     folder = Path(name)
     path = folder / "config.json" if folder.is_dir() else fetch(name, "config.json", revision)
-    if read_json(path).get("model_type") not in GEMMAS:
+    is_pickled = folder.is_dir() and not any(folder.glob("*.safetensors"))
+    if is_pickled or read_json(path).get("model_type") not in GEMMAS:
         return None
     ends = ("self_attn.o_proj.weight", "post_attention_layernorm.weight")
     names = [f"{prefix}layers.{layer}.{end}" for end in ends for prefix in PREFIXES]

@@ -231,7 +231,7 @@ def _load_sae(
 ) -> "SAE":
     from flowhelpers.suites.attention import attention_output, stored_attention_output
     from flowhelpers.suites.lens_saes import MATCH, processing_of, take_means_off
-    from flowhelpers.suites.sae_files import load_whole
+    from flowhelpers.suites.sae_files import find_files, load_whole
     from flowhelpers.suites.saes import make_sae, read_sae
 
     def output() -> "AttentionOutput":
@@ -248,6 +248,8 @@ def _load_sae(
 
     def load() -> Any:
         lens_sae = load_whole(what, source, files is not None, device, dtype)
+        if files and (now := find_files(source)) and now.content != files.content:
+            raise ValueError(f"{what} was written anew since its suite was loaded: load it again")
         centred, folded = processing_of(lens_sae)
         if folded and load_model().bridge.blocks[site.layer].attn.b_V is not None:
             told = "was trained on z without the biases of values (fold_value_biases: true), and"

@@ -63,18 +63,21 @@ class Model:
         return self.bridge.W_E.device
 
     @cached_property
-    def _digests(self) -> dict[tuple[tuple[int, int], ...], str]:
-        return {}  # by where the weights lie, and how often each was changed in place
+    def _digests(self) -> dict[str, str]:
+        return {}  # by configurations, where weights lie, and how often each was changed in place
 
     @property
     def fingerprint(self) -> str:
-        """A digest of all that activations depend on, anew once weights are changed in place.
+        """A digest of all that activations and texts depend on, as it is now.
 
-        That is every weight, the configuration, the tokenizer, and the versions of what computes.
+        That is every weight, the configurations, the tokenizer, and the versions of what computes.
+        Changes of weights past torch's count of them, through `.data` or NumPy, are not seen.
         """
         computes = self.bridge.original_model
         weights = [*computes.named_parameters(), *computes.named_buffers()]
-        state = tuple((each.data_ptr(), each._version) for _, each in weights)
+        configs = (computes.config, getattr(computes, "generation_config", None))
+        about = [self.prepend_bos, *(each and each.to_json_string() for each in configs)]
+        state = str([*about, *((each.data_ptr(), each._version) for _, each in weights)])
         if state in self._digests:
             return self._digests[state]
 
@@ -85,9 +88,9 @@ class Model:
             return hashlib.blake2b(held, key=hashlib.blake2b(about).digest()).hexdigest()
 
         told = [version(name) for name in ("torch", "transformers", "transformer-lens", "sae-lens")]
-        told += [str(self.prepend_bos), computes.config.to_json_string()]
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         told += [backend.to_str() if backend else repr(self.tokenizer)]
+        told += map(str, [*about, self.tokenizer.special_tokens_map])
         told += in_threads(digest_of, weights)
         digest = hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
         return self._digests.setdefault(state, digest)

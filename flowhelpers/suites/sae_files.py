@@ -149,7 +149,7 @@ def _of_sae_lens(source: str, config: Path, weights: Path) -> SaeFiles:
     check_is_sae(f"the SAE in {source}", about)
     kwargs = about.get("model_from_pretrained_kwargs") or {}
     unit = "topk" in str(about.get("architecture")) and about.get("rescale_acts_by_decoder_norm")
-    hook, begins = hook_of(about), about.get("prepend_bos") is not False
+    hook, begins = hook_of(about), about.get("prepend_bos") not in (False, "false")
     content = _content(weights, config)
     return SaeFiles(source, weights, hook, content, kwargs, begins, scale=None if unit else 1.0)
 

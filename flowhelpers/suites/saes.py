@@ -80,11 +80,12 @@ class SAE:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of directions and weights, the key of tables that are made from them."""
+        """A digest of directions and weights, made once: the key of tables made from them."""
         digest = hashlib.blake2b(digest_size=16)
         tensors = [self.decoder]
-        if isinstance(self.loader, torch.nn.Module):  # it may have been put in the files' place
+        if hasattr(self.loader, "W_dec"):  # it may have been put in the files' place
             tensors += self.loader.state_dict().values()
+            digest.update(str(self.loader.cfg.to_dict()).encode())
         elif self.files:
             digest.update(f"{self.files.content} {self.dtype}".encode())
             tensors = tensors if self.input_site != self.site else []  # the model's W_O decides too
@@ -245,7 +246,7 @@ def _in_residual_basis(
     """
     what = f"the SAE for {site} ({source})"
     expected, input_site, to_stream = hook_names(site), site, None
-    if hook not in expected and not expected[0].startswith(hook):
+    if hook not in ("", f"blocks.{site.layer}.", *expected):
         input_site = Site(site.layer, "z")
         if site.module != "att" or hook not in hook_names(input_site):
             raise ValueError(f"{what} was trained at {hook}: expected {expected[0]}")

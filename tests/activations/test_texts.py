@@ -142,7 +142,7 @@ def test_a_file_is_parted_by_separators_and_a_folder_gives_the_texts_of_its_file
         ("zeros.bin", bytes(100), "holds zero bytes"),
         ("not.txt.gz", b"plain text", "is not UTF-8 text"),
         ("rows.jsonl", b'{"text": "plain"}\n', "a record a line .JSON Lines."),
-        ("rows.jsonl.gz", b"", "save the texts alone, parted by lines <.endoftext.>"),
+        ("rows.NDJSON.gz", b"", "save the texts alone, parted by lines <.endoftext.>"),
         ("cut.txt.gz", gzip.compress(b"text" * 100, mtime=0)[:20], "is cut"),
     ],
 )

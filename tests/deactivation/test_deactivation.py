@@ -7,8 +7,10 @@ import adder
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import toys
 from adder import ALL, ATT, COPY, MLP, OTHER, SUM
+from sae_lens import GatedSAE, GatedSAEConfig
 
 from flowhelpers.activations.sparse import collect
 from flowhelpers.core.bootstrap import resamples
@@ -34,6 +36,7 @@ from flowhelpers.interventions.batched import intervene
 from flowhelpers.matching.table import match_table
 from flowhelpers.suites.load import Suite
 from flowhelpers.suites.model import Model, tokenize
+from flowhelpers.suites.saes import make_sae
 
 RES, MLP_ONLY, ATT_ONLY = "From RES", "From MLP", "From ATT"
 BOTH, WITH_ATT, THREE = "From RES & MLP", "From MLP & ATT", "From RES & MLP & ATT"
@@ -389,6 +392,27 @@ def test_layer_0_has_module_sources_and_saes_at_z_say_nothing_of_what_is_written
     assert at_z.any()
     assert (table["linear"].isna() == at_z).all()
     assert table["change"].notna().all()
+
+
+def test_of_a_gated_sae_all_is_told_but_what_is_written(toy: Model, planted: Suite):
+    site = Site(1, "res")
+    gated = GatedSAE(GatedSAEConfig(toys.D_MODEL, 24))
+    gated.cfg.metadata.hook_name = "blocks.1.hook_resid_post"
+    with torch.no_grad():
+        gated.b_gate += 0.1
+        gated.b_mag += 0.1
+    of_gated = make_sae(site, gated, toys.D_MODEL, "gated")
+    suite = Suite(planted.row, toy, {**planted.saes, site: of_gated})
+    tokens = tokenize(toy, toys.TEXTS[:3])
+    read = collect(suite, tokens)
+    targets = draw_targets(read, [1])
+    sources = sources_of(targets, match_table(suite, k=1), read)
+    table = deactivate(
+        suite, tokens, targets, *ablation_cases(targets, active_predecessors(sources))
+    )
+    assert len(table)
+    assert table["change"].notna().all()
+    assert table["linear"].isna().all()
 
 
 def test_the_example_is_the_strongest_of_the_first_text_that_has_one(planted: Suite):

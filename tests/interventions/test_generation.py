@@ -1,6 +1,7 @@
 """Sampling: seeds, the nucleus, and where edits act."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -183,6 +184,10 @@ def test_edits_act_in_the_phases_asked_for_as_in_passes_over_the_whole_text(
         planted.model, ids, [0, 1, 2], 12, top_p=0.8, edits=given, phases=phases, skip_bos=skip_bos
     )
     assert torch.equal(sampled, plain_loop(planted, ids, edits_at, 12))
+    model = replace(planted.model, prepend_bos=False)  # whose first token is one of the text
+    of_text = sample_tokens(model, ids, [0, 1, 2], 12, 1.0, 0.8, given, phases, skip_bos)
+    every = sample_tokens(planted.model, ids, [0, 1, 2], 12, 1.0, 0.8, given, phases)
+    assert torch.equal(of_text, every)
     assert not torch.equal(sampled, sample_tokens(planted.model, ids, [0, 1, 2], 12, top_p=0.8))
 
 

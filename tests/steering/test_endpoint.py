@@ -65,6 +65,13 @@ UNREADABLE = [
     f"{DRAFT}\n<think>\nNo, it is",
     f"<thinking>{DRAFT}</thinking> I cannot judge this.",
     f"[THINK]{DRAFT}[/THINK] I cannot judge this.",
+    f"◁think▷{DRAFT}◁/think▷ I cannot judge this.",
+    f"<seed:think>{DRAFT}</seed:think> No score.",
+    f"<|begin_of_thought|>{DRAFT}<|end_of_thought|> none",
+    f"<|begin_of_thought|>{DRAFT} or",
+    f"<Reasoning>{DRAFT}</Reasoning> none",
+    f'<think lang="en">{DRAFT} and',
+    f"<|channel|>analysis<|message|>{DRAFT}<|end|><|channel|>final<|message|>I cannot.",
     f"{DRAFT} Better: {{coherence: 4, behavioral: 3}}",
     f"{DRAFT} Better: {{“coherence”: 4, “behavioral”: 3}}",
     f'First {DRAFT}. On reflection: {{"coherence": 4, "behavioral": 7}}',
@@ -227,6 +234,7 @@ def test_replies_are_found_where_servers_put_them(make: Make, server: JudgeServe
         {"content": None, "reasoning_content": f"Perhaps {DRAFT}. No: {GOOD}"},
         {"content": "", "reasoning": GOOD},
         {"content": parts},
+        {"content": [parts[1], {"type": "reasoning", "text": DRAFT}]},
     ]
     texts = some(len(told))
     for text, message in zip(texts, told, strict=True):

@@ -22,7 +22,7 @@ from flowhelpers.activations.sampling import draw_sample
 from flowhelpers.activations.sparse import collect
 from flowhelpers.core.features import Site
 from flowhelpers.deactivation.ablation import deactivate
-from flowhelpers.suites.attention import attention_output
+from flowhelpers.suites.attention import attention_output, stored_attention_output
 from flowhelpers.suites.bridge import load_model
 from flowhelpers.suites.load import load_suite
 from flowhelpers.suites.model import Edit, Model, run_model, tokenize
@@ -220,7 +220,13 @@ def test_what_is_kept_goes_by_all_that_activations_depend_on(copy: Path, toy: Mo
     seen.add(own())
     with_tokenizer(copy, lambda tokenizer: tokenizer.add_tokens(["hills"]))
     seen.add(own())
-    assert len(seen) == 5
+    with_tokenizer(copy, lambda tokenizer: setattr(tokenizer, "bos_token", "<eos>"))
+    seen.add(own())
+    (copy / "generation_config.json").write_text('{"eos_token_id": [5, 7]}')  # where texts end
+    seen.add((model := load_model(str(copy))).fingerprint)
+    model.bridge.original_model.config.sliding_window = 5
+    seen.add(model.fingerprint)
+    assert len(seen) == 8
 
 
 def test_other_versions_of_what_computes_make_another_digest(
@@ -231,6 +237,14 @@ def test_other_versions_of_what_computes_make_another_digest(
         other = load_model(str(copy)).fingerprint
         monkeypatch.setattr(models, "version", lambda name: "1")
         assert other != load_model(str(copy)).fingerprint
+
+
+def test_weights_that_are_pickled_bring_z_to_the_stream_too(copy: Path, toy: Model):
+    expected = attention_output(toy, 1)
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    assert stored_attention_output(str(copy), 1) is None  # so that the model is asked
+    assert torch.equal(attention_output(load_model(str(copy)), 1).weights, expected.weights)
 
 
 def test_what_z_becomes_has_to_fit_a_norm_of_the_block(toy: Model, monkeypatch: pytest.MonkeyPatch):

@@ -207,6 +207,30 @@ def test_a_decoder_of_the_file_that_sae_lens_does_not_have_is_refused(tmp_path: 
         replace(sae, loader=lambda: lens_sae).encode(torch.ones(D))
 
 
+def test_saes_of_equal_weights_and_other_configurations_are_kept_apart():
+    sae_class, config_class = SAE_CLASS_REGISTRY["topk"]
+    rows, digests = torch.randn(FEATURES, D), set()
+    for k in (3, 10):
+        lens_sae = sae_class(config_class(d_in=D, d_sae=FEATURES, k=k))
+        lens_sae.cfg.metadata.hook_name = HOOK
+        lens_sae.load_state_dict({**lens_sae.state_dict(), "W_dec": rows, "W_enc": rows.T})
+        digests.add(make_sae(SITE, lens_sae, D, "planted").fingerprint)
+    assert len(digests) == 2
+
+
+@torch.no_grad()
+def test_a_file_written_anew_before_it_encodes_is_not_taken_for_the_old_one(
+    toy: Model, tmp_path: Path
+):
+    lens_sae = toys.write_lens_sae(torch.randn(FEATURES, D), SITE)
+    suite = load_suite(toys.write_suite(tmp_path, {SITE: lens_sae}, toy.name))
+    lens_sae.b_enc += 1
+    lens_sae.save_model(tmp_path / "1-res")
+    with pytest.raises(ValueError, match=r"the SAE for 1/res .* written anew since its suite was"):
+        suite.sae(SITE).encode(torch.ones(D))
+    assert load_suite(tmp_path).sae(SITE).encode(torch.ones(D)).any()
+
+
 @pytest.mark.parametrize("kind", ["gated", "topk", "matching_pursuit"])
 @pytest.mark.parametrize("width", [FEATURES, D])
 @torch.no_grad()

@@ -80,6 +80,7 @@ def test_encoding_takes_off_the_decoders_bias_and_decoding_gives_it_back():
     [
         (SITE, "blocks.0.hook_resid_post"),
         (SITE, "blocks.1.hook_resid_pre"),
+        (SITE, "blocks.1.hook_resid"),
         (SITE, "blocks.1.hook_mlp_out"),
         (Site(1, "att"), "blocks.2.attn.hook_z"),
         (Site(1, "mlp"), "blocks.1.attn.hook_z"),
