@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> int:
     out, at = Path(arguments.out), ("cluster", "workers", "timeout", "yes")
     on_dask = {name: getattr(arguments, name) for name in at}
     if arguments.resume is not None:
-        if arguments.notebooks or arguments.parameters or arguments.preset or arguments.name:
+        more = ("notebooks", "parameters", "preset", "name", "grid")
+        if any(getattr(arguments, name) for name in more):
             raise ValueError("--resume goes on with what was asked for before: give no more to it")
         if arguments.resume.endswith("grid.json"):
             from flowhelpers.runs.grid import resume_grid

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "flowhelpers"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 FOLDERS = sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-LINES, CODE_LINES, FILE_LINES, TEST_LINES, FLOORS = 17_010, 11_700, 350, 22_360, 6
+LINES, CODE_LINES, FILE_LINES, TEST_LINES, FLOORS = 17_050, 11_730, 350, 22_455, 6
 
 
 def lines_of(paths: list[Path]) -> int:

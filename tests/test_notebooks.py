@@ -784,7 +784,7 @@ def finding(run: Executed, claim: str) -> dict[str, str]:
 
 
 def spread_of(row: Any, digits: str, name: str = "difference") -> str:
-    value, low, high = (f"{row[name + end]:+{digits}}" for end in ("", "_low", "_high"))
+    value, low, high = (f"{row[name + end]:+z{digits}}" for end in ("", "_low", "_high"))
     return f"{value} ({low} to {high})".replace("%", " points", 1).replace("%", "")
 
 
@@ -1826,6 +1826,23 @@ def test_what_neighbours_find_is_in_their_tables(beside: Executed) -> None:
         assert row["difference"] == pytest.approx(gap, abs=1e-6)
         assert spread_of(row, ".2f") in finding["ours"]
         assert finding["verdict"] == told_by(row["difference_low"], row["difference_high"])
+
+
+def test_methods_that_name_one_source_have_one_control_and_chains_of_a_step_are_the_cosine(
+    beside: Executed,
+) -> None:
+    edges, outcomes = beside.table("edges"), beside.table("outcomes")
+    feature = beside.table("targets")["feature"]
+    rows = outcomes.assign(feature=outcomes["target"].map(feature))
+    rows = rows.merge(edges, on=["method", "hop", "feature"])
+    same = rows.groupby(["hop", "target", "source"])[["change", "control"]]
+    assert (same.size() > 1).any()
+    assert (same.max() - same.min()).max().to_numpy() == pytest.approx(0, abs=1e-5)
+    chain = beside.table("chain").set_index("hop")
+    assert [*chain.index] == [1, 2, 4, 7]
+    assert chain.loc[1, "difference"] == pytest.approx(0, abs=1e-6)
+    by_cosine = outcomes[outcomes["method"] == "cosine"].groupby("hop")["beyond"].mean()
+    assert chain["base"].to_numpy() == pytest.approx(by_cosine.to_numpy(), abs=1e-6)
 
 
 def test_what_the_others_lead_by_over_the_longest_hop(beside: Executed) -> None:

@@ -27,9 +27,9 @@ def remove_sources(
 ) -> "pd.DataFrame":
     """Removes each target's source `hop` layers below, at the target's token (paper 5.2).
 
-    The control removes another feature that is active there, by the same norm (CHOICES 33). As in
-    Table 1, a source that is not active has changed nothing, so that all methods are judged by the
-    same targets (CHOICES 34).
+    The control removes another feature that is active there, by the same norm (CHOICES 33), the
+    same one whichever method names the source. As in Table 1, a source that is not active has
+    changed nothing, so that all methods are judged by the same targets (CHOICES 34).
 
     Args:
         targets: Of one layer, as of `deactivation.draw_targets`; `activations` are their sample's.
@@ -51,10 +51,10 @@ def remove_sources(
     parts.loc[parts["source"] < 0, "activation"] = 0.0
     parts["found"] = (parts["activation"] > 0).astype(float)
     active = parts[parts["found"] > 0].assign(feature=lambda table: table["source"])
-    # A method and target is a target of its own to the control, which draws for each anew.
+    # A method and target is a target of its own to the control.
     named = shifted.loc[active["target"]].set_axis(active.index)
     own = active[["module", "feature", "rank", "activation"]].rename_axis("target").reset_index()
-    drawn = equal_norm(suite, named, own, activations, seed)
+    drawn = equal_norm(suite, named, own, activations, [(seed, at) for at in active["target"]])
     other = drawn.set_index("target")[["module", "feature", "activation"]]
     for name, edits in (("new", active), ("other", other)):
         cases = named.loc[edits.index].reset_index(drop=True)

@@ -155,13 +155,14 @@ def equal_norm(
     targets: pd.DataFrame,
     sources: pd.DataFrame,
     activations: FeatureActivations,
-    seed: int = 0,
+    seed: int | Sequence[tuple[int, int]] = 0,
 ) -> pd.DataFrame:
     """The control that the paper lacks: other active features, same norm of change (CHOICES 33).
 
     Each predecessor is replaced by another feature drawn from those active at the same site and
     token, its activation scaled so that removing it changes what its SAE reads by the same norm,
     even where that is more than it writes. Targets with no other active at a site are left out.
+    A seed for each target makes its draw independent of which others there are.
     """
     import torch
 
@@ -169,12 +170,15 @@ def equal_norm(
     keys = ["target", "module"]
     if predecessors.duplicated(keys).any():
         raise ValueError("the control has several matches at a site: expected one (top-1)")
-    rng = np.random.default_rng(seed)
+    is_one = isinstance(seed, int)
+    rng = np.random.default_rng(seed if is_one else None)
+    own = {} if is_one else dict(zip(targets.index, map(np.random.default_rng, seed), strict=True))
     sites = predecessors.join(targets[["layer", "token_row"]], on="target")
     others = every_active(sites.assign(own=sites["feature"]), activations)
     by_site = others[others["feature"] != others["own"]].groupby(keys, sort=False)
-    drawn = by_site["feature"].agg(lambda features: rng.choice(np.sort(features)))
-    sites = sites.join(drawn.rename("other"), on=keys)
+    groups = by_site["feature"]
+    drawn = {key: own.get(key[0], rng).choice(np.sort(features)) for key, features in groups}
+    sites["other"] = [drawn.get(key) for key in zip(sites["target"], sites["module"], strict=True)]
     alone = sites.loc[sites["other"].isna(), "target"]
     sites = sites[~sites["target"].isin(alone)].reset_index(drop=True).astype({"other": int})
     for (layer, module), part in sites.groupby(["layer", "module"]):

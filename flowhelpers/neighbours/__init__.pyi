@@ -1,5 +1,6 @@
 from .attribution import attribution_edges as attribution_edges
 from .edges import best_sources as best_sources
+from .edges import chained_edges as chained_edges
 from .edges import cosine_edges as cosine_edges
 from .edges import lasso_edges as lasso_edges
 from .edges import module_edges as module_edges

@@ -32,6 +32,21 @@ def cosine_edges(suite: "Suite", target: Site, source: Site, features: Sequence[
     return (ends[0] @ ends[1].T).cpu()
 
 
+def chained_edges(suite: "Suite", target: Site, source: Site, features: Sequence[int]) -> Edges:
+    """The paper's over several layers: the best match one layer below, and of that one, and so on.
+
+    A target has the one source that its chain reaches; its score is the product of the cosines.
+    """
+    ends, scores = torch.tensor([*features]), torch.ones(len(features))
+    steps = [Site(layer, "res") for layer in range(source.layer, target.layer + 1)]
+    for below, above in reversed([*pairwise(at for at in steps if at in suite.saes)]):
+        cosines, ends = cosine_edges(suite, above, below, ends.tolist()).max(dim=1)
+        scores = scores * cosines
+    return torch.zeros(len(ends), suite.sae(source).width).scatter_(
+        1, ends[:, None], scores[:, None]
+    )
+
+
 def pearson_edges(
     activations: FeatureActivations, target: Site, source: Site, features: Sequence[int]
 ) -> Edges:

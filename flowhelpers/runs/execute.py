@@ -114,7 +114,6 @@ def resume(out: Path, path: Path | None = None, *, timeout: int | None = None) -
 def _execute(manifest: Manifest, path: Path, timeout: int | None) -> int:
     out, total = path.parent, len(manifest.jobs)
     papermill_io.register(str(out), _WholeFiles())
-    logging.getLogger("papermill").setLevel(logging.ERROR)  # it cannot read all of our types
     for job in manifest.jobs:  # named at once, so that their pages can lead to each other
         job.folder = job.folder or folder_name(job.notebook.stem, manifest.name)
     pages = {job.notebook.stem: f"../{job.folder}/notebook.html" for job in manifest.jobs}
@@ -159,6 +158,7 @@ def execute_one(
     links: tuple[dict[str, str], str],
 ) -> str | None:
     """Executes a notebook and writes its page; returns what went wrong, if anything did."""
+    logging.getLogger("papermill").setLevel(logging.ERROR)  # it cannot read all of our types
     folder, errors = out / str(job.folder), []
     os.environ[RUN_DIR] = str(folder)
     progress = {"desc": job.notebook.stem, "leave": False}

@@ -33,6 +33,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 from flowhelpers.core.cache import key_of
 from flowhelpers.core.features import check_choice
 from flowhelpers.core.files import load_yaml, write_text
+from flowhelpers.core.progress_bar import progress
 from flowhelpers.core.storage import open_storage, put_folder, writable_storage, write_bytes
 from flowhelpers.core.versions import check_workers, code_digest
 from flowhelpers.runs.execute import STOPPED, Job, execute_one, say
@@ -110,7 +111,7 @@ def _read_yaml(path: Path) -> list[dict[str, list[Any]]]:
 def new_grid(planned: Planned) -> Grid:
     """A grid of these runs, each once; a run's folder is named by all that it depends on."""
     version, code, sources, jobs = metadata.version("flowhelpers"), code_digest(), {}, {}
-    for notebook, parameters in planned:
+    for notebook, parameters in progress(planned, "combinations"):
         if notebook.name not in sources:
             sources[notebook.name] = notebook.read_text("utf-8")
         key = {"notebook": sources[notebook.name], "of": [version, code], "parameters": parameters}
@@ -160,7 +161,7 @@ def execute_grid(
         OSError: If `out` cannot be written to, now or by a worker, or no scheduler answers.
     """
     if (cluster and workers) or (workers is not None and workers < 1):
-        raise ValueError(f"workers={workers}: expected 1 or more of this machine, or a cluster")
+        raise ValueError(f"workers={workers}: expected 1 or more here, or a cluster alone")
     fs, root = open_storage(out)
     done = {name: job for name, job in ended_runs(fs, root).items() if job.status == "finished"}
     waiting = [job for job in grid.jobs if job.folder not in done]
@@ -270,7 +271,12 @@ def ended_runs(fs: Any, root: str, folder: str = "*") -> dict[str, Job]:
     """The runs that came to an end, by their folders."""
     markers = fs.glob(f"{root}/{folder}/{MARKER}")
     found = fs.cat(markers) if markers else {}
-    jobs = [Job.model_validate_json(text) for text in found.values()]
+    jobs = []
+    for path, text in found.items():
+        try:
+            jobs.append(Job.model_validate_json(text))
+        except ValidationError as error:
+            raise ValueError(f"{path} is no record of a run of a grid: remove it") from error
     return {str(job.folder): job for job in jobs}
 
 

@@ -201,6 +201,19 @@ def test_attribution_over_two_layers_at_once(world: SimpleNamespace):
     assert found[sources[1]][0].argmax() == adder.COPY
 
 
+def test_a_chain_goes_from_best_match_to_best_match():
+    axes = torch.eye(6)
+    turn = lambda one, other, cosine: cosine * one + (1 - cosine**2) ** 0.5 * other  # noqa: E731
+    top = axes[:1]
+    middle = torch.stack([turn(axes[0], axes[1], 0.8), axes[2]])
+    # Of the last two the first is nearer to the top, and the second to its match between.
+    bottom = torch.stack([turn(axes[0], axes[3], 0.75), turn(middle[0], axes[4], 0.9)])
+    suite = toys.bare_suite({Site(i, "res"): rows for i, rows in enumerate([bottom, middle, top])})
+    ends = Site(2, "res"), Site(0, "res"), [0]
+    assert neighbours.cosine_edges(suite, *ends).argmax() == 0
+    torch.testing.assert_close(neighbours.chained_edges(suite, *ends), torch.tensor([[0, 0.72]]))
+
+
 def test_cosines_are_those_of_the_decoders(world: SimpleNamespace):
     found = neighbours.cosine_edges(world.suite, Site(1, "res"), Site(0, "res"), [adder.COPY, 1])
     assert found[0].tolist() == [0, 0, 1, 0]

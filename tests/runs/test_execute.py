@@ -226,6 +226,7 @@ def test_stopped_by_any_signal_then_taken_up_again(notebooks: Path, tmp_path: Pa
         (["--resume"], "nothing to take up"),
         (["--resume", "none.json"], "--resume takes the manifest of a run"),
         (["01", "--resume"], "--resume goes on with what was asked for before"),
+        (["--resume", "grid.json", "--grid", "other.yaml"], "--resume goes on with what was asked"),
     ],
 )
 def test_errors_are_a_line_and_write_nothing(

@@ -243,6 +243,7 @@ def test_a_page_draws_three_parameters_and_says_which():
         ("n: [1]", ["--name", "mine"], "--name: the runs of a --grid"),
         ("n: [1]", ["-p", "n=2"], "n is given by -p and in grid.yaml"),
         ("n: [1]", ["--workers", "0"], "workers=0: expected 1 or more"),
+        ("n: [1]", ["--workers", "2", "--cluster", "tcp://a:1"], "or a cluster alone"),
         ("n: [1]", ["--cluster", "tcp://127.0.0.1:9"], "no Dask scheduler answers at tcp"),
         ("n: [1]", ["--out", "/proc/none"], "cannot write to /proc/none"),
         ("n: [1]", ["--out", "nothere://a"], "nothere"),
@@ -261,6 +262,14 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(
         assert not (here / "out").exists()
     assert not list(here.glob("notebooks/began*"))
     assert not list(here.glob("out/01*"))
+
+
+def test_what_is_no_record_of_a_run_is_named(here: Path, capsys: pytest.CaptureFixture[str]):
+    (here / "grid.yaml").write_text("n: [1]")
+    (here / "out" / "mine").mkdir(parents=True)
+    (here / "out" / "mine" / "job.json").write_text('{"a": 1}')
+    assert main(["run", "--grid", "grid.yaml", "--out", "out"]) == 2
+    assert "out/mine/job.json is no record of a run of a grid" in capsys.readouterr().err
 
 
 def test_a_grid_that_is_no_text_is_named(here: Path, capsys: pytest.CaptureFixture[str]):
