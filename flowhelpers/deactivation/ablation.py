@@ -148,9 +148,8 @@ def _written(suite: Suite, targets: pd.DataFrame, edits: pd.DataFrame) -> np.nda
     for (layer, module, _), rows in edits.groupby(["layer", "module", chunk]):
         sae = suite.sae(predecessor_site(int(layer), str(module)))
         above = suite.sae(Site(int(layer), "res"))
-        is_linear = {"W_enc", "b_enc"} <= above.lens_sae.state_dict().keys()
-        is_direct = sae.input_site == sae.site and not above.normalises_tokens
-        if "amount" not in edits or not is_linear or not is_direct:
+        is_direct = "amount" in edits and sae.input_site == sae.site
+        if not is_direct or above.lacking or above.normalises_tokens:
             taken[rows["case"]] = np.nan  # known only during the pass, or more lies between
             continue
         written = sae.decoder_rows(torch.tensor(rows["feature"].to_numpy())).float()

@@ -170,14 +170,14 @@ def equal_norm(
     keys = ["target", "module"]
     if predecessors.duplicated(keys).any():
         raise ValueError("the control has several matches at a site: expected one (top-1)")
-    is_one = isinstance(seed, int)
-    rng = np.random.default_rng(seed if is_one else None)
-    own = {} if is_one else dict(zip(targets.index, map(np.random.default_rng, seed), strict=True))
+    if isinstance(seed, int):
+        draws = dict.fromkeys(targets.index, np.random.default_rng(seed))  # one for all
+    else:
+        draws = dict(zip(targets.index, map(np.random.default_rng, seed), strict=True))
     sites = predecessors.join(targets[["layer", "token_row"]], on="target")
     others = every_active(sites.assign(own=sites["feature"]), activations)
     by_site = others[others["feature"] != others["own"]].groupby(keys, sort=False)
-    groups = by_site["feature"]
-    drawn = {key: own.get(key[0], rng).choice(np.sort(features)) for key, features in groups}
+    drawn = {key: draws[key[0]].choice(np.sort(active)) for key, active in by_site["feature"]}
     sites["other"] = [drawn.get(key) for key in zip(sites["target"], sites["module"], strict=True)]
     alone = sites.loc[sites["other"].isna(), "target"]
     sites = sites[~sites["target"].isin(alone)].reset_index(drop=True).astype({"other": int})

@@ -76,8 +76,8 @@ class Model:
         computes = self.bridge.original_model
         weights = [*computes.named_parameters(), *computes.named_buffers()]
         configs = (computes.config, getattr(computes, "generation_config", None))
-        about = [self.prepend_bos, *(each and each.to_json_string() for each in configs)]
-        state = str([*about, *((each.data_ptr(), each._version) for _, each in weights)])
+        settings = [self.prepend_bos, *(each and each.to_json_string() for each in configs)]
+        state = str([*settings, *((each.data_ptr(), each._version) for _, each in weights)])
         if state in self._digests:
             return self._digests[state]
 
@@ -90,7 +90,7 @@ class Model:
         told = [version(name) for name in ("torch", "transformers", "transformer-lens", "sae-lens")]
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         told += [backend.to_str() if backend else repr(self.tokenizer)]
-        told += map(str, [*about, self.tokenizer.special_tokens_map])
+        told += map(str, [*settings, self.tokenizer.special_tokens_map])
         told += in_threads(digest_of, weights)
         digest = hashlib.blake2b("\n".join(told).encode(), digest_size=16).hexdigest()
         return self._digests.setdefault(state, digest)

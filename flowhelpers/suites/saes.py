@@ -172,11 +172,14 @@ class SAE:
         size = activation[..., None].to(self.norms) * self.norms[feature.index]
         return size * self.direction(feature)
 
+    @property
+    def lacking(self) -> list[str]:
+        """What it has not of an encoder that is a matrix and a bias, as gated ones have not."""
+        return [name for name in ("W_enc", "b_enc") if name not in self.lens_sae.state_dict()]
+
     def check_encoder(self, folded: bool = False) -> None:
         """A ValueError if there is no encoder of a matrix and a bias, or no thresholds to fold."""
-        there = dict(self.lens_sae.named_parameters())
-        lacking = ["thresholds to fold"] if folded and self.thresholds is None else []
-        if lacking := lacking + [name for name in ("W_enc", "b_enc") if name not in there]:
+        if lacking := ["thresholds to fold"] * (folded and self.thresholds is None) + self.lacking:
             told = f"has no {' and no '.join(lacking)}: {MATCH}"
             raise ValueError(f"{self} ({kind_of(self.lens_sae)}) {told}")
 

@@ -202,8 +202,10 @@ def test_attribution_over_two_layers_at_once(world: SimpleNamespace):
 
 
 def test_a_chain_goes_from_best_match_to_best_match():
+    def turn(one: torch.Tensor, other: torch.Tensor, cosine: float) -> torch.Tensor:
+        return cosine * one + (1 - cosine**2) ** 0.5 * other
+
     axes = torch.eye(6)
-    turn = lambda one, other, cosine: cosine * one + (1 - cosine**2) ** 0.5 * other  # noqa: E731
     top = axes[:1]
     middle = torch.stack([turn(axes[0], axes[1], 0.8), axes[2]])
     # Of the last two the first is nearer to the top, and the second to its match between.
